@@ -1,0 +1,104 @@
+"""Which device a model streams to, how much of it, and why none."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import comfy.model_management as mm
+import torch
+from comfy.cli_args import args
+
+from ..streaming import (
+    Backend,
+    ConfigError,
+    CpuBackend,
+    CudaBackend,
+    StreamingConfig,
+    UnsupportedModelError,
+    VirtualMemory,
+    format_bytes,
+    parse_virtual_devices,
+)
+
+logger = logging.getLogger(__name__)
+
+VIRTUAL_VARIABLE = "WEIGHTSTREAM_VIRTUAL"
+
+
+@dataclass
+class _Virtual:
+    """Virtual devices, made once for the process, or what is wrong with the request for them."""
+
+    devices: tuple[VirtualMemory, ...] = ()
+    error: ConfigError | None = None
+    read: bool = False
+
+
+_virtual = _Virtual()
+
+
+def read_environment() -> None:
+    """Read ``WEIGHTSTREAM_VIRTUAL``. A bad value is logged now and raised where a node needs it."""
+    if _virtual.read:
+        return
+    _virtual.read = True
+    text = os.environ.get(VIRTUAL_VARIABLE, "")
+    if not text:
+        return
+    try:
+        wanted = parse_virtual_devices(text)
+    except ConfigError as error:
+        _virtual.error = error
+        logger.error("[WeightStream] %s", error)
+        return
+    _virtual.devices = tuple(VirtualMemory(wanted.budget, f"virtual:{index}") for index in range(wanted.count))
+    logger.info(
+        "[WeightStream] %d virtual device(s) of %s in RAM, used where the host has no GPU",
+        wanted.count,
+        format_bytes(wanted.budget),
+    )
+
+
+def virtual_devices() -> tuple[VirtualMemory, ...]:
+    return _virtual.devices
+
+
+def make_backend(device: torch.device) -> Backend:
+    """The backend for the device that the host loads the model to.
+
+    Raises:
+        UnsupportedModelError: nothing streams to this device; the message says why.
+        ConfigError: ``WEIGHTSTREAM_VIRTUAL`` is malformed.
+    """
+    read_environment()
+    if mm.is_device_cuda(device):
+        if mm.vram_state == mm.VRAMState.HIGH_VRAM:
+            raise UnsupportedModelError("ComfyUI was told to keep models in VRAM (--highvram or --gpu-only)")
+        return CudaBackend(device)
+    if mm.is_device_cpu(device):
+        if _virtual.error is not None:
+            raise _virtual.error
+        if _virtual.devices:
+            return CpuBackend(_virtual.devices[0])
+        raise UnsupportedModelError("there is no GPU, so there is nothing to stream to")
+    raise UnsupportedModelError(f"streaming needs a CUDA or ROCm device, and this is {device.type}")
+
+
+def host_config(vram_limit: int | None) -> StreamingConfig:
+    """Settings from the host's command line: --async-offload, --disable-async-offload, --disable-pinned-memory."""
+    return StreamingConfig(
+        copy_streams=_copy_streams(),
+        pin_memory=not args.disable_pinned_memory,
+        pin_limit=int(mm.MAX_PINNED_MEMORY) if mm.MAX_PINNED_MEMORY > 0 else None,
+        vram_limit=vram_limit,
+    )
+
+
+def _copy_streams() -> int:
+    if mm.NUM_STREAMS > 0:
+        return mm.NUM_STREAMS
+    # On a CPU host this is 0 without anybody asking for it.
+    switched_off = args.disable_async_offload or args.async_offload == 0
+    return 0 if switched_off else 2

@@ -1,0 +1,19 @@
+"""What the pack registers with ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import devices, status
+from .loader import StreamedModelLoader
+
+
+class WeightStreamExtension(ComfyExtension):
+    """The nodes of the pack."""
+
+    async def on_load(self) -> None:
+        devices.read_environment()
+        status.add_routes()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [StreamedModelLoader]

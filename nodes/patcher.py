@@ -1,0 +1,268 @@
+"""A MODEL whose blocks stream: the host's calls, translated to the streamer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from ..streaming import Plan, Streamer
+from . import status
+from .patches import HostPatches
+
+# Where the shared model keeps the one object that holds everything about its streaming.
+ATTRIBUTE = "weightstream"
+
+# The host's offer moves by some megabytes between prompts. Placing blocks anew for that costs more than it gains,
+# and the host keeps more than this free for inference.
+OFFER_SLACK = 256 * 1024**2
+
+
+@dataclass(eq=False)
+class StreamedModel:
+    """Everything about the streaming of one loaded model, shared by all patchers of it.
+
+    Attributes:
+        name: the checkpoint's file name.
+        streamer: moves the weights.
+        node_id: the loader node, where the effective plan is shown; None outside of a prompt.
+    """
+
+    name: str
+    streamer: Streamer
+    node_id: str | None = None
+    _announced: str = ""
+
+    def announce(self) -> None:
+        """Say which plan is in effect; in the log only when it is another than before."""
+        text = self.streamer.explain()
+        status.announce(self.name, text, self.node_id, again=text == self._announced)
+        self._announced = text
+
+
+class StreamedModelPatcher(ModelPatcher):
+    """A :class:`ModelPatcher` that never moves weights itself: its streamer does.
+
+    The base class keeps what is not about weights: patches, clones, hooks, callbacks, injections, object patches.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        load_device: torch.device,
+        offload_device: torch.device,
+        size: int = 0,
+        weight_inplace_update: bool = False,
+    ) -> None:
+        super().__init__(model, load_device, offload_device, size, weight_inplace_update)
+        if WrappersMP.APPLY_MODEL not in self.wrappers:
+            self.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE, settle_after_forward)
+
+    @property
+    def streamed(self) -> StreamedModel:
+        return getattr(self.model, ATTRIBUTE)
+
+    @property
+    def streamer(self) -> Streamer:
+        return self.streamed.streamer
+
+    def status(self) -> dict[str, object]:
+        """The state of this model's streaming: plain values, sizes in bytes."""
+        return self.streamer.snapshot().as_dict()
+
+    def model_size(self) -> int:
+        return self.streamer.model_bytes
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def partially_load(
+        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> float:
+        """Make the model ready to run with ``extra_memory`` bytes more on the device than it has (fewer if negative).
+
+        Gives the bytes that were taken in addition. Weights always carry their patches, so ``force_patch_weights``
+        asks for nothing more.
+        """
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            before = self.loaded_size()
+            # Object patches may be another clone's; its weights stay, and only what differs is written anew.
+            self.unpatch_model(self.offload_device, unpatch_weights=False)
+            self.patch_model(load_weights=False)
+            try:
+                self.load(device_to, lowvram_model_memory=before + extra_memory)
+            except BaseException:
+                self.detach()
+                raise
+            return self.loaded_size() - before
+
+    def load(
+        self,
+        device_to: torch.device | None = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        """Place the weights within ``lowvram_model_memory`` bytes; ``full_load`` sets no limit."""
+        with self.use_ejected():
+            self.unpatch_hooks()
+            plan = self._plan(math.inf if full_load else lowvram_model_memory)
+            self._prepare_modules()
+            self._move_object_patches(device_to)
+            self.streamer.load(plan, HostPatches(self))
+            self._tell_host(device_to)
+            for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+                callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def partially_unload(
+        self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
+    ) -> float:
+        """Turn resident blocks into streamed ones until ``memory_to_free`` bytes are free, and give what was freed.
+
+        Where that is impossible nothing changes and 0 is given: the host then takes the whole model off the device.
+        """
+        before = self.streamer.device_bytes
+        if before - memory_to_free < self.streamer.minimum_bytes:
+            return 0
+        with self.use_ejected():
+            self.unpatch_hooks()
+            self.streamer.load(self.streamer.plan_for(before - memory_to_free), HostPatches(self))
+            self._tell_host(self.load_device)
+        return before - self.streamer.device_bytes
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        """Restore object patches and, with ``unpatch_weights``, take all weights off the device."""
+        if unpatch_weights:
+            self.unpatch_hooks()
+            self.streamer.unload()
+            self._restore_modules()
+            self._move_object_patches(device_to)
+            self._tell_host(device_to)
+            self.model.current_weight_patches_uuid = None
+        super().unpatch_model(device_to=None, unpatch_weights=False)
+
+    def _plan(self, offered: float) -> Plan:
+        """The plan for what the host offers; the one in effect while the offer is about the same."""
+        streamer = self.streamer
+        budget = self._budget(offered)
+        plan = streamer.plan_for(max(budget, streamer.minimum_bytes))
+        current = streamer.plan
+        if current is None:
+            return plan
+        slack = min(OFFER_SLACK, streamer.model_bytes // 50)
+        return current if abs(plan.device_bytes - current.device_bytes) <= slack else plan
+
+    def _budget(self, offered: float) -> float:
+        """Bytes on the device for this model, all in all."""
+        streamer = self.streamer
+        if streamer.backend.budget is not None:
+            return min(offered, self._free_virtual_memory())
+        if offered >= streamer.minimum_bytes or mm.vram_state == mm.VRAMState.NO_VRAM:
+            return offered
+        # The first answer can be nothing while other models still hold the memory (docs/design.md, "The offer").
+        ours = [
+            loaded for loaded in mm.current_loaded_models if loaded.model is not None and self.is_clone(loaded.model)
+        ]
+        free_before = mm.get_free_memory(self.load_device)
+        mm.free_memory(streamer.model_bytes + mm.minimum_inference_memory(), self.load_device, keep_loaded=ours)
+        return offered + max(0, mm.get_free_memory(self.load_device) - free_before)
+
+    def _free_virtual_memory(self) -> int:
+        """What the virtual device has for us. The host frees nothing for a CPU, so other models give way here."""
+        backend = self.streamer.backend
+        for loaded in list(mm.current_loaded_models):
+            other = loaded.model
+            if isinstance(other, StreamedModelPatcher) and not self.is_clone(other):
+                rival = other.streamer.backend
+                if rival.name == backend.name and backend.budget - rival.allocated < self.streamer.model_bytes:
+                    mm.unload_model_and_clones(other)
+        return backend.budget - (backend.memory.allocated - backend.allocated)
+
+    def _tell_host(self, device: torch.device | None) -> None:
+        """Set what the host reads to know where the model is and how much it takes."""
+        plan = self.streamer.plan
+        self.model.device = device
+        self.model.model_loaded_weight_memory = self.streamer.device_bytes
+        self.model.model_lowvram = plan is not None and bool(plan.streamed)
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        if plan is not None:
+            self.streamed.announce()
+
+    # -- modules -------------------------------------------------------------------------------------------------
+
+    def _prepare_modules(self) -> None:
+        """Set the flags by which the host's layers use their weights as they are, patches included."""
+        for name, module in self.model.named_modules():
+            if not hasattr(module, "comfy_cast_weights"):
+                continue
+            wipe_lowvram_weight(module)
+            module.comfy_force_cast_weights = self.force_cast_weights
+            if self.force_cast_weights:
+                module.prev_comfy_cast_weights = module.comfy_cast_weights
+                module.comfy_cast_weights = True
+            for kind in ("weight", "bias"):
+                wrappers = self.weight_wrapper_patches.get(f"{name}.{kind}")
+                if wrappers:
+                    getattr(module, f"{kind}_function").extend(wrappers)
+            module.comfy_patched_weights = True
+
+    def _restore_modules(self) -> None:
+        for module in self.model.modules():
+            if hasattr(module, "comfy_cast_weights"):
+                wipe_lowvram_weight(module)
+            if hasattr(module, "comfy_patched_weights"):
+                del module.comfy_patched_weights
+
+    def _move_object_patches(self, device: torch.device | None) -> None:
+        """Move what object patches brought along. Tensors of the streamer stay: a patch may wrap the model itself."""
+        ours = self.streamer.holders
+        for name in self.object_patches:
+            patch = comfy.utils.get_attr(self.model, name)
+            if device is None or not isinstance(patch, torch.nn.Module):
+                continue
+            for module in patch.modules():
+                for holder in (module._parameters, module._buffers):
+                    if id(holder) not in ours:
+                        _move(holder, device)
+
+    # -- weights that others read or write -----------------------------------------------------------------------
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
+        with self.streamer.originals():
+            return super().get_key_patches(filter_prefix)
+
+    def patch_hooks(self, hooks: Any) -> None:
+        super().patch_hooks(hooks)
+        if self.hook_backup:
+            self.streamer.invalidate()  # Hooks write into the weights.
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        written = bool(self.hook_backup)
+        super().unpatch_hooks(whitelist_keys_set)
+        if written:
+            self.streamer.invalidate()
+
+
+def _move(holder: dict[str, torch.Tensor | None], device: torch.device) -> None:
+    for name, tensor in holder.items():
+        if tensor is not None and tensor.device != device:
+            moved = tensor.to(device)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            holder[name] = torch.nn.Parameter(moved, requires_grad=False) if is_parameter else moved
+
+
+def settle_after_forward(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run the model. An interrupt is no ``Exception``, so torch runs no hook for it: release the block it hit here."""
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        streamed = getattr(executor.class_obj, ATTRIBUTE, None)
+        if streamed is not None:
+            streamed.streamer.settle()

@@ -1,0 +1,262 @@
+"""One device: its memory, its copy streams, its events, and how host memory is page-locked for it.
+
+Two backends: CUDA (ROCm's builds of torch answer to the same names), and a real one on the CPU whose copy streams
+are worker threads and whose memory has a byte budget. The CPU backend lets everything above it run, stream, evict
+and fail without a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from .config import format_bytes
+from .errors import DeviceMemoryError
+
+logger = logging.getLogger(__name__)
+
+# An event is opaque above this file: a torch.cuda.Event or a Future.
+Event = Any
+# A function that gives the seconds that compute waited, or None while the device has not got there.
+Stall = Callable[[], float | None]
+
+# cudaHostRegisterPortable: page-locked for every device's context, not only for the current one (CUDA runtime API).
+HOST_REGISTER_PORTABLE = 1
+
+
+class Backend(ABC):
+    """A device that computes on one stream and copies on others.
+
+    Attributes:
+        device: where tensors live.
+        name: for people; virtual devices are told apart by it.
+        allocated, peak: bytes that this backend has handed out, now and at most.
+    """
+
+    def __init__(self, device: torch.device, name: str) -> None:
+        self.device = device
+        self.name = name
+        self.allocated = 0
+        self.peak = 0
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that may be allocated in all, where the backend itself sets a limit."""
+        return None
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A uint8 buffer of ``nbytes``. It is never an inference tensor, whatever mode the caller is in.
+
+        Raises:
+            DeviceMemoryError: a virtual device's budget is exceeded.
+            torch.OutOfMemoryError: the GPU has no room.
+        """
+        with torch.inference_mode(False):
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self.allocated += nbytes
+        self.peak = max(self.peak, self.allocated)
+        return buffer
+
+    def free(self, buffer: torch.Tensor) -> None:
+        """Count ``buffer`` as given back; its memory goes when the last reference does."""
+        self.allocated -= buffer.nbytes
+
+    @abstractmethod
+    def create_stream(self) -> Any:
+        """A stream for copies."""
+
+    @abstractmethod
+    def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        """Queue a copy on ``stream`` that starts when ``after`` has happened; the event says when it is done."""
+
+    @abstractmethod
+    def mark(self) -> Event:
+        """An event that happens when all compute queued so far is done."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> Stall:
+        """Make compute that is queued from now on start after ``event``."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait, on the host, for everything that was queued on this device."""
+
+    @abstractmethod
+    def register(self, buffer: torch.Tensor) -> str | None:
+        """Page-lock host memory. Gives None, or the reason why it could not be done."""
+
+    @abstractmethod
+    def unregister(self, address: int) -> None:
+        """Undo :meth:`register` for the memory that starts at ``address``."""
+
+    def close(self) -> None:
+        """Let go of streams and threads, and of what was allocated."""
+        self.allocated = 0
+
+
+class CudaBackend(Backend):
+    """A CUDA device. Nothing here blocks the host but :meth:`synchronize`."""
+
+    def __init__(self, device: torch.device) -> None:
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        super().__init__(torch.device("cuda", index), f"cuda:{index}")
+
+    def create_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        with torch.cuda.stream(stream):
+            if after is not None:
+                # Race: the kernels of the block that used the target before may still be reading it.
+                stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(stream)
+        return event
+
+    def mark(self) -> Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self, event: Event) -> Stall:
+        stream = torch.cuda.current_stream(self.device)
+        if event.query():
+            return _no_stall
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record(stream)
+        # Race: the block's kernels must not read the slot before the copy into it is done.
+        stream.wait_event(event)
+        after.record(stream)
+        return lambda: before.elapsed_time(after) / 1000 if after.query() else None
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def register(self, buffer: torch.Tensor) -> str | None:
+        if buffer.is_pinned():
+            return "the memory is page-locked by somebody else already"
+        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, HOST_REGISTER_PORTABLE))
+        if code == 0:
+            return None
+        self._drain_error()
+        return f"page-locking {format_bytes(buffer.nbytes)} failed (CUDA error {code})"
+
+    def unregister(self, address: int) -> None:
+        if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
+            self._drain_error()
+
+    def _drain_error(self) -> None:
+        # A failed (un)register stays behind as the thread's last error and would be raised by the next kernel
+        # launch, wherever that is. Launch one here and let it take the error.
+        try:
+            torch.ones(1, device=self.device).add_(1)
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            logger.debug("drained a CUDA error that was reported already: %s", error)
+
+
+def _no_stall() -> float:
+    return 0.0
+
+
+class VirtualMemory:
+    """The memory of a virtual device, shared by the backends of all models on it.
+
+    Attributes:
+        name: of the device.
+        budget: bytes in all.
+        allocated: bytes handed out now.
+    """
+
+    def __init__(self, budget: int, name: str = "virtual:0") -> None:
+        self.name = name
+        self.budget = budget
+        self.allocated = 0
+
+    def take(self, nbytes: int) -> None:
+        if self.allocated + nbytes > self.budget:
+            raise DeviceMemoryError(
+                f"{self.name} has {format_bytes(self.budget - self.allocated)} of {format_bytes(self.budget)} free, "
+                f"{format_bytes(nbytes)} were asked for"
+            )
+        self.allocated += nbytes
+
+    def give(self, nbytes: int) -> None:
+        self.allocated -= nbytes
+
+
+class CpuBackend(Backend):
+    """A virtual device in ordinary RAM: a byte budget, and one worker thread for each copy stream.
+
+    Compute is what the calling thread does, so an event of compute has always happened already, and waiting for a
+    copy blocks the caller.
+    """
+
+    def __init__(self, memory: VirtualMemory) -> None:
+        super().__init__(torch.device("cpu"), memory.name)
+        self.memory = memory
+        self._streams: list[ThreadPoolExecutor] = []
+
+    @property
+    def budget(self) -> int:
+        return self.memory.budget
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        self.memory.take(nbytes)
+        return super().allocate(nbytes)
+
+    def free(self, buffer: torch.Tensor) -> None:
+        self.memory.give(buffer.nbytes)
+        super().free(buffer)
+
+    def create_stream(self) -> ThreadPoolExecutor:
+        stream = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weightstream-{self.name}")
+        self._streams.append(stream)
+        return stream
+
+    def copy(
+        self, stream: ThreadPoolExecutor, target: torch.Tensor, source: torch.Tensor, after: Event | None
+    ) -> Event:
+        def run() -> None:
+            if after is not None:
+                after.result()
+            target.copy_(source)
+
+        return stream.submit(run)
+
+    def mark(self) -> Event:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def wait(self, event: Event) -> Stall:
+        start = time.perf_counter()
+        stalled = not event.done()
+        event.result()
+        seconds = time.perf_counter() - start if stalled else 0.0
+        return lambda: seconds
+
+    def synchronize(self) -> None:
+        for stream in self._streams:
+            stream.submit(_no_stall).result()
+
+    def register(self, buffer: torch.Tensor) -> str | None:
+        return None  # Every page is as good as locked for a memcpy.
+
+    def unregister(self, address: int) -> None:
+        """Nothing was locked."""
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.shutdown()
+        self._streams.clear()
+        # A model that is dropped without unloading gives its share back here.
+        self.memory.give(self.allocated)
+        super().close()

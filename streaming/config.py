@@ -1,0 +1,90 @@
+"""Frozen settings of the engine, and the two spellings of byte counts that users write."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from .errors import ConfigError
+
+UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class StreamingConfig:
+    """How one model is streamed.
+
+    Attributes:
+        copy_streams: streams that copy blocks to the device, used in turn. 0 copies each block on the compute
+            stream when it is needed (synchronous: for debugging, and where asynchronous copies are switched off).
+        slots: staging buffers on the device, each as large as the largest streamed block; 0 chooses
+            ``max(2, copy_streams)``, and 1 when copies are synchronous.
+        pin_memory: page-lock the host copies. Without it a copy is staged by the driver and blocks the caller.
+        pin_limit: bytes that may be page-locked for this model; None is no limit of our own.
+        vram_limit: bytes that weights and staging may take on the device; None takes what is offered.
+        fill_threads: threads that fill host memory; 0 takes the machine's cores, at most 16.
+    """
+
+    copy_streams: int = 2
+    slots: int = 0
+    pin_memory: bool = True
+    pin_limit: int | None = None
+    vram_limit: int | None = None
+    fill_threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("copy_streams", "slots", "fill_threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("pin_limit", "vram_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must be None or 0 bytes and more, got {value}")
+
+    @property
+    def synchronous(self) -> bool:
+        return self.copy_streams == 0
+
+    @property
+    def ring_slots(self) -> int:
+        """Staging buffers to use. Two already keep the wire busy: one fills while the other computes."""
+        if self.synchronous:
+            return 1
+        return self.slots or max(2, self.copy_streams)
+
+    @property
+    def threads(self) -> int:
+        # More than 16 readers do not raise the speed of a page-cache copy (docs/design.md, "Filling the arena").
+        return self.fill_threads or min(16, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class VirtualDevices:
+    """``count`` devices of ``budget`` bytes each that live in ordinary RAM (``WEIGHTSTREAM_VIRTUAL``)."""
+
+    count: int
+    budget: int
+
+
+def parse_virtual_devices(text: str) -> VirtualDevices:
+    """Read ``COUNTxBYTES`` such as ``2x24MB``.
+
+    Raises:
+        ConfigError: the text has another form, or a count or size of zero.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+(?:\.\d+)?)\s*([KMG]?B)?\s*", text, re.IGNORECASE)
+    count = int(match[1]) if match else 0
+    budget = int(float(match[2]) * UNITS[(match[3] or "").upper()]) if match else 0
+    if count < 1 or budget < 1:
+        raise ConfigError(f"WEIGHTSTREAM_VIRTUAL={text!r}: expected COUNTxBYTES with both above 0, such as 2x24MB")
+    return VirtualDevices(count, budget)
+
+
+def format_bytes(count: float) -> str:
+    """``count`` bytes for people: ``23.8 GB``, ``680 MB``, ``512 B`` (decimal units, as drives and cards are sold)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,41 @@
+"""What can go wrong, as a tree.
+
+StreamingError
+|-- ConfigError            a setting has a value that cannot work
+|-- UnsupportedModelError  the model cannot be streamed; it still runs the host's way
+|-- BudgetError            the device memory allowed is too small for even one streamed block
+|-- DeviceMemoryError      a virtual device has no room left for an allocation
+`-- RingExhaustedError     more blocks run inside one another than the ring has slots
+"""
+
+
+class StreamingError(RuntimeError):
+    """Base of everything that the engine raises by itself."""
+
+
+class ConfigError(StreamingError, ValueError):
+    """A setting has a value that cannot work."""
+
+
+class UnsupportedModelError(StreamingError):
+    """The model cannot be streamed; the message says why."""
+
+
+class BudgetError(StreamingError):
+    """The device memory allowed is too small.
+
+    Attributes:
+        minimum: bytes with which the smallest plan would fit.
+    """
+
+    def __init__(self, message: str, minimum: int) -> None:
+        super().__init__(message)
+        self.minimum = minimum
+
+
+class DeviceMemoryError(StreamingError):
+    """A virtual device has no room left for an allocation."""
+
+
+class RingExhaustedError(StreamingError):
+    """More blocks run inside one another than the ring has slots."""

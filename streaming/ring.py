@@ -1,0 +1,58 @@
+"""Reusable staging memory on the device: a few slots, each filled by one copy stream and guarded by two events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .backend import Backend, Event
+
+
+@dataclass
+class Slot:
+    """One staging buffer with the events that guard it.
+
+    Attributes:
+        buffer: uint8 memory on the device.
+        stream: the copy stream that fills this slot, always the same one: two copies into one slot never overtake
+            each other.
+        ready: the last copy into the slot is done.
+        free: the last block that read the slot is done; None while nothing has read it.
+    """
+
+    buffer: torch.Tensor = field(repr=False)
+    stream: Any
+    ready: Event | None = None
+    free: Event | None = None
+
+
+class Ring:
+    """``count`` slots of ``slot_bytes`` on one device."""
+
+    def __init__(self, backend: Backend, count: int, slot_bytes: int, streams: list[Any]) -> None:
+        self.slot_bytes = slot_bytes
+        self._backend = backend
+        self.slots: list[Slot] = []
+        try:
+            for index in range(count):
+                self.slots.append(Slot(backend.allocate(slot_bytes), streams[index % len(streams)]))
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        return self.slot_bytes * len(self.slots)
+
+    def fill(self, index: int, source: torch.Tensor) -> None:
+        """Copy ``source`` to the start of a slot, after the slot's last reader."""
+        slot = self.slots[index]
+        slot.ready = self._backend.copy(slot.stream, slot.buffer[: source.nbytes], source, slot.free)
+
+    def release(self) -> None:
+        """Give the memory back. No copy into it may be under way."""
+        for slot in self.slots:
+            self._backend.free(slot.buffer)
+        self.slots.clear()

@@ -1,0 +1,438 @@
+"""The life cycle of a streamed model: load -> (prefetch -> wait -> release)* -> unload.
+
+[Note: two events guard a slot]
+A slot's memory has one writer, its copy stream, and one reader, the compute stream. Four things keep them apart:
+ 1. write after read: a copy into a slot waits for ``free``, recorded on the compute stream when the slot's last
+    block has queued its kernels (``_leave``);
+ 2. read after write: a block's kernels are queued behind a wait for ``ready``, recorded on the copy stream after the
+    copy (``_enter``);
+ 3. write after write: a slot is always filled by the same copy stream, so copies into it keep their order;
+ 4. the host never rewrites a master copy while a copy from it may be under way: ``load`` and ``invalidate`` drain
+    the copy streams first.
+The host itself waits for nothing between ``load`` and ``unload``. Tensors never tell torch's allocator about the
+second stream (``record_stream``): staging memory is freed only after ``synchronize``.
+
+[Note: who keeps whom alive]
+The model owns its streamer. The streamer refers to the root weakly, and to the blocks, their dictionaries of
+parameters and buffers, and hook handles. The hooks refer to the streamer weakly. There is no cycle, so a model is
+freed, and its page-locked memory with it, when the last reference to it goes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arena import Arena
+from .backend import Backend
+from .blocks import BlockSet
+from .config import StreamingConfig, format_bytes
+from .layout import Binding
+from .masters import BlockCopies, NoPatches, Patches, Weights
+from .plan import Plan, make_plan, minimum_bytes
+from .ring import Ring
+from .schedule import Schedule
+from .telemetry import Counters, Snapshot, StallMeter
+
+
+class State(Enum):
+    """What of a streamed model is where.
+
+    UNLOADED: modules use the originals; nothing on the device. Master copies made earlier are kept in host memory.
+    LOADED: the rest and the resident blocks are on the device, the ring too; streamed blocks have master copies.
+    """
+
+    UNLOADED = "unloaded"
+    LOADED = "loaded"
+
+
+class Streamer:
+    """Streams the blocks of one model to one device. One for each loaded model, shared by all who use the model.
+
+    Args:
+        root: the module whose forward is one step; its blocks run inside it.
+        blocks: the model cut into blocks and rest (:func:`streaming.blocks.split_model`).
+        backend: the device.
+        config: settings.
+    """
+
+    def __init__(self, root: nn.Module, blocks: BlockSet, backend: Backend, config: StreamingConfig) -> None:
+        self.blocks = blocks
+        self.backend = backend
+        self.config = config
+        self.counters = Counters()
+        self.plan: Plan | None = None
+        self.state = State.UNLOADED
+        self._root = weakref.ref(root)
+        self._arena = Arena(backend, config.pin_memory, config.pin_limit)
+        self._copies = [BlockCopies(block) for block in blocks.blocks]
+        self._rest = BlockCopies(blocks.rest)
+        self._streams: list[Any] = []
+        self._ring: Ring | None = None
+        self._slot_bindings: dict[tuple[int, int], Binding] = {}
+        self._schedule: Schedule | None = None
+        self._running: list[tuple[int, int]] = []
+        self._stalls = StallMeter(self.counters)
+        self._hooks: list[Any] = []
+        # Runs before the attributes above are let go of.
+        weakref.finalize(self, _let_copies_finish, backend).atexit = False
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def model_bytes(self) -> int:
+        return sum(self.blocks.sizes) + self.blocks.rest.nbytes
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The least device memory with which this model streams."""
+        return minimum_bytes(self.blocks.sizes, self.blocks.rest.nbytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device now."""
+        return self.plan.device_bytes if self.plan is not None else 0
+
+    @property
+    def holders(self) -> set[int]:
+        """Identities of the dictionaries of parameters and buffers whose tensors this streamer places."""
+        everything = (*self.blocks.blocks, self.blocks.rest)
+        return {id(place.holder) for block in everything for spec in block.layout.specs for place in spec.places}
+
+    def plan_for(self, budget: float) -> Plan:
+        """The plan that :meth:`load` would carry out with ``budget`` bytes, the configured limit respected."""
+        if self.config.vram_limit is not None:
+            budget = min(budget, self.config.vram_limit)
+        return make_plan(self.blocks.sizes, self.blocks.rest.nbytes, budget, self.config.ring_slots)
+
+    # -- load and unload -----------------------------------------------------------------------------------------
+
+    def load(self, plan: Plan, patches: Patches | None = None) -> None:
+        """Bring the model into the state that ``plan`` describes, with ``patches`` in its weights.
+
+        Only differences to the present state cost anything: a second call with the same arguments does nothing.
+        After an error the model is unloaded and all device memory is given back.
+        """
+        patches = patches or NoPatches()
+        if self.state is State.LOADED and plan == self.plan and not self._stale(plan, patches):
+            return
+        try:
+            self._drain()
+            self._place(plan)
+            self._bake(plan, patches)
+            self._bind()
+            self._attach()
+        except BaseException:
+            self.unload()
+            raise
+        self.state = State.LOADED
+        self._prefetch()
+
+    def unload(self) -> None:
+        """Take everything off the device; the modules use the originals again. Master copies stay."""
+        self._drain()
+        self._detach()
+        self._drop_ring()
+        for copies in (*self._copies, self._rest):
+            copies.drop_resident(self.backend)
+            copies.original_binding.apply()
+        self.plan = None
+        self.state = State.UNLOADED
+
+    def invalidate(self) -> None:
+        """Weights were changed in place, by somebody else, on the device or in master copies: copy them anew."""
+        if self.state is State.LOADED and self._schedule is not None:
+            self._drain()
+            self._schedule.forget()
+            self._prefetch()
+
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """Point the modules at the weights as loaded, for code that reads them outside of a forward."""
+        self.settle()
+        everything = (*self._copies, self._rest)
+        for copies in everything:
+            copies.original_binding.apply()
+        try:
+            yield
+        finally:
+            for copies in everything:
+                copies.bind()
+
+    def close(self) -> None:
+        """Unload, free the master copies, end the copy streams. The streamer can be loaded again."""
+        self.unload()
+        for copies in self._copies:
+            copies.drop_master(self._arena)
+        self._streams.clear()
+        self.backend.close()
+
+    def _stale(self, plan: Plan, patches: Patches) -> bool:
+        return any(weights.stale(patches) for weights in self._weights(plan))
+
+    def _weights(self, plan: Plan) -> Iterable[Weights]:
+        streamed = set(plan.streamed)
+        for index, copies in enumerate(self._copies):
+            yield copies.master if index in streamed else copies.resident
+        yield self._rest.resident
+
+    def _drain(self) -> None:
+        """Let every copy and every kernel that uses our memory finish (Note: two events guard a slot, 4)."""
+        self.settle()
+        self.backend.synchronize()
+
+    def _place(self, plan: Plan) -> None:
+        """Make the copies that ``plan`` asks for and drop the others; first what frees memory."""
+        streamed = [self._copies[index] for index in plan.streamed]
+        resident = [self._copies[index] for index in plan.resident]
+        self._drop_ring()
+        self._make_masters([copies for copies in streamed if copies.master is None])
+        for copies in streamed:
+            copies.drop_resident(self.backend)
+        self.plan = plan
+        self._rest.make_resident(self.backend)
+        if plan.streamed:
+            self._make_ring(plan)
+        for copies in resident:
+            copies.make_resident(self.backend)
+            copies.drop_master(self._arena)
+
+    def _make_masters(self, copies: list[BlockCopies]) -> None:
+        """Fill and page-lock host memory, block by block on a few threads: filling is what costs, not locking."""
+        if not copies:
+            return
+        with ThreadPoolExecutor(self.config.threads, thread_name_prefix="weightstream-fill") as pool:
+            futures = [pool.submit(item.make_master, self._arena) for item in copies]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _bake(self, plan: Plan, patches: Patches) -> None:
+        for weights in self._weights(plan):
+            weights.bake(weights.stale(patches), patches)
+
+    def _bind(self) -> None:
+        for copies in (*self._copies, self._rest):
+            copies.bind()
+
+    def _make_ring(self, plan: Plan) -> None:
+        wanted = max(1, self.config.copy_streams)
+        while len(self._streams) < wanted:
+            self._streams.append(self.backend.create_stream())
+        self._ring = Ring(self.backend, plan.slots, plan.slot_bytes, self._streams)
+        lookahead = 0 if self.config.synchronous else plan.slots
+        self._schedule = Schedule(plan.streamed, plan.slots, lookahead)
+        with torch.inference_mode(False):
+            for index in plan.streamed:
+                for number, slot in enumerate(self._ring.slots):
+                    layout = self._copies[index].block.layout
+                    self._slot_bindings[index, number] = layout.binding(slot.buffer)
+
+    def _drop_ring(self) -> None:
+        if self._ring is not None:
+            self._ring.release()
+        self._ring = self._schedule = None
+        self._slot_bindings.clear()
+        self._stalls.clear()
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        self._detach()
+        root, streamer = self._root(), weakref.ref(self)
+        assert root is not None
+        assert self.plan is not None
+        self._hooks.append(root.register_forward_pre_hook(_step_begins(streamer), prepend=True))
+        self._hooks.append(root.register_forward_hook(_step_ends(streamer), always_call=True))
+        for index in self.plan.streamed:
+            module = self._copies[index].block.module
+            assert module is not None
+            self._hooks.append(module.register_forward_pre_hook(_block_begins(streamer, index), prepend=True))
+            self._hooks.append(module.register_forward_hook(_block_ends(streamer, index), always_call=True))
+
+    def _detach(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+
+    # -- the hot path --------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """A forward of the root begins."""
+        self.settle()
+        self._stalls.collect()
+
+    def end_step(self, completed: bool) -> None:
+        """A forward of the root ends; ``completed`` is false when it raised."""
+        if completed:
+            self.counters.steps += 1
+        else:
+            self.settle()
+        if self._schedule is not None:
+            self._schedule.end_step(completed)
+
+    def settle(self) -> None:
+        """Release blocks that an exception or an interrupt left bound. Harmless when there are none."""
+        if not self._running:
+            return
+        while self._running:
+            self._release(*self._running[-1])
+        if self._schedule is not None:
+            self._schedule.end_step(completed=False)
+
+    def enter(self, index: int) -> None:
+        """A streamed block begins: its weights are on the device, or on their way, and bound."""
+        schedule, ring = self._schedule, self._ring
+        assert schedule is not None
+        assert ring is not None
+        entry = schedule.enter(index)
+        self._running.append((index, entry.slot))
+        try:
+            if entry.hit:
+                self.counters.hits += 1
+            else:
+                self.counters.misses += 1
+                self._fill(index, entry.slot)
+            with torch.profiler.record_function("stream::wait"):
+                self._stalls.add(self.backend.wait(ring.slots[entry.slot].ready))
+            self._slot_bindings[index, entry.slot].apply()
+        except BaseException:
+            self._release(index, entry.slot)
+            schedule.drop(entry.slot)
+            raise
+
+    def leave(self, index: int) -> None:
+        """A streamed block ends: its slot is free for the next copy, which is queued now."""
+        for running in reversed(self._running):
+            if running[0] == index:
+                self._release(*running)
+                self._prefetch()
+                return
+
+    def _release(self, index: int, slot: int) -> None:
+        schedule, ring = self._schedule, self._ring
+        assert schedule is not None
+        assert ring is not None
+        self._running.remove((index, slot))
+        with torch.profiler.record_function("stream::release"):
+            schedule.leave(slot)
+            ring.slots[slot].free = self.backend.mark()
+            if all(running[0] != index for running in self._running):
+                self._copies[index].bind()
+
+    def _prefetch(self) -> None:
+        if self._schedule is None:
+            return
+        while (copy := self._schedule.next_copy()) is not None:
+            try:
+                self._fill(copy.block, copy.slot)
+            except BaseException:
+                self._schedule.drop(copy.slot)
+                raise
+
+    def _fill(self, index: int, slot: int) -> None:
+        master, ring = self._copies[index].master, self._ring
+        assert master is not None
+        assert ring is not None
+        with torch.profiler.record_function("stream::prefetch"):
+            ring.fill(slot, master.buffer)
+        self.counters.copies += 1
+        self.counters.streamed_bytes += master.buffer.nbytes
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def explain(self) -> str:
+        """The plan in effect and the page-locked memory behind it, in a line."""
+        if self.plan is None:
+            return "not loaded"
+        text = self.plan.explain()
+        return f"{text}; {self._memory_text()}" if self.plan.streamed else text
+
+    def _memory_text(self) -> str:
+        pinned, pageable = self._arena.pinned_bytes, self._arena.pageable_bytes
+        text = f"{format_bytes(pinned)} page-locked"
+        return f"{text}, {format_bytes(pageable)} pageable ({self._arena.reason})" if pageable else text
+
+    @property
+    def mode(self) -> str:
+        if self.plan is None:
+            return "off"
+        if not self.plan.streamed:
+            return "resident"
+        return "synchronous" if self.config.synchronous else "streamed"
+
+    def snapshot(self) -> Snapshot:
+        """The state now. Waits for nothing."""
+        self._stalls.collect()
+        plan = self.plan or Plan(self.blocks.sizes, 0, tuple(range(len(self.blocks.sizes))), 0)
+        loaded = self.plan is not None
+        return Snapshot(
+            device=self.backend.name,
+            mode=self.mode,
+            explain=self.explain(),
+            note=self._arena.reason or "",
+            blocks=len(self.blocks.blocks),
+            resident_blocks=len(plan.resident),
+            streamed_blocks=len(plan.streamed) if loaded else 0,
+            resident_bytes=plan.resident_bytes,
+            rest_bytes=plan.rest_bytes,
+            staging_bytes=plan.staging_bytes,
+            streamed_block_bytes=plan.streamed_bytes if loaded else 0,
+            pinned_bytes=self._arena.pinned_bytes,
+            pageable_bytes=self._arena.pageable_bytes,
+            device_bytes=self.backend.allocated,
+            device_peak_bytes=self.backend.peak,
+            device_budget_bytes=self.backend.budget,
+            counters=self.counters,
+        )
+
+
+StreamerRef = Callable[[], "Streamer | None"]
+
+
+def _block_begins(streamer: StreamerRef, index: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object) -> None:
+        if (owner := streamer()) is not None:
+            owner.enter(index)
+
+    return hook
+
+
+def _block_ends(streamer: StreamerRef, index: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        if (owner := streamer()) is not None:
+            owner.leave(index)
+
+    return hook
+
+
+def _step_begins(streamer: StreamerRef) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object) -> None:
+        if (owner := streamer()) is not None:
+            owner.begin_step()
+
+    return hook
+
+
+def _step_ends(streamer: StreamerRef) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        if (owner := streamer()) is not None:
+            owner.end_step(completed=output is not None)
+
+    return hook
+
+
+def _let_copies_finish(backend: Backend) -> None:
+    """Memory must not go while a copy from or into it is under way, also when a model is dropped without unloading."""
+    backend.synchronize()
+    backend.close()

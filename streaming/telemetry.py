@@ -1,0 +1,91 @@
+"""What streaming did: counters, and one snapshot of them for logs, nodes and routes."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict, dataclass
+
+from .backend import Stall
+
+# A wait shorter than this is the cost of asking, not a stall.
+STALL_SECONDS = 20e-6
+
+
+@dataclass
+class Counters:
+    """Totals since the model was loaded.
+
+    Attributes:
+        steps: whole forwards.
+        copies, streamed_bytes: blocks copied to the device, ahead or late, and their bytes.
+        hits, misses: streamed blocks that were in a slot, or on their way to one, when they were needed; and not.
+        stalls, stall_seconds: times that compute waited for a copy, and for how long in all.
+    """
+
+    steps: int = 0
+    copies: int = 0
+    streamed_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+
+
+class StallMeter:
+    """Collects waits whose length is known only later, without ever waiting for them."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._pending: deque[Stall] = deque()
+
+    def add(self, stall: Stall) -> None:
+        self._pending.append(stall)
+
+    def collect(self) -> None:
+        """Count the waits that are over by now. They end in the order in which they began."""
+        while self._pending and (seconds := self._pending[0]()) is not None:
+            self._pending.popleft()
+            if seconds > STALL_SECONDS:
+                self._counters.stalls += 1
+                self._counters.stall_seconds += seconds
+
+    def clear(self) -> None:
+        self._pending.clear()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of one streamed model at one moment. Sizes in bytes.
+
+    Attributes:
+        device: name of the device.
+        mode: ``off`` (not loaded), ``resident``, ``streamed`` or ``synchronous``.
+        explain: the plan in effect, in a line.
+        note: why something that was wished is not in effect; empty when all is.
+        streamed_block_bytes: bytes that cross the bus in one step.
+        pinned_bytes, pageable_bytes: master copies in host memory.
+        device_bytes, device_peak_bytes, device_budget_bytes: what this model has allocated, now and at most, and
+            what the device's backend allows (None: no limit of its own).
+    """
+
+    device: str
+    mode: str
+    explain: str
+    note: str
+    blocks: int
+    resident_blocks: int
+    streamed_blocks: int
+    resident_bytes: int
+    rest_bytes: int
+    staging_bytes: int
+    streamed_block_bytes: int
+    pinned_bytes: int
+    pageable_bytes: int
+    device_bytes: int
+    device_peak_bytes: int
+    device_budget_bytes: int | None
+    counters: Counters
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values, ready for JSON."""
+        return asdict(self)

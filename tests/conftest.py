@@ -1,0 +1,73 @@
+"""The host and the pack, in this process, as ComfyUI would load them on a machine without a GPU.
+
+``python3 dev.py test`` sets ``COMFYUI_PATH``. ComfyUI reads ``sys.argv`` and puts its modules at the top level
+(``nodes`` among them, a name that this pack has too), so its folder goes first on the path, and the pack is loaded by
+the location of its file, under the name ``weightstream``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# One virtual device: small enough that the tiny FLUX (35 MB) must stream.
+VIRTUAL_DEVICES = "2x24MB"
+
+
+def _start_host() -> None:
+    """Import the host's core with the command line of a CPU machine."""
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args
+    finally:
+        sys.argv = arguments
+
+
+def _load_pack() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "weightstream", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["weightstream"] = pack
+    spec.loader.exec_module(pack)
+
+
+def _prepare() -> None:
+    comfyui = os.environ.get("COMFYUI_PATH")
+    if not comfyui or not (Path(comfyui) / "comfy").is_dir():
+        raise pytest.UsageError("COMFYUI_PATH must name a ComfyUI folder; run the tests with: python3 dev.py test")
+    os.environ["WEIGHTSTREAM_VIRTUAL"] = VIRTUAL_DEVICES
+    helpers = [str(ROOT / "tests" / folder) for folder in ("streaming", "nodes")]
+    sys.path[:0] = [comfyui, *helpers]
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    _start_host()
+    _load_pack()
+
+
+# At import, not in a hook: the conftest files of the folders below import the host and the pack.
+_prepare()
+
+
+@pytest.fixture(scope="session")
+def nodes_of_pack() -> dict[str, type]:
+    """The pack's nodes by their ids, from its entry point."""
+    import weightstream
+
+    async def load() -> dict[str, type]:
+        extension = await weightstream.comfy_entrypoint()
+        await extension.on_load()
+        return {node.define_schema().node_id: node for node in await extension.get_node_list()}
+
+    return asyncio.run(load())

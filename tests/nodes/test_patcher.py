@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management as mm
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux
+from sampling import MB, sample, with_lora
+from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.streaming import VirtualMemory
+
+Load = Callable[..., StreamedModelPatcher]
+
+
+def press(patcher: StreamedModelPatcher, nbytes: int) -> bool:
+    """Ask the model for memory as the host's ``free_memory`` does; true when it went altogether."""
+    entry = next(loaded for loaded in mm.current_loaded_models if loaded.model.is_clone(patcher))
+    gone = entry.model_unload(nbytes)
+    if gone:
+        mm.current_loaded_models.remove(entry)
+    return gone
+
+
+def test_the_model_streams_and_the_latents_are_the_hosts(streamed: Load, native: ModelPatcher) -> None:
+    model = streamed()
+    for seed in (3, 4):
+        assert torch.equal(sample(model, seed), sample(native, seed))
+    status = model.status()
+    assert status["mode"] == "streamed"
+    assert status["streamed_blocks"] == 6
+    assert status["counters"]["steps"] == 6
+    assert status["counters"]["misses"] == 0
+    assert status["device_peak_bytes"] <= 24 * MB
+
+
+@pytest.mark.parametrize("limit", [14 * MB, 24 * MB, 28 * MB, 33 * MB, None])
+def test_any_limit_gives_the_same_latents(streamed: Load, native: ModelPatcher, limit: int | None) -> None:
+    model = streamed(64 * MB, vram_limit=limit)
+    assert torch.equal(sample(model), sample(native))
+    assert model.status()["device_peak_bytes"] <= (limit or 64 * MB)
+    assert model.loaded_size() == model.status()["device_bytes"]
+    assert (model.status()["mode"] == "resident") is (limit is None)
+
+
+@pytest.mark.parametrize("limit", [24 * MB, 33 * MB, None])
+def test_lora_on_changed_and_off(streamed: Load, native: ModelPatcher, limit: int | None) -> None:
+    model = streamed(64 * MB, vram_limit=limit)
+    plain = sample(native)
+    for strength in (1.0, 0.4, 0.4, -0.7):
+        expected = sample(with_lora(native, strength))
+        assert not torch.equal(expected, plain)
+        assert torch.equal(sample(with_lora(model, strength)), expected)
+    assert torch.equal(sample(model), plain)
+    assert model.status()["counters"]["misses"] == 0
+
+
+def test_two_loras_at_once(streamed: Load, native: ModelPatcher) -> None:
+    def twice(base: ModelPatcher) -> ModelPatcher:
+        return with_lora(with_lora(base, 0.5), -0.2)
+
+    assert torch.equal(sample(twice(streamed())), sample(twice(native)))
+
+
+def test_clones_take_turns(streamed: Load, native: ModelPatcher) -> None:
+    model = streamed(64 * MB, vram_limit=33 * MB)
+    pairs = [(model, native), (with_lora(model, 0.8), with_lora(native, 0.8)), (model.clone(), native)]
+    expected = [sample(theirs) for _, theirs in pairs]
+    for _ in range(2):
+        for (ours, _), latent in zip(pairs, expected, strict=True):
+            assert torch.equal(sample(ours), latent)
+    # One set of weights serves all of them.
+    assert len({id(ours.streamer) for ours, _ in pairs}) == 1
+
+
+def test_a_clone_stays_streamed_and_the_original_untouched(streamed: Load) -> None:
+    model = streamed()
+    clone = with_lora(model, 1.0)
+    assert type(clone) is StreamedModelPatcher
+    assert clone.patches
+    assert not model.patches
+    assert not clone.is_dynamic()
+
+
+def test_switching_a_lora_off_touches_changed_weights_only(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = streamed()
+    patched = with_lora(model, 0.5)
+    computed: list[str] = []
+    compute = StreamedModelPatcher.patch_weight_to_device
+
+    def record(self: StreamedModelPatcher, key: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        computed.append(key)
+        return compute(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(StreamedModelPatcher, "patch_weight_to_device", record)
+    sample(patched)
+    assert sorted(computed) == sorted(patched.patches)
+    computed.clear()
+    sample(patched)
+    sample(patched.clone())
+    assert computed == []
+
+
+def test_memory_pressure_between_two_samplings(streamed: Load, native: ModelPatcher) -> None:
+    model = streamed(64 * MB, vram_limit=33 * MB)
+    first = sample(model)
+    before = model.status()
+    assert before["resident_bytes"] > 0
+    assert not press(model, 4 * MB), "it was unloaded altogether"
+    after = model.status()
+    assert before["device_bytes"] - after["device_bytes"] >= 4 * MB
+    assert model.loaded_size() == after["device_bytes"]
+    assert after["resident_bytes"] < before["resident_bytes"]
+    assert torch.equal(first, sample(native))
+    # The host offers the memory again with the next prompt, and it is used again.
+    assert torch.equal(sample(model), first)
+    assert model.status()["resident_bytes"] == before["resident_bytes"]
+
+
+def test_more_pressure_than_streaming_can_meet_unloads_the_model(streamed: Load, native: ModelPatcher) -> None:
+    model = streamed(64 * MB, vram_limit=33 * MB)
+    sample(model)
+    assert press(model, 30 * MB)
+    assert model.status()["device_bytes"] == 0
+    assert model.loaded_size() == 0
+    assert torch.equal(sample(model), sample(native))
+
+
+def test_pressure_with_a_lora(streamed: Load, native: ModelPatcher) -> None:
+    model = with_lora(streamed(64 * MB), 0.6)
+    expected = sample(with_lora(native, 0.6))
+    for amount in (3 * MB, 9 * MB, 2 * MB):
+        assert torch.equal(sample(model), expected)
+        press(model, amount)
+        assert torch.equal(sample(model), expected)
+
+
+@pytest.mark.parametrize("block", [0, 2, 5])
+def test_an_interrupt_inside_a_block_and_a_good_run_after_it(streamed: Load, native: ModelPatcher, block: int) -> None:
+    model = streamed()
+    sample(model)
+    diffusion_model = model.model.diffusion_model
+    layer = (*diffusion_model.double_blocks, *diffusion_model.single_blocks)[block]
+    state = {name: value.clone() for name, value in model.model.state_dict().items()}
+    handle = layer.register_forward_pre_hook(lambda *_: mm.interrupt_current_processing())
+    with pytest.raises(mm.InterruptProcessingException):
+        sample(model)
+    handle.remove()
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, state[name]), f"{name} was left bound to staging memory"
+    assert torch.equal(sample(model), sample(native))
+
+
+def test_a_freed_model_gives_all_memory_back(streamed: Load, virtual_device: Callable[[int], VirtualMemory]) -> None:
+    model = streamed(64 * MB, vram_limit=28 * MB)
+    sample(with_lora(model, 0.3))
+    memory = model.streamer.backend.memory
+    assert memory.allocated > 0
+    references = [weakref.ref(item) for item in (model, model.model, model.streamer, model.streamed)]
+    del model
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+    assert memory.allocated == 0
+
+
+def test_unloading_everything_and_running_again(streamed: Load, native: ModelPatcher) -> None:
+    model = streamed()
+    first = sample(model)
+    mm.unload_all_models()
+    assert model.status()["device_bytes"] == 0
+    assert model.status()["mode"] == "off"
+    assert model.model.device == model.offload_device
+    assert torch.equal(sample(model), first)
+    assert torch.equal(first, sample(native))
+
+
+def test_a_second_model_takes_the_place_of_the_first(
+    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = streamed(24 * MB)
+    memory = first.streamer.backend.memory
+    second = streamed(24 * MB)
+    second.streamer.backend.memory = memory
+    expected = sample(native)
+    for model in (first, second, first):
+        assert torch.equal(sample(model), expected)
+        assert memory.allocated <= memory.budget
+
+
+def test_a_failing_load_leaves_the_model_unloaded(
+    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_lora(streamed(), 0.5)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("adapter is damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedModelPatcher, "patch_weight_to_device", fail)
+        with pytest.raises(RuntimeError, match="adapter is damaged"):
+            sample(model)
+    assert model.status()["device_bytes"] == 0
+    assert torch.equal(sample(model), sample(with_lora(native, 0.5)))
+
+
+def test_object_patches_of_other_nodes(streamed: Load, native: ModelPatcher) -> None:
+    def patched(base: ModelPatcher) -> ModelPatcher:
+        # A V3 node gives its output in a NodeOutput, an older one in a tuple.
+        result = ModelSamplingFlux.execute(base, 2.0, 0.3, 256, 256) if hasattr(ModelSamplingFlux, "execute") else None
+        return (result.args if result is not None else ModelSamplingFlux().patch(base, 2.0, 0.3, 256, 256))[0]
+
+    model = streamed()
+    expected = sample(patched(native))
+    assert not torch.equal(expected, sample(native))
+    assert torch.equal(sample(patched(model)), expected)
+    assert torch.equal(sample(model), sample(native))
+
+
+def test_another_compute_dtype(streamed: Load, native: ModelPatcher) -> None:
+    def half(base: ModelPatcher) -> ModelPatcher:
+        clone = base.clone()
+        clone.set_model_compute_dtype(torch.bfloat16)
+        return clone
+
+    model = streamed()
+    expected = sample(half(native))
+    assert not torch.equal(expected, sample(native))
+    assert torch.equal(sample(half(model)), expected)
+    assert torch.equal(sample(model), sample(native))
+
+
+def test_a_weight_wrapper_acts_on_streamed_weights(streamed: Load, native: ModelPatcher) -> None:
+    def negated(base: ModelPatcher) -> ModelPatcher:
+        clone = base.clone()
+        clone.add_weight_wrapper("diffusion_model.double_blocks.1.img_attn.proj.weight", torch.neg)
+        return clone
+
+    model = streamed()
+    expected = sample(negated(native))
+    assert not torch.equal(expected, sample(native))
+    assert torch.equal(sample(negated(model)), expected)
+    assert torch.equal(sample(model), sample(native))
+
+
+def test_merging_reads_the_original_weights(streamed: Load) -> None:
+    model = streamed()
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    original = model.get_key_patches()[key][0][0].clone()
+    patched = with_lora(model, 1.0)
+    sample(patched)
+    assert not torch.equal(patched.model.state_dict()[key], original)
+    assert torch.equal(patched.get_key_patches()[key][0][0], original)
+
+
+def test_the_factory_brings_the_streaming_back(streamed: Load, native: ModelPatcher) -> None:
+    model = streamed()
+    factory, arguments = model.cached_patcher_init
+    again = factory(*arguments, disable_dynamic=True)
+    assert type(again) is StreamedModelPatcher
+    assert again.streamer is not model.streamer
+    mm.unload_all_models()
+    deep = model.deepclone_multigpu()
+    assert type(deep) is StreamedModelPatcher
+    assert deep.streamer is not model.streamer
+    assert torch.equal(sample(deep), sample(native))

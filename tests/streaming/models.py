@@ -1,0 +1,45 @@
+"""Small transformers for the engine's tests: real modules with real weights, no host."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP, with a buffer, as a transformer block has them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.register_buffer("scale", torch.rand(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v)) * self.scale
+        return x + self.mlp(x)
+
+
+class Transformer(nn.Module):
+    """An input layer, ``depth`` blocks, an output layer."""
+
+    def __init__(self, depth: int = 6, width: int = 32) -> None:
+        super().__init__()
+        self.input = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Layer(width) for _ in range(depth))
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
+        """``order`` runs the blocks in another order, or only some of them, or some of them twice."""
+        x = self.input(x)
+        for index in range(len(self.blocks)) if order is None else order:
+            x = self.blocks[index](x)
+        return self.output(x)
+
+
+def make_transformer(depth: int = 6, width: int = 32, seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(depth, width).requires_grad_(False).eval()

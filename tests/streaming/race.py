@@ -1,0 +1,115 @@
+"""A backend that proves the order of every access to staging memory, instead of hoping to hit a bad moment.
+
+Each stream has a vector clock. An event carries the clock of its stream at the time of its record; a wait joins it
+into the waiting stream's clock. Two accesses to one slot, at least one of them a write, race unless the clock of the
+later one has seen the earlier. That holds for every possible timing at once, so one run of a program is enough.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from weightstream.streaming import Backend
+
+COMPUTE = 0
+Clock = dict[int, int]
+
+
+class RaceBackend(Backend):
+    """Copies take place at once; what is checked is whether anything would have made them wait."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), "race")
+        self.clocks: dict[int, Clock] = {COMPUTE: {}}
+        self.writes: dict[int, list[Clock]] = {}
+        self.reads: dict[int, list[Clock]] = {}
+        self.accesses = 0
+
+    def create_stream(self) -> int:
+        stream = len(self.clocks)
+        self.clocks[stream] = {}
+        return stream
+
+    def copy(self, stream: int, target: torch.Tensor, source: torch.Tensor, after: Clock | None) -> Clock:
+        if after is not None:
+            self._join(stream, after)
+        address = target.data_ptr()
+        now = self._tick(stream)
+        self._check(now, self.reads.get(address, []), "a copy overwrites a slot that may still be read")
+        self._check(now, self.writes.get(address, []), "a copy may be overtaken by an earlier one into its slot")
+        self.writes.setdefault(address, []).append(now)
+        target.copy_(source)
+        return dict(now)
+
+    def mark(self) -> Clock:
+        return dict(self.clocks[COMPUTE])
+
+    def wait(self, event: Clock):
+        self._join(COMPUTE, event)
+        return lambda: 0.0
+
+    def synchronize(self) -> None:
+        for stream, clock in self.clocks.items():
+            if stream != COMPUTE:
+                self._join(COMPUTE, clock)
+        for stream in self.clocks:
+            self._join(stream, self.clocks[COMPUTE])
+
+    def register(self, buffer: torch.Tensor) -> str | None:
+        return None
+
+    def unregister(self, address: int) -> None:
+        """Nothing was locked."""
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Compute reads the memory at the start of ``tensor``'s storage view."""
+        address = tensor.data_ptr()
+        now = self._tick(COMPUTE)
+        if address in self.writes:
+            self._check(now, self.writes[address], "a block reads a slot before the copy into it is done")
+            self.reads.setdefault(address, []).append(now)
+
+    def _tick(self, stream: int) -> Clock:
+        self.accesses += 1
+        clock = self.clocks[stream]
+        clock[stream] = clock.get(stream, 0) + 1
+        return {**clock, -1: stream}
+
+    def _join(self, stream: int, other: Clock) -> None:
+        clock = self.clocks[stream]
+        for key, value in other.items():
+            if key != -1:
+                clock[key] = max(clock.get(key, 0), value)
+
+    @staticmethod
+    def _check(now: Clock, earlier: list[Clock], message: str) -> None:
+        for access in earlier:
+            stream = access[-1]
+            assert now.get(stream, 0) >= access[stream], message
+
+
+class NumberedBlock(nn.Module):
+    """A block whose weight is its number: a wrong weight is seen at once."""
+
+    def __init__(self, number: int, backend: RaceBackend) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4,), float(number)), requires_grad=False)
+        self.number = number
+        self.backend = backend
+
+    def forward(self, seen: list[int]) -> list[int]:
+        self.backend.read(self.weight)
+        assert self.weight.tolist() == [float(self.number)] * 4, f"block {self.number} computed with {self.weight}"
+        return [*seen, self.number]
+
+
+class NumberedModel(nn.Module):
+    def __init__(self, count: int, backend: RaceBackend) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(NumberedBlock(number, backend) for number in range(count))
+
+    def forward(self, order: list[int]) -> list[int]:
+        seen: list[int] = []
+        for index in order:
+            seen = self.blocks[index](seen)
+        return seen

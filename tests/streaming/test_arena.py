@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import torch
+from weightstream.streaming import CpuBackend, VirtualMemory
+from weightstream.streaming.arena import Arena
+
+
+class RegisteringBackend(CpuBackend):
+    """Counts what is page-locked; refuses from the n-th request on."""
+
+    def __init__(self, refuse_from: int = 10**9) -> None:
+        super().__init__(VirtualMemory(10**9))
+        self.registered: dict[int, int] = {}
+        self.refuse_from = refuse_from
+        self.requests = 0
+
+    def register(self, buffer: torch.Tensor) -> str | None:
+        self.requests += 1
+        if self.requests >= self.refuse_from:
+            return "page-locking failed (error 2)"
+        self.registered[buffer.data_ptr()] = buffer.nbytes
+        return None
+
+    def unregister(self, address: int) -> None:
+        del self.registered[address]
+
+
+def test_memory_is_unlocked_before_it_is_freed() -> None:
+    backend = RegisteringBackend()
+    arena = Arena(backend)
+    buffers = [arena.allocate(5000) for _ in range(3)]
+    for buffer in buffers:
+        arena.lock(buffer)
+    assert arena.pinned_bytes == sum(backend.registered.values()) == 15000
+    arena.release(buffers.pop())
+    assert arena.pinned_bytes == sum(backend.registered.values()) == 10000
+    # Forgotten, not released: its end unlocks it all the same.
+    buffers.clear()
+    assert backend.registered == {}
+
+
+def test_a_refused_lock_leaves_usable_memory_and_a_reason() -> None:
+    arena = Arena(RegisteringBackend(refuse_from=2))
+    buffers = [arena.allocate(1000) for _ in range(3)]
+    for buffer in buffers:
+        arena.lock(buffer)
+        buffer.memory.fill_(1)
+    assert [buffer.pinned for buffer in buffers] == [True, False, False]
+    assert (arena.pinned_bytes, arena.pageable_bytes) == (1000, 2000)
+    assert arena.reason == "page-locking failed (error 2)"
+    for buffer in buffers:
+        arena.release(buffer)
+    assert (arena.pinned_bytes, arena.pageable_bytes) == (0, 0)
+
+
+def test_the_limit_is_respected_and_explained() -> None:
+    arena = Arena(RegisteringBackend(), pin_limit=2500)
+    buffers = [arena.allocate(1000) for _ in range(3)]
+    for buffer in buffers:
+        arena.lock(buffer)
+    assert (arena.pinned_bytes, arena.pageable_bytes) == (2000, 1000)
+    assert arena.reason == "the limit of 2.5 KB page-locked memory is reached"
+
+
+def test_page_locking_can_be_switched_off() -> None:
+    backend = RegisteringBackend()
+    arena = Arena(backend, pin_memory=False)
+    arena.lock(arena.allocate(1000))
+    assert backend.requests == 0
+    assert arena.reason == "page-locking is switched off"
+
+
+def test_views_outlive_the_buffer() -> None:
+    arena = Arena(RegisteringBackend())
+    buffer = arena.allocate(4096)
+    arena.lock(buffer)
+    view = buffer.memory[100:200]
+    view.fill_(9)
+    arena.release(buffer)
+    del buffer
+    assert view.tolist() == [9] * 100

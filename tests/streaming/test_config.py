@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+from weightstream.streaming import ConfigError, StreamingConfig, VirtualDevices, format_bytes, parse_virtual_devices
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "budget"),
+    [("2x24MB", 2, 24 << 20), ("1x1GB", 1, 1 << 30), (" 3 X 1.5 kb ", 3, 1536), ("1x4096", 1, 4096), ("1x7B", 1, 7)],
+)
+def test_virtual_devices_are_count_times_bytes(text: str, count: int, budget: int) -> None:
+    assert parse_virtual_devices(text) == VirtualDevices(count, budget)
+
+
+@pytest.mark.parametrize("text", ["", "2", "x", "24MB", "0x24MB", "2x0MB", "-1x3MB", "2x24TB", "2x24MB,1x3MB", "axb"])
+def test_other_texts_are_refused_with_the_form_that_works(text: str) -> None:
+    with pytest.raises(ConfigError, match="such as 2x24MB"):
+        parse_virtual_devices(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots"),
+    [({}, 2), ({"copy_streams": 1}, 2), ({"copy_streams": 4}, 4), ({"slots": 3}, 3), ({"copy_streams": 0}, 1)],
+)
+def test_slots_follow_the_copy_streams(settings: dict[str, int], slots: int) -> None:
+    assert StreamingConfig(**settings).ring_slots == slots
+
+
+@pytest.mark.parametrize("settings", [{"copy_streams": -1}, {"slots": -1}, {"vram_limit": -1}, {"pin_limit": -5}])
+def test_impossible_settings_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        StreamingConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 KB"), (680_000_000, "680 MB"), (23.8e9, "23.8 GB")]
+)
+def test_bytes_are_written_for_people(count: float, text: str) -> None:
+    assert format_bytes(count) == text
