@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,16 +14,18 @@ import torch
 from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..streaming import Plan, Streamer
+from ..streaming import Plan, Streamer, format_bytes
 from . import status
 from .patches import HostPatches
+
+logger = logging.getLogger(__name__)
 
 # Where the shared model keeps the one object that holds everything about its streaming.
 ATTRIBUTE = "weightstream"
 
-# The host's offer moves by some megabytes between prompts. Placing blocks anew for that costs more than it gains,
-# and the host keeps more than this free for inference.
-OFFER_SLACK = 256 * 1024**2
+# The host's offer moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Placing
+# blocks anew for that costs more than it gains. The host's own reserve, on top of its estimate for inference, is this.
+OFFER_SLACK = 400 * 1024**2
 
 
 @dataclass(eq=False)
@@ -152,6 +155,7 @@ class StreamedModelPatcher(ModelPatcher):
         """The plan for what the host offers; the one in effect while the offer is about the same."""
         streamer = self.streamer
         budget = self._budget(offered)
+        logger.debug("offered %s, used as %s", format_bytes(offered), format_bytes(budget))
         plan = streamer.plan_for(max(budget, streamer.minimum_bytes))
         current = streamer.plan
         if current is None:

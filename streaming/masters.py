@@ -162,14 +162,16 @@ class BlockCopies:
         self.resident = resident
 
     def drop_master(self, arena: Arena) -> None:
-        if self._master_memory is not None:
-            arena.release(self._master_memory)
-        self.master = self._master_memory = None
+        memory, self.master, self._master_memory = self._master_memory, None, None
+        self.bind()
+        if memory is not None:
+            arena.release(memory)
 
     def drop_resident(self, backend: Backend) -> None:
-        if self.resident is not None:
-            backend.free(self.resident.buffer)
-        self.resident = None
+        resident, self.resident = self.resident, None
+        self.bind()  # A module that still pointed at the buffer would keep its memory.
+        if resident is not None:
+            backend.free(resident.buffer)
 
     def bind(self) -> None:
         """Point the modules at the resident copy, else at the master copy, else at the original."""

@@ -100,22 +100,24 @@ def make_plan(sizes: Sequence[int], rest_bytes: int, budget: float, slots: int) 
 
 
 def _spread(sizes: tuple[int, ...], budget: float) -> set[int]:
-    """Blocks to keep, at most ``budget`` bytes, so that the others stand as evenly as possible between them.
+    """Blocks to keep, at most ``budget`` bytes, so that what crosses the bus is spread evenly over the step.
 
-    Error diffusion: each block adds the resident share of its bytes to a debt, and is kept when the debt covers
-    more than half of it. What the budget then still has room for is kept where streamed blocks stand closest.
+    Error diffusion: with each block the bytes that the bus can move while it computes become due. A block is streamed
+    when at least half of it is due, else kept. Every block is taken to compute for the same time: that is true for
+    most models and near enough for FLUX, whose double blocks have 2.4 times the bytes of its single blocks and compute
+    1.2 times as long. What the budget then still has room for is kept where streamed blocks stand closest.
     """
-    total = sum(sizes)
-    share = max(0.0, min(1.0, budget / total)) if total else 0.0
+    due_per_block = (sum(sizes) - budget) / len(sizes)
     kept: set[int] = set()
     room = budget
-    debt = 0.0
+    due = 0.0
     for index, size in enumerate(sizes):
-        debt += size * share
-        if debt * 2 > size and size <= room:
+        due += due_per_block
+        if due * 2 < size <= room:
             kept.add(index)
             room -= size
-            debt -= size
+        else:
+            due -= size
     while True:
         fitting = [index for index in range(len(sizes)) if index not in kept and sizes[index] <= room]
         if not fitting or len(kept) + 1 >= len(sizes):

@@ -142,7 +142,7 @@ class Streamer:
         self._drop_ring()
         for copies in (*self._copies, self._rest):
             copies.drop_resident(self.backend)
-            copies.original_binding.apply()
+            copies.original_binding.apply()  # Not the master copy: that may have patches in it.
         self.plan = None
         self.state = State.UNLOADED
 

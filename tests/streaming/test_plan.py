@@ -54,3 +54,16 @@ def test_the_plan_explains_itself() -> None:
         "3 of 4 blocks streamed (30.0 MB a step), 1 resident; 31.0 MB on the device: 10.0 MB resident blocks, "
         "1.0 MB outside of blocks, 20.0 MB staging"
     )
+
+
+@pytest.mark.parametrize("kept", range(1, 38, 3))
+def test_bytes_are_spread_over_the_blocks_that_compute_not_over_the_bytes(kept: int) -> None:
+    """FLUX's shape: a few large blocks, then many small ones. The bus has the same time for each of them."""
+    sizes = (680,) * 19 + (283,) * 38
+    plan = make_plan(sizes, 0, 283 * kept + 2 * 680, 2)
+    due = plan.streamed_bytes / len(sizes)
+    crossed = [sum(size for index, size in enumerate(sizes[: end + 1]) if index in plan.streamed) for end in range(57)]
+    ahead = [bytes_so_far - due * (end + 1) for end, bytes_so_far in enumerate(crossed)]
+    # Up to the bytes that the large blocks cannot avoid: with few residents all of them are streamed.
+    unavoidable = max(0, plan.streamed_bytes - 283 * 38 - due * 19)
+    assert max(ahead) - min(ahead) <= unavoidable + 2.5 * 680

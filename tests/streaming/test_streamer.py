@@ -220,6 +220,50 @@ def test_a_failed_load_gives_everything_back() -> None:
     assert torch.equal(model(X), expected)
 
 
+class Memory(bytearray):
+    """Memory that can be watched: alive for as long as any tensor uses it."""
+
+    __hash__ = object.__hash__
+
+
+class WatchedBackend(CpuBackend):
+    """Knows which of its memory is really alive, whatever was counted as given back."""
+
+    def __init__(self) -> None:
+        super().__init__(VirtualMemory(10**9))
+        self.memories: weakref.WeakSet[Memory] = weakref.WeakSet()
+        self.peak_alive = 0
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        super().allocate(nbytes)
+        memory = Memory(nbytes)
+        self.memories.add(memory)
+        self.peak_alive = max(self.peak_alive, self.alive)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    @property
+    def alive(self) -> int:
+        return sum(len(memory) for memory in self.memories)
+
+
+def test_no_memory_is_kept_alive_by_what_has_moved_on() -> None:
+    """Also on the way from one plan to the next no more is alive than the larger of the two asks for."""
+    model = make_transformer(depth=8)
+    backend = WatchedBackend()
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    plans = [streamer.plan_for(budget) for budget in budgets(streamer)]
+    for before, after in itertools.permutations(plans, 2):
+        streamer.load(before)
+        model(X)
+        backend.peak_alive = 0
+        streamer.load(after)
+        assert backend.alive == backend.allocated == after.device_bytes
+        assert backend.peak_alive <= max(before.device_bytes, after.device_bytes)
+    model(X)
+    streamer.unload()
+    assert backend.alive == 0
+
+
 def test_a_budget_below_one_block_names_the_minimum() -> None:
     streamer = make_streamer(make_transformer())
     with pytest.raises(BudgetError) as caught:

@@ -1,0 +1,202 @@
+"""Who is measured: ComfyUI with its own loader, ComfyUI with ours, and the two limits.
+
+Each ``measure_*`` runs in a process of its own, started by worker.py, and returns what goes into the result file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy_host
+from cases import GB, Case
+
+WARM_UP_STEPS = 3
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """One contender's run of one case.
+
+    Attributes:
+        steps: denoising steps of the measured run.
+        free_bytes: VRAM that was free before this process started.
+    """
+
+    case: Case
+    contender: str
+    checkpoint: Path
+    comfyui: Path
+    steps: int
+    free_bytes: int
+
+
+# ----------------------------------------------------------------------------------------------------- ComfyUI
+
+
+def comfy_flags(job: Job) -> list[str]:
+    """The ComfyUI command line of a contender; dynamic VRAM is ComfyUI's default."""
+    if job.case.tiny:
+        return ["--cpu"]
+    if job.contender == "resident":
+        return ["--highvram"]
+    if job.contender in ("comfy-static", "weightstream-static"):
+        everything_streamed = job.case.stream_all and job.contender == "comfy-static"
+        return ["--novram"] if everything_streamed else ["--disable-dynamic-vram"]
+    if job.contender == "comfy-dynamic" and job.case.stream_all:
+        # Dynamic VRAM has no switch for "keep nothing"; a headroom of all but 3 GB comes nearest.
+        return ["--vram-headroom", f"{max(0.0, job.free_bytes / 1024**3 - 3):.2f}"]
+    return []
+
+
+def load_with_comfy(job: Job) -> Any:
+    """What Load Diffusion Model does with ``weight_dtype`` default."""
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model(str(job.checkpoint))
+
+
+def load_with_weightstream(job: Job) -> Any:
+    import folder_paths
+
+    folder_paths.add_model_folder_path("diffusion_models", str(job.checkpoint.parent))
+    node = comfy_host.load_pack("WeightStreamModelLoader")
+    output = node.execute(
+        unet_name=job.checkpoint.name, weight_dtype="default", vram_limit_gb=job.case.vram_limit_gb
+    )
+    return output.args[0]
+
+
+def conditioning(case: Case) -> list:
+    """Random conditioning in the model's real shape, the same in every process."""
+    import torch
+
+    tokens, width = case.model.context
+    generator = torch.Generator().manual_seed(SEED)
+    extras: dict[str, Any] = {"guidance": 3.5}
+    if case.model.pooled:
+        extras["pooled_output"] = torch.randn(1, case.model.pooled, generator=generator)
+    return [[torch.randn(1, tokens, width, generator=generator), extras]]
+
+
+def sample(model: Any, case: Case, steps: int, callback: Callable[..., None]) -> Any:
+    """One KSampler run: euler, simple, cfg 1, an empty latent."""
+    import comfy.sample
+    import torch
+
+    empty = torch.zeros(1, 16, case.latent_side, case.latent_side)
+    latent = comfy.sample.fix_empty_latent_channels(model, empty)
+    noise = comfy.sample.prepare_noise(latent, SEED)
+    cond = conditioning(case)
+    samples = comfy.sample.sample(
+        model, noise, steps, 1.0, "euler", "simple", cond, cond, latent, callback=callback, disable_pbar=True, seed=SEED
+    )
+    comfy_host.end_of_node()
+    return samples
+
+
+def measure_comfy(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
+    """Load, warm up, then measure.
+
+    The warm-up is not only for the clock: the first sampling of a process differs in its last bits from all of its
+    later ones, whoever runs it, so latents are compared from the second on.
+    """
+    comfy_host.start(job.comfyui, comfy_flags(job))
+    import torch
+    from clock import StepClock
+
+    with torch.inference_mode():
+        started = time.perf_counter()
+        model = load(job)
+        loaded = time.perf_counter()
+        comfy_host.end_of_node()
+        warm_up = StepClock()
+        sample(model, job.case, WARM_UP_STEPS, warm_up.mark_first_and_wait)
+        clock = StepClock()
+        latent = sample(model, job.case, job.steps, clock.mark)
+    return {
+        "loader_s": loaded - started,
+        "load_s": warm_up.first_mark_s - started,
+        **step_figures(clock, job),
+        **weight_figures(model),
+        "latent_sha256": hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "latent_finite": bool(torch.isfinite(latent).all()),
+    }
+
+
+def step_figures(clock: Any, job: Job) -> dict[str, Any]:
+    """Step times, and memory as torch and as the device count it (aimdo's own memory only shows in the latter)."""
+    import torch
+
+    steps = clock.step_seconds()
+    figures: dict[str, Any] = {"steps_s": steps, "step_s": statistics.median(steps), "peak_bytes": {}}
+    if clock.on_gpu:
+        total = torch.cuda.mem_get_info()[1]
+        used_by_others = total - job.free_bytes
+        figures["peak_bytes"] = {
+            "torch_reserved": torch.cuda.max_memory_reserved(),
+            "device": clock.peak_used_bytes - used_by_others,
+        }
+    return figures
+
+
+def weight_figures(model: Any) -> dict[str, Any]:
+    """Bytes of weights kept on the device and streamed in every step, and our own account of it where there is one."""
+    status = getattr(model, "status", None)
+    if callable(status):
+        report = status()
+        kept = report["resident_bytes"] + report["rest_bytes"]
+        return {"kept_bytes": kept, "streamed_bytes": report["streamed_block_bytes"], "status": report}
+    kept = int(model.loaded_size())
+    return {"kept_bytes": kept, "streamed_bytes": max(0, int(model.model_size()) - kept)}
+
+
+# --------------------------------------------------------------------------------------------------- the wire
+
+
+def measure_h2d(job: Job) -> dict[str, Any]:
+    """Page-locked memory to the device in 64 MB copies, as many bytes as the checkpoint has, nothing else running."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    chunk = (64 if cuda else 1) << 20
+    host = torch.empty(16 * chunk, dtype=torch.uint8, pin_memory=cuda).fill_(1)
+    device = torch.empty_like(host, device="cuda" if cuda else "cpu")
+    copies = -(-os.path.getsize(job.checkpoint) // chunk)
+    rates = [copies * chunk / _copy_seconds(host, device, chunk, copies) for _ in range(6)]
+    return {"h2d_bytes_per_s": statistics.median(rates[1:]), "h2d_gb_per_s": [rate / GB for rate in rates]}
+
+
+def _copy_seconds(host: Any, device: Any, chunk: int, copies: int) -> float:
+    from clock import synchronize
+
+    synchronize()
+    started = time.perf_counter()
+    for number in range(copies):
+        at = number * chunk % host.numel()
+        device[at : at + chunk].copy_(host[at : at + chunk], non_blocking=True)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Run ``job`` in this process."""
+    import peers
+
+    if job.contender == "h2d":
+        return measure_h2d(job)
+    if job.contender in peers.OFFLOADERS:
+        return peers.measure_diffusers_model(job)
+    ours = job.contender.startswith("weightstream")
+    return measure_comfy(job, load_with_weightstream if ours else load_with_comfy)
+
+
+NAMES = ("resident", "h2d", "weightstream", "weightstream-static", "comfy-dynamic", "comfy-static",
+         "diffusers-block", "diffusers-leaf", "mmgp")

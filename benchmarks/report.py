@@ -1,0 +1,143 @@
+"""Pure: from the contenders' results to one case's JSON, and from the JSON files to the table in README.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cases import CASES, GB, Case
+
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+OURS = ("weightstream", "weightstream-static")
+COLUMNS = (
+    "case", "who", "step, s", "to its floor", "to ComfyUI dynamic", "kept, GB", "peak, GB", "load + first step, s",
+    "latent",
+)
+
+
+def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str, dict]) -> dict[str, Any]:
+    """The result file of ``case``.
+
+    A contender's floor is max(compute with everything resident, the bytes that it streams per step / H2D bandwidth).
+    """
+    resident, h2d = limits.get("resident", {}), limits.get("h2d", {})
+    runs = {name: annotate(run, resident, h2d, runs.get("comfy-dynamic", {})) for name, run in runs.items()}
+    ours = next((runs[name] for name in OURS if "step_s" in runs.get(name, {})), {})
+    return {
+        "case": case.name,
+        "tiny": case.tiny,
+        "picture": [case.side, case.side],
+        "free_gb": case.free_gb,
+        "vram_limit_gb": case.vram_limit_gb,
+        "machine": machine,
+        "versions": merge_versions([*limits.values(), *runs.values()]),
+        "resident_step_s": resident.get("step_s"),
+        "h2d_bytes_per_s": h2d.get("h2d_bytes_per_s"),
+        "h2d_s": ours.get("h2d_s"),
+        "floor_s": ours.get("floor_s"),
+        "ratio_to_floor": ours.get("ratio_to_floor"),
+        "ratio_to_comfy_dynamic": ours.get("ratio_to_comfy_dynamic"),
+        "limits": limits,
+        "runs": runs,
+    }
+
+
+def annotate(run: dict, resident: dict, h2d: dict, dynamic: dict) -> dict:
+    """``run`` with everything that follows from the limits and from ComfyUI's own run."""
+    run = dict(run)
+    if "step_s" not in run:
+        return run
+    if "h2d_bytes_per_s" in h2d and run.get("streamed_bytes") is not None:
+        run["h2d_s"] = run["streamed_bytes"] / h2d["h2d_bytes_per_s"]
+        if "step_s" in resident:
+            run["floor_s"] = max(resident["step_s"], run["h2d_s"])
+            run["ratio_to_floor"] = run["step_s"] / run["floor_s"]
+    if "step_s" in dynamic:
+        run["ratio_to_comfy_dynamic"] = run["step_s"] / dynamic["step_s"]
+    if "latent_sha256" in run and "latent_sha256" in resident:
+        run["identical_to_resident"] = run["latent_sha256"] == resident["latent_sha256"]
+    return run
+
+
+def merge_versions(results: list[dict]) -> dict[str, str]:
+    return {name: version for result in results for name, version in result.get("versions", {}).items()}
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------- table
+
+
+def number(value: float | None, form: str = "{:.3f}") -> str:
+    return "" if value is None else form.format(value)
+
+
+def gigabytes(value: float | None) -> str:
+    return "" if value is None else f"{value / GB:.1f}"
+
+
+def latent_cell(run: dict) -> str:
+    if run.get("latent_finite") is False:
+        return "not finite"
+    same = run.get("identical_to_resident")
+    return "" if same is None else ("identical" if same else "differs")
+
+
+def run_row(case: str, name: str, run: dict) -> list[str]:
+    if "error" in run:
+        return [case, name, f"failed: {escape(run['error'][-1] if run['error'] else 'no output')}", *[""] * 6]
+    return [
+        case,
+        name,
+        number(run.get("step_s")),
+        number(run.get("ratio_to_floor"), "{:.2f}"),
+        number(run.get("ratio_to_comfy_dynamic"), "{:.2f}"),
+        gigabytes(run.get("kept_bytes")),
+        gigabytes(run.get("peak_bytes", {}).get("device")),
+        number(run.get("load_s"), "{:.1f}"),
+        latent_cell(run),
+    ]
+
+
+def escape(text: str) -> str:
+    return text.replace("|", "\\|")[:160]
+
+
+def limit_row(result: dict) -> list[str]:
+    rate = result.get("h2d_bytes_per_s")
+    wire = f"H2D {rate / GB:.1f} GB/s" if rate else "H2D not measured"
+    load = number(result["limits"].get("resident", {}).get("load_s"), "{:.1f}")
+    return [result["case"], f"all resident ({wire})", number(result["resident_step_s"]), *[""] * 4, load, ""]
+
+
+def table(results: list[dict]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for result in results:
+        lines.append(limit_row(result))
+        lines += [run_row(result["case"], name, run) for name, run in result["runs"].items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine_line(results: list[dict]) -> str:
+    """One line per different machine and set of versions among ``results``."""
+    lines = []
+    for result in results:
+        facts = [f"{name} {value}" for name, value in (result["machine"] | result["versions"]).items()]
+        line = ", ".join(facts)
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(f"Measured on: {line}.  " for line in lines)
+
+
+def update_readme(readme: Path, results_folder: Path) -> None:
+    """Rewrite what stands between the two markers from every result file, in the order of ``CASES``."""
+    paths = [results_folder / f"{name}.json" for name in CASES]
+    results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    body = f"{machine_line(results)}\n\n{table(results)}" if results else "No results yet."
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")

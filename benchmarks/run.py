@@ -1,0 +1,243 @@
+"""Measure cases: python benchmarks/run.py CASE... [--contenders a,b,c] [--steps N]
+
+For each case: make its checkpoint if it is not there; measure the two limits (everything resident, and H2D alone) with
+the whole card free; hold back VRAM; run each contender in a process of its own; write the result. README.md beside
+this file says what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import report
+from cases import CASES, GB, LIMITS, TINY_MODELS, Case, Model
+from contenders import NAMES
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+CHECKPOINTS_TOOL = HERE.parent / "tools" / "checkpoints.py"
+CHECKPOINT_TIMEOUT_S = 240
+RETURN_TIMEOUT_S = 10
+RETURN_TOLERANCE = GB // 20
+
+
+def main() -> None:
+    args = parse_args()
+    deadline = time.monotonic() + args.time_limit
+    machine = describe_machine()
+    limits: dict[object, dict] = {}
+    for name in args.cases:
+        case = CASES[name].shrunk() if args.tiny else CASES[name]
+        run_case(case, args, machine, limits, deadline)
+    if args.out.resolve() == RESULTS and not args.tiny:
+        report.update_readme(HERE / "README.md", RESULTS)
+
+
+def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, deadline: float) -> None:
+    """Measure one case; the file is written anew after each contender, so that a break loses one run."""
+    checkpoint = ensure_checkpoint(case.model, args.work)
+    names = args.contenders or [*LIMITS, *case.contenders]
+    with hold_back_vram(None) as holder:
+        case_limits = measure_limits(case, names, checkpoint, args, limits, holder, deadline)
+    runs: dict[str, dict] = {}
+    with hold_back_vram(case.free_gb) as holder:
+        for name in names:
+            if name in LIMITS:
+                continue
+            runs[name] = run_contender(case, name, checkpoint, args, holder, deadline)
+            report.write_json(args.out / f"{case.name}.json", report.summarize(case, machine, case_limits, runs))
+    report.write_json(args.out / f"{case.name}.json", report.summarize(case, machine, case_limits, runs))
+
+
+def measure_limits(case: Case, names: list[str], checkpoint: Path, args: argparse.Namespace, known: dict,
+                   holder: Holder, deadline: float) -> dict[str, dict]:
+    """The limits of ``case``. Cases of the same shapes in one call share them; each says where it was measured."""
+    keys = {"resident": (case.limits_key, args.steps), "h2d": "h2d"}
+    for name in LIMITS:
+        if name in names and "error" in known.get(keys[name], {"error": "not measured"}):
+            result = run_contender(case, name, checkpoint, args, holder, deadline)
+            known[keys[name]] = result | {"measured_in": case.name}
+    return {name: known[keys[name]] for name in LIMITS if keys[name] in known}
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def ensure_checkpoint(model: Model, work: Path) -> Path:
+    path = work / model.filename
+    if path.exists():
+        return path
+    print(f"writing {path}", flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    make_room(model, work)
+    command = [sys.executable, str(CHECKPOINTS_TOOL), model.kind, str(path), *model.options]
+    started = time.monotonic()
+    subprocess.run(command, check=True, timeout=CHECKPOINT_TIMEOUT_S)
+    print(f"  {path.stat().st_size / GB:.1f} GB in {time.monotonic() - started:.0f} s", flush=True)
+    return path
+
+
+def make_room(model: Model, work: Path) -> None:
+    """Delete our other checkpoints if the disk cannot hold one more; they can be made again."""
+    if shutil.disk_usage(work).free > 45 * GB:
+        return
+    for other in (*TINY_MODELS, *TINY_MODELS.values()):
+        if other != model and (work / other.filename).exists():
+            print(f"deleting {other.filename} to make room", flush=True)
+            (work / other.filename).unlink()
+
+
+# ------------------------------------------------------------------------------------------------------- VRAM
+
+
+class Holder:
+    """A process that holds VRAM and answers how much of the device is free."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+        self.initial_free_bytes = self.free_bytes()
+
+    def free_bytes(self) -> int:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the process that holds VRAM ended; its last words are above")
+        return json.loads(answer)["free"]
+
+    def settled_free_bytes(self) -> int:
+        """Free bytes once the last contender's memory is back: a driver may return it after the process has ended."""
+        give_up = time.monotonic() + RETURN_TIMEOUT_S
+        enough = self.initial_free_bytes - RETURN_TOLERANCE
+        while (free := self.free_bytes()) < enough and time.monotonic() < give_up:
+            time.sleep(0.2)
+        return free
+
+
+@contextlib.contextmanager
+def hold_back_vram(free_gb: float | None) -> Iterator[Holder]:
+    """Leave ``free_gb`` free on the device while the block runs; None holds nothing, and only answers."""
+    command = [sys.executable, str(HERE / "holder.py"), *([str(free_gb)] if free_gb is not None else [])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Holder(process)
+        finally:
+            process.kill()
+
+
+# -------------------------------------------------------------------------------------------------- contenders
+
+
+def run_contender(case: Case, name: str, checkpoint: Path, args: argparse.Namespace, holder: Holder,
+                  deadline: float) -> dict:
+    """One contender in a fresh process; its result, or ``{"error": last lines}``."""
+    left = deadline - time.monotonic()
+    if left < args.child_timeout / 3:
+        return {"error": [f"not started: {left:.0f} s of the time limit were left"]}
+    free = holder.settled_free_bytes()
+    print(f"{case.name}: {name} ({free / GB:.1f} GB free)", flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
+        command = [
+            sys.executable, str(HERE / "worker.py"), case.name, name, "--checkpoint", str(checkpoint),
+            "--comfyui", str(args.comfyui), "--steps", str(args.steps), "--free-bytes", str(free), "--out", str(out),
+            *(["--tiny"] if case.tiny else []),
+        ]
+        failure = run_child(command, child_environment(case), log, min(args.child_timeout, left))
+        if args.logs:
+            keep_log(log, args.logs / f"{case.name}.{name}.log")
+        result = json.loads(out.read_text()) if out.exists() else {"error": last_lines(log) + failure}
+    result |= {"free_bytes_before": free, "wall_s": time.monotonic() - started}
+    print(f"  {say(result)}", flush=True)
+    return result
+
+
+def run_child(command: list[str], environment: dict[str, str], log: Path, timeout: float) -> list[str]:
+    """Run to the end or to the timeout; why it failed, or nothing."""
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return [f"stopped after {timeout:.0f} s"]
+        finally:
+            process.kill()
+            process.wait()
+    return [] if code == 0 else [f"exit status {code}"]
+
+
+def child_environment(case: Case) -> dict[str, str]:
+    """ComfyUI's own settings for everybody; a tiny run streams on a virtual device."""
+    return os.environ | ({"WEIGHTSTREAM_VIRTUAL": "1x24MB", "CUDA_VISIBLE_DEVICES": ""} if case.tiny else {})
+
+
+def last_lines(log: Path, count: int = 8) -> list[str]:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-count:]
+
+
+def keep_log(log: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(log, target)
+
+
+def say(result: dict) -> str:
+    if "error" in result:
+        return "failed: " + " / ".join(result["error"][-3:])
+    figures = [f"{result['wall_s']:.0f} s in all"]
+    if "step_s" in result:
+        figures.insert(0, f"{result['step_s']:.3f} s per step")
+    if "h2d_bytes_per_s" in result:
+        figures.insert(0, f"{result['h2d_bytes_per_s'] / GB:.1f} GB/s")
+    return ", ".join(figures)
+
+
+# ---------------------------------------------------------------------------------------------------- set-up
+
+
+def describe_machine() -> dict[str, object]:
+    facts: dict[str, object] = {"system": platform.system(), "CPUs": os.cpu_count()}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        facts["GPU"], facts["driver"] = (part.strip() for part in answer.splitlines()[0].split(","))
+    return facts
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks",
+                        help="folder of the checkpoints, kept for the next call (24 GB for FLUX, 41 GB for Qwen-Image)")
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), help=", ".join(NAMES))
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps that are measured")
+    parser.add_argument("--child-timeout", type=float, default=150, help="seconds for one contender")
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no contender is started")
+    parser.add_argument("--logs", type=Path, help="folder that keeps what the contenders print")
+    parser.add_argument("--tiny", action="store_true", help="try the scripts on a CPU; the figures mean nothing")
+    args = parser.parse_args()
+    if not args.comfyui or not (args.comfyui / "comfy").is_dir():
+        parser.error(f"no ComfyUI in {args.comfyui}: set COMFYUI_PATH or give --comfyui")
+    if unknown := set(args.contenders or ()) - set(NAMES):
+        parser.error(f"unknown contenders {sorted(unknown)}: choose from {', '.join(NAMES)}")
+    if args.tiny and args.out == RESULTS:
+        args.out = args.work / "tiny-results"
+    return args
+
+
+if __name__ == "__main__":
+    main()

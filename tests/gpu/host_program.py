@@ -1,0 +1,68 @@
+"""ComfyUI on a GPU, our loader and its own in one process: prints which latents agree, as JSON in the last line.
+
+    python host_program.py COMFYUI MODELS [host flags]
+
+MODELS holds tiny-flux.safetensors and tiny-lora.safetensors. A process of its own, since the host reads its command
+line once and the rest of the tests run it with --cpu.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    comfyui, models, *flags = sys.argv[1:]
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
+    import comfy_host
+
+    comfy_host.start(Path(comfyui), flags)
+    import comfy.model_management as mm
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+    import torch
+    from sampling import LORA, MODEL, sample
+
+    for kind in ("diffusion_models", "loras"):
+        folder_paths.add_model_folder_path(kind, models)
+    node = comfy_host.load_pack("WeightStreamModelLoader")
+    lora = comfy.utils.load_torch_file(str(Path(models) / LORA))
+
+    def patched(model, strength: float):
+        with torch.inference_mode():
+            return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+    def load(limit_mb: float):
+        with torch.inference_mode():
+            output = node.execute(unet_name=MODEL, weight_dtype="default", vram_limit_gb=limit_mb / 1024)
+        return output.args[0]
+
+    with torch.inference_mode():
+        theirs = comfy.sd.load_diffusion_model(str(Path(models) / MODEL))
+    sample(theirs)
+    expected = {strength: sample(patched(theirs, strength) if strength else theirs) for strength in (0.0, 0.7, -0.4)}
+    agree: dict[str, bool] = {}
+    for limit in (9, 13, 16, 0):
+        ours = load(limit)
+        for strength in (0.0, 0.7, -0.4, 0.0):
+            for _ in range(3):
+                latent = sample(patched(ours, strength) if strength else ours)
+                key = f"limit {limit} MB, lora {strength}"
+                agree[key] = agree.get(key, True) and torch.equal(latent, expected[strength])
+        status = ours.status()
+        agree[f"limit {limit} MB, no miss"] = status["counters"]["misses"] == 0
+        agree[f"limit {limit} MB, mode"] = status["mode"] == ("streamed" if limit else "resident")
+        mm.unload_all_models()
+        agree[f"limit {limit} MB, memory given back"] = ours.status()["device_bytes"] == 0
+        agree[f"limit {limit} MB, after unloading"] = torch.equal(sample(ours), expected[0.0])
+        del ours
+    print(json.dumps({"device": torch.cuda.get_device_name(), "agree": agree}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The engine on a real GPU: many repeats, checksums, and nothing on the hot path that waits."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from models import Transformer, make_transformer
+from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming.arena import Arena
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+DEPTH, WIDTH, TOKENS = 12, 1024, 256
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[torch.Tensor, torch.Tensor]:
+    """An input, and what the model makes of it when it is an ordinary model on the GPU."""
+    model = make_transformer(DEPTH, WIDTH).cuda()
+    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).cuda()
+    model(x)
+    return x, model(x)
+
+
+def make_streamer(model: Transformer, **settings: int) -> Streamer:
+    return Streamer(model, split_model(model), CudaBackend(torch.device("cuda:0")), StreamingConfig(**settings))
+
+
+@pytest.mark.parametrize("copy_streams", [0, 1, 2, 3])
+def test_hundreds_of_steps_at_changing_budgets(reference: tuple[torch.Tensor, torch.Tensor], copy_streams: int) -> None:
+    x, expected = reference
+    model = make_transformer(DEPTH, WIDTH)
+    streamer = make_streamer(model, copy_streams=copy_streams)
+    chance = random.Random(copy_streams)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(12):
+        streamer.load(streamer.plan_for(chance.randint(streamer.minimum_bytes, streamer.model_bytes)))
+        for _ in range(40):
+            # Counted on the device: comparing on the host would let every copy finish first.
+            wrong += (model(x) != expected).sum()
+    assert int(wrong) == 0
+    assert streamer.counters.steps == 480
+    streamer.close()
+    assert streamer.backend.allocated == 0
+
+
+def test_random_orders_of_blocks_never_use_a_wrong_weight(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, _ = reference
+    chance = random.Random(7)
+    orders = [[chance.randrange(DEPTH) for _ in range(chance.randint(1, 20))] for _ in range(40)]
+    resident = make_transformer(DEPTH, WIDTH).cuda()
+    expected = [resident(x, order) for order in orders]
+    model = make_transformer(DEPTH, WIDTH)
+    streamer = make_streamer(model, slots=3)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes * 2))
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(5):
+        for order, result in zip(orders, expected, strict=True):
+            wrong += (model(x, order) != result).sum()
+    assert int(wrong) == 0
+    assert streamer.counters.misses > 0
+
+
+def test_slow_compute_never_sees_the_next_block(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Kernels that start late: the copy into their slot must wait for them (the ``free`` event)."""
+    x, expected = reference
+    model = make_transformer(DEPTH, WIDTH)
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    for block in model.blocks:
+        block.norm.register_forward_pre_hook(lambda *_: torch.cuda._sleep(2_000_000))
+    for _ in range(5):
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_a_step_never_waits_on_the_host(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, _ = reference
+    model = make_transformer(DEPTH, WIDTH)
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes * 3))
+    model(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            model(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streaming_overlaps_compute(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Against the synchronous run of the same model in the same process, never against a clock alone."""
+    x = reference[0].expand(1, TOKENS, WIDTH).repeat(8, 8, 1)
+
+    def seconds(copy_streams: int) -> float:
+        model = make_transformer(DEPTH, WIDTH)
+        streamer = make_streamer(model, copy_streams=copy_streams)
+        streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.blocks.sizes[0]))
+        times = []
+        for _ in range(8):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            model(x)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        return min(times)
+
+    assert seconds(2) < seconds(0)
+
+
+def test_masters_are_page_locked_for_every_device_and_let_go_of() -> None:
+    model = make_transformer(4, WIDTH)
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    weights = [block.qkv.weight for block in model.blocks]
+    assert all(weight.is_pinned() for weight in weights)
+    assert streamer.snapshot().pinned_bytes == sum(streamer.blocks.sizes)
+    streamer.close()
+    assert not any(weight.is_pinned() for weight in weights)
+
+
+def test_a_failed_registration_is_explained_and_leaves_no_error_behind() -> None:
+    backend = CudaBackend(torch.device("cuda:0"))
+    arena = Arena(backend)
+    buffer = arena.allocate(1 << 20)
+    arena.lock(buffer)
+    assert buffer.pinned
+    twice = arena.allocate(1 << 20)
+    twice.memory = buffer.memory
+    arena.lock(twice)
+    assert not twice.pinned
+    assert "page-locked by somebody else" in str(arena.reason)
+    # Straight to the driver, past our own check: it refuses, and the next kernel must not hear of it.
+    code = int(torch.cuda.cudart().cudaHostRegister(buffer.memory.data_ptr(), buffer.nbytes, 1))
+    assert code != 0
+    backend._drain_error()
+    assert float(torch.ones(4, device="cuda").sum()) == 4
+
+
+def test_out_of_memory_gives_everything_back(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, expected = reference
+    model = make_transformer(DEPTH, WIDTH)
+    streamer = make_streamer(model)
+    free = torch.cuda.mem_get_info()[0]
+    used = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + streamer.minimum_bytes * 2) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            streamer.load(streamer.plan_for(free))
+        assert streamer.backend.allocated == 0
+        assert torch.cuda.memory_allocated() == used
+        streamer.load(streamer.plan_for(streamer.minimum_bytes))
+        assert torch.equal(model(x), expected)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,149 @@
+"""The pack in a real ComfyUI server, used as a headless client uses it: API prompts and routes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import demo
+from tools.host import HeadlessHost, PromptFailed, PromptInterrupted
+
+TINY = demo.SIZES["tiny"]
+READY = "ready to stream"
+PLAN = re.compile(r"\d+ of \d+ blocks streamed")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadlessHost]:
+    host = HeadlessHost(
+        os.environ["COMFYUI_PATH"],
+        tmp_path_factory.mktemp("host"),
+        cpu=True,
+        environ={"WEIGHTSTREAM_VIRTUAL": "1x24MB", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    host.prepare()
+    demo.write_models(host, TINY)
+    with host:
+        yield host
+
+
+def prompt(seed: int, **model_inputs: Any) -> dict[str, Any]:
+    result = copy.deepcopy(demo.api_prompt(TINY, demo.OURS, seed))
+    result["model"]["inputs"].update(model_inputs)
+    return result
+
+
+def streamed_model(host: HeadlessHost) -> dict[str, Any]:
+    (model,) = demo.read_status(host)["models"]
+    return model
+
+
+def test_the_node_is_there_with_its_inputs(host: HeadlessHost) -> None:
+    info = host.get(f"/object_info/{demo.OURS}")[demo.OURS]
+    theirs = host.get(f"/object_info/{demo.THEIRS}")[demo.THEIRS]
+    assert info["category"] == "weightstream"
+    assert info["display_name"] == "Streamed Model Loader"
+    assert list(info["input"]["required"]) == list(theirs["input"]["required"])
+    assert list(info["input"]["optional"]) == ["vram_limit_gb"]
+    assert info["output"] == ["MODEL"]
+
+
+def test_a_prompt_converts_by_changing_the_class_type(host: HeadlessHost) -> None:
+    theirs = demo.api_prompt(TINY, demo.THEIRS, 5)
+    ours = copy.deepcopy(theirs)
+    ours["model"]["class_type"] = demo.OURS
+    demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 4))
+    expected = demo.sample(host, theirs).latent
+    assert demo.sample(host, ours).latent == expected
+    assert streamed_model(host)["counters"]["misses"] == 0
+
+
+def test_the_same_workflow_twice_loads_and_places_once(host: HeadlessHost) -> None:
+    host.run(prompt(10))
+    before = host.log
+    first = streamed_model(host)
+    host.run(prompt(11))
+    after = host.log[len(before) :]
+    assert READY in before
+    assert READY not in after
+    assert not PLAN.search(after)
+    second = streamed_model(host)
+    assert second["counters"]["steps"] == first["counters"]["steps"] + demo.STEPS
+    assert second["counters"]["copies"] == first["counters"]["copies"] + demo.STEPS * second["streamed_blocks"]
+
+
+def test_one_log_line_says_the_plan(host: HeadlessHost) -> None:
+    host.run(prompt(12))
+    lines = [line for line in host.log.splitlines() if PLAN.search(line)]
+    assert lines
+    assert "22.0 MB on the device" in lines[-1]
+    assert "34.7 MB page-locked" in lines[-1]
+
+
+def test_a_limit_below_one_block_fails_that_node_by_name(host: HeadlessHost) -> None:
+    with pytest.raises(PromptFailed, match="too small for demo-flux.safetensors") as caught:
+        host.run(prompt(13, vram_limit_gb=0.001))
+    assert caught.value.node_id == "model"
+    host.run(prompt(14))
+
+
+def test_a_truncated_file_fails_by_name_and_the_next_prompt_works(host: HeadlessHost) -> None:
+    whole = (host.models("diffusion_models") / demo.UNET).read_bytes()
+    (host.models("diffusion_models") / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PromptFailed, match=r"short\.safetensors: not a readable safetensors file") as caught:
+        host.run(prompt(15, unet_name="short.safetensors"))
+    assert caught.value.node_id == "model"
+    host.run(prompt(16))
+
+
+def test_free_gives_the_memory_back_and_the_next_prompt_streams_again(host: HeadlessHost) -> None:
+    expected = demo.sample(host, prompt(17)).latent
+    host.free()
+    give_up = time.monotonic() + 30
+    while demo.read_status(host)["models"] and time.monotonic() < give_up:
+        time.sleep(0.1)
+    status = demo.read_status(host)
+    assert status["models"] == []
+    assert [device["allocated_bytes"] for device in status["virtual_devices"]] == [0]
+    assert demo.sample(host, prompt(17)).latent == expected
+
+
+def test_an_interrupted_prompt_and_a_good_one_after_it(host: HeadlessHost) -> None:
+    expected = demo.sample(host, prompt(18)).latent
+    long = prompt(18)
+    long["sampler"]["inputs"]["steps"] = 2000
+    steps = streamed_model(host)["counters"]["steps"]
+    prompt_id = host.submit(long)
+    give_up = time.monotonic() + 60
+    while streamed_model(host)["counters"]["steps"] < steps + 5 and time.monotonic() < give_up:
+        time.sleep(0.02)
+    host.interrupt()
+    with pytest.raises(PromptInterrupted):
+        host.wait(prompt_id, timeout_s=60)
+    # The host's cache would answer a prompt that it has run.
+    host.free()
+    assert demo.sample(host, prompt(18)).latent == expected
+
+
+def test_the_demo_holds(tmp_path: Path) -> None:
+    program = Path(demo.__file__)
+    environment = {**os.environ, "WEIGHTSTREAM_VIRTUAL": "", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, str(program), "--folder", str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["bit_identical"] is True
+    assert summary["misses"] == 0
+    assert summary["steps"] == demo.STEPS
+    assert summary["streamed_bytes"] > 0
