@@ -17,6 +17,7 @@ class Model:
         kind, options: what tools/checkpoints.py is called with.
         context: tokens and width of the text conditioning.
         pooled: width of the pooled conditioning; 0 where the model has none.
+        virtual: bytes of the virtual device that a CPU streams a small model to.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Model:
     options: tuple[str, ...]
     context: tuple[int, int]
     pooled: int = 0
+    virtual: str = ""
 
     @property
     def filename(self) -> str:
@@ -31,9 +33,9 @@ class Model:
 
 
 FLUX_DEV = Model("flux-dev-random", "flux", ("--size", "dev"), context=(512, 4096), pooled=768)
-FLUX_TINY = Model("flux-tiny-random", "flux", ("--size", "tiny"), context=(32, 768), pooled=768)
+FLUX_TINY = Model("flux-tiny-random", "flux", ("--size", "tiny"), context=(32, 768), pooled=768, virtual="24MB")
 QWEN_IMAGE = Model("qwen-image-random", "qwen-image", (), context=(128, 3584))
-QWEN_IMAGE_TINY = Model("qwen-image-tiny-random", "qwen-image", ("--layers", "1"), context=(16, 3584))
+QWEN_IMAGE_TINY = Model("qwen-image-tiny-random", "qwen-image", ("--layers", "2"), context=(16, 3584), virtual="2GB")
 TINY_MODELS = {FLUX_DEV: FLUX_TINY, QWEN_IMAGE: QWEN_IMAGE_TINY}
 
 COMFY_CONTENDERS = ("weightstream", "comfy-dynamic", "comfy-static")

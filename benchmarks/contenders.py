@@ -68,10 +68,11 @@ def load_with_weightstream(job: Job) -> Any:
 
     folder_paths.add_model_folder_path("diffusion_models", str(job.checkpoint.parent))
     node = comfy_host.load_pack("WeightStreamModelLoader")
-    output = node.execute(
-        unet_name=job.checkpoint.name, weight_dtype="default", vram_limit_gb=job.case.vram_limit_gb
-    )
-    return output.args[0]
+    output = node.execute(unet_name=job.checkpoint.name, weight_dtype="default", vram_limit_gb=job.case.vram_limit_gb)
+    model = output.args[0]
+    if not hasattr(model, "status"):
+        raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
+    return model
 
 
 def conditioning(case: Case) -> list:
@@ -141,6 +142,7 @@ def step_figures(clock: Any, job: Job) -> dict[str, Any]:
         total = torch.cuda.mem_get_info()[1]
         used_by_others = total - job.free_bytes
         figures["peak_bytes"] = {
+            "torch_allocated": torch.cuda.max_memory_allocated(),
             "torch_reserved": torch.cuda.max_memory_reserved(),
             "device": clock.peak_used_bytes - used_by_others,
         }
@@ -149,9 +151,8 @@ def step_figures(clock: Any, job: Job) -> dict[str, Any]:
 
 def weight_figures(model: Any) -> dict[str, Any]:
     """Bytes of weights kept on the device and streamed in every step, and our own account of it where there is one."""
-    status = getattr(model, "status", None)
-    if callable(status):
-        report = status()
+    if hasattr(model, "status"):
+        report = model.status()
         kept = report["resident_bytes"] + report["rest_bytes"]
         return {"kept_bytes": kept, "streamed_bytes": report["streamed_block_bytes"], "status": report}
     kept = int(model.loaded_size())
@@ -198,5 +199,14 @@ def measure(job: Job) -> dict[str, Any]:
     return measure_comfy(job, load_with_weightstream if ours else load_with_comfy)
 
 
-NAMES = ("resident", "h2d", "weightstream", "weightstream-static", "comfy-dynamic", "comfy-static",
-         "diffusers-block", "diffusers-leaf", "mmgp")
+NAMES = (
+    "resident",
+    "h2d",
+    "weightstream",
+    "weightstream-static",
+    "comfy-dynamic",
+    "comfy-static",
+    "diffusers-block",
+    "diffusers-leaf",
+    "mmgp",
+)

@@ -85,7 +85,10 @@ def _group_offloading(model: Any, device: str, **options: Any) -> None:
     from diffusers.hooks import apply_group_offloading
 
     apply_group_offloading(
-        model, onload_device=torch.device(device), offload_device=torch.device("cpu"), use_stream=device == "cuda",
+        model,
+        onload_device=torch.device(device),
+        offload_device=torch.device("cpu"),
+        use_stream=device == "cuda",
         **options,
     )
 

@@ -11,7 +11,14 @@ from cases import CASES, GB, Case
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 OURS = ("weightstream", "weightstream-static")
 COLUMNS = (
-    "case", "who", "step, s", "to its floor", "to ComfyUI dynamic", "kept, GB", "peak, GB", "load + first step, s",
+    "case",
+    "who",
+    "step, s",
+    "to its floor",
+    "to ComfyUI dynamic",
+    "kept, GB",
+    "peak, GB",
+    "load + first step, s",
     "latent",
 )
 
@@ -89,7 +96,7 @@ def latent_cell(run: dict) -> str:
 
 def run_row(case: str, name: str, run: dict) -> list[str]:
     if "error" in run:
-        return [case, name, f"failed: {escape(run['error'][-1] if run['error'] else 'no output')}", *[""] * 6]
+        return [case, name, f"failed: {escape(run['error'][0])}; {escape(run['error'][-1])}", *[""] * 6]
     return [
         case,
         name,

@@ -37,19 +37,25 @@ def main() -> None:
     deadline = time.monotonic() + args.time_limit
     machine = describe_machine()
     limits: dict[object, dict] = {}
+    failed = []
     for name in args.cases:
         case = CASES[name].shrunk() if args.tiny else CASES[name]
-        run_case(case, args, machine, limits, deadline)
+        try:
+            run_case(case, args, machine, limits, deadline)
+        except (HolderError, OSError, subprocess.SubprocessError) as error:
+            print(f"{name}: {error}", flush=True)
+            failed.append(name)
     if args.out.resolve() == RESULTS and not args.tiny:
         report.update_readme(HERE / "README.md", RESULTS)
+    if failed:
+        raise SystemExit(f"could not measure {', '.join(failed)}")
 
 
 def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, deadline: float) -> None:
     """Measure one case; the file is written anew after each contender, so that a break loses one run."""
     checkpoint = ensure_checkpoint(case.model, args.work)
     names = args.contenders or [*LIMITS, *case.contenders]
-    with hold_back_vram(None) as holder:
-        case_limits = measure_limits(case, names, checkpoint, args, limits, holder, deadline)
+    case_limits = measure_limits(case, names, checkpoint, args, limits, deadline)
     runs: dict[str, dict] = {}
     with hold_back_vram(case.free_gb) as holder:
         for name in names:
@@ -60,14 +66,17 @@ def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, 
     report.write_json(args.out / f"{case.name}.json", report.summarize(case, machine, case_limits, runs))
 
 
-def measure_limits(case: Case, names: list[str], checkpoint: Path, args: argparse.Namespace, known: dict,
-                   holder: Holder, deadline: float) -> dict[str, dict]:
+def measure_limits(
+    case: Case, names: list[str], checkpoint: Path, args: argparse.Namespace, known: dict, deadline: float
+) -> dict[str, dict]:
     """The limits of ``case``. Cases of the same shapes in one call share them; each says where it was measured."""
     keys = {"resident": (case.limits_key, args.steps), "h2d": "h2d"}
-    for name in LIMITS:
-        if name in names and "error" in known.get(keys[name], {"error": "not measured"}):
-            result = run_contender(case, name, checkpoint, args, holder, deadline)
-            known[keys[name]] = result | {"measured_in": case.name}
+    missing = [name for name in LIMITS if name in names and keys[name] not in known]
+    if missing:
+        with hold_back_vram(None) as holder:
+            for name in missing:
+                result = run_contender(case, name, checkpoint, args, holder, deadline)
+                known[keys[name]] = result | {"measured_in": case.name}
     return {name: known[keys[name]] for name in LIMITS if keys[name] in known}
 
 
@@ -101,6 +110,10 @@ def make_room(model: Model, work: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- VRAM
 
 
+class HolderError(RuntimeError):
+    """VRAM cannot be held back, so the case cannot be measured."""
+
+
 class Holder:
     """A process that holds VRAM and answers how much of the device is free."""
 
@@ -113,7 +126,7 @@ class Holder:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError("the process that holds VRAM ended; its last words are above")
+            raise HolderError("the process that holds VRAM ended; its last words are above")
         return json.loads(answer)["free"]
 
     def settled_free_bytes(self) -> int:
@@ -139,9 +152,10 @@ def hold_back_vram(free_gb: float | None) -> Iterator[Holder]:
 # -------------------------------------------------------------------------------------------------- contenders
 
 
-def run_contender(case: Case, name: str, checkpoint: Path, args: argparse.Namespace, holder: Holder,
-                  deadline: float) -> dict:
-    """One contender in a fresh process; its result, or ``{"error": last lines}``."""
+def run_contender(
+    case: Case, name: str, checkpoint: Path, args: argparse.Namespace, holder: Holder, deadline: float
+) -> dict:
+    """One contender in a fresh process; its result, or ``{"error": [why it ended, its last lines ...]}``."""
     left = deadline - time.monotonic()
     if left < args.child_timeout / 3:
         return {"error": [f"not started: {left:.0f} s of the time limit were left"]}
@@ -151,36 +165,52 @@ def run_contender(case: Case, name: str, checkpoint: Path, args: argparse.Namesp
     with tempfile.TemporaryDirectory() as scratch:
         out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
         command = [
-            sys.executable, str(HERE / "worker.py"), case.name, name, "--checkpoint", str(checkpoint),
-            "--comfyui", str(args.comfyui), "--steps", str(args.steps), "--free-bytes", str(free), "--out", str(out),
+            sys.executable,
+            str(HERE / "worker.py"),
+            case.name,
+            name,
+            "--checkpoint",
+            str(checkpoint),
+            "--comfyui",
+            str(args.comfyui),
+            "--steps",
+            str(args.steps),
+            "--free-bytes",
+            str(free),
+            "--out",
+            str(out),
             *(["--tiny"] if case.tiny else []),
         ]
         failure = run_child(command, child_environment(case), log, min(args.child_timeout, left))
         if args.logs:
             keep_log(log, args.logs / f"{case.name}.{name}.log")
-        result = json.loads(out.read_text()) if out.exists() else {"error": last_lines(log) + failure}
+        result = json.loads(out.read_text()) if out.exists() else {"error": [failure, *last_lines(log)]}
     result |= {"free_bytes_before": free, "wall_s": time.monotonic() - started}
     print(f"  {say(result)}", flush=True)
     return result
 
 
-def run_child(command: list[str], environment: dict[str, str], log: Path, timeout: float) -> list[str]:
-    """Run to the end or to the timeout; why it failed, or nothing."""
+def run_child(command: list[str], environment: dict[str, str], log: Path, timeout: float) -> str:
+    """Run to the end or to the timeout; how it ended."""
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return [f"stopped after {timeout:.0f} s"]
+            return f"stopped after {timeout:.0f} s"
         finally:
             process.kill()
             process.wait()
-    return [] if code == 0 else [f"exit status {code}"]
+    return f"exit status {code}"
 
 
 def child_environment(case: Case) -> dict[str, str]:
     """ComfyUI's own settings for everybody; a tiny run streams on a virtual device."""
-    return os.environ | ({"WEIGHTSTREAM_VIRTUAL": "1x24MB", "CUDA_VISIBLE_DEVICES": ""} if case.tiny else {})
+    return os.environ | (_tiny_environment(case) if case.tiny else {})
+
+
+def _tiny_environment(case: Case) -> dict[str, str]:
+    return {"WEIGHTSTREAM_VIRTUAL": f"1x{case.model.virtual}", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def last_lines(log: Path, count: int = 8) -> list[str]:
@@ -195,7 +225,7 @@ def keep_log(log: Path, target: Path) -> None:
 
 def say(result: dict) -> str:
     if "error" in result:
-        return "failed: " + " / ".join(result["error"][-3:])
+        return "failed: " + "; ".join(dict.fromkeys((result["error"][0], result["error"][-1])))
     figures = [f"{result['wall_s']:.0f} s in all"]
     if "step_s" in result:
         figures.insert(0, f"{result['step_s']:.3f} s per step")
@@ -220,8 +250,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks",
-                        help="folder of the checkpoints, kept for the next call (24 GB for FLUX, 41 GB for Qwen-Image)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "weightstream-benchmarks",
+        help="folder of the checkpoints, kept for the next call (24 GB for FLUX, 41 GB for Qwen-Image)",
+    )
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
     parser.add_argument("--contenders", type=lambda text: text.split(","), help=", ".join(NAMES))
     parser.add_argument("--steps", type=int, default=12, help="denoising steps that are measured")
@@ -234,7 +268,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"no ComfyUI in {args.comfyui}: set COMFYUI_PATH or give --comfyui")
     if unknown := set(args.contenders or ()) - set(NAMES):
         parser.error(f"unknown contenders {sorted(unknown)}: choose from {', '.join(NAMES)}")
-    if args.tiny and args.out == RESULTS:
+    if args.tiny and args.out.resolve() == RESULTS:
         args.out = args.work / "tiny-results"
     return args
 

@@ -31,8 +31,6 @@ import numpy as np
 CHUNK_VALUES = 1 << 20  # 4 MB of float32: larger chunks are no faster, and leave the cache
 ITEM_BYTES = 2  # BF16 and F16 alike
 
-# ----------------------------------------------------------------------------------------------------- tensors
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -62,9 +60,6 @@ def linear(name: str, inputs: int, outputs: int, bias: bool = True, dtype: str =
 def norm(name: str, width: int, dtype: str = "BF16") -> TensorSpec:
     """A norm's scale: exactly 1."""
     return TensorSpec(name, (width,), std=0.0, mean=1.0, dtype=dtype)
-
-
-# ----------------------------------------------------------------------------------------------- architectures
 
 
 @dataclass(frozen=True)
@@ -155,14 +150,14 @@ def qwen_image_tensors(layers: int) -> list[TensorSpec]:
             specs += linear(f"{prefix}{stream}_mlp.net.2", 4 * h, h)
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"):
             specs += linear(f"{prefix}attn.{name}", h, h)
-        specs += [norm(f"{prefix}attn.{name}.weight", HEAD)
-                  for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+        specs += [
+            norm(f"{prefix}attn.{name}.weight", HEAD) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+        ]
     return specs
 
 
 def clip_l_tensors() -> list[TensorSpec]:
-    """CLIP-L in full: the host takes its depth and width from a file of its own, and leaves a missing layer's memory
-    uninitialised."""
+    """CLIP-L in full: the host knows its depth and width, and leaves a missing layer's memory uninitialised."""
     h, f16 = 768, "F16"
     specs = [
         TensorSpec("text_model.embeddings.token_embedding.weight", (49408, h), std=0.02, dtype=f16),
@@ -181,16 +176,15 @@ def clip_l_tensors() -> list[TensorSpec]:
     return [*specs, *linear("text_projection", h, h, bias=False, dtype=f16)]
 
 
-# ------------------------------------------------------------------------------------------------------ writing
-
-
 def encode_header(specs: list[TensorSpec]) -> bytes:
     """The safetensors header of ``specs`` laid out one after the other, padded to 8 bytes as the format asks."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
         header[spec.name] = {
-            "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes],
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
         }
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -91,7 +91,7 @@ def test_one_log_line_says_the_plan(host: HeadlessHost) -> None:
 
 
 def test_a_limit_below_one_block_fails_that_node_by_name(host: HeadlessHost) -> None:
-    with pytest.raises(PromptFailed, match="too small for demo-flux.safetensors") as caught:
+    with pytest.raises(PromptFailed, match=r"too small for demo-flux\.safetensors") as caught:
         host.run(prompt(13, vram_limit_gb=0.001))
     assert caught.value.node_id == "model"
     host.run(prompt(14))

@@ -1,0 +1,91 @@
+"""dev.py, as a user on a fresh machine meets it; what needs the network is left to its own first run."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DEV = ROOT / "dev.py"
+
+
+@pytest.fixture
+def dev() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("weightstream_dev", DEV)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(DEV), *arguments], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_env_prints_json_and_nothing_else() -> None:
+    result = run("env", WEIGHTSTREAM_PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert set(facts) == {"python", "comfyui", "comfyui_version"}
+    assert Path(facts["comfyui"]) == Path(os.environ["COMFYUI_PATH"])
+    assert facts["comfyui_version"].count(".") == 2
+
+
+@pytest.mark.parametrize("command", ["env", "test", "demo"])
+def test_a_wrong_path_is_explained_without_a_traceback(command: str, tmp_path: Path) -> None:
+    result = run(command, COMFYUI_PATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "COMFYUI_PATH" in result.stderr
+    assert "unset it" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_surrounding_comfyui_is_found(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = tmp_path / "ComfyUI" / "custom_nodes" / "weightstream"
+    pack.mkdir(parents=True)
+    monkeypatch.setattr(dev, "ROOT", pack)
+    assert dev.surrounding_comfyui() is None
+    for name in dev.COMFYUI_MARKS:
+        (tmp_path / "ComfyUI" / name).touch()
+    assert dev.surrounding_comfyui() == tmp_path / "ComfyUI"
+    assert dev.own_python(tmp_path / "ComfyUI") == Path(sys.executable)
+    own = dev.venv_python(tmp_path / "ComfyUI" / ".venv")
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert dev.own_python(tmp_path / "ComfyUI") == own
+
+
+def test_another_archive_is_refused(dev: ModuleType, tmp_path: Path) -> None:
+    archive = tmp_path / "comfy.tar.gz"
+    archive.write_bytes(b"something else")
+    with pytest.raises(dev.SetupError, match="not the pinned file"):
+        dev._check_sha256(archive)
+
+
+@pytest.mark.parametrize("name", ["../../outside.py", "/etc/outside.py"])
+def test_an_archive_cannot_write_outside(dev: ModuleType, tmp_path: Path, name: str) -> None:
+    archive = tmp_path / "comfy.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        member = tarfile.TarInfo(dev.SDIST_COMFYUI + name)
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"bad"))
+    with pytest.raises(dev.SetupError, match="unsafe path"):
+        dev._unpack_comfyui(archive, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_the_cache_can_be_moved(dev: ModuleType, tmp_path: Path) -> None:
+    assert dev.cache_dir({"WEIGHTSTREAM_CACHE": str(tmp_path / "elsewhere")}) == tmp_path / "elsewhere"
