@@ -26,6 +26,11 @@ Event = Any
 # A function that gives the seconds that compute waited, or None while the device has not got there.
 Stall = Callable[[], float | None]
 
+# A copy engine finishes a copy before it starts another one. Hosts copy small tensors to the device in every step (the
+# time step, conditioning), and each would wait for a whole block: 5 ms on average for FLUX, four times a step. Pieces
+# of this size already reach the full bandwidth (docs/design.md, "Pieces").
+COPY_PIECE = 32 * 1024**2
+
 # cudaHostRegisterPortable: page-locked for every device's context, not only for the current one (CUDA runtime API).
 HOST_REGISTER_PORTABLE = 1
 
@@ -115,7 +120,8 @@ class CudaBackend(Backend):
             if after is not None:
                 # Race: the kernels of the block that used the target before may still be reading it.
                 stream.wait_event(after)
-            target.copy_(source, non_blocking=True)
+            for to_piece, from_piece in zip(target.split(COPY_PIECE), source.split(COPY_PIECE), strict=True):
+                to_piece.copy_(from_piece, non_blocking=True)
             event = torch.cuda.Event()
             event.record(stream)
         return event
