@@ -1,5 +1,13 @@
 """One device: its memory, its copy streams, its events, and how host memory is page-locked for it.
 
+[Note: pieces take turns]
+A copy is cut into pieces that take turns on the copy streams, and each piece waits for the one before it. So copies
+are carried out in the order in which they were queued, whichever stream a piece is on. The turns are not for
+bandwidth, one stream has all of it. They are for others: a GPU's copy engine stays with a stream until that stream
+has nothing to do, and a host copies small tensors to the device in every step (the time step, conditioning). Behind a
+stream with two blocks of FLUX in its queue such a copy waited 21 ms. At the end of each piece the engine must look
+for another stream, and takes the small copy then.
+
 Two backends: CUDA (ROCm's builds of torch answer to the same names), and a real one on the CPU whose copy streams
 are worker threads and whose memory has a byte budget. The CPU backend lets everything above it run, stream, evict
 and fail without a GPU.
@@ -10,8 +18,9 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from typing import Any
 
 import torch
@@ -26,11 +35,6 @@ Event = Any
 # A function that gives the seconds that compute waited, or None while the device has not got there.
 Stall = Callable[[], float | None]
 
-# A copy engine finishes a copy before it starts another one. Hosts copy small tensors to the device in every step (the
-# time step, conditioning), and each would wait for a whole block: 5 ms on average for FLUX, four times a step. Pieces
-# of this size already reach the full bandwidth (docs/design.md, "Pieces").
-COPY_PIECE = 32 * 1024**2
-
 # cudaHostRegisterPortable: page-locked for every device's context, not only for the current one (CUDA runtime API).
 HOST_REGISTER_PORTABLE = 1
 
@@ -44,11 +48,17 @@ class Backend(ABC):
         allocated, peak: bytes that this backend has handed out, now and at most.
     """
 
+    # Bytes of a piece (Note: pieces take turns); a copy that is no longer is one piece.
+    piece_bytes = 64 * 1024**2
+
     def __init__(self, device: torch.device, name: str) -> None:
         self.device = device
         self.name = name
         self.allocated = 0
         self.peak = 0
+        self._streams: list[Any] = []
+        self._pieces = 0
+        self._last_piece: Event | None = None
 
     @property
     def budget(self) -> int | None:
@@ -72,13 +82,31 @@ class Backend(ABC):
         """Count ``buffer`` as given back; its memory goes when the last reference does."""
         self.allocated -= buffer.nbytes
 
+    def open(self, copy_streams: int) -> None:
+        """Have ``copy_streams`` streams for copies; with 0 they run on the compute stream, or in the caller."""
+        while len(self._streams) < copy_streams:
+            self._streams.append(self._create_stream())
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        """Queue a copy that starts when ``after`` has happened; the event says when it is done.
+
+        Copies are carried out in the order in which they are queued (Note: pieces take turns).
+        """
+        for to_piece, from_piece in zip(target.split(self.piece_bytes), source.split(self.piece_bytes), strict=True):
+            stream = self._streams[self._pieces % len(self._streams)] if self._streams else None
+            waits = [event for event in (self._last_piece, after) if event is not None]
+            self._last_piece = self._copy_piece(stream, to_piece, from_piece, waits)
+            self._pieces += 1
+            after = None
+        return self._last_piece
+
     @abstractmethod
-    def create_stream(self) -> Any:
+    def _create_stream(self) -> Any:
         """A stream for copies."""
 
     @abstractmethod
-    def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
-        """Queue a copy on ``stream`` that starts when ``after`` has happened; the event says when it is done."""
+    def _copy_piece(self, stream: Any, target: torch.Tensor, source: torch.Tensor, waits: Sequence[Event]) -> Event:
+        """Queue one piece on ``stream`` behind all of ``waits``."""
 
     @abstractmethod
     def mark(self) -> Event:
@@ -102,6 +130,8 @@ class Backend(ABC):
 
     def close(self) -> None:
         """Let go of streams and threads, and of what was allocated."""
+        self._streams.clear()
+        self._last_piece = None
         self.allocated = 0
 
 
@@ -112,19 +142,22 @@ class CudaBackend(Backend):
         index = device.index if device.index is not None else torch.cuda.current_device()
         super().__init__(torch.device("cuda", index), f"cuda:{index}")
 
-    def create_stream(self) -> torch.cuda.Stream:
+    def _create_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
 
-    def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+    def _copy_piece(
+        self, stream: torch.cuda.Stream | None, target: torch.Tensor, source: torch.Tensor, waits: Sequence[Event]
+    ) -> Event:
+        stream = stream or torch.cuda.current_stream(self.device)
         with torch.cuda.stream(stream):
-            if after is not None:
-                # Race: the kernels of the block that used the target before may still be reading it.
-                stream.wait_event(after)
-            for to_piece, from_piece in zip(target.split(COPY_PIECE), source.split(COPY_PIECE), strict=True):
-                to_piece.copy_(from_piece, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(stream)
-        return event
+            for event in waits:
+                # Race: the kernels of the block that used the target before may still be reading it, and an earlier
+                # copy into the same slot may not be done.
+                stream.wait_event(event)
+            target.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(stream)
+        return done
 
     def mark(self) -> Event:
         event = torch.cuda.Event()
@@ -202,13 +235,14 @@ class CpuBackend(Backend):
     """A virtual device in ordinary RAM: a byte budget, and one worker thread for each copy stream.
 
     Compute is what the calling thread does, so an event of compute has always happened already, and waiting for a
-    copy blocks the caller.
+    copy blocks the caller. A copy is one piece: nobody else uses these threads, and a failed piece fails its copy.
     """
+
+    piece_bytes = 1 << 62
 
     def __init__(self, memory: VirtualMemory) -> None:
         super().__init__(torch.device("cpu"), memory.name)
         self.memory = memory
-        self._streams: list[ThreadPoolExecutor] = []
 
     @property
     def budget(self) -> int:
@@ -222,20 +256,21 @@ class CpuBackend(Backend):
         self.memory.give(buffer.nbytes)
         super().free(buffer)
 
-    def create_stream(self) -> ThreadPoolExecutor:
-        stream = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weightstream-{self.name}")
-        self._streams.append(stream)
-        return stream
+    def _create_stream(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weightstream-{self.name}")
 
-    def copy(
-        self, stream: ThreadPoolExecutor, target: torch.Tensor, source: torch.Tensor, after: Event | None
+    def _copy_piece(
+        self, stream: ThreadPoolExecutor | None, target: torch.Tensor, source: torch.Tensor, waits: Sequence[Event]
     ) -> Event:
         def run() -> None:
-            if after is not None:
-                after.result()
+            # Only for the order: that an earlier copy failed is the concern of who waits for that one.
+            wait_for_futures(waits)
             target.copy_(source)
 
-        return stream.submit(run)
+        if stream is not None:
+            return stream.submit(run)
+        run()
+        return self.mark()
 
     def mark(self) -> Event:
         done: Future[None] = Future()
@@ -262,7 +297,6 @@ class CpuBackend(Backend):
     def close(self) -> None:
         for stream in self._streams:
             stream.shutdown()
-        self._streams.clear()
         # A model that is dropped without unloading gives its share back here.
         self.memory.give(self.allocated)
         super().close()

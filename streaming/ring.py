@@ -1,9 +1,8 @@
-"""Reusable staging memory on the device: a few slots, each filled by one copy stream and guarded by two events."""
+"""Reusable staging memory on the device: a few slots, each guarded by two events."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -16,14 +15,11 @@ class Slot:
 
     Attributes:
         buffer: uint8 memory on the device.
-        stream: the copy stream that fills this slot, always the same one: two copies into one slot never overtake
-            each other.
         ready: the last copy into the slot is done.
         free: the last block that read the slot is done; None while nothing has read it.
     """
 
     buffer: torch.Tensor = field(repr=False)
-    stream: Any
     ready: Event | None = None
     free: Event | None = None
 
@@ -31,13 +27,13 @@ class Slot:
 class Ring:
     """``count`` slots of ``slot_bytes`` on one device."""
 
-    def __init__(self, backend: Backend, count: int, slot_bytes: int, streams: list[Any]) -> None:
+    def __init__(self, backend: Backend, count: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
         self._backend = backend
         self.slots: list[Slot] = []
         try:
-            for index in range(count):
-                self.slots.append(Slot(backend.allocate(slot_bytes), streams[index % len(streams)]))
+            for _ in range(count):
+                self.slots.append(Slot(backend.allocate(slot_bytes)))
         except BaseException:
             self.release()
             raise
@@ -49,7 +45,7 @@ class Ring:
     def fill(self, index: int, source: torch.Tensor) -> None:
         """Copy ``source`` to the start of a slot, after the slot's last reader."""
         slot = self.slots[index]
-        slot.ready = self._backend.copy(slot.stream, slot.buffer[: source.nbytes], source, slot.free)
+        slot.ready = self._backend.copy(slot.buffer[: source.nbytes], source, slot.free)
 
     def release(self) -> None:
         """Give the memory back. No copy into it may be under way."""

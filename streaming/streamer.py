@@ -1,12 +1,11 @@
 """The life cycle of a streamed model: load -> (prefetch -> wait -> release)* -> unload.
 
 [Note: two events guard a slot]
-A slot's memory has one writer, its copy stream, and one reader, the compute stream. Four things keep them apart:
+A slot's memory is written by copies and read by the compute stream. Four things keep them apart:
  1. write after read: a copy into a slot waits for ``free``, recorded on the compute stream when the slot's last
-    block has queued its kernels (``_leave``);
- 2. read after write: a block's kernels are queued behind a wait for ``ready``, recorded on the copy stream after the
-    copy (``_enter``);
- 3. write after write: a slot is always filled by the same copy stream, so copies into it keep their order;
+    block has queued its kernels (``_release``);
+ 2. read after write: a block's kernels are queued behind a wait for ``ready``, recorded after the copy (``enter``);
+ 3. write after write: the backend carries copies out in the order in which they are queued;
  4. the host never rewrites a master copy while a copy from it may be under way: ``load`` and ``invalidate`` drain
     the copy streams first.
 The host itself waits for nothing between ``load`` and ``unload``. Tensors never tell torch's allocator about the
@@ -74,7 +73,6 @@ class Streamer:
         self._arena = Arena(backend, config.pin_memory, config.pin_limit)
         self._copies = [BlockCopies(block) for block in blocks.blocks]
         self._rest = BlockCopies(blocks.rest)
-        self._streams: list[Any] = []
         self._ring: Ring | None = None
         self._slot_bindings: dict[tuple[int, int], Binding] = {}
         self._schedule: Schedule | None = None
@@ -171,7 +169,6 @@ class Streamer:
         self.unload()
         for copies in self._copies:
             copies.drop_master(self._arena)
-        self._streams.clear()
         self.backend.close()
 
     def _stale(self, plan: Plan, patches: Patches) -> bool:
@@ -226,10 +223,8 @@ class Streamer:
             copies.bind()
 
     def _make_ring(self, plan: Plan) -> None:
-        wanted = max(1, self.config.copy_streams)
-        while len(self._streams) < wanted:
-            self._streams.append(self.backend.create_stream())
-        self._ring = Ring(self.backend, plan.slots, plan.slot_bytes, self._streams)
+        self.backend.open(self.config.copy_streams)
+        self._ring = Ring(self.backend, plan.slots, plan.slot_bytes)
         lookahead = 0 if self.config.synchronous else plan.slots
         self._schedule = Schedule(plan.streamed, plan.slots, lookahead)
         with torch.inference_mode(False):

@@ -7,6 +7,8 @@ later one has seen the earlier. That holds for every possible timing at once, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from weightstream.streaming import Backend
@@ -18,26 +20,42 @@ Clock = dict[int, int]
 class RaceBackend(Backend):
     """Copies take place at once; what is checked is whether anything would have made them wait."""
 
+    piece_bytes = 256  # A block of this file's models takes 512 bytes: two pieces.
+
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), "race")
         self.clocks: dict[int, Clock] = {COMPUTE: {}}
         self.writes: dict[int, list[Clock]] = {}
         self.reads: dict[int, list[Clock]] = {}
         self.accesses = 0
+        self._slots: list[range] = []
 
-    def create_stream(self) -> int:
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        buffer = super().allocate(nbytes)
+        self._slots.append(range(buffer.data_ptr(), buffer.data_ptr() + nbytes))
+        return buffer
+
+    def _slot(self, tensor: torch.Tensor) -> int | None:
+        """The start of the allocation that ``tensor`` lies in."""
+        return next((slot.start for slot in self._slots if tensor.data_ptr() in slot), None)
+
+    def _create_stream(self) -> int:
         stream = len(self.clocks)
         self.clocks[stream] = {}
         return stream
 
-    def copy(self, stream: int, target: torch.Tensor, source: torch.Tensor, after: Clock | None) -> Clock:
-        if after is not None:
-            self._join(stream, after)
-        address = target.data_ptr()
+    def _copy_piece(
+        self, stream: int | None, target: torch.Tensor, source: torch.Tensor, waits: Sequence[Clock]
+    ) -> Clock:
+        stream = COMPUTE if stream is None else stream
+        for event in waits:
+            self._join(stream, event)
+        slot = self._slot(target)
+        assert slot is not None, "a copy outside of the ring"
         now = self._tick(stream)
-        self._check(now, self.reads.get(address, []), "a copy overwrites a slot that may still be read")
-        self._check(now, self.writes.get(address, []), "a copy may be overtaken by an earlier one into its slot")
-        self.writes.setdefault(address, []).append(now)
+        self._check(now, self.reads.get(slot, []), "a copy overwrites a slot that may still be read")
+        self._check(now, self.writes.get(slot, []), "a copy may be overtaken by an earlier one into its slot")
+        self.writes.setdefault(slot, []).append(now)
         target.copy_(source)
         return dict(now)
 
@@ -62,12 +80,12 @@ class RaceBackend(Backend):
         """Nothing was locked."""
 
     def read(self, tensor: torch.Tensor) -> None:
-        """Compute reads the memory at the start of ``tensor``'s storage view."""
-        address = tensor.data_ptr()
+        """Compute reads the slot that ``tensor`` lies in, if it lies in one."""
+        slot = self._slot(tensor)
         now = self._tick(COMPUTE)
-        if address in self.writes:
-            self._check(now, self.writes[address], "a block reads a slot before the copy into it is done")
-            self.reads.setdefault(address, []).append(now)
+        if slot in self.writes:
+            self._check(now, self.writes[slot], "a block reads a slot before the copy into it is done")
+            self.reads.setdefault(slot, []).append(now)
 
     def _tick(self, stream: int) -> Clock:
         self.accesses += 1

@@ -176,10 +176,10 @@ class FailingBackend(CpuBackend):
         self.failing_copy = failing_copy
         self.at_once = at_once
 
-    def copy(self, stream, target, source, after):
+    def _copy_piece(self, stream, target, source, waits):
         self.copies += 1
         if self.copies != self.failing_copy:
-            return super().copy(stream, target, source, after)
+            return super()._copy_piece(stream, target, source, waits)
         target.fill_(255)  # A slot that was half written must never be taken for a block.
         if self.at_once:
             raise OSError("the copy failed")
