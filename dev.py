@@ -380,10 +380,10 @@ def call(host: Host, command: Sequence[str | os.PathLike[str]]) -> int:
     return subprocess.run(list(map(os.fspath, command)), cwd=ROOT, env=environ, check=False).returncode
 
 
-def demo(size: str, rest: Sequence[str]) -> int:
+def demo(rest: Sequence[str]) -> int:
     host = find_host()
     say(f"ComfyUI {host.version} in {host.path}")
-    return call(host, [host.python, ROOT / "tools" / "demo.py", "--size", size, *rest])
+    return call(host, [host.python, ROOT / "tools" / "demo.py", *rest])
 
 
 def test(rest: Sequence[str]) -> int:
@@ -410,20 +410,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own options, and the rest, which pytest or the demo read."""
     parser = argparse.ArgumentParser(prog="dev.py", description="Demo, tests, environment and bundle of WeightStream.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    show = commands.add_parser("demo", help="stream a real FLUX in a real ComfyUI and compare the results")
-    show.add_argument("--size", choices=("tiny", "full"), default="tiny", help="full: FLUX-dev's shapes, needs a GPU")
+    show = "stream a real FLUX in a real ComfyUI and compare the results; --help shows its options"
+    commands.add_parser("demo", help=show, add_help=False)
     commands.add_parser("test", help="run the tests; everything after it goes to pytest", add_help=False)
     commands.add_parser("env", help="print the interpreter and the ComfyUI that are used, as JSON")
     pack = commands.add_parser("bundle", help="pack ComfyUI and its wheels for a Linux GPU machine without network")
     pack.add_argument("folder", metavar="DIR", type=Path)
     pack.add_argument("--python", default="3.12", metavar="X.Y", help="the Python of that machine (default: 3.12)")
-    if argv[:1] == ["test"]:
-        # Here and not in argparse, which would take pytest's own options for its own.
-        return parser.parse_args(["test"]), list(argv[1:])
-    known, rest = parser.parse_known_args(argv)
-    if rest and known.command != "demo":
-        parser.error("unrecognized arguments: " + " ".join(rest))
-    return known, rest
+    if argv[:1] in (["test"], ["demo"]):
+        # Here and not in argparse, which would take their own options for its own.
+        return parser.parse_args(argv[:1]), list(argv[1:])
+    return parser.parse_args(argv), []
 
 
 def main(argv: Sequence[str]) -> int:
@@ -433,7 +430,7 @@ def main(argv: Sequence[str]) -> int:
     args, rest = parse(argv)
     try:
         if args.command == "demo":
-            return demo(args.size, rest)
+            return demo(rest)
         if args.command == "test":
             return test(rest)
         if args.command == "bundle":

@@ -15,6 +15,7 @@ from ..streaming import (
     ConfigError,
     CpuBackend,
     CudaBackend,
+    PinBudget,
     StreamingConfig,
     UnsupportedModelError,
     VirtualMemory,
@@ -86,12 +87,29 @@ def make_backend(device: torch.device) -> Backend:
     raise UnsupportedModelError(f"streaming needs a CUDA or ROCm device, and this is {device.type}")
 
 
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two names mean one device: ``cuda`` is the current one of its kind."""
+
+    def index(device: torch.device) -> int:
+        if device.index is None and device.type == "cuda":
+            return torch.cuda.current_device()
+        return device.index or 0
+
+    return one.type == other.type and index(one) == index(other)
+
+
+# Page-locked memory of all streamed models together. The host counts its own towards the same limit, 90 % of the RAM
+# (40 % on Windows).
+pins = PinBudget(
+    limit=int(mm.MAX_PINNED_MEMORY) if mm.MAX_PINNED_MEMORY > 0 else None, others=lambda: int(mm.TOTAL_PINNED_MEMORY)
+)
+
+
 def host_config(vram_limit: int | None) -> StreamingConfig:
     """Settings from the host's command line: --async-offload, --disable-async-offload, --disable-pinned-memory."""
     return StreamingConfig(
         copy_streams=_copy_streams(),
         pin_memory=not args.disable_pinned_memory,
-        pin_limit=int(mm.MAX_PINNED_MEMORY) if mm.MAX_PINNED_MEMORY > 0 else None,
         vram_limit=vram_limit,
     )
 

@@ -17,7 +17,7 @@ from comfy_api.latest import io
 
 from ..streaming import BudgetError, Streamer, UnsupportedModelError, format_bytes, split_model
 from . import status
-from .devices import host_config, make_backend
+from .devices import host_config, make_backend, pins
 from .patcher import ATTRIBUTE, StreamedModel, StreamedModelPatcher
 
 GIB = 1024**3
@@ -113,7 +113,7 @@ def _load_for_streaming(path: str, model_options: dict, vram_limit: int | None, 
         loaded = _load_by_host(path, model_options)
     model, load_device = loaded.model, loaded.load_device
     blocks = split_model(model, _model_dtype)
-    streamer = Streamer(model.diffusion_model, blocks, backend, host_config(vram_limit))
+    streamer = Streamer(model.diffusion_model, blocks, backend, host_config(vram_limit), pins)
     _check_limit(vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id)
     setattr(model, ATTRIBUTE, streamed)
@@ -154,13 +154,15 @@ def _check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
 def _load_by_host(path: str, model_options: dict, disable_dynamic: bool = False) -> ModelPatcher:
     try:
         return comfy.sd.load_diffusion_model(path, model_options=model_options, disable_dynamic=disable_dynamic)
-    except RuntimeError as error:
-        if "Could not detect model type" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{path}: ComfyUI knows no diffusion model with these weights. A VAE, text encoder or LoRA belongs "
-            f"into another folder and another loader. ({error})"
-        ) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # Whatever a damaged file of any format makes its reader raise.
+        if "Could not detect model type" in str(error):
+            reason = "ComfyUI knows no diffusion model with these weights. A VAE, text encoder or LoRA belongs into "
+            reason += "another folder and another loader"
+        else:
+            reason = "it could not be loaded; it may be damaged or of another type"
+        raise CheckpointError(f"{path}: {reason} ({type(error).__name__}: {error})") from error
 
 
 def _model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
@@ -183,13 +185,27 @@ def _views_of_the_file() -> Iterator[None]:
     """Let the host load without copying the file into fresh memory.
 
     Whether it copies hangs on the class that ``comfy.model_patcher.CoreModelPatcher`` is at that moment and on nothing
-    that a caller can pass, so this is replaced for the length of one call. A copy would be made, and dropped, for
-    every byte of the model.
+    that a caller can pass, so this is replaced for the length of one call, for this thread. A copy would be made, and
+    dropped, for every byte of the model.
     """
     with _mapping:
         before = comfy.model_patcher.CoreModelPatcher
-        comfy.model_patcher.CoreModelPatcher = _MappedModelPatcher
+        comfy.model_patcher.CoreModelPatcher = _for_this_thread(_MappedModelPatcher, before)
         try:
             yield
         finally:
             comfy.model_patcher.CoreModelPatcher = before
+
+
+def _for_this_thread(ours: type[ModelPatcher], theirs: type[ModelPatcher]) -> type[ModelPatcher]:
+    """A class that makes ``ours`` on the calling thread and ``theirs`` on any other."""
+    caller = threading.get_ident()
+
+    class Choice(theirs):
+        def __new__(cls, *args: object, **kwargs: object) -> ModelPatcher:
+            return (ours if threading.get_ident() == caller else theirs)(*args, **kwargs)
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            """Whoever was made is no instance of this class, so this is never called."""
+
+    return Choice

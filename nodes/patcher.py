@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
@@ -16,6 +17,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..streaming import Plan, Streamer, format_bytes
 from . import status
+from .devices import make_backend, same_device
 from .patches import HostPatches
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,9 @@ class StreamedModelPatcher(ModelPatcher):
     def model_size(self) -> int:
         return self.streamer.model_bytes
 
+    def loaded_size(self) -> int:
+        return self.streamer.device_bytes
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     def partially_load(
@@ -115,10 +120,13 @@ class StreamedModelPatcher(ModelPatcher):
         """Place the weights within ``lowvram_model_memory`` bytes; ``full_load`` sets no limit."""
         with self.use_ejected():
             self.unpatch_hooks()
+            if device_to is not None and not same_device(device_to, self.streamer.backend.device):
+                # A clone for another GPU, or back from it.
+                self.streamer.move_to(make_backend(device_to))
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             self._move_object_patches(device_to)
-            self.streamer.load(plan, HostPatches(self))
+            self.streamer.load(plan, self._host_patches())
             self._tell_host(device_to)
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
@@ -136,7 +144,7 @@ class StreamedModelPatcher(ModelPatcher):
             return 0
         with self.use_ejected():
             self.unpatch_hooks()
-            self.streamer.load(self.streamer.plan_for(before - memory_to_free), HostPatches(self))
+            self.streamer.load(self.streamer.plan_for(before - memory_to_free), self._host_patches())
             self._tell_host(self.load_device)
         return before - self.streamer.device_bytes
 
@@ -151,12 +159,18 @@ class StreamedModelPatcher(ModelPatcher):
             self.model.current_weight_patches_uuid = None
         super().unpatch_model(device_to=None, unpatch_weights=False)
 
+    def _host_patches(self) -> HostPatches:
+        return HostPatches(self, self.streamer.blocks.specs)
+
     def _plan(self, offered: float) -> Plan:
         """The plan for what the host offers; the one in effect while the offer is about the same."""
         streamer = self.streamer
         budget = self._budget(offered)
         logger.debug("offered %s, used as %s", format_bytes(offered), format_bytes(budget))
-        plan = streamer.plan_for(max(budget, streamer.minimum_bytes))
+        if streamer.backend.budget is None:
+            # A GPU may have room that the host's estimate does not see, so the least is tried.
+            budget = max(budget, streamer.minimum_bytes)
+        plan = streamer.plan_for(budget)
         current = streamer.plan
         if current is None:
             return plan
@@ -171,28 +185,32 @@ class StreamedModelPatcher(ModelPatcher):
         if offered >= streamer.minimum_bytes or mm.vram_state == mm.VRAMState.NO_VRAM:
             return offered
         # The first answer can be nothing while other models still hold the memory (docs/design.md, "The offer").
-        ours = [
-            loaded for loaded in mm.current_loaded_models if loaded.model is not None and self.is_clone(loaded.model)
+        needed = [
+            loaded
+            for loaded in mm.current_loaded_models
+            if loaded.currently_used or (loaded.model is not None and self.is_clone(loaded.model))
         ]
         free_before = mm.get_free_memory(self.load_device)
-        mm.free_memory(streamer.model_bytes + mm.minimum_inference_memory(), self.load_device, keep_loaded=ours)
+        mm.free_memory(streamer.model_bytes + mm.minimum_inference_memory(), self.load_device, keep_loaded=needed)
         return offered + max(0, mm.get_free_memory(self.load_device) - free_before)
 
     def _free_virtual_memory(self) -> int:
         """What the virtual device has for us. The host frees nothing for a CPU, so other models give way here."""
         backend = self.streamer.backend
-        for loaded in list(mm.current_loaded_models):
+        wanted = min(self.streamer.model_bytes, backend.budget)
+        for loaded in list(reversed(mm.current_loaded_models)):
             other = loaded.model
+            if backend.budget - backend.memory.allocated + backend.allocated >= wanted:
+                break
             if isinstance(other, StreamedModelPatcher) and not self.is_clone(other):
-                rival = other.streamer.backend
-                if rival.name == backend.name and backend.budget - rival.allocated < self.streamer.model_bytes:
-                    mm.unload_model_and_clones(other)
-        return backend.budget - (backend.memory.allocated - backend.allocated)
+                mm.unload_model_and_clones(other)
+        return backend.budget - backend.memory.allocated + backend.allocated
 
     def _tell_host(self, device: torch.device | None) -> None:
         """Set what the host reads to know where the model is and how much it takes."""
         plan = self.streamer.plan
-        self.model.device = device
+        if device is not None:
+            self.model.device = device
         self.model.model_loaded_weight_memory = self.streamer.device_bytes
         self.model.model_lowvram = plan is not None and bool(plan.streamed)
         self.model.current_weight_patches_uuid = self.patches_uuid
@@ -239,8 +257,18 @@ class StreamedModelPatcher(ModelPatcher):
     # -- weights that others read or write -----------------------------------------------------------------------
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
+        """The original weights and the patches to them.
+
+        As the host's own loaders have them: in the model's dtype, but with dynamic VRAM in the file's.
+        """
         with self.streamer.originals():
-            return super().get_key_patches(filter_prefix)
+            patches = super().get_key_patches(filter_prefix)
+        if not comfy.memory_management.aimdo_enabled:
+            for spec in self.streamer.blocks.specs:
+                if spec.name in patches and spec.original.dtype != spec.dtype:
+                    weight, convert = patches[spec.name][0]
+                    patches[spec.name][0] = (weight.to(spec.dtype), convert)
+        return patches
 
     def patch_hooks(self, hooks: Any) -> None:
         super().patch_hooks(hooks)

@@ -1,16 +1,19 @@
 """LoRA and other weight patches, as the engine asks for them. The host's own functions compute them.
 
-[Note: two ways of the host]
-ComfyUI computes a patched weight in one of two ways, whose results differ in the last bits. Its older way casts the
-weight to a dtype of its own for LoRA (float16 on most GPUs). With dynamic VRAM, its default on NVIDIA cards, it
-computes in the dtype in which the layer runs, except for layers of at most 16 KiB and for patches that change a
-weight's shape, which go the older way. An image is the same as ComfyUI's own only if ours goes the way that
-ComfyUI's own loader would go in this process, so that is what decides here.
+[Note: ways of the host]
+ComfyUI computes a patched weight in several ways, whose results differ in the last bits. Without dynamic VRAM, a
+weight on the card is cast to a dtype of its own for LoRA (float16 on most GPUs), and a weight that did not fit is
+patched in its own dtype whenever its layer runs. With dynamic VRAM, the default on NVIDIA cards, it is patched in the
+dtype in which the layer runs, but for layers of at most 16 KiB and for patches that change a weight's shape, which go
+the older way; and where the weight is stored in another dtype (fp8), the result is rounded to that when it is kept on
+the card, and not when it is not. So ComfyUI's own image depends on how much memory is free. Ours is always the one that
+ComfyUI gives in this process when the whole model fits on the card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,27 +24,33 @@ import comfy.model_management as mm
 import comfy.utils
 import torch
 
+from ..streaming import UnsupportedModelError
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+
+    from ..streaming.layout import TensorSpec
 
 # The host loads a module of at most so many bytes whole, with dynamic VRAM on (ModelPatcherDynamic.load).
 PRELOADED_MODULE_BYTES = 16 * 1024
 
 
 class PatchSignature:
-    """The patches of one weight, in their order.
+    """The patches of one weight, in their order, and the dtype in which they are computed.
 
     Two signatures are equal when the same patch objects act with the same strengths, offsets and functions. Patch
     objects are compared by identity, and kept alive so that an identity is never used twice.
     """
 
-    def __init__(self, entries: list[tuple]) -> None:
+    def __init__(self, entries: list[tuple], dtype: torch.dtype | None) -> None:
         self._entries = tuple(entries)
+        self._dtype = dtype
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, PatchSignature) or len(self._entries) != len(other._entries):
+        if not isinstance(other, PatchSignature) or self._dtype != other._dtype:
             return False
-        return all(_same_patch(mine, theirs) for mine, theirs in zip(self._entries, other._entries, strict=True))
+        same_length = len(self._entries) == len(other._entries)
+        return same_length and all(map(_same_patch, self._entries, other._entries))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -56,30 +65,56 @@ def _same_patch(mine: tuple, theirs: tuple) -> bool:
 
 
 class HostPatches:
-    """The patches of a MODEL (:class:`streaming.Patches`)."""
+    """The patches of a MODEL (:class:`streaming.Patches`).
 
-    def __init__(self, patcher: ModelPatcher) -> None:
+    Args:
+        patcher: the MODEL.
+        specs: the model's tensors.
+
+    Raises:
+        UnsupportedModelError: a patch addresses a tied weight by its second name.
+    """
+
+    def __init__(self, patcher: ModelPatcher, specs: Iterable[TensorSpec]) -> None:
         self._patcher = patcher
+        self._originals: dict[str, torch.Tensor] = {}
+        self._module_bytes: Counter[str] = Counter()
+        for spec in specs:
+            self._originals[spec.name] = spec.original
+            self._module_bytes[spec.name.rpartition(".")[0]] += spec.original.nbytes
+            if patched := [alias for alias in spec.aliases if alias in patcher.patches]:
+                raise UnsupportedModelError(
+                    f"{patched[0]} is tied to {spec.name}, and a patch changes it alone; "
+                    "load this model with ComfyUI's own loader"
+                )
+        self._dynamic = comfy.memory_management.aimdo_enabled and not mm.is_device_cpu(patcher.load_device)
 
     def signature(self, name: str) -> PatchSignature | None:
         entries = self._patcher.patches.get(name)
-        return PatchSignature(entries) if entries else None
+        if not entries:
+            return None
+        return PatchSignature(entries, self._patcher.model.get_dtype_inference() if self._dynamic else None)
 
     def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
-        """The patched weight exactly as the host computes it, on the load device (Note: two ways of the host)."""
-        if self._goes_the_dynamic_way(name, original):
+        """The patched weight exactly as the host computes it, on the load device (Note: ways of the host)."""
+        if self._goes_the_dynamic_way(name):
             return self._compute_when_run(name, original)
         with _weight_in_place(self._patcher.model, name, original):
             return self._patcher.patch_weight_to_device(name, device_to=self._patcher.load_device, return_weight=True)
 
-    def _goes_the_dynamic_way(self, name: str, original: torch.Tensor) -> bool:
-        if not comfy.memory_management.aimdo_enabled or mm.is_device_cpu(self._patcher.load_device):
-            return False
+    def _goes_the_dynamic_way(self, name: str) -> bool:
         module, attribute = comfy.utils.resolve_attr(self._patcher.model, name)
-        if attribute not in ("weight", "bias") or not hasattr(module, "comfy_cast_weights"):
+        if not self._dynamic or attribute not in ("weight", "bias") or not hasattr(module, "comfy_cast_weights"):
             return False
-        shape = comfy.lora.calculate_shape(self._patcher.patches[name], original, name)
-        return mm.module_size(module) > PRELOADED_MODULE_BYTES and shape == original.shape
+        path = name.rpartition(".")[0]
+        reshaped = any(self._changes_shape(f"{path}.{kind}") for kind in ("weight", "bias"))
+        return self._module_bytes[path] > PRELOADED_MODULE_BYTES and not reshaped
+
+    def _changes_shape(self, name: str) -> bool:
+        original, entries = self._originals.get(name), self._patcher.patches.get(name)
+        if original is None or not entries:
+            return False
+        return comfy.lora.calculate_shape(entries, original, name) != original.shape
 
     def _compute_when_run(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """As the host's cast of a dynamic weight does just before its layer runs."""
@@ -93,11 +128,14 @@ class HostPatches:
 @contextmanager
 def _weight_in_place(model: torch.nn.Module, name: str, weight: torch.Tensor) -> Iterator[None]:
     """The host reads the weight to patch from the model, so it is there for as long as that takes."""
-    holder, attribute = comfy.utils.resolve_attr(model, name)
-    before = holder._parameters[attribute]
+    module, attribute = comfy.utils.resolve_attr(model, name)
+    is_parameter = attribute in module._parameters
+    holder = module._parameters if is_parameter else module._buffers
+    before = holder[attribute]
     with torch.inference_mode(False):
-        holder._parameters[attribute] = torch.nn.Parameter(weight.detach(), requires_grad=False)
+        value = weight.detach()
+        holder[attribute] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
     try:
         yield
     finally:
-        holder._parameters[attribute] = before
+        holder[attribute] = before

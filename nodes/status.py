@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,14 @@ logger = logging.getLogger(__name__)
 STATUS_ROUTE = "/weightstream/v1/status"
 
 _models: weakref.WeakSet[StreamedModel] = weakref.WeakSet()
+# The route answers on the server's thread while the worker loads models.
+_watching = threading.Lock()
 
 
 def watch(model: StreamedModel) -> None:
     """Show ``model`` in the status for as long as it lives."""
-    _models.add(model)
+    with _watching:
+        _models.add(model)
 
 
 def announce(name: str, text: str, node_id: str | None, again: bool = False) -> None:
@@ -46,7 +50,8 @@ def _server() -> PromptServer | None:
 
 def status() -> dict[str, object]:
     """Every streamed model that lives, and the virtual devices. Plain values; sizes in bytes."""
-    models = sorted(_models, key=lambda model: model.name)
+    with _watching:
+        models = sorted(_models, key=lambda model: model.name)
     return {
         "models": [{"name": model.name, **model.streamer.snapshot().as_dict()} for model in models],
         "virtual_devices": [

@@ -1,5 +1,6 @@
 """The engine: streams the blocks of any ``nn.Module`` from page-locked RAM to a device. It knows nothing of ComfyUI."""
 
+from .arena import PinBudget
 from .backend import Backend, CpuBackend, CudaBackend, VirtualMemory
 from .blocks import Block, BlockSet, find_blocks, split_model
 from .config import StreamingConfig, VirtualDevices, format_bytes, parse_virtual_devices
@@ -29,6 +30,7 @@ __all__ = [
     "DeviceMemoryError",
     "NoPatches",
     "Patches",
+    "PinBudget",
     "Plan",
     "RingExhaustedError",
     "Schedule",

@@ -5,11 +5,39 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 
 from .backend import Backend
 from .config import format_bytes
+
+
+class PinBudget:
+    """Page-locked bytes that all arenas of a process may have together.
+
+    Args:
+        limit: bytes; None sets no limit of our own.
+        others: tells how many bytes of the same kind others in the process have locked.
+    """
+
+    def __init__(self, limit: int | None = None, others: Callable[[], int] = lambda: 0) -> None:
+        self.limit = limit
+        self.used = 0
+        self._others = others
+        self._counting = threading.Lock()
+
+    def take(self, nbytes: int) -> bool:
+        """Whether ``nbytes`` more may be locked; they count as locked if so."""
+        with self._counting:
+            if self.limit is not None and self.used + self._others() + nbytes > self.limit:
+                return False
+            self.used += nbytes
+            return True
+
+    def give(self, nbytes: int) -> None:
+        with self._counting:
+            self.used -= nbytes
 
 
 class HostBuffer:
@@ -28,17 +56,21 @@ class HostBuffer:
         self.pinned = False
         self._unlock: weakref.finalize | None = None
 
-    def lock(self, backend: Backend) -> str | None:
+    def lock(self, backend: Backend, budget: PinBudget) -> str | None:
         """Page-lock; gives None, or the reason why not."""
+        if not budget.take(self.nbytes):
+            return f"the limit of {format_bytes(budget.limit or 0)} page-locked memory is reached"
         reason = backend.register(self.memory)
-        if reason is None:
-            self.pinned = True
-            # Memory that is freed while registered makes a later registration of other memory fail, so the
-            # unlocking hangs on this object's end and holds the memory until then. Not at exit: the process's
-            # pages go anyway, and the driver may be gone.
-            self._unlock = weakref.finalize(self, _unlock, backend, self.memory)
-            self._unlock.atexit = False
-        return reason
+        if reason is not None:
+            budget.give(self.nbytes)
+            return reason
+        self.pinned = True
+        # Memory that is freed while registered makes a later registration of other memory fail, so the unlocking
+        # hangs on this object's end and holds the memory until then. Not at exit: the process's pages go anyway,
+        # and the driver may be gone.
+        self._unlock = weakref.finalize(self, _unlock, backend, self.memory, budget)
+        self._unlock.atexit = False
+        return None
 
     def close(self) -> None:
         """Undo the locking. The memory goes with the last view of it. No copy from it may be under way."""
@@ -48,8 +80,9 @@ class HostBuffer:
         self.pinned = False
 
 
-def _unlock(backend: Backend, memory: torch.Tensor) -> None:
+def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget) -> None:
     backend.unregister(memory.data_ptr())
+    budget.give(memory.nbytes)
 
 
 class Arena:
@@ -60,9 +93,9 @@ class Arena:
         reason: why something is not page-locked, in words; None when everything is.
     """
 
-    def __init__(self, backend: Backend, pin_memory: bool = True, pin_limit: int | None = None) -> None:
+    def __init__(self, backend: Backend, pin_memory: bool = True, budget: PinBudget | None = None) -> None:
         self._backend = backend
-        self._pin_limit = pin_limit
+        self._budget = budget or PinBudget()
         self._pin_memory = pin_memory
         self._counting = threading.Lock()
         self.pinned_bytes = 0
@@ -80,17 +113,12 @@ class Arena:
         """Page-lock ``buffer`` if that is allowed and works; else it stays pageable and :attr:`reason` says why."""
         if not self._pin_memory or buffer.nbytes == 0:
             return
+        reason = buffer.lock(self._backend, self._budget)
         with self._counting:
-            if self._pin_limit is not None and self.pinned_bytes + buffer.nbytes > self._pin_limit:
-                self.reason = f"the limit of {format_bytes(self._pin_limit)} page-locked memory is reached"
-                return
-            self.pinned_bytes += buffer.nbytes
-            self.pageable_bytes -= buffer.nbytes
-        reason = buffer.lock(self._backend)
-        if reason is not None:
-            with self._counting:
-                self.pinned_bytes -= buffer.nbytes
-                self.pageable_bytes += buffer.nbytes
+            if reason is None:
+                self.pinned_bytes += buffer.nbytes
+                self.pageable_bytes -= buffer.nbytes
+            else:
                 self.reason = reason
 
     def release(self, buffer: HostBuffer) -> None:

@@ -129,7 +129,7 @@ class Backend(ABC):
         """Undo :meth:`register` for the memory that starts at ``address``."""
 
     def close(self) -> None:
-        """Let go of streams and threads, and of what was allocated."""
+        """Let go of streams and threads, and of what was allocated. No copy uses that memory afterwards."""
         self._streams.clear()
         self._last_piece = None
         self.allocated = 0
@@ -190,6 +190,10 @@ class CudaBackend(Backend):
     def unregister(self, address: int) -> None:
         if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
             self._drain_error()
+
+    def close(self) -> None:
+        self.synchronize()
+        super().close()
 
     def _drain_error(self) -> None:
         # A failed (un)register stays behind as the thread's last error and would be raised by the next kernel
@@ -285,8 +289,8 @@ class CpuBackend(Backend):
         return lambda: seconds
 
     def synchronize(self) -> None:
-        for stream in self._streams:
-            stream.submit(_no_stall).result()
+        if self._last_piece is not None:
+            wait_for_futures([self._last_piece])  # All earlier ones are done before it.
 
     def register(self, buffer: torch.Tensor) -> str | None:
         return None  # Every page is as good as locked for a memcpy.
@@ -296,7 +300,9 @@ class CpuBackend(Backend):
 
     def close(self) -> None:
         for stream in self._streams:
-            stream.shutdown()
+            # Without waiting: the garbage collector may bring us here on one of these threads. What a copy under way
+            # uses stays alive until it is done.
+            stream.shutdown(wait=False)
         # A model that is dropped without unloading gives its share back here.
         self.memory.give(self.allocated)
         super().close()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .layout import Layout, NamedTensor, Place, make_layout
+from .layout import Layout, NamedTensor, Place, TensorSpec, make_layout
 
 # A model most of whose bytes lie outside of its blocks gains nothing from streaming them.
 MINIMUM_SHARE = 0.5
@@ -46,6 +46,11 @@ class BlockSet:
 
     blocks: tuple[Block, ...]
     rest: Block
+
+    @property
+    def specs(self) -> Iterator[TensorSpec]:
+        """Every tensor of the model."""
+        return (spec for block in (*self.blocks, self.rest) for spec in block.layout.specs)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -108,8 +113,9 @@ def _own_dtype(module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch
 
 def _named_tensors(model: nn.Module, target_dtype: TargetDtype) -> list[NamedTensor]:
     """Every parameter and buffer once, with all of its places: a tied tensor has several."""
+    names: dict[int, list[str]] = defaultdict(list)
     places: dict[int, list[Place]] = defaultdict(list)
-    first: dict[int, tuple[str, torch.Tensor, torch.dtype]] = {}
+    first: dict[int, tuple[torch.Tensor, torch.dtype]] = {}
     for prefix, module in model.named_modules():
         for holder, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for attribute, tensor in holder.items():
@@ -117,9 +123,10 @@ def _named_tensors(model: nn.Module, target_dtype: TargetDtype) -> list[NamedTen
                     continue
                 name = f"{prefix}.{attribute}" if prefix else attribute
                 _check_plain(name, tensor)
+                names[id(tensor)].append(name)
                 places[id(tensor)].append(Place(holder, attribute, is_parameter))
-                first.setdefault(id(tensor), (name, tensor, target_dtype(module, attribute, tensor)))
-    return [NamedTensor(*first[key], tuple(places[key])) for key in first]
+                first.setdefault(id(tensor), (tensor, target_dtype(module, attribute, tensor)))
+    return [NamedTensor(tuple(names[key]), *first[key], tuple(places[key])) for key in first]
 
 
 def _check_plain(name: str, tensor: torch.Tensor) -> None:

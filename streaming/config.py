@@ -21,7 +21,6 @@ class StreamingConfig:
         slots: staging buffers on the device, each as large as the largest streamed block; 0 chooses
             ``max(2, copy_streams)``, and 1 when copies are synchronous.
         pin_memory: page-lock the host copies. Without it a copy is staged by the driver and blocks the caller.
-        pin_limit: bytes that may be page-locked for this model; None is no limit of our own.
         vram_limit: bytes that weights and staging may take on the device; None takes what is offered.
         fill_threads: threads that fill host memory; 0 takes the machine's cores, at most 16.
     """
@@ -29,7 +28,6 @@ class StreamingConfig:
     copy_streams: int = 2
     slots: int = 0
     pin_memory: bool = True
-    pin_limit: int | None = None
     vram_limit: int | None = None
     fill_threads: int = 0
 
@@ -37,10 +35,8 @@ class StreamingConfig:
         for name in ("copy_streams", "slots", "fill_threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("pin_limit", "vram_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} must be None or 0 bytes and more, got {value}")
+        if self.vram_limit is not None and self.vram_limit < 0:
+            raise ConfigError(f"vram_limit must be None or 0 bytes and more, got {self.vram_limit}")
 
     @property
     def synchronous(self) -> bool:

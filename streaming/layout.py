@@ -29,7 +29,8 @@ class TensorSpec:
     """One tensor of a block.
 
     Attributes:
-        name: full name, from the model's root.
+        name: full name, from the model's root; of a tied tensor the first.
+        aliases: the other names of a tied tensor.
         places: every place that holds this tensor (several when it is tied).
         original: the tensor as it was loaded: the truth, never written to.
         shape, stride, dtype: as bound; ``dtype`` may differ from the original's (cast on the way).
@@ -37,6 +38,7 @@ class TensorSpec:
     """
 
     name: str
+    aliases: tuple[str, ...]
     places: tuple[Place, ...]
     original: torch.Tensor = field(repr=False)
     shape: torch.Size
@@ -92,9 +94,9 @@ class Binding:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor that a model holds: its full name, value, target dtype and places."""
+    """A tensor that a model holds: its full names, value, target dtype and places."""
 
-    name: str
+    names: tuple[str, ...]
     tensor: torch.Tensor
     dtype: torch.dtype
     places: tuple[Place, ...]
@@ -108,7 +110,10 @@ def make_layout(tensors: Iterable[NamedTensor]) -> Layout:
         nbytes = item.tensor.numel() * item.dtype.itemsize
         stride = _dense_stride(item.tensor)
         shape = item.tensor.shape
-        specs.append(TensorSpec(item.name, item.places, item.tensor, shape, stride, item.dtype, offset, nbytes))
+        name, *aliases = item.names
+        specs.append(
+            TensorSpec(name, tuple(aliases), item.places, item.tensor, shape, stride, item.dtype, offset, nbytes)
+        )
         offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
     return Layout(tuple(specs), offset)
 

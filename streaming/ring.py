@@ -16,12 +16,12 @@ class Slot:
     Attributes:
         buffer: uint8 memory on the device.
         ready: the last copy into the slot is done.
-        free: the last block that read the slot is done; None while nothing has read it.
+        free: the last block that read the slot is done.
     """
 
     buffer: torch.Tensor = field(repr=False)
+    free: Event
     ready: Event | None = None
-    free: Event | None = None
 
 
 class Ring:
@@ -33,7 +33,8 @@ class Ring:
         self.slots: list[Slot] = []
         try:
             for _ in range(count):
-                self.slots.append(Slot(backend.allocate(slot_bytes)))
+                # Whoever had this memory before may have kernels under way in it; they are queued already.
+                self.slots.append(Slot(backend.allocate(slot_bytes), free=backend.mark()))
         except BaseException:
             self.release()
             raise

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 from .errors import RingExhaustedError
 
+# No model runs so many blocks in one forward.
+LONGEST_STEP = 100_000
+
 
 class Entry(NamedTuple):
     """Where a block that starts now is, or must be copied to."""
@@ -56,6 +59,8 @@ class Schedule:
         Raises:
             RingExhaustedError: it is in no slot, and every slot is used by a block that is still running.
         """
+        if len(self._trace) >= LONGEST_STEP:
+            self._trace.clear()  # Somebody runs blocks and never a whole step: there is nothing to learn.
         self._trace.append(block)
         self._advance_past(block)
         slot = self.slot_of(block)
@@ -84,12 +89,16 @@ class Schedule:
         """The copy into ``slot`` failed: it holds nothing."""
         self._held[slot] = None
 
+    def begin_step(self) -> None:
+        """A forward begins. What an earlier one left behind that did not come to its end is forgotten."""
+        self._trace = []
+        self._position = 0
+
     def end_step(self, completed: bool) -> None:
         """A forward ends. A whole one becomes the prediction of the next."""
         if completed and self._trace:
             self.order = self._trace
-        self._trace = []
-        self._position = 0
+        self.begin_step()
 
     def forget(self) -> None:
         """The contents of all slots are out of date; no block may be running."""

@@ -23,13 +23,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
 
-from .arena import Arena
+from .arena import Arena, PinBudget
 from .backend import Backend
 from .blocks import BlockSet
 from .config import StreamingConfig, format_bytes
@@ -60,9 +61,17 @@ class Streamer:
         blocks: the model cut into blocks and rest (:func:`streaming.blocks.split_model`).
         backend: the device.
         config: settings.
+        pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
     """
 
-    def __init__(self, root: nn.Module, blocks: BlockSet, backend: Backend, config: StreamingConfig) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        blocks: BlockSet,
+        backend: Backend,
+        config: StreamingConfig,
+        pins: PinBudget | None = None,
+    ) -> None:
         self.blocks = blocks
         self.backend = backend
         self.config = config
@@ -70,7 +79,8 @@ class Streamer:
         self.plan: Plan | None = None
         self.state = State.UNLOADED
         self._root = weakref.ref(root)
-        self._arena = Arena(backend, config.pin_memory, config.pin_limit)
+        self._pins = pins
+        self._arena = Arena(backend, config.pin_memory, pins)
         self._copies = [BlockCopies(block) for block in blocks.blocks]
         self._rest = BlockCopies(blocks.rest)
         self._ring: Ring | None = None
@@ -79,8 +89,7 @@ class Streamer:
         self._running: list[tuple[int, int]] = []
         self._stalls = StallMeter(self.counters)
         self._hooks: list[Any] = []
-        # Runs before the attributes above are let go of.
-        weakref.finalize(self, _let_copies_finish, backend).atexit = False
+        self._last_rites = _close_at_end(self, backend)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -101,8 +110,7 @@ class Streamer:
     @property
     def holders(self) -> set[int]:
         """Identities of the dictionaries of parameters and buffers whose tensors this streamer places."""
-        everything = (*self.blocks.blocks, self.blocks.rest)
-        return {id(place.holder) for block in everything for spec in block.layout.specs for place in spec.places}
+        return {id(place.holder) for spec in self.blocks.specs for place in spec.places}
 
     def plan_for(self, budget: float) -> Plan:
         """The plan that :meth:`load` would carry out with ``budget`` bytes, the configured limit respected."""
@@ -155,14 +163,21 @@ class Streamer:
     def originals(self) -> Iterator[None]:
         """Point the modules at the weights as loaded, for code that reads them outside of a forward."""
         self.settle()
-        everything = (*self._copies, self._rest)
-        for copies in everything:
+        for copies in (*self._copies, self._rest):
             copies.original_binding.apply()
         try:
             yield
         finally:
-            for copies in everything:
-                copies.bind()
+            if self.state is State.LOADED:
+                self._bind()
+
+    def move_to(self, backend: Backend) -> None:
+        """Stream to another device from the next load on."""
+        self.close()
+        self._last_rites.detach()
+        self.backend = backend
+        self._arena = Arena(backend, self.config.pin_memory, self._pins)
+        self._last_rites = _close_at_end(self, backend)
 
     def close(self) -> None:
         """Unload, free the master copies, end the copy streams. The streamer can be loaded again."""
@@ -265,7 +280,8 @@ class Streamer:
     def begin_step(self) -> None:
         """A forward of the root begins."""
         self.settle()
-        self._stalls.collect()
+        if self._schedule is not None:
+            self._schedule.begin_step()
 
     def end_step(self, completed: bool) -> None:
         """A forward of the root ends; ``completed`` is false when it raised."""
@@ -275,6 +291,7 @@ class Streamer:
             self.settle()
         if self._schedule is not None:
             self._schedule.end_step(completed)
+        self._stalls.collect()
 
     def settle(self) -> None:
         """Release blocks that an exception or an interrupt left bound. Harmless when there are none."""
@@ -348,33 +365,35 @@ class Streamer:
 
     def explain(self) -> str:
         """The plan in effect and the page-locked memory behind it, in a line."""
-        if self.plan is None:
+        return self._explain(self.plan)
+
+    def _explain(self, plan: Plan | None) -> str:
+        if plan is None:
             return "not loaded"
-        text = self.plan.explain()
-        return f"{text}; {self._memory_text()}" if self.plan.streamed else text
+        text = plan.explain()
+        return f"{text}; {self._memory_text()}" if plan.streamed else text
 
     def _memory_text(self) -> str:
         pinned, pageable = self._arena.pinned_bytes, self._arena.pageable_bytes
         text = f"{format_bytes(pinned)} page-locked"
         return f"{text}, {format_bytes(pageable)} pageable ({self._arena.reason})" if pageable else text
 
-    @property
-    def mode(self) -> str:
-        if self.plan is None:
+    def _mode(self, plan: Plan | None) -> str:
+        if plan is None:
             return "off"
-        if not self.plan.streamed:
+        if not plan.streamed:
             return "resident"
         return "synchronous" if self.config.synchronous else "streamed"
 
     def snapshot(self) -> Snapshot:
-        """The state now. Waits for nothing."""
-        self._stalls.collect()
-        plan = self.plan or Plan(self.blocks.sizes, 0, tuple(range(len(self.blocks.sizes))), 0)
-        loaded = self.plan is not None
+        """The state now, for any thread. Waits for nothing and changes nothing."""
+        current = self.plan  # Once: another thread may load or unload meanwhile.
+        plan = current or Plan(self.blocks.sizes, 0, tuple(range(len(self.blocks.sizes))), 0)
+        loaded = current is not None
         return Snapshot(
             device=self.backend.name,
-            mode=self.mode,
-            explain=self.explain(),
+            mode=self._mode(current),
+            explain=self._explain(current),
             note=self._arena.reason or "",
             blocks=len(self.blocks.blocks),
             resident_blocks=len(plan.resident),
@@ -388,7 +407,7 @@ class Streamer:
             device_bytes=self.backend.allocated,
             device_peak_bytes=self.backend.peak,
             device_budget_bytes=self.backend.budget,
-            counters=self.counters,
+            counters=replace(self.counters),
         )
 
 
@@ -427,7 +446,8 @@ def _step_ends(streamer: StreamerRef) -> Callable[..., None]:
     return hook
 
 
-def _let_copies_finish(backend: Backend) -> None:
-    """Memory must not go while a copy from or into it is under way, also when a model is dropped without unloading."""
-    backend.synchronize()
-    backend.close()
+def _close_at_end(streamer: Streamer, backend: Backend) -> weakref.finalize:
+    """Close ``backend`` before the streamer's memory goes, also when a model is dropped without unloading."""
+    finalizer = weakref.finalize(streamer, backend.close)
+    finalizer.atexit = False
+    return finalizer

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 
 from .backend import Stall
 
+# More waits than any step has; the oldest are dropped beyond.
+MOST_PENDING = 4096
+
 # A wait shorter than this is the cost of asking, not a stall.
 STALL_SECONDS = 20e-6
 
@@ -32,11 +35,15 @@ class Counters:
 
 
 class StallMeter:
-    """Collects waits whose length is known only later, without ever waiting for them."""
+    """Collects waits whose length is known only later, without ever waiting for them.
+
+    Only the thread that runs the model may use it: a status that another thread asks for reads the counters alone.
+    """
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
-        self._pending: deque[Stall] = deque()
+        # Bounded, for callers that run blocks outside of the root's forward and so never collect.
+        self._pending: deque[Stall] = deque(maxlen=MOST_PENDING)
 
     def add(self, stall: Stall) -> None:
         self._pending.append(stall)

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
 import pytest
 import torch
+from comfy.ldm.flux.model import Flux
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
-from sampling import MB, sample, with_lora
+from sampling import MB, MODEL, sample, with_lora
+from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.streaming import VirtualMemory
+from weightstream.nodes.patches import HostPatches
+from weightstream.streaming import CpuBackend, UnsupportedModelError, VirtualMemory
 
 Load = Callable[..., StreamedModelPatcher]
 
@@ -267,3 +272,70 @@ def test_the_factory_brings_the_streaming_back(streamed: Load, native: ModelPatc
     assert type(deep) is StreamedModelPatcher
     assert deep.streamer is not model.streamer
     assert torch.equal(sample(deep), sample(native))
+
+
+def test_to_another_device_and_back(streamed: Load, native: ModelPatcher) -> None:
+    """A clone for another device gets a backend for it; here the other is one that nothing streams to."""
+    model = streamed()
+    sample(model)
+    first = model.streamer.backend
+    with pytest.raises(UnsupportedModelError, match="this is meta"):
+        model.load(torch.device("meta"), full_load=True)
+    model.streamer.move_to(CpuBackend(VirtualMemory(64 * MB)))
+    assert first.allocated == 0
+    assert torch.equal(sample(model), sample(native))
+
+
+def test_several_small_models_give_way_together(models: Path, virtual_device: Callable[[int], VirtualMemory]) -> None:
+    memory = virtual_device(60 * MB)
+    patchers = [load_streamed(str(models / MODEL), {}, vram_limit=20 * MB) for _ in range(4)]
+    for patcher in patchers:
+        sample(patcher, steps=1)
+        assert memory.allocated <= memory.budget
+
+
+def test_forced_patches_and_letting_go_twice(streamed: Load, native: ModelPatcher) -> None:
+    model = with_lora(streamed(), 0.5)
+    with torch.inference_mode():
+        mm.load_models_gpu([model], force_patch_weights=True)
+        assert model.partially_unload(model.offload_device, 1) >= 0
+        model.detach()
+        model.detach()
+        assert model.partially_unload(model.offload_device, 1) == 0
+    assert model.loaded_size() == 0
+    assert torch.equal(sample(model), sample(with_lora(native, 0.5)))
+
+
+def test_a_patch_on_a_buffer(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModelMergeSimple patches every key, and some models have buffers among them."""
+    build = Flux.__init__
+
+    def with_buffer(self: Flux, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        self.register_buffer("pos_embed", torch.ones(4))
+
+    monkeypatch.setattr(Flux, "__init__", with_buffer)
+    clone = streamed().clone()
+    clone.add_patches({"diffusion_model.pos_embed": ("diff", (torch.ones(4),))}, 1.0)
+    mm.load_models_gpu([clone])
+    assert clone.model.diffusion_model.pos_embed.tolist() == [2.0] * 4
+
+
+def test_a_patch_on_one_name_of_a_tied_weight_is_refused(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = streamed()
+    key = "diffusion_model.single_blocks.1.linear1.weight"
+    spec = next(spec for spec in loaded.streamer.blocks.specs if spec.name == key)
+    tied = dataclasses.replace(spec, name="other.name", aliases=(key,))
+    clone = with_lora(loaded, 1.0)
+    with pytest.raises(UnsupportedModelError, match=r"linear1\.weight is tied to other\.name"):
+        HostPatches(clone, [tied])
+
+
+def test_originals_are_shown_after_unloading_too(streamed: Load) -> None:
+    model = streamed()
+    sample(with_lora(model, 1.0))
+    mm.unload_all_models()
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    before = model.model_state_dict()[key].clone()
+    model.get_key_patches("diffusion_model.")
+    assert torch.equal(model.model_state_dict()[key], before)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from weightstream.streaming import CpuBackend, VirtualMemory
+from weightstream.streaming import CpuBackend, PinBudget, VirtualMemory
 from weightstream.streaming.arena import Arena
 
 
@@ -54,7 +54,7 @@ def test_a_refused_lock_leaves_usable_memory_and_a_reason() -> None:
 
 
 def test_the_limit_is_respected_and_explained() -> None:
-    arena = Arena(RegisteringBackend(), pin_limit=2500)
+    arena = Arena(RegisteringBackend(), budget=PinBudget(2500))
     buffers = [arena.allocate(1000) for _ in range(3)]
     for buffer in buffers:
         arena.lock(buffer)

@@ -12,7 +12,7 @@ def layout_of(module: nn.Module) -> Layout:
     named = []
     for holder, is_parameter in ((module._parameters, True), (module._buffers, False)):
         for name, tensor in holder.items():
-            named.append(NamedTensor(name, tensor, tensor.dtype, (Place(holder, name, is_parameter),)))
+            named.append(NamedTensor((name,), tensor, tensor.dtype, (Place(holder, name, is_parameter),)))
     return make_layout(named)
 
 
@@ -50,7 +50,7 @@ def test_binding_points_all_places_at_one_tensor_and_back() -> None:
     module.a = nn.Parameter(torch.rand(3), requires_grad=False)
     module.b = module.a
     places = tuple(Place(module._parameters, name, True) for name in "ab")
-    layout = make_layout([NamedTensor("a", module.a, torch.float32, places)])
+    layout = make_layout([NamedTensor(("a", "b"), module.a, torch.float32, places)])
     original = module.a
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
     layout.binding(buffer).apply()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -14,6 +16,7 @@ from weightstream.streaming import (
     BudgetError,
     CpuBackend,
     DeviceMemoryError,
+    PinBudget,
     RingExhaustedError,
     State,
     Streamer,
@@ -328,6 +331,112 @@ def test_weights_written_in_place_are_copied_anew() -> None:
     assert torch.equal(result, reference(X))
 
 
+def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
+    class Registering(CpuBackend):
+        registered: set[int] = set()  # noqa: RUF012
+
+        def register(self, buffer: torch.Tensor) -> str | None:
+            self.registered.add(buffer.data_ptr())
+            return None
+
+        def unregister(self, address: int) -> None:
+            self.registered.remove(address)
+
+    model = make_transformer()
+    pins = PinBudget()
+    backend = Registering(VirtualMemory(10**9))
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig(), pins)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    model(X)
+    assert len(backend.registered) == 6
+    assert pins.used == sum(streamer.blocks.sizes)
+    # Still looked at by somebody: the memory must stay valid, and must not stay locked.
+    weight = model.blocks[0].qkv.weight
+    value = weight.clone()
+    del model, streamer
+    gc.collect()
+    assert backend.registered == set()
+    assert pins.used == 0
+    assert torch.equal(weight, value)
+
+
+def test_models_share_what_may_be_page_locked() -> None:
+    models = [make_transformer(), make_transformer()]
+    pins = PinBudget(limit=sum(split_model(models[0]).sizes) * 3 // 2)
+    expected = models[0](X)
+    for model in models:
+        backend = CpuBackend(VirtualMemory(10**9))
+        model.streamer = Streamer(model, split_model(model), backend, StreamingConfig(), pins)
+        model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
+        assert torch.equal(model(X), expected)
+    first, second = (model.streamer.snapshot() for model in models)
+    assert first.pageable_bytes == 0
+    assert second.pageable_bytes > 0
+    assert "page-locked memory is reached" in second.note
+    models[0].streamer.close()
+    assert pins.used == second.pinned_bytes
+
+
+def test_the_garbage_collector_may_run_on_a_copy_thread() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    model(X)
+    worker = streamer.backend._streams[0]
+    model.itself, streamer.itself = model, streamer
+    reference = weakref.ref(streamer)
+    del model, streamer
+    worker.submit(gc.collect).result(timeout=30)
+    assert reference() is None
+
+
+def test_a_status_may_be_asked_for_at_any_time() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    errors: list[Exception] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        try:
+            while not stop.is_set():
+                streamer.snapshot().as_dict()
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        for _ in range(100):
+            streamer.load(streamer.plan_for(streamer.minimum_bytes))
+            model(X)
+            streamer.unload()
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert errors == []
+
+
+def test_an_interrupt_in_a_resident_block_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    streamer.load(Plan(streamer.blocks.sizes, streamer.blocks.rest.nbytes, (0, 1, 3, 5), 2))
+
+    def interrupt(x: torch.Tensor) -> torch.Tensor:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.blocks[4].out, "forward", interrupt)
+        with pytest.raises(Stop):
+            model(X)
+    for _ in range(3):
+        model(X)
+    assert streamer._schedule is not None
+    assert streamer._schedule.order == [0, 1, 3, 5]
+
+
 class Doubled:
     """A patch that doubles some weights."""
 
@@ -366,6 +475,19 @@ def test_patches_are_baked_once_and_taken_out_again() -> None:
             assert torch.equal(model.blocks[0].qkv.weight, make_transformer().blocks[0].qkv.weight)
         streamer.load(plan)
         assert torch.equal(model(X), plain)
+
+
+def test_an_unloaded_model_shows_its_originals() -> None:
+    model = make_transformer()
+    original = model.blocks[2].out.weight.clone()
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes), Doubled({"blocks.2.out.weight"}))
+    assert torch.equal(model.blocks[2].out.weight, original * 2)
+    streamer.unload()
+    assert torch.equal(model.blocks[2].out.weight, original)
+    with streamer.originals():
+        assert torch.equal(model.blocks[2].out.weight, original)
+    assert torch.equal(model.blocks[2].out.weight, original)
 
 
 def test_patched_residents_stay_patched_when_they_become_streamed() -> None:
