@@ -37,37 +37,51 @@ def main() -> None:
         with torch.inference_mode():
             return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
-    def load(limit_mb: float):
+    def load(limit_mb: float, weight_dtype: str = "default"):
         with torch.inference_mode():
-            output = node.execute(unet_name=MODEL, weight_dtype="default", vram_limit_gb=limit_mb / 1024)
+            output = node.execute(unet_name=MODEL, weight_dtype=weight_dtype, vram_limit_gb=limit_mb / 1024)
         return output.args[0]
 
-    with torch.inference_mode():
-        theirs = comfy.sd.load_diffusion_model(str(Path(models) / MODEL))
-    sample(theirs)
-    expected = {strength: sample(patched(theirs, strength) if strength else theirs) for strength in (0.0, 0.7, -0.4)}
+    def expect(**options):
+        """The host's latents by LoRA strength: each its second, with the weights settled on the card."""
+        with torch.inference_mode():
+            theirs = comfy.sd.load_diffusion_model(str(Path(models) / MODEL), model_options=options)
+        latents = {}
+        for strength in (0.0, 0.7, -0.4):
+            model = patched(theirs, strength) if strength else theirs
+            sample(model)
+            latents[strength] = sample(model)
+        return latents
+
     agree: dict[str, bool] = {}
+    expected = expect()
     for limit in (9, 13, 16, 0):
         ours = load(limit)
         for strength in (0.0, 0.7, -0.4, 0.0):
+            key = f"limit {limit} MB, lora {strength}"
             for _ in range(3):
                 latent = sample(patched(ours, strength) if strength else ours)
-                key = f"limit {limit} MB, lora {strength}"
                 agree[key] = agree.get(key, True) and torch.equal(latent, expected[strength])
         status = ours.status()
         agree[f"limit {limit} MB, no miss"] = status["counters"]["misses"] == 0
         agree[f"limit {limit} MB, mode"] = status["mode"] == ("streamed" if limit else "resident")
         if limit == 16:
-            # As for another model that needs all but a little: first some blocks go, then everything.
+            # As for another model that needs all but a little: some blocks go, the others stay.
             before = ours.loaded_size()
-            wanted = mm.get_free_memory(ours.load_device) + 2 * 2**20
-            mm.free_memory(wanted, ours.load_device)
+            mm.free_memory(mm.get_free_memory(ours.load_device) + 2 * 2**20, ours.load_device)
             agree["gave way under pressure"] = 0 < ours.loaded_size() < before
             agree["after pressure"] = torch.equal(sample(ours), expected[0.0])
         mm.unload_all_models()
         agree[f"limit {limit} MB, memory given back"] = ours.status()["device_bytes"] == 0
         agree[f"limit {limit} MB, after unloading"] = torch.equal(sample(ours), expected[0.0])
         del ours
+    expected = expect(dtype=torch.float8_e4m3fn)
+    for limit in (7, 0):
+        ours = load(limit, "fp8_e4m3fn")
+        for strength, latent in expected.items():
+            agree[f"fp8, limit {limit} MB, lora {strength}"] = torch.equal(
+                sample(patched(ours, strength) if strength else ours), latent
+            )
     print(json.dumps({"device": torch.cuda.get_device_name(), "agree": agree}))
 
 

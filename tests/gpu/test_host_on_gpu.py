@@ -14,9 +14,10 @@ from tools.checkpoints import write_flux, write_flux_lora
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.mark.parametrize(
-    "flags", [["--disable-dynamic-vram"], [], ["--async-offload", "1"]], ids=["static", "dynamic", "one-stream"]
-)
+FLAGS = {"static": ["--disable-dynamic-vram"], "dynamic": [], "one-stream": ["--async-offload", "1"]}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_latents_are_the_hosts_at_every_limit_with_and_without_lora(tmp_path: Path, flags: list[str]) -> None:
     write_flux(tmp_path / "tiny-flux.safetensors")
     write_flux_lora(tmp_path / "tiny-lora.safetensors")
