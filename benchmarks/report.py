@@ -17,7 +17,8 @@ COLUMNS = (
     "to its floor",
     "to ComfyUI dynamic",
     "kept, GB",
-    "peak, GB",
+    "peak of tensors, GB",
+    "peak of the device, GB",
     "load + first step, s",
     "latent",
 )
@@ -96,7 +97,7 @@ def latent_cell(run: dict) -> str:
 
 def run_row(case: str, name: str, run: dict) -> list[str]:
     if "error" in run:
-        return [case, name, f"failed: {escape(run['error'][0])}; {escape(run['error'][-1])}", *[""] * 6]
+        return [case, name, f"failed: {escape(run['error'][0])}; {escape(run['error'][-1])}", *[""] * 7]
     return [
         case,
         name,
@@ -104,6 +105,7 @@ def run_row(case: str, name: str, run: dict) -> list[str]:
         number(run.get("ratio_to_floor"), "{:.2f}"),
         number(run.get("ratio_to_comfy_dynamic"), "{:.2f}"),
         gigabytes(run.get("kept_bytes")),
+        gigabytes(run.get("peak_bytes", {}).get("torch_allocated")),
         gigabytes(run.get("peak_bytes", {}).get("device")),
         number(run.get("load_s"), "{:.1f}"),
         latent_cell(run),
@@ -118,7 +120,7 @@ def limit_row(result: dict) -> list[str]:
     rate = result.get("h2d_bytes_per_s")
     wire = f"H2D {rate / GB:.1f} GB/s" if rate else "H2D not measured"
     load = number(result["limits"].get("resident", {}).get("load_s"), "{:.1f}")
-    return [result["case"], f"all resident ({wire})", number(result["resident_step_s"]), *[""] * 4, load, ""]
+    return [result["case"], f"all resident ({wire})", number(result["resident_step_s"]), *[""] * 5, load, ""]
 
 
 def table(results: list[dict]) -> str:
