@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tools import demo
@@ -88,6 +92,28 @@ def test_one_log_line_says_the_plan(host: HeadlessHost) -> None:
     assert lines
     assert "22.0 MB on the device" in lines[-1]
     assert "34.7 MB page-locked" in lines[-1]
+
+
+def test_the_node_shows_the_plan(host: HeadlessHost) -> None:
+    """As the page gets it: binary messages of type 3 (text) with the node's id in front."""
+
+    async def listen() -> list[tuple[str, str]]:
+        address = f"{host.url.replace('http', 'ws')}/ws?clientId=listener"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
+            await asyncio.to_thread(host.run, prompt(30))
+            texts = []
+            with contextlib.suppress(asyncio.TimeoutError):
+                while True:
+                    message = await asyncio.wait_for(socket.receive(), timeout=1)
+                    if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == struct.pack(">I", 3):
+                        (length,) = struct.unpack(">I", message.data[4:8])
+                        node, text = message.data[8 : 8 + length], message.data[8 + length :]
+                        texts.append((node.decode(), text.decode()))
+            return texts
+
+    texts = asyncio.run(listen())
+    assert [node for node, _ in texts] == ["model"] * len(texts)
+    assert any(PLAN.search(text) and "page-locked" in text for _, text in texts)
 
 
 def test_a_limit_below_one_block_fails_that_node_by_name(host: HeadlessHost) -> None:
