@@ -161,7 +161,7 @@ def _load_by_host(path: str, model_options: dict, disable_dynamic: bool = False)
             reason = "ComfyUI knows no diffusion model with these weights. A VAE, text encoder or LoRA belongs into "
             reason += "another folder and another loader"
         else:
-            reason = "it could not be loaded; it may be damaged or of another type"
+            reason = "ComfyUI could not load it; it may be damaged or of another type"
         raise CheckpointError(f"{path}: {reason} ({type(error).__name__}: {error})") from error
 
 

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..streaming import Plan, Streamer, format_bytes
+from ..streaming import DeviceMemoryError, Plan, Streamer, format_bytes
 from . import status
 from .devices import make_backend, same_device
 from .patches import HostPatches
@@ -144,7 +144,14 @@ class StreamedModelPatcher(ModelPatcher):
             return 0
         with self.use_ejected():
             self.unpatch_hooks()
-            self.streamer.load(self.streamer.plan_for(before - memory_to_free), self._host_patches())
+            try:
+                self.streamer.load(self.streamer.plan_for(before - memory_to_free), self._host_patches())
+            except (torch.OutOfMemoryError, DeviceMemoryError) as error:
+                logger.warning("[WeightStream] %s: no room to stream instead: %s", self.streamed.name, error)
+                return 0
+            except BaseException:
+                self.detach()
+                raise
             self._tell_host(self.load_device)
         return before - self.streamer.device_bytes
 
@@ -195,16 +202,35 @@ class StreamedModelPatcher(ModelPatcher):
         return offered + max(0, mm.get_free_memory(self.load_device) - free_before)
 
     def _free_virtual_memory(self) -> int:
-        """What the virtual device has for us. The host frees nothing for a CPU, so other models give way here."""
-        backend = self.streamer.backend
-        wanted = min(self.streamer.model_bytes, backend.budget)
-        for loaded in list(reversed(mm.current_loaded_models)):
-            other = loaded.model
-            if backend.budget - backend.memory.allocated + backend.allocated >= wanted:
-                break
-            if isinstance(other, StreamedModelPatcher) and not self.is_clone(other):
+        """What the virtual device has for us. The host frees nothing for a CPU, so other models give way here.
+
+        First they stream what they keep. Only when that is not enough for the least that we need do they go: a model
+        of the same prompt may be among them, and must stay ready to run.
+        """
+        for other in self._rivals():
+            if self._virtual_room < self.streamer.model_bytes:
+                other.partially_unload(other.offload_device, other.loaded_size() - other.streamer.minimum_bytes)
+        for other in self._rivals():
+            if self._virtual_room < self.streamer.minimum_bytes:
                 mm.unload_model_and_clones(other)
+        return self._virtual_room
+
+    @property
+    def _virtual_room(self) -> int:
+        """Bytes of the virtual device that are free or ours."""
+        backend = self.streamer.backend
         return backend.budget - backend.memory.allocated + backend.allocated
+
+    def _rivals(self) -> list[StreamedModelPatcher]:
+        """Other loaded models on our virtual device, the least recently loaded first."""
+        patchers = [loaded.model for loaded in reversed(mm.current_loaded_models)]
+        return [
+            other
+            for other in patchers
+            if isinstance(other, StreamedModelPatcher)
+            and not self.is_clone(other)
+            and other.streamer.backend.name == self.streamer.backend.name
+        ]
 
     def _tell_host(self, device: torch.device | None) -> None:
         """Set what the host reads to know where the model is and how much it takes."""
@@ -264,10 +290,10 @@ class StreamedModelPatcher(ModelPatcher):
         with self.streamer.originals():
             patches = super().get_key_patches(filter_prefix)
         if not comfy.memory_management.aimdo_enabled:
-            for spec in self.streamer.blocks.specs:
-                if spec.name in patches and spec.original.dtype != spec.dtype:
-                    weight, convert = patches[spec.name][0]
-                    patches[spec.name][0] = (weight.to(spec.dtype), convert)
+            dtypes = {name: spec.dtype for spec in self.streamer.blocks.specs for name in (spec.name, *spec.aliases)}
+            for name in patches.keys() & dtypes.keys():
+                weight, convert = patches[name][0]
+                patches[name][0] = (weight.to(dtypes[name]), convert)
         return patches
 
     def patch_hooks(self, hooks: Any) -> None:

@@ -4,10 +4,10 @@
 ComfyUI computes a patched weight in several ways, whose results differ in the last bits. Without dynamic VRAM, a
 weight on the card is cast to a dtype of its own for LoRA (float16 on most GPUs), and a weight that did not fit is
 patched in its own dtype whenever its layer runs. With dynamic VRAM, the default on NVIDIA cards, it is patched in the
-dtype in which the layer runs, but for layers of at most 16 KiB and for patches that change a weight's shape, which go
-the older way; and where the weight is stored in another dtype (fp8), the result is rounded to that when it is kept on
-the card, and not when it is not. So ComfyUI's own image depends on how much memory is free. Ours is always the one that
-ComfyUI gives in this process when the whole model fits on the card.
+dtype in which the layer runs, but for layers of at most 16 KiB, which go the older way (and for patches that change a
+weight's shape, which are refused here); and where the weight is stored in another dtype (fp8), the result is rounded to
+that when it is kept on the card, and not when it is not. So ComfyUI's own image depends on how much memory is free. Ours
+is always the one that ComfyUI gives in this process when the whole model fits on the card.
 """
 
 from __future__ import annotations
@@ -72,19 +72,18 @@ class HostPatches:
         specs: the model's tensors.
 
     Raises:
-        UnsupportedModelError: a patch addresses a tied weight by its second name.
+        UnsupportedModelError: a patch addresses a weight that has two names; the host changes one of them alone.
     """
 
     def __init__(self, patcher: ModelPatcher, specs: Iterable[TensorSpec]) -> None:
         self._patcher = patcher
-        self._originals: dict[str, torch.Tensor] = {}
         self._module_bytes: Counter[str] = Counter()
         for spec in specs:
-            self._originals[spec.name] = spec.original
             self._module_bytes[spec.name.rpartition(".")[0]] += spec.original.nbytes
-            if patched := [alias for alias in spec.aliases if alias in patcher.patches]:
+            names = (spec.name, *spec.aliases)
+            if len(names) > 1 and any(name in patcher.patches for name in names):
                 raise UnsupportedModelError(
-                    f"{patched[0]} is tied to {spec.name}, and a patch changes it alone; "
+                    f"{' and '.join(names)} are one weight, and a patch changes one of them; "
                     "load this model with ComfyUI's own loader"
                 )
         self._dynamic = comfy.memory_management.aimdo_enabled and not mm.is_device_cpu(patcher.load_device)
@@ -106,15 +105,7 @@ class HostPatches:
         module, attribute = comfy.utils.resolve_attr(self._patcher.model, name)
         if not self._dynamic or attribute not in ("weight", "bias") or not hasattr(module, "comfy_cast_weights"):
             return False
-        path = name.rpartition(".")[0]
-        reshaped = any(self._changes_shape(f"{path}.{kind}") for kind in ("weight", "bias"))
-        return self._module_bytes[path] > PRELOADED_MODULE_BYTES and not reshaped
-
-    def _changes_shape(self, name: str) -> bool:
-        original, entries = self._originals.get(name), self._patcher.patches.get(name)
-        if original is None or not entries:
-            return False
-        return comfy.lora.calculate_shape(entries, original, name) != original.shape
+        return self._module_bytes[name.rpartition(".")[0]] > PRELOADED_MODULE_BYTES
 
     def _compute_when_run(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """As the host's cast of a dynamic weight does just before its layer runs."""

@@ -60,7 +60,11 @@ class HostBuffer:
         """Page-lock; gives None, or the reason why not."""
         if not budget.take(self.nbytes):
             return f"the limit of {format_bytes(budget.limit or 0)} page-locked memory is reached"
-        reason = backend.register(self.memory)
+        try:
+            reason = backend.register(self.memory)
+        except BaseException:
+            budget.give(self.nbytes)
+            raise
         if reason is not None:
             budget.give(self.nbytes)
             return reason

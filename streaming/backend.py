@@ -54,8 +54,8 @@ class Backend(ABC):
     def __init__(self, device: torch.device, name: str) -> None:
         self.device = device
         self.name = name
-        self.allocated = 0
         self.peak = 0
+        self._live: dict[int, int] = {}
         self._streams: list[Any] = []
         self._pieces = 0
         self._last_piece: Event | None = None
@@ -72,15 +72,25 @@ class Backend(ABC):
             DeviceMemoryError: a virtual device's budget is exceeded.
             torch.OutOfMemoryError: the GPU has no room.
         """
-        with torch.inference_mode(False):
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self.allocated += nbytes
+        buffer = self._empty(nbytes)
+        self._live[buffer.data_ptr()] = nbytes
         self.peak = max(self.peak, self.allocated)
         return buffer
 
-    def free(self, buffer: torch.Tensor) -> None:
-        """Count ``buffer`` as given back; its memory goes when the last reference does."""
-        self.allocated -= buffer.nbytes
+    def _empty(self, nbytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def free(self, buffer: torch.Tensor) -> int:
+        """Count ``buffer`` as given back; its memory goes when the last reference does.
+
+        Gives the bytes that count no longer: none for what :meth:`close` has given back already.
+        """
+        return self._live.pop(buffer.data_ptr(), 0)
+
+    @property
+    def allocated(self) -> int:
+        return sum(self._live.values())
 
     def open(self, copy_streams: int) -> None:
         """Have ``copy_streams`` streams for copies; with 0 they run on the compute stream, or in the caller."""
@@ -132,7 +142,7 @@ class Backend(ABC):
         """Let go of streams and threads, and of what was allocated. No copy uses that memory afterwards."""
         self._streams.clear()
         self._last_piece = None
-        self.allocated = 0
+        self._live.clear()
 
 
 class CudaBackend(Backend):
@@ -256,9 +266,10 @@ class CpuBackend(Backend):
         self.memory.take(nbytes)
         return super().allocate(nbytes)
 
-    def free(self, buffer: torch.Tensor) -> None:
-        self.memory.give(buffer.nbytes)
-        super().free(buffer)
+    def free(self, buffer: torch.Tensor) -> int:
+        nbytes = super().free(buffer)
+        self.memory.give(nbytes)
+        return nbytes
 
     def _create_stream(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weightstream-{self.name}")

@@ -18,8 +18,8 @@ class StreamingConfig:
     Attributes:
         copy_streams: streams that copy blocks to the device, used in turn. 0 copies each block on the compute
             stream when it is needed (synchronous: for debugging, and where asynchronous copies are switched off).
-        slots: staging buffers on the device, each as large as the largest streamed block; 0 chooses
-            ``max(2, copy_streams)``, and 1 when copies are synchronous.
+        slots: staging buffers on the device, each as large as the largest streamed block; 0 chooses 2, and 1 when
+            copies are synchronous.
         pin_memory: page-lock the host copies. Without it a copy is staged by the driver and blocks the caller.
         vram_limit: bytes that weights and staging may take on the device; None takes what is offered.
         fill_threads: threads that fill host memory; 0 takes the machine's cores, at most 16.
@@ -45,9 +45,7 @@ class StreamingConfig:
     @property
     def ring_slots(self) -> int:
         """Staging buffers to use. Two already keep the wire busy: one fills while the other computes."""
-        if self.synchronous:
-            return 1
-        return self.slots or max(2, self.copy_streams)
+        return 1 if self.synchronous else self.slots or 2
 
     @property
     def threads(self) -> int:

@@ -135,11 +135,11 @@ class Streamer:
             self._bake(plan, patches)
             self._bind()
             self._attach()
+            self._prefetch()
         except BaseException:
             self.unload()
             raise
         self.state = State.LOADED
-        self._prefetch()
 
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
@@ -161,7 +161,7 @@ class Streamer:
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """Point the modules at the weights as loaded, for code that reads them outside of a forward."""
+        """Point the modules at the weights as loaded, for code that reads them; not while a block runs."""
         self.settle()
         for copies in (*self._copies, self._rest):
             copies.original_binding.apply()

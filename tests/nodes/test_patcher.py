@@ -17,7 +17,7 @@ from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.patches import HostPatches
-from weightstream.streaming import CpuBackend, UnsupportedModelError, VirtualMemory
+from weightstream.streaming import CpuBackend, DeviceMemoryError, UnsupportedModelError, VirtualMemory
 
 Load = Callable[..., StreamedModelPatcher]
 
@@ -321,14 +321,58 @@ def test_a_patch_on_a_buffer(streamed: Load, monkeypatch: pytest.MonkeyPatch) ->
     assert clone.model.diffusion_model.pos_embed.tolist() == [2.0] * 4
 
 
-def test_a_patch_on_one_name_of_a_tied_weight_is_refused(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_a_patch_on_one_name_of_a_weight_with_two_is_refused(streamed: Load, first: bool) -> None:
     loaded = streamed()
     key = "diffusion_model.single_blocks.1.linear1.weight"
     spec = next(spec for spec in loaded.streamer.blocks.specs if spec.name == key)
-    tied = dataclasses.replace(spec, name="other.name", aliases=(key,))
-    clone = with_lora(loaded, 1.0)
-    with pytest.raises(UnsupportedModelError, match=r"linear1\.weight is tied to other\.name"):
-        HostPatches(clone, [tied])
+    names = (key, "other.name") if first else ("other.name", key)
+    tied = dataclasses.replace(spec, name=names[0], aliases=names[1:])
+    HostPatches(loaded, [tied])
+    with pytest.raises(UnsupportedModelError, match=r"linear1\.weight.* are one weight"):
+        HostPatches(with_lora(loaded, 1.0), [tied])
+
+
+def test_a_patch_that_changes_a_shape_is_refused_by_name(streamed: Load, native: ModelPatcher) -> None:
+    model = streamed()
+    clone = model.clone()
+    key = "diffusion_model.single_blocks.1.linear2.bias"
+    size = clone.model.state_dict()[key].shape[0]
+    clone.add_patches({key: ("diff", (torch.ones(size + 8), {"pad_weight": True}))}, 1.0)
+    with pytest.raises(UnsupportedModelError, match=r"changes the shape of .*linear2\.bias"):
+        sample(clone)
+    assert model.loaded_size() == 0
+    assert torch.equal(sample(model), sample(native))
+
+
+def test_two_models_of_one_prompt_make_room_for_each_other(
+    models: Path, virtual_device: Callable[[int], VirtualMemory], native: ModelPatcher
+) -> None:
+    memory = virtual_device(60 * MB)
+    first, second = (with_lora(load_streamed(str(models / MODEL), {}), 0.5) for _ in range(2))
+    mm.load_models_gpu([first, second])
+    assert first.loaded_size() > 0
+    assert second.loaded_size() > 0
+    assert memory.allocated <= memory.budget
+    expected = sample(with_lora(native, 0.5))
+    assert torch.equal(sample(first), expected)
+    assert torch.equal(sample(second), expected)
+
+
+def test_no_room_to_stream_instead_means_that_the_whole_model_goes(
+    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed(64 * MB)
+    sample(model)
+
+    def fail(*args: Any) -> None:
+        raise DeviceMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.streamer), "_make_ring", fail)
+        assert press(model, 5 * MB)
+    assert model.loaded_size() == 0
+    assert torch.equal(sample(model), sample(native))
 
 
 def test_originals_are_shown_after_unloading_too(streamed: Load) -> None:

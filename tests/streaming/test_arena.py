@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from weightstream.streaming import CpuBackend, PinBudget, VirtualMemory
 from weightstream.streaming.arena import Arena
@@ -79,3 +80,26 @@ def test_views_outlive_the_buffer() -> None:
     arena.release(buffer)
     del buffer
     assert view.tolist() == [9] * 100
+
+
+def test_an_interrupted_lock_is_not_counted() -> None:
+    class Interrupted(RegisteringBackend):
+        def register(self, buffer: torch.Tensor) -> str | None:
+            raise KeyboardInterrupt
+
+    budget = PinBudget(limit=5000)
+    arena = Arena(Interrupted(), budget=budget)
+    buffer = arena.allocate(1000)
+    with pytest.raises(KeyboardInterrupt):
+        arena.lock(buffer)
+    arena.release(buffer)
+    assert budget.used == 0
+    assert (arena.pinned_bytes, arena.pageable_bytes) == (0, 0)
+
+
+def test_memory_given_back_by_closing_is_not_given_back_twice() -> None:
+    backend = CpuBackend(VirtualMemory(10_000))
+    buffer = backend.allocate(1000)
+    backend.close()
+    backend.free(buffer)
+    assert backend.memory.allocated == 0

@@ -210,6 +210,18 @@ def test_a_failed_copy_is_an_error_and_never_a_wrong_weight(failing_copy: int, a
     assert errors == 1
 
 
+def test_a_failed_first_copy_unloads_the_model() -> None:
+    model = make_transformer()
+    expected = model(X)
+    backend = FailingBackend(1, at_once=True)
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    with pytest.raises(OSError, match="the copy failed"):
+        streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    assert streamer.state is State.UNLOADED
+    assert backend.allocated == 0
+    assert torch.equal(model(X), expected)
+
+
 def test_a_failed_load_gives_everything_back() -> None:
     model = make_transformer()
     expected = model(X)
@@ -237,8 +249,7 @@ class WatchedBackend(CpuBackend):
         self.memories: weakref.WeakSet[Memory] = weakref.WeakSet()
         self.peak_alive = 0
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        super().allocate(nbytes)
+    def _empty(self, nbytes: int) -> torch.Tensor:
         memory = Memory(nbytes)
         self.memories.add(memory)
         self.peak_alive = max(self.peak_alive, self.alive)
