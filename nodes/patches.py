@@ -6,8 +6,8 @@ weight on the card is cast to a dtype of its own for LoRA (float16 on most GPUs)
 patched in its own dtype whenever its layer runs. With dynamic VRAM, the default on NVIDIA cards, it is patched in the
 dtype in which the layer runs, but for layers of at most 16 KiB, which go the older way (and for patches that change a
 weight's shape, which are refused here); and where the weight is stored in another dtype (fp8), the result is rounded to
-that when it is kept on the card, and not when it is not. So ComfyUI's own image depends on how much memory is free. Ours
-is always the one that ComfyUI gives in this process when the whole model fits on the card.
+that when it is kept on the card, and not when it is not. So ComfyUI's own image depends on how much memory is free.
+Ours is always the one that ComfyUI gives in this process when the whole model fits on the card.
 """
 
 from __future__ import annotations
