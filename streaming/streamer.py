@@ -20,8 +20,7 @@ freed, and its page-locked memory with it, when the last reference to it goes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -34,8 +33,10 @@ from .arena import Arena, PinBudget
 from .backend import Backend
 from .blocks import BlockSet
 from .config import StreamingConfig, format_bytes
+from .hooks import attach
 from .layout import Binding
-from .masters import BlockCopies, NoPatches, Patches, Weights
+from .masters import NoPatches, Patches
+from .placement import Placement
 from .plan import Plan, make_plan, minimum_bytes
 from .ring import Ring
 from .schedule import Schedule
@@ -80,16 +81,14 @@ class Streamer:
         self.state = State.UNLOADED
         self._root = weakref.ref(root)
         self._pins = pins
-        self._arena = Arena(backend, config.pin_memory, pins)
-        self._copies = [BlockCopies(block) for block in blocks.blocks]
-        self._rest = BlockCopies(blocks.rest)
+        self._placement = self._place_on(backend)
         self._ring: Ring | None = None
         self._slot_bindings: dict[tuple[int, int], Binding] = {}
         self._schedule: Schedule | None = None
         self._running: list[tuple[int, int]] = []
         self._stalls = StallMeter(self.counters)
         self._hooks: list[Any] = []
-        self._last_rites = _close_at_end(self, backend)
+        self._finalizer = _close_at_end(self, backend)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -127,14 +126,18 @@ class Streamer:
         After an error the model is unloaded and all device memory is given back.
         """
         patches = patches or NoPatches()
-        if self.state is State.LOADED and plan == self.plan and not self._stale(plan, patches):
+        if self.state is State.LOADED and plan == self.plan and not self._placement.is_stale(plan, patches):
             return
         try:
             self._drain()
-            self._place(plan)
-            self._bake(plan, patches)
-            self._bind()
-            self._attach()
+            self._drop_ring()
+            self.plan = plan
+            self._placement.carry_out(plan)
+            self._placement.bake(plan, patches)
+            self._placement.bind()
+            if plan.streamed:
+                self._make_ring(plan)
+            self._attach(plan)
             self._prefetch()
         except BaseException:
             self.unload()
@@ -146,9 +149,7 @@ class Streamer:
         self._drain()
         self._detach()
         self._drop_ring()
-        for copies in (*self._copies, self._rest):
-            copies.drop_resident(self.backend)
-            copies.original_binding.apply()  # Not the master copy: that may have patches in it.
+        self._placement.clear_device()
         self.plan = None
         self.state = State.UNLOADED
 
@@ -163,79 +164,35 @@ class Streamer:
     def originals(self) -> Iterator[None]:
         """Point the modules at the weights as loaded, for code that reads them; not while a block runs."""
         self.settle()
-        for copies in (*self._copies, self._rest):
-            copies.original_binding.apply()
+        self._placement.bind_originals()
         try:
             yield
         finally:
             if self.state is State.LOADED:
-                self._bind()
+                self._placement.bind()
 
     def move_to(self, backend: Backend) -> None:
         """Stream to another device from the next load on."""
         self.close()
-        self._last_rites.detach()
+        self._finalizer.detach()
         self.backend = backend
-        self._arena = Arena(backend, self.config.pin_memory, self._pins)
-        self._last_rites = _close_at_end(self, backend)
+        self._placement = self._place_on(backend)
+        self._finalizer = _close_at_end(self, backend)
 
     def close(self) -> None:
         """Unload, free the master copies, end the copy streams. The streamer can be loaded again."""
         self.unload()
-        for copies in self._copies:
-            copies.drop_master(self._arena)
+        self._placement.clear_host()
         self.backend.close()
 
-    def _stale(self, plan: Plan, patches: Patches) -> bool:
-        return any(weights.stale(patches) for weights in self._weights(plan))
-
-    def _weights(self, plan: Plan) -> Iterable[Weights]:
-        streamed = set(plan.streamed)
-        for index, copies in enumerate(self._copies):
-            yield copies.master if index in streamed else copies.resident
-        yield self._rest.resident
+    def _place_on(self, backend: Backend) -> Placement:
+        arena = Arena(backend, self.config.pin_memory, self._pins)
+        return Placement(self.blocks, backend, arena, self.config.threads)
 
     def _drain(self) -> None:
         """Let every copy and every kernel that uses our memory finish (Note: two events guard a slot, 4)."""
         self.settle()
         self.backend.synchronize()
-
-    def _place(self, plan: Plan) -> None:
-        """Make the copies that ``plan`` asks for and drop the others; first what frees memory."""
-        streamed = [self._copies[index] for index in plan.streamed]
-        resident = [self._copies[index] for index in plan.resident]
-        self._drop_ring()
-        self._make_masters([copies for copies in streamed if copies.master is None])
-        for copies in streamed:
-            copies.drop_resident(self.backend)
-        self.plan = plan
-        self._rest.make_resident(self.backend)
-        if plan.streamed:
-            self._make_ring(plan)
-        for copies in resident:
-            copies.make_resident(self.backend)
-            copies.drop_master(self._arena)
-
-    def _make_masters(self, copies: list[BlockCopies]) -> None:
-        """Fill and page-lock host memory, block by block on a few threads: filling is what costs, not locking."""
-        if not copies:
-            return
-        with ThreadPoolExecutor(self.config.threads, thread_name_prefix="weightstream-fill") as pool:
-            futures = [pool.submit(item.make_master, self._arena) for item in copies]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _bake(self, plan: Plan, patches: Patches) -> None:
-        for weights in self._weights(plan):
-            weights.bake(weights.stale(patches), patches)
-
-    def _bind(self) -> None:
-        for copies in (*self._copies, self._rest):
-            copies.bind()
 
     def _make_ring(self, plan: Plan) -> None:
         self.backend.open(self.config.copy_streams)
@@ -245,7 +202,7 @@ class Streamer:
         with torch.inference_mode(False):
             for index in plan.streamed:
                 for number, slot in enumerate(self._ring.slots):
-                    layout = self._copies[index].block.layout
+                    layout = self.blocks.blocks[index].layout
                     self._slot_bindings[index, number] = layout.binding(slot.buffer)
 
     def _drop_ring(self) -> None:
@@ -255,20 +212,12 @@ class Streamer:
         self._slot_bindings.clear()
         self._stalls.clear()
 
-    # -- hooks ---------------------------------------------------------------------------------------------------
-
-    def _attach(self) -> None:
+    def _attach(self, plan: Plan) -> None:
         self._detach()
-        root, streamer = self._root(), weakref.ref(self)
+        root = self._root()
         assert root is not None
-        assert self.plan is not None
-        self._hooks.append(root.register_forward_pre_hook(_step_begins(streamer), prepend=True))
-        self._hooks.append(root.register_forward_hook(_step_ends(streamer), always_call=True))
-        for index in self.plan.streamed:
-            module = self._copies[index].block.module
-            assert module is not None
-            self._hooks.append(module.register_forward_pre_hook(_block_begins(streamer, index), prepend=True))
-            self._hooks.append(module.register_forward_hook(_block_ends(streamer, index), always_call=True))
+        streamed = [(index, self.blocks.blocks[index].module) for index in plan.streamed]
+        self._hooks = attach(root, streamed, self)
 
     def _detach(self) -> None:
         for handle in self._hooks:
@@ -340,7 +289,7 @@ class Streamer:
             schedule.leave(slot)
             ring.slots[slot].free = self.backend.mark()
             if all(running[0] != index for running in self._running):
-                self._copies[index].bind()
+                self._placement.bind_block(index)
 
     def _prefetch(self) -> None:
         if self._schedule is None:
@@ -353,8 +302,7 @@ class Streamer:
                 raise
 
     def _fill(self, index: int, slot: int) -> None:
-        master, ring = self._copies[index].master, self._ring
-        assert master is not None
+        master, ring = self._placement.master(index), self._ring
         assert ring is not None
         with torch.profiler.record_function("stream::prefetch"):
             ring.fill(slot, master.buffer)
@@ -374,9 +322,9 @@ class Streamer:
         return f"{text}; {self._memory_text()}" if plan.streamed else text
 
     def _memory_text(self) -> str:
-        pinned, pageable = self._arena.pinned_bytes, self._arena.pageable_bytes
+        pinned, pageable = self._placement.arena.pinned_bytes, self._placement.arena.pageable_bytes
         text = f"{format_bytes(pinned)} page-locked"
-        return f"{text}, {format_bytes(pageable)} pageable ({self._arena.reason})" if pageable else text
+        return f"{text}, {format_bytes(pageable)} pageable ({self._placement.arena.reason})" if pageable else text
 
     def _mode(self, plan: Plan | None) -> str:
         if plan is None:
@@ -394,7 +342,7 @@ class Streamer:
             device=self.backend.name,
             mode=self._mode(current),
             explain=self._explain(current),
-            note=self._arena.reason or "",
+            note=self._placement.arena.reason or "",
             blocks=len(self.blocks.blocks),
             resident_blocks=len(plan.resident),
             streamed_blocks=len(plan.streamed) if loaded else 0,
@@ -402,48 +350,13 @@ class Streamer:
             rest_bytes=plan.rest_bytes,
             staging_bytes=plan.staging_bytes,
             streamed_block_bytes=plan.streamed_bytes if loaded else 0,
-            pinned_bytes=self._arena.pinned_bytes,
-            pageable_bytes=self._arena.pageable_bytes,
+            pinned_bytes=self._placement.arena.pinned_bytes,
+            pageable_bytes=self._placement.arena.pageable_bytes,
             device_bytes=self.backend.allocated,
             device_peak_bytes=self.backend.peak,
             device_budget_bytes=self.backend.budget,
             counters=replace(self.counters),
         )
-
-
-StreamerRef = Callable[[], "Streamer | None"]
-
-
-def _block_begins(streamer: StreamerRef, index: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object) -> None:
-        if (owner := streamer()) is not None:
-            owner.enter(index)
-
-    return hook
-
-
-def _block_ends(streamer: StreamerRef, index: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object, output: object) -> None:
-        if (owner := streamer()) is not None:
-            owner.leave(index)
-
-    return hook
-
-
-def _step_begins(streamer: StreamerRef) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object) -> None:
-        if (owner := streamer()) is not None:
-            owner.begin_step()
-
-    return hook
-
-
-def _step_ends(streamer: StreamerRef) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object, output: object) -> None:
-        if (owner := streamer()) is not None:
-            owner.end_step(completed=output is not None)
-
-    return hook
 
 
 def _close_at_end(streamer: Streamer, backend: Backend) -> weakref.finalize:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
+from weightstream.streaming import CpuBackend, Streamer, StreamingConfig, VirtualMemory, split_model
 
 
 class Layer(nn.Module):
@@ -43,3 +46,16 @@ class Transformer(nn.Module):
 def make_transformer(depth: int = 6, width: int = 32, seed: int = 0) -> Transformer:
     torch.manual_seed(seed)
     return Transformer(depth, width).requires_grad_(False).eval()
+
+
+X = torch.linspace(-1, 1, 3 * 5 * 32).reshape(3, 5, 32)
+
+
+def make_streamer(model: Transformer, budget: int = 10**9, **settings: int) -> Streamer:
+    return Streamer(model, split_model(model), CpuBackend(VirtualMemory(budget)), StreamingConfig(**settings))
+
+
+def budgets(streamer: Streamer) -> Iterator[int]:
+    """From everything resident down to one slot."""
+    for step in range(9):
+        yield streamer.model_bytes - (streamer.model_bytes - streamer.minimum_bytes) * step // 8

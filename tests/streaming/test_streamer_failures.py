@@ -1,0 +1,145 @@
+"""Interrupts, failed copies, failed loads: an error may come at any time, a wrong weight never."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import X, make_streamer, make_transformer
+from weightstream.streaming import (
+    CpuBackend,
+    DeviceMemoryError,
+    State,
+    Streamer,
+    StreamingConfig,
+    VirtualMemory,
+    split_model,
+)
+from weightstream.streaming.plan import Plan
+
+
+class Stop(BaseException):
+    """Like the host's interrupt: no ``Exception``, so torch runs no hooks for it."""
+
+
+@pytest.mark.parametrize("kind", [Stop, ValueError])
+@pytest.mark.parametrize("block", range(6))
+def test_an_interrupted_block_is_let_go_of(
+    block: int, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_transformer()
+    expected = model(X)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+
+    def interrupt(x: torch.Tensor) -> torch.Tensor:
+        raise kind
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.blocks[block].mlp[1], "forward", interrupt)
+        with pytest.raises(kind):
+            model(X)
+    streamer.settle()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+    assert torch.equal(model(X), expected)
+    assert torch.equal(model(X), expected)
+
+
+def test_an_interrupt_without_settling_heals_with_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+
+    def interrupt(x: torch.Tensor) -> torch.Tensor:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.blocks[3].out, "forward", interrupt)
+        with pytest.raises(Stop):
+            model(X)
+    assert torch.equal(model(X), expected)
+
+
+def test_an_interrupt_in_a_resident_block_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    streamer.load(Plan(streamer.blocks.sizes, streamer.blocks.rest.nbytes, (0, 1, 3, 5), 2))
+
+    def interrupt(x: torch.Tensor) -> torch.Tensor:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.blocks[4].out, "forward", interrupt)
+        with pytest.raises(Stop):
+            model(X)
+    for _ in range(3):
+        model(X)
+    assert streamer._schedule is not None
+    assert streamer._schedule.order == [0, 1, 3, 5]
+
+
+class FailingBackend(CpuBackend):
+    """The n-th copy fails: ``at_once`` when it is queued, else later, on its worker."""
+
+    def __init__(self, failing_copy: int, at_once: bool) -> None:
+        super().__init__(VirtualMemory(10**9))
+        self.copies = 0
+        self.failing_copy = failing_copy
+        self.at_once = at_once
+
+    def _copy_piece(self, stream, target, source, waits):
+        self.copies += 1
+        if self.copies != self.failing_copy:
+            return super()._copy_piece(stream, target, source, waits)
+        target.fill_(255)  # A slot that was half written must never be taken for a block.
+        if self.at_once:
+            raise OSError("the copy failed")
+        return stream.submit(self._fail)
+
+    @staticmethod
+    def _fail() -> None:
+        raise OSError("the copy failed")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("failing_copy", range(3, 12))
+def test_a_failed_copy_is_an_error_and_never_a_wrong_weight(failing_copy: int, at_once: bool) -> None:
+    model = make_transformer()
+    expected = model(X)
+    backend = FailingBackend(failing_copy, at_once)
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.blocks.sizes[0]))
+    errors = 0
+    for _ in range(4):
+        try:
+            assert torch.equal(model(X), expected)
+        except OSError:
+            errors += 1
+    assert errors == 1
+
+
+def test_a_failed_first_copy_unloads_the_model() -> None:
+    model = make_transformer()
+    expected = model(X)
+    backend = FailingBackend(1, at_once=True)
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    with pytest.raises(OSError, match="the copy failed"):
+        streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    assert streamer.state is State.UNLOADED
+    assert backend.allocated == 0
+    assert torch.equal(model(X), expected)
+
+
+def test_a_failed_load_gives_everything_back() -> None:
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, budget=200_000)
+    plan = streamer.plan_for(10**9)
+    assert plan.device_bytes > 200_000
+    with pytest.raises(DeviceMemoryError, match="virtual:0 has"):
+        streamer.load(plan)
+    assert streamer.state is State.UNLOADED
+    assert streamer.backend.allocated == 0
+    assert torch.equal(model(X), expected)

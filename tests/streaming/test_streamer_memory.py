@@ -1,0 +1,145 @@
+"""What is alive, counted and page-locked, on the way and at the end."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+
+import torch
+from models import X, budgets, make_streamer, make_transformer
+from weightstream.streaming import (
+    CpuBackend,
+    PinBudget,
+    Streamer,
+    StreamingConfig,
+    VirtualMemory,
+    split_model,
+)
+
+
+class Memory(bytearray):
+    """Memory that can be watched: alive for as long as any tensor uses it."""
+
+    __hash__ = object.__hash__
+
+
+class WatchedBackend(CpuBackend):
+    """Knows which of its memory is really alive, whatever was counted as given back."""
+
+    def __init__(self) -> None:
+        super().__init__(VirtualMemory(10**9))
+        self.memories: weakref.WeakSet[Memory] = weakref.WeakSet()
+        self.peak_alive = 0
+
+    def _empty(self, nbytes: int) -> torch.Tensor:
+        memory = Memory(nbytes)
+        self.memories.add(memory)
+        self.peak_alive = max(self.peak_alive, self.alive)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    @property
+    def alive(self) -> int:
+        return sum(len(memory) for memory in self.memories)
+
+
+def test_no_memory_is_kept_alive_by_what_has_moved_on() -> None:
+    """Also on the way from one plan to the next no more is alive than the larger of the two asks for."""
+    model = make_transformer(depth=8)
+    backend = WatchedBackend()
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    plans = [streamer.plan_for(budget) for budget in budgets(streamer)]
+    for before, after in itertools.permutations(plans, 2):
+        streamer.load(before)
+        model(X)
+        backend.peak_alive = 0
+        streamer.load(after)
+        assert backend.alive == backend.allocated == after.device_bytes
+        assert backend.peak_alive <= max(before.device_bytes, after.device_bytes)
+    model(X)
+    streamer.unload()
+    assert backend.alive == 0
+
+
+def test_masters_exist_for_streamed_blocks_only() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    assert streamer.snapshot().pinned_bytes == sum(streamer.blocks.sizes)
+    streamer.load(streamer.plan_for(10**9))
+    assert streamer.snapshot().pinned_bytes == 0
+
+
+def test_a_model_is_freed_without_the_garbage_collector() -> None:
+    model = make_transformer()
+    backend = CpuBackend(VirtualMemory(10**9))
+    model.streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    model.streamer.load(model.streamer.plan_for(0 + model.streamer.minimum_bytes))
+    model(X)
+    references = [weakref.ref(model), weakref.ref(model.streamer), weakref.ref(model.blocks[0])]
+    gc.disable()
+    try:
+        del model
+        assert [reference() for reference in references] == [None] * 3
+    finally:
+        gc.enable()
+    assert backend.memory.allocated == 0
+
+
+def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
+    class Registering(CpuBackend):
+        registered: set[int] = set()  # noqa: RUF012
+
+        def register(self, buffer: torch.Tensor) -> str | None:
+            self.registered.add(buffer.data_ptr())
+            return None
+
+        def unregister(self, address: int) -> None:
+            self.registered.remove(address)
+
+    model = make_transformer()
+    pins = PinBudget()
+    backend = Registering(VirtualMemory(10**9))
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig(), pins)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    model(X)
+    assert len(backend.registered) == 6
+    assert pins.used == sum(streamer.blocks.sizes)
+    # Still looked at by somebody: the memory must stay valid, and must not stay locked.
+    weight = model.blocks[0].qkv.weight
+    value = weight.clone()
+    del model, streamer
+    gc.collect()
+    assert backend.registered == set()
+    assert pins.used == 0
+    assert torch.equal(weight, value)
+
+
+def test_models_share_what_may_be_page_locked() -> None:
+    models = [make_transformer(), make_transformer()]
+    pins = PinBudget(limit=sum(split_model(models[0]).sizes) * 3 // 2)
+    expected = models[0](X)
+    for model in models:
+        backend = CpuBackend(VirtualMemory(10**9))
+        model.streamer = Streamer(model, split_model(model), backend, StreamingConfig(), pins)
+        model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
+        assert torch.equal(model(X), expected)
+    first, second = (model.streamer.snapshot() for model in models)
+    assert first.pageable_bytes == 0
+    assert second.pageable_bytes > 0
+    assert "page-locked memory is reached" in second.note
+    models[0].streamer.close()
+    assert pins.used == second.pinned_bytes
+
+
+def test_the_garbage_collector_may_run_on_a_copy_thread() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    model(X)
+    worker = streamer.backend._streams[0]
+    model.itself, streamer.itself = model, streamer
+    reference = weakref.ref(streamer)
+    del model, streamer
+    worker.submit(gc.collect).result(timeout=30)
+    assert reference() is None

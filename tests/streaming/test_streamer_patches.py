@@ -1,0 +1,118 @@
+"""Patched weights, and weights that others write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import X, budgets, make_streamer, make_transformer
+from weightstream.streaming import (
+    UnsupportedModelError,
+)
+
+
+class Doubled:
+    """A patch that doubles some weights."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+        self.computed: list[str] = []
+
+    def signature(self, name: str) -> object | None:
+        return "doubled" if name in self.names else None
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        self.computed.append(name)
+        return original * 2
+
+
+def test_patches_are_baked_once_and_taken_out_again() -> None:
+    model = make_transformer()
+    plain = model(X)
+    names = {f"blocks.{index}.qkv.weight" for index in range(6)} | {"input.weight"}
+    reference = make_transformer()
+    for name in names:
+        reference.get_parameter(name).mul_(2)
+    patched = reference(X)
+    streamer = make_streamer(model)
+    for budget in budgets(streamer):
+        plan = streamer.plan_for(budget)
+        patches = Doubled(names)
+        streamer.load(plan, patches)
+        assert torch.equal(model(X), patched)
+        streamer.load(plan, patches)
+        assert sorted(patches.computed) == sorted(set(patches.computed))
+        one_less = Doubled(names - {"blocks.3.qkv.weight"})
+        streamer.load(plan, one_less)
+        assert one_less.computed == []
+        with streamer.originals():
+            assert torch.equal(model.blocks[0].qkv.weight, make_transformer().blocks[0].qkv.weight)
+        streamer.load(plan)
+        assert torch.equal(model(X), plain)
+
+
+def test_an_unloaded_model_shows_its_originals() -> None:
+    model = make_transformer()
+    original = model.blocks[2].out.weight.clone()
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes), Doubled({"blocks.2.out.weight"}))
+    assert torch.equal(model.blocks[2].out.weight, original * 2)
+    streamer.unload()
+    assert torch.equal(model.blocks[2].out.weight, original)
+    with streamer.originals():
+        assert torch.equal(model.blocks[2].out.weight, original)
+    assert torch.equal(model.blocks[2].out.weight, original)
+
+
+def test_patched_residents_stay_patched_when_they_become_streamed() -> None:
+    model = make_transformer()
+    patches = Doubled({"blocks.2.out.weight"})
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(10**9), patches)
+    expected = model(X)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes), patches)
+    assert torch.equal(model(X), expected)
+    assert patches.computed == ["blocks.2.out.weight"]
+
+
+def test_a_failed_patch_leaves_a_clean_model() -> None:
+    model = make_transformer()
+    plain = model(X)
+
+    class Broken(Doubled):
+        def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no such adapter")
+
+    streamer = make_streamer(model)
+    plan = streamer.plan_for(streamer.minimum_bytes)
+    with pytest.raises(RuntimeError, match="no such adapter"):
+        streamer.load(plan, Broken({"blocks.2.out.weight"}))
+    assert streamer.backend.allocated == 0
+    streamer.load(plan)
+    assert torch.equal(model(X), plain)
+
+
+def test_a_patch_that_changes_a_shape_is_refused() -> None:
+    model = make_transformer()
+
+    class Wider(Doubled):
+        def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+            return torch.cat([original, original])
+
+    streamer = make_streamer(model)
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.2\.out\.weight from \(32, 32\) to \(64, 32\)"):
+        streamer.load(streamer.plan_for(streamer.minimum_bytes), Wider({"blocks.2.out.weight"}))
+
+
+def test_weights_written_in_place_are_copied_anew() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    model(X)
+    for block in model.blocks:
+        block.out.weight.mul_(0.5)
+    streamer.invalidate()
+    result = model(X)
+    reference = make_transformer()
+    for block in reference.blocks:
+        block.out.weight.mul_(0.5)
+    assert torch.equal(result, reference(X))
