@@ -54,6 +54,7 @@ class Backend(ABC):
     def __init__(self, device: torch.device, name: str) -> None:
         self.device = device
         self.name = name
+        self.allocated = 0
         self.peak = 0
         self._live: dict[int, int] = {}
         self._streams: list[Any] = []
@@ -74,6 +75,7 @@ class Backend(ABC):
         """
         buffer = self._empty(nbytes)
         self._live[buffer.data_ptr()] = nbytes
+        self.allocated += nbytes
         self.peak = max(self.peak, self.allocated)
         return buffer
 
@@ -86,11 +88,9 @@ class Backend(ABC):
 
         Gives the bytes that count no longer: none for what :meth:`close` has given back already.
         """
-        return self._live.pop(buffer.data_ptr(), 0)
-
-    @property
-    def allocated(self) -> int:
-        return sum(self._live.values())
+        nbytes = self._live.pop(buffer.data_ptr(), 0)
+        self.allocated -= nbytes
+        return nbytes
 
     def open(self, copy_streams: int) -> None:
         """Have ``copy_streams`` streams for copies; with 0 they run on the compute stream, or in the caller."""
@@ -143,6 +143,7 @@ class Backend(ABC):
         self._streams.clear()
         self._last_piece = None
         self._live.clear()
+        self.allocated = 0
 
 
 class CudaBackend(Backend):
@@ -191,14 +192,18 @@ class CudaBackend(Backend):
     def register(self, buffer: torch.Tensor) -> str | None:
         if buffer.is_pinned():
             return "the memory is page-locked by somebody else already"
-        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, HOST_REGISTER_PORTABLE))
+        # Threads that fill memory start on the first GPU, where this would make a context that nobody needs.
+        with torch.cuda.device(self.device):
+            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, HOST_REGISTER_PORTABLE))
         if code == 0:
             return None
         self._drain_error()
         return f"page-locking {format_bytes(buffer.nbytes)} failed (CUDA error {code})"
 
     def unregister(self, address: int) -> None:
-        if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
+        with torch.cuda.device(self.device):
+            code = int(torch.cuda.cudart().cudaHostUnregister(address))
+        if code != 0:
             self._drain_error()
 
     def close(self) -> None:
