@@ -140,7 +140,7 @@ class StreamedModelPatcher(ModelPatcher):
         Where that is impossible nothing changes and 0 is given: the host then takes the whole model off the device.
         """
         before = self.streamer.device_bytes
-        if before - memory_to_free < self.streamer.minimum_bytes:
+        if memory_to_free <= 0 or before - memory_to_free < self.streamer.minimum_bytes:
             return 0
         with self.use_ejected():
             self.unpatch_hooks()

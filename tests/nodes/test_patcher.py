@@ -359,6 +359,13 @@ def test_two_models_of_one_prompt_make_room_for_each_other(
     assert torch.equal(sample(second), expected)
 
 
+def test_nothing_is_loaded_by_asking_for_memory(streamed: Load) -> None:
+    model = streamed(64 * MB)
+    for wanted in (-MB, 0, MB):
+        assert model.partially_unload(model.offload_device, wanted) == 0
+    assert model.loaded_size() == 0
+
+
 def test_no_room_to_stream_instead_means_that_the_whole_model_goes(
     streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
