@@ -67,8 +67,7 @@ class StreamedModelPatcher(ModelPatcher):
         weight_inplace_update: bool = False,
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
-        if WrappersMP.APPLY_MODEL not in self.wrappers:
-            self.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE, settle_after_forward)
+        self.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE, settle_after_forward)
 
     @property
     def streamed(self) -> StreamedModel:
@@ -137,7 +136,7 @@ class StreamedModelPatcher(ModelPatcher):
     ) -> float:
         """Turn resident blocks into streamed ones until ``memory_to_free`` bytes are free, and give what was freed.
 
-        Where that is impossible nothing changes and 0 is given: the host then takes the whole model off the device.
+        Where that is impossible 0 is given, and the host then takes the whole model off the device.
         """
         before = self.streamer.device_bytes
         if memory_to_free <= 0 or before - memory_to_free < self.streamer.minimum_bytes:

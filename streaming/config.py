@@ -49,7 +49,7 @@ class StreamingConfig:
 
     @property
     def threads(self) -> int:
-        # More than 16 readers do not raise the speed of a page-cache copy (docs/design.md, "Filling the arena").
+        # Filling memory is bound by memory: all the cores of a large machine would only get in each other's way.
         return self.fill_threads or min(16, os.cpu_count() or 1)
 
 

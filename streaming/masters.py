@@ -72,14 +72,14 @@ class Weights:
     def bake(self, specs: Iterable[TensorSpec], patches: Patches) -> None:
         """Write ``specs`` anew: patched, or the original where nothing changes them any more."""
         for spec in specs:
+            # While it is written the tensor is neither the old nor the new one: should that fail or be interrupted,
+            # nobody may take it for either. This copy may outlive the failure.
+            self._baked[spec.name] = _UNFINISHED
             signature = patches.signature(spec.name)
             if signature is None:
                 _write(spec, self.buffer, spec.original)
-                self._baked.pop(spec.name, None)
+                del self._baked[spec.name]
                 continue
-            # While it is written the tensor is neither the old nor the new one: should computing it fail, nobody
-            # may take it for either.
-            self._baked[spec.name] = _UNFINISHED
             original = spec.original if spec.original.dtype == spec.dtype else spec.original.to(spec.dtype)
             _write(spec, self.buffer, patches.compute(spec.name, original))
             self._baked[spec.name] = signature

@@ -104,8 +104,9 @@ def _spread(sizes: tuple[int, ...], budget: float) -> set[int]:
 
     Error diffusion: with each block the bytes that the bus can move while it computes become due. A block is streamed
     when at least half of it is due, else kept. Every block is taken to compute for the same time: that is true for
-    most models and near enough for FLUX, whose double blocks have 2.4 times the bytes of its single blocks and compute
-    1.2 times as long. What the budget then still has room for is kept where streamed blocks stand closest.
+    most models and near enough for FLUX, whose double blocks have 2.4 times the bytes of its single blocks and, by
+    their multiplications, compute 1.2 times as long. What the budget then still has room for is kept where streamed
+    blocks stand closest.
     """
     due_per_block = (sum(sizes) - budget) / len(sizes)
     kept: set[int] = set()

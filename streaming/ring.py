@@ -28,7 +28,6 @@ class Ring:
     """``count`` slots of ``slot_bytes`` on one device."""
 
     def __init__(self, backend: Backend, count: int, slot_bytes: int) -> None:
-        self.slot_bytes = slot_bytes
         self._backend = backend
         self.slots: list[Slot] = []
         try:
@@ -38,10 +37,6 @@ class Ring:
         except BaseException:
             self.release()
             raise
-
-    @property
-    def nbytes(self) -> int:
-        return self.slot_bytes * len(self.slots)
 
     def fill(self, index: int, source: torch.Tensor) -> None:
         """Copy ``source`` to the start of a slot, after the slot's last reader."""

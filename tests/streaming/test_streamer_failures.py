@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import X, make_streamer, make_transformer
+from models import Transformer, X, make_streamer, make_transformer
+from torch import nn
 from weightstream.streaming import (
     CpuBackend,
     DeviceMemoryError,
@@ -21,6 +22,18 @@ class Stop(BaseException):
     """Like the host's interrupt: no ``Exception``, so torch runs no hooks for it."""
 
 
+def run_into(kind: type[BaseException], model: Transformer, layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run ``model`` until ``layer``, which raises ``kind``."""
+
+    def interrupt(x: torch.Tensor) -> torch.Tensor:
+        raise kind
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", interrupt)
+        with pytest.raises(kind):
+            model(X)
+
+
 @pytest.mark.parametrize("kind", [Stop, ValueError])
 @pytest.mark.parametrize("block", range(6))
 def test_an_interrupted_block_is_let_go_of(
@@ -31,14 +44,7 @@ def test_an_interrupted_block_is_let_go_of(
     state = {name: value.clone() for name, value in model.state_dict().items()}
     streamer = make_streamer(model)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
-
-    def interrupt(x: torch.Tensor) -> torch.Tensor:
-        raise kind
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model.blocks[block].mlp[1], "forward", interrupt)
-        with pytest.raises(kind):
-            model(X)
+    run_into(kind, model, model.blocks[block].mlp[1], monkeypatch)
     streamer.settle()
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
@@ -51,14 +57,7 @@ def test_an_interrupt_without_settling_heals_with_the_next_step(monkeypatch: pyt
     expected = model(X)
     streamer = make_streamer(model)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
-
-    def interrupt(x: torch.Tensor) -> torch.Tensor:
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model.blocks[3].out, "forward", interrupt)
-        with pytest.raises(Stop):
-            model(X)
+    run_into(Stop, model, model.blocks[3].out, monkeypatch)
     assert torch.equal(model(X), expected)
 
 
@@ -66,14 +65,7 @@ def test_an_interrupt_in_a_resident_block_teaches_nothing(monkeypatch: pytest.Mo
     model = make_transformer()
     streamer = make_streamer(model)
     streamer.load(Plan(streamer.blocks.sizes, streamer.blocks.rest.nbytes, (0, 1, 3, 5), 2))
-
-    def interrupt(x: torch.Tensor) -> torch.Tensor:
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model.blocks[4].out, "forward", interrupt)
-        with pytest.raises(Stop):
-            model(X)
+    run_into(Stop, model, model.blocks[4].out, monkeypatch)
     for _ in range(3):
         model(X)
     assert streamer._schedule is not None

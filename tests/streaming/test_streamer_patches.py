@@ -7,7 +7,9 @@ import torch
 from models import X, budgets, make_streamer, make_transformer
 from weightstream.streaming import (
     UnsupportedModelError,
+    masters,
 )
+from weightstream.streaming.layout import TensorSpec
 
 
 class Doubled:
@@ -89,6 +91,28 @@ def test_a_failed_patch_leaves_a_clean_model() -> None:
     assert streamer.backend.allocated == 0
     streamer.load(plan)
     assert torch.equal(model(X), plain)
+
+
+def test_a_patch_half_taken_out_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The master copy outlives the failed load: with the patch back it must be written anew."""
+    model = make_transformer()
+    patches = Doubled({"blocks.2.out.weight"})
+    streamer = make_streamer(model)
+    plan = streamer.plan_for(streamer.minimum_bytes)
+    streamer.load(plan, patches)
+    patched = model(X)
+    write = masters._write
+
+    def stop_half_way(spec: TensorSpec, buffer: torch.Tensor, value: torch.Tensor) -> None:
+        write(spec, buffer, torch.cat([value[:16], spec.view(buffer)[16:].clone()]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(masters, "_write", stop_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            streamer.load(plan)
+    streamer.load(plan, patches)
+    assert torch.equal(model(X), patched)
 
 
 def test_a_patch_that_changes_a_shape_is_refused() -> None:
