@@ -6,7 +6,9 @@ import logging
 import os
 from dataclasses import dataclass
 
+import comfy.memory_management
 import comfy.model_management as mm
+import comfy_aimdo.model_vbar
 import torch
 from comfy.cli_args import args
 
@@ -105,13 +107,34 @@ pins = PinBudget(
 )
 
 
-def host_config(vram_limit: int | None) -> StreamingConfig:
-    """Settings from the host's command line: --async-offload, --disable-async-offload, --disable-pinned-memory."""
+def host_config(vram_limit: int | None, backend: Backend) -> StreamingConfig:
+    """Settings from the host's command line, for ``backend``.
+
+    --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram.
+    """
+    virtual = backend.budget is not None
     return StreamingConfig(
         copy_streams=_copy_streams(),
         pin_memory=not args.disable_pinned_memory,
         vram_limit=vram_limit,
+        headroom_bytes=0 if virtual else _headroom(),
+        adaptive=mm.vram_state != mm.VRAMState.NO_VRAM,
+        # How fast a CPU computes, and copies from its own memory, says nothing about a GPU.
+        thrifty=not virtual,
     )
+
+
+def _headroom() -> int:
+    if args.reserve_vram is not None:
+        return int(args.reserve_vram * 1024**3)
+    return StreamingConfig.headroom_bytes
+
+
+def evictable(device: torch.device) -> int:
+    """Bytes of VRAM that models with dynamic VRAM hold and give up when somebody allocates."""
+    if not comfy.memory_management.aimdo_enabled or device.type != "cuda":
+        return 0
+    return int(comfy_aimdo.model_vbar.vbars_analyze(device.index))
 
 
 def _copy_streams() -> int:

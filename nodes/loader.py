@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from comfy_api.latest import io
 
 from ..streaming import BudgetError, Streamer, UnsupportedModelError, format_bytes, split_model
 from . import status
-from .devices import host_config, make_backend, pins
+from .devices import evictable, host_config, make_backend, pins
 from .patcher import ATTRIBUTE, StreamedModel, StreamedModelPatcher
 
 GIB = 1024**3
@@ -113,7 +114,10 @@ def _load_for_streaming(path: str, model_options: dict, vram_limit: int | None, 
         loaded = _load_by_host(path, model_options)
     model, load_device = loaded.model, loaded.load_device
     blocks = split_model(model, _model_dtype)
-    streamer = Streamer(model.diffusion_model, blocks, backend, host_config(vram_limit), pins)
+    config = host_config(vram_limit, backend)
+    streamer = Streamer(
+        model.diffusion_model, blocks, backend, config, pins, functools.partial(evictable, backend.device)
+    )
     _check_limit(vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id)
     setattr(model, ATTRIBUTE, streamed)

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..streaming import DeviceMemoryError, Plan, Streamer, format_bytes
+from ..streaming import Plan, Streamer, format_bytes
 from . import status
 from .devices import make_backend, same_device
 from .patches import HostPatches
@@ -24,10 +24,6 @@ logger = logging.getLogger(__name__)
 
 # Where the shared model keeps the one object that holds everything about its streaming.
 ATTRIBUTE = "weightstream"
-
-# The host's offer moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Placing
-# blocks anew for that costs more than it gains. The host's own reserve, on top of its estimate for inference, is this.
-OFFER_SLACK = 400 * 1024**2
 
 
 @dataclass(eq=False)
@@ -43,13 +39,13 @@ class StreamedModel:
     name: str
     streamer: Streamer
     node_id: str | None = None
-    _announced: str = ""
+    _announced: object = None
 
     def announce(self) -> None:
         """Say which plan is in effect; in the log only when it is another than before."""
-        text = self.streamer.explain()
-        status.announce(self.name, text, self.node_id, again=text == self._announced)
-        self._announced = text
+        now = (self.streamer.plan, self.streamer.state)
+        status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
+        self._announced = now
 
 
 class StreamedModelPatcher(ModelPatcher):
@@ -67,7 +63,7 @@ class StreamedModelPatcher(ModelPatcher):
         weight_inplace_update: bool = False,
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
-        self.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE, settle_after_forward)
+        self.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE, run_streamed)
 
     @property
     def streamed(self) -> StreamedModel:
@@ -134,25 +130,16 @@ class StreamedModelPatcher(ModelPatcher):
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
     ) -> float:
-        """Turn resident blocks into streamed ones until ``memory_to_free`` bytes are free, and give what was freed.
+        """Give up weights until ``memory_to_free`` bytes are free, and give what was freed.
 
-        Where that is impossible 0 is given, and the host then takes the whole model off the device.
+        Nothing is made in their place now: what the model needs instead is made when it is loaded again. Where less
+        was freed than asked for, the host takes the whole model off the device.
         """
-        before = self.streamer.device_bytes
-        if memory_to_free <= 0 or before - memory_to_free < self.streamer.minimum_bytes:
-            return 0
         with self.use_ejected():
             self.unpatch_hooks()
-            try:
-                self.streamer.load(self.streamer.plan_for(before - memory_to_free), self._host_patches())
-            except (torch.OutOfMemoryError, DeviceMemoryError) as error:
-                logger.warning("[WeightStream] %s: no room to stream instead: %s", self.streamed.name, error)
-                return 0
-            except BaseException:
-                self.detach()
-                raise
+            freed = self.streamer.give_way(int(memory_to_free))
             self._tell_host(self.load_device)
-        return before - self.streamer.device_bytes
+        return freed
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """Restore object patches and, with ``unpatch_weights``, take all weights off the device."""
@@ -168,26 +155,38 @@ class StreamedModelPatcher(ModelPatcher):
     def _host_patches(self) -> HostPatches:
         return HostPatches(self, self.streamer.blocks.specs)
 
+    def reload(self, plan: Plan) -> None:
+        """Carry ``plan`` out between two steps, with this MODEL's patches and the hooks that are in effect."""
+        hooks = self.current_hooks
+        self.unpatch_hooks()
+        self.streamer.load(plan, self._host_patches())
+        self._tell_host(self.load_device)
+        self.apply_hooks(hooks, force_apply=True)
+
+    def get_free_memory(self, device: torch.device) -> int:
+        """What a step may take, with all that the model could give up: prompts then share a step where the host can.
+
+        A smaller picture of the memory would make the host run them one by one, and each of them would stream.
+        """
+        spare = self.streamer.device_bytes - self.streamer.minimum_bytes
+        return super().get_free_memory(device) + max(0, spare)
+
     def _plan(self, offered: float) -> Plan:
-        """The plan for what the host offers; the one in effect while the offer is about the same."""
+        """The plan for what the host offers; the one in effect while another would gain little."""
         streamer = self.streamer
         budget = self._budget(offered)
         logger.debug("offered %s, used as %s", format_bytes(offered), format_bytes(budget))
         if streamer.backend.budget is None:
             # A GPU may have room that the host's estimate does not see, so the least is tried.
             budget = max(budget, streamer.minimum_bytes)
-        plan = streamer.plan_for(budget)
-        current = streamer.plan
-        if current is None:
-            return plan
-        slack = min(OFFER_SLACK, streamer.model_bytes // 50)
-        return current if abs(plan.device_bytes - current.device_bytes) <= slack else plan
+        return streamer.next_plan(budget)
 
     def _budget(self, offered: float) -> float:
         """Bytes on the device for this model, all in all."""
         streamer = self.streamer
         if streamer.backend.budget is not None:
             return min(offered, self._free_virtual_memory())
+        offered = streamer.prompt_budget(offered)
         if offered >= streamer.minimum_bytes or mm.vram_state == mm.VRAMState.NO_VRAM:
             return offered
         # The first answer can be nothing while other models still hold the memory (docs/design.md, "The offer").
@@ -218,7 +217,7 @@ class StreamedModelPatcher(ModelPatcher):
     def _virtual_room(self) -> int:
         """Bytes of the virtual device that are free or ours."""
         backend = self.streamer.backend
-        return backend.budget - backend.memory.allocated + backend.allocated
+        return backend.budget - backend.store.allocated + backend.allocated
 
     def _rivals(self) -> list[StreamedModelPatcher]:
         """Other loaded models on our virtual device, the least recently loaded first."""
@@ -237,7 +236,7 @@ class StreamedModelPatcher(ModelPatcher):
         if device is not None:
             self.model.device = device
         self.model.model_loaded_weight_memory = self.streamer.device_bytes
-        self.model.model_lowvram = plan is not None and bool(plan.streamed)
+        self.model.model_lowvram = plan is not None and bool(plan.segments)
         self.model.current_weight_patches_uuid = self.patches_uuid
         if plan is not None:
             self.streamed.announce()
@@ -315,11 +314,17 @@ def _move(holder: dict[str, torch.Tensor | None], device: torch.device) -> None:
             holder[name] = torch.nn.Parameter(moved, requires_grad=False) if is_parameter else moved
 
 
-def settle_after_forward(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run the model. An interrupt is no ``Exception``, so torch runs no hook for it: release the block it hit here."""
-    try:
-        return executor(*args, **kwargs)
-    finally:
-        streamed = getattr(executor.class_obj, ATTRIBUTE, None)
-        if streamed is not None:
-            streamed.streamer.settle()
+def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run the model once, under the streamer's care (:meth:`streaming.Streamer.run`).
+
+    An interrupt is no ``Exception``, so torch runs no hook for it: the streamer releases here what it hit.
+    """
+    patcher = getattr(executor.class_obj, "current_patcher", None)
+    if not isinstance(patcher, StreamedModelPatcher):
+        return executor(x, *args, **kwargs)
+    return patcher.streamer.run(
+        lambda: executor(x, *args, **kwargs),
+        shape=tuple(x.shape),
+        reload=patcher.reload,
+        estimate=lambda: int(patcher.memory_required(x.shape)),
+    )

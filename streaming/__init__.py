@@ -1,8 +1,8 @@
 """The engine: streams the blocks of any ``nn.Module`` from page-locked RAM to a device. It knows nothing of ComfyUI."""
 
 from .arena import PinBudget
-from .backend import Backend, CpuBackend, CudaBackend, VirtualMemory
-from .blocks import Block, BlockSet, find_blocks, split_model
+from .backend import Backend, CpuBackend, CudaBackend, DeviceMemory, VirtualMemory
+from .blocks import Block, BlockSet, Unit, find_blocks, split_model
 from .config import StreamingConfig, VirtualDevices, format_bytes, parse_virtual_devices
 from .errors import (
     BudgetError,
@@ -13,8 +13,11 @@ from .errors import (
     UnsupportedModelError,
 )
 from .masters import NoPatches, Patches
-from .plan import Plan, make_plan, minimum_bytes
+from .plan import Forecast, Plan, make_plan, minimum_bytes
+from .profile import Outline, Profile, assumed_profile
+from .residency import Residency
 from .schedule import Schedule
+from .segments import Segment
 from .streamer import State, Streamer
 from .telemetry import Counters, Snapshot
 
@@ -27,21 +30,29 @@ __all__ = [
     "Counters",
     "CpuBackend",
     "CudaBackend",
+    "DeviceMemory",
     "DeviceMemoryError",
+    "Forecast",
     "NoPatches",
+    "Outline",
     "Patches",
     "PinBudget",
     "Plan",
+    "Profile",
+    "Residency",
     "RingExhaustedError",
     "Schedule",
+    "Segment",
     "Snapshot",
     "State",
     "Streamer",
     "StreamingConfig",
     "StreamingError",
+    "Unit",
     "UnsupportedModelError",
     "VirtualDevices",
     "VirtualMemory",
+    "assumed_profile",
     "find_blocks",
     "format_bytes",
     "make_plan",

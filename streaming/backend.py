@@ -1,12 +1,13 @@
 """One device: its memory, its copy streams, its events, and how host memory is page-locked for it.
 
-[Note: pieces take turns]
-A copy is cut into pieces that take turns on the copy streams, and each piece waits for the one before it. So copies
-are carried out in the order in which they were queued, whichever stream a piece is on. The turns are not for
-bandwidth, one stream has all of it. They are for others: a GPU's copy engine stays with a stream until that stream
-has nothing to do, and a host copies small tensors to the device in every step (the time step, conditioning). Behind a
-stream with two blocks of FLUX in its queue such a copy waited 21 ms. At the end of each piece the engine must look
-for another stream, and takes the small copy then.
+[Note: copies take turns]
+Copies take turns on the copy streams, and each waits for the one before it. So they are carried out in the order in
+which they were queued, whichever stream each is on. The turns are not for bandwidth, one stream has all of it. They
+are for others: a GPU's copy engine stays with a stream until that stream has nothing to do, and a host copies small
+tensors to the device in every step (the time step, conditioning). Behind a stream with two blocks of FLUX in its queue
+such a copy waited 21 ms. At the end of each of our copies the engine must look for another stream, and takes the small
+copy then. Around the begin of a step, where a host makes its small copies, ours are cut into fine pieces, so that none
+of them waits long; elsewhere nobody waits, and a turn costs 4 to 5 us on the bus.
 
 Two backends: CUDA (ROCm's builds of torch answer to the same names), and a real one on the CPU whose copy streams
 are worker threads and whose memory has a byte budget. The CPU backend lets everything above it run, stream, evict
@@ -18,10 +19,10 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,8 +36,47 @@ Event = Any
 # A function that gives the seconds that compute waited, or None while the device has not got there.
 Stall = Callable[[], float | None]
 
+# A moment of compute, opaque like an event: a torch.cuda.Event with a time, or seconds.
+Moment = Any
+
 # cudaHostRegisterPortable: page-locked for every device's context, not only for the current one (CUDA runtime API).
 HOST_REGISTER_PORTABLE = 1
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of a device at one moment.
+
+    Attributes:
+        free: nobody has them.
+        cached: torch keeps them for its next allocations. After a step that is what its activations need.
+    """
+
+    free: int
+    cached: int
+
+
+# Where to copy, and from where.
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class CopyTime(NamedTuple):
+    """A copy that was timed: bytes, and the moments at which it began and ended on its stream."""
+
+    nbytes: int
+    begin: Moment
+    end: Moment
+
+
+def _nbytes(pairs: Sequence[Pair]) -> int:
+    return sum(target.nbytes for target, _ in pairs)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that a device has no room; libraries under torch say it in their own words."""
+    if isinstance(error, (torch.OutOfMemoryError, DeviceMemoryError)):
+        return True
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return "CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text
 
 
 class Backend(ABC):
@@ -48,8 +88,8 @@ class Backend(ABC):
         allocated, peak: bytes that this backend has handed out, now and at most.
     """
 
-    # Bytes of a piece (Note: pieces take turns); a copy that is no longer is one piece.
-    piece_bytes = 64 * 1024**2
+    # Bytes of a fine piece (Note: copies take turns); None where copies are never cut.
+    fine_bytes: int | None = 16 * 1024**2
 
     def __init__(self, device: torch.device, name: str) -> None:
         self.device = device
@@ -58,8 +98,9 @@ class Backend(ABC):
         self.peak = 0
         self._live: dict[int, int] = {}
         self._streams: list[Any] = []
-        self._pieces = 0
-        self._last_piece: Event | None = None
+        self._turn = 0
+        self._last_copy: Event | None = None
+        self._copy_times: list[CopyTime] | None = None
 
     @property
     def budget(self) -> int | None:
@@ -97,26 +138,66 @@ class Backend(ABC):
         while len(self._streams) < copy_streams:
             self._streams.append(self._create_stream())
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
-        """Queue a copy that starts when ``after`` has happened; the event says when it is done.
+    def copy(
+        self, target: torch.Tensor, sources: Sequence[torch.Tensor], after: Event | None, fine: bool = False
+    ) -> Event:
+        """Queue copies of ``sources``, one behind another, to the start of ``target``.
 
-        Copies are carried out in the order in which they are queued (Note: pieces take turns).
+        They start when ``after`` has happened, and the event that is given back says when all are done. Copies are
+        carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
+        copies of its own to make (Note: copies take turns).
         """
-        for to_piece, from_piece in zip(target.split(self.piece_bytes), source.split(self.piece_bytes), strict=True):
-            stream = self._streams[self._pieces % len(self._streams)] if self._streams else None
-            waits = [event for event in (self._last_piece, after) if event is not None]
-            self._last_piece = self._copy_piece(stream, to_piece, from_piece, waits)
-            self._pieces += 1
+        pairs, offset = [], 0
+        for source in sources:
+            pairs.append((target[offset : offset + source.nbytes], source))
+            offset += source.nbytes
+        for turn in self._in_pieces(pairs, self.fine_bytes) if fine and self.fine_bytes else [pairs]:
+            stream = self._streams[self._turn] if self._streams else None
+            self._turn = (self._turn + 1) % max(1, len(self._streams))
+            waits = [event for event in (self._last_copy, after) if event is not None]
+            self._last_copy = self._copy_now(stream, turn, waits)
             after = None
-        return self._last_piece
+        assert self._last_copy is not None
+        return self._last_copy
+
+    @staticmethod
+    def _in_pieces(pairs: Sequence[Pair], nbytes: int) -> Iterator[Sequence[Pair]]:
+        for target, source in pairs:
+            for pair in zip(target.split(nbytes), source.split(nbytes), strict=True):
+                yield [pair]
+
+    def time_copies(self) -> None:
+        """Take the time of every copy from now on."""
+        self._copy_times = []
+
+    def copy_times(self) -> list[CopyTime]:
+        """The times taken since :meth:`time_copies`, and no more."""
+        times, self._copy_times = self._copy_times or [], None
+        return times
+
+    @abstractmethod
+    def memory(self) -> DeviceMemory:
+        """What is free now. Waits for nothing."""
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Have torch give back the memory that it keeps for later."""
+
+    @abstractmethod
+    def moment(self) -> Moment:
+        """The moment at which all compute queued so far is done."""
+
+    @abstractmethod
+    def seconds(self, begin: Moment, end: Moment) -> float | None:
+        """From one moment to another; None while the device has not got there."""
 
     @abstractmethod
     def _create_stream(self) -> Any:
         """A stream for copies."""
 
     @abstractmethod
-    def _copy_piece(self, stream: Any, target: torch.Tensor, source: torch.Tensor, waits: Sequence[Event]) -> Event:
-        """Queue one piece on ``stream`` behind all of ``waits``."""
+    def _copy_now(self, stream: Any, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
+        """Queue copies on ``stream`` behind all of ``waits``. The event fails when one of them does."""
 
     @abstractmethod
     def mark(self) -> Event:
@@ -141,7 +222,7 @@ class Backend(ABC):
     def close(self) -> None:
         """Let go of streams and threads, and of what was allocated. No copy uses that memory afterwards."""
         self._streams.clear()
-        self._last_piece = None
+        self._last_copy = None
         self._live.clear()
         self.allocated = 0
 
@@ -156,35 +237,54 @@ class CudaBackend(Backend):
     def _create_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
 
-    def _copy_piece(
-        self, stream: torch.cuda.Stream | None, target: torch.Tensor, source: torch.Tensor, waits: Sequence[Event]
-    ) -> Event:
+    def _copy_now(self, stream: torch.cuda.Stream | None, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
         stream = stream or torch.cuda.current_stream(self.device)
         with torch.cuda.stream(stream):
             for event in waits:
                 # Race: the kernels of the block that used the target before may still be reading it, and an earlier
                 # copy into the same slot may not be done.
                 stream.wait_event(event)
-            target.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(stream)
-        return done
+            begin = self._timestamp(stream) if self._copy_times is not None else None
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            if begin is None:
+                return stream.record_event()
+            done = self._timestamp(stream)
+            self._copy_times.append(CopyTime(_nbytes(pairs), begin, done))
+            return done
+
+    def _timestamp(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def memory(self) -> DeviceMemory:
+        stats = torch.cuda.memory_stats(self.device)
+        cached = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
+        return DeviceMemory(torch.cuda.mem_get_info(self.device)[0], max(0, cached))
+
+    def trim(self) -> None:
+        with torch.cuda.device(self.device):
+            torch.cuda.empty_cache()
+
+    def moment(self) -> Moment:
+        return self._timestamp(torch.cuda.current_stream(self.device))
+
+    def seconds(self, begin: Moment, end: Moment) -> float | None:
+        return begin.elapsed_time(end) / 1000 if end.query() else None
 
     def mark(self) -> Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return torch.cuda.current_stream(self.device).record_event()
 
     def wait(self, event: Event) -> Stall:
         stream = torch.cuda.current_stream(self.device)
         if event.query():
             return _no_stall
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record(stream)
+        before = self._timestamp(stream)
         # Race: the block's kernels must not read the slot before the copy into it is done.
         stream.wait_event(event)
-        after.record(stream)
-        return lambda: before.elapsed_time(after) / 1000 if after.query() else None
+        after = self._timestamp(stream)
+        return lambda: self.seconds(before, after)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -224,6 +324,10 @@ def _no_stall() -> float:
     return 0.0
 
 
+def _nothing() -> None:
+    """A task that only takes its turn."""
+
+
 class VirtualMemory:
     """The memory of a virtual device, shared by the backends of all models on it.
 
@@ -254,43 +358,60 @@ class CpuBackend(Backend):
     """A virtual device in ordinary RAM: a byte budget, and one worker thread for each copy stream.
 
     Compute is what the calling thread does, so an event of compute has always happened already, and waiting for a
-    copy blocks the caller. A copy is one piece: nobody else uses these threads, and a failed piece fails its copy.
+    copy blocks the caller. Copies are never cut into pieces: nobody else uses these threads, and a copy's event
+    must fail when any part of it does.
     """
 
-    piece_bytes = 1 << 62
+    fine_bytes = None
 
     def __init__(self, memory: VirtualMemory) -> None:
         super().__init__(torch.device("cpu"), memory.name)
-        self.memory = memory
+        self.store = memory
 
     @property
     def budget(self) -> int:
-        return self.memory.budget
+        return self.store.budget
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        self.memory.take(nbytes)
+        self.store.take(nbytes)
         return super().allocate(nbytes)
 
     def free(self, buffer: torch.Tensor) -> int:
         nbytes = super().free(buffer)
-        self.memory.give(nbytes)
+        self.store.give(nbytes)
         return nbytes
 
     def _create_stream(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weightstream-{self.name}")
 
-    def _copy_piece(
-        self, stream: ThreadPoolExecutor | None, target: torch.Tensor, source: torch.Tensor, waits: Sequence[Event]
-    ) -> Event:
+    def _copy_now(self, stream: ThreadPoolExecutor | None, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
+        times = self._copy_times
+
         def run() -> None:
             # Only for the order: that an earlier copy failed is the concern of who waits for that one.
             wait_for_futures(waits)
-            target.copy_(source)
+            begin = time.perf_counter()
+            for target, source in pairs:
+                target.copy_(source)
+            if times is not None:
+                times.append(CopyTime(_nbytes(pairs), begin, time.perf_counter()))
 
         if stream is not None:
             return stream.submit(run)
         run()
         return self.mark()
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(self.store.budget - self.store.allocated, 0)
+
+    def trim(self) -> None:
+        """Nothing is kept for later."""
+
+    def moment(self) -> Moment:
+        return time.perf_counter()
+
+    def seconds(self, begin: Moment, end: Moment) -> float | None:
+        return end - begin
 
     def mark(self) -> Event:
         done: Future[None] = Future()
@@ -305,8 +426,8 @@ class CpuBackend(Backend):
         return lambda: seconds
 
     def synchronize(self) -> None:
-        if self._last_piece is not None:
-            wait_for_futures([self._last_piece])  # All earlier ones are done before it.
+        # A worker lets go of what a copy used when it takes up the next task, not when the copy is done.
+        wait_for_futures([stream.submit(_nothing) for stream in self._streams])
 
     def register(self, buffer: torch.Tensor) -> str | None:
         return None  # Every page is as good as locked for a memcpy.
@@ -320,5 +441,5 @@ class CpuBackend(Backend):
             # uses stays alive until it is done.
             stream.shutdown(wait=False)
         # A model that is dropped without unloading gives its share back here.
-        self.memory.give(self.allocated)
+        self.store.give(self.allocated)
         super().close()

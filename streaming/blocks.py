@@ -1,36 +1,45 @@
-"""Find a model's blocks: the repeated layers that are placed one by one. What is left is its rest."""
+"""Find a model's blocks, the repeated layers, and their units, what is placed one by one. What is left is its rest."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from .errors import UnsupportedModelError
 from .layout import Layout, NamedTensor, Place, TensorSpec, make_layout
+from .profile import Outline
 
 # A model most of whose bytes lie outside of its blocks gains nothing from streaming them.
 MINIMUM_SHARE = 0.5
+
+# A module with less than this part of its block's bytes (a norm, say) stays on the device: a copy for it would cost
+# more than its memory.
+SMALL_SHARE = 1 / 256
 
 # Names the dtype that a tensor shall have when it runs: (module, attribute, tensor) -> dtype.
 TargetDtype = Callable[[nn.Module, str, torch.Tensor], torch.dtype]
 
 
 @dataclass(frozen=True)
-class Block:
-    """A repeated layer, or the rest of the model.
+class Unit:
+    """What is placed as one: the tensors that one module holds itself, such as a linear layer's weight and bias.
 
     Attributes:
-        index: position in the order of definition; -1 for the rest.
-        name: full name from the model's root.
-        module: the layer; None for the rest, which is no single module.
-        layout: its tensors, without those that it shares with another block.
+        index: number among all units; -1 for the rest of the model.
+        block: number of the block that it belongs to; -1 for the rest.
+        name: full name of the module from the model's root.
+        module: the module; None for the rest, and where a tensor is tied to another module of the block: such a unit
+            is needed for as long as the block runs.
+        layout: its tensors.
     """
 
     index: int
+    block: int
     name: str
     module: nn.Module | None = field(repr=False)
     layout: Layout = field(repr=False)
@@ -41,20 +50,56 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A repeated layer.
+
+    Attributes:
+        index: position in the order of definition.
+        name: full name from the model's root.
+        module: the layer.
+        units: what it consists of, without small ones and tensors that it shares with another block.
+    """
+
+    index: int
+    name: str
+    module: nn.Module = field(repr=False)
+    units: tuple[Unit, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class BlockSet:
     """A model cut into blocks and a rest that always stays on the device."""
 
     blocks: tuple[Block, ...]
-    rest: Block
+    rest: Unit
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """The units of all blocks, by their numbers."""
+        return tuple(unit for block in self.blocks for unit in block.units)
 
     @property
     def specs(self) -> Iterator[TensorSpec]:
         """Every tensor of the model."""
-        return (spec for block in (*self.blocks, self.rest) for spec in block.layout.specs)
+        return (spec for unit in (*self.units, self.rest) for spec in unit.layout.specs)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(block.nbytes for block in self.blocks)
+    @cached_property
+    def outline(self) -> Outline:
+        """The model as plans see it."""
+        kinds: dict[object, int] = {}
+        block_kind = [kinds.setdefault(_kind(block), len(kinds)) for block in self.blocks]
+        return Outline(
+            tuple(unit.nbytes for unit in self.units),
+            tuple(unit.block for unit in self.units),
+            tuple(block_kind),
+            self.rest.nbytes,
+        )
+
+
+def _kind(block: Block) -> object:
+    """Equal for blocks that compute and are copied alike."""
+    inner = tuple((unit.name.removeprefix(block.name), unit.nbytes) for unit in block.units)
+    return type(block.module), inner
 
 
 def find_blocks(root: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -99,12 +144,43 @@ def split_model(model: nn.Module, target_dtype: TargetDtype | None = None) -> Bl
         raise UnsupportedModelError("it has no list of repeated blocks")
     tensors = _named_tensors(model, target_dtype or _own_dtype)
     owners = _owners(found, tensors)
-    blocks = tuple(Block(index, name, module, make_layout(owners[index])) for index, (name, module) in enumerate(found))
-    rest = Block(-1, "rest", None, make_layout(owners[-1]))
-    share = sum(block.nbytes for block in blocks) / max(1, rest.nbytes + sum(block.nbytes for block in blocks))
+    blocks: list[Block] = []
+    first = 0
+    for index, (name, module) in enumerate(found):
+        units = tuple(_units(index, name, module, owners, first))
+        blocks.append(Block(index, name, module, units))
+        first += len(units)
+    rest = Unit(-1, -1, "rest", None, make_layout(owners[-1]))
+    total = sum(unit.nbytes for block in blocks for unit in block.units)
+    share = total / max(1, rest.nbytes + total)
     if share < MINIMUM_SHARE:
         raise UnsupportedModelError(f"only {share:.0%} of its bytes lie in repeated blocks")
-    return BlockSet(blocks, rest)
+    return BlockSet(tuple(blocks), rest)
+
+
+def _units(
+    block: int, prefix: str, root: nn.Module, owners: dict[int, list[NamedTensor]], first: int
+) -> Iterator[Unit]:
+    """The units of a block, numbered from ``first``. Tensors of small modules go over to the rest."""
+    modules = {id(module._parameters): (name, module) for name, module in root.named_modules()}
+    modules |= {id(module._buffers): (name, module) for name, module in root.named_modules()}
+    groups: dict[int, list[NamedTensor]] = defaultdict(list)
+    for item in owners[block]:
+        groups[id(modules[id(item.places[0].holder)][1])].append(item)
+    small = SMALL_SHARE * sum(_nbytes(item) for item in owners[block])
+    for items in groups.values():
+        if sum(_nbytes(item) for item in items) < small:
+            owners[-1].extend(items)
+            continue
+        name, module = modules[id(items[0].places[0].holder)]
+        tied = len({id(modules[id(place.holder)][1]) for item in items for place in item.places}) > 1
+        full_name = f"{prefix}.{name}" if name else prefix
+        yield Unit(first, block, full_name, None if tied else module, make_layout(items))
+        first += 1
+
+
+def _nbytes(item: NamedTensor) -> int:
+    return item.tensor.numel() * item.dtype.itemsize
 
 
 def _own_dtype(module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
+# More slots than this are ahead of any unevenness in a step.
+MOST_SLOTS = 8
+
 UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
@@ -18,21 +21,32 @@ class StreamingConfig:
     Attributes:
         copy_streams: streams that copy blocks to the device, used in turn. 0 copies each block on the compute
             stream when it is needed (synchronous: for debugging, and where asynchronous copies are switched off).
-        slots: staging buffers on the device, each as large as the largest streamed block; 0 chooses 2, and 1 when
-            copies are synchronous.
+        slots: staging buffers on the device; 0 chooses as many as ``staging_bytes`` holds, and 1 when copies are
+            synchronous.
+        staging_bytes: what all slots may take together once it is known in which order the parts of a block run.
+        segment_bytes: parts of a block that run one after another are copied together up to this size. Copies of 16 MB
+            and more reach the bus's full bandwidth.
         pin_memory: page-lock the host copies. Without it a copy is staged by the driver and blocks the caller.
         vram_limit: bytes that weights and staging may take on the device; None takes what is offered.
+        headroom_bytes: device memory that stays free beside the weights and a step's measured activations.
+        adaptive: follow the memory that steps were measured to leave, instead of what was offered for the first.
+        thrifty: keep no more on the device than makes a step faster, once that was measured.
         fill_threads: threads that fill host memory; 0 takes the machine's cores, at most 16.
     """
 
     copy_streams: int = 2
     slots: int = 0
+    staging_bytes: int = 400_000_000
+    segment_bytes: int = 32 * 1024**2
     pin_memory: bool = True
     vram_limit: int | None = None
+    headroom_bytes: int = 200_000_000
+    adaptive: bool = True
+    thrifty: bool = True
     fill_threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("copy_streams", "slots", "fill_threads"):
+        for name in ("copy_streams", "slots", "staging_bytes", "segment_bytes", "headroom_bytes", "fill_threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.vram_limit is not None and self.vram_limit < 0:
@@ -42,10 +56,11 @@ class StreamingConfig:
     def synchronous(self) -> bool:
         return self.copy_streams == 0
 
-    @property
-    def ring_slots(self) -> int:
-        """Staging buffers to use. Two already keep the wire busy: one fills while the other computes."""
-        return 1 if self.synchronous else self.slots or 2
+    def most_slots(self, slot_bytes: int) -> int:
+        """Staging buffers of ``slot_bytes`` to use. Two keep the bus busy: one fills while the other is read."""
+        if self.synchronous:
+            return 1
+        return self.slots or max(2, min(MOST_SLOTS, self.staging_bytes // max(1, slot_bytes)))
 
     @property
     def threads(self) -> int:

@@ -3,9 +3,9 @@
 StreamingError
 |-- ConfigError            a setting has a value that cannot work
 |-- UnsupportedModelError  the model cannot be streamed; it still runs the host's way
-|-- BudgetError            the device memory allowed is too small for even one streamed block
+|-- BudgetError            the device memory allowed is too small for even one slot
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
-`-- RingExhaustedError     more blocks run inside one another than the ring has slots
+`-- RingExhaustedError     more segments are needed at once than the ring has slots
 """
 
 
@@ -38,4 +38,4 @@ class DeviceMemoryError(StreamingError):
 
 
 class RingExhaustedError(StreamingError):
-    """More blocks run inside one another than the ring has slots."""
+    """More segments are needed at once than the ring has slots."""

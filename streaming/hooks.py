@@ -1,4 +1,4 @@
-"""Forward hooks that tell when a step and each streamed block begins and ends.
+"""Forward hooks that tell when a step, a block and a unit begin and end.
 
 torch runs hooks marked ``always_call`` after an ``Exception`` too, but not after an interrupt of another kind (a
 ``BaseException``): who listens must be able to settle what such a one left behind.
@@ -20,43 +20,86 @@ class Listener(Protocol):
 
     def end_step(self, completed: bool) -> None: ...
 
-    def enter(self, index: int) -> None: ...
+    def enter_block(self, block: int) -> None: ...
 
-    def leave(self, index: int) -> None: ...
+    def leave_block(self, block: int) -> None: ...
+
+    def enter_unit(self, unit: int) -> None: ...
+
+    def leave_unit(self, unit: int) -> None: ...
 
 
-def attach(root: nn.Module, blocks: Iterable[tuple[int, nn.Module]], listener: Listener) -> list[Any]:
-    """Hook ``root`` and the numbered ``blocks``, referring to the listener weakly; gives the handles to remove."""
-    reference = weakref.ref(listener)
+def attach(
+    root: nn.Module,
+    blocks: Iterable[tuple[int, nn.Module]],
+    units: Iterable[tuple[int, nn.Module]],
+    listener: Listener,
+) -> list[Any]:
+    """Hook ``root``, the numbered ``blocks`` and ``units``, referring to the listener weakly; gives handles to remove.
+
+    A unit that raises is not told to have ended: the end of its block says so.
+    """
+    who = weakref.ref(listener)
     handles = [
-        root.register_forward_pre_hook(_call(reference, lambda who: who.begin_step()), prepend=True),
-        root.register_forward_hook(_step_ends(reference), always_call=True),
+        root.register_forward_pre_hook(_step_begins(who), prepend=True),
+        root.register_forward_hook(_step_ends(who), always_call=True),
     ]
-    for index, block in blocks:
-        handles.append(block.register_forward_pre_hook(_call(reference, _entering(index)), prepend=True))
-        handles.append(block.register_forward_hook(_call(reference, _leaving(index)), always_call=True))
+    for number, module in blocks:
+        handles.append(module.register_forward_pre_hook(_block_begins(who, number), prepend=True))
+        handles.append(module.register_forward_hook(_block_ends(who, number), always_call=True))
+    for number, module in units:
+        handles.append(module.register_forward_pre_hook(_unit_begins(who, number), prepend=True))
+        handles.append(module.register_forward_hook(_unit_ends(who, number)))
     return handles
 
 
-def _call(reference: Callable[[], Listener | None], event: Callable[[Listener], None]) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        if (listener := reference()) is not None:
-            event(listener)
+# One closure for each event, and no common dispatcher: they run hundreds of times in every step.
+Reference = Callable[[], "Listener | None"]
+
+
+def _step_begins(who: Reference) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object) -> None:
+        if (listener := who()) is not None:
+            listener.begin_step()
 
     return hook
 
 
-def _step_ends(reference: Callable[[], Listener | None]) -> Callable[..., None]:
+def _step_ends(who: Reference) -> Callable[..., None]:
     def hook(module: nn.Module, args: object, output: object) -> None:
-        if (listener := reference()) is not None:
+        if (listener := who()) is not None:
             listener.end_step(completed=output is not None)  # There is no output after an exception.
 
     return hook
 
 
-def _entering(index: int) -> Callable[[Listener], None]:
-    return lambda listener: listener.enter(index)
+def _block_begins(who: Reference, block: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object) -> None:
+        if (listener := who()) is not None:
+            listener.enter_block(block)
+
+    return hook
 
 
-def _leaving(index: int) -> Callable[[Listener], None]:
-    return lambda listener: listener.leave(index)
+def _block_ends(who: Reference, block: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        if (listener := who()) is not None:
+            listener.leave_block(block)
+
+    return hook
+
+
+def _unit_begins(who: Reference, unit: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object) -> None:
+        if (listener := who()) is not None:
+            listener.enter_unit(unit)
+
+    return hook
+
+
+def _unit_ends(who: Reference, unit: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        if (listener := who()) is not None:
+            listener.leave_unit(unit)
+
+    return hook

@@ -1,4 +1,4 @@
-"""How the tensors of a block lie in one contiguous buffer, and how modules are pointed at them."""
+"""How the tensors of a unit lie in one contiguous buffer, and how modules are pointed at them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Place:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a block.
+    """One tensor of a unit.
 
     Attributes:
         name: full name, from the model's root; of a tied tensor the first.
@@ -55,7 +55,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of one block, packed into ``nbytes`` bytes."""
+    """The tensors of one unit, packed into ``nbytes`` bytes."""
 
     specs: tuple[TensorSpec, ...]
     nbytes: int
@@ -72,9 +72,9 @@ class Layout:
 
 
 class Binding:
-    """A list of assignments that makes a block's modules use one set of tensors.
+    """A list of assignments that makes modules use one set of tensors.
 
-    Prepared once for each pair of block and buffer: binding is then a few dictionary writes for each tensor, and
+    Prepared once for each pair of unit and buffer: binding is then a few dictionary writes for each tensor, and
     a parameter object is never made on the hot path.
     """
 

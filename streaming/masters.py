@@ -1,4 +1,4 @@
-"""The copies of one block: original, master copy in host memory, resident copy on the device."""
+"""The copies of one unit: original, master copy in host memory, resident copy on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from .arena import Arena, HostBuffer
 from .backend import Backend
-from .blocks import Block
+from .blocks import Unit
 from .errors import UnsupportedModelError
 from .layout import Binding, TensorSpec
 
@@ -36,18 +36,18 @@ class NoPatches:
 
 
 class Weights:
-    """A buffer with a block's weights, and which patches are in them.
+    """A buffer with a unit's weights, and which patches are in them.
 
     Attributes:
         buffer: uint8 memory on the host or on the device.
-        binding: points the block's modules at this buffer.
+        binding: points the unit's module at this buffer.
     """
 
-    def __init__(self, block: Block, buffer: torch.Tensor) -> None:
-        self.block = block
+    def __init__(self, unit: Unit, buffer: torch.Tensor) -> None:
+        self.unit = unit
         self.buffer = buffer
         with torch.inference_mode(False):
-            self.binding: Binding = block.layout.binding(buffer)
+            self.binding: Binding = unit.layout.binding(buffer)
         self._baked: dict[str, object] = {}
 
     @property
@@ -56,16 +56,16 @@ class Weights:
 
     def stale(self, patches: Patches) -> list[TensorSpec]:
         """Tensors whose patches differ from the ones in this buffer."""
-        return [spec for spec in self.block.layout.specs if patches.signature(spec.name) != self._baked.get(spec.name)]
+        return [spec for spec in self.unit.layout.specs if patches.signature(spec.name) != self._baked.get(spec.name)]
 
     def write_originals(self) -> None:
         """Fill the buffer with the weights as loaded, cast to the dtypes of the layout."""
-        for spec in self.block.layout.specs:
+        for spec in self.unit.layout.specs:
             _write(spec, self.buffer, spec.original)
         self._baked = {}
 
     def write_from(self, other: Weights) -> None:
-        """Copy another buffer of the same block as it is, patches included."""
+        """Copy another buffer of the same unit as it is, patches included."""
         self.buffer.copy_(other.buffer)
         self._baked = dict(other._baked)
 
@@ -114,16 +114,16 @@ def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-class BlockCopies:
-    """Every copy of one block that exists now.
+class UnitCopies:
+    """Every copy of one unit that exists now.
 
     The original is a view of the mapped file (or memory that the host filled), so letting go of any other copy
     loses nothing but work.
     """
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.original_binding = block.layout.original_binding()
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.original_binding = unit.layout.original_binding()
         self.master: Weights | None = None
         self.resident: Weights | None = None
         self._master_memory: HostBuffer | None = None
@@ -132,9 +132,9 @@ class BlockCopies:
         """Build the master copy from the resident one if there is one, which may be patched, else from the original."""
         if self.master is not None:
             return
-        memory = arena.allocate(self.block.nbytes)
+        memory = arena.allocate(self.unit.nbytes)
         try:
-            master = Weights(self.block, memory.memory)
+            master = Weights(self.unit, memory.memory)
             if self.resident is not None and self.resident.patched:
                 master.write_from(self.resident)
             else:
@@ -149,9 +149,9 @@ class BlockCopies:
         """Build the resident copy from the master copy if there is one, else from the original."""
         if self.resident is not None:
             return
-        buffer = backend.allocate(self.block.nbytes)
+        buffer = backend.allocate(self.unit.nbytes)
         try:
-            resident = Weights(self.block, buffer)
+            resident = Weights(self.unit, buffer)
             if self.master is not None:
                 resident.write_from(self.master)
             else:

@@ -1,4 +1,4 @@
-"""Carries out plans: which copies of which block exist, and which of them the modules point at."""
+"""Carries out plans: which copies of which unit exist, and which of them the modules point at."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from .arena import Arena
 from .backend import Backend
 from .blocks import BlockSet
-from .masters import BlockCopies, Patches, Weights
+from .masters import Patches, UnitCopies, Weights
 from .plan import Plan
 
 
 class Placement:
-    """Every copy of every block of one model, on one device and in host memory.
+    """Every copy of every unit of one model, on one device and in host memory.
 
     Args:
         blocks: the model cut into blocks and rest.
@@ -26,13 +26,13 @@ class Placement:
         self.arena = arena
         self._backend = backend
         self._threads = threads
-        self._copies = [BlockCopies(block) for block in blocks.blocks]
-        self._rest = BlockCopies(blocks.rest)
+        self._copies = [UnitCopies(unit) for unit in blocks.units]
+        self._rest = UnitCopies(blocks.rest)
 
     def carry_out(self, plan: Plan) -> None:
         """Make the copies that ``plan`` asks for and drop the others; first what frees memory."""
-        streamed = [self._copies[index] for index in plan.streamed]
-        resident = [self._copies[index] for index in plan.resident]
+        streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
+        resident = [self._copies[unit] for unit in plan.resident]
         self._make_masters([copies for copies in streamed if copies.master is None])
         for copies in streamed:
             copies.drop_resident(self._backend)
@@ -55,17 +55,24 @@ class Placement:
         for copies in (*self._copies, self._rest):
             copies.bind()
 
-    def bind_block(self, index: int) -> None:
-        self._copies[index].bind()
-
     def bind_originals(self) -> None:
         """Point the modules at the weights as loaded."""
         for copies in (*self._copies, self._rest):
             copies.original_binding.apply()
 
-    def master(self, index: int) -> Weights:
-        """The master copy of a streamed block."""
-        master = self._copies[index].master
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of units that have a resident copy now."""
+        return sum(copies.unit.nbytes for copies in self._copies if copies.resident is not None)
+
+    def drop_residents(self, units: Iterable[int]) -> None:
+        """Let go of resident copies, and make nothing in their place."""
+        for unit in units:
+            self._copies[unit].drop_resident(self._backend)
+
+    def master(self, unit: int) -> Weights:
+        """The master copy of a streamed unit."""
+        master = self._copies[unit].master
         assert master is not None
         return master
 
@@ -81,13 +88,12 @@ class Placement:
             copies.drop_master(self.arena)
 
     def _weights(self, plan: Plan) -> Iterable[Weights]:
-        streamed = set(plan.streamed)
-        for index, copies in enumerate(self._copies):
-            yield copies.master if index in streamed else copies.resident
+        for unit, copies in enumerate(self._copies):
+            yield copies.master if unit in plan.streamed else copies.resident
         yield self._rest.resident
 
-    def _make_masters(self, copies: list[BlockCopies]) -> None:
-        """Fill and page-lock host memory, block by block on a few threads: filling is what costs, not locking."""
+    def _make_masters(self, copies: list[UnitCopies]) -> None:
+        """Fill and page-lock host memory, unit by unit on a few threads: filling is what costs, not locking."""
         if not copies:
             return
         with ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-fill") as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ class Slot:
     Attributes:
         buffer: uint8 memory on the device.
         ready: the last copy into the slot is done.
-        free: the last block that read the slot is done.
+        free: the last segment that was read from the slot is done.
     """
 
     buffer: torch.Tensor = field(repr=False)
@@ -38,10 +39,10 @@ class Ring:
             self.release()
             raise
 
-    def fill(self, index: int, source: torch.Tensor) -> None:
-        """Copy ``source`` to the start of a slot, after the slot's last reader."""
+    def fill(self, index: int, sources: Sequence[torch.Tensor], fine: bool) -> None:
+        """Copy ``sources`` one behind another into a slot, after the slot's last reader."""
         slot = self.slots[index]
-        slot.ready = self._backend.copy(slot.buffer[: source.nbytes], source, slot.free)
+        slot.ready = self._backend.copy(slot.buffer, sources, slot.free, fine)
 
     def release(self) -> None:
         """Give the memory back. No copy into it may be under way."""

@@ -1,68 +1,84 @@
-"""The life cycle of a streamed model: load -> (prefetch -> wait -> release)* -> unload.
-
-[Note: two events guard a slot]
-A slot's memory is written by copies and read by the compute stream. Four things keep them apart:
- 1. write after read: a copy into a slot waits for ``free``, recorded on the compute stream when the slot's last
-    block has queued its kernels (``_release``);
- 2. read after write: a block's kernels are queued behind a wait for ``ready``, recorded after the copy (``enter``);
- 3. write after write: the backend carries copies out in the order in which they are queued;
- 4. the host never rewrites a master copy while a copy from it may be under way: ``load`` and ``invalidate`` drain
-    the copy streams first.
-The host itself waits for nothing between ``load`` and ``unload``. Tensors never tell torch's allocator about the
-second stream (``record_stream``): staging memory is freed only after ``synchronize``.
+"""The life cycle of a streamed model: load -> (run a step)* -> unload, and what the first steps teach it.
 
 [Note: who keeps whom alive]
 The model owns its streamer. The streamer refers to the root weakly, and to the blocks, their dictionaries of
 parameters and buffers, and hook handles. The hooks refer to the streamer weakly. There is no cycle, so a model is
 freed, and its page-locked memory with it, when the last reference to it goes.
+
+[Note: what the first steps teach]
+Before the first step nobody knows in which order the parts of a block run, or whether each of them runs as a module at
+all (some code reads a layer's weight without calling it). So in that step all that is streamed of a block is one
+segment, on the device from the block's begin to its end, and hooks write down who runs. From then on segments are parts
+of blocks. Times are taken too: of each block, less its waits, and of each copy. Step two runs on a plan made from that;
+what it shows is used once more if it helps; after that a plan stays. Making a plan anew waits for the device, twice in
+the life of a shape.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from .arena import Arena, PinBudget
-from .backend import Backend
+from .backend import Backend, DeviceMemory, is_out_of_memory
 from .blocks import BlockSet
 from .config import StreamingConfig, format_bytes
+from .errors import StreamingError
 from .hooks import attach
-from .layout import Binding
+from .lane import Lane
 from .masters import NoPatches, Patches
 from .placement import Placement
-from .plan import Plan, make_plan, minimum_bytes
-from .ring import Ring
-from .schedule import Schedule
-from .telemetry import Counters, Snapshot, StallMeter
+from .plan import Plan, forecast_seconds, make_plan, minimum_bytes, with_forecast
+from .profile import Profile, assumed_profile
+from .recorder import Recorder
+from .residency import MEASURED_STEPS, SHORTAGE, Residency
+from .spread import residency_order
+from .telemetry import Counters, Snapshot, StallMeter, StepMeter
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A plan that is predicted to gain less than this is not worth moving weights for.
+WORTHWHILE = 0.02
+# What is offered moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Moving
+# weights for that costs more than it gains.
+MOST_SLACK = 400 * 1024**2
+# Out of memory: this part of the residents goes first, and if that does not help all of them.
+OUT_OF_MEMORY_SHARE = 0.25
 
 
 class State(Enum):
     """What of a streamed model is where.
 
     UNLOADED: modules use the originals; nothing on the device. Master copies made earlier are kept in host memory.
-    LOADED: the rest and the resident blocks are on the device, the ring too; streamed blocks have master copies.
+    LOADED: the rest and the resident units are on the device, the ring too; streamed units have master copies.
+    REDUCED: as LOADED, but some residents were given up and nothing made in their place. The next load, or the next
+        step, makes the model whole.
     """
 
     UNLOADED = "unloaded"
     LOADED = "loaded"
+    REDUCED = "reduced"
 
 
 class Streamer:
-    """Streams the blocks of one model to one device. One for each loaded model, shared by all who use the model.
+    """Streams one model to one device. One for each loaded model, shared by all who use the model.
 
     Args:
         root: the module whose forward is one step; its blocks run inside it.
-        blocks: the model cut into blocks and rest (:func:`streaming.blocks.split_model`).
+        blocks: the model cut into blocks, units and rest (:func:`streaming.blocks.split_model`).
         backend: the device.
         config: settings.
         pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
+        evictable: tells how many bytes others on the device would give up for us, beside what is free.
     """
 
     def __init__(
@@ -72,21 +88,25 @@ class Streamer:
         backend: Backend,
         config: StreamingConfig,
         pins: PinBudget | None = None,
+        evictable: Callable[[], int] = lambda: 0,
     ) -> None:
         self.blocks = blocks
+        self.outline = blocks.outline
         self.backend = backend
         self.config = config
         self.counters = Counters()
         self.plan: Plan | None = None
+        self.profile = assumed_profile(self.outline)
         self.state = State.UNLOADED
         self._root = weakref.ref(root)
         self._pins = pins
+        self._evictable = evictable
         self._placement = self._place_on(backend)
-        self._ring: Ring | None = None
-        self._slot_bindings: dict[tuple[int, int], Binding] = {}
-        self._schedule: Schedule | None = None
-        self._running: list[tuple[int, int]] = []
+        self._residency = Residency(config.headroom_bytes, config.adaptive)
+        self._lane: Lane | None = None
+        self._recorder: Recorder | None = None
         self._stalls = StallMeter(self.counters)
+        self._steps = StepMeter(backend)
         self._hooks: list[Any] = []
         self._finalizer = _close_at_end(self, backend)
 
@@ -94,28 +114,56 @@ class Streamer:
 
     @property
     def model_bytes(self) -> int:
-        return sum(self.blocks.sizes) + self.blocks.rest.nbytes
+        return self.outline.model_bytes
 
     @property
     def minimum_bytes(self) -> int:
-        """The least device memory with which this model streams."""
-        return minimum_bytes(self.blocks.sizes, self.blocks.rest.nbytes)
+        """The least device memory with which this model streams; less once the order of its parts is known."""
+        return minimum_bytes(self.outline, self.profile)
 
     @property
     def device_bytes(self) -> int:
         """Bytes on the device now."""
-        return self.plan.device_bytes if self.plan is not None else 0
+        return self.backend.allocated
 
     @property
     def holders(self) -> set[int]:
         """Identities of the dictionaries of parameters and buffers whose tensors this streamer places."""
         return {id(place.holder) for spec in self.blocks.specs for place in spec.places}
 
+    def memory(self) -> DeviceMemory:
+        """What the device has left, with what others would give up counted as free."""
+        free, cached = self.backend.memory()
+        return DeviceMemory(free + self._evictable(), cached)
+
+    def prompt_budget(self, offered: float) -> float:
+        """Bytes to use for the next prompt: ``offered``, or what earlier steps have shown to be possible."""
+        return self._residency.prompt_budget(self.memory(), self.device_bytes, offered)
+
     def plan_for(self, budget: float) -> Plan:
-        """The plan that :meth:`load` would carry out with ``budget`` bytes, the configured limit respected."""
+        """The plan that :meth:`load` would carry out with ``budget`` bytes, the configured limit respected.
+
+        Raises:
+            BudgetError: too little for the least that streams.
+        """
         if self.config.vram_limit is not None:
             budget = min(budget, self.config.vram_limit)
-        return make_plan(self.blocks.sizes, self.blocks.rest.nbytes, budget, self.config.ring_slots)
+        return make_plan(self.outline, self.profile, budget, self.config)
+
+    def next_plan(self, budget: float) -> Plan:
+        """The plan in effect, where that fits into ``budget`` and another would gain too little; else a new one."""
+        plan, current = self.plan_for(budget), self.plan
+        if current is None or (current.segments and current.learned != plan.learned):
+            return plan
+        slack = min(MOST_SLACK, self.model_bytes // 50)
+        if current.device_bytes > plan.budget + slack or self._gain(plan) >= WORTHWHILE:
+            return plan
+        return with_forecast(replace(current, budget=plan.budget), self.profile, self.config)
+
+    def _gain(self, plan: Plan) -> float:
+        """The part of a step that ``plan`` is expected to save."""
+        assert self.plan is not None
+        return 1 - forecast_seconds(plan, self.profile) / forecast_seconds(self.plan, self.profile)
 
     # -- load and unload -----------------------------------------------------------------------------------------
 
@@ -127,38 +175,59 @@ class Streamer:
         """
         patches = patches or NoPatches()
         if self.state is State.LOADED and plan == self.plan and not self._placement.is_stale(plan, patches):
+            self.plan = plan  # Its forecast may be another.
             return
         try:
             self._drain()
-            self._drop_ring()
+            self._drop_lane()
             self.plan = plan
             self._placement.carry_out(plan)
             self._placement.bake(plan, patches)
             self._placement.bind()
-            if plan.streamed:
-                self._make_ring(plan)
+            if plan.segments:
+                self._lane = self._make_lane(plan)
             self._attach(plan)
-            self._prefetch()
+            if self._lane is not None:
+                self._lane.prefetch()
         except BaseException:
             self.unload()
             raise
         self.state = State.LOADED
 
+    def give_way(self, nbytes: int) -> int:
+        """Give up residents until ``nbytes`` are free, at once and without making anything in their place.
+
+        Gives the bytes that were freed; fewer where residents were not enough.
+        """
+        if self.state is State.UNLOADED or self.plan is None or nbytes <= 0:
+            return 0
+        self._drain()
+        before = self.device_bytes
+        resident = set(self.plan.resident)
+        for unit in reversed(residency_order(self.outline, self.profile)):
+            if before - self.device_bytes >= nbytes:
+                break
+            if unit in resident:
+                self._placement.drop_residents([unit])
+        freed = before - self.device_bytes
+        if freed:
+            self.state = State.REDUCED
+        return freed
+
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
         self._drain()
         self._detach()
-        self._drop_ring()
+        self._drop_lane()
         self._placement.clear_device()
         self.plan = None
         self.state = State.UNLOADED
 
     def invalidate(self) -> None:
         """Weights were changed in place, by somebody else, on the device or in master copies: copy them anew."""
-        if self.state is State.LOADED and self._schedule is not None:
+        if self._lane is not None:
             self._drain()
-            self._schedule.forget()
-            self._prefetch()
+            self._lane.forget()
 
     @contextmanager
     def originals(self) -> Iterator[None]:
@@ -168,7 +237,7 @@ class Streamer:
         try:
             yield
         finally:
-            if self.state is State.LOADED:
+            if self.state is not State.UNLOADED:
                 self._placement.bind()
 
     def move_to(self, backend: Backend) -> None:
@@ -177,6 +246,8 @@ class Streamer:
         self._finalizer.detach()
         self.backend = backend
         self._placement = self._place_on(backend)
+        self._residency = Residency(self.config.headroom_bytes, self.config.adaptive)
+        self._steps = StepMeter(backend)
         self._finalizer = _close_at_end(self, backend)
 
     def close(self) -> None:
@@ -190,124 +261,230 @@ class Streamer:
         return Placement(self.blocks, backend, arena, self.config.threads)
 
     def _drain(self) -> None:
-        """Let every copy and every kernel that uses our memory finish (Note: two events guard a slot, 4)."""
+        """Let every copy and every kernel that uses our memory finish (lane.py, Note: two events guard a slot, 4)."""
         self.settle()
         self.backend.synchronize()
 
-    def _make_ring(self, plan: Plan) -> None:
-        self.backend.open(self.config.copy_streams)
-        self._ring = Ring(self.backend, plan.slots, plan.slot_bytes)
-        lookahead = 0 if self.config.synchronous else plan.slots
-        self._schedule = Schedule(plan.streamed, plan.slots, lookahead)
-        with torch.inference_mode(False):
-            for index in plan.streamed:
-                for number, slot in enumerate(self._ring.slots):
-                    layout = self.blocks.blocks[index].layout
-                    self._slot_bindings[index, number] = layout.binding(slot.buffer)
+    def _make_lane(self, plan: Plan) -> Lane:
+        master = self._placement.master
+        streams = self.config.copy_streams
+        return Lane(self.backend, plan, self.blocks.units, master, streams, self.counters, self._stalls)
 
-    def _drop_ring(self) -> None:
-        if self._ring is not None:
-            self._ring.release()
-        self._ring = self._schedule = None
-        self._slot_bindings.clear()
+    def _drop_lane(self) -> None:
+        if self._lane is not None:
+            self._lane.close()
+        self._lane = None
         self._stalls.clear()
 
     def _attach(self, plan: Plan) -> None:
+        """Hook what is streamed; while a step is measured all blocks, and all units until their order is known."""
         self._detach()
         root = self._root()
         assert root is not None
-        streamed = [(index, self.blocks.blocks[index].module) for index in plan.streamed]
-        self._hooks = attach(root, streamed, self)
+        blocks = set(self._lane.streamed_blocks) if self._lane is not None else set()
+        units = plan.streamed
+        if self._recorder is not None:
+            blocks = range(len(self.blocks.blocks))
+            if not self.profile.learned:
+                units = range(len(self.blocks.units))
+        modules = [(unit, self.blocks.units[unit].module) for unit in sorted(units)]
+        self._hooks = attach(
+            root,
+            [(block, self.blocks.blocks[block].module) for block in sorted(blocks)],
+            [(unit, module) for unit, module in modules if module is not None],
+            self,
+        )
 
     def _detach(self) -> None:
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
 
-    # -- the hot path --------------------------------------------------------------------------------------------
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        forward: Callable[[], T],
+        shape: Hashable = None,
+        reload: Callable[[Plan], None] | None = None,
+        estimate: Callable[[], int] | None = None,
+    ) -> T:
+        """Run one step, ``forward``, and make good use of what the steps before it have shown.
+
+        A step that runs out of device memory is run again with fewer residents: first with a part of them gone, then
+        with none. Whatever happens, no unit stays bound to a slot.
+
+        Args:
+            forward: calls the root; it may be called again after it has run out of memory.
+            shape: equal for steps that need the same memory and time.
+            reload: calls :meth:`load` with the plan that it is given and the patches that are in the weights. By
+                default there are none.
+            estimate: gives the bytes that activations may take, for a shape that has not run yet.
+        """
+        if self.state is State.UNLOADED:
+            return forward()
+        reload = reload or self.load
+        self._adapt(shape, reload, estimate)
+        for share in (OUT_OF_MEMORY_SHARE, 1.0):
+            try:
+                return forward()
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._can_shrink():
+                    raise
+                reason = str(error)
+            finally:
+                self.settle()
+            # Not inside of "except": the error's frames would keep the activations of the failed step alive.
+            self._shrink(share, reason, reload)
+        try:
+            return forward()
+        finally:
+            self.settle()
+
+    def _adapt(self, shape: Hashable, reload: Callable[[Plan], None], estimate: Callable[[], int] | None) -> None:
+        """Before a step: fit the plan to what is known (Note: what the first steps teach)."""
+        measured = self._finish_recording()
+        if measured is not None:
+            self._residency.current.profile = measured
+        regime = self._residency.enter(shape)
+        self.profile = regime.profile or measured or self.profile
+        budget = self._residency.budget(self.memory(), self.device_bytes, estimate)
+        must = self._must_change(budget)
+        if must or budget is not None:
+            self._change_plan(self._plan_within(self._fallback_budget if budget is None else budget), must, reload)
+        wanted = regime.steps < MEASURED_STEPS
+        if measured is not None or wanted != (self._recorder is not None):
+            self._record(wanted)
+
+    def _must_change(self, budget: float | None) -> bool:
+        """Whether the plan in effect cannot stay, however little another would gain."""
+        assert self.plan is not None
+        outdated = bool(self.plan.segments) and self.profile.learned and not self.plan.learned
+        # A little of the headroom may go: moving weights for it is not worth it.
+        short = budget is not None and self.device_bytes > budget + self.config.headroom_bytes * SHORTAGE
+        return outdated or short or self.state is State.REDUCED
+
+    @property
+    def _fallback_budget(self) -> float:
+        """Where nothing new is known of the memory: what the plan in effect was made for, or what was left of it."""
+        assert self.plan is not None
+        return self.device_bytes if self.state is State.REDUCED else self.plan.budget
+
+    def _change_plan(self, plan: Plan, must: bool, reload: Callable[[Plan], None]) -> None:
+        """Carry ``plan`` out if it must be or is worth it. Without room for it, something smaller."""
+        current = self.plan
+        assert current is not None
+        if not must and self._gain(plan) < WORTHWHILE:
+            self.plan = with_forecast(current, self.profile, self.config)
+            return
+        while True:
+            self._drain()
+            self.backend.trim()
+            try:
+                reload(plan)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error) or plan.device_bytes <= self.minimum_bytes:
+                    raise
+                logger.warning("no room for %s on %s", format_bytes(plan.device_bytes), self.backend.name)
+            plan = self._plan_within(plan.device_bytes * (1 - OUT_OF_MEMORY_SHARE))
+
+    def _plan_within(self, budget: float) -> Plan:
+        """The plan for ``budget``, or for the least that works where it is less: whether that fits is then tried."""
+        return self.plan_for(max(budget, self.minimum_bytes))
+
+    def _record(self, wanted: bool) -> None:
+        """Measure the next step, or stop measuring."""
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = Recorder(self.outline, self.backend) if wanted else None
+        self._stalls.listener = self._recorder.stalled if self._recorder is not None else None
+        assert self.plan is not None
+        self._attach(self.plan)
+
+    def _finish_recording(self) -> Profile | None:
+        """What the step before has shown, if it was measured; waits for the device then."""
+        if self._recorder is None or not self._recorder.complete:
+            return None
+        self._drain()
+        profile = self._recorder.profile(self.profile)
+        self._recorder = None
+        return profile
+
+    def _can_shrink(self) -> bool:
+        return self.plan is not None and self.device_bytes > self.minimum_bytes
+
+    def _shrink(self, share: float, reason: str, reload: Callable[[Plan], None]) -> None:
+        """After a step ran out of memory."""
+        assert self.plan is not None
+        budget = self.device_bytes - max(self.plan.resident_bytes * share, self.config.headroom_bytes)
+        logger.warning(
+            "out of memory in a step, running it again with %s less for weights: %s",
+            format_bytes(self.device_bytes - max(budget, self.minimum_bytes)),
+            reason.split("\n")[0],
+        )
+        self._residency.current.ceiling = budget
+        self._change_plan(self._plan_within(budget), must=True, reload=reload)
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
         """A forward of the root begins."""
-        self.settle()
-        if self._schedule is not None:
-            self._schedule.begin_step()
+        if self.state is State.REDUCED:
+            raise StreamingError(
+                "the model has given up weights since the last step; use Streamer.run, or load it anew"
+            )
+        self._steps.begin()
+        if self._lane is not None:
+            self._lane.begin_step()
+        if self._recorder is not None:
+            self._recorder.begin_step()
 
     def end_step(self, completed: bool) -> None:
         """A forward of the root ends; ``completed`` is false when it raised."""
+        self._steps.end(completed)
         if completed:
             self.counters.steps += 1
+            self._residency.current.steps += 1
+            self._residency.current.in_a_row += 1
+            if self._recorder is not None:
+                self._recorder.end_step()
         else:
             self.settle()
-        if self._schedule is not None:
-            self._schedule.end_step(completed)
+        if self._lane is not None:
+            self._lane.end_step(completed)
         self._stalls.collect()
 
     def settle(self) -> None:
-        """Release blocks that an exception or an interrupt left bound. Harmless when there are none."""
-        if not self._running:
-            return
-        while self._running:
-            self._release(*self._running[-1])
-        if self._schedule is not None:
-            self._schedule.end_step(completed=False)
+        """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
+        if self._lane is not None:
+            self._lane.settle()
 
-    def enter(self, index: int) -> None:
-        """A streamed block begins: its weights are on the device, or on their way, and bound."""
-        schedule, ring = self._schedule, self._ring
-        assert schedule is not None
-        assert ring is not None
-        entry = schedule.enter(index)
-        self._running.append((index, entry.slot))
-        try:
-            if entry.hit:
-                self.counters.hits += 1
-            else:
-                self.counters.misses += 1
-                self._fill(index, entry.slot)
-            with torch.profiler.record_function("stream::wait"):
-                self._stalls.add(self.backend.wait(ring.slots[entry.slot].ready))
-            self._slot_bindings[index, entry.slot].apply()
-        except BaseException:
-            self._release(index, entry.slot)
-            schedule.drop(entry.slot)
-            raise
+    def enter_block(self, block: int) -> None:
+        if self._lane is not None:
+            self._lane.enter_block(block)
+        if self._recorder is not None:
+            self._recorder.begin_block(block)
 
-    def leave(self, index: int) -> None:
-        """A streamed block ends: its slot is free for the next copy, which is queued now."""
-        for running in reversed(self._running):
-            if running[0] == index:
-                self._release(*running)
-                self._prefetch()
-                return
+    def leave_block(self, block: int) -> None:
+        if self._recorder is not None:
+            self._recorder.end_block(block)
+        if self._lane is not None:
+            self._lane.leave_block(block)
 
-    def _release(self, index: int, slot: int) -> None:
-        schedule, ring = self._schedule, self._ring
-        assert schedule is not None
-        assert ring is not None
-        self._running.remove((index, slot))
-        with torch.profiler.record_function("stream::release"):
-            schedule.leave(slot)
-            ring.slots[slot].free = self.backend.mark()
-            if all(running[0] != index for running in self._running):
-                self._placement.bind_block(index)
+    def enter_unit(self, unit: int) -> None:
+        lane = self._lane
+        if lane is not None and (number := lane.segment_of.get(unit)) is not None:
+            lane.enter(number)
+        if self._recorder is not None:
+            self._recorder.begin_unit(unit)
 
-    def _prefetch(self) -> None:
-        if self._schedule is None:
-            return
-        while (copy := self._schedule.next_copy()) is not None:
-            try:
-                self._fill(copy.block, copy.slot)
-            except BaseException:
-                self._schedule.drop(copy.slot)
-                raise
-
-    def _fill(self, index: int, slot: int) -> None:
-        master, ring = self._placement.master(index), self._ring
-        assert ring is not None
-        with torch.profiler.record_function("stream::prefetch"):
-            ring.fill(slot, master.buffer)
-        self.counters.copies += 1
-        self.counters.streamed_bytes += master.buffer.nbytes
+    def leave_unit(self, unit: int) -> None:
+        if self._recorder is not None:
+            self._recorder.end_unit(unit)
+        lane = self._lane
+        if lane is not None and (number := lane.segment_of.get(unit)) is not None:
+            lane.leave(number)
 
     # -- telling -------------------------------------------------------------------------------------------------
 
@@ -319,7 +496,10 @@ class Streamer:
         if plan is None:
             return "not loaded"
         text = plan.explain()
-        return f"{text}; {self._memory_text()}" if plan.streamed else text
+        if self.state is State.REDUCED:
+            given_up = format_bytes(plan.resident_bytes - self._placement.resident_bytes)
+            return f"gave up {given_up} until it runs again; before that: {text}"
+        return f"{text}; {self._memory_text()}" if plan.segments else text
 
     def _memory_text(self) -> str:
         pinned, pageable = self._placement.arena.pinned_bytes, self._placement.arena.pageable_bytes
@@ -329,32 +509,38 @@ class Streamer:
     def _mode(self, plan: Plan | None) -> str:
         if plan is None:
             return "off"
-        if not plan.streamed:
+        if not plan.segments:
             return "resident"
         return "synchronous" if self.config.synchronous else "streamed"
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         current = self.plan  # Once: another thread may load or unload meanwhile.
-        plan = current or Plan(self.blocks.sizes, 0, tuple(range(len(self.blocks.sizes))), 0)
-        loaded = current is not None
+        forecast = current.forecast if current is not None else None
+        profile = self.profile
         return Snapshot(
             device=self.backend.name,
             mode=self._mode(current),
             explain=self._explain(current),
             note=self._placement.arena.reason or "",
-            blocks=len(self.blocks.blocks),
-            resident_blocks=len(plan.resident),
-            streamed_blocks=len(plan.streamed) if loaded else 0,
-            resident_bytes=plan.resident_bytes,
-            rest_bytes=plan.rest_bytes,
-            staging_bytes=plan.staging_bytes,
-            streamed_block_bytes=plan.streamed_bytes if loaded else 0,
+            blocks=self.outline.blocks,
+            resident_blocks=current.resident_blocks if current is not None else 0,
+            streamed_blocks=self.outline.blocks - current.resident_blocks if current is not None else 0,
+            segments=len(current.segments) if current is not None else 0,
+            resident_bytes=self._placement.resident_bytes,
+            rest_bytes=current.rest_bytes if current is not None else 0,
+            staging_bytes=current.staging_bytes if current is not None else 0,
+            streamed_block_bytes=current.streamed_bytes if current is not None else 0,
             pinned_bytes=self._placement.arena.pinned_bytes,
             pageable_bytes=self._placement.arena.pageable_bytes,
             device_bytes=self.backend.allocated,
             device_peak_bytes=self.backend.peak,
             device_budget_bytes=self.backend.budget,
+            limited_by=forecast.limited_by if forecast is not None else "",
+            predicted_step_seconds=forecast.seconds if forecast is not None else None,
+            compute_seconds=profile.compute_seconds if profile.measured else None,
+            bandwidth_bytes_per_second=profile.bandwidth if profile.measured else None,
+            step_seconds=self._steps.seconds,
             counters=replace(self.counters),
         )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from .backend import Stall
+from .backend import Backend, Moment, Stall
 
 # More waits than any step has; the oldest are dropped beyond.
 MOST_PENDING = 4096
@@ -20,8 +21,8 @@ class Counters:
 
     Attributes:
         steps: whole forwards.
-        copies, streamed_bytes: blocks copied to the device, ahead or late, and their bytes.
-        hits, misses: streamed blocks that were in a slot, or on their way to one, when they were needed; and not.
+        copies, streamed_bytes: segments copied to the device, ahead or late, and their bytes.
+        hits, misses: segments that were in a slot, or on their way to one, when they were needed; and not.
         stalls, stall_seconds: times that compute waited for a copy, and for how long in all.
     """
 
@@ -37,6 +38,9 @@ class Counters:
 class StallMeter:
     """Collects waits whose length is known only later, without ever waiting for them.
 
+    Attributes:
+        listener: is told of each wait too.
+
     Only the thread that runs the model may use it: a status that another thread asks for reads the counters alone.
     """
 
@@ -44,9 +48,12 @@ class StallMeter:
         self._counters = counters
         # Bounded, for callers that run blocks outside of the root's forward and so never collect.
         self._pending: deque[Stall] = deque(maxlen=MOST_PENDING)
+        self.listener: Callable[[Stall], None] | None = None
 
     def add(self, stall: Stall) -> None:
         self._pending.append(stall)
+        if self.listener is not None:
+            self.listener(stall)
 
     def collect(self) -> None:
         """Count the waits that are over by now. They end in the order in which they began."""
@@ -60,6 +67,32 @@ class StallMeter:
         self._pending.clear()
 
 
+class StepMeter:
+    """How long the last whole step took on the device, read when it is over and without waiting for it.
+
+    Attributes:
+        seconds: None before the first.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._begin: Moment | None = None
+        self._pending: tuple[Moment, Moment] | None = None
+        self.seconds: float | None = None
+
+    def begin(self) -> None:
+        self._collect()
+        self._begin = self._backend.moment()
+
+    def end(self, completed: bool) -> None:
+        if completed and self._pending is None:
+            self._pending = (self._begin, self._backend.moment())
+
+    def _collect(self) -> None:
+        if self._pending is not None and (seconds := self._backend.seconds(*self._pending)) is not None:
+            self.seconds, self._pending = seconds, None
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The state of one streamed model at one moment. Sizes in bytes.
@@ -69,10 +102,15 @@ class Snapshot:
         mode: ``off`` (not loaded), ``resident``, ``streamed`` or ``synchronous``.
         explain: the plan in effect, in a line.
         note: why something that was wished is not in effect; empty when all is.
+        blocks, resident_blocks, streamed_blocks: all; those that stay as a whole; those of which some part is streamed.
+        segments: copies in one step.
         streamed_block_bytes: bytes that cross the bus in one step.
         pinned_bytes, pageable_bytes: master copies in host memory.
         device_bytes, device_peak_bytes, device_budget_bytes: what this model has allocated, now and at most, and
             what the device's backend allows (None: no limit of its own).
+        limited_by: ``compute`` or ``bus``; empty before a step was measured.
+        predicted_step_seconds, step_seconds: what the plan expects of a step, and what the last one took.
+        compute_seconds, bandwidth_bytes_per_second: as measured: a step with everything resident, and the bus.
     """
 
     device: str
@@ -82,6 +120,7 @@ class Snapshot:
     blocks: int
     resident_blocks: int
     streamed_blocks: int
+    segments: int
     resident_bytes: int
     rest_bytes: int
     staging_bytes: int
@@ -91,6 +130,11 @@ class Snapshot:
     device_bytes: int
     device_peak_bytes: int
     device_budget_bytes: int | None
+    limited_by: str
+    predicted_step_seconds: float | None
+    step_seconds: float | None
+    compute_seconds: float | None
+    bandwidth_bytes_per_second: float | None
     counters: Counters
 
     def as_dict(self) -> dict[str, object]:

@@ -98,7 +98,7 @@ def test_streaming_overlaps_compute(reference: tuple[torch.Tensor, torch.Tensor]
     def seconds(copy_streams: int) -> float:
         model = make_transformer(DEPTH, WIDTH)
         streamer = make_streamer(model, copy_streams=copy_streams)
-        streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.blocks.sizes[0]))
+        streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
         times = []
         for _ in range(8):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -118,7 +118,7 @@ def test_masters_are_page_locked_for_every_device_and_let_go_of() -> None:
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     weights = [block.qkv.weight for block in model.blocks]
     assert all(weight.is_pinned() for weight in weights)
-    assert streamer.snapshot().pinned_bytes == sum(streamer.blocks.sizes)
+    assert streamer.snapshot().pinned_bytes == sum(streamer.outline.unit_bytes)
     del model, streamer  # Dropped, not closed, with copies for the next step under way.
     gc.collect()
     assert not any(weight.is_pinned() for weight in weights)

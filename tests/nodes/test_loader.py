@@ -22,7 +22,7 @@ from sampling import LORA, MB, MODEL, sample
 from weightstream.nodes import devices
 from weightstream.nodes.loader import CheckpointError, StreamedModelLoader, load_streamed
 from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.streaming import BudgetError, ConfigError
+from weightstream.streaming import BudgetError, ConfigError, CpuBackend, CudaBackend, VirtualMemory
 
 import nodes as host_nodes
 
@@ -71,10 +71,9 @@ def test_originals_stay_in_the_mapped_file(streamed: Load, models: Path) -> None
         if MODEL in line:
             ranges.append(tuple(int(part, 16) for part in line.split()[0].split("-")))
     assert ranges
-    for block in model.streamer.blocks.blocks:
-        for spec in block.layout.specs:
-            address = spec.original.data_ptr()
-            assert any(start <= address < end for start, end in ranges), f"{spec.name} was copied"
+    for spec in (spec for unit in model.streamer.blocks.units for spec in unit.layout.specs):
+        address = spec.original.data_ptr()
+        assert any(start <= address < end for start, end in ranges), f"{spec.name} was copied"
 
 
 def test_without_a_gpu_the_model_is_the_hosts_and_says_so(
@@ -238,16 +237,24 @@ def test_a_model_without_a_list_of_blocks_is_loaded_the_hosts_way(
 
 
 def test_the_hosts_switches_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.host_config(None).copy_streams == 2
+    device = CpuBackend(VirtualMemory(MB))
+    assert devices.host_config(None, device).copy_streams == 2
     monkeypatch.setattr(mm, "NUM_STREAMS", 5)
-    assert devices.host_config(None).copy_streams == 5
+    assert devices.host_config(None, device).copy_streams == 5
     monkeypatch.setattr(mm, "NUM_STREAMS", 0)
     monkeypatch.setattr(args, "disable_async_offload", True)
     monkeypatch.setattr(args, "disable_pinned_memory", True)
-    config = devices.host_config(7)
+    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NO_VRAM)
+    config = devices.host_config(7, device)
     assert config.synchronous
     assert not config.pin_memory
     assert config.vram_limit == 7
+    assert not config.adaptive
+    # No CUDA is called by making the backend of a GPU.
+    gpu = CudaBackend(torch.device("cuda:0"))
+    assert devices.host_config(None, gpu).headroom_bytes == 200_000_000
+    monkeypatch.setattr(args, "reserve_vram", 1.5)
+    assert devices.host_config(None, gpu).headroom_bytes == int(1.5 * 1024**3)
 
 
 def test_synchronous_copies_give_the_same_latents(

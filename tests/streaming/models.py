@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
-from weightstream.streaming import CpuBackend, Streamer, StreamingConfig, VirtualMemory, split_model
+from weightstream.streaming import Counters, CpuBackend, Plan, Streamer, StreamingConfig, VirtualMemory, split_model
+from weightstream.streaming.segments import cut
 
 
 class Layer(nn.Module):
@@ -51,8 +52,38 @@ def make_transformer(depth: int = 6, width: int = 32, seed: int = 0) -> Transfor
 X = torch.linspace(-1, 1, 3 * 5 * 32).reshape(3, 5, 32)
 
 
-def make_streamer(model: Transformer, budget: int = 10**9, **settings: int) -> Streamer:
-    return Streamer(model, split_model(model), CpuBackend(VirtualMemory(budget)), StreamingConfig(**settings))
+# Nothing may hang on how fast this machine computes.
+SETTINGS = {"slots": 2, "segment_bytes": 10_000, "headroom_bytes": 0, "thrifty": False}
+
+
+def make_streamer(model: Transformer, budget: int = 10**9, learned: bool = False, **settings: int) -> Streamer:
+    """A streamer on a virtual device; with ``learned`` it knows the order of the units, and streams parts of blocks."""
+    config = StreamingConfig(**{**SETTINGS, **settings})
+    streamer = Streamer(model, split_model(model), CpuBackend(VirtualMemory(budget)), config)
+    if learned:
+        learn(streamer, lambda: model(X))
+    return streamer
+
+
+def learn(streamer: Streamer, forward: Callable[[], object]) -> None:
+    """Run the steps that teach a streamer its model, and leave it unloaded with fresh counters."""
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    for _ in range(3):
+        streamer.run(forward)
+    assert streamer.profile.learned
+    streamer.close()
+    streamer.counters = streamer._stalls._counters = Counters()
+
+
+def hand_plan(streamer: Streamer, streamed: Iterable[int], slots: int) -> Plan:
+    """A plan that streams exactly these units."""
+    segments = cut(streamer.outline, frozenset(streamed), streamer.profile, streamer.config.segment_bytes)
+    slot_bytes = max(segment.nbytes for segment in segments)
+    return Plan(streamer.outline, segments, min(slots, len(segments)), slot_bytes)
+
+
+def units_of(streamer: Streamer, blocks: Iterable[int]) -> list[int]:
+    return [unit for block in blocks for unit in streamer.outline.block_units[block]]
 
 
 def budgets(streamer: Streamer) -> Iterator[int]:

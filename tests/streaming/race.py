@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from weightstream.streaming import Backend
+from weightstream.streaming import Backend, DeviceMemory
 
 COMPUTE = 0
 Clock = dict[int, int]
@@ -20,7 +20,7 @@ Clock = dict[int, int]
 class RaceBackend(Backend):
     """Copies take place at once; what is checked is whether anything would have made them wait."""
 
-    piece_bytes = 256  # A block of this file's models takes 512 bytes: two pieces.
+    fine_bytes = 256  # A unit of this file's models takes 512 bytes: two pieces.
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), "race")
@@ -35,6 +35,15 @@ class RaceBackend(Backend):
         self._slots.append(range(buffer.data_ptr(), buffer.data_ptr() + nbytes))
         return buffer
 
+    def free(self, buffer: torch.Tensor) -> int:
+        """The memory may come back as part of another slot. Who frees it must have let all accesses finish."""
+        start = buffer.data_ptr()
+        compute = {**self.clocks[COMPUTE], -1: COMPUTE}
+        for accesses in (self.writes.pop(start, []), self.reads.pop(start, [])):
+            self._check(compute, accesses, "staging memory is freed while it may be in use")
+        self._slots = [slot for slot in self._slots if slot.start != start]
+        return super().free(buffer)
+
     def _slot(self, tensor: torch.Tensor) -> int | None:
         """The start of the allocation that ``tensor`` lies in."""
         return next((slot.start for slot in self._slots if tensor.data_ptr() in slot), None)
@@ -44,19 +53,20 @@ class RaceBackend(Backend):
         self.clocks[stream] = {}
         return stream
 
-    def _copy_piece(
-        self, stream: int | None, target: torch.Tensor, source: torch.Tensor, waits: Sequence[Clock]
+    def _copy_now(
+        self, stream: int | None, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], waits: Sequence[Clock]
     ) -> Clock:
         stream = COMPUTE if stream is None else stream
         for event in waits:
             self._join(stream, event)
-        slot = self._slot(target)
-        assert slot is not None, "a copy outside of the ring"
-        now = self._tick(stream)
-        self._check(now, self.reads.get(slot, []), "a copy overwrites a slot that may still be read")
-        self._check(now, self.writes.get(slot, []), "a copy may be overtaken by an earlier one into its slot")
-        self.writes.setdefault(slot, []).append(now)
-        target.copy_(source)
+        for target, source in pairs:
+            slot = self._slot(target)
+            assert slot is not None, "a copy outside of the ring"
+            now = self._tick(stream)
+            self._check(now, self.reads.get(slot, []), "a copy overwrites a slot that may still be read")
+            self._check(now, self.writes.get(slot, []), "a copy may be overtaken by an earlier one into its slot")
+            self.writes.setdefault(slot, []).append(now)
+            target.copy_(source)
         return dict(now)
 
     def mark(self) -> Clock:
@@ -65,6 +75,18 @@ class RaceBackend(Backend):
     def wait(self, event: Clock):
         self._join(COMPUTE, event)
         return lambda: 0.0
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(1 << 40, 0)
+
+    def trim(self) -> None:
+        """Nothing is kept for later."""
+
+    def moment(self) -> float:
+        return 0.0
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
 
     def synchronize(self) -> None:
         for stream, clock in self.clocks.items():
@@ -106,8 +128,8 @@ class RaceBackend(Backend):
             assert now.get(stream, 0) >= access[stream], message
 
 
-class NumberedBlock(nn.Module):
-    """A block whose weight is its number: a wrong weight is seen at once."""
+class NumberedPart(nn.Module):
+    """A unit whose weight is its number: a wrong weight is seen at once."""
 
     def __init__(self, number: int, backend: RaceBackend) -> None:
         super().__init__()
@@ -115,19 +137,39 @@ class NumberedBlock(nn.Module):
         self.number = number
         self.backend = backend
 
-    def forward(self, seen: list[int]) -> list[int]:
+    def read(self) -> None:
         self.backend.read(self.weight)
-        assert self.weight.tolist() == [float(self.number)] * 4, f"block {self.number} computed with {self.weight}"
+        assert self.weight.tolist() == [float(self.number)] * 4, f"unit {self.number} computed with {self.weight}"
+
+    def forward(self) -> None:
+        self.read()
+
+
+class NumberedBlock(nn.Module):
+    """A block of three units, and one that it reads without running it where ``reads_directly``."""
+
+    def __init__(self, number: int, backend: RaceBackend, reads_directly: bool) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({str(part): NumberedPart(10 * number + part, backend) for part in range(3)})
+        self.direct = NumberedPart(10 * number + 9, backend) if reads_directly else None
+        self.number = number
+
+    def forward(self, seen: list[int], parts: str) -> list[int]:
+        for part in parts:
+            self.parts[part]()
+        if self.direct is not None:
+            self.direct.read()
         return [*seen, self.number]
 
 
 class NumberedModel(nn.Module):
-    def __init__(self, count: int, backend: RaceBackend) -> None:
+    def __init__(self, count: int, backend: RaceBackend, reads_directly: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(NumberedBlock(number, backend) for number in range(count))
+        self.blocks = nn.ModuleList(NumberedBlock(number, backend, reads_directly) for number in range(count))
 
-    def forward(self, order: list[int]) -> list[int]:
+    def forward(self, order: list[int], parts: str = "012") -> list[int]:
+        """Run blocks in ``order``, each with its ``parts`` in their order; parts may be left out or repeated."""
         seen: list[int] = []
         for index in order:
-            seen = self.blocks[index](seen)
+            seen = self.blocks[index](seen, parts)
         return seen

@@ -102,4 +102,4 @@ def test_memory_given_back_by_closing_is_not_given_back_twice() -> None:
     buffer = backend.allocate(1000)
     backend.close()
     backend.free(buffer)
-    assert backend.memory.allocated == 0
+    assert backend.store.allocated == 0

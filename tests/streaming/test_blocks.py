@@ -35,11 +35,37 @@ def test_containers_single_layers_mixed_and_empty_lists_are_no_blocks() -> None:
 def test_every_tensor_has_one_owner() -> None:
     model = make_transformer(depth=3)
     split = split_model(model)
-    names = [spec.name for block in (*split.blocks, split.rest) for spec in block.layout.specs]
-    assert sorted(names) == sorted(model.state_dict())
-    assert [spec.name for spec in split.rest.layout.specs] == [
-        "input.weight", "input.bias", "output.weight", "output.bias"
-    ]  # fmt: skip
+    assert sorted(spec.name for spec in split.specs) == sorted(model.state_dict())
+    of_the_rest = {spec.name for spec in split.rest.layout.specs}
+    assert {"input.weight", "input.bias", "output.weight", "output.bias"} <= of_the_rest
+
+
+def test_units_are_the_modules_that_hold_tensors_and_small_ones_stay_on_the_device() -> None:
+    model = make_transformer(depth=2)
+    split = split_model(model)
+    names = ("norm", "qkv", "out", "mlp.0", "mlp.2")
+    assert [unit.name for unit in split.units] == [f"blocks.{block}.{name}" for block in range(2) for name in names]
+    assert [unit.index for unit in split.units] == list(range(10))
+    assert [unit.block for unit in split.units] == [0] * 5 + [1] * 5
+    # 128 of 33,000 bytes: no copy is made for that.
+    assert "blocks.0.scale" in {spec.name for spec in split.rest.layout.specs}
+    assert split.outline.block_kind == (0, 0)
+
+
+def test_a_unit_with_a_tensor_of_another_module_of_its_block_has_no_module_of_its_own() -> None:
+    model = make_transformer(depth=2)
+    model.blocks[0].mlp[2].weight = nn.Parameter(model.blocks[0].mlp[0].weight.T)
+    model.blocks[0].extra = nn.Linear(32, 64)
+    model.blocks[0].extra.weight = model.blocks[0].mlp[0].weight
+    units = {unit.name: unit.module for unit in split_model(model).units}
+    assert units["blocks.0.mlp.0"] is None
+    assert units["blocks.1.mlp.0"] is model.blocks[1].mlp[0]
+
+
+def test_blocks_of_one_class_and_size_are_of_one_kind() -> None:
+    model = make_transformer(depth=3)
+    model.blocks[1].out = nn.Linear(32, 32, bias=False)
+    assert split_model(model).outline.block_kind == (0, 1, 0)
 
 
 def test_a_tensor_tied_between_blocks_belongs_to_the_rest() -> None:

@@ -19,11 +19,19 @@ def test_other_texts_are_refused_with_the_form_that_works(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "slots"),
-    [({}, 2), ({"copy_streams": 1}, 2), ({"copy_streams": 4}, 2), ({"slots": 3}, 3), ({"copy_streams": 0}, 1)],
+    ("settings", "slot_mb", "slots"),
+    [
+        ({}, 132, 3),
+        ({}, 199, 2),
+        ({}, 680, 2),
+        ({}, 10, 8),
+        ({"staging_bytes": 800_000_000}, 132, 6),
+        ({"slots": 3}, 680, 3),
+        ({"copy_streams": 0}, 10, 1),
+    ],
 )
-def test_two_slots_are_enough_unless_asked_for_more(settings: dict[str, int], slots: int) -> None:
-    assert StreamingConfig(**settings).ring_slots == slots
+def test_as_many_slots_as_staging_memory_holds(settings: dict[str, int], slot_mb: int, slots: int) -> None:
+    assert StreamingConfig(**settings).most_slots(slot_mb * 1_000_000) == slots
 
 
 @pytest.mark.parametrize("settings", [{"copy_streams": -1}, {"slots": -1}, {"vram_limit": -1}])

@@ -34,7 +34,7 @@ class Slots:
     def prefetch(self) -> None:
         while (copy := self.schedule.next_copy()) is not None:
             assert copy.slot not in self.used, "a slot is overwritten while a block runs in it"
-            self.content[copy.slot] = copy.block
+            self.content[copy.slot] = copy.segment
         copies = list(self.content.values())
         assert len(copies) == len(set(copies)), "a block is held twice"
 
@@ -97,7 +97,7 @@ def test_the_end_of_a_step_asks_for_its_start() -> None:
 def test_the_most_urgent_block_is_copied_first() -> None:
     schedule = Schedule([4, 2, 9], 3, lookahead=3)
     copies = [schedule.next_copy() for _ in range(4)]
-    assert [copy.block for copy in copies[:3] if copy] == [4, 2, 9]
+    assert [copy.segment for copy in copies[:3] if copy] == [4, 2, 9]
     assert copies[3] is None
 
 

@@ -5,21 +5,21 @@ import threading
 
 import pytest
 import torch
-from models import X, budgets, make_streamer, make_transformer
+from models import X, budgets, hand_plan, make_streamer, make_transformer
 from torch import nn
 from weightstream.streaming import (
     BudgetError,
     RingExhaustedError,
 )
-from weightstream.streaming.plan import Plan
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["blocks", "parts"])
 @pytest.mark.parametrize("copy_streams", [0, 1, 2, 3])
 @pytest.mark.parametrize("slots", [0, 1, 2, 5])
-def test_output_is_the_same_at_every_budget(copy_streams: int, slots: int) -> None:
+def test_output_is_the_same_at_every_budget(copy_streams: int, slots: int, learned: bool) -> None:
     model = make_transformer()
     expected = model(X)
-    streamer = make_streamer(model, copy_streams=copy_streams, slots=slots)
+    streamer = make_streamer(model, copy_streams=copy_streams, slots=slots, learned=learned)
     for budget in budgets(streamer):
         streamer.load(streamer.plan_for(budget))
         for _ in range(3):
@@ -30,30 +30,33 @@ def test_output_is_the_same_at_every_budget(copy_streams: int, slots: int) -> No
     assert torch.equal(model(X), expected)
 
 
-def test_steady_steps_never_miss_and_copy_each_streamed_block_once() -> None:
+@pytest.mark.parametrize("learned", [False, True], ids=["blocks", "parts"])
+def test_steady_steps_never_miss_and_copy_each_segment_once(learned: bool) -> None:
     model = make_transformer(depth=8)
-    streamer = make_streamer(model)
-    streamer.load(streamer.plan_for(streamer.minimum_bytes + 3 * streamer.blocks.sizes[0]))
+    streamer = make_streamer(model, learned=learned)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + 3 * streamer.outline.block_bytes(0)))
     plan = streamer.plan
     assert plan is not None
-    assert plan.streamed
+    assert plan.segments
     assert plan.resident
     for _ in range(5):
         model(X)
     counters = streamer.counters
     assert counters.steps == 5
     assert counters.misses == 0
-    assert counters.hits == 5 * len(plan.streamed)
+    assert counters.hits == 5 * len(plan.segments)
     # The copies ahead of the sixth step are under way.
-    assert counters.copies == 5 * len(plan.streamed) + plan.slots
-    assert counters.streamed_bytes == counters.copies * streamer.blocks.sizes[0]
+    assert counters.copies == 5 * len(plan.segments) + plan.slots
+    ahead = sum(segment.nbytes for segment in plan.segments[: plan.slots])
+    assert counters.streamed_bytes == 5 * plan.streamed_bytes + ahead
 
 
-def test_a_changed_order_costs_copies_and_no_correctness() -> None:
+@pytest.mark.parametrize("learned", [False, True], ids=["blocks", "parts"])
+def test_a_changed_order_costs_copies_and_no_correctness(learned: bool) -> None:
     model = make_transformer(depth=6)
     orders = [None, [5, 4, 3, 2, 1, 0], [0, 0, 3, 3], [2], None, [1, 3, 5]]
     expected = [model(X, order) for order in orders]
-    streamer = make_streamer(model)
+    streamer = make_streamer(model, learned=learned)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     for _ in range(3):
         for order, result in zip(orders, expected, strict=True):
@@ -131,9 +134,9 @@ def test_blocks_inside_blocks_are_refused_with_one_slot_and_run_with_two() -> No
     x = torch.rand(2, 8)
     expected = model(x)
     streamer = make_streamer(model, slots=2)
-    streamer.load(Plan(streamer.blocks.sizes, 0, (0, 1, 2), 2))
+    streamer.load(hand_plan(streamer, (0, 1, 2), 2))
     assert torch.equal(model(x), expected)
-    streamer.load(Plan(streamer.blocks.sizes, 0, (0, 1, 2), 1))
+    streamer.load(hand_plan(streamer, (0, 1, 2), 1))
     with pytest.raises(RingExhaustedError):
         model(x)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Transformer, X, make_streamer, make_transformer
+from models import Transformer, X, hand_plan, make_streamer, make_transformer, units_of
 from torch import nn
 from weightstream.streaming import (
     CpuBackend,
@@ -15,7 +15,6 @@ from weightstream.streaming import (
     VirtualMemory,
     split_model,
 )
-from weightstream.streaming.plan import Plan
 
 
 class Stop(BaseException):
@@ -64,12 +63,13 @@ def test_an_interrupt_without_settling_heals_with_the_next_step(monkeypatch: pyt
 def test_an_interrupt_in_a_resident_block_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_transformer()
     streamer = make_streamer(model)
-    streamer.load(Plan(streamer.blocks.sizes, streamer.blocks.rest.nbytes, (0, 1, 3, 5), 2))
+    streamer.load(hand_plan(streamer, units_of(streamer, (0, 1, 3, 5)), 2))
     run_into(Stop, model, model.blocks[4].out, monkeypatch)
     for _ in range(3):
         model(X)
-    assert streamer._schedule is not None
-    assert streamer._schedule.order == [0, 1, 3, 5]
+    assert streamer._lane is not None
+    assert streamer._lane._schedule.order == [0, 1, 2, 3]
+    assert streamer.counters.misses == 0
 
 
 class FailingBackend(CpuBackend):
@@ -81,11 +81,12 @@ class FailingBackend(CpuBackend):
         self.failing_copy = failing_copy
         self.at_once = at_once
 
-    def _copy_piece(self, stream, target, source, waits):
+    def _copy_now(self, stream, pairs, waits):
         self.copies += 1
         if self.copies != self.failing_copy:
-            return super()._copy_piece(stream, target, source, waits)
-        target.fill_(255)  # A slot that was half written must never be taken for a block.
+            return super()._copy_now(stream, pairs, waits)
+        for target, _ in pairs:
+            target.fill_(255)  # A slot that was half written must never be taken for a block.
         if self.at_once:
             raise OSError("the copy failed")
         return stream.submit(self._fail)
@@ -102,7 +103,7 @@ def test_a_failed_copy_is_an_error_and_never_a_wrong_weight(failing_copy: int, a
     expected = model(X)
     backend = FailingBackend(failing_copy, at_once)
     streamer = Streamer(model, split_model(model), backend, StreamingConfig())
-    streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.blocks.sizes[0]))
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
     errors = 0
     for _ in range(4):
         try:

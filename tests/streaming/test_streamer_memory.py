@@ -47,7 +47,7 @@ def test_no_memory_is_kept_alive_by_what_has_moved_on() -> None:
     """Also on the way from one plan to the next no more is alive than the larger of the two asks for."""
     model = make_transformer(depth=8)
     backend = WatchedBackend()
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig(slots=2))
     plans = [streamer.plan_for(budget) for budget in budgets(streamer)]
     for before, after in itertools.permutations(plans, 2):
         streamer.load(before)
@@ -61,11 +61,11 @@ def test_no_memory_is_kept_alive_by_what_has_moved_on() -> None:
     assert backend.alive == 0
 
 
-def test_masters_exist_for_streamed_blocks_only() -> None:
+def test_masters_exist_for_what_is_streamed_only() -> None:
     model = make_transformer()
     streamer = make_streamer(model)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
-    assert streamer.snapshot().pinned_bytes == sum(streamer.blocks.sizes)
+    assert streamer.snapshot().pinned_bytes == sum(streamer.outline.unit_bytes)
     streamer.load(streamer.plan_for(10**9))
     assert streamer.snapshot().pinned_bytes == 0
 
@@ -83,7 +83,7 @@ def test_a_model_is_freed_without_the_garbage_collector() -> None:
         assert [reference() for reference in references] == [None] * 3
     finally:
         gc.enable()
-    assert backend.memory.allocated == 0
+    assert backend.store.allocated == 0
 
 
 def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
@@ -103,8 +103,8 @@ def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
     streamer = Streamer(model, split_model(model), backend, StreamingConfig(), pins)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     model(X)
-    assert len(backend.registered) == 6
-    assert pins.used == sum(streamer.blocks.sizes)
+    assert len(backend.registered) == len(streamer.blocks.units)
+    assert pins.used == sum(streamer.outline.unit_bytes)
     # Still looked at by somebody: the memory must stay valid, and must not stay locked.
     weight = model.blocks[0].qkv.weight
     value = weight.clone()
@@ -117,7 +117,7 @@ def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
 
 def test_models_share_what_may_be_page_locked() -> None:
     models = [make_transformer(), make_transformer()]
-    pins = PinBudget(limit=sum(split_model(models[0]).sizes) * 3 // 2)
+    pins = PinBudget(limit=sum(split_model(models[0]).outline.unit_bytes) * 3 // 2)
     expected = models[0](X)
     for model in models:
         backend = CpuBackend(VirtualMemory(10**9))

@@ -5,48 +5,80 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from models import hand_plan, learn, units_of
 from race import NumberedModel, RaceBackend
-from weightstream.streaming import (
-    Streamer,
-    StreamingConfig,
-    split_model,
-)
-from weightstream.streaming.plan import Plan
+from weightstream.streaming import Streamer, StreamingConfig, split_model
+
+UNIT = 512
 
 
-def test_every_access_to_a_slot_is_ordered() -> None:
+def make(blocks: int, slots: int, copy_streams: int = 2, segment_bytes: int = 0, **options: bool):
+    backend = RaceBackend()
+    model = NumberedModel(blocks, backend, **options)
+    config = StreamingConfig(copy_streams, slots, segment_bytes=segment_bytes, adaptive=False, thrifty=False)
+    return backend, model, Streamer(model, split_model(model), backend, config)
+
+
+def test_every_access_to_a_slot_of_whole_blocks_is_ordered() -> None:
     """All sets of streamed blocks up to 5 blocks, many above, with blocks skipped, repeated and reordered."""
     checked = 0
-    for blocks, slots, copy_streams in itertools.product(range(2, 10), range(1, 6), range(4)):
+    for blocks, slots, copy_streams in itertools.product(range(2, 8), range(1, 6), range(4)):
         everything = list(range(blocks))
         orders = [everything, everything[::2], everything[::-1], sorted(everything * 2), [0], everything]
         for streamed in range(1, 2**blocks, 1 if blocks < 6 else 7 * (blocks - 5)):
-            chosen = tuple(index for index in everything if streamed >> index & 1)
-            backend = RaceBackend()
-            model = NumberedModel(blocks, backend)
-            streamer = Streamer(model, split_model(model), backend, StreamingConfig(copy_streams, slots))
-            streamer.load(Plan(streamer.blocks.sizes, 0, chosen, min(slots, len(chosen))))
+            chosen = [index for index in everything if streamed >> index & 1]
+            backend, model, streamer = make(blocks, slots, copy_streams)
+            streamer.load(hand_plan(streamer, units_of(streamer, chosen), slots))
             for order in orders:
                 assert model(order) == order
             checked += backend.accesses
     assert checked > 50_000
 
 
+@pytest.mark.parametrize("segment_bytes", [0, 2 * UNIT, 3 * UNIT], ids=["one unit", "two units", "three units"])
+def test_every_access_to_a_slot_of_parts_is_ordered(segment_bytes: int) -> None:
+    """All sets of streamed units of two blocks, a sample of four; units left out, repeated and reordered."""
+    checked = 0
+    for blocks, slots, copy_streams in itertools.product((2, 4), range(1, 5), range(4)):
+        everything = list(range(blocks))
+        backend, model, streamer = make(blocks, slots, copy_streams, segment_bytes)
+        learn(streamer, lambda model=model, everything=everything: model(everything))
+        for streamed in range(1, 2 ** (3 * blocks), 1 if blocks == 2 else 157):
+            chosen = [unit for unit in range(3 * blocks) if streamed >> unit & 1]
+            streamer.load(hand_plan(streamer, chosen, slots))
+            for order, parts in itertools.product(
+                (everything, everything[::-1], [0, 0]), ("012", "210", "0", "2", "0011", "0202", "012")
+            ):
+                assert model(order, parts) == order
+        checked += backend.accesses
+    assert checked > 50_000
+
+
+def test_a_weight_that_is_read_without_running_its_module_is_there() -> None:
+    _, model, streamer = make(4, 2, reads_directly=True)
+    learn(streamer, lambda: model([0, 1, 2, 3]))
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + 3 * UNIT))
+    plan = streamer.plan
+    assert plan is not None
+    assert plan.learned
+    # A block is streamed in parts where only what runs by itself is streamed.
+    for streamed in range(1, 2**4):
+        streamer.load(hand_plan(streamer, [unit for unit in range(4) if streamed >> unit & 1], 2))
+        for _ in range(2):
+            assert model([0, 1, 2, 3]) == [0, 1, 2, 3]
+
+
 def test_the_race_detector_sees_a_missing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = RaceBackend()
-    model = NumberedModel(4, backend)
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
-    streamer.load(Plan(streamer.blocks.sizes, 0, (0, 1, 2, 3), 2))
+    backend, model, streamer = make(4, 2)
+    streamer.load(hand_plan(streamer, range(12), 2))
     monkeypatch.setattr(backend, "wait", lambda event: lambda: 0.0)
     with pytest.raises(AssertionError, match="before the copy into it is done"):
         model([0, 1, 2, 3])
 
 
 def test_the_race_detector_sees_a_slot_freed_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = RaceBackend()
-    model = NumberedModel(4, backend)
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
-    streamer.load(Plan(streamer.blocks.sizes, 0, (0, 1, 2, 3), 2))
+    backend, model, streamer = make(4, 2)
+    streamer.load(hand_plan(streamer, range(12), 2))
     monkeypatch.setattr(backend, "mark", dict)
     with pytest.raises(AssertionError, match="may still be read"):
         model([0, 1, 2, 3])

@@ -1,0 +1,100 @@
+"""How a step of a model behaves: who runs when, for how long, and what the bus carries. Pure values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+# Taken until they are measured. They only decide how a first plan spreads what it cannot keep: PCIe 4.0 x16 carries
+# 20 to 25 GB/s, and blocks of large models seldom compute longer than they are copied.
+ASSUMED_BANDWIDTH = 20e9
+ASSUMED_COMPUTE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model as a plan sees it. Units are numbered in the order of definition, block after block.
+
+    Attributes:
+        unit_bytes: bytes of each unit.
+        unit_block: the block that each unit belongs to, ascending.
+        block_kind: equal numbers mark blocks of one class with like units.
+        rest_bytes: bytes that are on the device in any case.
+    """
+
+    unit_bytes: tuple[int, ...]
+    unit_block: tuple[int, ...]
+    block_kind: tuple[int, ...]
+    rest_bytes: int
+
+    @cached_property
+    def block_units(self) -> tuple[tuple[int, ...], ...]:
+        units: list[list[int]] = [[] for _ in self.block_kind]
+        for unit, block in enumerate(self.unit_block):
+            units[block].append(unit)
+        return tuple(map(tuple, units))
+
+    @property
+    def blocks(self) -> int:
+        return len(self.block_kind)
+
+    @cached_property
+    def model_bytes(self) -> int:
+        return self.rest_bytes + sum(self.unit_bytes)
+
+    def block_bytes(self, block: int) -> int:
+        return sum(self.unit_bytes[unit] for unit in self.block_units[block])
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a step; assumed values before the first one has run.
+
+    Attributes:
+        block_seconds: compute of each block without waiting for copies; 0 where it did not run.
+        other_seconds: compute outside of blocks, between two steps included.
+        bandwidth: bytes per second from the host's memory to the device.
+        unit_runs: for each block the units that run by themselves, each with how often, in the order of their first
+            run. None before that is learned: the units of a block are then needed from its begin to its end. So are
+            those that are not listed.
+        block_order: the blocks in the order in which they ran.
+        measured: whether times and bandwidth were measured.
+    """
+
+    block_seconds: tuple[float, ...]
+    other_seconds: float
+    bandwidth: float
+    unit_runs: tuple[tuple[tuple[int, int], ...], ...] | None = field(default=None, repr=False)
+    block_order: tuple[int, ...] = field(default=(), repr=False)
+    measured: bool = False
+
+    @property
+    def compute_seconds(self) -> float:
+        """A step with everything resident."""
+        return sum(self.block_seconds) + self.other_seconds
+
+    @property
+    def learned(self) -> bool:
+        return self.unit_runs is not None
+
+
+def assumed_profile(outline: Outline) -> Profile:
+    """Before anything has run: every block computes for the same time."""
+    seconds = ASSUMED_COMPUTE_SHARE * outline.model_bytes / ASSUMED_BANDWIDTH / max(1, outline.blocks)
+    return Profile((seconds,) * outline.blocks, 0.0, ASSUMED_BANDWIDTH, None, tuple(range(outline.blocks)))
+
+
+def by_kind(outline: Outline, values: Sequence[float | None]) -> tuple[float, ...]:
+    """Each block's value, replaced by the median of its kind: the first run of a kernel takes longer than the others.
+
+    None stands for a block that did not run, and stays out of the medians; it gives 0.
+    """
+    kinds: dict[int, list[float]] = {}
+    for kind, value in zip(outline.block_kind, values, strict=True):
+        if value is not None:
+            kinds.setdefault(kind, []).append(value)
+    medians = {kind: sorted(found)[len(found) // 2] for kind, found in kinds.items()}
+    return tuple(
+        0.0 if value is None else medians[kind] for kind, value in zip(outline.block_kind, values, strict=True)
+    )

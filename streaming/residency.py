@@ -1,0 +1,112 @@
+"""How much device memory a model may use, step by step: what the host allowed first, then what was measured. Pure.
+
+[Note: no thrashing]
+Memory is looked at before each step. While steps of one shape are new (the first two) the budget follows what torch
+kept for the activations of the step before. From the third step on it only ever shrinks, when somebody else takes
+memory, and only after two looks in a row. It grows again when the host loads the model anew, for a prompt, and when
+steps go over to another shape that is known and stay there. A shape that ran out of memory keeps the budget with
+which it then ran.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from .backend import DeviceMemory
+from .profile import Profile
+
+# Steps of a new shape that are measured.
+MEASURED_STEPS = 2
+# A shortage is when this part of the headroom is missing, or when no more than it is left.
+SHORTAGE = 0.25
+MOST_SHAPES = 32
+
+
+@dataclass
+class Regime:
+    """What is known about steps of one shape.
+
+    Attributes:
+        steps: whole ones so far; in_a_row since the last step of another shape.
+        activation_bytes: what torch keeps for activations after a step; None before one was measured.
+        profile: how such a step behaves.
+        ceiling: bytes with which such a step has last run out of memory and then ran; no budget goes beyond.
+        shortages: looks in a row that found too little free memory.
+    """
+
+    steps: int = 0
+    in_a_row: int = 0
+    activation_bytes: int | None = None
+    profile: Profile | None = None
+    ceiling: float = math.inf
+    shortages: int = 0
+
+
+class Residency:
+    """Budgets for one model on one device.
+
+    Args:
+        headroom: bytes that stay free.
+        adaptive: whether to go beyond and below what the host offered.
+    """
+
+    def __init__(self, headroom: int, adaptive: bool = True) -> None:
+        self._headroom = headroom
+        self._adaptive = adaptive
+        self._regimes: OrderedDict[Hashable, Regime] = OrderedDict()
+        self.current = Regime()
+
+    def enter(self, shape: Hashable) -> Regime:
+        """A step of ``shape`` comes next."""
+        regime = self._regimes.setdefault(shape, Regime())
+        self._regimes.move_to_end(shape)
+        if len(self._regimes) > MOST_SHAPES:
+            self._regimes.popitem(last=False)
+        if regime is not self.current:
+            regime.in_a_row = regime.shortages = 0
+            self.current = regime
+        return regime
+
+    def budget(self, memory: DeviceMemory, device_bytes: int, estimate: Callable[[], int] | None) -> float | None:
+        """Bytes for all weights and staging of the next step; None leaves things as they are.
+
+        Args:
+            memory: of the device, now.
+            device_bytes: what the model has of it, now.
+            estimate: activations of a step like the next one, for a shape that has not run yet.
+        """
+        regime = self.current
+        if not self._adaptive:
+            return None
+        if regime.steps == 0:
+            room = self._room_for(memory, estimate() if estimate is not None else 0)
+            return device_bytes + room if room < 0 else None
+        if regime.steps <= MEASURED_STEPS and regime.in_a_row > 0:
+            regime.activation_bytes = memory.cached
+            return min(device_bytes + memory.free - self._headroom, regime.ceiling)
+        if regime.in_a_row <= 1 and regime.activation_bytes is not None:
+            room = self._room_for(memory, regime.activation_bytes)
+            return min(device_bytes + room, regime.ceiling) if regime.in_a_row == 1 or room < 0 else None
+        return self._under_pressure(memory, device_bytes)
+
+    def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
+        """Bytes for the next prompt, for which the host offers ``offered``: its estimate, where we have measured."""
+        regime = self.current
+        if regime.activation_bytes is None or not self._adaptive:
+            return min(offered, regime.ceiling)
+        return min(device_bytes + self._room_for(memory, regime.activation_bytes), regime.ceiling)
+
+    def _room_for(self, memory: DeviceMemory, activation_bytes: int) -> int:
+        return memory.free + memory.cached - activation_bytes - self._headroom
+
+    def _under_pressure(self, memory: DeviceMemory, device_bytes: int) -> float | None:
+        regime = self.current
+        short = memory.free < self._headroom * SHORTAGE
+        regime.shortages = regime.shortages + 1 if short else 0
+        if regime.shortages < 2:
+            return None
+        regime.shortages = 0
+        return device_bytes + memory.free - self._headroom

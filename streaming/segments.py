@@ -1,0 +1,61 @@
+"""Segments, what is copied at once: a block, a part of one, or what is streamed of one whose other units stay. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from .profile import Outline, Profile
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Streamed units of one block that share a slot.
+
+    Attributes:
+        block: number of the block.
+        units: in the order in which they lie in the slot.
+        nbytes: bytes in all.
+        runs: runs of its units in one run of the block, after which the slot is free. 0 holds the segment from the
+            block's begin to its end: before it is known which units run by themselves, or where one does not.
+    """
+
+    block: int
+    units: tuple[int, ...]
+    nbytes: int
+    runs: int
+
+
+def cut(outline: Outline, streamed: Collection[int], profile: Profile, target_bytes: int) -> tuple[Segment, ...]:
+    """Cut what is streamed into segments, in the order in which they are needed.
+
+    Units that run one after another share a segment up to ``target_bytes``; a unit that is larger is one by itself.
+    """
+    order = dict.fromkeys((*profile.block_order, *range(outline.blocks)))
+    return tuple(segment for block in order for segment in _cut_block(outline, block, streamed, profile, target_bytes))
+
+
+def _cut_block(
+    outline: Outline, block: int, streamed: Collection[int], profile: Profile, target_bytes: int
+) -> Iterator[Segment]:
+    mine = [unit for unit in outline.block_units[block] if unit in streamed]
+    runs = dict(profile.unit_runs[block]) if profile.unit_runs is not None else {}
+    if any(unit not in runs for unit in mine):
+        yield Segment(block, tuple(mine), _bytes(outline, mine), 0)
+        return
+    group: list[int] = []
+    for unit in (unit for unit in runs if unit in streamed):
+        if group and _bytes(outline, group) + outline.unit_bytes[unit] > target_bytes:
+            yield _segment(outline, block, group, runs)
+            group = []
+        group.append(unit)
+    if group:
+        yield _segment(outline, block, group, runs)
+
+
+def _segment(outline: Outline, block: int, units: list[int], runs: dict[int, int]) -> Segment:
+    return Segment(block, tuple(units), _bytes(outline, units), sum(runs[unit] for unit in units))
+
+
+def _bytes(outline: Outline, units: list[int]) -> int:
+    return sum(outline.unit_bytes[unit] for unit in units)

@@ -1,0 +1,68 @@
+"""In which order units become resident, so that what is still streamed is spread evenly over the step. Pure.
+
+[Note: one order for every budget]
+The bus is never idle and never late if, at every moment of a step, the bytes needed so far are near their share: the
+step's streamed bytes times the part of its compute time that has passed. The order starts with everything streamed and
+takes, again and again, the unit without which that difference varies least over the step (its variance in time). A plan
+keeps a beginning of this order. So more memory only ever adds residents, less only ever takes the last ones away, and
+every plan on the way is spread as evenly as the choices before it allow.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from .profile import Outline, Profile
+
+
+@lru_cache(maxsize=16)
+def residency_order(outline: Outline, profile: Profile) -> tuple[int, ...]:
+    """All units, the first to be kept first (Note: one order for every budget)."""
+    units, starts, total = _timeline(outline, profile)
+    sizes = np.array([outline.unit_bytes[unit] for unit in units], dtype=np.float64)
+    share = starts / total
+    # Time between a unit and the next one, as a weight: what happens between two needs lasts that long.
+    weights = np.diff(np.append(share, 1.0 + share[0]))
+    offset_all = share @ weights
+    streamed = np.ones(len(units), dtype=bool)
+    order: list[int] = []
+    # Taking unit j away lowers the curve by b_j * (1[k >= j] - share_k), k being the moments of the other needs.
+    step_mean = np.cumsum(weights[::-1])[::-1] - offset_all
+    later_share = np.cumsum((share * weights)[::-1])[::-1]
+    step_square = np.cumsum(weights[::-1])[::-1] - 2 * later_share + (share**2) @ weights
+    step_variance = step_square - step_mean**2
+    for _ in units:
+        curve = np.cumsum(np.where(streamed, sizes, 0.0))
+        curve = curve - curve[-1] * share
+        mean = curve @ weights
+        together = np.cumsum((curve * weights)[::-1])[::-1] - (curve * share) @ weights
+        gain = 2 * sizes * (together - mean * step_mean) - sizes**2 * step_variance
+        chosen = int(np.argmax(np.where(streamed, gain, -np.inf)))
+        streamed[chosen] = False
+        order.append(units[chosen])
+    return tuple(order)
+
+
+def _timeline(outline: Outline, profile: Profile) -> tuple[list[int], np.ndarray, float]:
+    """Units in the order of need, the compute time at which each is needed, and the length of the step."""
+    units: list[int] = []
+    starts: list[float] = []
+    now = 0.0
+    for block in dict.fromkeys((*profile.block_order, *range(outline.blocks))):
+        seconds = profile.block_seconds[block]
+        mine = ordered_units(outline, profile, block)
+        size = max(1, outline.block_bytes(block))
+        for unit in mine:
+            units.append(unit)
+            starts.append(now)
+            now += seconds * outline.unit_bytes[unit] / size
+    # A step has a length, whatever was measured.
+    return units, np.array(starts), max(now + profile.other_seconds, 1e-9)
+
+
+def ordered_units(outline: Outline, profile: Profile, block: int) -> tuple[int, ...]:
+    """A block's units in the order of their need: those that it needs from its begin come first."""
+    runs = [unit for unit, _ in profile.unit_runs[block]] if profile.unit_runs is not None else []
+    return (*(unit for unit in outline.block_units[block] if unit not in runs), *runs)

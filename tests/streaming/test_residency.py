@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+from weightstream.streaming import DeviceMemory, Residency
+
+MB = 1_000_000
+HEADROOM = 200 * MB
+
+
+class Device:
+    """A card of 10 GB: weights, activations of the shape that ran last, and what others take."""
+
+    def __init__(self, residency: Residency, weights: int = 4000 * MB) -> None:
+        self.residency = residency
+        self.weights = weights
+        self.cached = 0
+        self.others = 0
+
+    @property
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(10_000 * MB - self.weights - self.cached - self.others, self.cached)
+
+    def step(self, shape: str, activations: int, estimate: int = 0) -> float | None:
+        """A step as a streamer makes it; gives the budget that came before it."""
+        regime = self.residency.enter(shape)
+        budget = self.residency.budget(self.memory, self.weights, lambda: estimate)
+        if budget is not None:
+            self.weights = int(budget)
+        self.cached = max(self.cached, activations)
+        regime.steps += 1
+        regime.in_a_row += 1
+        return budget
+
+
+def test_after_the_first_step_the_budget_is_what_activations_leave() -> None:
+    device = Device(Residency(HEADROOM))
+    assert device.step("a", 1500 * MB, estimate=3000 * MB) is None
+    assert device.step("a", 1500 * MB) == (10_000 - 1500 - 200) * MB
+
+
+def test_one_shape_has_one_budget_from_the_third_step_on() -> None:
+    device = Device(Residency(HEADROOM))
+    device.step("a", 1500 * MB)
+    device.step("a", 1500 * MB)
+    settled = device.step("a", 1500 * MB)
+    assert settled == device.weights
+    assert [device.step("a", 1500 * MB) for _ in range(50)] == [None] * 50
+
+
+def test_two_shapes_in_turn_do_not_move_weights() -> None:
+    """Positive and negative prompts in steps of their own, or a batch and its remainder."""
+    device = Device(Residency(HEADROOM))
+    for _ in range(4):
+        device.step("a", 1500 * MB)
+        device.step("b", 500 * MB)
+    assert {device.step(shape, 500 * MB) for shape in "abababab"} == {None}
+
+
+def test_a_larger_shape_makes_room_before_it_runs() -> None:
+    device = Device(Residency(HEADROOM))
+    for _ in range(3):
+        device.step("small", 500 * MB)
+    assert device.weights == 9300 * MB
+    assert device.step("large", 4000 * MB, estimate=5000 * MB) == 4800 * MB
+    # Measured, it turns out to need less than was estimated.
+    assert device.step("large", 4000 * MB) == 5800 * MB
+
+
+def test_a_known_smaller_shape_takes_the_memory_back_when_it_stays() -> None:
+    device = Device(Residency(HEADROOM))
+    for shape, activations in (("small", 500 * MB), ("large", 4000 * MB)):
+        for _ in range(4):
+            device.step(shape, activations)
+    assert device.weights == 5800 * MB
+    assert device.step("small", 500 * MB) is None
+    assert device.step("small", 500 * MB) == 9300 * MB
+
+
+def test_a_known_larger_shape_makes_room_at_once() -> None:
+    device = Device(Residency(HEADROOM))
+    for shape, activations in (("large", 4000 * MB), ("small", 500 * MB)):
+        for _ in range(4):
+            device.step(shape, activations)
+        device.cached = 0  # The host empties torch's cache between prompts.
+    device.weights = 9300 * MB
+    assert device.step("large", 4000 * MB) == 5800 * MB
+
+
+def test_what_others_take_is_given_after_two_looks() -> None:
+    device = Device(Residency(HEADROOM))
+    for _ in range(4):
+        device.step("a", 1500 * MB)
+    device.others = 180 * MB
+    assert device.step("a", 1500 * MB) is None
+    assert device.step("a", 1500 * MB) == (10_000 - 1500 - 180 - 200) * MB
+    # And it is not taken back in the middle of a prompt when they let go.
+    device.others = 0
+    assert [device.step("a", 1500 * MB) for _ in range(10)] == [None] * 10
+
+
+def test_a_short_dip_moves_nothing() -> None:
+    device = Device(Residency(HEADROOM))
+    for _ in range(4):
+        device.step("a", 1500 * MB)
+    for others in (180 * MB, 0, 180 * MB, 0):
+        device.others = others
+        assert device.step("a", 1500 * MB) is None
+
+
+def test_a_prompt_uses_what_was_measured_instead_of_an_estimate() -> None:
+    residency = Residency(HEADROOM)
+    device = Device(residency)
+    assert residency.prompt_budget(device.memory, device.weights, 2500 * MB) == 2500 * MB
+    for _ in range(3):
+        device.step("a", 1500 * MB)
+    device.weights -= 3000 * MB  # Given to another model meanwhile, which has let go of it.
+    assert residency.prompt_budget(device.memory, device.weights, 2500 * MB) == 8300 * MB
+
+
+@pytest.mark.parametrize("ceiling", [3000 * MB, 6000 * MB])
+def test_a_shape_that_ran_out_of_memory_keeps_the_budget_with_which_it_ran(ceiling: int) -> None:
+    residency = Residency(HEADROOM)
+    device = Device(residency)
+    device.step("a", 1500 * MB)
+    residency.current.ceiling = ceiling
+    device.weights = ceiling
+    for _ in range(10):
+        device.step("a", 1500 * MB)
+        assert device.weights <= ceiling
+    assert residency.prompt_budget(device.memory, 0, 9000 * MB) <= ceiling
+
+
+def test_without_adaptation_the_offer_stands() -> None:
+    residency = Residency(HEADROOM, adaptive=False)
+    device = Device(residency)
+    assert [device.step("a", 9000 * MB) for _ in range(6)] == [None] * 6
+    assert residency.prompt_budget(device.memory, device.weights, 123.0) == 123.0
+
+
+def test_only_so_many_shapes_are_remembered() -> None:
+    residency = Residency(HEADROOM)
+    for number in range(100):
+        residency.enter(number)
+    assert len(residency._regimes) == 32

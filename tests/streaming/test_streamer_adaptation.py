@@ -1,0 +1,216 @@
+"""What the first steps teach, out of memory, and giving way."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from models import Transformer, X, make_streamer, make_transformer
+from weightstream.streaming import DeviceMemoryError, State, Streamer, StreamingError, VirtualMemory
+
+BLOCK = 35_840
+
+
+def step(streamer: Streamer, model: Transformer, x: torch.Tensor = X) -> torch.Tensor:
+    return streamer.run(lambda: model(x), shape=tuple(x.shape), reload=streamer.load)
+
+
+class Activations:
+    """Makes every block of a model take device memory while it runs, as activations do."""
+
+    def __init__(self, model: Transformer, memory: VirtualMemory, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.memory = memory
+        self.failures = 0
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_: self.take())
+            block.register_forward_hook(lambda *_: self.memory.give(self.nbytes))
+
+    def take(self) -> None:
+        try:
+            self.memory.take(self.nbytes)
+        except DeviceMemoryError:
+            self.failures += 1
+            raise
+
+
+def test_the_first_step_teaches_which_parts_run_and_in_which_order() -> None:
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, adaptive=False)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
+    whole = streamer.minimum_bytes
+    for _ in range(4):
+        assert torch.equal(step(streamer, model), expected)
+    assert streamer.plan is not None
+    assert all(segment.runs > 0 for segment in streamer.plan.segments)
+    assert streamer.minimum_bytes < whole
+    names = [streamer.blocks.units[unit].name for unit, _ in streamer.profile.unit_runs[0]]
+    assert names == [f"blocks.0.{part}" for part in ("norm", "qkv", "out", "mlp.0", "mlp.2")]
+
+
+def test_times_and_the_bus_are_measured() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model, adaptive=False)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
+    assert streamer.snapshot().compute_seconds is None
+    for _ in range(3):
+        step(streamer, model)
+    snapshot = streamer.snapshot()
+    assert 0 < snapshot.compute_seconds < 10
+    assert 1e5 < snapshot.bandwidth_bytes_per_second < 1e13
+    assert snapshot.predicted_step_seconds > 0
+    assert snapshot.step_seconds > 0
+    assert snapshot.limited_by in ("bus", "compute")
+
+
+def test_one_shape_has_one_plan_from_the_third_step_on() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model, budget=6 * BLOCK)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    plans = []
+    for _ in range(8):
+        step(streamer, model)
+        plans.append(streamer.plan)
+    assert all(plan == plans[2] for plan in plans[2:])
+    assert plans[2].device_bytes > plans[0].device_bytes, "memory that nobody needed was not used"
+    assert len(streamer._hooks) == 2 + 2 * len({s.block for s in plans[2].segments}) + 2 * len(plans[2].streamed)
+
+
+def test_the_order_learned_survives_unloading() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model, adaptive=False, learned=True)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    assert streamer.plan.learned
+    assert torch.equal(step(streamer, model), make_transformer()(X))
+
+
+def test_a_block_that_did_not_run_is_taken_to_be_like_its_kind() -> None:
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, adaptive=False)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    for _ in range(2):
+        streamer.run(lambda: model(X, [0, 1, 5]))
+    assert [len(runs) for runs in streamer.profile.unit_runs] == [5] * 6
+    for _ in range(2):
+        assert torch.equal(step(streamer, model), expected)
+
+
+@pytest.mark.parametrize("activations", [BLOCK, 2 * BLOCK, 3 * BLOCK])
+@pytest.mark.parametrize("failing_step", [0, 1, 4])
+def test_out_of_memory_in_a_step_shrinks_the_plan_and_runs_it_again(
+    activations: int, failing_step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, budget=7 * BLOCK)
+    memory = streamer.backend.store
+    streamer.load(streamer.plan_for(7 * BLOCK))
+    for _ in range(failing_step):
+        assert torch.equal(step(streamer, model), expected)
+    taking = Activations(model, memory, activations)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            assert torch.equal(step(streamer, model), expected)
+            assert memory.allocated == streamer.device_bytes
+    assert 0 < taking.failures <= 3
+    assert "out of memory in a step, running it again" in caplog.text
+    # It does not grow back into the next failure.
+    settled = taking.failures
+    for _ in range(5):
+        step(streamer, model)
+    assert taking.failures == settled
+
+
+def test_a_step_that_no_plan_can_run_fails_as_it_would_without_us() -> None:
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, budget=7 * BLOCK)
+    streamer.load(streamer.plan_for(7 * BLOCK))
+    step(streamer, model)
+    taking = Activations(model, streamer.backend.store, 7 * BLOCK)
+    with pytest.raises(DeviceMemoryError):
+        step(streamer, model)
+    taking.nbytes = 0
+    assert torch.equal(step(streamer, model), expected)
+
+
+def test_other_errors_are_not_run_again() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        streamer.run(fail)
+    assert calls == [1]
+
+
+def test_giving_way_is_immediate_and_the_next_step_makes_up_for_it() -> None:
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, adaptive=False)
+    streamer.load(streamer.plan_for(10**9))
+    assert torch.equal(step(streamer, model), expected)
+    before = streamer.device_bytes
+    freed = streamer.give_way(2 * BLOCK)
+    assert 2 * BLOCK <= freed < 3 * BLOCK
+    assert streamer.backend.allocated == before - freed
+    assert streamer.state is State.REDUCED
+    assert streamer.snapshot().pinned_bytes == 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, make_transformer().state_dict()[name])
+    with pytest.raises(StreamingError, match="given up weights"):
+        model(X)
+    for _ in range(3):
+        assert torch.equal(step(streamer, model), expected)
+        assert streamer.device_bytes <= before - freed
+
+
+def test_more_than_residents_cannot_be_given() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model)
+    assert streamer.give_way(100) == 0
+    streamer.load(streamer.plan_for(10**9))
+    assert streamer.give_way(10**9) == sum(streamer.outline.unit_bytes)
+    assert streamer.give_way(10**9) == 0
+
+
+def test_patches_survive_every_change_of_the_plan() -> None:
+    class Doubled:
+        def signature(self, name: str) -> object | None:
+            return "doubled" if name.endswith("qkv.weight") else None
+
+        def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+            return original * 2
+
+    model = make_transformer()
+    reference = make_transformer()
+    for block in reference.blocks:
+        block.qkv.weight.mul_(2)
+    expected = reference(X)
+    streamer = make_streamer(model, budget=7 * BLOCK)
+    reload = lambda plan: streamer.load(plan, Doubled())  # noqa: E731
+    reload(streamer.plan_for(3 * BLOCK))
+    for budget in (None, 5 * BLOCK, None, BLOCK):
+        for _ in range(3):
+            assert torch.equal(streamer.run(lambda: model(X), reload=reload), expected)
+        if budget is not None:
+            streamer.give_way(budget)
+
+
+def test_changing_shapes_give_the_same_results() -> None:
+    model = make_transformer()
+    inputs = [X, X.repeat(2, 1, 1), X[:1], X, X, X.repeat(2, 1, 1)]
+    expected = [model(x) for x in inputs]
+    streamer = make_streamer(model, budget=6 * BLOCK)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    for _ in range(4):
+        for x, result in zip(inputs, expected, strict=True):
+            assert torch.equal(step(streamer, model, x), result)
