@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 GB = 1_000_000_000
-STREAMED_LIMIT_GB = 1.5  # FLUX-dev's fixed weights and two slots of its largest block take 1.49 GB: nothing stays
+STREAMED_LIMIT_GB = 0.85  # FLUX-dev's weights outside of blocks and its largest block take 0.81 GB: little stays
+DEFAULT_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,14 @@ FLUX_DEV = Model("flux-dev-random", "flux", ("--size", "dev"), context=(512, 409
 FLUX_TINY = Model("flux-tiny-random", "flux", ("--size", "tiny"), context=(32, 768), pooled=768, virtual="24MB")
 QWEN_IMAGE = Model("qwen-image-random", "qwen-image", (), context=(128, 3584))
 QWEN_IMAGE_TINY = Model("qwen-image-tiny-random", "qwen-image", ("--layers", "2"), context=(16, 3584), virtual="2GB")
-TINY_MODELS = {FLUX_DEV: FLUX_TINY, QWEN_IMAGE: QWEN_IMAGE_TINY}
+WAN = Model("wan-14b-random", "wan", ("--size", "14b"), context=(512, 4096))
+WAN_TINY = Model("wan-tiny-random", "wan", ("--size", "tiny"), context=(16, 4096), virtual="24MB")
+SD35 = Model("sd35-large-random", "sd35", ("--size", "large"), context=(154, 4096), pooled=2048)
+SD35_TINY = Model("sd35-tiny-random", "sd35", ("--size", "tiny"), context=(32, 768), pooled=768, virtual="24MB")
+TINY_MODELS = {FLUX_DEV: FLUX_TINY, QWEN_IMAGE: QWEN_IMAGE_TINY, WAN: WAN_TINY, SD35: SD35_TINY}
 
-COMFY_CONTENDERS = ("weightstream", "comfy-dynamic", "comfy-static")
+DYNAMIC_CONTENDERS = ("weightstream", "comfy-dynamic")
+COMFY_CONTENDERS = (*DYNAMIC_CONTENDERS, "comfy-static")
 PEERS = ("diffusers-block", "diffusers-leaf", "mmgp")
 LIMITS = ("resident", "h2d")
 
@@ -48,23 +54,30 @@ class Case:
     """One row of the table.
 
     Attributes:
-        side: width and height of the picture in pixels.
+        width, height: of the picture in pixels.
+        frames: of a video; None for a picture.
         free_gb: VRAM that is free when a contender's process starts; None leaves the whole card.
-        stream_all: keep no block on the card, whatever is free.
+        stream_all: keep as little on the card as the contender can, whatever is free.
+        steps: denoising steps that are measured unless the command line says how many; None for the usual number.
         contenders: who runs by default, beside the two limits.
     """
 
     name: str
     model: Model
-    side: int
+    width: int
+    height: int
+    frames: int | None = None
     free_gb: float | None = None
     stream_all: bool = False
-    contenders: tuple[str, ...] = COMFY_CONTENDERS
+    steps: int | None = None
+    contenders: tuple[str, ...] = DYNAMIC_CONTENDERS
     tiny: bool = False
 
     @property
-    def latent_side(self) -> int:
-        return self.side // 8
+    def latent_shape(self) -> tuple[int, ...]:
+        """16 channels at an eighth of the size; of a video's frames the first, and one for every four that follow."""
+        times = () if self.frames is None else ((self.frames - 1) // 4 + 1,)
+        return (1, 16, *times, self.height // 8, self.width // 8)
 
     @property
     def vram_limit_gb(self) -> float:
@@ -72,24 +85,36 @@ class Case:
         return STREAMED_LIMIT_GB if self.stream_all and not self.tiny else 0.0
 
     @property
-    def limits_key(self) -> tuple[str, int]:
+    def limits_key(self) -> tuple[str, tuple[int, ...]]:
         """Cases that agree in this have the same compute time with everything resident."""
-        return self.model.name, self.side
+        return self.model.name, self.latent_shape
 
     def shrunk(self) -> Case:
         """The same case in a size that a CPU runs in a second, to try the scripts."""
-        return replace(self, model=TINY_MODELS[self.model], side=128, free_gb=None, tiny=True)
+        frames = None if self.frames is None else 5
+        model = TINY_MODELS[self.model]
+        return replace(self, model=model, width=128, height=128, frames=frames, free_gb=None, tiny=True)
 
+
+# A step of these takes a second or more, so fewer make a good median.
+LONG_STEPS = 6
 
 CASES = {
     case.name: case
     for case in (
-        Case("flux-1024-streamed", FLUX_DEV, 1024, stream_all=True, contenders=COMFY_CONTENDERS + PEERS),
-        Case("flux-1024-8gb", FLUX_DEV, 1024, free_gb=8),
-        Case("flux-1024-12gb", FLUX_DEV, 1024, free_gb=12),
-        Case("flux-1024-16gb", FLUX_DEV, 1024, free_gb=16),
-        Case("flux-1024-20gb", FLUX_DEV, 1024, free_gb=20),
-        Case("flux-2048-8gb", FLUX_DEV, 2048, free_gb=8),
-        Case("qwen-1328-24gb", QWEN_IMAGE, 1328, free_gb=24),
+        Case("flux-1024-streamed", FLUX_DEV, 1024, 1024, stream_all=True, contenders=COMFY_CONTENDERS + PEERS),
+        Case("flux-1024-6gb", FLUX_DEV, 1024, 1024, free_gb=6),
+        Case("flux-1024-8gb", FLUX_DEV, 1024, 1024, free_gb=8, contenders=COMFY_CONTENDERS),
+        Case("flux-1024-12gb", FLUX_DEV, 1024, 1024, free_gb=12, contenders=COMFY_CONTENDERS),
+        Case("flux-1024-16gb", FLUX_DEV, 1024, 1024, free_gb=16, contenders=COMFY_CONTENDERS),
+        Case("flux-1024-20gb", FLUX_DEV, 1024, 1024, free_gb=20, contenders=COMFY_CONTENDERS),
+        Case("flux-1024-24gb", FLUX_DEV, 1024, 1024, free_gb=24),
+        Case("flux-2048-4gb", FLUX_DEV, 2048, 2048, free_gb=4, steps=LONG_STEPS),
+        Case("flux-2048-8gb", FLUX_DEV, 2048, 2048, free_gb=8, steps=LONG_STEPS, contenders=COMFY_CONTENDERS),
+        Case("qwen-1328-12gb", QWEN_IMAGE, 1328, 1328, free_gb=12),
+        Case("qwen-1328-24gb", QWEN_IMAGE, 1328, 1328, free_gb=24, contenders=COMFY_CONTENDERS),
+        Case("wan-480p-8gb", WAN, 832, 480, frames=33, free_gb=8, steps=LONG_STEPS),
+        Case("wan-480p-16gb", WAN, 832, 480, frames=33, free_gb=16, steps=LONG_STEPS),
+        Case("sd35-1024-8gb", SD35, 1024, 1024, free_gb=8),
     )
 }

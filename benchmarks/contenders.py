@@ -92,8 +92,7 @@ def sample(model: Any, case: Case, steps: int, callback: Callable[..., None]) ->
     import comfy.sample
     import torch
 
-    empty = torch.zeros(1, 16, case.latent_side, case.latent_side)
-    latent = comfy.sample.fix_empty_latent_channels(model, empty)
+    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(case.latent_shape))
     noise = comfy.sample.prepare_noise(latent, SEED)
     cond = conditioning(case)
     samples = comfy.sample.sample(
@@ -120,13 +119,14 @@ def measure_comfy(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
         comfy_host.end_of_node()
         warm_up = StepClock()
         sample(model, job.case, WARM_UP_STEPS, warm_up.mark_first_and_wait)
+        plan = plan_of(model)
         clock = StepClock()
         latent = sample(model, job.case, job.steps, clock.mark)
     return {
         "loader_s": loaded - started,
         "load_s": warm_up.first_mark_s - started,
         **step_figures(clock, job),
-        **weight_figures(model),
+        **weight_figures(model, plan),
         "latent_sha256": hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest(),
         "latent_finite": bool(torch.isfinite(latent).all()),
     }
@@ -149,12 +149,24 @@ def step_figures(clock: Any, job: Job) -> dict[str, Any]:
     return figures
 
 
-def weight_figures(model: Any) -> dict[str, Any]:
-    """Bytes of weights kept on the device and streamed in every step, and our own account of it where there is one."""
+def plan_of(model: Any) -> Any:
+    """What our loader's model has decided to keep and to stream; None for everybody else's."""
+    return getattr(getattr(model, "streamer", None), "plan", None)
+
+
+def weight_figures(model: Any, plan: Any) -> dict[str, Any]:
+    """Bytes of weights kept on the device and streamed in every step, and our own account of it where there is one.
+
+    ``plan`` is the one that the measured run began with: had it changed since, not all of its steps were alike.
+    """
     if hasattr(model, "status"):
         report = model.status()
-        kept = report["resident_bytes"] + report["rest_bytes"]
-        return {"kept_bytes": kept, "streamed_bytes": report["streamed_block_bytes"], "status": report}
+        return {
+            "kept_bytes": report["resident_bytes"] + report["rest_bytes"],
+            "streamed_bytes": report["streamed_block_bytes"],
+            "plan_constant": plan_of(model) == plan,
+            "status": report,
+        }
     kept = int(model.loaded_size())
     return {"kept_bytes": kept, "streamed_bytes": max(0, int(model.model_size()) - kept)}
 

@@ -51,18 +51,18 @@ def fill_random(model: Any) -> None:
 def inputs(case: Case, device: str) -> dict[str, Any]:
     import torch
 
-    side = case.latent_side // 2
-    tokens, width = case.model.context
+    height, width = (side // 2 for side in case.latent_shape[-2:])
+    tokens, text_width = case.model.context
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
     return {
-        "hidden_states": random(1, side * side, 64),
-        "encoder_hidden_states": random(1, tokens, width),
+        "hidden_states": random(1, height * width, 64),
+        "encoder_hidden_states": random(1, tokens, text_width),
         "pooled_projections": random(1, case.model.pooled),
         "timestep": torch.full((1,), 0.5, device=device, dtype=torch.bfloat16),
         "guidance": torch.full((1,), 3.5, device=device, dtype=torch.float32),

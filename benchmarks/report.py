@@ -14,6 +14,7 @@ COLUMNS = (
     "case",
     "who",
     "step, s",
+    "predicted, s",
     "to its floor",
     "to ComfyUI dynamic",
     "kept, GB",
@@ -35,7 +36,8 @@ def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str
     return {
         "case": case.name,
         "tiny": case.tiny,
-        "picture": [case.side, case.side],
+        "picture": [case.width, case.height],
+        "frames": case.frames,
         "free_gb": case.free_gb,
         "vram_limit_gb": case.vram_limit_gb,
         "machine": machine,
@@ -52,10 +54,13 @@ def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str
 
 
 def annotate(run: dict, resident: dict, h2d: dict, dynamic: dict) -> dict:
-    """``run`` with everything that follows from the limits and from ComfyUI's own run."""
+    """``run`` with everything that follows from the limits, from ComfyUI's own run and from our prediction."""
     run = dict(run)
     if "step_s" not in run:
         return run
+    if predicted := run.get("status", {}).get("predicted_step_seconds"):
+        run["predicted_step_s"] = predicted
+        run["predicted_to_measured"] = predicted / run["step_s"]
     if "h2d_bytes_per_s" in h2d and run.get("streamed_bytes") is not None:
         run["h2d_s"] = run["streamed_bytes"] / h2d["h2d_bytes_per_s"]
         if "step_s" in resident:
@@ -97,11 +102,13 @@ def latent_cell(run: dict) -> str:
 
 def run_row(case: str, name: str, run: dict) -> list[str]:
     if "error" in run:
-        return [case, name, f"failed: {escape(run['error'][0])}; {escape(run['error'][-1])}", *[""] * 7]
+        cells = [case, name, f"failed: {escape(run['error'][0])}; {escape(run['error'][-1])}"]
+        return cells + [""] * (len(COLUMNS) - len(cells))
     return [
         case,
         name,
         number(run.get("step_s")),
+        number(run.get("predicted_step_s")),
         number(run.get("ratio_to_floor"), "{:.2f}"),
         number(run.get("ratio_to_comfy_dynamic"), "{:.2f}"),
         gigabytes(run.get("kept_bytes")),
@@ -120,7 +127,7 @@ def limit_row(result: dict) -> list[str]:
     rate = result.get("h2d_bytes_per_s")
     wire = f"H2D {rate / GB:.1f} GB/s" if rate else "H2D not measured"
     load = number(result["limits"].get("resident", {}).get("load_s"), "{:.1f}")
-    return [result["case"], f"all resident ({wire})", number(result["resident_step_s"]), *[""] * 5, load, ""]
+    return [result["case"], f"all resident ({wire})", number(result["resident_step_s"]), *[""] * 6, load, ""]
 
 
 def table(results: list[dict]) -> str:

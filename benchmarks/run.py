@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import report
-from cases import CASES, GB, LIMITS, TINY_MODELS, Case, Model
+from cases import CASES, DEFAULT_STEPS, GB, LIMITS, TINY_MODELS, Case, Model
 from contenders import NAMES
 
 HERE = Path(__file__).resolve().parent
@@ -70,7 +70,7 @@ def measure_limits(
     case: Case, names: list[str], checkpoint: Path, args: argparse.Namespace, known: dict, deadline: float
 ) -> dict[str, dict]:
     """The limits of ``case``. Cases of the same shapes in one call share them; each says where it was measured."""
-    keys = {"resident": (case.limits_key, args.steps), "h2d": "h2d"}
+    keys = {"resident": (case.limits_key, measured_steps(case, args)), "h2d": "h2d"}
     missing = [name for name in LIMITS if name in names and keys[name] not in known]
     if missing:
         with hold_back_vram(None) as holder:
@@ -78,6 +78,10 @@ def measure_limits(
                 result = run_contender(case, name, checkpoint, args, holder, deadline)
                 known[keys[name]] = result | {"measured_in": case.name}
     return {name: known[keys[name]] for name in LIMITS if keys[name] in known}
+
+
+def measured_steps(case: Case, args: argparse.Namespace) -> int:
+    return args.steps or case.steps or DEFAULT_STEPS
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -174,7 +178,7 @@ def run_contender(
             "--comfyui",
             str(args.comfyui),
             "--steps",
-            str(args.steps),
+            str(measured_steps(case, args)),
             "--free-bytes",
             str(free),
             "--out",
@@ -254,11 +258,11 @@ def parse_args() -> argparse.Namespace:
         "--work",
         type=Path,
         default=Path(tempfile.gettempdir()) / "weightstream-benchmarks",
-        help="folder of the checkpoints, kept for the next call (24 GB for FLUX, 41 GB for Qwen-Image)",
+        help="folder of the checkpoints, kept for the next call (FLUX 24 GB, Qwen-Image 41, Wan 29, SD3.5 16)",
     )
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
     parser.add_argument("--contenders", type=lambda text: text.split(","), help=", ".join(NAMES))
-    parser.add_argument("--steps", type=int, default=12, help="denoising steps that are measured")
+    parser.add_argument("--steps", type=int, help=f"denoising steps that are measured (the case's, or {DEFAULT_STEPS})")
     parser.add_argument("--child-timeout", type=float, default=150, help="seconds for one contender")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no contender is started")
     parser.add_argument("--logs", type=Path, help="folder that keeps what the contenders print")

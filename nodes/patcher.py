@@ -322,9 +322,11 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not isinstance(patcher, StreamedModelPatcher):
         return executor(x, *args, **kwargs)
+    # Activations are never on a virtual device.
+    virtual = patcher.streamer.backend.budget is not None
     return patcher.streamer.run(
         lambda: executor(x, *args, **kwargs),
         shape=tuple(x.shape),
         reload=patcher.reload,
-        estimate=lambda: int(patcher.memory_required(x.shape)),
+        estimate=None if virtual else lambda: int(patcher.memory_required(x.shape)),
     )

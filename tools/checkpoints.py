@@ -1,7 +1,7 @@
 """Write random checkpoints in the shapes of real architectures, fast and with little memory.
 
     python tools/checkpoints.py flux PATH [--size tiny|dev] [--seed N]
-    python tools/checkpoints.py clip-l|flux-lora|qwen-image PATH ...
+    python tools/checkpoints.py clip-l|flux-lora|qwen-image|sd35|wan PATH ...
 
 The demo, the tests and the benchmarks use them: the host detects the architecture from names and shapes alone, and
 how fast a block is copied or computed does not depend on what its weights mean. Values are normal and scaled to the
@@ -51,9 +51,12 @@ class TensorSpec:
         return self.values * ITEM_BYTES
 
 
-def linear(name: str, inputs: int, outputs: int, bias: bool = True, dtype: str = "BF16") -> list[TensorSpec]:
-    """A layer whose outputs are about as large as its inputs, whatever its width."""
-    weight = TensorSpec(f"{name}.weight", (outputs, inputs), std=inputs**-0.5, dtype=dtype)
+def linear(
+    name: str, inputs: int, outputs: int, bias: bool = True, dtype: str = "BF16", kernel: tuple[int, ...] = ()
+) -> list[TensorSpec]:
+    """A layer, or with ``kernel`` a convolution, whose outputs are about as large as its inputs, whatever its width."""
+    std = (inputs * math.prod(kernel)) ** -0.5
+    weight = TensorSpec(f"{name}.weight", (outputs, inputs, *kernel), std, dtype=dtype)
     return [weight, TensorSpec(f"{name}.bias", (outputs,), std=0.02, dtype=dtype)] if bias else [weight]
 
 
@@ -154,6 +157,114 @@ def qwen_image_tensors(layers: int) -> list[TensorSpec]:
             norm(f"{prefix}attn.{name}.weight", HEAD) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
         ]
     return specs
+
+
+@dataclass(frozen=True)
+class WanSize:
+    """The figures from which the host recognises a Wan 2.1; a head is always 128 wide."""
+
+    dim: int
+    ffn: int
+    layers: int
+
+
+WAN_SIZES = {
+    "tiny": WanSize(dim=256, ffn=1024, layers=6),
+    "14b": WanSize(dim=5120, ffn=13824, layers=40),
+}
+# The host takes these for granted, so a small Wan has them too.
+WAN_TEXT = 4096
+WAN_TIME = 256
+WAN_PATCH = (1, 2, 2)
+
+
+def wan_tensors(size: WanSize) -> list[TensorSpec]:
+    """A Wan 2.1 that makes video from text."""
+    d = size.dim
+    specs = [
+        *linear("patch_embedding", 16, d, kernel=WAN_PATCH),
+        *linear("text_embedding.0", WAN_TEXT, d),
+        *linear("text_embedding.2", d, d),
+        *linear("time_embedding.0", WAN_TIME, d),
+        *linear("time_embedding.2", d, d),
+        *linear("time_projection.1", d, 6 * d),
+        *linear("head.head", d, 16 * math.prod(WAN_PATCH)),
+        TensorSpec("head.modulation", (1, 2, d), std=d**-0.5),
+    ]
+    return [*specs, *(spec for block in range(size.layers) for spec in wan_block(f"blocks.{block}.", size))]
+
+
+def wan_block(prefix: str, size: WanSize) -> Iterator[TensorSpec]:
+    d = size.dim
+    for attention in ("self_attn", "cross_attn"):
+        for name in ("q", "k", "v", "o"):
+            yield from linear(f"{prefix}{attention}.{name}", d, d)
+        yield norm(f"{prefix}{attention}.norm_q.weight", d)
+        yield norm(f"{prefix}{attention}.norm_k.weight", d)
+    yield norm(f"{prefix}norm3.weight", d)
+    yield TensorSpec(f"{prefix}norm3.bias", (d,), std=0.02)
+    yield from linear(f"{prefix}ffn.0", d, size.ffn)
+    yield from linear(f"{prefix}ffn.2", size.ffn, d)
+    yield TensorSpec(f"{prefix}modulation", (1, 6, d), std=d**-0.5)
+
+
+@dataclass(frozen=True)
+class SD35Size:
+    """The figures from which the host recognises a Stable Diffusion 3.5; a block and a head for every 64 of its width.
+
+    Attributes:
+        positions: side of the square of positions, in patches of 2 x 2 latent pixels.
+    """
+
+    depth: int
+    context: int
+    pooled: int
+    positions: int
+
+    @property
+    def hidden(self) -> int:
+        return SD35_HEAD * self.depth
+
+
+SD35_SIZES = {
+    # As with FLUX, CLIP-L can drive the small one.
+    "tiny": SD35Size(depth=4, context=768, pooled=768, positions=64),
+    "large": SD35Size(depth=38, context=4096, pooled=2048, positions=192),
+}
+SD35_HEAD = 64
+
+
+def sd35_tensors(size: SD35Size) -> list[TensorSpec]:
+    h = size.hidden
+    specs = [
+        # As large as the sines and cosines that the published one holds.
+        TensorSpec("pos_embed", (1, size.positions**2, h), std=0.5**0.5),
+        *linear("x_embedder.proj", 16, h, kernel=(2, 2)),
+        *linear("context_embedder", size.context, h),
+        *linear("t_embedder.mlp.0", 256, h),
+        *linear("t_embedder.mlp.2", h, h),
+        *linear("y_embedder.mlp.0", size.pooled, h),
+        *linear("y_embedder.mlp.2", h, h),
+        *linear("final_layer.linear", h, 64),
+        *linear("final_layer.adaLN_modulation.1", h, 2 * h),
+    ]
+    for block in range(size.depth):
+        # Nothing reads the text after the last block, which therefore only takes attention from it.
+        specs += sd35_stream(f"joint_blocks.{block}.context_block.", h, attended_only=block == size.depth - 1)
+        specs += sd35_stream(f"joint_blocks.{block}.x_block.", h)
+    return specs
+
+
+def sd35_stream(prefix: str, h: int, attended_only: bool = False) -> Iterator[TensorSpec]:
+    """The text's or the picture's half of a block."""
+    yield from linear(f"{prefix}adaLN_modulation.1", h, (2 if attended_only else 6) * h)
+    yield from linear(f"{prefix}attn.qkv", h, 3 * h)
+    yield norm(f"{prefix}attn.ln_q.weight", SD35_HEAD)
+    yield norm(f"{prefix}attn.ln_k.weight", SD35_HEAD)
+    if not attended_only:
+        yield from linear(f"{prefix}attn.proj", h, h)
+        yield from linear(f"{prefix}mlp.fc1", h, 4 * h)
+        yield from linear(f"{prefix}mlp.fc2", 4 * h, h)
 
 
 def clip_l_tensors() -> list[TensorSpec]:
@@ -275,25 +386,49 @@ def write_qwen_image(path: str | os.PathLike[str], layers: int = 60, seed: int =
     return write_checkpoint(path, qwen_image_tensors(layers), seed)
 
 
+def write_wan(path: str | os.PathLike[str], size: str = "tiny", seed: int = 0) -> Path:
+    """A Wan 2.1 text-to-video: ``tiny`` (16 MB) or ``14b`` (the shapes of Wan 2.1 T2V 14B, 28.6 GB)."""
+    return write_checkpoint(path, wan_tensors(WAN_SIZES[size]), seed)
+
+
+def write_sd35(path: str | os.PathLike[str], size: str = "tiny", seed: int = 0) -> Path:
+    """A Stable Diffusion 3.5: ``tiny`` (21 MB) or ``large`` (the shapes of SD3.5-large, 16.3 GB)."""
+    return write_checkpoint(path, sd35_tensors(SD35_SIZES[size]), seed)
+
+
 def write_clip_l(path: str | os.PathLike[str], seed: int = 0) -> Path:
     """A CLIP-L text encoder (246 MB) for the host's Load CLIP, type ``stable_diffusion``."""
     return write_checkpoint(path, clip_l_tensors(), seed)
 
 
-def main() -> None:
+SIZES = {"flux": FLUX_SIZES, "flux-lora": FLUX_SIZES, "wan": WAN_SIZES, "sd35": SD35_SIZES}
+
+
+def parse_args() -> argparse.Namespace:
+    names = sorted({name for sizes in SIZES.values() for name in sizes})
     parser = argparse.ArgumentParser(description="write a random checkpoint")
-    parser.add_argument("kind", choices=["flux", "flux-lora", "clip-l", "qwen-image"])
+    parser.add_argument("kind", choices=["flux", "flux-lora", "clip-l", "qwen-image", "wan", "sd35"])
     parser.add_argument("path", type=Path)
-    parser.add_argument("--size", choices=sorted(FLUX_SIZES), default="tiny", help="of a FLUX or its LoRA")
+    parser.add_argument("--size", choices=names, default="tiny", help="of a FLUX or its LoRA, a Wan or an SD3.5")
     parser.add_argument("--rank", type=int, default=8, help="of a LoRA")
     parser.add_argument("--layers", type=int, default=60, help="blocks of a Qwen-Image")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    sizes = SIZES.get(args.kind, {"tiny": None})
+    if args.size not in sizes:
+        parser.error(f"--size of {args.kind}: choose from {', '.join(sizes)}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     specs = {
         "flux": lambda: flux_tensors(FLUX_SIZES[args.size]),
         "flux-lora": lambda: flux_lora_tensors(FLUX_SIZES[args.size], args.rank),
         "clip-l": clip_l_tensors,
         "qwen-image": lambda: qwen_image_tensors(args.layers),
+        "wan": lambda: wan_tensors(WAN_SIZES[args.size]),
+        "sd35": lambda: sd35_tensors(SD35_SIZES[args.size]),
     }[args.kind]()
     write_checkpoint(args.path, specs, args.seed)
 

@@ -15,18 +15,26 @@ from safetensors.torch import load_file
 
 from tools.checkpoints import (
     FLUX_SIZES,
+    SD35_SIZES,
+    WAN_SIZES,
     Chunk,
     TensorSpec,
     encode_header,
     flux_tensors,
     qwen_image_tensors,
     random_bytes,
+    sd35_tensors,
+    wan_tensors,
     write_checkpoint,
     write_clip_l,
     write_flux,
     write_flux_lora,
+    write_sd35,
+    write_wan,
 )
 from tools.checkpoints import chunks as cut
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # In a process of its own: the host reads its command line once, and tests of other folders choose another.
 HOST_PROGRAM = """
@@ -67,6 +75,63 @@ print(json.dumps({
     "context": list(cond[0][0].shape),
     "pooled": list(cond[0][1]["pooled_output"].shape),
 }))
+"""
+
+# Each of its jobs names a file, a latent's shape, and the shapes of context and pooled conditioning (0: none).
+FORWARD_PROGRAM = """
+import json, sys
+comfyui, jobs = sys.argv[1:]
+sys.path.insert(0, comfyui)
+sys.argv = ["main.py", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.sample, comfy.sd, torch
+from safetensors import safe_open
+
+def sample(model, latent, context, pooled):
+    latent = torch.zeros(latent)
+    noise = comfy.sample.prepare_noise(latent, 1)
+    generator = torch.Generator().manual_seed(1)
+    extras = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
+    cond = [[torch.randn(context, generator=generator), extras]]
+    return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", cond, cond, latent, disable_pbar=True)
+
+with torch.inference_mode():
+    for path, latent, context, pooled in json.loads(jobs):
+        model = comfy.sd.load_diffusion_model(path)
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+        samples = sample(model, latent, context, pooled)
+        print(json.dumps({
+            "model": type(model.model).__name__,
+            "config": type(model.model.model_config).__name__,
+            "other keys": sorted(keys ^ set(model.model.diffusion_model.state_dict())),
+            "latent": list(samples.shape),
+            "finite": bool(torch.isfinite(samples).all()),
+        }))
+"""
+
+# Without memory: on the meta device a model of any size has names and shapes only.
+SHAPES_PROGRAM = """
+import json, sys
+comfyui, shapes_file = sys.argv[1:]
+sys.path.insert(0, comfyui)
+sys.argv = ["main.py", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.model_detection, torch
+
+for shapes in json.load(open(shapes_file)):
+    weights = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+    config = comfy.model_detection.model_config_from_unet(weights, "")
+    config.set_inference_dtype(torch.bfloat16, None)
+    model = config.get_model(weights, "", device="meta")
+    # The host renames some before it loads them.
+    written = {name: list(tensor.shape) for name, tensor in config.process_unet_state_dict(weights).items()}
+    wanted = {name: list(tensor.shape) for name, tensor in model.diffusion_model.state_dict().items()}
+    pairs = {name: (written.get(name), wanted.get(name)) for name in written.keys() | wanted.keys()}
+    differences = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    print(json.dumps({"config": type(config).__name__, "differences": differences}))
 """
 
 
@@ -131,6 +196,9 @@ def test_full_sizes_are_those_of_the_published_models() -> None:
     flux = flux_tensors(FLUX_SIZES["dev"])
     assert sum(spec.values for spec in flux) == 11_901_408_320
     assert sum(spec.values for spec in qwen_image_tensors(60)) == 20_430_401_088
+    assert sum(spec.values for spec in wan_tensors(WAN_SIZES["14b"])) == 14_288_491_584
+    sd35 = sd35_tensors(SD35_SIZES["large"])
+    assert sum(spec.values for spec in sd35 if spec.name != "pos_embed") == 8_056_627_520
 
 
 def test_a_qwen_image_has_the_blocks_that_it_was_asked_for() -> None:
@@ -165,3 +233,47 @@ def test_the_host_loads_and_samples_them(tmp_path: Path) -> None:
         "pooled": [1, 768],
     }
     assert difference > 1e-4
+
+
+def run_host_program(program: str, argument: str, folder: Path) -> list[dict[str, object]]:
+    """What ``program`` printed, one object per line; fails if the host complained about missing or unexpected keys."""
+    command = [sys.executable, "-c", program, os.environ["COMFYUI_PATH"], argument]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if "unet missing" in line or "unet unexpected" in line]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_host_finds_every_key_of_a_wan_and_an_sd35_and_samples_them(tmp_path: Path) -> None:
+    wan, sd35 = write_wan(tmp_path / "wan.safetensors"), write_sd35(tmp_path / "sd35.safetensors")
+    jobs = [
+        (str(wan), (1, 16, 2, 8, 12), (1, 7, 4096), 0),
+        (str(sd35), (1, 16, 8, 12), (1, 7, 768), 768),
+    ]
+    found = run_host_program(FORWARD_PROGRAM, json.dumps(jobs), tmp_path)
+    assert found == [
+        {"model": "WAN21", "config": "WAN21_T2V", "other keys": [], "latent": [1, 16, 2, 8, 12], "finite": True},
+        {"model": "SD3", "config": "SD3", "other keys": [], "latent": [1, 16, 8, 12], "finite": True},
+    ]
+
+
+def test_the_host_builds_the_full_sizes_with_the_same_names_and_shapes(tmp_path: Path) -> None:
+    full = {
+        "Flux": flux_tensors(FLUX_SIZES["dev"]),
+        "QwenImage": qwen_image_tensors(60),
+        "WAN21_T2V": wan_tensors(WAN_SIZES["14b"]),
+        "SD3": sd35_tensors(SD35_SIZES["large"]),
+    }
+    shapes = [{spec.name: spec.shape for spec in specs} for specs in full.values()]
+    # A program's argument has a limit of length, which these shapes are past.
+    file = tmp_path / "shapes.json"
+    file.write_text(json.dumps(shapes))
+    found = run_host_program(SHAPES_PROGRAM, str(file), tmp_path)
+    assert found == [{"config": name, "differences": {}} for name in full]
+
+
+def test_a_size_of_another_model_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.checkpoints", "wan", str(tmp_path / "wan"), "--size", "large"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "choose from tiny, 14b" in done.stderr
