@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
-# More slots than this are ahead of any unevenness in a step.
+# As many slots as are usual, for small models too, and as many as a step that needs much at once may have.
+USUAL_SLOTS = 4
 MOST_SLOTS = 8
 
 UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -21,9 +22,9 @@ class StreamingConfig:
     Attributes:
         copy_streams: streams that copy blocks to the device, used in turn. 0 copies each block on the compute
             stream when it is needed (synchronous: for debugging, and where asynchronous copies are switched off).
-        slots: staging buffers on the device; 0 chooses as many as ``staging_bytes`` holds, and 1 when copies are
-            synchronous.
-        staging_bytes: what all slots may take together once it is known in which order the parts of a block run.
+        slots: staging buffers on the device; 0 chooses as many as ``staging_bytes`` holds, or more where that makes a
+            step faster, and 1 when copies are synchronous.
+        staging_bytes: what all slots usually take together, once it is known in which order the parts of a block run.
         segment_bytes: parts of a block that run one after another are copied together up to this size. Copies of 16 MB
             and more reach the bus's full bandwidth.
         pin_memory: page-lock the host copies. Without it a copy is staged by the driver and blocks the caller.
@@ -56,11 +57,16 @@ class StreamingConfig:
     def synchronous(self) -> bool:
         return self.copy_streams == 0
 
-    def most_slots(self, slot_bytes: int) -> int:
-        """Staging buffers of ``slot_bytes`` to use. Two keep the bus busy: one fills while the other is read."""
+    def slot_counts(self, slot_bytes: int) -> tuple[int, ...]:
+        """Numbers of staging buffers of ``slot_bytes`` that are worth trying, the preferred one first.
+
+        Two keep the bus busy, one fills while the other is read; a few more make up for blocks that need much at once.
+        """
         if self.synchronous:
-            return 1
-        return self.slots or max(2, min(MOST_SLOTS, self.staging_bytes // max(1, slot_bytes)))
+            return (1,)
+        usual = self.slots or max(2, min(USUAL_SLOTS, self.staging_bytes // max(1, slot_bytes)))
+        most = self.slots or MOST_SLOTS
+        return (*range(usual, most + 1), *range(usual - 1, 0, -1))
 
     @property
     def threads(self) -> int:

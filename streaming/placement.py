@@ -36,6 +36,9 @@ class Placement:
         self._make_masters([copies for copies in streamed if copies.master is None])
         for copies in streamed:
             copies.drop_resident(self._backend)
+        # What was freed goes back as it is. Else it would be cut up for the next copies, and what is left between them
+        # would be too small for a step's activations.
+        self._backend.trim()
         self._rest.make_resident(self._backend)
         for copies in resident:
             copies.make_resident(self._backend)

@@ -13,13 +13,16 @@ from .errors import BudgetError
 from .pipeline import Stage, step_seconds
 from .profile import Outline, Profile
 from .segments import Segment, cut
-from .spread import residency_order
+from .spread import order_of_residency
+from .timeline import timeline
 
-# Streaming is free when the step would take no longer on a bus of this part of its bandwidth. The rest is for what the
-# simulation does not see: the host's own copies, and kernels that take longer in one step than in another.
-SPARE_BUS = 0.8
+# Streaming counts as free while copies use no more than this part of the bus. Kernels run slower beside copies, by
+# 2.3 % where those used 90 % of the bus (FLUX 1024^2 on an H200), and other machines have less to spare.
+FREE_BUS = 0.3
 # Two forecasts that differ by less are the same.
 FORECAST_TOLERANCE = 0.005
+# Slots make up for what no forecast sees, so fewer than the usual ones must gain more than this.
+SLOT_TOLERANCE = 0.02
 # Memory that the next unit in order does not fit into is used for later ones from this part of the model on.
 WORTH_FILLING = 0.01
 
@@ -145,8 +148,8 @@ def minimum_bytes(outline: Outline, profile: Profile) -> int:
 def make_plan(outline: Outline, profile: Profile, budget: float, config: StreamingConfig) -> Plan:
     """Keep what ``budget`` allows and what saves time, and spread what is streamed evenly.
 
-    What is kept is a beginning of one order (spread.py), and of all beginnings and numbers of slots that fit the one
-    with the shortest step is taken. So a larger budget only adds to what there is to choose from.
+    What is kept is a beginning of one order (spread.py), as long as the budget allows; of the numbers of slots the one
+    with the shortest step is taken.
 
     Args:
         budget: bytes for everything: rest, residents and staging.
@@ -167,12 +170,9 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
             f"blocks need {format_bytes(least)}",
             least,
         )
-    if profile.measured:
-        enough = _free_streaming(outline, profile, config)
-        if config.thrifty and enough.device_bytes < best.device_bytes:
-            best = enough
-        best = _with_forecast(best, profile, enough)
-    return replace(best, budget=budget, learned=profile.learned)
+    if profile.measured and config.thrifty and _is_as_fast_as_resident(best, profile, FREE_BUS):
+        best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
+    return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config)
 
 
 def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
@@ -203,7 +203,7 @@ def _ladder(outline: Outline, profile: Profile) -> tuple[_Rung, ...]:
     pieces = [_largest_piece(outline, units, alone) for units in left]
     streamed = sum(outline.unit_bytes)
     rungs = [_Rung(streamed, max(pieces))]
-    for unit in residency_order(outline, profile)[:-1]:
+    for unit in order_of_residency(outline, profile)[:-1]:
         block = outline.unit_block[unit]
         left[block].discard(unit)
         pieces[block] = _largest_piece(outline, left[block], alone)
@@ -230,30 +230,18 @@ class _Ring:
         """The plan that keeps the first ``kept`` units of the order."""
         return self._plan_streaming(self._order[kept:])
 
-    def best(self, budget: float, rival: float) -> tuple[float, Plan] | None:
-        """The plan within ``budget`` whose step is the shortest, and that step.
-
-        None where none fits, or none is faster than ``rival`` seconds by enough to count.
-        """
-        least, best = math.inf, 0
-        for kept in range(len(self._rungs) - 1, -1, -1):
-            if self._device_bytes(kept) > budget:
-                continue
-            if self._rungs[kept].streamed_bytes / self.profile.bandwidth > min(least, rival) * (
-                1 - FORECAST_TOLERANCE / 4
-            ):
-                break  # Fewer residents stream more: nothing better follows.
-            seconds = forecast_seconds(self.plan(kept), self.profile)
-            if seconds < least:
-                least, best = seconds, kept
-            if min(least, rival) <= self.profile.compute_seconds:
-                break
-        if least is math.inf:
+    def best(self, budget: float) -> tuple[float, Plan] | None:
+        """The plan that keeps the most within ``budget``, and its step; None where none fits."""
+        fitting = (kept for kept in range(len(self._rungs) - 1, -1, -1) if self._device_bytes(kept) <= budget)
+        if (kept := next(fitting, None)) is None:
             return None
-        filled = self._plan_streaming(self._without_what_fits(self._order[best:], budget - self._device_bytes(best)))
-        return min(
-            (forecast_seconds(filled, self.profile), filled), (least, self.plan(best)), key=lambda found: found[0]
-        )
+        plan = self.plan(kept)
+        found = forecast_seconds(plan, self.profile), plan
+        left = self._without_what_fits(self._order[kept:], budget - self._device_bytes(kept))
+        if len(left) < len(plan.streamed):
+            filled = self._plan_streaming(left)
+            found = min(found, (forecast_seconds(filled, self.profile), filled), key=lambda one: one[0])
+        return found
 
     def _without_what_fits(self, streamed: tuple[int, ...], room: float) -> list[int]:
         """Units to stream when some are kept out of order because the next in order does not fit.
@@ -277,14 +265,15 @@ class _Ring:
 
     def fewest(self, seconds: float, bus: float) -> Plan | None:
         """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth."""
-        # Near enough, for hundreds of units.
-        for kept in range(0, len(self._rungs), 1 + len(self._rungs) // 100):
-            rung = self._rungs[kept]
-            if rung.streamed_bytes / (self.profile.bandwidth * bus) <= seconds:
-                plan = self.plan(kept)
-                if forecast_seconds(plan, self.profile, bus) <= seconds:
-                    return plan
-        return None
+        low, high, found = 0, len(self._rungs) - 1, None
+        while low <= high:
+            kept = (low + high) // 2
+            enough = self._rungs[kept].streamed_bytes / (self.profile.bandwidth * bus) <= seconds
+            if enough and forecast_seconds(plan := self.plan(kept), self.profile, bus) <= seconds:
+                found, high = plan, kept - 1
+            else:
+                low = kept + 1
+        return found
 
     def _device_bytes(self, kept: int) -> int:
         rung = self._rungs[kept]
@@ -293,7 +282,7 @@ class _Ring:
 
     @property
     def _order(self) -> tuple[int, ...]:
-        return residency_order(self.outline, self.profile)
+        return order_of_residency(self.outline, self.profile)
 
     @property
     def _rungs(self) -> tuple[_Rung, ...]:
@@ -301,9 +290,9 @@ class _Ring:
 
 
 def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Iterator[_Ring]:
-    """Rings worth trying, the preferred one first: many slots, and segments of more than one unit."""
+    """Rings worth trying, the preferred one first; where it makes a difference also with less in a segment."""
     largest = _ladder(outline, profile)[0].piece_bytes
-    for slots in range(config.most_slots(largest), 0, -1):
+    for slots in config.slot_counts(largest):
         target = min(config.segment_bytes, config.staging_bytes // slots)
         yield _Ring(outline, profile, slots, target)
         if target > largest:
@@ -312,60 +301,67 @@ def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Itera
 
 def _fastest(rings: Iterable[_Ring], budget: float) -> Plan | None:
     """The plan with the shortest step; of those that are about equal the first."""
-    found: list[tuple[float, Plan]] = []
-    least = math.inf
+    usual = 0
+    chosen, least = None, math.inf
     for ring in rings:
-        if (best := ring.best(budget, least)) is not None:
-            found.append(best)
-            least = min(least, best[0])
-    return next((plan for seconds, plan in found if seconds <= least * (1 + FORECAST_TOLERANCE)), None)
+        usual = usual or ring.slots
+        enough = SLOT_TOLERANCE if ring.slots < usual else FORECAST_TOLERANCE
+        best = ring.best(budget)
+        if best is not None and best[0] < least * (1 - enough):
+            least, chosen = best
+    return chosen
 
 
 @lru_cache(maxsize=16)
-def _free_streaming(outline: Outline, profile: Profile, config: StreamingConfig) -> Plan:
-    """The plan of least memory whose step takes as long as with everything resident, with bandwidth to spare."""
-    goal = profile.compute_seconds * (1 + FORECAST_TOLERANCE)
-    ring = next(_rings(outline, profile, config))
-    return ring.fewest(goal, SPARE_BUS) or Plan(outline, (), 0, 0)
+def _as_fast_as_resident(outline: Outline, profile: Profile, config: StreamingConfig, bus: float) -> Plan:
+    """The plan of least memory whose step takes as long as with everything resident, using that part of the bus."""
+    goal = _resident_seconds(profile)
+    found = [ring.fewest(goal, bus) for ring in _rings(outline, profile, config)]
+    everything = Plan(outline, (), 0, 0)
+    return min((plan for plan in found if plan is not None), key=lambda plan: plan.device_bytes, default=everything)
+
+
+def _is_as_fast_as_resident(plan: Plan, profile: Profile, bus: float) -> bool:
+    return forecast_seconds(plan, profile, bus) <= _resident_seconds(profile)
+
+
+def _resident_seconds(profile: Profile) -> float:
+    return profile.compute_seconds * (1 + FORECAST_TOLERANCE)
 
 
 def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig) -> Plan:
     """``plan`` with what ``profile`` lets expect of it; as it is before anything was measured."""
-    return _with_forecast(plan, profile, _free_streaming(plan.outline, profile, config)) if profile.measured else plan
-
-
-def _with_forecast(plan: Plan, profile: Profile, enough: Plan) -> Plan:
+    if not profile.measured:
+        return plan
     seconds = forecast_seconds(plan, profile)
     forecast = Forecast(seconds, profile.compute_seconds, plan.streamed_bytes / profile.bandwidth)
-    more = enough.device_bytes - plan.device_bytes
-    if forecast.limited_by == "bus" and more > 0:
+    if forecast.limited_by == "bus":
+        enough = _as_fast_as_resident(plan.outline, profile, config, 1.0)
+        more = max(0, enough.device_bytes - plan.device_bytes)
         forecast = replace(forecast, more_bytes=more, more_seconds=forecast_seconds(enough, profile))
     return replace(plan, forecast=forecast)
 
 
 def _stages(plan: Plan, profile: Profile, bandwidth: float) -> tuple[list[Stage], float]:
-    """The plan's segments as stages. Within a block compute is divided in proportion to bytes."""
-    outline = plan.outline
-    segments: dict[int, list[Segment]] = {}
-    for segment in plan.segments:
-        segments.setdefault(segment.block, []).append(segment)
-    stages: list[Stage] = []
-    lead = profile.other_seconds
-    waiting = 0.0  # Compute since the last need, of what is resident.
-    for block in dict.fromkeys((*profile.block_order, *range(outline.blocks))):
-        seconds = profile.block_seconds[block]
-        mine = segments.get(block, [])
-        if not mine:
-            waiting += seconds
+    """The plan's segments as stages, and the compute before the first of them."""
+    segment_of = {unit: segment for segment in plan.segments for unit in segment.units}
+    begun: Segment | None = None
+    begins: list[float] = []
+    holds: list[float] = []
+    for moment in timeline(plan.outline, profile):
+        segment = segment_of.get(moment.unit)
+        if segment is None:
             continue
-        size = max(1, sum(segment.nbytes for segment in mine))
-        for segment in mine:
-            if stages:
-                stages[-1] = stages[-1]._replace(work=stages[-1].work + waiting)
-            else:
-                lead += waiting
-            waiting = 0.0
-            work = seconds * segment.nbytes / size
-            stages.append(Stage(segment.nbytes / bandwidth, seconds if segment.runs == 0 else work, work))
-    stages[-1] = stages[-1]._replace(work=stages[-1].work + waiting)
-    return stages, lead
+        whole = segment.runs == 0
+        if segment is not begun:
+            begun = segment
+            begins.append(moment.block_begin if whole else moment.begin)
+            holds.append(profile.block_seconds[segment.block] if whole else 0.0)
+        if not whole:
+            holds[-1] = moment.end - begins[-1]
+    ends = (*begins[1:], profile.compute_seconds)
+    stages = [
+        Stage(segment.nbytes / bandwidth, hold, end - begin)
+        for segment, hold, begin, end in zip(plan.segments, holds, begins, ends, strict=True)
+    ]
+    return stages, begins[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
+from typing import NamedTuple
 
 # Taken until they are measured. They only decide how a first plan spreads what it cannot keep: PCIe 4.0 x16 carries
 # 20 to 25 GB/s, and blocks of large models seldom compute longer than they are copied.
@@ -47,6 +49,18 @@ class Outline:
         return sum(self.unit_bytes[unit] for unit in self.block_units[block])
 
 
+class UnitTime(NamedTuple):
+    """Compute of a unit's run, in seconds.
+
+    Attributes:
+        hold: while it runs, and needs its weights.
+        work: from its begin to the begin of the next unit of its block, or the block's end.
+    """
+
+    hold: float
+    work: float
+
+
 @dataclass(frozen=True)
 class Profile:
     """What is known of a step; assumed values before the first one has run.
@@ -58,7 +72,10 @@ class Profile:
         unit_runs: for each block the units that run by themselves, each with how often, in the order of their first
             run. None before that is learned: the units of a block are then needed from its begin to its end. So are
             those that are not listed.
+        unit_times: of every unit that runs by itself, as measured; 0 of the others. None where only those of blocks are
+            known: they are then divided in proportion to bytes.
         block_order: the blocks in the order in which they ran.
+        order: the units in the order in which they become resident; empty for the one that fits these times best.
         measured: whether times and bandwidth were measured.
     """
 
@@ -66,7 +83,9 @@ class Profile:
     other_seconds: float
     bandwidth: float
     unit_runs: tuple[tuple[tuple[int, int], ...], ...] | None = field(default=None, repr=False)
+    unit_times: tuple[UnitTime, ...] | None = field(default=None, repr=False)
     block_order: tuple[int, ...] = field(default=(), repr=False)
+    order: tuple[int, ...] = field(default=(), repr=False)
     measured: bool = False
 
     @property
@@ -82,7 +101,8 @@ class Profile:
 def assumed_profile(outline: Outline) -> Profile:
     """Before anything has run: every block computes for the same time."""
     seconds = ASSUMED_COMPUTE_SHARE * outline.model_bytes / ASSUMED_BANDWIDTH / max(1, outline.blocks)
-    return Profile((seconds,) * outline.blocks, 0.0, ASSUMED_BANDWIDTH, None, tuple(range(outline.blocks)))
+    order = tuple(range(outline.blocks))
+    return Profile((seconds,) * outline.blocks, 0.0, ASSUMED_BANDWIDTH, block_order=order)
 
 
 def by_kind(outline: Outline, values: Sequence[float | None]) -> tuple[float, ...]:
@@ -94,7 +114,7 @@ def by_kind(outline: Outline, values: Sequence[float | None]) -> tuple[float, ..
     for kind, value in zip(outline.block_kind, values, strict=True):
         if value is not None:
             kinds.setdefault(kind, []).append(value)
-    medians = {kind: sorted(found)[len(found) // 2] for kind, found in kinds.items()}
+    medians = {kind: median(found) for kind, found in kinds.items()}
     return tuple(
         0.0 if value is None else medians[kind] for kind, value in zip(outline.block_kind, values, strict=True)
     )

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple
+
 from .backend import Backend, Moment, Stall
-from .profile import Outline, Profile, by_kind
+from .profile import Outline, Profile, UnitTime, by_kind
 
 # Shorter copies say more about starting a copy than about the bus.
 LEAST_TIMED_BYTES = 4 * 1024**2
 
 
+class _Mark(NamedTuple):
+    """A unit begins or ends."""
+
+    unit: int
+    begins: bool
+    moment: Moment
+
+
 class _BlockRun:
-    """One run of one block."""
+    """One run of one block: what happened in it, in order."""
 
     def __init__(self, begin: Moment) -> None:
         self.begin = begin
         self.end: Moment | None = None
-        self.stalls: list[Stall] = []
+        self.events: list[_Mark | Stall] = []
         self.runs: dict[int, int] = {}
         self.running: list[int] = []
         self.outer: set[int] = set()
+
+
+class _BlockTime(NamedTuple):
+    """Compute of a block, of its units' runs, and between their begins; without waits."""
+
+    seconds: float
+    hold: dict[int, float]
+    work: dict[int, float]
 
 
 class Recorder:
@@ -65,38 +85,84 @@ class Recorder:
         # Whatever runs inside another unit may come before that one reads its weights: keep the outer one.
         run.outer.update(run.running)
         run.running.append(unit)
+        run.events.append(_Mark(unit, True, self._backend.moment()))
 
     def end_unit(self, unit: int) -> None:
         run = self._run_of(unit)
         if run is not None and unit in run.running:
             run.running.remove(unit)
+            run.events.append(_Mark(unit, False, self._backend.moment()))
 
     def stalled(self, stall: Stall) -> None:
         """Compute waits for a copy, in the block that runs now."""
         if self._open:
-            self._open[-1][1].stalls.append(stall)
+            self._open[-1][1].events.append(stall)
 
-    def profile(self, known: Profile) -> Profile:
-        """What was recorded. Everything recorded must be over; ``known`` fills what this step has not shown."""
-        outline = self._outline
-        spent: list[float | None] = [None] * outline.blocks
-        inside = 0.0
-        for block, run in self._runs:
-            if run.end is None:
-                continue
-            elapsed = self._seconds(run.begin, run.end)
-            inside += elapsed
-            compute = max(0.0, elapsed - sum(stall() or 0.0 for stall in run.stalls))
-            spent[block] = (spent[block] or 0.0) + compute
-        order = tuple(dict.fromkeys(block for block, _ in self._runs))
+    def profile(self, known: Profile, with_times: bool) -> Profile:
+        """What was recorded. Everything recorded must be over; ``known`` fills what this step has not shown.
+
+        Args:
+            with_times: false leaves the times as they are known: in a first step kernels are loaded, and the driver
+                sees memory for the first time.
+        """
         bandwidth = self._bandwidth()
-        return Profile(
-            by_kind(outline, spent),
-            max(0.0, self._seconds(self._begin, self._end) - inside),
-            bandwidth or known.bandwidth,
-            known.unit_runs or self._unit_runs(),
-            order or known.block_order,
+        order = tuple(dict.fromkeys(block for block, _ in self._runs))
+        profile = replace(
+            known,
+            bandwidth=bandwidth or known.bandwidth,
+            unit_runs=known.unit_runs or self._unit_runs(),
+            block_order=order or known.block_order,
+        )
+        if not with_times:
+            return profile
+        times = {block: self._block_time(run) for block, run in self._runs if run.end is not None}
+        inside = sum(self._seconds(run.begin, run.end) for _, run in self._runs if run.end is not None)
+        spent = [times[block].seconds if block in times else None for block in range(self._outline.blocks)]
+        return replace(
+            profile,
+            block_seconds=by_kind(self._outline, spent),
+            other_seconds=max(0.0, self._seconds(self._begin, self._end) - inside),
+            unit_times=self._unit_times(times),
             measured=bandwidth is not None or known.measured,
+        )
+
+    def _block_time(self, run: _BlockRun) -> _BlockTime:
+        hold: dict[int, float] = {}
+        work: dict[int, float] = {}
+        begun: dict[int, float] = {}
+        now, stalled, last = 0.0, 0.0, None
+        for event in run.events:
+            if not isinstance(event, _Mark):
+                stalled += event() or 0.0
+                continue
+            now = self._seconds(run.begin, event.moment) - stalled
+            if not event.begins:
+                hold[event.unit] = hold.get(event.unit, 0.0) + now - begun[event.unit]
+                continue
+            if last is not None:
+                work[last] = work.get(last, 0.0) + now - begun[last]
+            begun[event.unit], last = now, event.unit
+        end = self._seconds(run.begin, run.end) - stalled
+        if last is not None:
+            work[last] = work.get(last, 0.0) + end - begun[last]
+        return _BlockTime(max(0.0, end), hold, work)
+
+    def _unit_times(self, times: dict[int, _BlockTime]) -> tuple[UnitTime, ...]:
+        """Of every unit the median of its kind: of the units in its place in blocks that are like its own."""
+        outline = self._outline
+        found: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        for block, time in times.items():
+            first = min(outline.block_units[block], default=0)
+            for unit, work in time.work.items():
+                place = outline.block_kind[block], unit - first
+                found.setdefault(place, []).append((time.hold.get(unit, 0.0), work))
+        medians = {
+            place: UnitTime(*(max(0.0, median(values)) for values in zip(*pairs, strict=True)))
+            for place, pairs in found.items()
+        }
+        return tuple(
+            medians.get((outline.block_kind[block], unit - min(outline.block_units[block])), UnitTime(0.0, 0.0))
+            for unit, block in enumerate(outline.unit_block)
         )
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from .profile import Outline, Profile
+from .timeline import blocks_in_order
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def cut(outline: Outline, streamed: Collection[int], profile: Profile, target_by
 
     Units that run one after another share a segment up to ``target_bytes``; a unit that is larger is one by itself.
     """
-    order = dict.fromkeys((*profile.block_order, *range(outline.blocks)))
+    order = blocks_in_order(outline, profile)
     return tuple(segment for block in order for segment in _cut_block(outline, block, streamed, profile, target_bytes))
 
 

@@ -15,12 +15,21 @@ from functools import lru_cache
 import numpy as np
 
 from .profile import Outline, Profile
+from .timeline import timeline
+
+
+def order_of_residency(outline: Outline, profile: Profile) -> tuple[int, ...]:
+    """The order in effect: the profile's own, or the best for its times."""
+    return profile.order or best_order(outline, profile)
 
 
 @lru_cache(maxsize=16)
-def residency_order(outline: Outline, profile: Profile) -> tuple[int, ...]:
+def best_order(outline: Outline, profile: Profile) -> tuple[int, ...]:
     """All units, the first to be kept first (Note: one order for every budget)."""
-    units, starts, total = _timeline(outline, profile)
+    moments = timeline(outline, profile)
+    units = [moment.unit for moment in moments]
+    starts = np.array([moment.begin for moment in moments])
+    total = max(profile.compute_seconds, 1e-9)  # A step has a length, whatever was measured.
     sizes = np.array([outline.unit_bytes[unit] for unit in units], dtype=np.float64)
     share = starts / total
     # Time between a unit and the next one, as a weight: what happens between two needs lasts that long.
@@ -43,26 +52,3 @@ def residency_order(outline: Outline, profile: Profile) -> tuple[int, ...]:
         streamed[chosen] = False
         order.append(units[chosen])
     return tuple(order)
-
-
-def _timeline(outline: Outline, profile: Profile) -> tuple[list[int], np.ndarray, float]:
-    """Units in the order of need, the compute time at which each is needed, and the length of the step."""
-    units: list[int] = []
-    starts: list[float] = []
-    now = 0.0
-    for block in dict.fromkeys((*profile.block_order, *range(outline.blocks))):
-        seconds = profile.block_seconds[block]
-        mine = ordered_units(outline, profile, block)
-        size = max(1, outline.block_bytes(block))
-        for unit in mine:
-            units.append(unit)
-            starts.append(now)
-            now += seconds * outline.unit_bytes[unit] / size
-    # A step has a length, whatever was measured.
-    return units, np.array(starts), max(now + profile.other_seconds, 1e-9)
-
-
-def ordered_units(outline: Outline, profile: Profile, block: int) -> tuple[int, ...]:
-    """A block's units in the order of their need: those that it needs from its begin come first."""
-    runs = [unit for unit, _ in profile.unit_runs[block]] if profile.unit_runs is not None else []
-    return (*(unit for unit in outline.block_units[block] if unit not in runs), *runs)

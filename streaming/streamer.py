@@ -36,10 +36,10 @@ from .lane import Lane
 from .masters import NoPatches, Patches
 from .placement import Placement
 from .plan import Plan, forecast_seconds, make_plan, minimum_bytes, with_forecast
-from .profile import Profile, assumed_profile
+from .profile import Outline, Profile, assumed_profile
 from .recorder import Recorder
-from .residency import MEASURED_STEPS, SHORTAGE, Residency
-from .spread import residency_order
+from .residency import MEASURED_STEPS, SHORTAGE, Regime, Residency
+from .spread import best_order, order_of_residency
 from .telemetry import Counters, Snapshot, StallMeter, StepMeter
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,10 @@ WORTHWHILE = 0.02
 # What is offered moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Moving
 # weights for that costs more than it gains.
 MOST_SLACK = 400 * 1024**2
-# Out of memory: this part of the residents goes first, and if that does not help all of them.
-OUT_OF_MEMORY_SHARE = 0.25
+# Out of memory: these parts of what is on the device go, one after another, until the step runs.
+OUT_OF_MEMORY_SHARES = (0.03, 0.2, 1.0)
+# No room for a plan: the next one is by this part smaller.
+NO_ROOM_SHARE = 0.1
 
 
 class State(Enum):
@@ -96,7 +98,7 @@ class Streamer:
         self.config = config
         self.counters = Counters()
         self.plan: Plan | None = None
-        self.profile = assumed_profile(self.outline)
+        self.profile = _with_best_order(self.outline, assumed_profile(self.outline))
         self.state = State.UNLOADED
         self._root = weakref.ref(root)
         self._pins = pins
@@ -204,7 +206,7 @@ class Streamer:
         self._drain()
         before = self.device_bytes
         resident = set(self.plan.resident)
-        for unit in reversed(residency_order(self.outline, self.profile)):
+        for unit in reversed(order_of_residency(self.outline, self.profile)):
             if before - self.device_bytes >= nbytes:
                 break
             if unit in resident:
@@ -277,16 +279,14 @@ class Streamer:
         self._stalls.clear()
 
     def _attach(self, plan: Plan) -> None:
-        """Hook what is streamed; while a step is measured all blocks, and all units until their order is known."""
+        """Hook what is streamed, and everything while a step is measured."""
         self._detach()
         root = self._root()
         assert root is not None
         blocks = set(self._lane.streamed_blocks) if self._lane is not None else set()
         units = plan.streamed
         if self._recorder is not None:
-            blocks = range(len(self.blocks.blocks))
-            if not self.profile.learned:
-                units = range(len(self.blocks.units))
+            blocks, units = range(len(self.blocks.blocks)), range(len(self.blocks.units))
         modules = [(unit, self.blocks.units[unit].module) for unit in sorted(units)]
         self._hooks = attach(
             root,
@@ -311,8 +311,8 @@ class Streamer:
     ) -> T:
         """Run one step, ``forward``, and make good use of what the steps before it have shown.
 
-        A step that runs out of device memory is run again with fewer residents: first with a part of them gone, then
-        with none. Whatever happens, no unit stays bound to a slot.
+        A step that runs out of device memory is run again with a little less on the device, then with much less, then
+        with the least that works. Whatever happens, no unit stays bound to a slot.
 
         Args:
             forward: calls the root; it may be called again after it has run out of memory.
@@ -325,7 +325,7 @@ class Streamer:
             return forward()
         reload = reload or self.load
         self._adapt(shape, reload, estimate)
-        for share in (OUT_OF_MEMORY_SHARE, 1.0):
+        for share in OUT_OF_MEMORY_SHARES:
             try:
                 return forward()
             except Exception as error:
@@ -349,12 +349,23 @@ class Streamer:
         regime = self._residency.enter(shape)
         self.profile = regime.profile or measured or self.profile
         budget = self._residency.budget(self.memory(), self.device_bytes, estimate)
+        if measured is not None and measured.measured:
+            self._choose_order(regime, budget)
         must = self._must_change(budget)
-        if must or budget is not None:
+        if must or budget is not None or measured is not None:
             self._change_plan(self._plan_within(self._fallback_budget if budget is None else budget), must, reload)
         wanted = regime.steps < MEASURED_STEPS
         if measured is not None or wanted != (self._recorder is not None):
             self._record(wanted)
+
+    def _choose_order(self, regime: Regime, budget: float | None) -> None:
+        """Take the order of residency that fits the measured times, if it gains enough to move weights for."""
+        budget = self._fallback_budget if budget is None else budget
+        kept = forecast_seconds(self._plan_within(budget), self.profile)
+        before, self.profile = self.profile, _with_best_order(self.outline, replace(self.profile, order=()))
+        if forecast_seconds(self._plan_within(budget), self.profile) > kept * (1 - WORTHWHILE):
+            self.profile = before
+        regime.profile = self.profile
 
     def _must_change(self, budget: float | None) -> bool:
         """Whether the plan in effect cannot stay, however little another would gain."""
@@ -378,8 +389,6 @@ class Streamer:
             self.plan = with_forecast(current, self.profile, self.config)
             return
         while True:
-            self._drain()
-            self.backend.trim()
             try:
                 reload(plan)
                 break
@@ -387,7 +396,7 @@ class Streamer:
                 if not is_out_of_memory(error) or plan.device_bytes <= self.minimum_bytes:
                     raise
                 logger.warning("no room for %s on %s", format_bytes(plan.device_bytes), self.backend.name)
-            plan = self._plan_within(plan.device_bytes * (1 - OUT_OF_MEMORY_SHARE))
+            plan = self._plan_within(plan.device_bytes * (1 - NO_ROOM_SHARE))
 
     def _plan_within(self, budget: float) -> Plan:
         """The plan for ``budget``, or for the least that works where it is less: whether that fits is then tried."""
@@ -407,7 +416,7 @@ class Streamer:
         if self._recorder is None or not self._recorder.complete:
             return None
         self._drain()
-        profile = self._recorder.profile(self.profile)
+        profile = self._recorder.profile(self.profile, with_times=self._residency.current.steps > 1)
         self._recorder = None
         return profile
 
@@ -417,7 +426,7 @@ class Streamer:
     def _shrink(self, share: float, reason: str, reload: Callable[[Plan], None]) -> None:
         """After a step ran out of memory."""
         assert self.plan is not None
-        budget = self.device_bytes - max(self.plan.resident_bytes * share, self.config.headroom_bytes)
+        budget = self.device_bytes - max(self.device_bytes * share, 2 * self.config.headroom_bytes)
         logger.warning(
             "out of memory in a step, running it again with %s less for weights: %s",
             format_bytes(self.device_bytes - max(budget, self.minimum_bytes)),
@@ -543,6 +552,10 @@ class Streamer:
             step_seconds=self._steps.seconds,
             counters=replace(self.counters),
         )
+
+
+def _with_best_order(outline: Outline, profile: Profile) -> Profile:
+    return replace(profile, order=best_order(outline, profile))
 
 
 def _close_at_end(streamer: Streamer, backend: Backend) -> weakref.finalize:

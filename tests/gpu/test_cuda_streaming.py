@@ -160,3 +160,44 @@ def test_out_of_memory_gives_everything_back(reference: tuple[torch.Tensor, torc
         assert torch.equal(model(x), expected)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_step_that_runs_out_of_memory_runs_again_with_less(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x = reference[0].repeat(16, 4, 1)
+    expected = make_transformer(DEPTH, WIDTH).cuda()(x)
+    model = make_transformer(DEPTH, WIDTH)
+    streamer = make_streamer(model, headroom_bytes=0, thrifty=False)
+    streamer.load(streamer.plan_for(streamer.model_bytes))
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    # Room for the least plan and what a step needs beside it, and not for all weights.
+    allowed = torch.cuda.memory_reserved() + 2 * x.nbytes
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        for _ in range(6):
+            assert torch.equal(streamer.run(lambda: model(x), shape=tuple(x.shape)), expected)
+        assert streamer.plan is not None
+        assert streamer.plan.segments
+        assert streamer.counters.steps == 6
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_times_that_were_measured_predict_a_step(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """The prediction against the step that follows it, for a bus-bound and a compute-bound model."""
+    for repeats in (1, 64):
+        x = reference[0].repeat(repeats, 4, 1)
+        model = make_transformer(DEPTH, 4 * WIDTH if repeats == 1 else WIDTH)
+        if repeats == 1:
+            x = torch.randn(1, TOKENS, 4 * WIDTH, device="cuda")
+        streamer = make_streamer(model, thrifty=False, adaptive=False)
+        streamer.load(streamer.plan_for(streamer.minimum_bytes * 2))
+        for _ in range(10):
+            streamer.run(lambda x=x, model=model: model(x), shape=tuple(x.shape))
+            torch.cuda.synchronize()
+        streamer.run(lambda x=x, model=model: model(x), shape=tuple(x.shape))
+        snapshot = streamer.snapshot()
+        assert snapshot.predicted_step_seconds == pytest.approx(snapshot.step_seconds, rel=0.25)
+        assert snapshot.limited_by == ("bus" if repeats == 1 else "compute")
+        streamer.close()

@@ -25,7 +25,8 @@ def make_profile(
 ) -> Profile:
     """Every unit runs once, in the order of definition."""
     runs = tuple(tuple((unit, 1) for unit in units) for units in outline.block_units)
-    return Profile(tuple(seconds), other, bandwidth, runs if learned else None, tuple(range(outline.blocks)), True)
+    order = tuple(range(outline.blocks))
+    return Profile(tuple(seconds), other, bandwidth, runs if learned else None, block_order=order, measured=True)
 
 
 def linear(inputs: int, outputs: int) -> int:

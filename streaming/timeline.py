@@ -1,0 +1,63 @@
+"""When each unit is needed in a step in which everything is resident. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+from .profile import Outline, Profile, UnitTime
+
+
+class Moment(NamedTuple):
+    """A unit's place in a step, in seconds of compute from its begin.
+
+    Attributes:
+        begin, end: of the unit's run, which needs its weights.
+        block_begin: of its block.
+    """
+
+    unit: int
+    begin: float
+    end: float
+    block_begin: float
+
+
+@lru_cache(maxsize=16)
+def timeline(outline: Outline, profile: Profile) -> tuple[Moment, ...]:
+    """All units in the order of need: blocks that ran in their order, then the others.
+
+    What is computed outside of blocks comes first.
+    """
+    found: list[Moment] = []
+    now = profile.other_seconds
+    for block in blocks_in_order(outline, profile):
+        block_begin = now
+        head, times = _unit_times(outline, profile, block)
+        now += head
+        for unit in units_in_order(outline, profile, block):
+            found.append(Moment(unit, now, now + times[unit].hold, block_begin))
+            now += times[unit].work
+    return tuple(found)
+
+
+def blocks_in_order(outline: Outline, profile: Profile) -> Iterable[int]:
+    """Every block once: those that ran, in their order, and then the others."""
+    return dict.fromkeys((*profile.block_order, *range(outline.blocks)))
+
+
+def units_in_order(outline: Outline, profile: Profile, block: int) -> tuple[int, ...]:
+    """A block's units in the order of their need: those that it needs from its begin come first."""
+    runs = [unit for unit, _ in profile.unit_runs[block]] if profile.unit_runs is not None else []
+    return (*(unit for unit in outline.block_units[block] if unit not in runs), *runs)
+
+
+def _unit_times(outline: Outline, profile: Profile, block: int) -> tuple[float, dict[int, UnitTime]]:
+    """Compute of a block before its first unit begins, and of its units."""
+    seconds, units = profile.block_seconds[block], outline.block_units[block]
+    if profile.unit_times is None:
+        size = max(1, outline.block_bytes(block))
+        shares = {unit: seconds * outline.unit_bytes[unit] / size for unit in units}
+        return 0.0, {unit: UnitTime(share, share) for unit, share in shares.items()}
+    times = {unit: profile.unit_times[unit] for unit in units}
+    return max(0.0, seconds - sum(time.work for time in times.values())), times
