@@ -40,12 +40,19 @@ class StreamedModel:
     streamer: Streamer
     node_id: str | None = None
     _announced: object = None
+    _shown: Plan | None = None
+
+    def announce_changes(self) -> None:
+        """After a step: announce what it has changed or measured."""
+        if self.streamer.plan is not self._shown:
+            self.announce()
 
     def announce(self) -> None:
         """Say which plan is in effect; in the log only when it is another than before."""
-        now = (self.streamer.plan, self.streamer.state)
+        plan = self.streamer.plan
+        now = (plan, self.streamer.state, plan is not None and plan.forecast is not None)
         status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
-        self._announced = now
+        self._announced, self._shown = now, plan
 
 
 class StreamedModelPatcher(ModelPatcher):
@@ -324,9 +331,11 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
         return executor(x, *args, **kwargs)
     # Activations are never on a virtual device.
     virtual = patcher.streamer.backend.budget is not None
-    return patcher.streamer.run(
+    output = patcher.streamer.run(
         lambda: executor(x, *args, **kwargs),
         shape=tuple(x.shape),
         reload=patcher.reload,
         estimate=None if virtual else lambda: int(patcher.memory_required(x.shape)),
     )
+    patcher.streamed.announce_changes()
+    return output

@@ -138,19 +138,13 @@ class Backend(ABC):
         while len(self._streams) < copy_streams:
             self._streams.append(self._create_stream())
 
-    def copy(
-        self, target: torch.Tensor, sources: Sequence[torch.Tensor], after: Event | None, fine: bool = False
-    ) -> Event:
-        """Queue copies of ``sources``, one behind another, to the start of ``target``.
+    def copy(self, pairs: Sequence[Pair], after: Event | None, fine: bool = False) -> Event:
+        """Queue copies.
 
         They start when ``after`` has happened, and the event that is given back says when all are done. Copies are
         carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
         copies of its own to make (Note: copies take turns).
         """
-        pairs, offset = [], 0
-        for source in sources:
-            pairs.append((target[offset : offset + source.nbytes], source))
-            offset += source.nbytes
         for turn in self._in_pieces(pairs, self.fine_bytes) if fine and self.fine_bytes else [pairs]:
             stream = self._streams[self._turn] if self._streams else None
             self._turn = (self._turn + 1) % max(1, len(self._streams))

@@ -22,8 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.autograd import profiler
 
-from .backend import Backend
-from .blocks import Unit
+from .backend import Backend, Pair
 from .layout import Binding
 from .masters import Weights
 from .plan import Plan
@@ -54,7 +53,6 @@ class Lane:
     Args:
         backend: the device.
         plan: a plan with segments.
-        units: the model's units.
         masters: gives a streamed unit's master copy.
         copy_streams: 0 copies each segment when it is needed, on the compute stream.
         counters, stalls: where to count.
@@ -64,7 +62,6 @@ class Lane:
         self,
         backend: Backend,
         plan: Plan,
-        units: Sequence[Unit],
         masters: Callable[[int], Weights],
         copy_streams: int,
         counters: Counters,
@@ -83,23 +80,19 @@ class Lane:
         backend.open(copy_streams)
         self._ring = Ring(backend, plan.slots, plan.slot_bytes)
         self._schedule = Schedule(range(len(plan.segments)), plan.slots, plan.slots if copy_streams else 0)
+        # Prepared once, so that a step makes no view and no parameter. For each segment: what its units are bound to when
+        # it is in no slot; and for each slot the copies into it and the bindings to it.
         sources = [[masters(unit) for unit in segment.units] for segment in plan.segments]
-        self._buffers = [[weights.buffer for weights in group] for group in sources]
         self._home = [[weights.binding for weights in group] for group in sources]
+        self._pairs: list[list[list[Pair]]] = []
+        self._bindings: list[list[list[Binding]]] = []
         with torch.inference_mode(False):
-            self._bindings = [self._bind_to_slots(segment.units, units) for segment in plan.segments]
-
-    def _bind_to_slots(self, numbers: Sequence[int], units: Sequence[Unit]) -> list[list[Binding]]:
-        """For each slot the bindings of a segment's units to it."""
-        bindings = []
-        for slot in self._ring.slots:
-            offset, found = 0, []
-            for number in numbers:
-                unit = units[number]
-                found.append(unit.layout.binding(slot.buffer[offset : offset + unit.nbytes]))
-                offset += unit.nbytes
-            bindings.append(found)
-        return bindings
+            for group in sources:
+                places = [_places(slot.buffer, group) for slot in self._ring.slots]
+                self._pairs.append([[(place, weights.buffer) for place, weights in each] for each in places])
+                self._bindings.append(
+                    [[weights.unit.layout.binding(place) for place, weights in each] for each in places]
+                )
 
     @property
     def streamed_blocks(self) -> tuple[int, ...]:
@@ -223,9 +216,19 @@ class Lane:
 
     def _fill(self, number: int, slot: int, opening: bool) -> None:
         with _phase("stream::prefetch"):
-            self._ring.fill(slot, self._buffers[number], opening)
+            self._ring.fill(slot, self._pairs[number][slot], opening)
         self._counters.copies += 1
         self._counters.streamed_bytes += self._segments[number].nbytes
+
+
+def _places(buffer: torch.Tensor, group: Sequence[Weights]) -> list[tuple[torch.Tensor, Weights]]:
+    """Where in a slot each unit of a segment lies: one behind another."""
+    places, offset = [], 0
+    for weights in group:
+        end = offset + weights.buffer.nbytes
+        places.append((buffer[offset:end], weights))
+        offset = end
+    return places
 
 
 _NO_PHASE = nullcontext()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .backend import Backend, Event
+from .backend import Backend, Event, Pair
 
 
 @dataclass
@@ -39,10 +39,10 @@ class Ring:
             self.release()
             raise
 
-    def fill(self, index: int, sources: Sequence[torch.Tensor], fine: bool) -> None:
-        """Copy ``sources`` one behind another into a slot, after the slot's last reader."""
+    def fill(self, index: int, pairs: Sequence[Pair], fine: bool) -> None:
+        """Make copies whose targets lie in a slot, after the slot's last reader."""
         slot = self.slots[index]
-        slot.ready = self._backend.copy(slot.buffer, sources, slot.free, fine)
+        slot.ready = self._backend.copy(pairs, slot.free, fine)
 
     def release(self) -> None:
         """Give the memory back. No copy into it may be under way."""

@@ -48,7 +48,7 @@ class Schedule:
     """
 
     def __init__(self, order: Sequence[int], slots: int, lookahead: int) -> None:
-        self.order = list(order)
+        self._learn(order)
         self.lookahead = min(lookahead, slots)
         self._held: list[int | None] = [None] * slots
         self._users = [0] * slots
@@ -102,7 +102,7 @@ class Schedule:
     def end_step(self, completed: bool) -> None:
         """A forward ends. A whole one becomes the prediction of the next."""
         if completed and self._trace:
-            self.order = self._trace
+            self._learn(self._trace)
         self.begin_step()
 
     def forget(self) -> None:
@@ -111,7 +111,14 @@ class Schedule:
 
     def upcoming(self, count: int) -> list[int]:
         """The next ``count`` different segments, in the order in which they are expected."""
+        if len(self._distinct) == len(self.order):
+            ahead = self.order[self._position : self._position + count]
+            return ahead + self.order[: min(count - len(ahead), self._position)]
         return [segment for segment, _ in zip(self._upcoming_unique(), range(count), strict=False)]
+
+    def _learn(self, order: Sequence[int]) -> None:
+        self.order = list(order)
+        self._distinct = set(order)
 
     def _upcoming_unique(self) -> Iterator[int]:
         seen: set[int] = set()

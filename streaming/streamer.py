@@ -268,9 +268,8 @@ class Streamer:
         self.backend.synchronize()
 
     def _make_lane(self, plan: Plan) -> Lane:
-        master = self._placement.master
         streams = self.config.copy_streams
-        return Lane(self.backend, plan, self.blocks.units, master, streams, self.counters, self._stalls)
+        return Lane(self.backend, plan, self._placement.master, streams, self.counters, self._stalls)
 
     def _drop_lane(self) -> None:
         if self._lane is not None:
@@ -395,7 +394,9 @@ class Streamer:
             except Exception as error:
                 if not is_out_of_memory(error) or plan.device_bytes <= self.minimum_bytes:
                     raise
-                logger.warning("no room for %s on %s", format_bytes(plan.device_bytes), self.backend.name)
+                logger.warning(
+                    "[WeightStream] no room for %s on %s", format_bytes(plan.device_bytes), self.backend.name
+                )
             plan = self._plan_within(plan.device_bytes * (1 - NO_ROOM_SHARE))
 
     def _plan_within(self, budget: float) -> Plan:
@@ -426,9 +427,12 @@ class Streamer:
     def _shrink(self, share: float, reason: str, reload: Callable[[Plan], None]) -> None:
         """After a step ran out of memory."""
         assert self.plan is not None
-        budget = self.device_bytes - max(self.device_bytes * share, 2 * self.config.headroom_bytes)
+        budget = self.device_bytes - max(self.device_bytes * share, self.config.headroom_bytes)
         logger.warning(
-            "out of memory in a step, running it again with %s less for weights: %s",
+            "[WeightStream] out of memory in a step on %s: %s of weights, %s free, %s kept by torch; running it again with "
+            "%s less for weights (%s)",
+            self.backend.name,
+            *map(format_bytes, (self.device_bytes, *self.backend.memory())),
             format_bytes(self.device_bytes - max(budget, self.minimum_bytes)),
             reason.split("\n")[0],
         )
