@@ -50,6 +50,10 @@ class Weights:
             self.binding: Binding = unit.layout.binding(buffer)
         self._baked: dict[str, object] = {}
 
+    def bind_to(self, buffer: torch.Tensor) -> Binding:
+        """Points the unit's module at another buffer, which holds or will hold a copy of this one."""
+        return self.unit.layout.binding(buffer)
+
     @property
     def patched(self) -> bool:
         return bool(self._baked)

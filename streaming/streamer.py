@@ -394,9 +394,7 @@ class Streamer:
             except Exception as error:
                 if not is_out_of_memory(error) or plan.device_bytes <= self.minimum_bytes:
                     raise
-                logger.warning(
-                    "[WeightStream] no room for %s on %s", format_bytes(plan.device_bytes), self.backend.name
-                )
+                logger.warning("no room for %s of weights on %s", format_bytes(plan.device_bytes), self.backend.name)
             plan = self._plan_within(plan.device_bytes * (1 - NO_ROOM_SHARE))
 
     def _plan_within(self, budget: float) -> Plan:
@@ -429,8 +427,8 @@ class Streamer:
         assert self.plan is not None
         budget = self.device_bytes - max(self.device_bytes * share, self.config.headroom_bytes)
         logger.warning(
-            "[WeightStream] out of memory in a step on %s: %s of weights, %s free, %s kept by torch; running it again with "
-            "%s less for weights (%s)",
+            "out of memory in a step on %s with %s of weights, %s free and %s kept by torch; running it again with %s "
+            "less for weights (%s)",
             self.backend.name,
             *map(format_bytes, (self.device_bytes, *self.backend.memory())),
             format_bytes(self.device_bytes - max(budget, self.minimum_bytes)),
