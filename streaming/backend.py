@@ -89,7 +89,7 @@ class Backend(ABC):
     """
 
     # Bytes of a fine piece (Note: copies take turns); None where copies are never cut.
-    fine_bytes: int | None = 16 * 1024**2
+    fine_bytes: int | None = 8 * 1024**2
 
     def __init__(self, device: torch.device, name: str) -> None:
         self.device = device

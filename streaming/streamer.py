@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -310,8 +311,9 @@ class Streamer:
     ) -> T:
         """Run one step, ``forward``, and make good use of what the steps before it have shown.
 
-        A step that runs out of device memory is run again with a little less on the device, then with much less, then
-        with the least that works. Whatever happens, no unit stays bound to a slot.
+        A step that runs out of device memory is run again: at first with what torch keeps for later given back, which
+        may only have been cut up badly; then with a little less on the device, with much less, and with the least that
+        works. Whatever happens, no unit stays bound to a slot.
 
         Args:
             forward: calls the root; it may be called again after it has run out of memory.
@@ -324,17 +326,17 @@ class Streamer:
             return forward()
         reload = reload or self.load
         self._adapt(shape, reload, estimate)
-        for share in OUT_OF_MEMORY_SHARES:
+        for remedy in (self._tidy, *(partial(self._shrink, share, reload) for share in OUT_OF_MEMORY_SHARES)):
             try:
                 return forward()
             except Exception as error:
                 if not is_out_of_memory(error) or not self._can_shrink():
                     raise
-                reason = str(error)
+                reason = str(error).partition("\n")[0]
             finally:
                 self.settle()
             # Not inside of "except": the error's frames would keep the activations of the failed step alive.
-            self._shrink(share, reason, reload)
+            remedy(reason)
         try:
             return forward()
         finally:
@@ -422,20 +424,27 @@ class Streamer:
     def _can_shrink(self) -> bool:
         return self.plan is not None and self.device_bytes > self.minimum_bytes
 
-    def _shrink(self, share: float, reason: str, reload: Callable[[Plan], None]) -> None:
-        """After a step ran out of memory."""
-        assert self.plan is not None
+    def _tidy(self, reason: str) -> None:
+        """After a step ran out of memory for the first time: have torch give back what it keeps."""
+        self._say_out_of_memory(reason, "with torch's memory tidied up")
+        self.backend.trim()
+
+    def _shrink(self, share: float, reload: Callable[[Plan], None], reason: str) -> None:
+        """After a step ran out of memory: leave it a part of what is on the device."""
         budget = self.device_bytes - max(self.device_bytes * share, self.config.headroom_bytes)
-        logger.warning(
-            "out of memory in a step on %s with %s of weights, %s free and %s kept by torch; running it again with %s "
-            "less for weights (%s)",
-            self.backend.name,
-            *map(format_bytes, (self.device_bytes, *self.backend.memory())),
-            format_bytes(self.device_bytes - max(budget, self.minimum_bytes)),
-            reason.split("\n")[0],
-        )
+        less = self.device_bytes - max(budget, self.minimum_bytes)
+        self._say_out_of_memory(reason, f"with {format_bytes(less)} less for weights")
         self._residency.current.ceiling = budget
         self._change_plan(self._plan_within(budget), must=True, reload=reload)
+
+    def _say_out_of_memory(self, reason: str, remedy: str) -> None:
+        logger.warning(
+            "out of memory in a step on %s with %s of weights, %s free and %s kept by torch; running it again %s (%s)",
+            self.backend.name,
+            *map(format_bytes, (self.device_bytes, *self.backend.memory())),
+            remedy,
+            reason,
+        )
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
