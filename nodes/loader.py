@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -115,9 +114,7 @@ def _load_for_streaming(path: str, model_options: dict, vram_limit: int | None, 
     model, load_device = loaded.model, loaded.load_device
     blocks = split_model(model, _model_dtype)
     config = host_config(vram_limit, backend)
-    streamer = Streamer(
-        model.diffusion_model, blocks, backend, config, pins, functools.partial(evictable, backend.device)
-    )
+    streamer = Streamer(model.diffusion_model, blocks, backend, config, pins, evictable)
     _check_limit(vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id)
     setattr(model, ATTRIBUTE, streamed)

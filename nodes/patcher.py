@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,9 @@ class StreamedModelPatcher(ModelPatcher):
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             self._move_object_patches(device_to)
-            self.streamer.load(plan, self._host_patches())
+            patches = self._host_patches()
+            self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))
+            self.streamer.begin_prompt()
             self._tell_host(device_to)
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
@@ -162,9 +164,8 @@ class StreamedModelPatcher(ModelPatcher):
     def _host_patches(self) -> HostPatches:
         return HostPatches(self, self.streamer.blocks.specs)
 
-    def reload(self, plan: Plan) -> None:
-        """Carry ``plan`` out between two steps, with this MODEL's patches and the hooks that are in effect."""
-        hooks = self.current_hooks
+    def reload(self, plan: Plan, hooks: Any) -> None:
+        """Carry ``plan`` out between two steps, with this MODEL's patches and ``hooks`` in effect."""
         self.unpatch_hooks()
         self.streamer.load(plan, self._host_patches())
         self._tell_host(self.load_device)
@@ -329,13 +330,36 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not isinstance(patcher, StreamedModelPatcher):
         return executor(x, *args, **kwargs)
+    # Reloading takes hooks off, and a reload that fails leaves them off: what is in effect now is what counts.
+    hooks = patcher.current_hooks
     # Activations are never on a virtual device.
     virtual = patcher.streamer.backend.budget is not None
     output = patcher.streamer.run(
-        lambda: executor(x, *args, **kwargs),
-        shape=tuple(x.shape),
-        reload=patcher.reload,
+        # Models take what they need out of lists (ControlNet's residuals): a step that is run again needs them whole.
+        lambda: executor(x, *map(_copy_lists, args), **{name: _copy_lists(value) for name, value in kwargs.items()}),
+        shape=_shapes((x, *args, *kwargs.values())),
+        reload=lambda plan: patcher.reload(plan, hooks),
         estimate=None if virtual else lambda: int(patcher.memory_required(x.shape)),
     )
     patcher.streamed.announce_changes()
     return output
+
+
+def _copy_lists(value: Any) -> Any:
+    """A list, or a dictionary of lists as ControlNets give it, with lists of its own; anything else as it is."""
+    if type(value) is list:
+        return list(value)
+    if type(value) is dict and all(type(item) is list for item in value.values()):
+        return {key: list(item) for key, item in value.items()}
+    return value
+
+
+def _shapes(values: Iterable[Any]) -> tuple:
+    """What of a step's arguments its time and memory hang on: the shapes of tensors, also of those in lists."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(tuple(value.shape))
+        elif isinstance(value, (list, tuple)):
+            found.append(_shapes(value))
+    return tuple(found)

@@ -157,7 +157,10 @@ class Backend(ABC):
     @staticmethod
     def _in_pieces(pairs: Sequence[Pair], nbytes: int) -> Iterator[Sequence[Pair]]:
         for target, source in pairs:
-            for pair in zip(target.split(nbytes), source.split(nbytes), strict=True):
+            # The last piece takes the remainder along: a short copy uses the bus badly.
+            count = max(1, target.nbytes // nbytes)
+            sizes = [nbytes] * (count - 1) + [target.nbytes - nbytes * (count - 1)]
+            for pair in zip(target.split(sizes), source.split(sizes), strict=True):
                 yield [pair]
 
     def time_copies(self) -> None:
@@ -235,7 +238,7 @@ class CudaBackend(Backend):
         stream = stream or torch.cuda.current_stream(self.device)
         with torch.cuda.stream(stream):
             for event in waits:
-                # Race: the kernels of the block that used the target before may still be reading it, and an earlier
+                # Race: the kernels that used the target before may still be reading it, and an earlier
                 # copy into the same slot may not be done.
                 stream.wait_event(event)
             begin = self._timestamp(stream) if self._copy_times is not None else None

@@ -20,7 +20,7 @@ class StreamingConfig:
     """How one model is streamed.
 
     Attributes:
-        copy_streams: streams that copy blocks to the device, used in turn. 0 copies each block on the compute
+        copy_streams: streams that copy segments to the device, used in turn. 0 copies each on the compute
             stream when it is needed (synchronous: for debugging, and where asynchronous copies are switched off).
         slots: staging buffers on the device; 0 chooses as many as ``staging_bytes`` holds, or more where that makes a
             step faster, and 1 when copies are synchronous.

@@ -80,15 +80,26 @@ class Lane:
         backend.open(copy_streams)
         self._ring = Ring(backend, plan.slots, plan.slot_bytes)
         self._schedule = Schedule(range(len(plan.segments)), plan.slots, plan.slots if copy_streams else 0)
-        # Prepared once, so that a step makes no view and no parameter. For each segment: what its units are bound to
-        # when it is in no slot; and for each slot the copies into it and the bindings to it.
-        sources = [[masters(unit) for unit in segment.units] for segment in plan.segments]
-        self._home = [[weights.binding for weights in group] for group in sources]
+        self._home: list[list[Binding]] = []
         self._pairs: list[list[list[Pair]]] = []
         self._bindings: list[list[list[Binding]]] = []
+        try:
+            self._prepare(masters)
+        except BaseException:
+            self._ring.release()
+            raise
+
+    def _prepare(self, masters: Callable[[int], Weights]) -> None:
+        """Make once what steps use, so that a step makes no view and no parameter.
+
+        For each segment: what its units are bound to when it is in no slot; and for each slot the copies into it and
+        the bindings to it.
+        """
         with torch.inference_mode(False):
-            for group in sources:
+            for segment in self._segments:
+                group = [masters(unit) for unit in segment.units]
                 places = [_places(slot.buffer, group) for slot in self._ring.slots]
+                self._home.append([weights.binding for weights in group])
                 self._pairs.append([[(place, weights.buffer) for place, weights in each] for each in places])
                 self._bindings.append([[weights.bind_to(place) for place, weights in each] for each in places])
 

@@ -59,7 +59,7 @@ class Plan:
         outline: the model.
         segments: what is streamed, in the order of need. All other units are resident.
         slots, slot_bytes: staging memory; 0 when nothing is streamed.
-        budget: bytes that it was made for.
+        budget: bytes that it may use.
         learned: whether it was known which units run by themselves.
         forecast: None before a step was measured.
     """
@@ -153,8 +153,8 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
 
     Args:
         budget: bytes for everything: rest, residents and staging.
-        config: how many slots, and how large. When it is thrifty and the profile measured, no more is kept than makes
-            streaming free.
+        config: how many slots, and how large. When it is thrifty and the profile measured, no more is kept of a model
+            that does not fit than makes streaming free.
 
     Raises:
         BudgetError: the budget has no room for the rest and one slot.
@@ -170,7 +170,7 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
             f"blocks need {format_bytes(least)}",
             least,
         )
-    if profile.measured and config.thrifty and _is_as_fast_as_resident(best, profile, FREE_BUS):
+    if best.segments and profile.measured and config.thrifty and _is_as_fast_as_resident(best, profile, FREE_BUS):
         best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
     return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config)
 
@@ -345,7 +345,7 @@ def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig) -> Plan
 def _stages(plan: Plan, profile: Profile, bandwidth: float) -> tuple[list[Stage], float]:
     """The plan's segments as stages, and the compute before the first of them."""
     segment_of = {unit: segment for segment in plan.segments for unit in segment.units}
-    begun: Segment | None = None
+    begun: list[Segment] = []
     begins: list[float] = []
     holds: list[float] = []
     for moment in timeline(plan.outline, profile):
@@ -353,8 +353,8 @@ def _stages(plan: Plan, profile: Profile, bandwidth: float) -> tuple[list[Stage]
         if segment is None:
             continue
         whole = segment.runs == 0
-        if segment is not begun:
-            begun = segment
+        if not begun or segment is not begun[-1]:
+            begun.append(segment)
             begins.append(moment.block_begin if whole else moment.begin)
             holds.append(profile.block_seconds[segment.block] if whole else 0.0)
         if not whole:
@@ -362,6 +362,6 @@ def _stages(plan: Plan, profile: Profile, bandwidth: float) -> tuple[list[Stage]
     ends = (*begins[1:], profile.compute_seconds)
     stages = [
         Stage(segment.nbytes / bandwidth, hold, end - begin)
-        for segment, hold, begin, end in zip(plan.segments, holds, begins, ends, strict=True)
+        for segment, hold, begin, end in zip(begun, holds, begins, ends, strict=True)
     ]
     return stages, begins[0]

@@ -67,7 +67,7 @@ class Profile:
 
     Attributes:
         block_seconds: compute of each block without waiting for copies; 0 where it did not run.
-        other_seconds: compute outside of blocks, between two steps included.
+        other_seconds: compute of a step outside of blocks.
         bandwidth: bytes per second from the host's memory to the device.
         unit_runs: for each block the units that run by themselves, each with how often, in the order of their first
             run. None before that is learned: the units of a block are then needed from its begin to its end. So are

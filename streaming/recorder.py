@@ -115,7 +115,12 @@ class Recorder:
         )
         if not with_times:
             return profile
-        times = {block: self._block_time(run) for block, run in self._runs if run.end is not None}
+        times: dict[int, _BlockTime] = {}
+        for block, run in self._runs:
+            if run.end is not None:
+                time = self._block_time(run)
+                earlier = times[block].seconds if block in times else 0.0
+                times[block] = time._replace(seconds=time.seconds + earlier)
         inside = sum(self._seconds(run.begin, run.end) for _, run in self._runs if run.end is not None)
         spent = [times[block].seconds if block in times else None for block in range(self._outline.blocks)]
         return replace(

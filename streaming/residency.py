@@ -1,11 +1,11 @@
 """How much device memory a model may use, step by step: what the host allowed first, then what was measured. Pure.
 
 [Note: no thrashing]
-Memory is looked at before each step. While steps of one shape are new (the first two) the budget follows what torch
-kept for the activations of the step before. From the third step on it only ever shrinks, when somebody else takes
-memory, and only after two looks in a row. It grows again when the host loads the model anew, for a prompt, and when
-steps go over to another shape that is known and stay there. A shape that ran out of memory keeps the budget with
-which it then ran.
+Memory is looked at before each step. While a shape is new (its first two steps) the budget follows what torch kept for
+the activations of the steps before. From the third step on weights only ever go, never come: when the step after needs
+more than is left, or when somebody else takes memory, and then only after two looks in a row. They come back when the
+host loads the model anew, for a prompt, or at the second of two like steps; and then no further than the largest shape
+of this prompt allows. A shape that ran out of memory keeps the budget with which it then ran, until more is free.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHORTAGE = 0.25
 MOST_SHAPES = 32
 
 
-@dataclass
+@dataclass(eq=False)
 class Regime:
     """What is known about steps of one shape.
 
@@ -33,7 +33,8 @@ class Regime:
         steps: whole ones so far; in_a_row since the last step of another shape.
         activation_bytes: what torch keeps for activations after a step; None before one was measured.
         profile: how such a step behaves.
-        ceiling: bytes with which such a step has last run out of memory and then ran; no budget goes beyond.
+        ceiling: after such a step ran out of memory, the budget with which it was tried again; no budget goes beyond.
+        ceiling_available: bytes that weights and activations had together then.
         shortages: looks in a row that found too little free memory.
     """
 
@@ -42,6 +43,7 @@ class Regime:
     activation_bytes: int | None = None
     profile: Profile | None = None
     ceiling: float = math.inf
+    ceiling_available: int = 0
     shortages: int = 0
 
 
@@ -58,6 +60,25 @@ class Residency:
         self._adaptive = adaptive
         self._regimes: OrderedDict[Hashable, Regime] = OrderedDict()
         self.current = Regime()
+        self._in_prompt: list[Regime] = []
+        self._ran = False
+
+    def begin_prompt(self) -> None:
+        """The host has loaded the model, or let go of it. What torch keeps now says nothing about activations."""
+        self._in_prompt.clear()
+        self._ran = False
+        self.current.in_a_row = 0
+
+    def stepped(self) -> None:
+        """A whole step has run."""
+        self._ran = True
+        self.current.steps += 1
+        self.current.in_a_row += 1
+
+    def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
+        """A step did not run, and is tried again with ``budget`` bytes."""
+        self.current.ceiling = budget
+        self.current.ceiling_available = memory.free + memory.cached + device_bytes
 
     def enter(self, shape: Hashable) -> Regime:
         """A step of ``shape`` comes next."""
@@ -68,6 +89,8 @@ class Residency:
         if regime is not self.current:
             regime.in_a_row = regime.shortages = 0
             self.current = regime
+        if regime not in self._in_prompt:
+            self._in_prompt.append(regime)
         return regime
 
     def budget(self, memory: DeviceMemory, device_bytes: int, estimate: Callable[[], int] | None) -> float | None:
@@ -84,20 +107,29 @@ class Residency:
         if regime.steps == 0:
             room = self._room_for(memory, estimate() if estimate is not None else 0)
             return device_bytes + room if room < 0 else None
-        if regime.steps <= MEASURED_STEPS and regime.in_a_row > 0:
-            regime.activation_bytes = memory.cached
+        if regime.steps <= MEASURED_STEPS and self._ran:
+            regime.activation_bytes = max(memory.cached, regime.activation_bytes or 0)
             return min(device_bytes + memory.free - self._headroom, regime.ceiling)
         if regime.in_a_row <= 1 and regime.activation_bytes is not None:
-            room = self._room_for(memory, regime.activation_bytes)
-            return min(device_bytes + room, regime.ceiling) if regime.in_a_row == 1 or room < 0 else None
+            if (room := self._room_for(memory, regime.activation_bytes)) < 0:
+                return min(device_bytes + room, regime.ceiling)
+            if regime.in_a_row == 1:
+                return min(device_bytes + self._room_for(memory, self._most_activations()), regime.ceiling)
+            return None
         return self._under_pressure(memory, device_bytes)
 
     def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
         """Bytes for the next prompt, for which the host offers ``offered``: its estimate, where we have measured."""
         regime = self.current
+        if memory.free + memory.cached + device_bytes > regime.ceiling_available + self._headroom:
+            regime.ceiling = math.inf
         if regime.activation_bytes is None or not self._adaptive:
             return min(offered, regime.ceiling)
         return min(device_bytes + self._room_for(memory, regime.activation_bytes), regime.ceiling)
+
+    def _most_activations(self) -> int:
+        """Of the shapes of this prompt: they may come back in any order."""
+        return max(regime.activation_bytes or 0 for regime in self._in_prompt)
 
     def _room_for(self, memory: DeviceMemory, activation_bytes: int) -> int:
         return memory.free + memory.cached - activation_bytes - self._headroom

@@ -9,9 +9,9 @@ freed, and its page-locked memory with it, when the last reference to it goes.
 Before the first step nobody knows in which order the parts of a block run, or whether each of them runs as a module at
 all (some code reads a layer's weight without calling it). So in that step all that is streamed of a block is one
 segment, on the device from the block's begin to its end, and hooks write down who runs. From then on segments are parts
-of blocks. Times are taken too: of each block, less its waits, and of each copy. Step two runs on a plan made from that;
-what it shows is used once more if it helps; after that a plan stays. Making a plan anew waits for the device, twice in
-the life of a shape.
+of blocks. Copies are timed, and in step two each unit too, less its waits; the plan for step three is made from that,
+and then stays. Making a plan waits for the device; that is done after the first two steps of a shape, and when memory
+asks for it (residency.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .arena import Arena, PinBudget
@@ -49,6 +50,8 @@ T = TypeVar("T")
 
 # A plan that is predicted to gain less than this is not worth moving weights for.
 WORTHWHILE = 0.02
+# Nor is giving memory back, where nobody asks for it, that is less than this part of the model.
+MUCH = 0.1
 # What is offered moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Moving
 # weights for that costs more than it gains.
 MOST_SLACK = 400 * 1024**2
@@ -81,7 +84,7 @@ class Streamer:
         backend: the device.
         config: settings.
         pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
-        evictable: tells how many bytes others on the device would give up for us, beside what is free.
+        evictable: tells how many bytes others on a device would give up for us, beside what is free.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Streamer:
         backend: Backend,
         config: StreamingConfig,
         pins: PinBudget | None = None,
-        evictable: Callable[[], int] = lambda: 0,
+        evictable: Callable[[torch.device], int] = lambda device: 0,
     ) -> None:
         self.blocks = blocks
         self.outline = blocks.outline
@@ -108,6 +111,7 @@ class Streamer:
         self._residency = Residency(config.headroom_bytes, config.adaptive)
         self._lane: Lane | None = None
         self._recorder: Recorder | None = None
+        self._whole_blocks = False
         self._stalls = StallMeter(self.counters)
         self._steps = StepMeter(backend)
         self._hooks: list[Any] = []
@@ -137,7 +141,7 @@ class Streamer:
     def memory(self) -> DeviceMemory:
         """What the device has left, with what others would give up counted as free."""
         free, cached = self.backend.memory()
-        return DeviceMemory(free + self._evictable(), cached)
+        return DeviceMemory(free + self._evictable(self.backend.device), cached)
 
     def prompt_budget(self, offered: float) -> float:
         """Bytes to use for the next prompt: ``offered``, or what earlier steps have shown to be possible."""
@@ -158,15 +162,25 @@ class Streamer:
         plan, current = self.plan_for(budget), self.plan
         if current is None or (current.segments and current.learned != plan.learned):
             return plan
-        slack = min(MOST_SLACK, self.model_bytes // 50)
-        if current.device_bytes > plan.budget + slack or self._gain(plan) >= WORTHWHILE:
+        if current.device_bytes > plan.budget + self._slack or self._is_worthwhile(plan):
             return plan
         return with_forecast(replace(current, budget=plan.budget), self.profile, self.config)
 
-    def _gain(self, plan: Plan) -> float:
-        """The part of a step that ``plan`` is expected to save."""
+    @property
+    def _slack(self) -> int:
+        """Bytes beyond a budget that are not worth moving weights for."""
+        if self.backend.budget is not None or self.state is not State.LOADED:
+            return 0
+        if self.profile.measured:
+            return int(self.config.headroom_bytes * SHORTAGE)
+        return min(MOST_SLACK, self.model_bytes // 50)
+
+    def _is_worthwhile(self, plan: Plan) -> bool:
+        """Whether ``plan`` makes a step faster than the one in effect by enough, or takes much less memory for it."""
         assert self.plan is not None
-        return 1 - forecast_seconds(plan, self.profile) / forecast_seconds(self.plan, self.profile)
+        gain = 1 - forecast_seconds(plan, self.profile) / forecast_seconds(self.plan, self.profile)
+        saved = self.device_bytes - plan.device_bytes
+        return gain >= WORTHWHILE or (plan.budget > self.device_bytes and gain >= 0 and saved > MUCH * self.model_bytes)
 
     # -- load and unload -----------------------------------------------------------------------------------------
 
@@ -197,6 +211,26 @@ class Streamer:
             raise
         self.state = State.LOADED
 
+    def load_within(self, plan: Plan, load: Callable[[Plan], None] | None = None) -> None:
+        """Load ``plan``; where there is no room for it after all, the next smaller one, down to the least.
+
+        ``load`` calls :meth:`load` with the plan that it is given and the patches that are in the weights. By default
+        there are none.
+        """
+        load = load or self.load
+        while True:
+            try:
+                return load(plan)
+            except Exception as error:
+                if not is_out_of_memory(error) or plan.device_bytes <= self.minimum_bytes:
+                    raise
+                logger.warning("no room for %s of weights on %s", format_bytes(plan.device_bytes), self.backend.name)
+            plan = self._plan_within(plan.device_bytes * (1 - NO_ROOM_SHARE))
+
+    def begin_prompt(self) -> None:
+        """The host has loaded the model, and may have tidied the device up: what torch keeps now says nothing."""
+        self._residency.begin_prompt()
+
     def give_way(self, nbytes: int) -> int:
         """Give up residents until ``nbytes`` are free, at once and without making anything in their place.
 
@@ -220,6 +254,8 @@ class Streamer:
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
         self._drain()
+        self._stop_recording()
+        self.begin_prompt()
         self._detach()
         self._drop_lane()
         self._placement.clear_device()
@@ -251,6 +287,7 @@ class Streamer:
         self._placement = self._place_on(backend)
         self._residency = Residency(self.config.headroom_bytes, self.config.adaptive)
         self._steps = StepMeter(backend)
+        self.profile = replace(self.profile, measured=False)
         self._finalizer = _close_at_end(self, backend)
 
     def close(self) -> None:
@@ -326,31 +363,36 @@ class Streamer:
             return forward()
         reload = reload or self.load
         self._adapt(shape, reload, estimate)
-        for remedy in (self._tidy, *(partial(self._shrink, share, reload) for share in OUT_OF_MEMORY_SHARES)):
+        remedies = [self._tidy, *(partial(self._shrink, share, reload) for share in OUT_OF_MEMORY_SHARES)]
+        while True:
             try:
                 return forward()
             except Exception as error:
-                if not is_out_of_memory(error) or not self._can_shrink():
+                if is_out_of_memory(error) and remedies and self._can_shrink():
+                    remedy = remedies.pop(0)
+                elif (
+                    _is_of_another_device(error) and self.plan is not None and self.plan.learned and self.plan.segments
+                ):
+                    remedy = partial(self._stream_whole_blocks, reload)
+                else:
                     raise
                 reason = str(error).partition("\n")[0]
             finally:
                 self.settle()
             # Not inside of "except": the error's frames would keep the activations of the failed step alive.
             remedy(reason)
-        try:
-            return forward()
-        finally:
-            self.settle()
 
     def _adapt(self, shape: Hashable, reload: Callable[[Plan], None], estimate: Callable[[], int] | None) -> None:
         """Before a step: fit the plan to what is known (Note: what the first steps teach)."""
+        ended = self._residency.current
         measured = self._finish_recording()
         if measured is not None:
-            self._residency.current.profile = measured
+            ended.profile = measured
         regime = self._residency.enter(shape)
-        self.profile = regime.profile or measured or self.profile
+        # The times of another shape say nothing about this one; the order in which units run does.
+        self.profile = regime.profile or replace(measured or self.profile, measured=False)
         budget = self._residency.budget(self.memory(), self.device_bytes, estimate)
-        if measured is not None and measured.measured:
+        if measured is not None and measured.measured and regime is ended:
             self._choose_order(regime, budget)
         must = self._must_change(budget)
         if must or budget is not None or measured is not None:
@@ -383,21 +425,13 @@ class Streamer:
         return self.device_bytes if self.state is State.REDUCED else self.plan.budget
 
     def _change_plan(self, plan: Plan, must: bool, reload: Callable[[Plan], None]) -> None:
-        """Carry ``plan`` out if it must be or is worth it. Without room for it, something smaller."""
+        """Carry ``plan`` out if it must be or is worth it."""
         current = self.plan
         assert current is not None
-        if not must and self._gain(plan) < WORTHWHILE:
+        if must or self._is_worthwhile(plan):
+            self.load_within(plan, reload)
+        else:
             self.plan = with_forecast(current, self.profile, self.config)
-            return
-        while True:
-            try:
-                reload(plan)
-                break
-            except Exception as error:
-                if not is_out_of_memory(error) or plan.device_bytes <= self.minimum_bytes:
-                    raise
-                logger.warning("no room for %s of weights on %s", format_bytes(plan.device_bytes), self.backend.name)
-            plan = self._plan_within(plan.device_bytes * (1 - NO_ROOM_SHARE))
 
     def _plan_within(self, budget: float) -> Plan:
         """The plan for ``budget``, or for the least that works where it is less: whether that fits is then tried."""
@@ -405,12 +439,17 @@ class Streamer:
 
     def _record(self, wanted: bool) -> None:
         """Measure the next step, or stop measuring."""
-        if self._recorder is not None:
-            self._recorder.close()
-        self._recorder = Recorder(self.outline, self.backend) if wanted else None
-        self._stalls.listener = self._recorder.stalled if self._recorder is not None else None
+        self._stop_recording()
+        if wanted:
+            self._recorder = Recorder(self.outline, self.backend)
+            self._stalls.listener = self._recorder.stalled
         assert self.plan is not None
         self._attach(self.plan)
+
+    def _stop_recording(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = self._stalls.listener = None
 
     def _finish_recording(self) -> Profile | None:
         """What the step before has shown, if it was measured; waits for the device then."""
@@ -418,8 +457,8 @@ class Streamer:
             return None
         self._drain()
         profile = self._recorder.profile(self.profile, with_times=self._residency.current.steps > 1)
-        self._recorder = None
-        return profile
+        self._stop_recording()
+        return replace(profile, unit_runs=None, unit_times=None) if self._whole_blocks else profile
 
     def _can_shrink(self) -> bool:
         return self.plan is not None and self.device_bytes > self.minimum_bytes
@@ -434,8 +473,18 @@ class Streamer:
         budget = self.device_bytes - max(self.device_bytes * share, self.config.headroom_bytes)
         less = self.device_bytes - max(budget, self.minimum_bytes)
         self._say_out_of_memory(reason, f"with {format_bytes(less)} less for weights")
-        self._residency.current.ceiling = budget
+        budget = max(budget, self.minimum_bytes)
+        self._residency.out_of_memory(budget, self.backend.memory(), self.device_bytes)
         self._change_plan(self._plan_within(budget), must=True, reload=reload)
+
+    def _stream_whole_blocks(self, reload: Callable[[Plan], None], reason: str) -> None:
+        """A weight was read without running its module, which did not happen in the first step: stop relying on it."""
+        logger.warning("a weight is read outside of its module, so blocks stream as a whole from now on: %s", reason)
+        self._whole_blocks = True
+        self._residency = Residency(self.config.headroom_bytes, self.config.adaptive)
+        self.profile = replace(self.profile, unit_runs=None, unit_times=None, measured=False)
+        assert self.plan is not None
+        self.load_within(self._plan_within(self.plan.budget), reload)
 
     def _say_out_of_memory(self, reason: str, remedy: str) -> None:
         logger.warning(
@@ -465,8 +514,7 @@ class Streamer:
         self._steps.end(completed)
         if completed:
             self.counters.steps += 1
-            self._residency.current.steps += 1
-            self._residency.current.in_a_row += 1
+            self._residency.stepped()
             if self._recorder is not None:
                 self._recorder.end_step()
         else:
@@ -567,6 +615,11 @@ class Streamer:
 
 def _with_best_order(outline: Outline, profile: Profile) -> Profile:
     return replace(profile, order=best_order(outline, profile))
+
+
+def _is_of_another_device(error: Exception) -> bool:
+    """Whether a kernel was given a tensor in host memory, as torch says it."""
+    return isinstance(error, RuntimeError) and "Expected all tensors to be on the same device" in str(error)
 
 
 def _close_at_end(streamer: Streamer, backend: Backend) -> weakref.finalize:

@@ -208,3 +208,24 @@ def test_times_that_were_measured_predict_a_step(reference: tuple[torch.Tensor, 
         assert snapshot.predicted_step_seconds == pytest.approx(snapshot.step_seconds, rel=0.25)
         assert snapshot.limited_by == ("bus" if repeats == 1 else "compute")
         streamer.close()
+
+
+def test_a_weight_that_a_later_step_reads_directly_is_there(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """torch refuses a tensor in host memory, and the block is streamed as a whole from then on."""
+    x, expected = reference
+    model = make_transformer(DEPTH, WIDTH)
+    streamer = make_streamer(model, adaptive=False)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes * 2))
+    for _ in range(4):
+        assert torch.equal(streamer.run(lambda: model(x)), expected)
+    for block in model.blocks:
+        block.forward = lambda y, block=block: direct(block, y)
+    for _ in range(4):
+        assert torch.equal(streamer.run(lambda: model(x)), expected)
+
+
+def direct(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The block's forward, with the weights of one layer read without running it."""
+    q, k, v = torch.nn.functional.linear(block.norm(x), block.qkv.weight, block.qkv.bias).chunk(3, dim=-1)
+    x = x + block.out(torch.nn.functional.scaled_dot_product_attention(q, k, v)) * block.scale
+    return x + block.mlp(x)

@@ -22,14 +22,20 @@ class Device:
 
     def step(self, shape: str, activations: int, estimate: int = 0) -> float | None:
         """A step as a streamer makes it; gives the budget that came before it."""
-        regime = self.residency.enter(shape)
+        self.residency.enter(shape)
         budget = self.residency.budget(self.memory, self.weights, lambda: estimate)
         if budget is not None:
             self.weights = int(budget)
         self.cached = max(self.cached, activations)
-        regime.steps += 1
-        regime.in_a_row += 1
+        self.residency.stepped()
         return budget
+
+    def prompt(self, offered: int = 0) -> float:
+        """The host empties torch's cache, and loads the model for a prompt."""
+        self.cached = 0
+        self.weights = int(self.residency.prompt_budget(self.memory, self.weights, offered))
+        self.residency.begin_prompt()
+        return self.weights
 
 
 def test_after_the_first_step_the_budget_is_what_activations_leave() -> None:
@@ -47,13 +53,31 @@ def test_one_shape_has_one_budget_from_the_third_step_on() -> None:
     assert [device.step("a", 1500 * MB) for _ in range(50)] == [None] * 50
 
 
-def test_two_shapes_in_turn_do_not_move_weights() -> None:
-    """Positive and negative prompts in steps of their own, or a batch and its remainder."""
+@pytest.mark.parametrize("pattern", ["ab", "aab", "bba", "abb", "baaa"])
+def test_shapes_in_turn_settle_and_do_not_move_weights(pattern: str) -> None:
+    """Positive and negative prompts in steps of their own, areas, or a batch and its remainder."""
+    need = {"a": 1500 * MB, "b": 500 * MB}
     device = Device(Residency(HEADROOM))
-    for _ in range(4):
-        device.step("a", 1500 * MB)
-        device.step("b", 500 * MB)
-    assert {device.step(shape, 500 * MB) for shape in "abababab"} == {None}
+    for shape in pattern * 4:
+        device.step(shape, need[shape])
+    settled = device.weights
+    assert settled == (10_000 - 1500 - 200) * MB
+    for shape in pattern * 8:
+        device.step(shape, need[shape])
+        assert device.weights == settled
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_short_prompts_never_take_what_activations_need(steps: int) -> None:
+    """Between prompts the host empties torch's cache: what torch keeps then is not what a step needs."""
+    device = Device(Residency(HEADROOM))
+    for _ in range(6):
+        for _ in range(steps):
+            device.step("a", 1500 * MB)
+            assert device.weights + device.cached <= 10_000 * MB
+        device.prompt(offered=4000 * MB)
+    if steps > 1:
+        assert device.weights == (10_000 - 1500 - 200) * MB
 
 
 def test_a_larger_shape_makes_room_before_it_runs() -> None:
@@ -72,6 +96,9 @@ def test_a_known_smaller_shape_takes_the_memory_back_when_it_stays() -> None:
         for _ in range(4):
             device.step(shape, activations)
     assert device.weights == 5800 * MB
+    # Not while the larger one may come back in the same prompt.
+    assert [device.step("small", 500 * MB) for _ in range(4)] == [None, 5800 * MB, None, None]
+    device.prompt()
     assert device.step("small", 500 * MB) is None
     assert device.step("small", 500 * MB) == 9300 * MB
 
@@ -122,12 +149,15 @@ def test_a_shape_that_ran_out_of_memory_keeps_the_budget_with_which_it_ran(ceili
     residency = Residency(HEADROOM)
     device = Device(residency)
     device.step("a", 1500 * MB)
-    residency.current.ceiling = ceiling
+    residency.out_of_memory(ceiling, device.memory, device.weights)
     device.weights = ceiling
     for _ in range(10):
         device.step("a", 1500 * MB)
         assert device.weights <= ceiling
-    assert residency.prompt_budget(device.memory, 0, 9000 * MB) <= ceiling
+    assert device.prompt(offered=9000 * MB) <= ceiling
+    # Somebody else had the memory then, and has let go of it.
+    device.others = -3000 * MB
+    assert device.prompt(offered=9000 * MB) > ceiling
 
 
 def test_without_adaptation_the_offer_stands() -> None:

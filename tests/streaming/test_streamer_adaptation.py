@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from models import Transformer, X, make_streamer, make_transformer
+from torch import nn
 from weightstream.streaming import DeviceMemoryError, State, Streamer, StreamingError, VirtualMemory
 
 BLOCK = 35_840
@@ -215,3 +216,37 @@ def test_changing_shapes_give_the_same_results() -> None:
     for _ in range(4):
         for x, result in zip(inputs, expected, strict=True):
             assert torch.equal(step(streamer, model, x), result)
+
+
+def test_a_weight_that_a_later_step_reads_directly_is_there() -> None:
+    """The first step ran every layer as a module; then somebody reads a weight without that."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.reads_directly = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.reads_directly:
+                return self.second(self.first(x))
+            # As a GPU would: its kernels refuse host memory.
+            if self.first.weight.data_ptr() in masters:
+                raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")
+            return self.second(nn.functional.linear(x, self.first.weight, self.first.bias))
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList(Block() for _ in range(4))})
+    model.forward = lambda x: nn.Sequential(*model["blocks"])(x)
+    model.requires_grad_(False)
+    masters: set[int] = set()
+    expected = model(X)
+    streamer = make_streamer(model, adaptive=False)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    for _ in range(3):
+        assert torch.equal(step(streamer, model), expected)
+    masters.update(streamer._placement.master(unit).buffer.data_ptr() for unit in streamer.plan.streamed)
+    for block in model["blocks"]:
+        block.reads_directly = True
+    for _ in range(5):
+        assert torch.equal(step(streamer, model), expected)
+    assert all(segment.runs == 0 for segment in streamer.plan.segments)
