@@ -66,8 +66,8 @@ def main() -> None:
         agree[f"limit {limit} MB, no miss"] = status["counters"]["misses"] == 0
         agree[f"limit {limit} MB, mode"] = status["mode"] == ("streamed" if limit else "resident")
         if limit == 16:
-            # As for another model that needs all but a little. A model this small may keep nothing that it could give up
-            # alone, and goes as a whole then.
+            # As for another model that needs all but a little. A model this small may keep nothing that it could give
+            # up alone, and goes as a whole then.
             before = ours.loaded_size()
             mm.free_memory(mm.get_free_memory(ours.load_device) + 2 * 2**20, ours.load_device)
             agree["gave way under pressure"] = before - ours.loaded_size() >= 2 * 2**20
