@@ -254,6 +254,7 @@ class Streamer:
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
         self._drain()
+        self._learn()
         self._stop_recording()
         self.begin_prompt()
         self._detach()
@@ -384,10 +385,7 @@ class Streamer:
 
     def _adapt(self, shape: Hashable, reload: Callable[[Plan], None], estimate: Callable[[], int] | None) -> None:
         """Before a step: fit the plan to what is known (Note: what the first steps teach)."""
-        ended = self._residency.current
-        measured = self._finish_recording()
-        if measured is not None:
-            ended.profile = measured
+        ended, measured = self._residency.current, self._learn()
         regime = self._residency.enter(shape)
         # The times of another shape say nothing about this one; the order in which units run does.
         self.profile = regime.profile or replace(measured or self.profile, measured=False)
@@ -397,7 +395,7 @@ class Streamer:
         must = self._must_change(budget)
         if must or budget is not None or measured is not None:
             self._change_plan(self._plan_within(self._fallback_budget if budget is None else budget), must, reload)
-        wanted = regime.steps < MEASURED_STEPS
+        wanted = regime.steps < MEASURED_STEPS or not (self.profile.learned or self._whole_blocks)
         if measured is not None or wanted != (self._recorder is not None):
             self._record(wanted)
 
@@ -451,14 +449,17 @@ class Streamer:
             self._recorder.close()
         self._recorder = self._stalls.listener = None
 
-    def _finish_recording(self) -> Profile | None:
-        """What the step before has shown, if it was measured; waits for the device then."""
+    def _learn(self) -> Profile | None:
+        """Keep what the step before has shown, if it was measured; waits for the device then."""
         if self._recorder is None or not self._recorder.complete:
             return None
         self._drain()
         profile = self._recorder.profile(self.profile, with_times=self._residency.current.steps > 1)
         self._stop_recording()
-        return replace(profile, unit_runs=None, unit_times=None) if self._whole_blocks else profile
+        if self._whole_blocks:
+            profile = replace(profile, unit_runs=None, unit_times=None)
+        self._residency.current.profile = self.profile = profile
+        return profile
 
     def _can_shrink(self) -> bool:
         return self.plan is not None and self.device_bytes > self.minimum_bytes

@@ -87,6 +87,18 @@ def test_the_order_learned_survives_unloading() -> None:
     assert torch.equal(step(streamer, model), make_transformer()(X))
 
 
+def test_a_model_that_is_unloaded_after_every_step_learns_too() -> None:
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model)
+    for _ in range(3):
+        streamer.load(streamer.plan_for(streamer.minimum_bytes))
+        assert torch.equal(step(streamer, model), expected)
+        streamer.unload()
+    assert streamer.profile.learned
+    assert streamer.profile.measured
+
+
 def test_a_block_that_did_not_run_is_taken_to_be_like_its_kind() -> None:
     model = make_transformer()
     expected = model(X)
