@@ -3,15 +3,20 @@
 from .arena import PinBudget
 from .backend import Backend, CpuBackend, CudaBackend, DeviceMemory, VirtualMemory
 from .blocks import Block, BlockSet, Unit, find_blocks, split_model
+from .checkpoint import Checkpoint
+from .checkpoint_file import CheckpointFile, FileSlice
 from .config import StreamingConfig, VirtualDevices, format_bytes, parse_virtual_devices
 from .errors import (
     BudgetError,
+    CheckpointChangedError,
+    CheckpointError,
     ConfigError,
     DeviceMemoryError,
     RingExhaustedError,
     StreamingError,
     UnsupportedModelError,
 )
+from .header import Entry
 from .masters import NoPatches, Patches
 from .plan import Forecast, Plan, make_plan, minimum_bytes
 from .profile import Outline, Profile, assumed_profile
@@ -26,12 +31,18 @@ __all__ = [
     "Block",
     "BlockSet",
     "BudgetError",
+    "Checkpoint",
+    "CheckpointChangedError",
+    "CheckpointError",
+    "CheckpointFile",
     "ConfigError",
     "Counters",
     "CpuBackend",
     "CudaBackend",
     "DeviceMemory",
     "DeviceMemoryError",
+    "Entry",
+    "FileSlice",
     "Forecast",
     "NoPatches",
     "Outline",

@@ -4,6 +4,8 @@ StreamingError
 |-- ConfigError            a setting has a value that cannot work
 |-- UnsupportedModelError  the model cannot be streamed; it still runs the host's way
 |-- BudgetError            the device memory allowed is too small for even one slot
+|-- CheckpointError        a file cannot be loaded; the message names it
+|   `-- CheckpointChangedError  the file was changed after it was opened
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
 `-- RingExhaustedError     more segments are needed at once than the ring has slots
 """
@@ -31,6 +33,14 @@ class BudgetError(StreamingError):
     def __init__(self, message: str, minimum: int) -> None:
         super().__init__(message)
         self.minimum = minimum
+
+
+class CheckpointError(StreamingError, ValueError):
+    """A file cannot be loaded; the message names it."""
+
+
+class CheckpointChangedError(CheckpointError):
+    """The file was changed after it was opened: what was read and what is there now belong to different versions."""
 
 
 class DeviceMemoryError(StreamingError):

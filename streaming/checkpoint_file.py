@@ -1,0 +1,262 @@
+"""One safetensors file, open: where each tensor lies, and reads that can fail but not kill.
+
+[Note: reads, not mappings] A tensor of a checkpoint is a view of a private mapping, so that the model has its shapes,
+dtypes and values; but bytes are moved with positioned reads through one open descriptor. A mapped page whose file was
+truncated, or whose disk fails, ends the process with a signal; a read raises an error that names the tensor. The
+descriptor stays with the file that was opened, also when another is put in its place or it is deleted, and before and
+after each read the file's size and time of change are compared with those at opening.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import stat
+import threading
+import weakref
+from dataclasses import dataclass
+from io import FileIO
+
+import torch
+
+from .errors import CheckpointChangedError, CheckpointError
+from .header import MAX_HEADER_BYTES, Entry, parse_header
+
+# One read may not be larger everywhere; what is left is read next.
+_MAX_READ = 1 << 30
+
+
+class _Descriptor:
+    """One open file that any thread reads at any offset."""
+
+    def __init__(self, path: str) -> None:
+        self._file = FileIO(path, "rb")
+
+    def stat(self) -> os.stat_result:
+        return os.fstat(self._file.fileno())
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def read(self, target: memoryview, offset: int) -> int:
+        return os.preadv(self._file.fileno(), [target], offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _ThreadHandles(_Descriptor):
+    """Where there are no positioned reads (Windows): each thread has a handle, and a position, of its own."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = path
+        self._local = threading.local()
+        self._files: list[FileIO] = []
+
+    def read(self, target: memoryview, offset: int) -> int:
+        handle = getattr(self._local, "file", None) or self._open()
+        handle.seek(offset)
+        return handle.readinto(target)
+
+    def _open(self) -> FileIO:
+        self._local.file = handle = FileIO(self._path, "rb")
+        self._files.append(handle)
+        if not os.path.samestat(os.fstat(handle.fileno()), self.stat()):
+            del self._local.file
+            raise CheckpointChangedError(f"{self._path}: another file has its name now. Load the model again.")
+        return handle
+
+    def close(self) -> None:
+        super().close()
+        for handle in self._files:
+            handle.close()
+
+
+class CheckpointFile:
+    """One safetensors file, open.
+
+    Attributes:
+        nbytes: size of the file.
+        metadata: the texts that the header carries.
+        entries: the tensors by name, in the order of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fsdecode(path)
+        try:
+            self._source = _Descriptor(self.path) if hasattr(os, "preadv") else _ThreadHandles(self.path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: cannot be opened ({_reason(error)})") from error
+        self._close = weakref.finalize(self, self._source.close)
+        self._lock = threading.Lock()
+        self._mapping: mmap.mmap | None = None
+        self._address = 0
+        self.metadata: dict[str, str] = {}
+        self.entries: dict[str, Entry] = {}
+        try:
+            self._stat = self._source.stat()
+            self.nbytes = self._stat.st_size
+            self.metadata, self.entries = parse_header(self.path, self._read_header(), self.nbytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> bytes:
+        if not stat.S_ISREG(self._stat.st_mode):
+            raise CheckpointError(f"{self.path}: is not a regular file")
+        if self.nbytes < 8:
+            raise CheckpointError(f"{self.path}: {self.nbytes} bytes, too short for a header. Download it again.")
+        prefix = bytearray(8)
+        self.read_into(memoryview(prefix), 0)
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{self.path}: the header says it is {length} bytes long, more than the {MAX_HEADER_BYTES} allowed. "
+                "The file is damaged or is no safetensors file; download it again."
+            )
+        if 8 + length > self.nbytes:
+            raise CheckpointError(
+                f"{self.path}: {self.nbytes} bytes found where the header alone takes {8 + length}. "
+                "It is truncated; download it again."
+            )
+        raw = bytearray(length)
+        self.read_into(memoryview(raw), 8)
+        return bytes(raw)
+
+    def views(self) -> dict[str, torch.Tensor]:
+        """All tensors, as views of a private copy-on-write mapping.
+
+        What is written to them stays in memory, and ``locate`` cannot see it: the file's bytes are then older.
+        """
+        mapping = self._map()
+        with torch.inference_mode(False):
+            return {name: _view(mapping, entry) for name, entry in self.entries.items()}
+
+    def _map(self) -> mmap.mmap:
+        with self._lock:
+            if self._mapping is None:
+                self.check_unchanged()
+                try:
+                    mapping = mmap.mmap(self._source.fileno(), self.nbytes, access=mmap.ACCESS_COPY)
+                except (OSError, ValueError) as error:
+                    raise CheckpointError(f"{self.path}: cannot be mapped ({_reason(error)})") from error
+                self._address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+                self._mapping = mapping
+            return self._mapping
+
+    def locate(self, tensor: torch.Tensor) -> FileSlice | None:
+        """Where in the file the bytes of ``tensor`` are, in the order of its memory; None if they are not there."""
+        if self._mapping is None or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return None
+        if tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or not _is_dense(tensor):
+            return None
+        offset = tensor.data_ptr() - self._address
+        nbytes = tensor.numel() * tensor.element_size()
+        first = next(iter(self.entries.values())).begin if self.entries else self.nbytes
+        if offset < first or offset + nbytes > self.nbytes:
+            return None
+        return FileSlice(self, offset, nbytes)
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill ``target`` with the file's bytes from ``offset``. See [Note: reads, not mappings]."""
+        if target.nbytes == 0:
+            return
+        target = target.cast("B")
+        done = 0
+        self.check_unchanged()
+        try:
+            while done < len(target):
+                count = self._source.read(target[done : done + _MAX_READ], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except (OSError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{self.path}: cannot read {self._what(offset, len(target))} ({_reason(error)}). "
+                "Check the disk, or copy the file to another one."
+            ) from error
+        self.check_unchanged()  # also: closed in the meantime, so that the descriptor may be another file's
+        if done < len(target):
+            raise CheckpointError(
+                f"{self.path}: {done} of {len(target)} bytes read of {self._what(offset, len(target))}: "
+                f"the file ends at byte {offset + done}. Download it again."
+            )
+
+    def _what(self, offset: int, nbytes: int) -> str:
+        """The bytes in words, for a message."""
+        names = [e.name for e in self.entries.values() if e.begin < offset + nbytes and offset < e.end]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{nbytes} bytes at byte {offset} (tensor {', '.join(names[:3]) or 'none: header'}{more})"
+
+    def drop_cached(self, offset: int, nbytes: int) -> None:
+        """Let the system forget its copy of the whole pages inside this range."""
+        begin = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._advise("POSIX_FADV_DONTNEED", begin, (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin)
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """Let the system begin to read this range."""
+        self._advise("POSIX_FADV_WILLNEED", offset, nbytes)
+
+    def _advise(self, advice: str, offset: int, nbytes: int) -> None:
+        # A length of 0 would mean: to the end of the file. An advice that is not taken is no error, nor a closed file.
+        if nbytes > 0 and hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError, ValueError):
+                os.posix_fadvise(self._source.fileno(), offset, nbytes, getattr(os, advice))
+
+    def check_unchanged(self) -> None:
+        """Raise ``CheckpointChangedError`` if the file was written to since it was opened."""
+        try:
+            now = self._source.stat()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: is not open any more ({_reason(error)})") from error
+        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+            raise CheckpointChangedError(
+                f"{self.path}: was changed while it was in use ({self._stat.st_size} bytes at opening, {now.st_size} "
+                "now). Load the model again."
+            )
+
+    def close(self) -> None:
+        """Close the file; the mapping lives as long as there are views of it. A repeated call does nothing."""
+        self._mapping = None
+        self._close()
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """Bytes of an open file."""
+
+    file: CheckpointFile
+    offset: int
+    nbytes: int
+
+    def read_into(self, target: memoryview, start: int = 0) -> None:
+        """Fill ``target`` from byte ``start`` of the slice."""
+        if not 0 <= start <= start + target.nbytes <= self.nbytes:
+            raise ValueError(f"bytes {start} to {start + target.nbytes} of a slice of {self.nbytes} bytes")
+        self.file.read_into(target, self.offset + start)
+
+
+def _view(mapping: mmap.mmap, entry: Entry) -> torch.Tensor:
+    if entry.begin == entry.end:
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    count = (entry.end - entry.begin) // entry.dtype.itemsize
+    return torch.frombuffer(mapping, dtype=entry.dtype, count=count, offset=entry.begin).reshape(entry.shape)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory, each place once, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
