@@ -23,7 +23,8 @@ from .profile import Outline, Profile, assumed_profile
 from .residency import Residency
 from .schedule import Schedule
 from .segments import Segment
-from .streamer import State, Streamer
+from .state import State
+from .streamer import Streamer
 from .telemetry import Counters, Snapshot
 
 __all__ = [

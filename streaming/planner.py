@@ -1,0 +1,213 @@
+"""Decides which plan comes next, from what is known of a model's steps and of the memory that they leave.
+
+Nothing is moved here. A plan in effect gives way where it cannot stay, or where another is worth moving weights for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import NamedTuple
+
+from .backend import DeviceMemory
+from .config import StreamingConfig
+from .plan import Plan, forecast_seconds, make_plan, minimum_bytes, with_forecast
+from .profile import Outline, Profile, assumed_profile
+from .recorder import Recorder
+from .residency import MEASURED_STEPS, SHORTAGE, Residency
+from .spread import best_order
+from .state import Standing, State
+
+# A plan that is predicted to gain less than this is not worth moving weights for.
+WORTHWHILE = 0.02
+# Nor is giving memory back, where nobody asks for it, that is less than this part of the model.
+MUCH = 0.1
+# What is offered moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Moving
+# weights for that costs more than it gains.
+MOST_SLACK = 400 * 1024**2
+
+
+class Decision(NamedTuple):
+    """What to do before a step.
+
+    Attributes:
+        plan: the one to have then.
+        moves: whether it must be carried out. Else it is the one in effect, maybe with another forecast.
+    """
+
+    plan: Plan
+    moves: bool
+
+
+class Planner:
+    """What is known about one model on one device, and the plans that follow from it.
+
+    Args:
+        outline: the model.
+        config: settings.
+
+    Attributes:
+        profile: what is known of the next step.
+    """
+
+    def __init__(self, outline: Outline, config: StreamingConfig) -> None:
+        self.profile = _with_best_order(outline, assumed_profile(outline))
+        self._outline = outline
+        self._config = config
+        self._residency = Residency(config.headroom_bytes, config.adaptive)
+        self._whole_blocks = False
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The least device memory with which the model streams; less once the order of its parts is known."""
+        return minimum_bytes(self._outline, self.profile)
+
+    # -- plans for a budget --------------------------------------------------------------------------------------
+
+    def plan_for(self, budget: float) -> Plan:
+        """The plan for ``budget`` bytes, the configured limit respected.
+
+        Raises:
+            BudgetError: too little for the least that streams.
+        """
+        if self._config.vram_limit is not None:
+            budget = min(budget, self._config.vram_limit)
+        return make_plan(self._outline, self.profile, budget, self._config)
+
+    def plan_within(self, budget: float) -> Plan:
+        """The plan for ``budget``, or for the least that works where it is less: whether that fits is then tried."""
+        return self.plan_for(max(budget, self.minimum_bytes))
+
+    def next_plan(self, budget: float, now: Standing) -> Plan:
+        """The plan in effect, where that fits into ``budget`` and another would gain too little; else a new one."""
+        plan, current = self.plan_for(budget), now.plan
+        if current is None or (current.segments and current.learned != plan.learned):
+            return plan
+        if current.device_bytes > plan.budget + self._slack(now) or self._is_worthwhile(plan, now):
+            return plan
+        return with_forecast(replace(current, budget=plan.budget), self.profile, self._config)
+
+    def _slack(self, now: Standing) -> int:
+        """Bytes beyond a budget that are not worth moving weights for."""
+        if now.device_budget is not None or now.state is not State.LOADED:
+            return 0
+        if self.profile.measured:
+            return int(self._config.headroom_bytes * SHORTAGE)
+        return min(MOST_SLACK, self._outline.model_bytes // 50)
+
+    def _is_worthwhile(self, plan: Plan, now: Standing) -> bool:
+        """Whether ``plan`` makes a step faster than the one in effect by enough, or takes much less memory for it."""
+        assert now.plan is not None
+        gain = 1 - forecast_seconds(plan, self.profile) / forecast_seconds(now.plan, self.profile)
+        saved = now.device_bytes - plan.device_bytes
+        unasked = plan.budget > now.device_bytes
+        return gain >= WORTHWHILE or (unasked and gain >= 0 and saved > MUCH * self._outline.model_bytes)
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def begin_prompt(self) -> None:
+        """The host has loaded the model, or let go of it."""
+        self._residency.begin_prompt()
+
+    def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
+        """Bytes to use for the next prompt: ``offered``, or what earlier steps have shown to be possible."""
+        return self._residency.prompt_budget(memory, device_bytes, offered)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def plan_step(
+        self,
+        shape: Hashable,
+        now: Standing,
+        memory: DeviceMemory,
+        measured: bool,
+        estimate: Callable[[], int] | None,
+    ) -> Decision:
+        """A step of ``shape`` comes next: what to have on the device then.
+
+        Args:
+            shape: equal for steps that need the same memory and time.
+            now: a loaded model.
+            memory: of the device.
+            measured: whether :meth:`learn` was told of the step before.
+            estimate: gives the bytes that activations may take, for a shape that has not run yet.
+        """
+        assert now.plan is not None
+        same_shape = self._enter(shape)
+        budget = self._residency.budget(memory, now.device_bytes, estimate)
+        room = self._fallback_budget(now) if budget is None else budget
+        if measured and same_shape and self.profile.measured:
+            self._choose_order(room)
+        must = self._must_change(budget, now)
+        if not (must or measured or budget is not None):
+            return Decision(now.plan, moves=False)
+        plan = self.plan_within(room)
+        if must or self._is_worthwhile(plan, now):
+            return Decision(plan, moves=True)
+        return Decision(with_forecast(now.plan, self.profile, self._config), moves=False)
+
+    @property
+    def wants_measuring(self) -> bool:
+        """Whether the step that comes next can teach something."""
+        return self._residency.current.steps < MEASURED_STEPS or not (self.profile.learned or self._whole_blocks)
+
+    def learn(self, recorder: Recorder) -> None:
+        """Keep what ``recorder`` has seen of a whole step, which is over."""
+        profile = recorder.profile(self.profile, with_times=self._residency.current.steps > 1)
+        if self._whole_blocks:
+            profile = replace(profile, unit_runs=None, unit_times=None)
+        self._residency.current.profile = self.profile = profile
+
+    def stepped(self) -> None:
+        """A whole step has run."""
+        self._residency.stepped()
+
+    def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
+        """A step did not run, and is tried again with ``budget`` bytes."""
+        self._residency.out_of_memory(budget, memory, device_bytes)
+
+    def stream_whole_blocks(self) -> None:
+        """Units do not always run by themselves: from now on blocks stream as a whole."""
+        self._whole_blocks = True
+        self._forget_memory()
+        self.profile = replace(self.profile, unit_runs=None, unit_times=None, measured=False)
+
+    def change_device(self) -> None:
+        """Another device comes: keep only what is true of the model on any."""
+        self._forget_memory()
+        self.profile = replace(self.profile, measured=False)
+
+    def _forget_memory(self) -> None:
+        self._residency = Residency(self._config.headroom_bytes, self._config.adaptive)
+
+    def _enter(self, shape: Hashable) -> bool:
+        """Take up what is known of ``shape``; tells whether the step before was one of it."""
+        ended, regime = self._residency.current, self._residency.enter(shape)
+        # The times of another shape say nothing about this one; the order in which units run does.
+        self.profile = regime.profile or replace(self.profile, measured=False)
+        return regime is ended
+
+    def _fallback_budget(self, now: Standing) -> float:
+        """Where nothing new is known of the memory: what the plan in effect was made for, or what was left of it."""
+        assert now.plan is not None
+        return now.device_bytes if now.state is State.REDUCED else now.plan.budget
+
+    def _must_change(self, budget: float | None, now: Standing) -> bool:
+        """Whether the plan in effect cannot stay, however little another would gain."""
+        assert now.plan is not None
+        outdated = bool(now.plan.segments) and self.profile.learned and not now.plan.learned
+        # A little of the headroom may go: moving weights for it is not worth it.
+        short = budget is not None and now.device_bytes > budget + self._config.headroom_bytes * SHORTAGE
+        return outdated or short or now.state is State.REDUCED
+
+    def _choose_order(self, budget: float) -> None:
+        """Take the order of residency that fits the measured times, if it gains enough to move weights for."""
+        kept = forecast_seconds(self.plan_within(budget), self.profile)
+        before, self.profile = self.profile, _with_best_order(self._outline, replace(self.profile, order=()))
+        if forecast_seconds(self.plan_within(budget), self.profile) > kept * (1 - WORTHWHILE):
+            self.profile = before
+        self._residency.current.profile = self.profile
+
+
+def _with_best_order(outline: Outline, profile: Profile) -> Profile:
+    return replace(profile, order=best_order(outline, profile))

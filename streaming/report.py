@@ -1,0 +1,79 @@
+"""Tells how a streamed model stands, for people and for programs. Waits for nothing and changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .arena import Arena
+from .backend import Backend
+from .config import StreamingConfig, format_bytes
+from .placement import Placement
+from .plan import Plan
+from .profile import Profile
+from .state import Standing, State
+from .telemetry import Counters, Snapshot
+
+
+def explain(now: Standing, placement: Placement) -> str:
+    """The plan in effect and the page-locked memory behind it, in a line."""
+    plan = now.plan
+    if plan is None:
+        return "not loaded"
+    text = plan.explain()
+    if now.state is State.REDUCED:
+        given_up = format_bytes(plan.resident_bytes - placement.resident_bytes)
+        return f"gave up {given_up} until it runs again; before that: {text}"
+    return f"{text}; {_memory_text(placement.arena)}" if plan.segments else text
+
+
+def take_snapshot(
+    now: Standing,
+    placement: Placement,
+    backend: Backend,
+    config: StreamingConfig,
+    profile: Profile,
+    step_seconds: float | None,
+    counters: Counters,
+) -> Snapshot:
+    """All of it in one value. What is passed may go on changing meanwhile, on another thread."""
+    plan, arena = now.plan, placement.arena
+    blocks = len(profile.block_seconds)
+    forecast = plan.forecast if plan is not None else None
+    return Snapshot(
+        device=backend.name,
+        mode=_mode(plan, config),
+        explain=explain(now, placement),
+        note=arena.reason or "",
+        blocks=blocks,
+        resident_blocks=plan.resident_blocks if plan is not None else 0,
+        streamed_blocks=blocks - plan.resident_blocks if plan is not None else 0,
+        segments=len(plan.segments) if plan is not None else 0,
+        resident_bytes=placement.resident_bytes,
+        rest_bytes=plan.rest_bytes if plan is not None else 0,
+        staging_bytes=plan.staging_bytes if plan is not None else 0,
+        streamed_block_bytes=plan.streamed_bytes if plan is not None else 0,
+        pinned_bytes=arena.pinned_bytes,
+        pageable_bytes=arena.pageable_bytes,
+        device_bytes=now.device_bytes,
+        device_peak_bytes=backend.peak,
+        device_budget_bytes=now.device_budget,
+        limited_by=forecast.limited_by if forecast is not None else "",
+        predicted_step_seconds=forecast.seconds if forecast is not None else None,
+        compute_seconds=profile.compute_seconds if profile.measured else None,
+        bandwidth_bytes_per_second=profile.bandwidth if profile.measured else None,
+        step_seconds=step_seconds,
+        counters=replace(counters),
+    )
+
+
+def _memory_text(arena: Arena) -> str:
+    text = f"{format_bytes(arena.pinned_bytes)} page-locked"
+    return f"{text}, {format_bytes(arena.pageable_bytes)} pageable ({arena.reason})" if arena.pageable_bytes else text
+
+
+def _mode(plan: Plan | None, config: StreamingConfig) -> str:
+    if plan is None:
+        return "off"
+    if not plan.segments:
+        return "resident"
+    return "synchronous" if config.synchronous else "streamed"

@@ -1,0 +1,177 @@
+"""Runs steps: before one the plan is fitted to what is known, and one that fails for want of memory is run again.
+
+[Note: what the first steps teach]
+Before the first step nobody knows in which order the parts of a block run, or whether each of them runs as a module at
+all (some code reads a layer's weight without calling it). So in that step all that is streamed of a block is one
+segment, on the device from the block's begin to its end, and hooks write down who runs. From then on segments are parts
+of blocks. Copies are timed, and in step two each unit too, less its waits; the plan for step three is made from that,
+and then stays. Making a plan waits for the device; that is done after the first two steps of a shape, and when memory
+asks for it (residency.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from .backend import is_out_of_memory
+from .config import format_bytes
+from .plan import Plan
+from .planner import Planner
+from .recorder import Recorder
+from .state import State
+from .telemetry import StallMeter
+
+if TYPE_CHECKING:
+    from .streamer import Streamer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Out of memory: these parts of what is on the device go, one after another, until the step runs.
+OUT_OF_MEMORY_SHARES = (0.03, 0.2, 1.0)
+
+
+class Runner:
+    """Runs the steps of one streamed model, and measures those that teach something.
+
+    The streamer comes with each call and is not kept (streamer.py, Note: who keeps whom alive).
+
+    Args:
+        planner: decides what to have on the device.
+        stalls: tells of compute that waits for copies.
+
+    Attributes:
+        recorder: measures the step that runs, or comes next; None when there is nothing to learn from it.
+    """
+
+    def __init__(self, planner: Planner, stalls: StallMeter) -> None:
+        self.recorder: Recorder | None = None
+        self._planner = planner
+        self._stalls = stalls
+
+    def run(
+        self,
+        streamer: Streamer,
+        forward: Callable[[], T],
+        shape: Hashable,
+        reload: Callable[[Plan], None],
+        estimate: Callable[[], int] | None,
+    ) -> T:
+        """Run one step of ``streamer``; the other arguments are those of :meth:`Streamer.run`."""
+        if streamer.state is State.UNLOADED:
+            return forward()
+        self._adapt(streamer, shape, reload, estimate)
+        shrinks = (partial(self._shrink, streamer, share, reload) for share in OUT_OF_MEMORY_SHARES)
+        remedies = [partial(self._tidy, streamer), *shrinks]
+        while True:
+            try:
+                return forward()
+            except Exception as error:
+                if is_out_of_memory(error) and remedies and self._can_shrink(streamer):
+                    remedy = remedies.pop(0)
+                elif _is_of_another_device(error) and _streams_parts(streamer.plan):
+                    remedy = partial(self._stream_whole_blocks, streamer, reload)
+                else:
+                    raise
+                reason = str(error).partition("\n")[0]
+            finally:
+                streamer.settle()
+            # Not inside of "except": the error's frames would keep the activations of the failed step alive.
+            remedy(reason)
+
+    def finish(self, streamer: Streamer) -> None:
+        """No step comes next: keep what the last one has shown, and measure no more."""
+        self._learn(streamer)
+        self._stop_recording()
+
+    # -- before a step -------------------------------------------------------------------------------------------
+
+    def _adapt(
+        self,
+        streamer: Streamer,
+        shape: Hashable,
+        reload: Callable[[Plan], None],
+        estimate: Callable[[], int] | None,
+    ) -> None:
+        """Fit the plan to what is known (Note: what the first steps teach)."""
+        measured = self._learn(streamer)
+        plan, moves = self._planner.plan_step(shape, streamer.standing, streamer.memory(), measured, estimate)
+        if moves:
+            streamer.load_within(plan, reload)
+        else:
+            streamer.keep(plan)
+        wanted = self._planner.wants_measuring
+        if measured or wanted != (self.recorder is not None):
+            self._record(streamer, wanted)
+
+    def _learn(self, streamer: Streamer) -> bool:
+        """Keep what the step before has shown, if it was measured; waits for the device then."""
+        if self.recorder is None or not self.recorder.complete:
+            return False
+        streamer.drain()
+        self._planner.learn(self.recorder)
+        self._stop_recording()
+        return True
+
+    def _record(self, streamer: Streamer, wanted: bool) -> None:
+        """Measure the next step, or stop measuring."""
+        self._stop_recording()
+        if wanted:
+            self.recorder = Recorder(streamer.outline, streamer.backend)
+            self._stalls.listener = self.recorder.stalled
+        streamer.attach_hooks()
+
+    def _stop_recording(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
+        self.recorder = self._stalls.listener = None
+
+    # -- after a step that failed --------------------------------------------------------------------------------
+
+    def _can_shrink(self, streamer: Streamer) -> bool:
+        return streamer.plan is not None and streamer.device_bytes > self._planner.minimum_bytes
+
+    def _tidy(self, streamer: Streamer, reason: str) -> None:
+        """After a step ran out of memory for the first time: have torch give back what it keeps."""
+        _say_out_of_memory(streamer, reason, "with torch's memory tidied up")
+        streamer.backend.trim()
+
+    def _shrink(self, streamer: Streamer, share: float, reload: Callable[[Plan], None], reason: str) -> None:
+        """After a step ran out of memory: leave it a part of what is on the device."""
+        before = streamer.device_bytes
+        less = max(before * share, streamer.config.headroom_bytes)
+        budget = max(before - less, self._planner.minimum_bytes)
+        _say_out_of_memory(streamer, reason, f"with {format_bytes(before - budget)} less for weights")
+        self._planner.out_of_memory(budget, streamer.backend.memory(), before)
+        streamer.load_within(self._planner.plan_within(budget), reload)
+
+    def _stream_whole_blocks(self, streamer: Streamer, reload: Callable[[Plan], None], reason: str) -> None:
+        """A weight was read without running its module, which did not happen in the first step: stop relying on it."""
+        logger.warning("a weight is read outside of its module, so blocks stream as a whole from now on: %s", reason)
+        self._planner.stream_whole_blocks()
+        assert streamer.plan is not None
+        streamer.load_within(self._planner.plan_within(streamer.plan.budget), reload)
+
+
+def _is_of_another_device(error: Exception) -> bool:
+    """Whether a kernel was given a tensor in host memory, as torch says it."""
+    return isinstance(error, RuntimeError) and "Expected all tensors to be on the same device" in str(error)
+
+
+def _streams_parts(plan: Plan | None) -> bool:
+    """Whether ``plan`` relies on units that run by themselves."""
+    return plan is not None and plan.learned and bool(plan.segments)
+
+
+def _say_out_of_memory(streamer: Streamer, reason: str, remedy: str) -> None:
+    logger.warning(
+        "out of memory in a step on %s with %s of weights, %s free and %s kept by torch; running it again %s (%s)",
+        streamer.backend.name,
+        *map(format_bytes, (streamer.device_bytes, *streamer.backend.memory())),
+        remedy,
+        reason,
+    )

@@ -1,0 +1,38 @@
+"""What of a streamed model is where."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+from .plan import Plan
+
+
+class State(Enum):
+    """What of a streamed model is where.
+
+    UNLOADED: modules use the originals; nothing on the device. Master copies made earlier are kept in host memory.
+    LOADED: the rest and the resident units are on the device, the ring too; streamed units have master copies.
+    REDUCED: as LOADED, but some residents were given up and nothing made in their place. The next load, or the next
+        step, makes the model whole.
+    """
+
+    UNLOADED = "unloaded"
+    LOADED = "loaded"
+    REDUCED = "reduced"
+
+
+class Standing(NamedTuple):
+    """How a model stands on its device at one moment: what a decision about its next plan starts from.
+
+    Attributes:
+        state: what is where.
+        plan: in effect; None while unloaded.
+        device_bytes: what the model has of the device.
+        device_budget: what the device allows it; None where it has no limit of its own.
+    """
+
+    state: State
+    plan: Plan | None
+    device_bytes: int
+    device_budget: int | None
