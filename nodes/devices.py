@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import comfy.memory_management
 import comfy.model_management as mm
 import comfy_aimdo.model_vbar
+import psutil
 import torch
 from comfy.cli_args import args
 
@@ -22,6 +23,7 @@ from ..streaming import (
     UnsupportedModelError,
     VirtualMemory,
     format_bytes,
+    group_memory,
     parse_virtual_devices,
 )
 
@@ -100,10 +102,37 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and index(one) == index(other)
 
 
-# Page-locked memory of all streamed models together. The host counts its own towards the same limit, 90 % of the RAM
-# (40 % on Windows).
+# Host memory that stays free for everybody else; what ComfyUI leaves too, but never more than a part of the whole.
+RESERVED_RAM = 2 * 1024**3
+RESERVED_SHARE = 0.1
+
+
+def _pin_limit() -> int | None:
+    """Bytes that may be page-locked in all: ComfyUI's limit (90 % of the RAM, 40 % on Windows), and the same part of
+    what a control group allows. What the system then really allows is found by trying (PinBudget)."""
+    if mm.MAX_PINNED_MEMORY <= 0:
+        return None
+    limit = int(mm.MAX_PINNED_MEMORY)
+    if (group := group_memory()) is not None:
+        limit = min(limit, int(mm.MAX_PINNED_MEMORY / psutil.virtual_memory().total * group.total))
+    return limit
+
+
+def spare_ram() -> int:
+    """Bytes of host memory that may still be taken."""
+    system = psutil.virtual_memory()
+    spare = system.available - min(RESERVED_RAM, int(RESERVED_SHARE * system.total))
+    if (group := group_memory()) is not None:
+        spare = min(spare, group.available - min(RESERVED_RAM, int(RESERVED_SHARE * group.total)))
+    return spare
+
+
+# Page-locked memory of all streamed models together. The host counts its own towards the same limit.
 pins = PinBudget(
-    limit=int(mm.MAX_PINNED_MEMORY) if mm.MAX_PINNED_MEMORY > 0 else None, others=lambda: int(mm.TOTAL_PINNED_MEMORY)
+    limit=_pin_limit(),
+    others=lambda: int(mm.TOTAL_PINNED_MEMORY),
+    spare=spare_ram,
+    ask_others=lambda n: mm.free_pins(n),
 )
 
 
@@ -135,6 +164,14 @@ def evictable(device: torch.device) -> int:
     if not comfy.memory_management.aimdo_enabled or device.type != "cuda":
         return 0
     return int(comfy_aimdo.model_vbar.vbars_analyze(device.index))
+
+
+def obtainable(backend: Backend) -> int:
+    """Bytes that a model may hope for at most: what is free, and what other models on the device would give up."""
+    if backend.budget is not None:
+        return backend.budget
+    held = sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models if loaded.device == backend.device)
+    return int(mm.get_free_memory(backend.device)) + held + evictable(backend.device)
 
 
 def _copy_streams() -> int:

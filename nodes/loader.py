@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
+import comfy.utils
 import folder_paths
-import safetensors
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..streaming import BudgetError, Streamer, UnsupportedModelError, format_bytes, split_model
+from ..streaming import (
+    BudgetError,
+    Checkpoint,
+    CheckpointError,
+    Streamer,
+    UnsupportedModelError,
+    format_bytes,
+    split_model,
+)
 from . import status
-from .devices import evictable, host_config, make_backend, pins
+from .devices import evictable, host_config, make_backend, obtainable, pins
 from .patcher import ATTRIBUTE, StreamedModel, StreamedModelPatcher
+from .progress import LoadingBar
 
 GIB = 1024**3
 
@@ -32,15 +44,16 @@ WEIGHT_DTYPES = {
 
 SAFETENSORS_ENDINGS = (".safetensors", ".sft")
 
-
-class CheckpointError(ValueError):
-    """A file cannot be loaded; the message names it."""
+# Folders of files that hold a diffusion model alone, and of files that hold text encoders and VAE too.
+MODELS, CHECKPOINTS = "diffusion_models", "checkpoints"
 
 
 class StreamedModelLoader(io.ComfyNode):
     """Loads a diffusion model whose blocks stream from page-locked RAM while the blocks before them compute.
 
-    As many blocks as fit stay in VRAM. The images are the same as with Load Diffusion Model, to the bit.
+    As many blocks as fit stay in VRAM. The images are the same as with Load Diffusion Model, to the bit. Takes files of
+    the folders diffusion_models and checkpoints; CLIP and VAE come from a file of checkpoints alone. Of a model in
+    several files (-00001-of-00003) choose any.
     """
 
     @classmethod
@@ -51,7 +64,7 @@ class StreamedModelLoader(io.ComfyNode):
             category="weightstream",
             description=cls.__doc__,
             inputs=[
-                io.Combo.Input("unet_name", options=folder_paths.get_filename_list("diffusion_models")),
+                io.Combo.Input("unet_name", options=_model_files()),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), advanced=True),
                 io.Float.Input(
                     "vram_limit_gb",
@@ -63,16 +76,26 @@ class StreamedModelLoader(io.ComfyNode):
                     tooltip="VRAM for the model's weights, in GiB. 0 uses what ComfyUI offers.",
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, vram_limit_gb: float = 0.0) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+        options = WEIGHT_DTYPES[weight_dtype]
         limit = int(vram_limit_gb * GIB) if vram_limit_gb > 0 else None
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
-        return io.NodeOutput(load_streamed(path, WEIGHT_DTYPES[weight_dtype], limit, node_id))
+        if path := folder_paths.get_full_path(MODELS, unet_name):
+            return io.NodeOutput(load_streamed(path, options, limit, node_id), None, None)
+        path = folder_paths.get_full_path_or_raise(CHECKPOINTS, unet_name)
+        model = load_streamed(path, options, limit, node_id, full_checkpoint=True)
+        return io.NodeOutput(model, *_load_companions(path))
+
+
+def _model_files() -> list[str]:
+    """The files to choose from; of two with one name that of diffusion_models is taken."""
+    names = folder_paths.get_filename_list(MODELS)
+    return names + [name for name in folder_paths.get_filename_list(CHECKPOINTS) if name not in names]
 
 
 def load_streamed(
@@ -80,15 +103,17 @@ def load_streamed(
     model_options: dict,
     vram_limit: int | None = None,
     node_id: str | None = None,
+    full_checkpoint: bool = False,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """Load the diffusion model at ``path`` for streaming, or the host's way where it cannot stream, and say so.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint; of a sharded one any shard or the index.
         model_options: as :func:`comfy.sd.load_diffusion_model` takes them.
         vram_limit: bytes of VRAM for weights; None takes what the host offers.
-        node_id: where to show the plan.
+        node_id: where to show progress and plan.
+        full_checkpoint: the file holds text encoders and VAE too, which stay where they are.
         disable_dynamic: for callers who want a patcher without dynamic VRAM; a streamed one never has it.
 
     Raises:
@@ -96,25 +121,27 @@ def load_streamed(
         BudgetError: ``vram_limit`` has no room for the largest block.
     """
     name = os.path.basename(path)
-    _check_file(path)
+    weights = _open(path)
     try:
-        patcher = _load_for_streaming(path, model_options, vram_limit, node_id)
-        patcher.cached_patcher_init = (load_streamed, (path, model_options, vram_limit, node_id))
+        patcher = _load_for_streaming(weights, full_checkpoint, model_options, vram_limit, node_id)
+        patcher.cached_patcher_init = (load_streamed, (path, model_options, vram_limit, node_id, full_checkpoint))
         return patcher
     except UnsupportedModelError as error:
         status.announce(name, f"not streamed, loaded ComfyUI's own way: {error}", node_id)
-        return _load_by_host(path, model_options, disable_dynamic)
+        return _load_unstreamed(weights, full_checkpoint, model_options, disable_dynamic)
 
 
-def _load_for_streaming(path: str, model_options: dict, vram_limit: int | None, node_id: str | None) -> ModelPatcher:
-    name = os.path.basename(path)
-    backend = make_backend(model_options.get("load_device", comfy.model_management.get_torch_device()))
+def _load_for_streaming(
+    weights: _Weights, full_checkpoint: bool, model_options: dict, vram_limit: int | None, node_id: str | None
+) -> ModelPatcher:
+    name = os.path.basename(weights.path)
+    backend = make_backend(model_options.get("load_device", mm.get_torch_device()))
     with _views_of_the_file():
-        loaded = _load_by_host(path, model_options)
+        loaded = _load_by_host(weights, full_checkpoint, model_options)
     model, load_device = loaded.model, loaded.load_device
-    blocks = split_model(model, _model_dtype)
+    blocks = split_model(model, _model_dtype, weights.locate)
     config = host_config(vram_limit, backend)
-    streamer = Streamer(model.diffusion_model, blocks, backend, config, pins, evictable)
+    streamer = Streamer(model.diffusion_model, blocks, backend, config, pins, evictable, LoadingBar(node_id))
     _check_limit(vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id)
     setattr(model, ATTRIBUTE, streamed)
@@ -124,21 +151,46 @@ def _load_for_streaming(path: str, model_options: dict, vram_limit: int | None, 
         f"{len(blocks.blocks)} blocks, {format_bytes(streamer.model_bytes)}, ready to stream to {backend.name}",
         node_id,
     )
+    streamer.prepare(obtainable(backend))
     return StreamedModelPatcher(model, load_device, loaded.offload_device, streamer.model_bytes)
 
 
-def _check_file(path: str) -> None:
-    """Read a safetensors header before the host does: its own message for a damaged file seldom names the file."""
-    if not path.lower().endswith(SAFETENSORS_ENDINGS):
-        return
-    try:
-        with safetensors.safe_open(path, framework="pt"):
-            return
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error}). It may be truncated or of another type; "
-            "check its size and download it again."
-        ) from error
+@dataclass(frozen=True)
+class _Weights:
+    """What a file holds, as the host's functions take it.
+
+    Attributes:
+        path: the file.
+        tensors, metadata: its tensors, views of the mapped file where it is a safetensors file, and its metadata.
+        locate: finds the part of the file that a tensor maps.
+        files: how many there are.
+    """
+
+    path: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str] | None
+    locate: Callable[[torch.Tensor], Any]
+    files: int = 1
+
+
+def _open(path: str) -> _Weights:
+    """Open the file, whatever its type."""
+    if path.lower().endswith((*SAFETENSORS_ENDINGS, ".index.json")):
+        checkpoint = Checkpoint.open(path)
+        return _Weights(path, checkpoint.state_dict(), checkpoint.metadata, checkpoint.locate, len(checkpoint.files))
+    with _named_errors(path):
+        tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    return _Weights(path, tensors, metadata, lambda tensor: None)
+
+
+def _load_companions(path: str) -> tuple[Any, Any]:
+    """The text encoders and the VAE of a full checkpoint, loaded the host's way; None for what it has not."""
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    with _named_errors(path):
+        _, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
+            path, output_vae=True, output_clip=True, output_model=False, embedding_directory=embeddings
+        )
+    return clip, vae
 
 
 def _check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
@@ -152,18 +204,50 @@ def _check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
         )
 
 
-def _load_by_host(path: str, model_options: dict, disable_dynamic: bool = False) -> ModelPatcher:
+def _load_by_host(
+    weights: _Weights, full_checkpoint: bool, model_options: dict, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """What Load Diffusion Model and Load Checkpoint do with the tensors of their file."""
+    tensors = dict(weights.tensors)  # The host takes out what it has used.
+    options = {"model_options": model_options, "metadata": weights.metadata, "disable_dynamic": disable_dynamic}
+    with _named_errors(weights.path):
+        if full_checkpoint:
+            found = comfy.sd.load_state_dict_guess_config(tensors, output_vae=False, output_clip=False, **options)
+            model = found[0] if found is not None else None
+        else:
+            model = comfy.sd.load_diffusion_model_state_dict(tensors, **options)
+    if model is None:
+        raise CheckpointError(
+            f"{weights.path}: ComfyUI knows no diffusion model with these weights. A VAE, text encoder or LoRA belongs "
+            "into another folder and another loader"
+        )
+    return model
+
+
+def _load_unstreamed(
+    weights: _Weights, full_checkpoint: bool, model_options: dict, disable_dynamic: bool
+) -> ModelPatcher:
+    """As if our loader did not exist; of a model in several files the host has no way of its own."""
+    if weights.files > 1:
+        return _load_by_host(weights, full_checkpoint, model_options, disable_dynamic)
+    options = {"model_options": model_options, "disable_dynamic": disable_dynamic}
+    with _named_errors(weights.path):
+        if full_checkpoint:
+            return comfy.sd.load_checkpoint_guess_config_model_only(weights.path, **options)
+        return comfy.sd.load_diffusion_model(weights.path, **options)
+
+
+@contextmanager
+def _named_errors(path: str) -> Iterator[None]:
+    """Errors of the host's functions name the file."""
     try:
-        return comfy.sd.load_diffusion_model(path, model_options=model_options, disable_dynamic=disable_dynamic)
-    except (MemoryError, torch.OutOfMemoryError):
+        yield
+    except (MemoryError, torch.OutOfMemoryError, CheckpointError):
         raise
     except Exception as error:  # Whatever a damaged file of any format makes its reader raise.
-        if "Could not detect model type" in str(error):
-            reason = "ComfyUI knows no diffusion model with these weights. A VAE, text encoder or LoRA belongs into "
-            reason += "another folder and another loader"
-        else:
-            reason = "ComfyUI could not load it; it may be damaged or of another type"
-        raise CheckpointError(f"{path}: {reason} ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{path}: ComfyUI could not load it; it may be damaged or of another type ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:

@@ -40,19 +40,20 @@ class StreamedModel:
     streamer: Streamer
     node_id: str | None = None
     _announced: object = None
-    _shown: Plan | None = None
+    _shown: tuple[Plan | None, bool] = (None, False)
 
     def announce_changes(self) -> None:
-        """After a step: announce what it has changed or measured."""
-        if self.streamer.plan is not self._shown:
+        """After a step: announce what it has changed or measured, and that everything is page-locked now."""
+        plan, building = self._shown
+        if self.streamer.plan is not plan or self.streamer.building != building:
             self.announce()
 
     def announce(self) -> None:
         """Say which plan is in effect; in the log only when it is another than before."""
-        plan = self.streamer.plan
-        now = (plan, self.streamer.state, plan is not None and plan.forecast is not None)
+        plan, building = self.streamer.plan, self.streamer.building
+        now = (plan, building, self.streamer.state, plan is not None and plan.forecast is not None)
         status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
-        self._announced, self._shown = now, plan
+        self._announced, self._shown = now, (plan, building)
 
 
 class StreamedModelPatcher(ModelPatcher):
@@ -303,9 +304,14 @@ class StreamedModelPatcher(ModelPatcher):
         return patches
 
     def patch_hooks(self, hooks: Any) -> None:
+        if hooks is not None and (names := self._names_patched_by(hooks)):
+            self.streamer.make_masters(names)  # Hooks write into the weights, and the file is not theirs.
         super().patch_hooks(hooks)
         if self.hook_backup:
             self.streamer.invalidate()  # Hooks write into the weights.
+
+    def _names_patched_by(self, hooks: Any) -> set[str]:
+        return {*self.get_combined_hook_patches(hooks), *self.cached_hook_patches.get(hooks, ())}
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         written = bool(self.hook_backup)

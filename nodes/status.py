@@ -38,8 +38,13 @@ def announce(name: str, text: str, node_id: str | None, again: bool = False) -> 
     ``again`` says that the log has this text already; the page may not have it, so the node still gets it.
     """
     logger.log(logging.DEBUG if again else logging.INFO, "[WeightStream] %s: %s", name, text)
-    server = _server()
-    if node_id is not None and server is not None:
+    if node_id is not None:
+        show(text, node_id)
+
+
+def show(text: str, node_id: str) -> None:
+    """Show ``text`` on a node, where there is a page."""
+    if (server := _server()) is not None:
         server.send_progress_text(text, node_id)
 
 

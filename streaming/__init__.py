@@ -17,6 +17,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .header import Entry
+from .host_memory import HostMemory, group_memory
 from .masters import NoPatches, Patches
 from .plan import Forecast, Plan, make_plan, minimum_bytes
 from .profile import Outline, Profile, assumed_profile
@@ -25,6 +26,7 @@ from .schedule import Schedule
 from .segments import Segment
 from .state import State
 from .streamer import Streamer
+from .supply import Progress
 from .telemetry import Counters, Snapshot
 
 __all__ = [
@@ -45,12 +47,14 @@ __all__ = [
     "Entry",
     "FileSlice",
     "Forecast",
+    "HostMemory",
     "NoPatches",
     "Outline",
     "Patches",
     "PinBudget",
     "Plan",
     "Profile",
+    "Progress",
     "Residency",
     "RingExhaustedError",
     "Schedule",
@@ -67,6 +71,7 @@ __all__ = [
     "assumed_profile",
     "find_blocks",
     "format_bytes",
+    "group_memory",
     "make_plan",
     "minimum_bytes",
     "parse_virtual_devices",

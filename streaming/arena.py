@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from .backend import Backend
 from .config import format_bytes
+
+# A driver keeps its lock while it page-locks memory, and kernels cannot be launched then. Without a pause behind each
+# registration one thread starves the other: steps of 0.16 s took 11 s; with 1 ms behind pieces of 64 MB nothing shows
+# (H200, docs/design.md).
+REGISTER_PAUSE_SECONDS = 0.001
+
+# After a registration has failed, this part of what was page-locked then is the limit.
+BACK_OFF = 0.95
+
+
+class PinOwner(Protocol):
+    """A model that has page-locked memory and could do without."""
+
+    last_used: float
+
+    def give_up_masters(self, nbytes: int) -> int:
+        """Free at least ``nbytes`` of page-locked memory, or all; gives what was freed."""
 
 
 class PinBudget:
@@ -19,25 +38,92 @@ class PinBudget:
     Args:
         limit: bytes; None sets no limit of our own.
         others: tells how many bytes of the same kind others in the process have locked.
+        spare: tells how many bytes of host memory may be taken besides; None where nobody counts.
+        ask_others: asks others in the process to unlock so many bytes.
+
+    Attributes:
+        used: bytes that are locked, or about to be.
+        failures: registrations that the system refused.
     """
 
-    def __init__(self, limit: int | None = None, others: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        limit: int | None = None,
+        others: Callable[[], int] = lambda: 0,
+        spare: Callable[[], int] | None = None,
+        ask_others: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
         self.limit = limit
         self.used = 0
+        self.failures = 0
         self._others = others
+        self._spare = spare
+        self._ask_others = ask_others
+        self._ceiling: int | None = None
+        self._refused = ""
+        self._owners: weakref.WeakSet[PinOwner] = weakref.WeakSet()
         self._counting = threading.Lock()
+        self._registering = threading.Lock()
 
-    def take(self, nbytes: int) -> bool:
-        """Whether ``nbytes`` more may be locked; they count as locked if so."""
+    def take(self, nbytes: int) -> str | None:
+        """Count ``nbytes`` more as locked; gives None, or the reason why they may not be."""
         with self._counting:
-            if self.limit is not None and self.used + self._others() + nbytes > self.limit:
-                return False
-            self.used += nbytes
-            return True
+            reason = self._refusal(nbytes)
+            if reason is None:
+                self.used += nbytes
+            return reason
+
+    def _refusal(self, nbytes: int) -> str | None:
+        if self.limit is not None and self.used + self._others() + nbytes > self.limit:
+            return f"the limit of {format_bytes(self.limit)} page-locked memory is reached"
+        if self._ceiling is not None and self.used + nbytes > self._ceiling:
+            return self._refused
+        if not self.has_room(nbytes):
+            return "host memory is nearly full"
+        return None
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether host memory has room for ``nbytes`` more, page-locked or not."""
+        return self._spare is None or nbytes <= self._spare()
 
     def give(self, nbytes: int) -> None:
         with self._counting:
             self.used -= nbytes
+            if self.used == 0:
+                self._ceiling = None  # What the system allows may be another by now: try again.
+
+    def register(self, backend: Backend, memory: torch.Tensor) -> str | None:
+        """Page-lock memory that was taken; gives None, or the reason why it could not be done."""
+        with self._registering:
+            reason = backend.register(memory)
+            time.sleep(REGISTER_PAUSE_SECONDS)
+        if reason is not None:
+            with self._counting:
+                self.failures += 1
+                self._ceiling = int((self.used - memory.nbytes) * BACK_OFF)
+                self._refused = reason
+        return reason
+
+    def join(self, owner: PinOwner) -> None:
+        """``owner`` may be asked to give memory up for others, on the thread that calls :meth:`make_room`."""
+        self._owners.add(owner)
+
+    def make_room(self, nbytes: int, keep: PinOwner) -> None:
+        """Have others give up what stands in the way of ``nbytes`` more, the least recently used model first."""
+        short = self._shortage(nbytes)
+        if short > 0:
+            self._ask_others(short)
+        for owner in sorted(self._owners, key=lambda owner: owner.last_used):
+            if (short := self._shortage(nbytes)) <= 0:
+                return
+            if owner is not keep:
+                owner.give_up_masters(short)
+
+    def _shortage(self, nbytes: int) -> int:
+        limits = [limit for limit in (self.limit, self._ceiling) if limit is not None]
+        by_limit = self.used + self._others() + nbytes - min(limits) if limits else 0
+        by_memory = nbytes - self._spare() if self._spare is not None else 0
+        return max(by_limit, by_memory)
 
 
 class HostBuffer:
@@ -50,43 +136,62 @@ class HostBuffer:
     """
 
     def __init__(self, nbytes: int) -> None:
+        pages = mmap.mmap(-1, max(1, nbytes))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
         with torch.inference_mode(False):
-            self.memory = torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+            self.memory = torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
         self.nbytes = nbytes
         self.pinned = False
-        self._unlock: weakref.finalize | None = None
+        self._claim: weakref.finalize | None = None
+        self._lock: weakref.finalize | None = None
+
+    def claim(self, budget: PinBudget) -> str | None:
+        """Count towards ``budget`` until the end; gives None, or the reason why that is not allowed."""
+        if self._claim is not None:
+            return None
+        reason = budget.take(self.nbytes)
+        if reason is None:
+            self._claim = weakref.finalize(self, budget.give, self.nbytes)
+            self._claim.atexit = False
+        return reason
 
     def lock(self, backend: Backend, budget: PinBudget) -> str | None:
         """Page-lock; gives None, or the reason why not."""
-        if not budget.take(self.nbytes):
-            return f"the limit of {format_bytes(budget.limit or 0)} page-locked memory is reached"
+        if (reason := self.claim(budget)) is not None:
+            return reason
         try:
-            reason = backend.register(self.memory)
+            reason = budget.register(backend, self.memory)
         except BaseException:
-            budget.give(self.nbytes)
+            self._end_claim()
             raise
         if reason is not None:
-            budget.give(self.nbytes)
+            self._end_claim()
             return reason
         self.pinned = True
         # Memory that is freed while registered makes a later registration of other memory fail, so the unlocking
         # hangs on this object's end and holds the memory until then. Not at exit: the process's pages go anyway,
         # and the driver may be gone.
-        self._unlock = weakref.finalize(self, _unlock, backend, self.memory, budget)
-        self._unlock.atexit = False
+        self._lock = weakref.finalize(self, _unlock, backend, self.memory)
+        self._lock.atexit = False
         return None
 
     def close(self) -> None:
         """Undo the locking. The memory goes with the last view of it. No copy from it may be under way."""
-        if self._unlock is not None:
-            self._unlock()
-            self._unlock = None
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
         self.pinned = False
+        self._end_claim()
+
+    def _end_claim(self) -> None:
+        if self._claim is not None:
+            self._claim()
+            self._claim = None
 
 
-def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget) -> None:
+def _unlock(backend: Backend, memory: torch.Tensor) -> None:
     backend.unregister(memory.data_ptr())
-    budget.give(memory.nbytes)
 
 
 class Arena:
@@ -98,13 +203,18 @@ class Arena:
     """
 
     def __init__(self, backend: Backend, pin_memory: bool = True, budget: PinBudget | None = None) -> None:
+        self.budget = budget or PinBudget()
         self._backend = backend
-        self._budget = budget or PinBudget()
         self._pin_memory = pin_memory
         self._counting = threading.Lock()
         self.pinned_bytes = 0
         self.pageable_bytes = 0
-        self.reason: str | None = None if pin_memory else "page-locking is switched off"
+        self.reason: str | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Try anew: what stood in the way before may be gone."""
+        self.reason = None if self._pin_memory else "page-locking is switched off"
 
     def allocate(self, nbytes: int) -> HostBuffer:
         """Pageable memory. Fill it, then :meth:`lock` it: registering touched pages is several times faster."""
@@ -113,17 +223,33 @@ class Arena:
             self.pageable_bytes += nbytes
         return buffer
 
-    def lock(self, buffer: HostBuffer) -> None:
+    def claim(self, nbytes: int) -> HostBuffer | None:
+        """Memory that may be page-locked once it is filled; None, and :attr:`reason`, where that is not allowed.
+
+        What is only good when it is page-locked need not be filled in vain.
+        """
+        if not self._pin_memory:
+            return None
+        buffer = HostBuffer(nbytes)
+        if (reason := buffer.claim(self.budget)) is not None:
+            self.reason = reason
+            return None
+        with self._counting:
+            self.pageable_bytes += nbytes
+        return buffer
+
+    def lock(self, buffer: HostBuffer) -> bool:
         """Page-lock ``buffer`` if that is allowed and works; else it stays pageable and :attr:`reason` says why."""
         if not self._pin_memory or buffer.nbytes == 0:
-            return
-        reason = buffer.lock(self._backend, self._budget)
+            return False
+        reason = buffer.lock(self._backend, self.budget)
         with self._counting:
             if reason is None:
                 self.pinned_bytes += buffer.nbytes
                 self.pageable_bytes -= buffer.nbytes
             else:
                 self.reason = reason
+        return reason is None
 
     def release(self, buffer: HostBuffer) -> None:
         """Take ``buffer`` back."""

@@ -154,6 +154,14 @@ class Backend(ABC):
         assert self._last_copy is not None
         return self._last_copy
 
+    def all_of(self, events: Sequence[Event]) -> Event:
+        """An event that happens when the copies behind all of ``events`` are done, and fails when one of them does.
+
+        Args:
+            events: of copies, in the order in which they were queued.
+        """
+        return events[-1]
+
     @staticmethod
     def _in_pieces(pairs: Sequence[Pair], nbytes: int) -> Iterator[Sequence[Pair]]:
         for target, source in pairs:
@@ -205,6 +213,10 @@ class Backend(ABC):
         """Make compute that is queued from now on start after ``event``."""
 
     @abstractmethod
+    def finish(self, event: Event) -> None:
+        """Wait, on the host, for a copy's event; whether the copy failed is the concern of others."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait, on the host, for everything that was queued on this device."""
 
@@ -241,13 +253,15 @@ class CudaBackend(Backend):
                 # Race: the kernels that used the target before may still be reading it, and an earlier
                 # copy into the same slot may not be done.
                 stream.wait_event(event)
-            begin = self._timestamp(stream) if self._copy_times is not None else None
+            times = self._copy_times
+            begin = self._timestamp(stream) if times is not None else None
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            if begin is None:
-                return stream.record_event()
-            done = self._timestamp(stream)
-            self._copy_times.append(CopyTime(_nbytes(pairs), begin, done))
+            # Blocking: a thread that waits for it (finish) sleeps, and takes no core from the others.
+            done = torch.cuda.Event(enable_timing=times is not None, blocking=True)
+            done.record(stream)
+            if times is not None:
+                times.append(CopyTime(_nbytes(pairs), begin, done))
             return done
 
     def _timestamp(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
@@ -282,6 +296,9 @@ class CudaBackend(Backend):
         stream.wait_event(event)
         after = self._timestamp(stream)
         return lambda: self.seconds(before, after)
+
+    def finish(self, event: Event) -> None:
+        event.synchronize()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -351,6 +368,20 @@ class VirtualMemory:
         self.allocated -= nbytes
 
 
+class _AllOf:
+    """Several futures, asked as one."""
+
+    def __init__(self, futures: Sequence[Future[None]]) -> None:
+        self._futures = tuple(futures)
+
+    def done(self) -> bool:
+        return all(future.done() for future in self._futures)
+
+    def result(self) -> None:
+        for future in self._futures:
+            future.result()
+
+
 class CpuBackend(Backend):
     """A virtual device in ordinary RAM: a byte budget, and one worker thread for each copy stream.
 
@@ -398,6 +429,9 @@ class CpuBackend(Backend):
         run()
         return self.mark()
 
+    def all_of(self, events: Sequence[Event]) -> Event:
+        return _AllOf(events)
+
     def memory(self) -> DeviceMemory:
         return DeviceMemory(self.store.budget - self.store.allocated, 0)
 
@@ -421,6 +455,9 @@ class CpuBackend(Backend):
         event.result()
         seconds = time.perf_counter() - start if stalled else 0.0
         return lambda: seconds
+
+    def finish(self, event: Event) -> None:
+        wait_for_futures([event])
 
     def synchronize(self) -> None:
         # A worker lets go of what a copy used when it takes up the next task, not when the copy is done.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .layout import Layout, NamedTensor, Place, TensorSpec, make_layout
+from .layout import Layout, NamedTensor, Place, Source, TensorSpec, make_layout
 from .profile import Outline
 
 # A model most of whose bytes lie outside of its blocks gains nothing from streaming them.
@@ -23,6 +23,9 @@ SMALL_SHARE = 1 / 256
 
 # Names the dtype that a tensor shall have when it runs: (module, attribute, tensor) -> dtype.
 TargetDtype = Callable[[nn.Module, str, torch.Tensor], torch.dtype]
+
+# Gives the source of a tensor that maps a file.
+Locate = Callable[[torch.Tensor], Source | None]
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,17 @@ def _is_block_list(module: nn.Module) -> bool:
     return all(any(True for _ in child.parameters()) for child in module)
 
 
-def split_model(model: nn.Module, target_dtype: TargetDtype | None = None) -> BlockSet:
+def split_model(
+    model: nn.Module, target_dtype: TargetDtype | None = None, locate: Locate = lambda tensor: None
+) -> BlockSet:
     """Cut ``model`` into blocks and rest, each with its layout.
 
     Tensors that two blocks share, and all tensors outside of blocks, belong to the rest.
+
+    Args:
+        model: the module.
+        target_dtype: the dtype in which a tensor runs; its own by default.
+        locate: the source of a tensor that maps a file; None for a tensor that exists in memory alone.
 
     Raises:
         UnsupportedModelError: no list of blocks, too few bytes in blocks, or tensors that cannot be laid out.
@@ -142,7 +152,7 @@ def split_model(model: nn.Module, target_dtype: TargetDtype | None = None) -> Bl
     found = find_blocks(model)
     if not found:
         raise UnsupportedModelError("it has no list of repeated blocks")
-    tensors = _named_tensors(model, target_dtype or _own_dtype)
+    tensors = _named_tensors(model, target_dtype or _own_dtype, locate)
     owners = _owners(found, tensors)
     blocks: list[Block] = []
     first = 0
@@ -187,7 +197,7 @@ def _own_dtype(module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch
     return tensor.dtype
 
 
-def _named_tensors(model: nn.Module, target_dtype: TargetDtype) -> list[NamedTensor]:
+def _named_tensors(model: nn.Module, target_dtype: TargetDtype, locate: Locate) -> list[NamedTensor]:
     """Every parameter and buffer once, with all of its places: a tied tensor has several."""
     names: dict[int, list[str]] = defaultdict(list)
     places: dict[int, list[Place]] = defaultdict(list)
@@ -202,7 +212,7 @@ def _named_tensors(model: nn.Module, target_dtype: TargetDtype) -> list[NamedTen
                 names[id(tensor)].append(name)
                 places[id(tensor)].append(Place(holder, attribute, is_parameter))
                 first.setdefault(id(tensor), (tensor, target_dtype(module, attribute, tensor)))
-    return [NamedTensor(tuple(names[key]), *first[key], tuple(places[key])) for key in first]
+    return [NamedTensor(tuple(names[key]), *first[key], tuple(places[key]), locate(first[key][0])) for key in first]
 
 
 def _check_plain(name: str, tensor: torch.Tensor) -> None:

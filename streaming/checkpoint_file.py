@@ -147,7 +147,12 @@ class CheckpointFile:
             return self._mapping
 
     def locate(self, tensor: torch.Tensor) -> FileSlice | None:
-        """Where in the file the bytes of ``tensor`` are, in the order of its memory; None if they are not there."""
+        """Where in the file the bytes of ``tensor`` are, in the order of its memory; None if they are not there.
+
+        A tensor that somebody has written to counts as not there: the bytes of the file are older.
+        """
+        if tensor.is_inference() or tensor._version > 0:
+            return None
         if self._mapping is None or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return None
         if tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or not _is_dense(tensor):
@@ -238,6 +243,14 @@ class FileSlice:
         if not 0 <= start <= start + target.nbytes <= self.nbytes:
             raise ValueError(f"bytes {start} to {start + target.nbytes} of a slice of {self.nbytes} bytes")
         self.file.read_into(target, self.offset + start)
+
+    def check(self) -> None:
+        """Raise ``CheckpointChangedError`` if the file was written to since it was opened."""
+        self.file.check_unchanged()
+
+    def forget(self, start: int, nbytes: int) -> None:
+        """Let the system forget its copy of these bytes."""
+        self.file.drop_cached(self.offset + start, nbytes)
 
 
 def _view(mapping: mmap.mmap, entry: Entry) -> torch.Tensor:

@@ -32,7 +32,9 @@ class StreamingConfig:
         headroom_bytes: device memory that stays free beside the weights and a step's measured activations.
         adaptive: follow the memory that steps were measured to leave, instead of what was offered for the first.
         thrifty: keep no more on the device than makes a step faster, once that was measured.
-        fill_threads: threads that fill host memory; 0 takes the machine's cores, at most 16.
+        fill_threads: threads that fill host memory for which somebody waits; 0 takes the cores, at most 16.
+        read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
+        build_threads: threads that build master copies beside the steps.
     """
 
     copy_streams: int = 2
@@ -45,11 +47,18 @@ class StreamingConfig:
     adaptive: bool = True
     thrifty: bool = True
     fill_threads: int = 0
+    read_threads: int = 8
+    chunk_bytes: int = 8 * 1024**2
+    chunks: int = 16
+    build_threads: int = 4
 
     def __post_init__(self) -> None:
         for name in ("copy_streams", "slots", "staging_bytes", "segment_bytes", "headroom_bytes", "fill_threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("read_threads", "chunk_bytes", "chunks", "build_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.vram_limit is not None and self.vram_limit < 0:
             raise ConfigError(f"vram_limit must be None or 0 bytes and more, got {self.vram_limit}")
 

@@ -8,10 +8,13 @@ A slot's memory is written by copies and read by the compute stream. Four things
  3. write after write: the backend carries copies out in the order in which they are queued;
  4. the host never rewrites a master copy while a copy from it may be under way: who does drains the copy streams
     first (``streamer.py``).
+Segments with page-locked master copies are copied straight from them. The others, and then those behind them, go
+through a reader, which reads and queues copies on a thread of its own, in the same order (reader.py, Note: one order
+for all copies). A master copy that a builder has finished is adopted when its segment is copied next.
 A segment is released when its units have run as often as they did before, and at the latest when its block or the
 step ends. A unit that runs once more begins its segment anew, with a wait and a binding of its own; so nothing here
-relies on how often units ran before. The host itself waits for nothing. Tensors never tell torch's allocator about the
-second stream (``record_stream``): staging memory is freed only after ``synchronize``.
+relies on how often units ran before. The host itself waits for nothing but for readers. Tensors never tell torch's
+allocator about the second stream (``record_stream``): staging memory is freed only after ``synchronize``.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ from torch.autograd import profiler
 
 from .backend import Backend, Pair
 from .layout import Binding
-from .masters import Weights
+from .masters import UnitCopies
 from .plan import Plan
+from .reader import Load, Move, Reader, Tick, Transfer
 from .ring import Ring
-from .schedule import Schedule
+from .schedule import Entry, Schedule
 from .telemetry import Counters, StallMeter
 
 
@@ -53,55 +57,64 @@ class Lane:
     Args:
         backend: the device.
         plan: a plan with segments.
-        masters: gives a streamed unit's master copy.
+        copies: gives the copies of a streamed unit.
+        reader: brings what has no page-locked master copy.
         copy_streams: 0 copies each segment when it is needed, on the compute stream.
         counters, stalls: where to count.
+        tick: is called while the host waits for a reader, and may raise.
     """
 
     def __init__(
         self,
         backend: Backend,
         plan: Plan,
-        masters: Callable[[int], Weights],
+        copies: Callable[[int], UnitCopies],
+        reader: Reader,
         copy_streams: int,
         counters: Counters,
         stalls: StallMeter,
+        tick: Tick,
     ) -> None:
         self._backend = backend
         self._segments = plan.segments
+        self._reader = reader
         self._counters = counters
         self._stalls = stalls
+        self._tick = tick
         self.segment_of = {unit: number for number, segment in enumerate(plan.segments) for unit in segment.units}
         self._of_block: dict[int, list[int]] = {}
         for number, segment in enumerate(plan.segments):
             self._of_block.setdefault(segment.block, []).append(number)
         self._running: set[int] = set()
         self._open: dict[int, _Run] = {}
-        backend.open(copy_streams)
         self._ring = Ring(backend, plan.slots, plan.slot_bytes)
         self._schedule = Schedule(range(len(plan.segments)), plan.slots, plan.slots if copy_streams else 0)
-        self._home: list[list[Binding]] = []
-        self._pairs: list[list[list[Pair]]] = []
+        self._copies = [[copies(unit) for unit in segment.units] for segment in plan.segments]
+        self._home = [[unit.home for unit in group] for group in self._copies]
+        self._pairs: list[list[list[Pair]] | None] = [None] * len(plan.segments)
         self._bindings: list[list[list[Binding]]] = []
         try:
-            self._prepare(masters)
+            self._prepare()
         except BaseException:
             self._ring.release()
             raise
 
-    def _prepare(self, masters: Callable[[int], Weights]) -> None:
+    def _prepare(self) -> None:
         """Make once what steps use, so that a step makes no view and no parameter.
 
-        For each segment: what its units are bound to when it is in no slot; and for each slot the copies into it and
-        the bindings to it.
+        For each segment and slot: the bindings to it, and, where all units have page-locked master copies, the copies.
         """
         with torch.inference_mode(False):
-            for segment in self._segments:
-                group = [masters(unit) for unit in segment.units]
+            for number, group in enumerate(self._copies):
                 places = [_places(slot.buffer, group) for slot in self._ring.slots]
-                self._home.append([weights.binding for weights in group])
-                self._pairs.append([[(place, weights.buffer) for place, weights in each] for each in places])
-                self._bindings.append([[weights.bind_to(place) for place, weights in each] for each in places])
+                self._bindings.append([[unit.unit.layout.binding(place) for place, unit in each] for each in places])
+                self._prepare_pairs(number)
+
+    def _prepare_pairs(self, number: int) -> None:
+        group = self._copies[number]
+        if all(unit.pinned for unit in group):
+            places = [_places(slot.buffer, group) for slot in self._ring.slots]
+            self._pairs[number] = [[(place, unit.master.buffer) for place, unit in each] for each in places]
 
     @property
     def streamed_blocks(self) -> tuple[int, ...]:
@@ -165,6 +178,14 @@ class Lane:
         self._schedule.forget()
         self.prefetch()
 
+    def refresh(self) -> None:
+        """Master copies were made, and prefetched segments given up; no copy may be under way."""
+        for number, group in enumerate(self._copies):
+            self._home[number] = [unit.home for unit in group]
+            with torch.inference_mode(False):
+                self._prepare_pairs(number)
+        self.forget()
+
     def prefetch(self) -> None:
         """Queue copies of what is needed next, as far as slots are free."""
         while (copy := self._schedule.next_copy()) is not None:
@@ -191,7 +212,7 @@ class Lane:
                 self._counters.misses += 1
                 self._fill(number, entry.slot, opening=True)
             with _phase("stream::wait"):
-                self._stalls.add(self._backend.wait(self._ring.slots[entry.slot].ready))
+                self._wait(number, entry)
             for binding in self._bindings[number][entry.slot]:
                 binding.apply()
         except BaseException:
@@ -199,6 +220,26 @@ class Lane:
             self._schedule.drop(entry.slot)
             raise
         return run
+
+    def _wait(self, number: int, entry: Entry) -> None:
+        """Make compute wait for the slot; the host waits too where a reader has not queued the copies yet."""
+        slot = self._ring.slots[entry.slot]
+        if not isinstance(slot.ready, Transfer):
+            self._stalls.add(self._backend.wait(slot.ready))
+            return
+        before = self._backend.moment()
+        try:
+            slot.ready = self._reader.wait(slot.ready, self._tick)
+        except Exception:
+            if not entry.hit:
+                raise
+            # What went wrong ahead of time may go well now, and else fails now.
+            self._counters.misses += 1
+            self._fill(number, entry.slot, opening=True)
+            slot.ready = self._reader.wait(slot.ready, self._tick) if isinstance(slot.ready, Transfer) else slot.ready
+        self._backend.wait(slot.ready)
+        after = self._backend.moment()
+        self._stalls.add(lambda: self._backend.seconds(before, after))
 
     def _make_way(self) -> None:
         """When every slot is taken, release segments that nobody uses now: a unit of theirs was left out this time."""
@@ -225,19 +266,42 @@ class Lane:
 
     def _fill(self, number: int, slot: int, opening: bool) -> None:
         with _phase("stream::prefetch"):
-            self._ring.fill(slot, self._pairs[number][slot], opening)
+            pairs = self._pairs[number] or self._adopt(number)
+            if pairs is not None and self._reader.idle:
+                self._ring.fill(slot, pairs[slot], opening)
+            else:
+                target = self._ring.slots[slot]
+                parts = [_part(place, unit) for place, unit in _places(target.buffer, self._copies[number])]
+                target.ready = self._reader.transfer(parts, target.free, opening)
         self._counters.copies += 1
         self._counters.streamed_bytes += self._segments[number].nbytes
 
+    def _adopt(self, number: int) -> list[list[Pair]] | None:
+        """Use the master copies that a builder has finished; gives the copies from them, if that are all."""
+        group = self._copies[number]
+        adopted = [unit.adopt() for unit in group]
+        if any(adopted):
+            self._home[number] = [unit.home for unit in group]
+            with torch.inference_mode(False):
+                self._prepare_pairs(number)
+        return self._pairs[number]
 
-def _places(buffer: torch.Tensor, group: Sequence[Weights]) -> list[tuple[torch.Tensor, Weights]]:
+
+def _places(buffer: torch.Tensor, group: Sequence[UnitCopies]) -> list[tuple[torch.Tensor, UnitCopies]]:
     """Where in a slot each unit of a segment lies: one behind another."""
     places, offset = [], 0
-    for weights in group:
-        end = offset + weights.buffer.nbytes
-        places.append((buffer[offset:end], weights))
+    for unit in group:
+        end = offset + unit.unit.nbytes
+        places.append((buffer[offset:end], unit))
         offset = end
     return places
+
+
+def _part(place: torch.Tensor, unit: UnitCopies) -> Load | Move:
+    """What a reader does for a unit."""
+    if unit.master is None:
+        return Load(unit.unit.layout, place)
+    return Move(unit.master.buffer, place, unit.pinned)
 
 
 _NO_PHASE = nullcontext()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -24,6 +25,19 @@ class Place:
     is_parameter: bool
 
 
+class Source(Protocol):
+    """Where a tensor's bytes can be read from again: a part of a file."""
+
+    def read_into(self, target: memoryview, start: int = 0) -> None:
+        """Read ``len(target)`` bytes from byte ``start`` of the tensor on."""
+
+    def check(self) -> None:
+        """Raise unless the bytes are still those that were there when the model was loaded."""
+
+    def forget(self, start: int, nbytes: int) -> None:
+        """Nobody will read these bytes again soon: the system need not keep them in memory."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a unit.
@@ -35,6 +49,7 @@ class TensorSpec:
         original: the tensor as it was loaded: the truth, never written to.
         shape, stride, dtype: as bound; ``dtype`` may differ from the original's (cast on the way).
         offset, nbytes: bytes from the buffer's start, and bytes used.
+        source: the file's part that ``original`` maps; None for one that exists in memory alone.
     """
 
     name: str
@@ -46,6 +61,7 @@ class TensorSpec:
     dtype: torch.dtype
     offset: int
     nbytes: int
+    source: Source | None = field(default=None, repr=False)
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """This tensor's part of ``buffer`` (uint8, one dimension), typed and shaped."""
@@ -94,12 +110,13 @@ class Binding:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor that a model holds: its full names, value, target dtype and places."""
+    """A tensor that a model holds: its full names, value, target dtype, places, and source."""
 
     names: tuple[str, ...]
     tensor: torch.Tensor
     dtype: torch.dtype
     places: tuple[Place, ...]
+    source: Source | None = None
 
 
 def make_layout(tensors: Iterable[NamedTensor]) -> Layout:
@@ -112,7 +129,9 @@ def make_layout(tensors: Iterable[NamedTensor]) -> Layout:
         shape = item.tensor.shape
         name, *aliases = item.names
         specs.append(
-            TensorSpec(name, tuple(aliases), item.places, item.tensor, shape, stride, item.dtype, offset, nbytes)
+            TensorSpec(
+                name, tuple(aliases), item.places, item.tensor, shape, stride, item.dtype, offset, nbytes, item.source
+            )
         )
         offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
     return Layout(tuple(specs), offset)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from .arena import Arena, HostBuffer
 from .backend import Backend
 from .blocks import Unit
+from .contents import needs_work, ranges, read_range, read_tensor, read_unit
 from .errors import UnsupportedModelError
 from .layout import Binding, TensorSpec
 
@@ -62,12 +62,6 @@ class Weights:
         """Tensors whose patches differ from the ones in this buffer."""
         return [spec for spec in self.unit.layout.specs if patches.signature(spec.name) != self._baked.get(spec.name)]
 
-    def write_originals(self) -> None:
-        """Fill the buffer with the weights as loaded, cast to the dtypes of the layout."""
-        for spec in self.unit.layout.specs:
-            _write(spec, self.buffer, spec.original)
-        self._baked = {}
-
     def write_from(self, other: Weights) -> None:
         """Copy another buffer of the same unit as it is, patches included."""
         self.buffer.copy_(other.buffer)
@@ -81,9 +75,11 @@ class Weights:
             self._baked[spec.name] = _UNFINISHED
             signature = patches.signature(spec.name)
             if signature is None:
-                _write(spec, self.buffer, spec.original)
+                read_tensor(spec, self.buffer)
                 del self._baked[spec.name]
                 continue
+            if spec.source is not None:
+                spec.source.check()
             original = spec.original if spec.original.dtype == spec.dtype else spec.original.to(spec.dtype)
             _write(spec, self.buffer, patches.compute(spec.name, original))
             self._baked[spec.name] = signature
@@ -94,28 +90,23 @@ _UNFINISHED = object()
 
 def _write(spec: TensorSpec, buffer: torch.Tensor, value: torch.Tensor) -> None:
     target = spec.view(buffer)
-    if value.is_meta:
-        target.zero_()  # The file lacks it; the host makes such a weight zero.
-    elif value.shape != target.shape:
+    if value.shape != target.shape:
         raise UnsupportedModelError(
             f"a patch changes the shape of {spec.name} from {tuple(target.shape)} to {tuple(value.shape)}; "
             "load this model with the host's own loader"
         )
-    elif _same_bytes(target, value):
-        # numpy copies on the calling thread alone; torch would start a team of threads for each of our threads.
-        np.copyto(_as_bytes(target), _as_bytes(value))
-    else:
-        target.copy_(value.detach())
+    target.copy_(value.detach())
 
 
-def _same_bytes(target: torch.Tensor, value: torch.Tensor) -> bool:
-    """Both in host memory, and equal byte for byte once copied."""
-    on_host = target.device.type == value.device.type == "cpu"
-    return on_host and target.dtype == value.dtype and target.is_contiguous() and value.is_contiguous()
+# A builder looks after so many bytes whether it shall stop.
+BUILD_BYTES = 8 * 1024**2
 
 
-def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+class _Master(NamedTuple):
+    """A master copy and the memory that it lies in."""
+
+    weights: Weights
+    memory: HostBuffer
 
 
 class UnitCopies:
@@ -123,17 +114,45 @@ class UnitCopies:
 
     The original is a view of the mapped file (or memory that the host filled), so letting go of any other copy
     loses nothing but work.
+
+    Attributes:
+        built: a master copy that a builder's thread has finished and nobody has adopted (builder.py, Note: handed over,
+            not shared).
     """
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self.original_binding = unit.layout.original_binding()
-        self.master: Weights | None = None
         self.resident: Weights | None = None
-        self._master_memory: HostBuffer | None = None
+        self.built: _Master | None = None
+        self._master: _Master | None = None
+        self._begun: tuple[HostBuffer, int] | None = None
+
+    @property
+    def master(self) -> Weights | None:
+        return self._master.weights if self._master is not None else None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether there is a master copy in page-locked memory."""
+        return self._master is not None and self._master.memory.pinned
+
+    @property
+    def master_bytes(self) -> int:
+        """Host memory that the master copy takes, one that is being built included."""
+        return self.unit.nbytes if self._master or self.built or self._begun else 0
+
+    def patched_by(self, patches: Patches) -> bool:
+        return any(patches.signature(spec.name) is not None for spec in self.unit.layout.specs)
+
+    def holds(self, names: Collection[str]) -> bool:
+        """Whether one of these tensors is the unit's."""
+        return any(name in names for spec in self.unit.layout.specs for name in (spec.name, *spec.aliases))
+
+    # -- master copies -------------------------------------------------------------------------------------------
 
     def make_master(self, arena: Arena) -> None:
-        """Build the master copy from the resident one if there is one, which may be patched, else from the original."""
+        """Build the master copy now: from the resident one if that is patched, else from the original."""
         if self.master is not None:
             return
         memory = arena.allocate(self.unit.nbytes)
@@ -142,34 +161,79 @@ class UnitCopies:
             if self.resident is not None and self.resident.patched:
                 master.write_from(self.resident)
             else:
-                master.write_originals()
+                read_unit(self.unit.layout, memory.memory)
             arena.lock(memory)
         except BaseException:
             arena.release(memory)
             raise
-        self.master, self._master_memory = master, memory
+        self._master = _Master(master, memory)
 
-    def make_resident(self, backend: Backend) -> None:
-        """Build the resident copy from the master copy if there is one, else from the original."""
-        if self.resident is not None:
-            return
+    def build_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool) -> bool:
+        """On a builder's thread: build a page-locked master copy from the original and leave it to be adopted.
+
+        Gives whether others shall be built: false when no more memory may be page-locked. An unpatched master copy in
+        pageable memory would have no use, since the original is as good, unless weights are cast on the way.
+        """
+        memory, filled = self._begun or (arena.claim(self.unit.nbytes), 0)
+        self._begun = None
+        may_lock = memory is not None
+        if memory is None:
+            if not needs_work(self.unit.layout) or not arena.budget.has_room(self.unit.nbytes):
+                return False
+            memory = arena.allocate(self.unit.nbytes)
+        try:
+            for start, end in ranges(self.unit.layout, BUILD_BYTES):
+                if start < filled:
+                    continue
+                if stopped():
+                    self._begun = memory, start
+                    return True
+                read_range(self.unit.layout, start, end, memory.memory[start:end], forget)
+            if may_lock and not arena.lock(memory) and not needs_work(self.unit.layout):
+                arena.release(memory)
+                return False
+            self.built = _Master(Weights(self.unit, memory.memory), memory)
+        except BaseException:
+            arena.release(memory)
+            raise
+        return may_lock
+
+    def adopt(self) -> bool:
+        """Take what a builder has finished; gives whether there was anything."""
+        built, self.built = self.built, None
+        if built is None:
+            return False
+        self._master = built
+        return True
+
+    def drop_master(self, arena: Arena) -> None:
+        """Let go of the master copy, and of what was built of one; no builder may be at work."""
+        self.adopt()
+        dropped, self._master = self._master, None
+        begun, self._begun = self._begun, None
+        self.bind()
+        if dropped is not None:
+            arena.release(dropped.memory)
+        if begun is not None:
+            arena.release(begun[0])
+
+    # -- resident copies -----------------------------------------------------------------------------------------
+
+    def keep_resident(self, buffer: torch.Tensor) -> None:
+        """``buffer`` on the device holds the weights as they were loaded."""
+        self.resident = Weights(self.unit, buffer)
+
+    def copy_resident(self, backend: Backend) -> None:
+        """Make the resident copy from the master copy, patches included."""
+        assert self.master is not None
         buffer = backend.allocate(self.unit.nbytes)
         try:
             resident = Weights(self.unit, buffer)
-            if self.master is not None:
-                resident.write_from(self.master)
-            else:
-                resident.write_originals()
+            resident.write_from(self.master)
         except BaseException:
             backend.free(buffer)
             raise
         self.resident = resident
-
-    def drop_master(self, arena: Arena) -> None:
-        memory, self.master, self._master_memory = self._master_memory, None, None
-        self.bind()
-        if memory is not None:
-            arena.release(memory)
 
     def drop_resident(self, backend: Backend) -> None:
         resident, self.resident = self.resident, None
@@ -177,7 +241,13 @@ class UnitCopies:
         if resident is not None:
             backend.free(resident.buffer)
 
-    def bind(self) -> None:
-        """Point the modules at the resident copy, else at the master copy, else at the original."""
+    # -- modules -------------------------------------------------------------------------------------------------
+
+    @property
+    def home(self) -> Binding:
+        """Points the modules at the resident copy, else at the master copy, else at the original."""
         weights = self.resident or self.master
-        (weights.binding if weights is not None else self.original_binding).apply()
+        return weights.binding if weights is not None else self.original_binding
+
+    def bind(self) -> None:
+        self.home.apply()

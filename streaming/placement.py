@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from .arena import Arena
+import torch
+
 from .backend import Backend
 from .blocks import BlockSet
 from .masters import Patches, UnitCopies, Weights
 from .plan import Plan
+from .reader import Load, Transfer, wait_for
+from .supply import Supply
 
 
 class Placement:
@@ -18,35 +21,70 @@ class Placement:
     Args:
         blocks: the model cut into blocks and rest.
         backend: the device.
-        arena: where master copies come from.
-        threads: threads that fill master copies.
+        supply: where weights come from.
+        threads: threads that build master copies for which somebody waits.
     """
 
-    def __init__(self, blocks: BlockSet, backend: Backend, arena: Arena, threads: int) -> None:
-        self.arena = arena
+    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, threads: int) -> None:
         self._backend = backend
+        self._supply = supply
         self._threads = threads
         self._copies = [UnitCopies(unit) for unit in blocks.units]
         self._rest = UnitCopies(blocks.rest)
 
-    def carry_out(self, plan: Plan) -> None:
-        """Make the copies that ``plan`` asks for and drop the others; first what frees memory."""
+    def copies(self, unit: int) -> UnitCopies:
+        return self._copies[unit]
+
+    def carry_out(self, plan: Plan, patches: Patches) -> None:
+        """Make the copies that a step needs and drop the others; first what frees memory.
+
+        Only streamed units whose weights are patched get a master copy here. The others stream from where they are,
+        until a builder has made one (:meth:`unbuilt`).
+        """
         streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
         resident = [self._copies[unit] for unit in plan.resident]
-        self._make_masters([copies for copies in streamed if copies.master is None])
+        self._make_masters([copies for copies in streamed if not copies.master and copies.patched_by(patches)])
         for copies in streamed:
             copies.drop_resident(self._backend)
         # What was freed goes back as it is. Else it would be cut up for the next copies, and what is left between them
         # would be too small for a step's activations.
         self._backend.trim()
-        self._rest.make_resident(self._backend)
+        self._make_residents([self._rest, *resident])
         for copies in resident:
-            copies.make_resident(self._backend)
-            copies.drop_master(self.arena)
+            copies.drop_master(self._supply.arena)
+
+    def adopt(self) -> bool:
+        """Take the master copies that a builder has finished; gives whether there were any."""
+        adopted = [copies.adopt() for copies in self._copies]
+        return any(adopted)
+
+    def unbuilt(self, plan: Plan) -> list[UnitCopies]:
+        """What is streamed without a master copy, in the order in which it is needed."""
+        units = (self._copies[unit] for segment in plan.segments for unit in segment.units)
+        return [copies for copies in units if copies.master is None]
+
+    def pinned_bytes(self, plan: Plan) -> int:
+        """Bytes that ``plan`` streams from page-locked master copies."""
+        return sum(self._copies[unit].unit.nbytes for unit in plan.streamed if self._copies[unit].pinned)
+
+    def check_sources(self) -> None:
+        """Raise if a file is not the one that was loaded any more."""
+        for copies in (*self._copies, self._rest):
+            for spec in copies.unit.layout.specs:
+                if spec.source is not None:
+                    spec.source.check()
+
+    def unread_bytes(self, plan: Plan) -> int:
+        """Bytes that ``plan`` needs on the device and that are in no copy yet."""
+        needed = [self._rest, *self._copies]
+        return sum(copies.unit.nbytes for copies in needed if copies.resident is None and copies.master is None)
 
     def is_stale(self, plan: Plan, patches: Patches) -> bool:
         """Whether some weight has other patches in it than ``patches``."""
-        return any(weights.stale(patches) for weights in self._weights(plan))
+        bare = (self._copies[unit] for unit in plan.streamed if self._copies[unit].master is None)
+        return any(copies.patched_by(patches) for copies in bare) or any(
+            weights.stale(patches) for weights in self._weights(plan)
+        )
 
     def bake(self, plan: Plan, patches: Patches) -> None:
         """Write the weights whose patches have changed; no other is touched."""
@@ -73,11 +111,15 @@ class Placement:
         for unit in units:
             self._copies[unit].drop_resident(self._backend)
 
-    def master(self, unit: int) -> Weights:
-        """The master copy of a streamed unit."""
-        master = self._copies[unit].master
-        assert master is not None
-        return master
+    def drop_masters(self, nbytes: int) -> int:
+        """Drop master copies until ``nbytes`` of host memory are free, or all; gives what was freed."""
+        freed = 0
+        for copies in reversed(self._copies):
+            if freed >= nbytes:
+                break
+            freed += copies.master_bytes
+            copies.drop_master(self._supply.arena)
+        return freed
 
     def clear_device(self) -> None:
         """Drop everything on the device. Modules use the originals then: master copies may have patches in them."""
@@ -88,22 +130,59 @@ class Placement:
     def clear_host(self) -> None:
         """Drop the master copies."""
         for copies in self._copies:
-            copies.drop_master(self.arena)
+            copies.drop_master(self._supply.arena)
 
     def _weights(self, plan: Plan) -> Iterable[Weights]:
+        """The copies that a step uses; of units that stream from where they are there is none, and no patch."""
         for unit, copies in enumerate(self._copies):
-            yield copies.master if unit in plan.streamed else copies.resident
+            weights = copies.master if unit in plan.streamed else copies.resident
+            if weights is not None:
+                yield weights
         yield self._rest.resident
+
+    def make_masters(self, plan: Plan, names: Collection[str]) -> bool:
+        """Make the master copies of streamed units that hold one of these tensors; gives whether any was missing."""
+        units = [self._copies[unit] for unit in plan.streamed]
+        missing = [copies for copies in units if copies.master is None and copies.holds(names)]
+        self._make_masters(missing)
+        return bool(missing)
 
     def _make_masters(self, copies: list[UnitCopies]) -> None:
         """Fill and page-lock host memory, unit by unit on a few threads: filling is what costs, not locking."""
         if not copies:
             return
         with ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-fill") as pool:
-            futures = [pool.submit(item.make_master, self.arena) for item in copies]
+            futures = [pool.submit(item.make_master, self._supply.arena) for item in copies]
             try:
-                for future in futures:
-                    future.result()
+                for item, future in zip(copies, futures, strict=True):
+                    wait_for(future, self._supply.tick)
+                    self._supply.advance(item.unit.nbytes)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def _make_residents(self, wanted: list[UnitCopies]) -> None:
+        """Fill device memory: from master copies, else from where the weights are."""
+        reads: list[tuple[UnitCopies, torch.Tensor, Transfer]] = []
+        reader = self._supply.reader
+        try:
+            for copies in wanted:
+                if copies.resident is not None:
+                    continue
+                if copies.master is not None:
+                    copies.copy_resident(self._backend)
+                    continue
+                reader.open()
+                buffer = self._backend.allocate(copies.unit.nbytes)
+                reads.append((copies, buffer, reader.transfer([Load(copies.unit.layout, buffer)], None)))
+            for copies, buffer, transfer in reads:
+                # Race: kernels must not read the buffer before the copies into it are done.
+                self._backend.wait(reader.wait(transfer, self._supply.tick))
+                copies.keep_resident(buffer)
+        except BaseException:
+            reader.abandon()
+            self._backend.synchronize()  # Race: copies may be under way into memory that is freed now.
+            for copies, buffer, _ in reads:
+                if copies.resident is None:
+                    self._backend.free(buffer)
+            raise

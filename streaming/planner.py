@@ -14,7 +14,7 @@ from .config import StreamingConfig
 from .plan import Plan, forecast_seconds, make_plan, minimum_bytes, with_forecast
 from .profile import Outline, Profile, assumed_profile
 from .recorder import Recorder
-from .residency import MEASURED_STEPS, SHORTAGE, Residency
+from .residency import SHORTAGE, Residency
 from .spread import best_order
 from .state import Standing, State
 
@@ -146,17 +146,24 @@ class Planner:
             return Decision(plan, moves=True)
         return Decision(with_forecast(now.plan, self.profile, self._config), moves=False)
 
-    @property
-    def wants_measuring(self) -> bool:
-        """Whether the step that comes next can teach something."""
-        return self._residency.current.steps < MEASURED_STEPS or not (self.profile.learned or self._whole_blocks)
+    def wants_measuring(self, building: bool) -> bool:
+        """Whether the step that comes next can teach something.
+
+        The first one of a shape teaches the order, another one times; not while master copies are built beside it.
+        """
+        regime = self._residency.current
+        if regime.steps == 0 or not (self.profile.learned or self._whole_blocks):
+            return True
+        return not (regime.timed or building)
 
     def learn(self, recorder: Recorder) -> None:
         """Keep what ``recorder`` has seen of a whole step, which is over."""
-        profile = recorder.profile(self.profile, with_times=self._residency.current.steps > 1)
+        regime = self._residency.current
+        regime.timed = regime.steps > 1
+        profile = recorder.profile(self.profile, with_times=regime.timed)
         if self._whole_blocks:
             profile = replace(profile, unit_runs=None, unit_times=None)
-        self._residency.current.profile = self.profile = profile
+        regime.profile = self.profile = profile
 
     def stepped(self) -> None:
         """A whole step has run."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .backend import Backend, Moment, Stall
 from .profile import Outline, Profile, UnitTime, by_kind
+from .reader import Reader
 
 # Shorter copies say more about starting a copy than about the bus.
 LEAST_TIMED_BYTES = 4 * 1024**2
@@ -33,6 +34,13 @@ class _BlockRun:
         self.outer: set[int] = set()
 
 
+class _Staged(NamedTuple):
+    """What a reader has brought, and the time in which it was at work."""
+
+    nbytes: int
+    seconds: float
+
+
 class _BlockTime(NamedTuple):
     """Compute of a block, of its units' runs, and between their begins; without waits."""
 
@@ -42,11 +50,20 @@ class _BlockTime(NamedTuple):
 
 
 class Recorder:
-    """The events of one step, told by the streamer; afterwards a :class:`Profile`."""
+    """The events of one step, told by the streamer; afterwards a :class:`Profile`.
 
-    def __init__(self, outline: Outline, backend: Backend) -> None:
+    Args:
+        outline: the model.
+        backend: the device.
+        reader: brings what has no page-locked master copy.
+    """
+
+    def __init__(self, outline: Outline, backend: Backend, reader: Reader) -> None:
         self._outline = outline
         self._backend = backend
+        self._reader = reader
+        self._staged_before = _Staged(0, 0.0)
+        self._staged = _Staged(0, 0.0)
         self._begin: Moment | None = None
         self._end: Moment | None = None
         self._runs: list[tuple[int, _BlockRun]] = []
@@ -60,11 +77,17 @@ class Recorder:
 
     def begin_step(self) -> None:
         self._begin, self._end = self._backend.moment(), None
+        self._staged_before = self._staged_so_far()
         self._runs.clear()
         self._open.clear()
 
     def end_step(self) -> None:
         self._end = self._backend.moment()
+        before, now = self._staged_before, self._staged_so_far()
+        self._staged = _Staged(now.nbytes - before.nbytes, now.seconds - before.seconds)
+
+    def _staged_so_far(self) -> _Staged:
+        return _Staged(self._reader.sent_bytes, self._reader.busy_seconds)
 
     def begin_block(self, block: int) -> None:
         run = _BlockRun(self._backend.moment())
@@ -175,10 +198,18 @@ class Recorder:
         self._backend.copy_times()
 
     def _bandwidth(self) -> float | None:
+        """Bytes per second of all copies; of those that a reader queued, as fast as it could read them."""
         times = self._backend.copy_times()
+        total = sum(time.nbytes for time in times)
         times = [time for time in times if time.nbytes >= LEAST_TIMED_BYTES] or times
         busy = sum(self._seconds(time.begin, time.end) for time in times)
-        return sum(time.nbytes for time in times) / busy if busy > 0 else None
+        if busy <= 0:
+            return None
+        bus = sum(time.nbytes for time in times) / busy
+        if self._staged.nbytes == 0:
+            return bus
+        direct = max(0, total - self._staged.nbytes)
+        return (direct + self._staged.nbytes) / (direct / bus + self._staged.seconds)
 
     def _seconds(self, begin: Moment, end: Moment) -> float:
         seconds = self._backend.seconds(begin, end)

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .arena import Arena
 from .backend import Backend
 from .config import StreamingConfig, format_bytes
 from .placement import Placement
 from .plan import Plan
 from .profile import Profile
 from .state import Standing, State
+from .supply import Supply
 from .telemetry import Counters, Snapshot
 
 
-def explain(now: Standing, placement: Placement) -> str:
-    """The plan in effect and the page-locked memory behind it, in a line."""
+def explain(now: Standing, placement: Placement, supply: Supply) -> str:
+    """The plan in effect and where what it streams comes from, in a line."""
     plan = now.plan
     if plan is None:
         return "not loaded"
     text = plan.explain()
     if now.state is State.REDUCED:
-        given_up = format_bytes(plan.resident_bytes - placement.resident_bytes)
-        return f"gave up {given_up} until it runs again; before that: {text}"
-    return f"{text}; {_memory_text(placement.arena)}" if plan.segments else text
+        given_up = plan.resident_bytes - placement.resident_bytes
+        what = format_bytes(given_up) if given_up else "page-locked memory"
+        return f"gave up {what} until it runs again; before that: {text}"
+    return f"{text}; {_memory_text(plan, placement, supply)}" if plan.segments else text
 
 
 def take_snapshot(
     now: Standing,
     placement: Placement,
+    supply: Supply,
     backend: Backend,
     config: StreamingConfig,
     profile: Profile,
@@ -36,13 +38,14 @@ def take_snapshot(
     counters: Counters,
 ) -> Snapshot:
     """All of it in one value. What is passed may go on changing meanwhile, on another thread."""
-    plan, arena = now.plan, placement.arena
+    plan, arena = now.plan, supply.arena
+    pinned = placement.pinned_bytes(plan) if plan is not None else 0
     blocks = len(profile.block_seconds)
     forecast = plan.forecast if plan is not None else None
     return Snapshot(
         device=backend.name,
         mode=_mode(plan, config),
-        explain=explain(now, placement),
+        explain=explain(now, placement, supply),
         note=arena.reason or "",
         blocks=blocks,
         resident_blocks=plan.resident_blocks if plan is not None else 0,
@@ -54,6 +57,9 @@ def take_snapshot(
         streamed_block_bytes=plan.streamed_bytes if plan is not None else 0,
         pinned_bytes=arena.pinned_bytes,
         pageable_bytes=arena.pageable_bytes,
+        staged_bytes=plan.streamed_bytes - pinned if plan is not None else 0,
+        ring_bytes=supply.reader.ring_bytes,
+        building=supply.builder.active,
         device_bytes=now.device_bytes,
         device_peak_bytes=backend.peak,
         device_budget_bytes=now.device_budget,
@@ -66,9 +72,16 @@ def take_snapshot(
     )
 
 
-def _memory_text(arena: Arena) -> str:
-    text = f"{format_bytes(arena.pinned_bytes)} page-locked"
-    return f"{text}, {format_bytes(arena.pageable_bytes)} pageable ({arena.reason})" if arena.pageable_bytes else text
+def _memory_text(plan: Plan, placement: Placement, supply: Supply) -> str:
+    """What streams from page-locked memory, what from where it is, and why."""
+    pinned = placement.pinned_bytes(plan)
+    text = f"{format_bytes(pinned)} from page-locked memory"
+    if pinned == plan.streamed_bytes:
+        return text
+    staged = format_bytes(plan.streamed_bytes - pinned)
+    if supply.builder.active or supply.arena.reason is None:
+        return f"{text}, {staged} from the file until they are page-locked too"
+    return f"{text}, {staged} staged from the file or pageable memory ({supply.arena.reason})"
 
 
 def _mode(plan: Plan | None, config: StreamingConfig) -> str:

@@ -31,6 +31,7 @@ class Regime:
 
     Attributes:
         steps: whole ones so far; in_a_row since the last step of another shape.
+        timed: whether ``profile`` has the times of such a step.
         activation_bytes: what torch keeps for activations after a step; None before one was measured.
         profile: how such a step behaves.
         ceiling: after such a step ran out of memory, the budget with which it was tried again; no budget goes beyond.
@@ -40,6 +41,7 @@ class Regime:
 
     steps: int = 0
     in_a_row: int = 0
+    timed: bool = False
     activation_bytes: int | None = None
     profile: Profile | None = None
     ceiling: float = math.inf

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .backend import Backend, Event, Pair
+from .reader import Transfer
 
 
 @dataclass
@@ -16,13 +17,13 @@ class Slot:
 
     Attributes:
         buffer: uint8 memory on the device.
-        ready: the last copy into the slot is done.
+        ready: the last copy into the slot is done; a transfer while a reader has not queued it yet.
         free: the last segment that was read from the slot is done.
     """
 
     buffer: torch.Tensor = field(repr=False)
     free: Event
-    ready: Event | None = None
+    ready: Event | Transfer | None = None
 
 
 class Ring:

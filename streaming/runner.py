@@ -104,7 +104,7 @@ class Runner:
             streamer.load_within(plan, reload)
         else:
             streamer.keep(plan)
-        wanted = self._planner.wants_measuring
+        wanted = self._planner.wants_measuring(streamer.building)
         if measured or wanted != (self.recorder is not None):
             self._record(streamer, wanted)
 
@@ -121,7 +121,7 @@ class Runner:
         """Measure the next step, or stop measuring."""
         self._stop_recording()
         if wanted:
-            self.recorder = Recorder(streamer.outline, streamer.backend)
+            self.recorder = Recorder(streamer.outline, streamer.backend, streamer.reader)
             self._stalls.listener = self.recorder.stalled
         streamer.attach_hooks()
 

@@ -10,15 +10,16 @@ reference to it goes.
 from __future__ import annotations
 
 import logging
+import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .arena import Arena, PinBudget
+from .arena import PinBudget
 from .backend import Backend, DeviceMemory, is_out_of_memory
 from .blocks import BlockSet
 from .config import StreamingConfig, format_bytes
@@ -30,10 +31,12 @@ from .placement import Placement
 from .plan import Plan
 from .planner import Planner
 from .profile import Profile
+from .reader import Reader
 from .report import explain, take_snapshot
 from .runner import Runner
 from .spread import order_of_residency
 from .state import Standing, State
+from .supply import Supply, Watch
 from .telemetry import Counters, Snapshot, StallMeter, StepMeter
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,10 @@ class Streamer:
         config: settings.
         pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
         evictable: tells how many bytes others on a device would give up for us, beside what is free.
+        watch: is told how far loading is, and may cancel it.
+
+    Attributes:
+        last_used: when it was loaded or began a step, on time's monotonic clock.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class Streamer:
         config: StreamingConfig,
         pins: PinBudget | None = None,
         evictable: Callable[[torch.device], int] = lambda device: 0,
+        watch: Watch = lambda progress: None,
     ) -> None:
         self.blocks = blocks
         self.outline = blocks.outline
@@ -73,16 +81,17 @@ class Streamer:
         self.plan: Plan | None = None
         self.state = State.UNLOADED
         self._root = weakref.ref(root)
+        self.last_used = time.monotonic()
         self._pins = pins
         self._evictable = evictable
-        self._placement = self._place_on(backend)
+        self._watch = watch
+        self._equip(backend)
         self._lane: Lane | None = None
         self._stalls = StallMeter(self.counters)
         self._planner = Planner(self.outline, config)
         self._runner = Runner(self._planner, self._stalls)
         self._steps = StepMeter(backend)
         self._hooks: list[Any] = []
-        self._finalizer = _close_at_end(self, backend)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -147,13 +156,19 @@ class Streamer:
         After an error the model is unloaded and all device memory is given back.
         """
         patches = patches or NoPatches()
+        self.last_used = time.monotonic()
         if self.state is State.LOADED and plan == self.plan and not self._placement.is_stale(plan, patches):
+            self._put_away()
             return self.keep(plan)
         try:
-            self.drain()
+            self._halt()
             self._drop_lane()
+            if self.state is State.UNLOADED:
+                self._supply.begin(self._placement.unread_bytes(plan))
+            self._supply.arena.begin()
+            self.backend.open(self.config.copy_streams)
             self.plan = plan
-            self._placement.carry_out(plan)
+            self._placement.carry_out(plan, patches)
             self._placement.bake(plan, patches)
             self._placement.bind()
             if plan.segments:
@@ -165,6 +180,39 @@ class Streamer:
             self.unload()
             raise
         self.state = State.LOADED
+        self._supply.build(self._placement.unbuilt(plan), self)
+        self._put_away()
+
+    def prepare(self, budget: float) -> None:
+        """The model will be loaded with at most ``budget`` bytes: begin to build what streams then.
+
+        Which that is follows from one order of residency, so what a smaller budget streams includes it.
+        """
+        if self.state is State.UNLOADED and budget < self.model_bytes:
+            plan = self._planner.plan_within(budget)
+            self._supply.build(self._placement.unbuilt(plan), self)
+
+    @property
+    def reader(self) -> Reader:
+        """Brings to the device what has no page-locked master copy."""
+        return self._supply.reader
+
+    @property
+    def building(self) -> bool:
+        """Whether master copies are being built beside the steps."""
+        return self._supply.builder.active
+
+    def finish_building(self) -> None:
+        """Wait for the master copies that are being built."""
+        self._supply.builder.wait(self._supply.tick)
+
+    def _put_away(self) -> None:
+        """Give the reader's ring back once everything streams from page-locked memory."""
+        if self._supply.reader.ring_bytes and not self.building:
+            self._placement.adopt()
+            if self._placement.pinned_bytes(self.plan) == self.plan.streamed_bytes:
+                self._supply.reader.flush(self._supply.tick)
+                self._supply.reader.close()
 
     def load_within(self, plan: Plan, load: Callable[[Plan], None] | None = None) -> None:
         """Load ``plan``; where there is no room for it after all, the next smaller one, down to the least.
@@ -212,14 +260,39 @@ class Streamer:
 
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
-        self.drain()
+        self._halt()
         self._runner.finish(self)
         self.begin_prompt()
         self._detach()
         self._drop_lane()
         self._placement.clear_device()
+        self._supply.reader.close()
         self.plan = None
         self.state = State.UNLOADED
+
+    def give_up_masters(self, nbytes: int) -> int:
+        """Free at least ``nbytes`` of page-locked memory, or all, for another model; gives what was freed.
+
+        The next load, or the next step, makes what this one needs instead.
+        """
+        self._halt()
+        before = self._supply.reader.ring_bytes
+        self._supply.reader.close()
+        freed = before + self._placement.drop_masters(nbytes)
+        if freed and self.state is not State.UNLOADED:
+            self._drop_lane()
+            self.state = State.REDUCED
+        return freed
+
+    def make_masters(self, names: Collection[str]) -> None:
+        """Somebody will write to these tensors where the modules point: of those that stream, to master copies."""
+        if self._lane is None or self.plan is None:
+            return
+        self._halt()
+        if self._placement.make_masters(self.plan, names):
+            self._placement.bind()
+        self._lane.refresh()
+        self._supply.build(self._placement.unbuilt(self.plan), self)
 
     def invalidate(self) -> None:
         """Weights were changed in place, by somebody else, on the device or in master copies: copy them anew."""
@@ -231,6 +304,7 @@ class Streamer:
     def originals(self) -> Iterator[None]:
         """Point the modules at the weights as loaded, for code that reads them; not while a block runs."""
         self.settle()
+        self._placement.check_sources()
         self._placement.bind_originals()
         try:
             yield
@@ -243,29 +317,44 @@ class Streamer:
         self.close()
         self._finalizer.detach()
         self.backend = backend
-        self._placement = self._place_on(backend)
+        self._equip(backend)
         self._planner.change_device()
         self._steps = StepMeter(backend)
-        self._finalizer = _close_at_end(self, backend)
 
     def close(self) -> None:
         """Unload, free the master copies, end the copy streams. The streamer can be loaded again."""
         self.unload()
+        self._supply.close()
         self._placement.clear_host()
         self.backend.close()
 
     def drain(self) -> None:
         """Let every copy and every kernel that uses our memory finish (lane.py, Note: two events guard a slot, 4)."""
         self.settle()
+        self._supply.reader.flush(self._supply.tick)
         self.backend.synchronize()
 
-    def _place_on(self, backend: Backend) -> Placement:
-        arena = Arena(backend, self.config.pin_memory, self._pins)
-        return Placement(self.blocks, backend, arena, self.config.threads)
+    def _halt(self) -> None:
+        """As :meth:`drain`, but what is not queued yet is given up, and nothing is being built any more."""
+        self.settle()
+        self._supply.halt()
+        self.backend.synchronize()
+        self._placement.adopt()
+
+    def _equip(self, backend: Backend) -> None:
+        """Have what it takes to stream to ``backend``."""
+        largest = max(unit.nbytes for unit in (*self.blocks.units, self.blocks.rest))
+        self._supply = Supply(backend, self.config, largest, self._pins, self._watch)
+        self._placement = Placement(self.blocks, backend, self._supply, self.config.threads)
+        self._supply.arena.budget.join(self)
+        self._finalizer = _close_at_end(self, self._supply, backend)
 
     def _make_lane(self, plan: Plan) -> Lane:
         streams = self.config.copy_streams
-        return Lane(self.backend, plan, self._placement.master, streams, self.counters, self._stalls)
+        supply, counters = self._supply, self.counters
+        return Lane(
+            self.backend, plan, self._placement.copies, supply.reader, streams, counters, self._stalls, supply.tick
+        )
 
     def _drop_lane(self) -> None:
         if self._lane is not None:
@@ -328,6 +417,7 @@ class Streamer:
             raise StreamingError(
                 "the model has given up weights since the last step; use Streamer.run, or load it anew"
             )
+        self.last_used = time.monotonic()
         self._steps.begin()
         if self._lane is not None:
             self._lane.begin_step()
@@ -340,6 +430,7 @@ class Streamer:
         if completed:
             self.counters.steps += 1
             self._planner.stepped()
+            self._supply.arrived()
             if self._runner.recorder is not None:
                 self._runner.recorder.end_step()
         else:
@@ -382,18 +473,23 @@ class Streamer:
     # -- telling -------------------------------------------------------------------------------------------------
 
     def explain(self) -> str:
-        """The plan in effect and the page-locked memory behind it, in a line."""
-        return explain(self.standing, self._placement)
+        """The plan in effect and where what it streams comes from, in a line."""
+        return explain(self.standing, self._placement, self._supply)
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         now = self.standing  # Once: another thread may load or unload meanwhile.
-        seconds = self._steps.seconds
-        return take_snapshot(now, self._placement, self.backend, self.config, self.profile, seconds, self.counters)
+        told = (self.config, self.profile, self._steps.seconds, self.counters)
+        return take_snapshot(now, self._placement, self._supply, self.backend, *told)
 
 
-def _close_at_end(streamer: Streamer, backend: Backend) -> weakref.finalize:
-    """Close ``backend`` before the streamer's memory goes, also when a model is dropped without unloading."""
-    finalizer = weakref.finalize(streamer, backend.close)
+def _close_at_end(streamer: Streamer, supply: Supply, backend: Backend) -> weakref.finalize:
+    """End threads and streams before the streamer's memory goes, also when a model is dropped without unloading."""
+    finalizer = weakref.finalize(streamer, _close, supply, backend)
     finalizer.atexit = False
     return finalizer
+
+
+def _close(supply: Supply, backend: Backend) -> None:
+    supply.forsake()
+    backend.close()

@@ -105,7 +105,10 @@ class Snapshot:
         blocks, resident_blocks, streamed_blocks: all; those that stay as a whole; those of which some part is streamed.
         segments: copies in one step.
         streamed_block_bytes: bytes that cross the bus in one step.
-        pinned_bytes, pageable_bytes: master copies in host memory.
+        pinned_bytes, pageable_bytes: host memory for master copies and for the ring through which others are staged.
+        staged_bytes: of the bytes that stream, those that come through that ring, from a file or pageable memory.
+        ring_bytes: host memory of that ring; 0 when it is not needed.
+        building: whether master copies are being built beside the steps.
         device_bytes, device_peak_bytes, device_budget_bytes: what this model has allocated, now and at most, and
             what the device's backend allows (None: no limit of its own).
         limited_by: ``compute`` or ``bus``; empty before a step was measured.
@@ -127,6 +130,9 @@ class Snapshot:
     streamed_block_bytes: int
     pinned_bytes: int
     pageable_bytes: int
+    staged_bytes: int
+    ring_bytes: int
+    building: bool
     device_bytes: int
     device_peak_bytes: int
     device_budget_bytes: int | None

@@ -243,8 +243,8 @@ def report_model(model: Mapping[str, Any]) -> None:
         say(f"  note          {model['note']}")
     say(
         f"  streamed      {megabytes(counters['streamed_bytes'])} in {counters['copies']} copies, "
-        f"{counters['steps']} steps; from {megabytes(model['pinned_bytes'])} page-locked and "
-        f"{megabytes(model['pageable_bytes'])} pageable RAM"
+        f"{counters['steps']} steps; {megabytes(model['pinned_bytes'])} page-locked, "
+        f"{megabytes(model['staged_bytes'])} a step staged from elsewhere"
     )
     say(
         f"  order         {counters['hits']} hits, {counters['misses']} misses; "

@@ -58,6 +58,7 @@ def test_times_and_the_bus_are_measured() -> None:
     assert streamer.snapshot().compute_seconds is None
     for _ in range(3):
         step(streamer, model)
+        streamer.finish_building()
     snapshot = streamer.snapshot()
     assert 0 < snapshot.compute_seconds < 10
     assert 1e5 < snapshot.bandwidth_bytes_per_second < 1e13
@@ -93,6 +94,7 @@ def test_a_model_that_is_unloaded_after_every_step_learns_too() -> None:
     streamer = make_streamer(model)
     for _ in range(3):
         streamer.load(streamer.plan_for(streamer.minimum_bytes))
+        streamer.finish_building()
         assert torch.equal(step(streamer, model), expected)
         streamer.unload()
     assert streamer.profile.learned
@@ -256,7 +258,9 @@ def test_a_weight_that_a_later_step_reads_directly_is_there() -> None:
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     for _ in range(3):
         assert torch.equal(step(streamer, model), expected)
-    masters.update(streamer._placement.master(unit).buffer.data_ptr() for unit in streamer.plan.streamed)
+    streamer.finish_building()
+    assert torch.equal(step(streamer, model), expected)
+    masters.update(block.first.weight.data_ptr() for block in model["blocks"])
     for block in model["blocks"]:
         block.reads_directly = True
     for _ in range(5):

@@ -97,13 +97,17 @@ class FailingBackend(CpuBackend):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("failing_copy", range(3, 12))
+@pytest.mark.parametrize("failing_copy", range(1, 10))
 def test_a_failed_copy_is_an_error_and_never_a_wrong_weight(failing_copy: int, at_once: bool) -> None:
     model = make_transformer()
     expected = model(X)
-    backend = FailingBackend(failing_copy, at_once)
+    backend = FailingBackend(10**9, at_once)
     streamer = Streamer(model, split_model(model), backend, StreamingConfig())
     streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
+    streamer.finish_building()
+    assert torch.equal(model(X), expected)
+    streamer.drain()
+    backend.copies, backend.failing_copy = 0, failing_copy
     errors = 0
     for _ in range(4):
         try:
@@ -111,6 +115,27 @@ def test_a_failed_copy_is_an_error_and_never_a_wrong_weight(failing_copy: int, a
         except OSError:
             errors += 1
     assert errors == 1
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("failing_copy", range(1, 20))
+def test_a_failed_staged_copy_is_made_again_or_an_error(failing_copy: int, at_once: bool) -> None:
+    """What fails ahead of time is copied once more; what fails for good fails the load or the step."""
+    model = make_transformer()
+    expected = model(X)
+    backend = FailingBackend(failing_copy, at_once)
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig(pin_memory=False))
+    errors = 0
+    for _ in range(4):
+        try:
+            streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
+            assert torch.equal(model(X), expected)
+        except OSError:
+            errors += 1
+    assert errors <= 1
+    assert backend.copies > failing_copy
+    streamer.close()
+    assert backend.allocated == backend.store.allocated == 0
 
 
 def test_a_failed_first_copy_unloads_the_model() -> None:

@@ -65,7 +65,9 @@ def test_masters_exist_for_what_is_streamed_only() -> None:
     model = make_transformer()
     streamer = make_streamer(model)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
-    assert streamer.snapshot().pinned_bytes == sum(streamer.outline.unit_bytes)
+    streamer.finish_building()
+    snapshot = streamer.snapshot()
+    assert snapshot.pinned_bytes - snapshot.ring_bytes == sum(streamer.outline.unit_bytes)
     streamer.load(streamer.plan_for(10**9))
     assert streamer.snapshot().pinned_bytes == 0
 
@@ -103,8 +105,10 @@ def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
     streamer = Streamer(model, split_model(model), backend, StreamingConfig(), pins)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     model(X)
-    assert len(backend.registered) == len(streamer.blocks.units)
-    assert pins.used == sum(streamer.outline.unit_bytes)
+    streamer.finish_building()
+    model(X)
+    assert len(backend.registered) == len(streamer.blocks.units) + 1, "the master copies and the reader's ring"
+    assert pins.used == sum(streamer.outline.unit_bytes) + streamer.reader.ring_bytes
     # Still looked at by somebody: the memory must stay valid, and must not stay locked.
     weight = model.blocks[0].qkv.weight
     value = weight.clone()
@@ -121,15 +125,20 @@ def test_models_share_what_may_be_page_locked() -> None:
     expected = models[0](X)
     for model in models:
         backend = CpuBackend(VirtualMemory(10**9))
-        model.streamer = Streamer(model, split_model(model), backend, StreamingConfig(), pins)
+        model.streamer = Streamer(model, split_model(model), backend, StreamingConfig(chunks=2), pins)
         model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
         assert torch.equal(model(X), expected)
+        model.streamer.finish_building()
     first, second = (model.streamer.snapshot() for model in models)
-    assert first.pageable_bytes == 0
-    assert second.pageable_bytes > 0
-    assert "page-locked memory is reached" in second.note
+    assert first.building is second.building is False
+    assert first.pinned_bytes < pins.limit
+    assert second.pinned_bytes - second.ring_bytes == sum(models[1].streamer.outline.unit_bytes)
+    assert "gave up page-locked memory" in first.explain, "the model that was used last goes first"
+    for model in (*models, *models):
+        assert torch.equal(model.streamer.run(lambda model=model: model(X)), expected)
+        model.streamer.finish_building()
     models[0].streamer.close()
-    assert pins.used == second.pinned_bytes
+    assert pins.used == models[1].streamer.snapshot().pinned_bytes
 
 
 def test_the_garbage_collector_may_run_on_a_copy_thread() -> None:

@@ -101,14 +101,13 @@ def test_a_patch_half_taken_out_is_not_taken_for_whole(monkeypatch: pytest.Monke
     plan = streamer.plan_for(streamer.minimum_bytes)
     streamer.load(plan, patches)
     patched = model(X)
-    write = masters._write
 
-    def stop_half_way(spec: TensorSpec, buffer: torch.Tensor, value: torch.Tensor) -> None:
-        write(spec, buffer, torch.cat([value[:16], spec.view(buffer)[16:].clone()]))
+    def stop_half_way(spec: TensorSpec, buffer: torch.Tensor) -> None:
+        spec.view(buffer)[:16].copy_(spec.original[:16])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(masters, "_write", stop_half_way)
+        patch.setattr(masters, "read_tensor", stop_half_way)
         with pytest.raises(KeyboardInterrupt):
             streamer.load(plan)
     streamer.load(plan, patches)
@@ -132,10 +131,15 @@ def test_weights_written_in_place_are_copied_anew() -> None:
     streamer = make_streamer(model)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     model(X)
+    plain = make_transformer()
+    originals = [spec.original for spec in streamer.blocks.specs if spec.name.endswith("out.weight")]
+    streamer.make_masters({f"blocks.{index}.out.weight" for index in range(6)})
     for block in model.blocks:
         block.out.weight.mul_(0.5)
     streamer.invalidate()
     result = model(X)
+    for original, block in zip(originals, plain.blocks, strict=True):
+        assert torch.equal(original, block.out.weight), "what was loaded is nobody's to write to"
     reference = make_transformer()
     for block in reference.blocks:
         block.out.weight.mul_(0.5)

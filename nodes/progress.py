@@ -1,0 +1,56 @@
+"""The bar and the text on a node while a model's weights are read; and where an interrupt of ComfyUI gets through."""
+
+from __future__ import annotations
+
+import time
+
+import comfy.model_management as mm
+import comfy.utils
+from comfy_execution.progress import get_progress_state
+
+from ..streaming import Progress, format_bytes
+from . import status
+
+# Seconds between two texts. The host's bar has a limit of its own.
+TEXT_SECONDS = 0.25
+
+
+class LoadingBar:
+    """Shows :class:`streaming.Progress` on the loader node.
+
+    Args:
+        node_id: the loader node; None outside of a prompt, where nothing is shown.
+    """
+
+    def __init__(self, node_id: str | None) -> None:
+        self._node_id = node_id
+        self._bar: comfy.utils.ProgressBar | None = None
+        self._last_text = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """Show how far it is; raises ComfyUI's interrupt when the user has cancelled."""
+        mm.throw_exception_if_processing_interrupted()
+        if self._node_id is None:
+            return
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(progress.total_bytes, node_id=self._node_id)
+        self._bar.update_absolute(progress.done_bytes, progress.total_bytes)
+        if progress.done_bytes >= progress.total_bytes:
+            self._end()
+        elif time.monotonic() - self._last_text >= TEXT_SECONDS:
+            self._last_text = time.monotonic()
+            status.show(describe(progress), self._node_id)
+
+    def _end(self) -> None:
+        """The node ran long ago: without this the page would show it as running on."""
+        self._bar = None
+        if comfy.utils.PROGRESS_BAR_HOOK is not None:
+            get_progress_state().finish_progress(self._node_id)
+
+
+def describe(progress: Progress) -> str:
+    """``reading 12.3 GB of 23.8 GB, 9.8 GB/s``."""
+    amount = f"reading {format_bytes(progress.done_bytes)} of {format_bytes(progress.total_bytes)}"
+    if progress.seconds <= 0:
+        return amount
+    return f"{amount}, {format_bytes(progress.done_bytes / progress.seconds)}/s"

@@ -1,0 +1,88 @@
+"""Builds master copies behind the steps, so that nobody waits for page-locked memory.
+
+[Note: handed over, not shared]
+A thread of the builder works on host memory that nobody else knows of: it fills it from the file, page-locks it and
+leaves it in :attr:`UnitCopies.built`, in one assignment. The thread that runs the model takes it from there between two
+copies (``adopt``), and from then on only that thread touches it. Loading and unloading stop the builder first, so
+whatever they change nobody is building on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
+
+from .arena import Arena
+from .masters import UnitCopies
+from .reader import Tick, wait_for
+
+logger = logging.getLogger(__name__)
+
+
+class Builder:
+    """Builds on ``threads`` threads. What it cannot build goes on streaming from where it is, and fails there if so.
+
+    Args:
+        arena: where host memory comes from.
+        threads: that read and page-lock. Few: the system's threads also run the model.
+
+    Attributes:
+        drop_behind: have the system forget the parts of files that were read (RAM is short).
+    """
+
+    def __init__(self, arena: Arena, threads: int) -> None:
+        self.drop_behind = False
+        self._arena = arena
+        self._threads = threads
+        self._stopping = threading.Event()
+        self._futures: list[Future[None]] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def active(self) -> bool:
+        return any(not future.done() for future in self._futures)
+
+    def start(self, copies: Sequence[UnitCopies]) -> None:
+        """Build the master copies of these units, in this order, as far as memory may be page-locked."""
+        if not copies:
+            return
+        self._stopping.clear()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-build")
+        self._futures = [self._pool.submit(self._build, item) for item in copies]
+
+    def wait(self, tick: Tick) -> None:
+        """Wait until all that was started is built."""
+        for future in self._futures:
+            wait_for(future, tick)
+
+    def stop(self) -> None:
+        """Stop, soon: nothing is being built when this returns. What was begun is taken up again by the next start."""
+        self._stopping.set()
+        futures, self._futures = self._futures, []
+        for future in futures:
+            future.cancel()
+        wait_for_futures([future for future in futures if not future.cancelled()])
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def forsake(self) -> None:
+        """As :meth:`stop`, for an owner that the garbage collector takes: waits for nothing."""
+        self._stopping.set()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _build(self, copies: UnitCopies) -> None:
+        if self._stopping.is_set():
+            return
+        try:
+            more = copies.build_master(self._arena, self._stopping.is_set, self.drop_behind)
+        except Exception as error:
+            logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, error)
+            more = False
+        if not more:
+            self._stopping.set()  # No more memory may be page-locked, or the file is broken: others need not try.

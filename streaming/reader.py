@@ -1,0 +1,380 @@
+"""Brings weights from where they are, a file or pageable memory, to the device: through a small page-locked ring.
+
+[Note: one order for all copies]
+Some threads read ahead, each into a chunk of the ring; one thread, the sender, queues the copies out of the chunks. It
+takes the pieces in the order in which they were asked for, so the backend carries all copies out in that order, as it
+does when the thread that runs the model queues them itself (lane.py, Note: two events guard a slot, 3). Both never
+queue at the same time: the model's thread does so only while :attr:`Reader.idle`, and only it asks for transfers.
+ 1. A chunk is written by one reader at a time: it comes from the queue of free chunks.
+ 2. A reader writes to it only after the copy out of it is over (``finish``), which waits on that reader's own thread.
+ 3. The sender copies out of it only after the reader is done with it (``read``), and puts it back behind the copy.
+ 4. A chunk is taken together with a piece, under one lock. So the piece that is sent next always has its chunk, and the
+    readers ahead of it cannot have taken all of them: nothing waits in a circle.
+A transfer that fails, or is given up, keeps its place in the order; its other pieces are neither read nor copied.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
+from queue import SimpleQueue
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from .arena import Arena, HostBuffer
+from .backend import Backend, Event
+from .contents import ranges, read_range
+from .layout import Layout
+
+# How often a thread that waits looks whether it shall go on.
+TICK_SECONDS = 0.05
+
+Tick = Callable[[], None]
+
+T = TypeVar("T")
+
+
+def wait_for(future: Future[T], tick: Tick) -> T:
+    """A future's result; ``tick`` is called meanwhile, and may raise."""
+    while not wait_for_futures([future], TICK_SECONDS).done:
+        tick()
+    return future.result()
+
+
+class TransferAbandonedError(Exception):
+    """A transfer was given up before it was done; nobody should be waiting for it."""
+
+
+class Load(NamedTuple):
+    """Ask for a unit's weights as they were loaded.
+
+    Attributes:
+        layout: the unit's.
+        target: memory on the device, of the layout's size.
+    """
+
+    layout: Layout
+    target: torch.Tensor
+
+
+class Move(NamedTuple):
+    """Ask for a copy of host memory.
+
+    Attributes:
+        source: host memory; staged through the ring if it is not page-locked.
+        target: memory on the device, of the same size.
+        pinned: whether ``source`` is page-locked.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+    pinned: bool
+
+
+class Chunk:
+    """A part of the ring, and the event that guards it.
+
+    Attributes:
+        memory: uint8 host memory.
+        sent: the last copy out of it.
+    """
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.sent: Event | None = None
+
+
+class Transfer:
+    """Bytes on their way to the device.
+
+    Attributes:
+        queued: the event behind its last copy, once all of its copies are queued; or what went wrong.
+        events: of its copies so far.
+        abandoned: nobody wants it any more.
+        error: what went wrong first.
+    """
+
+    def __init__(self, after: Event | None, fine: bool) -> None:
+        self.queued: Future[Event] = Future()
+        self.events: list[Event] = []
+        self.after = after
+        self.fine = fine
+        self.abandoned = False
+        self.error: BaseException | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.abandoned or self.error is not None
+
+
+class _Piece:
+    """What one chunk carries, or a copy that needs none.
+
+    Attributes:
+        target: memory on the device.
+        fill: writes what belongs there to a chunk; None for a copy straight from ``source``.
+        read: the chunk holds it, or reading has failed.
+        last: of its transfer.
+    """
+
+    __slots__ = ("chunk", "fill", "last", "read", "source", "target", "transfer")
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        target: torch.Tensor,
+        source: torch.Tensor | None,
+        fill: Callable[[torch.Tensor], None] | None,
+    ) -> None:
+        self.transfer = transfer
+        self.target = target
+        self.source = source
+        self.fill = fill
+        self.chunk: Chunk | None = None
+        self.read = threading.Event()
+        self.last = False
+
+
+class Reader:
+    """Reads ahead on ``threads`` threads, through a ring of ``chunks`` chunks.
+
+    The ring and the threads exist from the first transfer to :meth:`close`.
+
+    Args:
+        backend: the device.
+        arena: where the ring's memory comes from.
+        threads, chunk_bytes, chunks: see :class:`StreamingConfig`.
+
+    Attributes:
+        sent_bytes: bytes whose copies were queued so far.
+        drop_behind: have the system forget the parts of files that were read (RAM is short).
+    """
+
+    def __init__(self, backend: Backend, arena: Arena, threads: int, chunk_bytes: int, chunks: int) -> None:
+        self.sent_bytes = 0
+        self._busy_seconds = 0.0
+        self.drop_behind = False
+        self._backend = backend
+        self._arena = arena
+        self._threads = threads
+        self._chunk_bytes = chunk_bytes
+        self._chunks = chunks
+        self._ring: HostBuffer | None = None
+        self._free: SimpleQueue[Chunk] = SimpleQueue()
+        self._to_read: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._to_send: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._turn = threading.Lock()
+        self._counting = threading.Lock()
+        self._sending = threading.RLock()
+        self._pending: set[Transfer] = set()
+        self._busy_since = 0.0
+        self._workers: list[threading.Thread] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether every transfer is queued as a whole, or has failed."""
+        return not self._pending
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time so far in which something was on its way."""
+        with self._counting:
+            return self._busy_seconds + (time.perf_counter() - self._busy_since if self._pending else 0.0)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Host memory of the ring; 0 while there is none."""
+        return self._ring.nbytes if self._ring is not None else 0
+
+    def transfer(self, parts: Sequence[Load | Move], after: Event | None, fine: bool = False) -> Transfer:
+        """Bring ``parts`` to the device, behind everything that was asked for before.
+
+        Args:
+            parts: what goes where.
+            after: the copies start when this has happened.
+            fine: cut copies into fine pieces (backend.py, Note: copies take turns).
+        """
+        self.open()
+        transfer = Transfer(after, fine)
+        pieces = [piece for part in parts for piece in self._pieces(transfer, part)]
+        if not pieces:
+            transfer.queued.set_result(self._backend.mark())
+            return transfer
+        pieces[-1].last = True
+        with self._counting:
+            if not self._pending:
+                self._busy_since = time.perf_counter()
+            self._pending.add(transfer)
+        for piece in pieces:
+            if piece.fill is not None:
+                self._to_read.put(piece)
+            self._to_send.put(piece)
+        return transfer
+
+    def wait(self, transfer: Transfer, tick: Tick) -> Event:
+        """The event behind ``transfer``, once its copies are queued. ``tick`` is called meanwhile, and may raise.
+
+        Raises:
+            CheckpointError: the file could not be read.
+        """
+        return wait_for(transfer.queued, tick)
+
+    def flush(self, tick: Tick) -> None:
+        """Wait until every transfer is queued, or has failed."""
+        for transfer in list(self._pending):
+            while not wait_for_futures([transfer.queued], TICK_SECONDS).done:
+                tick()
+
+    def abandon(self) -> None:
+        """Give up what is not queued yet, and return when nothing is on its way any more.
+
+        Copies that are queued already still take place: synchronize the backend before their targets are freed.
+        """
+        with self._sending, self._counting:
+            pending = list(self._pending)
+            for transfer in pending:
+                transfer.abandoned = True
+        wait_for_futures([transfer.queued for transfer in pending])
+
+    def close(self) -> None:
+        """Abandon everything, end the threads and give the ring's memory back. It can be used again."""
+        if self._ring is None:
+            return
+        self.abandon()
+        self._stop_threads()
+        for worker in self._workers:
+            worker.join()
+        self._workers.clear()
+        self._backend.synchronize()  # Race: copies out of the ring may still be under way.
+        self._arena.release(self._ring)
+        self._ring = None
+        self._free = SimpleQueue()
+
+    def forsake(self) -> None:
+        """As :meth:`close`, for an owner that the garbage collector takes: on any thread, one of ours among them.
+
+        Threads end when they see it. The ring goes with the last of them.
+        """
+        with self._sending:
+            for transfer in list(self._pending):
+                transfer.abandoned = True
+        self._stop_threads()
+
+    def _stop_threads(self) -> None:
+        self._to_send.put(None)
+        for _ in range(self._threads):
+            self._to_read.put(None)
+
+    # -- pieces --------------------------------------------------------------------------------------------------
+
+    def _pieces(self, transfer: Transfer, part: Load | Move) -> list[_Piece]:
+        if isinstance(part, Move) and part.pinned:
+            return [_Piece(transfer, part.target, part.source, None)]
+        if isinstance(part, Move):
+            starts = range(0, part.target.nbytes, self._chunk_bytes)
+            spans = [(start, min(start + self._chunk_bytes, part.target.nbytes)) for start in starts]
+            return [
+                _Piece(transfer, part.target[start:stop], None, _copies_from(part.source[start:stop]))
+                for start, stop in spans
+            ]
+        return [
+            _Piece(transfer, part.target[start:stop], None, self._reads(part.layout, start, stop))
+            for start, stop in ranges(part.layout, self._chunk_bytes)
+        ]
+
+    def _reads(self, layout: Layout, start: int, stop: int) -> Callable[[torch.Tensor], None]:
+        return lambda chunk: read_range(layout, start, stop, chunk, self.drop_behind)
+
+    # -- the threads ---------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make the ring and start the threads; :meth:`transfer` does it too."""
+        if self._ring is not None:
+            return
+        ring = self._arena.allocate(self._chunk_bytes * self._chunks)
+        ring.memory.fill_(0)  # Touched pages are page-locked several times faster.
+        self._arena.lock(ring)
+        self._ring = ring
+        for memory in ring.memory.split(self._chunk_bytes):
+            self._free.put(Chunk(memory))
+        jobs = [self._read_ahead] * self._threads + [self._send_in_order]
+        self._workers = [threading.Thread(target=job, name="weightstream-read", daemon=True) for job in jobs]
+        for worker in self._workers:
+            worker.start()
+
+    def _read_ahead(self) -> None:
+        while self._read_next():
+            """One by one: a thread that waits for a piece keeps no memory of the one before alive."""
+
+    def _read_next(self) -> bool:
+        with self._turn:  # Note: one order for all copies, 4.
+            piece = self._to_read.get()
+            if piece is None:
+                return False
+            chunk = piece.chunk = self._free.get()
+        try:
+            if chunk.sent is not None:
+                self._backend.finish(chunk.sent)  # Race: the copy out of this chunk may still read it.
+                chunk.sent = None
+            if not piece.transfer.stopped:
+                piece.fill(chunk.memory[: piece.target.nbytes])
+        except BaseException as error:
+            piece.transfer.error = piece.transfer.error or error
+        finally:
+            piece.read.set()
+        return True
+
+    def _send_in_order(self) -> None:
+        while self._send_next():
+            """One by one, as above."""
+
+    def _send_next(self) -> bool:
+        piece = self._to_send.get()
+        if piece is None:
+            return False
+        if piece.fill is not None:
+            piece.read.wait()
+        transfer = piece.transfer
+        try:
+            with self._sending:
+                if not transfer.stopped:
+                    transfer.events.append(self._send(piece))
+                    transfer.after = None
+        except BaseException as error:
+            transfer.error = transfer.error or error
+        if piece.chunk is not None:
+            self._free.put(piece.chunk)
+        if piece.last:
+            self._finish(transfer)
+        return True
+
+    def _send(self, piece: _Piece) -> Event:
+        chunk = piece.chunk
+        source = piece.source if chunk is None else chunk.memory[: piece.target.nbytes]
+        event = self._backend.copy([(piece.target, source)], piece.transfer.after, piece.transfer.fine)
+        if chunk is not None:
+            chunk.sent = event
+        self.sent_bytes += piece.target.nbytes
+        return event
+
+    def _finish(self, transfer: Transfer) -> None:
+        with self._counting:
+            self._pending.discard(transfer)
+            if not self._pending:
+                self._busy_seconds += time.perf_counter() - self._busy_since
+        if transfer.error is not None:
+            transfer.queued.set_exception(transfer.error)
+        elif transfer.abandoned:
+            transfer.queued.set_exception(TransferAbandonedError("a transfer was given up"))
+        else:
+            transfer.queued.set_result(self._backend.all_of(transfer.events))
+
+
+def _copies_from(source: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    # numpy copies on the calling thread alone; torch would start a team of threads for each of ours.
+    return lambda chunk: np.copyto(chunk.numpy(), source.numpy())
