@@ -1,0 +1,82 @@
+"""Run one row of loading.py in this process and write its figures as JSON. loading.py starts it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy_host
+from cases import CASES
+from contenders import Job, comfy_flags, load_with_comfy, load_with_weightstream, sample
+from worker import versions
+
+STEADY_STEPS = 8
+
+
+def main() -> None:
+    wanted = json.loads(sys.argv[1])
+    job = Job(
+        CASES[wanted["case"]],
+        wanted["contender"],
+        Path(wanted["checkpoint"]),
+        Path(wanted["comfyui"]),
+        wanted["steps"],
+        wanted["free_bytes"],
+    )
+    result = measure(job, wanted["settings"], wanted["pin_limit"])
+    Path(sys.argv[2]).write_text(json.dumps(result | {"versions": versions()}))
+    sys.stdout.flush()
+    os._exit(0)  # What a contender leaves behind goes with the process.
+
+
+def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[str, Any]:
+    comfy_host.start(job.comfyui, comfy_flags(job))
+    import torch
+    from clock import StepClock
+
+    ours = job.contender == "weightstream"
+    if ours:
+        comfy_host.load_pack("WeightStreamModelLoader")  # As ComfyUI imports it at its start.
+        adjust(settings, pin_limit)
+    torch.cuda.init()
+    torch.ones(1, device="cuda")
+    with torch.inference_mode():
+        started = time.perf_counter()
+        model = (load_with_weightstream if ours else load_with_comfy)(job)
+        loaded = time.perf_counter()
+        comfy_host.end_of_node()
+        first = StepClock()
+        sample(model, job.case, job.steps, first.mark_first_and_wait)
+        building = first.step_seconds()
+        result = {"loader_s": loaded - started, "first_step_s": first.first_mark_s - started}
+        result |= {"building_steps_s": building, "first_prompt_s": time.perf_counter() - started}
+        if ours:
+            model.streamer.finish_building()
+            result["built_s"] = time.perf_counter() - started
+        sample(model, job.case, 3 if job.steps > 3 else 1, StepClock().mark)
+        steady = StepClock()
+        latent = sample(model, job.case, min(job.steps, STEADY_STEPS), steady.mark)
+    if ours:
+        result["status"] = model.status()
+    digest = hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return result | {"steady_step_s": statistics.median(steady.step_seconds()), "latent_sha256": digest}
+
+
+def adjust(settings: dict[str, int], pin_limit: int | None) -> None:
+    """Use other settings than the pack's own, for this process."""
+    loader = sys.modules["weightstream_pack.nodes.loader"]
+    own = loader.host_config
+    loader.host_config = lambda *args: dataclasses.replace(own(*args), **settings)
+    if pin_limit is not None:
+        loader.pins.limit = pin_limit
+
+
+if __name__ == "__main__":
+    main()
