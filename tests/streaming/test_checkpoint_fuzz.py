@@ -283,6 +283,46 @@ FAULTS += [_repeat_entry, _as_list, _pad, _resize_data]
 BYTE_FAULTS = [_flip_bytes, _truncate, _lie_about_length]
 
 
+def _tensor(dtype: str = '"F32"', shape: str = "[2]", offsets: str = "[0,8]", more: str = "") -> str:
+    return f'{{"a":{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}{more}}}}}'
+
+
+SPECIAL = [_tensor(more=f',"x":{extra}') for extra in [*EXTRAS, *NUMBERS, *STRINGS, *LITERALS]]
+SPECIAL += [_tensor(dtype=text) for text in [*STRINGS, *LITERALS, '{"F32":null,"F32":0}', '{"F32":{}}', '["F32"]']]
+SPECIAL += [_tensor(f'"{dtype}"', f"[{64 // bits}]") for dtype, bits in BITS.items()]
+SPECIAL += [_tensor('"F4"', shape) for shape in ("[16]", "[15]", "[17]", "[2,8]", "[16,1]", "[0,16]", "[]")]
+SPECIAL += [_tensor('"F4"', shape, "[0,0]") for shape in ("[0]", "[0,2]", "[0,1]", "[1,0]", "[]", "[1]")]
+SPECIAL += [_tensor(shape=f"[{size}]") for size in [*NUMBERS, *LITERALS, "2.0", "2e0", "20e-1", '"2"', "[2]"]]
+SPECIAL += [_tensor(shape=f"[true,{size}]") for size in ("2", "false", "null")]
+SPECIAL += [_tensor(shape=shape) for shape in ("[1,2]", "[2,1,1]", "[2,]", "[,2]", "[1 2]", "2", "{}", '"2"', "null")]
+SPECIAL += [_tensor(shape=f"[0,{size}]", offsets="[0,0]") for size in HUGE]
+SPECIAL += [_tensor(shape=f"[{first},{second},0]") for first in HUGE for second in ("2", "4294967296", "0")]
+SPECIAL += [_tensor(offsets=f"[0,{end}]") for end in [*NUMBERS, *LITERALS, "8.0", "8e0", '"8"', "8,8", "8,"]]
+SPECIAL += [_tensor(offsets=f"[{begin},8]") for begin in ("-0", "0.0", "0e0", "00", "false", "null", "4", "8", "16")]
+SPECIAL += [_tensor(offsets=text) for text in ("[]", "[8]", "[8,0]", "{}", "null", '{"0":0,"1":8}', '"08"')]
+SPECIAL += [_tensor(more=f",{name}:{value}") for name in ('"dtype"', '"\\u0064type"') for value in ('"F32"', "1")]
+SPECIAL += [f'{{"a":["F32",[2],[0,8]{more}]}}' for more in ("", ",1", ",")]
+SPECIAL += [f'{{"a":{value}}}' for value in ("1", "null", "[]", "{}", '""', '["F32",[2]]', '[[2],"F32",[0,8]]')]
+SPECIAL += [_tensor()[:-1] + f',"a":{value}}}' for value in ("null", "{}", '["F32",[2],[0,8]]', '["F32",[2],[0,4]]')]
+SPECIAL += [
+    _tensor()[:-1] + f',"__metadata__":{value}}}'
+    for value in ("null", "{}", "[]", "1", '""', '{"a":1}', '{"a":null}', '{"a":"1","a":"2"}', '{"a":"1","a":2}')
+]
+SPECIAL += [
+    _tensor()[:-1] + f',"__metadata__":{one},"__metadata__":{two}}}' for one in ("null", "{}") for two in ("{}",)
+]
+SPECIAL += [before + _tensor() + after for before in ("", " ", "\ufeff", "\0") for after in ("", " \t\r\n", "\0", "{}")]
+
+
+@pytest.mark.parametrize("number", range(len(SPECIAL)))
+def test_special_headers_have_the_librarys_verdict(tmp_path: Path, number: int) -> None:
+    text = SPECIAL[number].encode("utf-8", "surrogatepass")
+    path = tmp_path / "special.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(8)))
+    expected, found = _read_by_library(str(path)), _read_by_engine(str(path))
+    assert found == expected or {type(found), type(expected)} == {str}, f"{text[:300]!r}: {found}, library {expected}"
+
+
 @pytest.mark.parametrize("length", [99_999_999, 100_000_000, 100_000_001])
 def test_the_longest_header_is_the_librarys(tmp_path: Path, length: int) -> None:
     path = tmp_path / "long.safetensors"
