@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import platform
 import stat
+import sys
 import threading
 import weakref
 from dataclasses import dataclass
@@ -25,6 +27,10 @@ from .header import MAX_HEADER_BYTES, Entry, parse_header
 
 # One read may not be larger everywhere; what is left is read next.
 _MAX_READ = 1 << 30
+# Linux refuses a private mapping larger than memory and swap, unless told to reserve nothing for its copies. Python
+# knows the flag's name since 3.13.
+_LINUX_PC = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if _LINUX_PC else 0)
 
 
 class _Descriptor:
@@ -139,7 +145,7 @@ class CheckpointFile:
             if self._mapping is None:
                 self.check_unchanged()
                 try:
-                    mapping = mmap.mmap(self._source.fileno(), self.nbytes, access=mmap.ACCESS_COPY)
+                    mapping = _map_private(self._source.fileno(), self.nbytes)
                 except (OSError, ValueError) as error:
                     raise CheckpointError(f"{self.path}: cannot be mapped ({_reason(error)})") from error
                 self._address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
@@ -193,7 +199,8 @@ class CheckpointFile:
 
     def _what(self, offset: int, nbytes: int) -> str:
         """The bytes in words, for a message."""
-        names = [e.name for e in self.entries.values() if e.begin < offset + nbytes and offset < e.end]
+        end = offset + nbytes
+        names = [entry.name for entry in self.entries.values() if max(entry.begin, offset) < min(entry.end, end)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return f"{nbytes} bytes at byte {offset} (tensor {', '.join(names[:3]) or 'none: header'}{more})"
 
@@ -253,9 +260,17 @@ class FileSlice:
         self.file.drop_cached(self.offset + start, nbytes)
 
 
+def _map_private(descriptor: int, nbytes: int) -> mmap.mmap:
+    """A copy-on-write mapping of the whole file, without memory set aside for copies that are hardly ever made."""
+    if _NO_RESERVE:
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)
+    return mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
+
+
 def _view(mapping: mmap.mmap, entry: Entry) -> torch.Tensor:
     if entry.begin == entry.end:
-        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        return torch.empty(0, dtype=entry.dtype, device="cpu").reshape(entry.shape)
     count = (entry.end - entry.begin) // entry.dtype.itemsize
     return torch.frombuffer(mapping, dtype=entry.dtype, count=count, offset=entry.begin).reshape(entry.shape)
 

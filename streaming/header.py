@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ def parse_header(path: str, raw: bytes, nbytes: int) -> tuple[dict[str, str], di
         origin, position = 8 + len(raw), 0
         entries = {}
         for info in sorted(infos.values(), key=lambda info: (info.begin, info.end, info.name)):
-            if info.begin != position or info.end < info.begin:
+            if info.begin != position:
                 raise ValueError(
                     f"tensor {info.name!r} has the bytes {info.begin} to {info.end} of the data where its bytes "
                     f"should begin at {position}: tensors overlap or leave a hole. {_AGAIN}"
@@ -164,11 +165,11 @@ def _info(name: str, value: Any) -> _Info:
     if type(dtype) is tuple and len(dtype) == 1 and dtype[0][1] is None:
         dtype = dtype[0][0]  # the library's other way to write a variant: {"F32": null}
     if type(dtype) is not str or dtype not in _DTYPES:
-        raise ValueError(f"tensor {name!r} has the dtype {dtype!r}, which the format does not know. {_AGAIN}")
+        raise ValueError(f"tensor {name!r} has the dtype {reprlib.repr(dtype)}, unknown to the format. {_AGAIN}")
     if not _are_sizes(shape):
-        raise ValueError(f"tensor {name!r} has the shape {shape!r}, not a list of sizes. {_AGAIN}")
+        raise ValueError(f"tensor {name!r} has the shape {reprlib.repr(shape)}, not a list of sizes. {_AGAIN}")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has the data_offsets {offsets!r}, not two offsets. {_AGAIN}")
+        raise ValueError(f"tensor {name!r} has the data_offsets {reprlib.repr(offsets)}, not two offsets. {_AGAIN}")
     return _Info(name, dtype, tuple(shape), *offsets)
 
 
@@ -192,7 +193,7 @@ def _are_sizes(value: Any) -> bool:
 def _entry(info: _Info, origin: int) -> Entry:
     """``info`` as torch has it, its size checked."""
     kind, bits = _DTYPES[info.dtype]
-    label = f"tensor {info.name!r} ({info.dtype}, {list(info.shape)})"
+    label = f"tensor {info.name!r} ({info.dtype}, {reprlib.repr(list(info.shape))})"
     count = 1
     for size in info.shape:
         count *= size
@@ -218,7 +219,7 @@ def _entry(info: _Info, origin: int) -> Entry:
 def _check_torch_holds(label: str, shape: tuple[int, ...]) -> None:
     """An empty tensor may have sizes beyond torch's counting; one with bytes has not, as its file is not so long."""
     try:
-        torch.empty(shape, dtype=torch.uint8, device="cpu")
+        torch.empty(0, device="cpu").reshape(shape)
     except (RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{label} is of a shape that torch does not hold ({reason})") from None
