@@ -22,7 +22,7 @@ from pathlib import Path
 
 import report
 from cases import CASES, GB
-from run import HERE, RESULTS, describe_machine, ensure_checkpoint, hold_back_vram, last_lines
+from run import HERE, RESULTS, describe_machine, ensure_checkpoint, hold_back_vram, keep_log, last_lines
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 GROUPS = Path("/sys/fs/cgroup")
@@ -81,13 +81,13 @@ def main() -> None:
     print(json.dumps(results["read"]), flush=True)
     for name in names:
         with hold_back_vram(CASES[table[name].case].free_gb) as holder:
-            result = run_row(table[name], checkpoint, args, holder.settled_free_bytes())
+            result = run_row(name, table[name], checkpoint, args, holder.settled_free_bytes())
         results["rows"][name] = result
         print(f"{name}: {say(result)}", flush=True)
         report.write_json(args.out / "loading.json", results)
 
 
-def run_row(row: Row, checkpoint: Path, args: argparse.Namespace, free_bytes: int) -> dict:
+def run_row(name: str, row: Row, checkpoint: Path, args: argparse.Namespace, free_bytes: int) -> dict:
     """One child; its figures, or ``{"error": last lines}``."""
     if row.cold and not drop_caches():
         return {"error": [f"cannot write to {DROP_CACHES}"]}
@@ -103,6 +103,8 @@ def run_row(row: Row, checkpoint: Path, args: argparse.Namespace, free_bytes: in
         with open(log, "w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=group)
             peak = watch_memory(process, time.monotonic() + args.timeout)
+        if args.logs:
+            keep_log(log, args.logs / f"{name}.log")
         if not out.exists():
             return {"error": last_lines(log)}
         return json.loads(out.read_text()) | {"anonymous_peak_bytes": peak}
@@ -201,6 +203,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks")
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
+    parser.add_argument("--logs", type=Path, help="folder that keeps what the rows print")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one row")
     return parser.parse_args()
 

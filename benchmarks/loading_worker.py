@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import statistics
 import sys
@@ -21,7 +22,7 @@ STEADY_STEPS = 8
 
 
 def main() -> None:
-    wanted = json.loads(sys.argv[1])
+    wanted, out = json.loads(sys.argv[1]), Path(sys.argv[2])  # Now: ComfyUI reads sys.argv too.
     job = Job(
         CASES[wanted["case"]],
         wanted["contender"],
@@ -31,12 +32,13 @@ def main() -> None:
         wanted["free_bytes"],
     )
     result = measure(job, wanted["settings"], wanted["pin_limit"])
-    Path(sys.argv[2]).write_text(json.dumps(result | {"versions": versions()}))
+    out.write_text(json.dumps(result | {"versions": versions()}))
     sys.stdout.flush()
     os._exit(0)  # What a contender leaves behind goes with the process.
 
 
 def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[str, Any]:
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
     comfy_host.start(job.comfyui, comfy_flags(job))
     import torch
     from clock import StepClock
@@ -48,12 +50,14 @@ def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[s
     torch.cuda.init()
     torch.ones(1, device="cuda")
     with torch.inference_mode():
+        logging.info("the loader starts")
         started = time.perf_counter()
         model = (load_with_weightstream if ours else load_with_comfy)(job)
         loaded = time.perf_counter()
         comfy_host.end_of_node()
         first = StepClock()
         sample(model, job.case, job.steps, first.mark_first_and_wait)
+        logging.info("the first prompt ends")
         building = first.step_seconds()
         result = {"loader_s": loaded - started, "first_step_s": first.first_mark_s - started}
         result |= {"building_steps_s": building, "first_prompt_s": time.perf_counter() - started}

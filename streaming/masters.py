@@ -99,7 +99,7 @@ def _write(spec: TensorSpec, buffer: torch.Tensor, value: torch.Tensor) -> None:
 
 
 # A builder looks after so many bytes whether it shall stop.
-BUILD_BYTES = 8 * 1024**2
+BUILD_BYTES = 16 * 1024**2
 
 
 class _Master(NamedTuple):

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for_futures
 from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
@@ -41,9 +42,13 @@ T = TypeVar("T")
 
 def wait_for(future: Future[T], tick: Tick) -> T:
     """A future's result; ``tick`` is called meanwhile, and may raise."""
-    while not wait_for_futures([future], TICK_SECONDS).done:
+    while True:
+        try:
+            return future.result(TICK_SECONDS)
+        except FutureTimeoutError:
+            if future.done():
+                return future.result()  # It was done just now, or failed with an error of that kind itself.
         tick()
-    return future.result()
 
 
 class TransferAbandonedError(Exception):
