@@ -61,6 +61,7 @@ def rows(case: str) -> dict[str, Row]:
     }
     return {
         "cached": Row(case),
+        "cached-again": Row(case),
         "cached-comfy": Row(case, "comfy-dynamic"),
         "cold": Row(case, cold=True),
         "cold-comfy": Row(case, "comfy-dynamic", cold=True),
@@ -188,7 +189,8 @@ def say(result: dict) -> str:
     first, later, steady = result["first_step_s"], result["building_steps_s"], result["steady_step_s"]
     text = f"loader {result['loader_s']:.2f} s, first step done after {first:.2f} s; then"
     text += " ".join(f" {step:.3f}" for step in later) + f"; steady {steady:.3f}"
-    text += f"; peak {result['anonymous_peak_bytes'] / GB:.1f} GB"
+    own = result["anonymous_before_bytes"]
+    text += f"; RAM {own / GB:.1f} GB before, {(result['anonymous_peak_bytes'] - own) / GB:.1f} GB more at most"
     if "status" in result:
         status = result["status"]
         text += f"; streamed {status['streamed_block_bytes'] / GB:.2f}, page-locked {status['pinned_bytes'] / GB:.2f}"

@@ -289,8 +289,8 @@ class Streamer:
         if self._lane is None or self.plan is None:
             return
         self._halt()
-        if self._placement.make_masters(self.plan, names):
-            self._placement.bind()
+        self._placement.make_masters(self.plan, names)
+        self._placement.bind()
         self._lane.refresh()
         self._supply.build(self._placement.unbuilt(self.plan), self)
 
