@@ -55,6 +55,7 @@ class Row:
 
 def rows(case: str) -> dict[str, Row]:
     streamed = "flux-1024-streamed"
+    builders = {f"build-{threads}": Row(case, settings={"build_threads": threads}) for threads in (1, 2, 8)}
     threads = {
         f"threads-{threads}x{size}": Row(case, settings={"read_threads": threads, "chunk_bytes": size * MB}, steps=4)
         for threads, size in ((4, 8), (8, 4), (8, 8), (8, 16), (16, 8), (16, 16))
@@ -68,6 +69,7 @@ def rows(case: str) -> dict[str, Row]:
         "pins-25": Row(streamed, pin_share=0.25),
         "pins-0": Row(streamed, pin_share=0.0, steps=5),
         "ram-50": Row(streamed, ram_share=0.5, steps=3, cold=True),
+        **builders,
         **threads,
     }
 

@@ -39,6 +39,7 @@ def main() -> None:
 
 def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
+    logging.getLogger("weightstream_pack.streaming.streamer").setLevel(logging.DEBUG)
     comfy_host.start(job.comfyui, comfy_flags(job))
     import comfy.sample  # noqa: F401  (as ComfyUI does when it starts)
     import torch
@@ -58,7 +59,13 @@ def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[s
         loaded = time.perf_counter()
         comfy_host.end_of_node()
         first = StepClock()
-        sample(model, job.case, job.steps, first.mark_first_and_wait)
+
+        def first_step(*args: Any) -> None:
+            if first.first_mark_s is None:
+                logging.info("the first step ends")
+            first.mark_first_and_wait(*args)
+
+        sample(model, job.case, job.steps, first_step)
         logging.info("the first prompt ends")
         building = first.step_seconds()
         result = {"loader_s": loaded - started, "first_step_s": first.first_mark_s - started}

@@ -163,8 +163,9 @@ class Streamer:
         try:
             self._halt()
             self._drop_lane()
+            unread = self._placement.unread_bytes(plan)
             if self.state is State.UNLOADED:
-                self._supply.begin(self._placement.unread_bytes(plan))
+                self._supply.begin(unread)
             self._supply.arena.begin()
             self.backend.open(self.config.copy_streams)
             self.plan = plan
@@ -180,6 +181,8 @@ class Streamer:
             self.unload()
             raise
         self.state = State.LOADED
+        seconds = time.monotonic() - self.last_used
+        logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
         self._supply.build(self._placement.unbuilt(plan), self)
         self._put_away()
 
