@@ -1,4 +1,4 @@
-"""Builds master copies behind the steps, and frees old ones, so that nobody waits for page-locked memory.
+"""Builds master copies behind the steps, so that nobody waits for page-locked memory.
 
 [Note: handed over, not shared]
 A thread of the builder works on host memory that nobody else knows of: it fills it from the file, page-locks it and
@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 
-from .arena import Arena, HostBuffer
+from .arena import Arena
 from .masters import UnitCopies
 from .reader import Tick, wait_for
 
 logger = logging.getLogger(__name__)
-
-# Between two unlockings, each of which may hold up a step by some milliseconds.
-FREE_PAUSE_SECONDS = 0.05
 
 
 class Builder:
@@ -43,40 +39,48 @@ class Builder:
         self._threads = threads
         self._stopping = threading.Event()
         self._full = threading.Event()
+        self._holding = threading.Lock()
+        self._held = False
+        self._filled: list[UnitCopies] = []
         self._futures: list[Future[None]] = []
-        self._retired: deque[HostBuffer] = deque()
         self._pool: ThreadPoolExecutor | None = None
 
     @property
     def active(self) -> bool:
-        return any(not future.done() for future in self._futures)
+        return bool(self._filled) or any(not future.done() for future in self._futures)
+
+    def hold(self) -> None:
+        """Only fill memory, and page-lock none until :meth:`release`.
+
+        In a first step the driver loads kernels. It takes one lock for that and for page-locking, and each made the
+        other slow: a first step of FLUX that needs 1.6 s took 2.8 s beside a builder (H200).
+        """
+        with self._holding:
+            self._held = True
+
+    def release(self) -> None:
+        """Page-lock what was filled meanwhile, and what will be."""
+        if not self._held:
+            return
+        with self._holding:
+            self._held = False
+            filled, self._filled = self._filled, []
+        if self._pool is not None:
+            self._futures += [self._pool.submit(self._lock, copies) for copies in filled]
 
     def start(self, copies: Sequence[UnitCopies]) -> None:
-        """Build the master copies of these units, in this order, as far as memory may be page-locked; then free."""
-        if not copies and not self._retired:
+        """Build the master copies of these units, in this order, as far as memory may be page-locked."""
+        if not copies:
             return
         self._stopping.clear()
         self._full.clear()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-build")
         self._futures = [self._pool.submit(self._build, item) for item in copies]
-        if self._retired:
-            self._futures.append(self._pool.submit(self._free))
-
-    def retire(self, memory: HostBuffer | None) -> None:
-        """Memory that nobody uses any more, to be freed when there is time. The builder is at rest."""
-        if memory is not None:
-            self._retired.append(memory)
-
-    def free_retired(self) -> int:
-        """Free it now; gives its bytes. The builder is at rest."""
-        freed = sum(memory.nbytes for memory in self._retired)
-        while self._retired:
-            self._arena.release(self._retired.popleft())
-        return freed
 
     def wait(self, tick: Tick) -> None:
         """Wait until all that was started is built."""
+        self.release()
         for future in self._futures:
             wait_for(future, tick)
 
@@ -87,6 +91,7 @@ class Builder:
         for future in futures:
             future.cancel()
         wait_for_futures([future for future in futures if not future.cancelled()])
+        self._filled.clear()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -100,16 +105,27 @@ class Builder:
     def _build(self, copies: UnitCopies) -> None:
         if self._stopping.is_set() or self._full.is_set():
             return
+        if not self._try(copies, lambda: copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind)):
+            return
+        with self._holding:
+            if self._held:
+                self._filled.append(copies)
+                return
+        self._lock(copies)
+
+    def _lock(self, copies: UnitCopies) -> None:
+        if self._full.is_set():
+            copies.give_up_begun(self._arena)
+        elif not self._stopping.is_set():
+            self._try(copies, lambda: copies.lock_master(self._arena))
+
+    def _try(self, copies: UnitCopies, step: Callable[[], bool]) -> bool:
+        """Where no more memory may be page-locked, or the file is broken, others need not try."""
         try:
-            more = copies.build_master(self._arena, self._stopping.is_set, self.drop_behind)
+            more = step()
         except Exception as error:
             logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, error)
             more = False
         if not more:
-            self._full.set()  # No more memory may be page-locked, or the file is broken: others need not try.
-
-    def _free(self) -> None:
-        while self._retired and not self._stopping.is_set():
-            self._arena.release(self._retired.popleft())
-            # A driver waits for the device before it unlocks memory, and nobody can launch a kernel meanwhile.
-            self._stopping.wait(FREE_PAUSE_SECONDS)
+            self._full.set()
+        return more

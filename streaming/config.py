@@ -48,7 +48,7 @@ class StreamingConfig:
     thrifty: bool = True
     fill_threads: int = 0
     read_threads: int = 8
-    chunk_bytes: int = 16 * 1024**2
+    chunk_bytes: int = 8 * 1024**2
     chunks: int = 16
     build_threads: int = 4
 

@@ -282,6 +282,9 @@ class Lane:
         adopted = [unit.adopt() for unit in group]
         if any(adopted):
             self._home[number] = [unit.home for unit in group]
+            if number not in self._open:
+                for binding in self._home[number]:
+                    binding.apply()
             with torch.inference_mode(False):
                 self._prepare_pairs(number)
         return self._pairs[number]

@@ -168,15 +168,14 @@ class UnitCopies:
             raise
         self._master = _Master(master, memory)
 
-    def build_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool) -> bool:
-        """On a builder's thread: build a page-locked master copy from the original and leave it to be adopted.
+    def fill_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool) -> bool:
+        """On a builder's thread: fill memory with the weights as they were loaded, for :meth:`lock_master`.
 
-        Gives whether others shall be built: false when no more memory may be page-locked. An unpatched master copy in
-        pageable memory would have no use, since the original is as good, unless weights are cast on the way.
+        What was begun before is taken up again. Gives whether memory may be had. An unpatched master copy in pageable
+        memory would have no use, since the original is as good, unless weights are cast on the way.
         """
         memory, filled = self._begun or (arena.claim(self.unit.nbytes), 0)
         self._begun = None
-        may_lock = memory is not None
         if memory is None:
             if not needs_work(self.unit.layout) or not arena.budget.has_room(self.unit.nbytes):
                 return False
@@ -186,17 +185,40 @@ class UnitCopies:
                 if start < filled:
                     continue
                 if stopped():
-                    self._begun = memory, start
-                    return True
+                    break
                 read_range(self.unit.layout, start, end, memory.memory[start:end], forget)
-            if may_lock and not arena.lock(memory) and not needs_work(self.unit.layout):
-                arena.release(memory)
-                return False
-            self.built = _Master(Weights(self.unit, memory.memory), memory)
+                filled = end
         except BaseException:
             arena.release(memory)
             raise
-        return may_lock
+        self._begun = memory, filled
+        return True
+
+    def lock_master(self, arena: Arena) -> bool:
+        """On a builder's thread: page-lock what was filled, and leave it to be adopted if it was filled as a whole.
+
+        Gives whether others shall be built: false when no more memory may be page-locked.
+        """
+        memory, filled = self._begun
+        if filled < self.unit.nbytes:
+            return True
+        self._begun = None
+        try:
+            locked = arena.lock(memory)
+            if locked or needs_work(self.unit.layout):
+                self.built = _Master(Weights(self.unit, memory.memory), memory)
+            else:
+                arena.release(memory)
+        except BaseException:
+            arena.release(memory)
+            raise
+        return locked
+
+    def give_up_begun(self, arena: Arena) -> None:
+        """On a builder's thread: free what was filled and shall not be page-locked after all."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            arena.release(begun[0])
 
     def adopt(self) -> bool:
         """Take what a builder has finished; gives whether there was anything."""

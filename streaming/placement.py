@@ -52,7 +52,7 @@ class Placement:
         self._backend.trim()
         self._make_residents([self._rest, *resident])
         for copies in resident:
-            self._supply.builder.retire(copies.drop_master())
+            self._free(copies.drop_master())
 
     def adopt(self) -> bool:
         """Take the master copies that a builder has finished; gives whether there were any."""
@@ -114,7 +114,7 @@ class Placement:
 
     def drop_masters(self, nbytes: int) -> int:
         """Drop master copies until ``nbytes`` of host memory are free, or all; gives what was freed."""
-        freed = self._supply.builder.free_retired()
+        freed = 0
         for copies in reversed(self._copies):
             if freed >= nbytes:
                 break

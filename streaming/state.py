@@ -12,9 +12,10 @@ class State(Enum):
     """What of a streamed model is where.
 
     UNLOADED: modules use the originals; nothing on the device. Master copies made earlier are kept in host memory.
-    LOADED: the rest and the resident units are on the device, the ring too; streamed units have master copies.
-    REDUCED: as LOADED, but some residents were given up and nothing made in their place. The next load, or the next
-        step, makes the model whole.
+    LOADED: the rest and the resident units are on the device, the slots too. Streamed units have master copies in host
+        memory, or get them behind the steps, or stream from where they are.
+    REDUCED: as LOADED, but some residents or master copies were given up and nothing made in their place. The next
+        load, or the next step, makes the model whole.
     """
 
     UNLOADED = "unloaded"

@@ -166,6 +166,7 @@ class Streamer:
             unread = self._placement.unread_bytes(plan)
             if self.state is State.UNLOADED:
                 self._supply.begin(unread)
+                self._supply.builder.hold()
             self._supply.arena.begin()
             self.backend.open(self.config.copy_streams)
             self.plan = plan

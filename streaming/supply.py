@@ -84,6 +84,7 @@ class Supply:
 
     def arrived(self) -> None:
         """A step has run: everything was read."""
+        self.builder.release()
         if self._total:
             progress = self._progress()._replace(done_bytes=self._total)
             self._total = 0
@@ -103,8 +104,7 @@ class Supply:
         needed = sum(unit.unit.nbytes for unit in copies)
         budget = self.arena.budget
         self.reader.drop_behind = self.builder.drop_behind = not budget.has_room(needed)
-        if needed and budget.shortage(needed) > 0:
-            self.builder.free_retired()
+        if needed:
             budget.make_room(needed, owner)
         self.builder.start(copies)
 
@@ -115,7 +115,6 @@ class Supply:
 
     def close(self) -> None:
         self.builder.stop()
-        self.builder.free_retired()
         self.reader.close()
 
     def forsake(self) -> None:

@@ -70,8 +70,6 @@ def test_masters_exist_for_what_is_streamed_only() -> None:
     snapshot = streamer.snapshot()
     assert snapshot.pinned_bytes - snapshot.ring_bytes == sum(streamer.outline.unit_bytes)
     streamer.load(streamer.plan_for(10**9))
-    streamer.finish_building()
-    streamer.load(streamer.plan_for(10**9))
     assert streamer.snapshot().pinned_bytes == 0
 
 
