@@ -16,6 +16,7 @@ import platform
 import stat
 import sys
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass
 from io import FileIO
@@ -27,6 +28,8 @@ from .header import MAX_HEADER_BYTES, Entry, parse_header
 
 # One read may not be larger everywhere; what is left is read next.
 _MAX_READ = 1 << 30
+# Windows would set aside as much of its page file as the file is large.
+_ACCESS = mmap.ACCESS_READ if os.name == "nt" else mmap.ACCESS_COPY
 # Linux refuses a private mapping larger than memory and swap, unless told to reserve nothing for its copies. Python
 # knows the flag's name since 3.13.
 _LINUX_PC = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
@@ -148,7 +151,7 @@ class CheckpointFile:
                     mapping = _map_private(self._source.fileno(), self.nbytes)
                 except (OSError, ValueError) as error:
                     raise CheckpointError(f"{self.path}: cannot be mapped ({_reason(error)})") from error
-                self._address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+                self._address = _from_buffer(mapping, torch.uint8).data_ptr()
                 self._mapping = mapping
             return self._mapping
 
@@ -265,14 +268,21 @@ def _map_private(descriptor: int, nbytes: int) -> mmap.mmap:
     if _NO_RESERVE:
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)
-    return mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
+    return mmap.mmap(descriptor, nbytes, access=_ACCESS)
+
+
+def _from_buffer(mapping: mmap.mmap, dtype: torch.dtype, count: int = -1, offset: int = 0) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # Nobody writes to what was loaded; ComfyUI's own mapping on Windows is read-only too.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset)
 
 
 def _view(mapping: mmap.mmap, entry: Entry) -> torch.Tensor:
     if entry.begin == entry.end:
         return torch.empty(0, dtype=entry.dtype, device="cpu").reshape(entry.shape)
     count = (entry.end - entry.begin) // entry.dtype.itemsize
-    return torch.frombuffer(mapping, dtype=entry.dtype, count=count, offset=entry.begin).reshape(entry.shape)
+    return _from_buffer(mapping, entry.dtype, count, entry.begin).reshape(entry.shape)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

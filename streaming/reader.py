@@ -229,11 +229,9 @@ class Reader:
         """
         return wait_for(transfer.queued, tick)
 
-    def flush(self, tick: Tick) -> None:
-        """Wait until every transfer is queued, or has failed."""
-        for transfer in list(self._pending):
-            while not wait_for_futures([transfer.queued], TICK_SECONDS).done:
-                tick()
+    def flush(self) -> None:
+        """Wait until every transfer is queued, or has failed: as long as it takes to read what fits into the slots."""
+        wait_for_futures([transfer.queued for transfer in list(self._pending)])
 
     def abandon(self) -> None:
         """Give up what is not queued yet, and return when nothing is on its way any more.

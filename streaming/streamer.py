@@ -215,7 +215,7 @@ class Streamer:
         if self._supply.reader.ring_bytes and not self.building:
             self._placement.adopt()
             if self._placement.pinned_bytes(self.plan) == self.plan.streamed_bytes:
-                self._supply.reader.flush(self._supply.tick)
+                self._supply.reader.flush()
                 self._supply.reader.close()
 
     def load_within(self, plan: Plan, load: Callable[[Plan], None] | None = None) -> None:
@@ -335,7 +335,7 @@ class Streamer:
     def drain(self) -> None:
         """Let every copy and every kernel that uses our memory finish (lane.py, Note: two events guard a slot, 4)."""
         self.settle()
-        self._supply.reader.flush(self._supply.tick)
+        self._supply.reader.flush()
         self.backend.synchronize()
 
     def _halt(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from weightstream.streaming import (
     CheckpointFile,
     FileSlice,
     StreamingError,
+    checkpoint_file,
 )
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="an open file cannot be replaced or deleted here")
@@ -738,3 +740,17 @@ def test_a_linked_shard_finds_the_others_beside_the_link(shards: Path, tmp_path:
         (shards / name).rename(tmp_path / f"blob{number}")
         (links / name).symlink_to(tmp_path / f"blob{number}")
     assert len(Checkpoint.open(links / NAMES[1]).files) == 3
+
+
+def test_a_read_only_mapping_as_on_windows_gives_the_same_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    save_file(tensors, path)
+    monkeypatch.setattr(checkpoint_file, "_NO_RESERVE", 0)
+    monkeypatch.setattr(checkpoint_file, "_ACCESS", mmap.ACCESS_READ)
+    file = CheckpointFile(path)
+    views = file.views()
+    assert all(torch.equal(views[name], tensor) for name, tensor in tensors.items())
+    assert file.locate(views["b"]).nbytes == 8
