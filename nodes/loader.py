@@ -143,9 +143,10 @@ def _load_for_streaming(
     model, load_device = loaded.model, loaded.load_device
     blocks = split_model(model, _model_dtype, weights.locate)
     config = host_config(vram_limit, backend)
-    streamer = Streamer(model.diffusion_model, blocks, backend, config, pins, evictable, LoadingBar(node_id))
+    bar = LoadingBar(node_id)
+    streamer = Streamer(model.diffusion_model, blocks, backend, config, pins, evictable, bar)
     _check_limit(vram_limit, streamer, name)
-    streamed = StreamedModel(name, streamer, node_id)
+    streamed = StreamedModel(name, streamer, node_id, bar)
     setattr(model, ATTRIBUTE, streamed)
     status.watch(streamed)
     status.announce(

@@ -82,7 +82,8 @@ class Builder:
         try:
             more = copies.build_master(self._arena, self._stopping.is_set, self.drop_behind)
         except Exception as error:
-            logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, error)
+            # As text: who keeps log records would keep, with the error's frames, the copies and their memory.
+            logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, str(error))
             more = False
         if not more:
             self._stopping.set()  # No more memory may be page-locked, or the file is broken: others need not try.
