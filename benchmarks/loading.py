@@ -55,18 +55,21 @@ class Row:
 
 def rows(case: str) -> dict[str, Row]:
     streamed = "flux-1024-streamed"
+    builders = {f"build-{threads}": Row(case, settings={"build_threads": threads}) for threads in (1, 2, 8)}
     threads = {
         f"threads-{threads}x{size}": Row(case, settings={"read_threads": threads, "chunk_bytes": size * MB}, steps=4)
         for threads, size in ((4, 8), (8, 4), (8, 8), (8, 16), (16, 8), (16, 16))
     }
     return {
         "cached": Row(case),
+        "cached-again": Row(case),
         "cached-comfy": Row(case, "comfy-dynamic"),
         "cold": Row(case, cold=True),
         "cold-comfy": Row(case, "comfy-dynamic", cold=True),
         "pins-25": Row(streamed, pin_share=0.25),
         "pins-0": Row(streamed, pin_share=0.0, steps=5),
         "ram-50": Row(streamed, ram_share=0.5, steps=3, cold=True),
+        **builders,
         **threads,
     }
 
@@ -188,7 +191,8 @@ def say(result: dict) -> str:
     first, later, steady = result["first_step_s"], result["building_steps_s"], result["steady_step_s"]
     text = f"loader {result['loader_s']:.2f} s, first step done after {first:.2f} s; then"
     text += " ".join(f" {step:.3f}" for step in later) + f"; steady {steady:.3f}"
-    text += f"; peak {result['anonymous_peak_bytes'] / GB:.1f} GB"
+    own = result["anonymous_before_bytes"]
+    text += f"; RAM {own / GB:.1f} GB before, {(result['anonymous_peak_bytes'] - own) / GB:.1f} GB more at most"
     if "status" in result:
         status = result["status"]
         text += f"; streamed {status['streamed_block_bytes'] / GB:.2f}, page-locked {status['pinned_bytes'] / GB:.2f}"

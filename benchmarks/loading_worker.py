@@ -39,7 +39,9 @@ def main() -> None:
 
 def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
+    logging.getLogger("weightstream_pack.streaming.streamer").setLevel(logging.DEBUG)
     comfy_host.start(job.comfyui, comfy_flags(job))
+    import comfy.sample  # noqa: F401  (as ComfyUI does when it starts)
     import torch
     from clock import StepClock
 
@@ -50,16 +52,24 @@ def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[s
     torch.cuda.init()
     torch.ones(1, device="cuda")
     with torch.inference_mode():
+        own_memory = anonymous_bytes()
         logging.info("the loader starts")
         started = time.perf_counter()
         model = (load_with_weightstream if ours else load_with_comfy)(job)
         loaded = time.perf_counter()
         comfy_host.end_of_node()
         first = StepClock()
-        sample(model, job.case, job.steps, first.mark_first_and_wait)
+
+        def first_step(*args: Any) -> None:
+            if first.first_mark_s is None:
+                logging.info("the first step ends")
+            first.mark_first_and_wait(*args)
+
+        sample(model, job.case, job.steps, first_step)
         logging.info("the first prompt ends")
         building = first.step_seconds()
         result = {"loader_s": loaded - started, "first_step_s": first.first_mark_s - started}
+        result |= {"anonymous_before_bytes": own_memory}
         result |= {"building_steps_s": building, "first_prompt_s": time.perf_counter() - started}
         if ours:
             model.streamer.finish_building()
@@ -71,6 +81,12 @@ def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[s
         result["status"] = model.status()
     digest = hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest()
     return result | {"steady_step_s": statistics.median(steady.step_seconds()), "latent_sha256": digest}
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process, file cache and mapped files not counted."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
 def adjust(settings: dict[str, int], pin_limit: int | None) -> None:

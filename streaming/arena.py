@@ -111,16 +111,17 @@ class PinBudget:
 
     def make_room(self, nbytes: int, keep: PinOwner) -> None:
         """Have others give up what stands in the way of ``nbytes`` more, the least recently used model first."""
-        short = self._shortage(nbytes)
+        short = self.shortage(nbytes)
         if short > 0:
             self._ask_others(short)
         for owner in sorted(self._owners, key=lambda owner: owner.last_used):
-            if (short := self._shortage(nbytes)) <= 0:
+            if (short := self.shortage(nbytes)) <= 0:
                 return
             if owner is not keep:
                 owner.give_up_masters(short)
 
-    def _shortage(self, nbytes: int) -> int:
+    def shortage(self, nbytes: int) -> int:
+        """Bytes that must be given up before ``nbytes`` more may be taken; 0 or less where there is room."""
         limits = [limit for limit in (self.limit, self._ceiling) if limit is not None]
         by_limit = self.used + self._others() + nbytes - min(limits) if limits else 0
         by_memory = nbytes - self._spare() if self._spare is not None else 0

@@ -1,4 +1,4 @@
-"""Builds master copies behind the steps, so that nobody waits for page-locked memory.
+"""Builds master copies behind the steps, and frees old ones, so that nobody waits for page-locked memory.
 
 [Note: handed over, not shared]
 A thread of the builder works on host memory that nobody else knows of: it fills it from the file, page-locks it and
@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 
-from .arena import Arena
+from .arena import Arena, HostBuffer
 from .masters import UnitCopies
 from .reader import Tick, wait_for
 
 logger = logging.getLogger(__name__)
+
+# Between two unlockings, each of which may hold up a step by some milliseconds.
+FREE_PAUSE_SECONDS = 0.05
 
 
 class Builder:
@@ -38,7 +42,9 @@ class Builder:
         self._arena = arena
         self._threads = threads
         self._stopping = threading.Event()
+        self._full = threading.Event()
         self._futures: list[Future[None]] = []
+        self._retired: deque[HostBuffer] = deque()
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -46,13 +52,28 @@ class Builder:
         return any(not future.done() for future in self._futures)
 
     def start(self, copies: Sequence[UnitCopies]) -> None:
-        """Build the master copies of these units, in this order, as far as memory may be page-locked."""
-        if not copies:
+        """Build the master copies of these units, in this order, as far as memory may be page-locked; then free."""
+        if not copies and not self._retired:
             return
         self._stopping.clear()
+        self._full.clear()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-build")
         self._futures = [self._pool.submit(self._build, item) for item in copies]
+        if self._retired:
+            self._futures.append(self._pool.submit(self._free))
+
+    def retire(self, memory: HostBuffer | None) -> None:
+        """Memory that nobody uses any more, to be freed when there is time. The builder is at rest."""
+        if memory is not None:
+            self._retired.append(memory)
+
+    def free_retired(self) -> int:
+        """Free it now; gives its bytes. The builder is at rest."""
+        freed = sum(memory.nbytes for memory in self._retired)
+        while self._retired:
+            self._arena.release(self._retired.popleft())
+        return freed
 
     def wait(self, tick: Tick) -> None:
         """Wait until all that was started is built."""
@@ -77,7 +98,7 @@ class Builder:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _build(self, copies: UnitCopies) -> None:
-        if self._stopping.is_set():
+        if self._stopping.is_set() or self._full.is_set():
             return
         try:
             more = copies.build_master(self._arena, self._stopping.is_set, self.drop_behind)
@@ -86,4 +107,10 @@ class Builder:
             logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, str(error))
             more = False
         if not more:
-            self._stopping.set()  # No more memory may be page-locked, or the file is broken: others need not try.
+            self._full.set()  # No more memory may be page-locked, or the file is broken: others need not try.
+
+    def _free(self) -> None:
+        while self._retired and not self._stopping.is_set():
+            self._arena.release(self._retired.popleft())
+            # A driver waits for the device before it unlocks memory, and nobody can launch a kernel meanwhile.
+            self._stopping.wait(FREE_PAUSE_SECONDS)

@@ -206,16 +206,15 @@ class UnitCopies:
         self._master = built
         return True
 
-    def drop_master(self, arena: Arena) -> None:
-        """Let go of the master copy, and of what was built of one; no builder may be at work."""
+    def drop_master(self) -> HostBuffer | None:
+        """Let go of the master copy, or of what was built of one; no builder may be at work. Gives its memory."""
         self.adopt()
         dropped, self._master = self._master, None
         begun, self._begun = self._begun, None
         self.bind()
         if dropped is not None:
-            arena.release(dropped.memory)
-        if begun is not None:
-            arena.release(begun[0])
+            return dropped.memory
+        return begun[0] if begun is not None else None
 
     # -- resident copies -----------------------------------------------------------------------------------------
 

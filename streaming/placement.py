@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .arena import HostBuffer
 from .backend import Backend
 from .blocks import BlockSet
 from .masters import Patches, UnitCopies, Weights
@@ -51,7 +52,7 @@ class Placement:
         self._backend.trim()
         self._make_residents([self._rest, *resident])
         for copies in resident:
-            copies.drop_master(self._supply.arena)
+            self._supply.builder.retire(copies.drop_master())
 
     def adopt(self) -> bool:
         """Take the master copies that a builder has finished; gives whether there were any."""
@@ -113,12 +114,11 @@ class Placement:
 
     def drop_masters(self, nbytes: int) -> int:
         """Drop master copies until ``nbytes`` of host memory are free, or all; gives what was freed."""
-        freed = 0
+        freed = self._supply.builder.free_retired()
         for copies in reversed(self._copies):
             if freed >= nbytes:
                 break
-            freed += copies.master_bytes
-            copies.drop_master(self._supply.arena)
+            freed += self._free(copies.drop_master())
         return freed
 
     def clear_device(self) -> None:
@@ -130,7 +130,13 @@ class Placement:
     def clear_host(self) -> None:
         """Drop the master copies."""
         for copies in self._copies:
-            copies.drop_master(self._supply.arena)
+            self._free(copies.drop_master())
+
+    def _free(self, memory: HostBuffer | None) -> int:
+        if memory is None:
+            return 0
+        self._supply.arena.release(memory)
+        return memory.nbytes
 
     def _weights(self, plan: Plan) -> Iterable[Weights]:
         """The copies that a step uses; of units that stream from where they are there is none, and no patch."""
@@ -140,12 +146,10 @@ class Placement:
                 yield weights
         yield self._rest.resident
 
-    def make_masters(self, plan: Plan, names: Collection[str]) -> bool:
-        """Make the master copies of streamed units that hold one of these tensors; gives whether any was missing."""
-        units = [self._copies[unit] for unit in plan.streamed]
-        missing = [copies for copies in units if copies.master is None and copies.holds(names)]
-        self._make_masters(missing)
-        return bool(missing)
+    def make_masters(self, plan: Plan, names: Collection[str]) -> None:
+        """Make the master copies of streamed units that hold one of these tensors, where there are none."""
+        units = [self._copies[unit] for unit in sorted(plan.streamed)]
+        self._make_masters([copies for copies in units if copies.master is None and copies.holds(names)])
 
     def _make_masters(self, copies: list[UnitCopies]) -> None:
         """Fill and page-lock host memory, unit by unit on a few threads: filling is what costs, not locking."""

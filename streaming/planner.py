@@ -79,7 +79,13 @@ class Planner:
         return self.plan_for(max(budget, self.minimum_bytes))
 
     def next_plan(self, budget: float, now: Standing) -> Plan:
-        """The plan in effect, where that fits into ``budget`` and another would gain too little; else a new one."""
+        """The plan in effect, where that fits into ``budget`` and another would gain too little; else a new one.
+
+        Between prompts is also the time for another order of residency: it moves more than a plan in the old order, and
+        in the middle of a prompt that would cost more time than most prompts have steps to win it back.
+        """
+        if self._residency.current.timed and self._residency.current.profile is self.profile:
+            self._choose_order(max(budget, self.minimum_bytes))
         plan, current = self.plan_for(budget), now.plan
         if current is None or (current.segments and current.learned != plan.learned):
             return plan
@@ -133,11 +139,9 @@ class Planner:
             estimate: gives the bytes that activations may take, for a shape that has not run yet.
         """
         assert now.plan is not None
-        same_shape = self._enter(shape)
+        self._enter(shape)
         budget = self._residency.budget(memory, now.device_bytes, estimate)
         room = self._fallback_budget(now) if budget is None else budget
-        if measured and same_shape and self.profile.measured:
-            self._choose_order(room)
         must = self._must_change(budget, now)
         if not (must or measured or budget is not None):
             return Decision(now.plan, moves=False)
@@ -187,12 +191,11 @@ class Planner:
     def _forget_memory(self) -> None:
         self._residency = Residency(self._config.headroom_bytes, self._config.adaptive)
 
-    def _enter(self, shape: Hashable) -> bool:
-        """Take up what is known of ``shape``; tells whether the step before was one of it."""
-        ended, regime = self._residency.current, self._residency.enter(shape)
+    def _enter(self, shape: Hashable) -> None:
+        """Take up what is known of ``shape``."""
+        regime = self._residency.enter(shape)
         # The times of another shape say nothing about this one; the order in which units run does.
         self.profile = regime.profile or replace(self.profile, measured=False)
-        return regime is ended
 
     def _fallback_budget(self, now: Standing) -> float:
         """Where nothing new is known of the memory: what the plan in effect was made for, or what was left of it."""
@@ -209,6 +212,8 @@ class Planner:
 
     def _choose_order(self, budget: float) -> None:
         """Take the order of residency that fits the measured times, if it gains enough to move weights for."""
+        if not self.profile.measured:
+            return
         kept = forecast_seconds(self.plan_within(budget), self.profile)
         before, self.profile = self.profile, _with_best_order(self._outline, replace(self.profile, order=()))
         if forecast_seconds(self.plan_within(budget), self.profile) > kept * (1 - WORTHWHILE):

@@ -163,8 +163,9 @@ class Streamer:
         try:
             self._halt()
             self._drop_lane()
+            unread = self._placement.unread_bytes(plan)
             if self.state is State.UNLOADED:
-                self._supply.begin(self._placement.unread_bytes(plan))
+                self._supply.begin(unread)
             self._supply.arena.begin()
             self.backend.open(self.config.copy_streams)
             self.plan = plan
@@ -180,6 +181,8 @@ class Streamer:
             self.unload()
             raise
         self.state = State.LOADED
+        seconds = time.monotonic() - self.last_used
+        logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
         self._supply.build(self._placement.unbuilt(plan), self)
         self._put_away()
 
@@ -289,8 +292,8 @@ class Streamer:
         if self._lane is None or self.plan is None:
             return
         self._halt()
-        if self._placement.make_masters(self.plan, names):
-            self._placement.bind()
+        self._placement.make_masters(self.plan, names)
+        self._placement.bind()
         self._lane.refresh()
         self._supply.build(self._placement.unbuilt(self.plan), self)
 

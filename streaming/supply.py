@@ -96,13 +96,17 @@ class Supply:
     # -- master copies -------------------------------------------------------------------------------------------
 
     def build(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
-        """Begin to build the master copies of these units; others may have to give up theirs."""
+        """Begin to build the master copies of these units; others may have to give up theirs.
+
+        The builder is at rest.
+        """
         needed = sum(unit.unit.nbytes for unit in copies)
-        short_of_ram = not self.arena.budget.has_room(needed)
-        self.reader.drop_behind = self.builder.drop_behind = short_of_ram
-        if copies:
-            self.arena.budget.make_room(needed, owner)
-            self.builder.start(copies)
+        budget = self.arena.budget
+        self.reader.drop_behind = self.builder.drop_behind = not budget.has_room(needed)
+        if needed and budget.shortage(needed) > 0:
+            self.builder.free_retired()
+            budget.make_room(needed, owner)
+        self.builder.start(copies)
 
     def halt(self) -> None:
         """Give up what is under way. Copies that are queued already still take place."""
@@ -111,6 +115,7 @@ class Supply:
 
     def close(self) -> None:
         self.builder.stop()
+        self.builder.free_retired()
         self.reader.close()
 
     def forsake(self) -> None:

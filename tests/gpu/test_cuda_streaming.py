@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import random
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from models import Transformer, make_transformer
-from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming import Checkpoint, CudaBackend, PinBudget, Streamer, StreamingConfig, split_model
 from weightstream.streaming.arena import Arena
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -82,6 +84,7 @@ def test_a_step_never_waits_on_the_host(reference: tuple[torch.Tensor, torch.Ten
     model = make_transformer(DEPTH, WIDTH)
     streamer = make_streamer(model)
     streamer.load(streamer.plan_for(streamer.minimum_bytes * 3))
+    streamer.finish_building()
     model(x)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -99,6 +102,7 @@ def test_streaming_overlaps_compute(reference: tuple[torch.Tensor, torch.Tensor]
         model = make_transformer(DEPTH, WIDTH)
         streamer = make_streamer(model, copy_streams=copy_streams)
         streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
+        streamer.finish_building()
         times = []
         for _ in range(8):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -116,12 +120,45 @@ def test_masters_are_page_locked_for_every_device_and_let_go_of() -> None:
     model = make_transformer(4, WIDTH)
     streamer = make_streamer(model)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    streamer.finish_building()
+    model(torch.zeros(1, 4, WIDTH, device="cuda"))
     weights = [block.qkv.weight for block in model.blocks]
     assert all(weight.is_pinned() for weight in weights)
-    assert streamer.snapshot().pinned_bytes == sum(streamer.outline.unit_bytes)
+    snapshot = streamer.snapshot()
+    assert snapshot.pinned_bytes == sum(streamer.outline.unit_bytes) + snapshot.ring_bytes
     del model, streamer  # Dropped, not closed, with copies for the next step under way.
     gc.collect()
     assert not any(weight.is_pinned() for weight in weights)
+
+
+@pytest.mark.parametrize("limit", [0, 30_000_000, None])
+def test_steps_are_right_while_masters_are_built_from_a_file(
+    reference: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, limit: int | None
+) -> None:
+    """Staged for ever, in part, and until everything is page-locked; loaded anew with other residents in between."""
+    x, expected = reference
+    safetensors.torch.save_model(make_transformer(DEPTH, WIDTH), str(tmp_path / "model.safetensors"))
+    checkpoint = Checkpoint.open(tmp_path / "model.safetensors")
+    chance = random.Random(3)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(6):
+        model = make_transformer(DEPTH, WIDTH, seed=1)
+        model.load_state_dict(checkpoint.state_dict(), assign=True)
+        backend = CudaBackend(torch.device("cuda:0"))
+        blocks = split_model(model, locate=checkpoint.locate)
+        assert all(spec.source is not None for spec in blocks.specs)
+        config = StreamingConfig(chunk_bytes=chance.choice([1 << 16, 1 << 20]), chunks=chance.choice([1, 3, 16]))
+        streamer = Streamer(model, blocks, backend, config, PinBudget(limit))
+        for _ in range(4):
+            streamer.load(streamer.plan_for(chance.randint(streamer.minimum_bytes, streamer.model_bytes)))
+            for _ in range(10):
+                wrong += (model(x) != expected).sum()
+        streamer.finish_building()
+        for _ in range(5):
+            wrong += (model(x) != expected).sum()
+        assert int(wrong) == 0
+        streamer.close()
+        assert backend.allocated == 0
 
 
 def test_a_failed_registration_is_explained_and_leaves_no_error_behind() -> None:

@@ -56,7 +56,7 @@ def test_times_and_the_bus_are_measured() -> None:
     streamer = make_streamer(model, adaptive=False)
     streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
     assert streamer.snapshot().compute_seconds is None
-    for _ in range(3):
+    for _ in range(4):
         step(streamer, model)
         streamer.finish_building()
     snapshot = streamer.snapshot()
