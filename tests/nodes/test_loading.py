@@ -39,7 +39,7 @@ class Reads:
     """Counts what is read of checkpoints, and makes reading slow.
 
     Attributes:
-        seconds: that each read takes longer; of the threads whose name begins with ``only``.
+        seconds: that a read takes longer for each MB; on threads whose name begins with ``only``.
         nbytes: read since the last :meth:`reset`.
         tensors: of which something was read.
     """
@@ -54,7 +54,7 @@ class Reads:
         def read(file: CheckpointFile, target: memoryview, offset: int) -> None:
             self._count(file, offset, target.nbytes)
             if self.seconds and threading.current_thread().name.startswith(self.only):
-                time.sleep(self.seconds)
+                time.sleep(self.seconds * target.nbytes / MB)
             read_into(file, target, offset)
 
         monkeypatch.setattr(CheckpointFile, "read_into", read)
@@ -144,11 +144,11 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Page:
     return Page(monkeypatch)
 
 
-@pytest.mark.parametrize("limit", [14 * MB, 24 * MB, None])
+@pytest.mark.parametrize("limit", [14 * MB, None])
 def test_bar_and_text_while_a_model_is_read(
     streamed: Load, native: ModelPatcher, reads: Reads, page: Page, limit: int | None
 ) -> None:
-    reads.seconds = 0.06
+    reads.seconds = 0.4
     model = streamed(64 * MB, vram_limit=limit, node_id=NODE)
     assert torch.equal(sample(model), sample(native))
     assert page.nodes == {NODE}
@@ -166,7 +166,7 @@ def test_bar_and_text_while_a_model_is_read(
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_plan_is_what_the_node_shows_in_the_end(streamed: Load, reads: Reads, page: Page, steps: int) -> None:
-    reads.seconds = 0.06
+    reads.seconds = 0.4
     model = streamed(64 * MB, vram_limit=14 * MB, node_id=NODE)
     sample(model, steps=steps)
     assert page.reading
@@ -174,7 +174,7 @@ def test_the_plan_is_what_the_node_shows_in_the_end(streamed: Load, reads: Reads
 
 
 def test_nothing_is_shown_without_a_node(streamed: Load, reads: Reads, page: Page) -> None:
-    reads.seconds = 0.02
+    reads.seconds = 0.2
     sample(streamed(24 * MB))
     assert (page.bars, page.texts) == ([], [])
 
@@ -221,24 +221,23 @@ def test_cancelling_while_weights_are_read(
     before = held_by_others()
     expected = sample(patched(native))
     model = streamed(64 * MB, vram_limit=None if phase == "load" else 14 * MB)
-    streamer = model.streamer
-    reads.seconds = 0.15
+    memory = model.streamer.backend.store
+    reads.seconds = 0.2
     if phase == "load":
-        thread, pressed = cancel_when(lambda: streamer.reader.ring_bytes > 0 and streamer.state is State.UNLOADED)
+        thread, pressed = cancel_when(lambda: model.streamer.reader.ring_bytes > 0)
     else:
-        thread, pressed = cancel_when(lambda: streamer.state is State.LOADED)
+        thread, pressed = cancel_when(lambda: model.streamer.state is State.LOADED)
     with pytest.raises(mm.InterruptProcessingException):
         sample(patched(model))
     assert time.monotonic() - pressed[0] < 0.5
     thread.join()
-    assert streamer.counters.steps == 0
-    memory = streamer.backend.store
+    assert model.streamer.counters.steps == 0
     if phase == "load":
         assert memory.allocated == 0
     reads.seconds = 0.0
     assert torch.equal(sample(patched(model)), expected)
     assert torch.equal(sample(model), sample(native))
-    del model, streamer
+    model = None  # The thread's condition knows it too.
     check_nothing_is_held(memory, before)
 
 
@@ -246,7 +245,7 @@ def test_cancelling_when_everything_has_just_arrived(
     streamed: Load, native: ModelPatcher, reads: Reads, page: Page
 ) -> None:
     """The first step's end tells that loading is over, which is where the interrupt comes out then."""
-    reads.seconds = 0.06
+    reads.seconds = 0.4
     model = streamed(24 * MB, node_id=NODE)
     diffusion_model = model.model.diffusion_model
     handle = diffusion_model.final_layer.register_forward_hook(lambda *_: mm.interrupt_current_processing())
@@ -266,7 +265,7 @@ def file_bytes(model: StreamedModelPatcher, names: set[str] | None = None) -> in
     return sum(spec.source.nbytes for spec in specs if spec.source and (names is None or spec.name in names))
 
 
-@pytest.mark.parametrize("limit", [14 * MB, 24 * MB, None])
+@pytest.mark.parametrize("limit", [14 * MB, 24 * MB])
 def test_a_second_prompt_and_a_clone_read_nothing(streamed: Load, reads: Reads, limit: int | None) -> None:
     model = streamed(64 * MB, vram_limit=limit)
     settle(model)
@@ -277,7 +276,7 @@ def test_a_second_prompt_and_a_clone_read_nothing(streamed: Load, reads: Reads, 
     assert reads.nbytes == 0
 
 
-@pytest.mark.parametrize("limit", [14 * MB, 24 * MB, None])
+@pytest.mark.parametrize("limit", [14 * MB, None])
 def test_a_lora_reads_originals_of_its_own_weights_alone(
     streamed: Load, native: ModelPatcher, reads: Reads, limit: int | None
 ) -> None:
@@ -295,14 +294,20 @@ def test_a_lora_reads_originals_of_its_own_weights_alone(
 def test_after_unloading_only_what_was_resident_is_read(streamed: Load, native: ModelPatcher, reads: Reads) -> None:
     model = streamed(64 * MB, vram_limit=28 * MB)
     settle(model)
+    blocks, placement = model.streamer.blocks, model.streamer._placement
+    units = [blocks.rest, *(unit for unit in blocks.units if placement.copies(unit.index).master is None)]
+    places = [spec.source for unit in units for spec in unit.layout.specs if spec.source is not None]
+    without_master = {
+        name
+        for place in places
+        for name, entry in place.file.entries.items()
+        if entry.begin <= place.offset < entry.end
+    }
     mm.unload_all_models()
     reads.reset()
     assert torch.equal(sample(model), sample(native))
     model.streamer.finish_building()
-    blocks = model.streamer.blocks
-    units = [blocks.rest, *(blocks.units[unit] for unit in model.streamer.plan.resident)]
-    names = {spec.name for unit in units for spec in unit.layout.specs}
-    assert reads.nbytes == file_bytes(model, names)
+    assert reads.tensors == without_master
 
 
 # -- faults --------------------------------------------------------------------------------------------------------
@@ -504,16 +509,13 @@ def written_bytes(name: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
-@pytest.mark.parametrize("limit", [14 * MB, 28 * MB, None])
 @pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode))
 def test_weight_hooks_while_copies_are_built(
-    streamed: Load, native: ModelPatcher, reads: Reads, limit: int | None, mode: comfy.hooks.EnumHookMode
+    streamed: Load, native: ModelPatcher, reads: Reads, mode: comfy.hooks.EnumHookMode
 ) -> None:
     expected = sample_with_hook(native, mode)
-    reads.seconds, reads.only = 0.02, "weightstream-build"
-    model = streamed(64 * MB, vram_limit=limit)
+    reads.seconds, reads.only = 0.05, "weightstream-build"
+    model = streamed(64 * MB, vram_limit=14 * MB)
     assert torch.equal(sample_with_hook(model, mode), expected)
     assert torch.equal(sample(model), sample(native))
-    model.streamer.finish_building()
-    assert torch.equal(sample_with_hook(model, mode), expected)
     assert written_bytes(MODEL) == 0
