@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_detection
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
@@ -124,11 +125,13 @@ def load_streamed(
     weights = _open(path)
     try:
         patcher = _load_for_streaming(weights, full_checkpoint, model_options, vram_limit, node_id)
-        patcher.cached_patcher_init = (load_streamed, (path, model_options, vram_limit, node_id, full_checkpoint))
-        return patcher
     except UnsupportedModelError as error:
         status.announce(name, f"not streamed, loaded ComfyUI's own way: {error}", node_id)
-        return _load_unstreamed(weights, full_checkpoint, model_options, disable_dynamic)
+        patcher = _load_unstreamed(weights, full_checkpoint, model_options, disable_dynamic)
+        if not weights.sharded:
+            return patcher  # It has the host's own factory.
+    patcher.cached_patcher_init = (load_streamed, (path, model_options, vram_limit, node_id, full_checkpoint))
+    return patcher
 
 
 def _load_for_streaming(
@@ -141,9 +144,10 @@ def _load_for_streaming(
     model, load_device = loaded.model, loaded.load_device
     blocks = split_model(model, _model_dtype, weights.locate)
     config = host_config(vram_limit, backend)
-    streamer = Streamer(model.diffusion_model, blocks, backend, config, pins, evictable, LoadingBar(node_id))
+    bar = LoadingBar(node_id)
+    streamer = Streamer(model.diffusion_model, blocks, backend, config, pins, evictable, bar)
     _check_limit(vram_limit, streamer, name)
-    streamed = StreamedModel(name, streamer, node_id)
+    streamed = StreamedModel(name, streamer, node_id, bar)
     setattr(model, ATTRIBUTE, streamed)
     status.watch(streamed)
     status.announce(
@@ -163,34 +167,59 @@ class _Weights:
         path: the file.
         tensors, metadata: its tensors, views of the mapped file where it is a safetensors file, and its metadata.
         locate: finds the part of the file that a tensor maps.
-        files: how many there are.
+        files: the files that hold them: another than ``path`` where that is an index.
     """
 
     path: str
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str] | None
     locate: Callable[[torch.Tensor], Any]
-    files: int = 1
+    files: tuple[str, ...]
+
+    @property
+    def sharded(self) -> bool:
+        return len(self.files) > 1
 
 
 def _open(path: str) -> _Weights:
     """Open the file, whatever its type."""
-    if path.lower().endswith((*SAFETENSORS_ENDINGS, ".index.json")):
+    if _is_safetensors(path):
         checkpoint = Checkpoint.open(path)
-        return _Weights(path, checkpoint.state_dict(), checkpoint.metadata, checkpoint.locate, len(checkpoint.files))
+        files = tuple(file.path for file in checkpoint.files)
+        return _Weights(path, checkpoint.state_dict(), checkpoint.metadata, checkpoint.locate, files)
     with _named_errors(path):
         tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    return _Weights(path, tensors, metadata, lambda tensor: None)
+    return _Weights(path, tensors, metadata, lambda tensor: None, (path,))
+
+
+def _is_safetensors(path: str) -> bool:
+    return path.lower().endswith((*SAFETENSORS_ENDINGS, ".index.json"))
 
 
 def _load_companions(path: str) -> tuple[Any, Any]:
     """The text encoders and the VAE of a full checkpoint, loaded the host's way; None for what it has not."""
-    embeddings = folder_paths.get_folder_paths("embeddings")
+    weights = _open(path) if _is_safetensors(path) else None
+    if weights is not None and _is_bare(weights.tensors):
+        return None, None
+    options = {
+        "output_vae": True,
+        "output_clip": True,
+        "output_model": False,
+        "embedding_directory": folder_paths.get_folder_paths("embeddings"),
+    }
     with _named_errors(path):
-        _, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-            path, output_vae=True, output_clip=True, output_model=False, embedding_directory=embeddings
-        )
+        if weights is not None and weights.sharded:
+            found = comfy.sd.load_state_dict_guess_config(dict(weights.tensors), metadata=weights.metadata, **options)
+        else:
+            found = comfy.sd.load_checkpoint_guess_config(path, **options)
+    _, clip, vae, *_ = found
     return clip, vae
+
+
+def _is_bare(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether a diffusion model is all that there is: the host would load it once more to find nothing else."""
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    return not any(name.startswith(prefix) for name in tensors)
 
 
 def _check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
@@ -228,13 +257,14 @@ def _load_unstreamed(
     weights: _Weights, full_checkpoint: bool, model_options: dict, disable_dynamic: bool
 ) -> ModelPatcher:
     """As if our loader did not exist; of a model in several files the host has no way of its own."""
-    if weights.files > 1:
+    if weights.sharded:
         return _load_by_host(weights, full_checkpoint, model_options, disable_dynamic)
+    (path,) = weights.files
     options = {"model_options": model_options, "disable_dynamic": disable_dynamic}
-    with _named_errors(weights.path):
+    with _named_errors(path):
         if full_checkpoint:
-            return comfy.sd.load_checkpoint_guess_config_model_only(weights.path, **options)
-        return comfy.sd.load_diffusion_model(weights.path, **options)
+            return comfy.sd.load_checkpoint_guess_config_model_only(path, **options)
+        return comfy.sd.load_diffusion_model(path, **options)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..streaming import Plan, Streamer, format_bytes
 from . import status
 from .devices import make_backend, same_device
 from .patches import HostPatches
+from .progress import LoadingBar
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +35,20 @@ class StreamedModel:
         name: the checkpoint's file name.
         streamer: moves the weights.
         node_id: the loader node, where the effective plan is shown; None outside of a prompt.
+        bar: shows on it how far loading is.
     """
 
     name: str
     streamer: Streamer
-    node_id: str | None = None
+    node_id: str | None
+    bar: LoadingBar
     _announced: object = None
     _shown: tuple[Plan | None, bool] = (None, False)
 
     def announce_changes(self) -> None:
         """After a step: announce what it has changed or measured, and that everything is page-locked now."""
         plan, building = self._shown
-        if self.streamer.plan is not plan or self.streamer.building != building:
+        if self.streamer.plan is not plan or self.streamer.building != building or self.bar.wrote:
             self.announce()
 
     def announce(self) -> None:
@@ -54,6 +57,7 @@ class StreamedModel:
         now = (plan, building, self.streamer.state, plan is not None and plan.forecast is not None)
         status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
         self._announced, self._shown = now, (plan, building)
+        self.bar.wrote = False
 
 
 class StreamedModelPatcher(ModelPatcher):

@@ -20,17 +20,21 @@ class LoadingBar:
 
     Args:
         node_id: the loader node; None outside of a prompt, where nothing is shown.
+
+    Attributes:
+        wrote: the node's text is ours.
     """
 
     def __init__(self, node_id: str | None) -> None:
         self._node_id = node_id
         self._bar: comfy.utils.ProgressBar | None = None
         self._last_text = 0.0
+        self.wrote = False
 
-    def __call__(self, progress: Progress) -> None:
-        """Show how far it is; raises ComfyUI's interrupt when the user has cancelled."""
+    def __call__(self, progress: Progress | None) -> None:
+        """Show how far it is, if anything is being loaded; raises ComfyUI's interrupt when the user has cancelled."""
         mm.throw_exception_if_processing_interrupted()
-        if self._node_id is None:
+        if progress is None or self._node_id is None:
             return
         if self._bar is None:
             self._bar = comfy.utils.ProgressBar(progress.total_bytes, node_id=self._node_id)
@@ -39,6 +43,7 @@ class LoadingBar:
             self._end()
         elif time.monotonic() - self._last_text >= TEXT_SECONDS:
             self._last_text = time.monotonic()
+            self.wrote = True
             status.show(describe(progress), self._node_id)
 
     def _end(self) -> None:

@@ -124,7 +124,8 @@ class Builder:
         try:
             more = step()
         except Exception as error:
-            logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, error)
+            # As text: who keeps log records would keep, with the error's frames, the copies and their memory.
+            logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, str(error))
             more = False
         if not more:
             self._full.set()

@@ -146,10 +146,10 @@ class Placement:
                 yield weights
         yield self._rest.resident
 
-    def make_masters(self, plan: Plan, names: Collection[str]) -> None:
-        """Make the master copies of streamed units that hold one of these tensors, where there are none."""
-        units = [self._copies[unit] for unit in sorted(plan.streamed)]
-        self._make_masters([copies for copies in units if copies.master is None and copies.holds(names)])
+    def make_masters(self, names: Collection[str]) -> None:
+        """Make master copies of units that hold one of these tensors and of which there is no copy yet."""
+        bare = [copies for copies in self._copies if copies.resident is None and copies.master is None]
+        self._make_masters([copies for copies in bare if copies.holds(names)])
 
     def _make_masters(self, copies: list[UnitCopies]) -> None:
         """Fill and page-lock host memory, unit by unit on a few threads: filling is what costs, not locking."""

@@ -289,13 +289,14 @@ class Streamer:
         return freed
 
     def make_masters(self, names: Collection[str]) -> None:
-        """Somebody will write to these tensors where the modules point: of those that stream, to master copies."""
-        if self._lane is None or self.plan is None:
+        """Somebody will write to these tensors where the modules point, which must not be what was loaded."""
+        if self.state is State.UNLOADED or self.plan is None:
             return
         self._halt()
-        self._placement.make_masters(self.plan, names)
+        self._placement.make_masters(names)
         self._placement.bind()
-        self._lane.refresh()
+        if self._lane is not None:
+            self._lane.refresh()
         self._supply.build(self._placement.unbuilt(self.plan), self)
 
     def invalidate(self) -> None:
@@ -434,7 +435,6 @@ class Streamer:
         if completed:
             self.counters.steps += 1
             self._planner.stepped()
-            self._supply.arrived()
             if self._runner.recorder is not None:
                 self._runner.recorder.end_step()
         else:
@@ -442,6 +442,8 @@ class Streamer:
         if self._lane is not None:
             self._lane.end_step(completed)
         self._stalls.collect()
+        if completed:
+            self._supply.arrived()
 
     def settle(self) -> None:
         """Release what an exception or an interrupt left bound. Harmless when there is nothing."""

@@ -1,9 +1,12 @@
-"""The host's own sampler, and its LoRA loader, on the tiny FLUX."""
+"""The host's own sampler, its LoRA loader, and LoRA that hangs on the conditioning, on the tiny FLUX."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import comfy.hooks
+import comfy.utils
+import folder_paths
 import torch
 
 import nodes as host_nodes
@@ -30,3 +33,21 @@ def sample(model: Any, seed: int = 3, steps: int = 3) -> torch.Tensor:
 def with_lora(model: Any, strength: float) -> Any:
     with torch.inference_mode():
         return host_nodes.LoraLoaderModelOnly().load_lora_model_only(model, LORA, strength)[0]
+
+
+def sample_with_hook(model: Any, mode: comfy.hooks.EnumHookMode) -> torch.Tensor:
+    """Sample with a LoRA that hangs on the positive conditioning alone: weights change within each step."""
+    model = model.clone()
+    model.hook_mode = mode
+    lora = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", LORA))
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=0.6, strength_clip=0.0)
+    generator = torch.Generator().manual_seed(1)
+    context = torch.randn(1, 16, 768, generator=generator)
+    extras: dict[str, Any] = {"pooled_output": torch.randn(1, 768, generator=generator)}
+    positive = comfy.hooks.set_hooks_for_conditioning([[context, extras]], hooks)
+    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    with torch.inference_mode():
+        result = host_nodes.common_ksampler(
+            model, 3, 3, 2.0, "euler", "simple", positive, [[context, dict(extras)]], latent
+        )
+    return result[0]["samples"]

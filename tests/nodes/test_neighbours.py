@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import comfy.hooks
 import comfy.model_management as mm
 import comfy.sd
-import comfy.utils
-import folder_paths
 import pytest
 import safetensors.torch
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from sampling import LORA, MB, MODEL, sample, with_lora
+from sampling import MB, MODEL, sample, sample_with_hook, with_lora
 from weightstream.nodes.loader import WEIGHT_DTYPES, load_streamed
 from weightstream.streaming import VirtualMemory
 
@@ -63,24 +60,6 @@ def test_saving(models: Path, virtual_device: Device, tmp_path: Path, weight_dty
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype
         assert torch.equal(ours[name].float(), tensor.float()), name
-
-
-def sample_with_hook(model: ModelPatcher, mode: comfy.hooks.EnumHookMode) -> torch.Tensor:
-    """Sample with a LoRA that hangs on the positive conditioning alone: weights change within each step."""
-    model = model.clone()
-    model.hook_mode = mode
-    lora = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", LORA))
-    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=0.6, strength_clip=0.0)
-    generator = torch.Generator().manual_seed(1)
-    context = torch.randn(1, 16, 768, generator=generator)
-    extras: dict[str, Any] = {"pooled_output": torch.randn(1, 768, generator=generator)}
-    positive = comfy.hooks.set_hooks_for_conditioning([[context, extras]], hooks)
-    latent = {"samples": torch.zeros(1, 16, 16, 16)}
-    with torch.inference_mode():
-        result = host_nodes.common_ksampler(
-            model, 3, 3, 2.0, "euler", "simple", positive, [[context, dict(extras)]], latent
-        )
-    return result[0]["samples"]
 
 
 @pytest.mark.parametrize("limit", [24 * MB, 33 * MB, None])
