@@ -13,6 +13,7 @@ from .blocks import Unit
 from .contents import needs_work, ranges, read_range, read_tensor, read_unit
 from .errors import UnsupportedModelError
 from .layout import Binding, TensorSpec
+from .reader import Reader, Tick, Transfer
 
 
 class Patches(Protocol):
@@ -109,6 +110,13 @@ class _Master(NamedTuple):
     memory: HostBuffer
 
 
+class _Arriving(NamedTuple):
+    """Device memory that is being filled."""
+
+    buffer: torch.Tensor
+    transfer: Transfer
+
+
 class UnitCopies:
     """Every copy of one unit that exists now.
 
@@ -116,6 +124,7 @@ class UnitCopies:
     loses nothing but work.
 
     Attributes:
+        arriving: a resident copy that is on its way.
         built: a master copy that a builder's thread has finished and nobody has adopted (builder.py, Note: handed over,
             not shared).
     """
@@ -124,6 +133,7 @@ class UnitCopies:
         self.unit = unit
         self.original_binding = unit.layout.original_binding()
         self.resident: Weights | None = None
+        self.arriving: _Arriving | None = None
         self.built: _Master | None = None
         self._master: _Master | None = None
         self._begun: tuple[HostBuffer, int] | None = None
@@ -240,9 +250,29 @@ class UnitCopies:
 
     # -- resident copies -----------------------------------------------------------------------------------------
 
-    def keep_resident(self, buffer: torch.Tensor) -> None:
-        """``buffer`` on the device holds the weights as they were loaded."""
-        self.resident = Weights(self.unit, buffer)
+    def await_resident(self, buffer: torch.Tensor, transfer: Transfer) -> None:
+        """``buffer`` on the device will hold the weights as they were loaded, once ``transfer`` is over."""
+        self.arriving = _Arriving(buffer, transfer)
+
+    def arrive(self, backend: Backend, reader: Reader, tick: Tick) -> None:
+        """Take what was awaited as the resident copy; the host waits until its copies are queued."""
+        if self.arriving is None:
+            return
+        event = reader.wait(self.arriving.transfer, tick)
+        backend.wait(event)  # Race: kernels must not read the buffer before the copies into it are done.
+        self.resident, self.arriving = Weights(self.unit, self.arriving.buffer), None
+        self.bind()
+
+    def stop_awaiting(self, backend: Backend) -> None:
+        """No copy is under way any more: keep what has arrived, and free what has not."""
+        arriving, self.arriving = self.arriving, None
+        if arriving is None:
+            return
+        if arriving.transfer.queued.exception() is None:
+            self.resident = Weights(self.unit, arriving.buffer)
+            self.bind()
+        else:
+            backend.free(arriving.buffer)
 
     def copy_resident(self, backend: Backend) -> None:
         """Make the resident copy from the master copy, patches included."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from .arena import HostBuffer
 from .backend import Backend
 from .blocks import BlockSet
 from .masters import Patches, UnitCopies, Weights
 from .plan import Plan
-from .reader import Load, Transfer, wait_for
+from .reader import Load, wait_for
 from .supply import Supply
 
 
@@ -32,6 +30,7 @@ class Placement:
         self._threads = threads
         self._copies = [UnitCopies(unit) for unit in blocks.units]
         self._rest = UnitCopies(blocks.rest)
+        self._arriving: dict[int, list[UnitCopies]] = {}
 
     def copies(self, unit: int) -> UnitCopies:
         return self._copies[unit]
@@ -40,7 +39,8 @@ class Placement:
         """Make the copies that a step needs and drop the others; first what frees memory.
 
         Only streamed units whose weights are patched get a master copy here. The others stream from where they are,
-        until a builder has made one (:meth:`unbuilt`).
+        until a builder has made one (:meth:`unbuilt`). Residents without patches may still be on their way
+        (:meth:`arrive`).
         """
         streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
         resident = [self._copies[unit] for unit in plan.resident]
@@ -51,6 +51,11 @@ class Placement:
         # would be too small for a step's activations.
         self._backend.trim()
         self._make_residents([self._rest, *resident])
+        if not plan.segments:
+            self.arrive_all()  # No block is hooked then, after the first step.
+        self.arrive(-1)
+        for block in {copies.unit.block for copies in resident if copies.arriving and copies.patched_by(patches)}:
+            self.arrive(block)
         for copies in resident:
             self._free(copies.drop_master())
 
@@ -105,7 +110,7 @@ class Placement:
     @property
     def resident_bytes(self) -> int:
         """Bytes of units that have a resident copy now."""
-        return sum(copies.unit.nbytes for copies in self._copies if copies.resident is not None)
+        return sum(copies.unit.nbytes for copies in self._copies if copies.resident or copies.arriving)
 
     def drop_residents(self, units: Iterable[int]) -> None:
         """Let go of resident copies, and make nothing in their place."""
@@ -166,27 +171,55 @@ class Placement:
                 raise
 
     def _make_residents(self, wanted: list[UnitCopies]) -> None:
-        """Fill device memory: from master copies, else from where the weights are."""
-        reads: list[tuple[UnitCopies, torch.Tensor, Transfer]] = []
+        """Fill device memory: from master copies now, from where the weights are behind the steps (:meth:`arrive`)."""
         reader = self._supply.reader
-        try:
-            for copies in wanted:
-                if copies.resident is not None:
-                    continue
-                if copies.master is not None:
-                    copies.copy_resident(self._backend)
-                    continue
-                reader.open()
-                buffer = self._backend.allocate(copies.unit.nbytes)
-                reads.append((copies, buffer, reader.transfer([Load(copies.unit.layout, buffer)], None)))
-            for copies, buffer, transfer in reads:
-                # Race: kernels must not read the buffer before the copies into it are done.
-                self._backend.wait(reader.wait(transfer, self._supply.tick))
-                copies.keep_resident(buffer)
-        except BaseException:
-            reader.abandon()
-            self._backend.synchronize()  # Race: copies may be under way into memory that is freed now.
-            for copies, buffer, _ in reads:
-                if copies.resident is None:
-                    self._backend.free(buffer)
-            raise
+        for copies in wanted:
+            if copies.resident is not None:
+                continue
+            if copies.master is not None:
+                copies.copy_resident(self._backend)
+                continue
+            reader.open()
+            buffer = self._backend.allocate(copies.unit.nbytes)
+            # Race: whoever had this memory before may have kernels under way in it.
+            free = self._backend.mark()
+            copies.await_resident(buffer, reader.transfer([Load(copies.unit.layout, buffer)], free, background=True))
+            self._arriving.setdefault(copies.unit.block, []).append(copies)
+
+    # -- residents on their way ----------------------------------------------------------------------------------
+
+    @property
+    def arriving(self) -> Collection[int]:
+        """Numbers of blocks of which residents are on their way; -1 for what is outside of blocks."""
+        return self._arriving.keys()
+
+    def arrive(self, block: int) -> None:
+        """A block begins: its residents must be there. The host waits until the copies of all of them are queued."""
+        waiting = self._arriving.get(block, ())
+        while waiting:
+            waiting[0].arrive(self._backend, self._supply.reader, self._supply.tick)
+            waiting.pop(0)
+        self._arriving.pop(block, None)
+
+    def arrive_all(self) -> None:
+        for block in list(self._arriving):
+            self.arrive(block)
+
+    def stop_awaiting(self) -> None:
+        """Every transfer is over or given up, and the device has nothing to do: keep what has arrived."""
+        for waiting in self._arriving.values():
+            for copies in waiting:
+                copies.stop_awaiting(self._backend)
+        self._arriving.clear()
+
+    def lacks(self, plan: Plan) -> bool:
+        """Whether a resident of ``plan`` is missing, because it could not be read."""
+        residents = [self._rest, *(self._copies[unit] for unit in plan.resident)]
+        return any(copies.resident is None and not _is_on_its_way(copies) for copies in residents)
+
+
+def _is_on_its_way(copies: UnitCopies) -> bool:
+    if copies.arriving is None:
+        return False
+    queued = copies.arriving.transfer.queued
+    return not queued.done() or queued.exception() is None

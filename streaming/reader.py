@@ -2,14 +2,16 @@
 
 [Note: one order for all copies]
 Some threads read ahead, each into a chunk of the ring; one thread, the sender, queues the copies out of the chunks. It
-takes the pieces in the order in which they were asked for, so the backend carries all copies out in that order, as it
-does when the thread that runs the model queues them itself (lane.py, Note: two events guard a slot, 3). Both never
-queue at the same time: the model's thread does so only while :attr:`Reader.idle`, and only it asks for transfers.
+takes the pieces in the order in which they were taken up for reading, and those are taken up in the order in which they
+were asked for. So the backend carries all copies out in that order, as it does when the thread that runs the model queues
+them itself (lane.py, Note: two events guard a slot, 3). Only what is asked for in the background is overtaken: its
+targets are nobody else's. Reader and model's thread never queue at the same time: the model's thread does so only while
+:attr:`Reader.idle`, and only it asks for transfers.
  1. A chunk is written by one reader at a time: it comes from the queue of free chunks.
  2. A reader writes to it only after the copy out of it is over (``finish``), which waits on that reader's own thread.
  3. The sender copies out of it only after the reader is done with it (``read``), and puts it back behind the copy.
- 4. A chunk is taken together with a piece, under one lock. So the piece that is sent next always has its chunk, and the
-    readers ahead of it cannot have taken all of them: nothing waits in a circle.
+ 4. A piece is taken up, gets its place in the order and its chunk under one lock. So the piece that is sent next has its
+    chunk, and the readers ahead of it cannot have taken all of them: nothing waits in a circle.
 A transfer that fails, or is given up, keeps its place in the order; its other pieces are neither read nor copied.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -171,7 +174,9 @@ class Reader:
         self._chunks = chunks
         self._ring: HostBuffer | None = None
         self._free: SimpleQueue[Chunk] = SimpleQueue()
-        self._to_read: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._urgent: deque[_Piece] = deque()
+        self._background: deque[_Piece | None] = deque()
+        self._waiting = threading.Semaphore(0)
         self._to_send: SimpleQueue[_Piece | None] = SimpleQueue()
         self._turn = threading.Lock()
         self._counting = threading.Lock()
@@ -179,6 +184,7 @@ class Reader:
         self._pending: set[Transfer] = set()
         self._busy_since = 0.0
         self._workers: list[threading.Thread] = []
+        self._ended = 0
 
     @property
     def idle(self) -> bool:
@@ -196,13 +202,16 @@ class Reader:
         """Host memory of the ring; 0 while there is none."""
         return self._ring.nbytes if self._ring is not None else 0
 
-    def transfer(self, parts: Sequence[Load | Move], after: Event | None, fine: bool = False) -> Transfer:
-        """Bring ``parts`` to the device, behind everything that was asked for before.
+    def transfer(
+        self, parts: Sequence[Load | Move], after: Event | None, fine: bool = False, background: bool = False
+    ) -> Transfer:
+        """Bring ``parts`` to the device, behind everything of its kind that was asked for before.
 
         Args:
             parts: what goes where.
             after: the copies start when this has happened.
             fine: cut copies into fine pieces (backend.py, Note: copies take turns).
+            background: whatever is asked for without this goes before it.
         """
         self.open()
         transfer = Transfer(after, fine)
@@ -215,10 +224,10 @@ class Reader:
             if not self._pending:
                 self._busy_since = time.perf_counter()
             self._pending.add(transfer)
+        queue = self._background if background else self._urgent
         for piece in pieces:
-            if piece.fill is not None:
-                self._to_read.put(piece)
-            self._to_send.put(piece)
+            queue.append(piece)
+            self._waiting.release()
         return transfer
 
     def wait(self, transfer: Transfer, tick: Tick) -> Event:
@@ -269,9 +278,10 @@ class Reader:
         self._stop_threads()
 
     def _stop_threads(self) -> None:
-        self._to_send.put(None)
+        """Have the threads end behind all that was asked for; the last reader ends the sender."""
         for _ in range(self._threads):
-            self._to_read.put(None)
+            self._background.append(None)
+            self._waiting.release()
 
     # -- pieces --------------------------------------------------------------------------------------------------
 
@@ -302,7 +312,7 @@ class Reader:
         ring = self._arena.allocate(self._chunk_bytes * self._chunks)
         ring.memory.fill_(0)  # Touched pages are page-locked several times faster.
         self._arena.lock(ring)
-        self._ring = ring
+        self._ring, self._ended = ring, 0
         for memory in ring.memory.split(self._chunk_bytes):
             self._free.put(Chunk(memory))
         jobs = [self._read_ahead] * self._threads + [self._send_in_order]
@@ -316,9 +326,16 @@ class Reader:
 
     def _read_next(self) -> bool:
         with self._turn:  # Note: one order for all copies, 4.
-            piece = self._to_read.get()
+            self._waiting.acquire()
+            piece = self._urgent.popleft() if self._urgent else self._background.popleft()
             if piece is None:
+                self._ended += 1
+                if self._ended == self._threads:
+                    self._to_send.put(None)
                 return False
+            self._to_send.put(piece)
+            if piece.fill is None:
+                return True
             chunk = piece.chunk = self._free.get()
         try:
             if chunk.sent is not None:

@@ -157,7 +157,7 @@ class Streamer:
         """
         patches = patches or NoPatches()
         self.last_used = time.monotonic()
-        if self.state is State.LOADED and plan == self.plan and not self._placement.is_stale(plan, patches):
+        if self._is_as_wished(plan, patches):
             self._put_away()
             return self.keep(plan)
         try:
@@ -186,6 +186,11 @@ class Streamer:
         logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
         self._supply.build(self._placement.unbuilt(plan), self)
         self._put_away()
+
+    def _is_as_wished(self, plan: Plan, patches: Patches) -> bool:
+        if self.state is not State.LOADED or plan != self.plan:
+            return False
+        return not (self._placement.is_stale(plan, patches) or self._placement.lacks(plan))
 
     def prepare(self, budget: float) -> None:
         """The model will be loaded with at most ``budget`` bytes: begin to build what streams then.
@@ -249,8 +254,11 @@ class Streamer:
         """
         if self.state is State.UNLOADED or self.plan is None or nbytes <= 0:
             return 0
-        self.drain()
         before = self.device_bytes
+        if self._placement.arriving:
+            self._halt()  # What is still on its way need not come.
+        else:
+            self.drain()
         resident = set(self.plan.resident)
         for unit in reversed(order_of_residency(self.outline, self.profile)):
             if before - self.device_bytes >= nbytes:
@@ -258,7 +266,7 @@ class Streamer:
             if unit in resident:
                 self._placement.drop_residents([unit])
         freed = before - self.device_bytes
-        if freed:
+        if freed or self._placement.lacks(self.plan):
             self.state = State.REDUCED
         return freed
 
@@ -292,6 +300,7 @@ class Streamer:
         """Somebody will write to these tensors where the modules point, which must not be what was loaded."""
         if self.state is State.UNLOADED or self.plan is None:
             return
+        self._placement.arrive_all()
         self._halt()
         self._placement.make_masters(names)
         self._placement.bind()
@@ -345,6 +354,7 @@ class Streamer:
         self._supply.halt()
         self.backend.synchronize()
         self._placement.adopt()
+        self._placement.stop_awaiting()
 
     def _equip(self, backend: Backend) -> None:
         """Have what it takes to stream to ``backend``."""
@@ -374,6 +384,7 @@ class Streamer:
         assert root is not None
         assert self.plan is not None
         blocks = set(self._lane.streamed_blocks) if self._lane is not None else set()
+        blocks |= set(self._placement.arriving)
         units = self.plan.streamed
         if self._runner.recorder is not None:
             blocks, units = range(len(self.blocks.blocks)), range(len(self.blocks.units))
@@ -439,10 +450,13 @@ class Streamer:
                 self._runner.recorder.end_step()
         else:
             self.settle()
+            if self.plan is not None and self._placement.lacks(self.plan):
+                self.state = State.REDUCED  # One that could not be read; the next step tries again.
         if self._lane is not None:
             self._lane.end_step(completed)
         self._stalls.collect()
         if completed:
+            self._placement.arrive_all()
             self._supply.arrived()
 
     def settle(self) -> None:
@@ -451,6 +465,8 @@ class Streamer:
             self._lane.settle()
 
     def enter_block(self, block: int) -> None:
+        if self._placement.arriving:
+            self._placement.arrive(block)
         if self._lane is not None:
             self._lane.enter_block(block)
         if self._runner.recorder is not None:
