@@ -2,16 +2,16 @@
 
 [Note: one order for all copies]
 Some threads read ahead, each into a chunk of the ring; one thread, the sender, queues the copies out of the chunks. It
-takes the pieces in the order in which they were taken up for reading, and those are taken up in the order in which they
-were asked for. So the backend carries all copies out in that order, as it does when the thread that runs the model queues
-them itself (lane.py, Note: two events guard a slot, 3). Only what is asked for in the background is overtaken: its
-targets are nobody else's. Reader and model's thread never queue at the same time: the model's thread does so only while
-:attr:`Reader.idle`, and only it asks for transfers.
+takes the pieces in the order in which they were taken up for reading, and those are taken up in the order in which
+they were asked for. So the backend carries all copies out in that order, as it does when the thread that runs the model
+queues them itself (lane.py, Note: two events guard a slot, 3). Only what is asked for in the background is overtaken:
+its targets are nobody else's. Reader and model's thread never queue at the same time: the model's thread does so only
+while :attr:`Reader.idle`, and only it asks for transfers.
  1. A chunk is written by one reader at a time: it comes from the queue of free chunks.
  2. A reader writes to it only after the copy out of it is over (``finish``), which waits on that reader's own thread.
  3. The sender copies out of it only after the reader is done with it (``read``), and puts it back behind the copy.
- 4. A piece is taken up, gets its place in the order and its chunk under one lock. So the piece that is sent next has its
-    chunk, and the readers ahead of it cannot have taken all of them: nothing waits in a circle.
+ 4. A piece is taken up, gets its place in the order and its chunk under one lock. So the piece that is sent next has
+    its chunk, and the readers ahead of it cannot have taken all of them: nothing waits in a circle.
 A transfer that fails, or is given up, keeps its place in the order; its other pieces are neither read nor copied.
 """
 

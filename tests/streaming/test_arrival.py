@@ -1,0 +1,167 @@
+"""Residents that arrive while the first step runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import Transformer, X, make_transformer, units_of
+from weightstream.streaming import CpuBackend, State, Streamer, StreamingConfig, VirtualMemory, reader, split_model
+from weightstream.streaming.layout import Layout
+
+
+class Gate:
+    """Reads of some units wait until it is opened, or fail; all take ``seconds`` more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.closed: set[int] = set()
+        self.failing: set[int] = set()
+        self.opened = threading.Event()
+        self.seconds = 0.0
+        self.read: list[int] = []
+        original = reader.read_range
+
+        def read_range(layout: Layout, *args: object) -> None:
+            if id(layout) in self.failing:
+                raise OSError("the disk is gone")
+            if id(layout) in self.closed:
+                assert self.opened.wait(20)
+            time.sleep(self.seconds)
+            self.read.append(id(layout))
+            original(layout, *args)
+
+        monkeypatch.setattr(reader, "read_range", read_range)
+
+    def layouts(self, streamer: Streamer, blocks: list[int]) -> set[int]:
+        return {id(streamer.blocks.units[unit].layout) for unit in units_of(streamer, blocks)}
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.opened.set()
+
+
+def make(model: Transformer) -> Streamer:
+    """Streams the last blocks whole or in part, and keeps the rest; nothing is page-locked."""
+    config = StreamingConfig(pin_memory=False, slots=2, read_threads=1, chunks=2, headroom_bytes=0)
+    return Streamer(model, split_model(model), CpuBackend(VirtualMemory(10**9)), config)
+
+
+def load(streamer: Streamer) -> None:
+    block = streamer.outline.block_bytes(0)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + 4 * block))
+    assert streamer.plan.segments
+    assert streamer.plan.resident
+
+
+def blocks_with_residents(streamer: Streamer) -> list[int]:
+    return sorted({streamer.outline.unit_block[unit] for unit in streamer.plan.resident})
+
+
+def test_the_first_block_runs_before_the_last_was_read(gate: Gate) -> None:
+    model = make_transformer(depth=8)
+    expected = model(X)
+    streamer = make(model)
+    load(streamer)
+    residents = [id(streamer.blocks.units[unit].layout) for unit in streamer.plan.resident]
+    streamer.unload()
+    gate.read.clear()
+    gate.seconds = 0.01
+    load(streamer)
+    unread = []
+    model.blocks[0].register_forward_hook(lambda *_: unread.extend(set(residents) - set(gate.read)))
+    assert torch.equal(model(X), expected)
+    assert len(unread) > len(residents) // 2
+    assert set(residents) <= set(gate.read)
+    streamer.close()
+    assert streamer.backend.store.allocated == 0
+
+
+def test_what_streams_overtakes_residents(gate: Gate) -> None:
+    """One thread reads: in one order for all, a slot would be filled after all residents."""
+    model = make_transformer(depth=8)
+    expected = model(X)
+    streamer = make(model)
+    load(streamer)
+    blocks = blocks_with_residents(streamer)
+    streamer.unload()
+    gate.closed = gate.layouts(streamer, blocks[:1])
+    load(streamer)
+    gate.read.clear()
+    gate.opened.set()
+    assert torch.equal(model(X), expected)
+    streamed = gate.read.index(id(streamer.blocks.units[streamer.plan.segments[0].units[0]].layout))
+    residents = [id(streamer.blocks.units[unit].layout) for unit in streamer.plan.resident]
+    assert streamed < max(gate.read.index(layout) for layout in residents)
+    assert streamed <= 1 + streamer.reader._threads
+
+
+def test_residents_of_blocks_that_did_not_run_arrive_too(gate: Gate) -> None:
+    model = make_transformer(depth=8)
+    expected = model(X)
+    skipped = model(X, [0, 1])
+    streamer = make(model)
+    load(streamer)
+    assert torch.equal(model(X, [0, 1]), skipped)
+    assert not streamer._placement.arriving
+    assert torch.equal(model(X), expected)
+
+
+def test_a_resident_that_cannot_be_read_fails_the_step_and_is_read_again(gate: Gate) -> None:
+    model = make_transformer(depth=8)
+    expected = model(X)
+    streamer = make(model)
+    load(streamer)
+    blocks = blocks_with_residents(streamer)
+    streamer.unload()
+    gate.failing = gate.layouts(streamer, blocks[-1:])
+    load(streamer)
+    with pytest.raises(OSError, match="the disk is gone"):
+        streamer.run(lambda: model(X))
+    gate.failing = set()
+    assert streamer.state is State.REDUCED
+    assert torch.equal(streamer.run(lambda: model(X)), expected)
+    gate.failing = gate.layouts(streamer, blocks[-1:])
+    streamer.unload()
+    load(streamer)
+    with pytest.raises(OSError, match="the disk is gone"):
+        streamer.run(lambda: model(X))
+    gate.failing = set()
+    load(streamer)  # As a host does with the next prompt.
+    assert torch.equal(model(X), expected)
+    streamer.close()
+    assert streamer.backend.store.allocated == 0
+
+
+def test_memory_is_given_at_once_while_residents_arrive(gate: Gate) -> None:
+    model = make_transformer(depth=8)
+    expected = model(X)
+    streamer = make(model)
+    load(streamer)
+    blocks = blocks_with_residents(streamer)
+    streamer.unload()
+    gate.closed = gate.layouts(streamer, blocks[1:])
+    load(streamer)
+    before = streamer.device_bytes
+    threading.Timer(0.1, gate.opened.set).start()  # The read that is under way must end.
+    assert streamer.give_way(streamer.outline.block_bytes(0)) >= streamer.outline.block_bytes(0)
+    assert streamer.device_bytes < before
+    assert streamer.state is State.REDUCED
+    assert torch.equal(streamer.run(lambda: model(X)), expected)
+
+
+def test_masters_are_made_for_writers_when_everything_has_arrived() -> None:
+    model = make_transformer(depth=8)
+    streamer = make(model)
+    load(streamer)
+    names = {f"blocks.{index}.out.weight" for index in range(8)}
+    streamer.make_masters(names)
+    assert not streamer._placement.arriving
+    originals = {spec.name: spec.original for spec in streamer.blocks.specs}
+    for index, block in enumerate(model.blocks):
+        assert block.out.weight.data_ptr() != originals[f"blocks.{index}.out.weight"].data_ptr()
