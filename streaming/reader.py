@@ -30,7 +30,7 @@ import torch
 from .arena import Arena, HostBuffer
 from .backend import Backend, Event
 from .contents import ranges, read_range
-from .layout import Layout
+from .layout import ALIGNMENT, Layout
 
 # How often a thread that waits looks whether it shall go on.
 TICK_SECONDS = 0.05
@@ -167,7 +167,7 @@ class Reader:
         self._backend = backend
         self._arena = arena
         self._threads = threads
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = max(ALIGNMENT, chunk_bytes)
         self._chunks = chunks
         self._ring: HostBuffer | None = None
         self._free: SimpleQueue[Chunk] = SimpleQueue()
@@ -258,7 +258,7 @@ class Reader:
         self._backend.synchronize()  # Race: copies out of the ring may still be under way.
         self._arena.release(self._ring)
         self._ring = None
-        self._free = SimpleQueue()
+        self._free, self._to_read, self._to_send = SimpleQueue(), SimpleQueue(), SimpleQueue()
 
     def forsake(self) -> None:
         """As :meth:`close`, for an owner that the garbage collector takes: on any thread, one of ours among them.
@@ -302,15 +302,23 @@ class Reader:
         if self._ring is not None:
             return
         ring = self._arena.allocate(self._chunk_bytes * self._chunks)
-        ring.memory.fill_(0)  # Touched pages are page-locked several times faster.
-        self._arena.lock(ring)
+        try:
+            ring.memory.fill_(0)  # Touched pages are page-locked several times faster.
+            self._arena.lock(ring)
+        except BaseException:
+            self._arena.release(ring)
+            raise
         self._ring = ring
         for memory in ring.memory.split(self._chunk_bytes):
             self._free.put(Chunk(memory))
-        jobs = [self._read_ahead] * self._threads + [self._send_in_order]
-        self._workers = [threading.Thread(target=job, name="weightstream-read", daemon=True) for job in jobs]
-        for worker in self._workers:
-            worker.start()
+        try:
+            for job in [self._read_ahead] * self._threads + [self._send_in_order]:
+                worker = threading.Thread(target=job, name="weightstream-read", daemon=True)
+                worker.start()
+                self._workers.append(worker)
+        except BaseException:
+            self.close()
+            raise
 
     def _read_ahead(self) -> None:
         while self._read_next():

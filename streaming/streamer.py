@@ -193,6 +193,8 @@ class Streamer:
         """
         if self.state is State.UNLOADED and budget < self.model_bytes:
             plan = self._planner.plan_within(budget)
+            self._supply.builder.stop()  # Called again: two may not build the same.
+            self._placement.adopt()
             self._supply.build(self._placement.unbuilt(plan), self)
 
     @property
