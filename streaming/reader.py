@@ -42,13 +42,16 @@ T = TypeVar("T")
 
 def wait_for(future: Future[T], tick: Tick) -> T:
     """A future's result; ``tick`` is called meanwhile, and may raise."""
-    while True:
-        try:
-            return future.result(TICK_SECONDS)
-        except FutureTimeoutError:
-            if future.done():
-                return future.result()  # It was done just now, or failed with an error of that kind itself.
-        tick()
+    try:
+        while True:
+            try:
+                return future.result(TICK_SECONDS)
+            except FutureTimeoutError:
+                if future.done():
+                    return future.result()  # It was done just now, or failed with an error of that kind itself.
+            tick()
+    finally:
+        del future  # Its error knows this frame: they would keep each other, and what the callers hold, alive.
 
 
 class TransferAbandonedError(Exception):
@@ -115,6 +118,12 @@ class Transfer:
     @property
     def stopped(self) -> bool:
         return self.abandoned or self.error is not None
+
+    def forget_error(self) -> None:
+        """Who is told of an error is in its traceback. Kept here, it would keep them and their memory alive."""
+        if self.queued.done():
+            self.error, self.queued = None, Future()
+            self.queued.set_exception(TransferAbandonedError("a transfer has failed"))
 
 
 class _Piece:
@@ -227,7 +236,11 @@ class Reader:
         Raises:
             CheckpointError: the file could not be read.
         """
-        return wait_for(transfer.queued, tick)
+        try:
+            return wait_for(transfer.queued, tick)
+        except BaseException:
+            transfer.forget_error()
+            raise
 
     def flush(self, tick: Tick) -> None:
         """Wait until every transfer is queued, or has failed."""

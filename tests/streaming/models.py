@@ -184,7 +184,7 @@ class Stored:
         self.backend = backend or PinningBackend()
         self.pins = pins or PinBudget()
         blocks = split_model(self.model, (lambda module, name, tensor: dtype or stored), self.checkpoint.locate)
-        config = StreamingConfig(**{**SETTINGS, **SMALL_RING, **settings})
+        config = StreamingConfig(**{**SETTINGS, **SMALL_RING, "adaptive": False, **settings})
         self.streamer = Streamer(self.model, blocks, self.backend, config, self.pins, watch=watch)
 
     @property
