@@ -353,6 +353,7 @@ class Reader:
             piece.transfer.error = piece.transfer.error or error
         finally:
             piece.read.set()
+            del piece, chunk  # The error knows this frame, and the transfer the error.
         return True
 
     def _send_in_order(self) -> None:

@@ -205,6 +205,11 @@ class Stored:
         for _ in range(steps):
             assert torch.equal(self.run(), self.expected)
 
+    def check_plain(self) -> None:
+        """As :meth:`check`, for two steps after which no other plan is made."""
+        for _ in range(2):
+            assert torch.equal(self.model(self.x), self.expected)
+
     def close(self) -> None:
         """Close the streamer; nothing of it is left."""
         self.streamer.close()
