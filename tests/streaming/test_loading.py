@@ -735,7 +735,7 @@ def test_who_cancels_waits_for_the_reads_under_way_alone(
             return abandon(reader)
 
         def wait() -> None:
-            while not all(transfer.abandoned for transfer in pending):
+            while not all(transfer.abandoned or transfer.queued.done() for transfer in pending):
                 time.sleep(0.001)
             gate.open.set()
 
