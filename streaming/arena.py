@@ -63,7 +63,8 @@ class PinBudget:
         self._ceiling: int | None = None
         self._refused = ""
         self._owners: weakref.WeakSet[PinOwner] = weakref.WeakSet()
-        self._counting = threading.Lock()
+        # The garbage collector may free a buffer, and so call give, on the thread that is counting.
+        self._counting = threading.RLock()
         self._registering = threading.Lock()
 
     def take(self, nbytes: int) -> str | None:

@@ -280,7 +280,7 @@ class Lane:
         """Use the master copies that a builder has finished; gives the copies from them, if that are all."""
         group = self._copies[number]
         adopted = [unit.adopt() for unit in group]
-        if any(adopted):
+        if any(adopted) or all(unit.pinned for unit in group):  # A load may have adopted them before.
             self._home[number] = [unit.home for unit in group]
             if number not in self._open:
                 for binding in self._home[number]:

@@ -165,7 +165,8 @@ class UnitCopies:
         """Build the master copy now: from the resident one if that is patched, else from the original."""
         if self.master is not None:
             return
-        memory = arena.allocate(self.unit.nbytes)
+        memory, _ = self._begun or (arena.allocate(self.unit.nbytes), 0)
+        self._begun = None
         try:
             master = Weights(self.unit, memory.memory)
             if self.resident is not None and self.resident.patched:

@@ -33,7 +33,7 @@ import torch
 from .arena import Arena, HostBuffer
 from .backend import Backend, Event
 from .contents import ranges, read_range
-from .layout import Layout
+from .layout import ALIGNMENT, Layout
 
 # How often a thread that waits looks whether it shall go on.
 TICK_SECONDS = 0.05
@@ -45,13 +45,16 @@ T = TypeVar("T")
 
 def wait_for(future: Future[T], tick: Tick) -> T:
     """A future's result; ``tick`` is called meanwhile, and may raise."""
-    while True:
-        try:
-            return future.result(TICK_SECONDS)
-        except FutureTimeoutError:
-            if future.done():
-                return future.result()  # It was done just now, or failed with an error of that kind itself.
-        tick()
+    try:
+        while True:
+            try:
+                return future.result(TICK_SECONDS)
+            except FutureTimeoutError:
+                if future.done():
+                    return future.result()  # It was done just now, or failed with an error of that kind itself.
+            tick()
+    finally:
+        del future  # Its error knows this frame: they would keep each other, and what the callers hold, alive.
 
 
 class TransferAbandonedError(Exception):
@@ -119,6 +122,12 @@ class Transfer:
     def stopped(self) -> bool:
         return self.abandoned or self.error is not None
 
+    def forget_error(self) -> None:
+        """Who is told of an error is in its traceback. Kept here, it would keep them and their memory alive."""
+        if self.queued.done():
+            self.error, self.queued = None, Future()
+            self.queued.set_exception(TransferAbandonedError("a transfer has failed"))
+
 
 class _Piece:
     """What one chunk carries, or a copy that needs none.
@@ -170,14 +179,10 @@ class Reader:
         self._backend = backend
         self._arena = arena
         self._threads = threads
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = max(ALIGNMENT, chunk_bytes)
         self._chunks = chunks
         self._ring: HostBuffer | None = None
-        self._free: SimpleQueue[Chunk] = SimpleQueue()
-        self._urgent: deque[_Piece] = deque()
-        self._background: deque[_Piece | None] = deque()
-        self._waiting = threading.Semaphore(0)
-        self._to_send: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._make_queues()
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._sending = threading.RLock()
@@ -185,6 +190,13 @@ class Reader:
         self._busy_since = 0.0
         self._workers: list[threading.Thread] = []
         self._ended = 0
+
+    def _make_queues(self) -> None:
+        self._free: SimpleQueue[Chunk] = SimpleQueue()
+        self._urgent: deque[_Piece] = deque()
+        self._background: deque[_Piece | None] = deque()
+        self._waiting = threading.Semaphore(0)
+        self._to_send: SimpleQueue[_Piece | None] = SimpleQueue()
 
     @property
     def idle(self) -> bool:
@@ -236,7 +248,11 @@ class Reader:
         Raises:
             CheckpointError: the file could not be read.
         """
-        return wait_for(transfer.queued, tick)
+        try:
+            return wait_for(transfer.queued, tick)
+        except BaseException:
+            transfer.forget_error()
+            raise
 
     def flush(self) -> None:
         """Wait until every transfer is queued, or has failed: as long as it takes to read what fits into the slots."""
@@ -265,7 +281,7 @@ class Reader:
         self._backend.synchronize()  # Race: copies out of the ring may still be under way.
         self._arena.release(self._ring)
         self._ring = None
-        self._free = SimpleQueue()
+        self._make_queues()
 
     def forsake(self) -> None:
         """As :meth:`close`, for an owner that the garbage collector takes: on any thread, one of ours among them.
@@ -310,15 +326,23 @@ class Reader:
         if self._ring is not None:
             return
         ring = self._arena.allocate(self._chunk_bytes * self._chunks)
-        ring.memory.fill_(0)  # Touched pages are page-locked several times faster.
-        self._arena.lock(ring)
+        try:
+            ring.memory.fill_(0)  # Touched pages are page-locked several times faster.
+            self._arena.lock(ring)
+        except BaseException:
+            self._arena.release(ring)
+            raise
         self._ring, self._ended = ring, 0
         for memory in ring.memory.split(self._chunk_bytes):
             self._free.put(Chunk(memory))
-        jobs = [self._read_ahead] * self._threads + [self._send_in_order]
-        self._workers = [threading.Thread(target=job, name="weightstream-read", daemon=True) for job in jobs]
-        for worker in self._workers:
-            worker.start()
+        try:
+            for job in [self._read_ahead] * self._threads + [self._send_in_order]:
+                worker = threading.Thread(target=job, name="weightstream-read", daemon=True)
+                worker.start()
+                self._workers.append(worker)
+        except BaseException:
+            self.close()
+            raise
 
     def _read_ahead(self) -> None:
         while self._read_next():
@@ -347,6 +371,7 @@ class Reader:
             piece.transfer.error = piece.transfer.error or error
         finally:
             piece.read.set()
+            del piece, chunk  # The error knows this frame, and the transfer the error.
         return True
 
     def _send_in_order(self) -> None:

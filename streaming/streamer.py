@@ -178,14 +178,14 @@ class Streamer:
             self.attach_hooks()
             if self._lane is not None:
                 self._lane.prefetch()
+            self.state = State.LOADED
+            seconds = time.monotonic() - self.last_used
+            logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
+            self._supply.build(self._placement.unbuilt(plan), self)
+            self._put_away()
         except BaseException:
             self.unload()
             raise
-        self.state = State.LOADED
-        seconds = time.monotonic() - self.last_used
-        logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
-        self._supply.build(self._placement.unbuilt(plan), self)
-        self._put_away()
 
     def _is_as_wished(self, plan: Plan, patches: Patches) -> bool:
         if self.state is not State.LOADED or plan != self.plan:
@@ -199,6 +199,8 @@ class Streamer:
         """
         if self.state is State.UNLOADED and budget < self.model_bytes:
             plan = self._planner.plan_within(budget)
+            self._supply.builder.stop()  # Called again: two may not build the same.
+            self._placement.adopt()
             self._supply.build(self._placement.unbuilt(plan), self)
 
     @property
@@ -302,11 +304,13 @@ class Streamer:
             return
         self._placement.arrive_all()
         self._halt()
-        self._placement.make_masters(names)
-        self._placement.bind()
-        if self._lane is not None:
-            self._lane.refresh()
-        self._supply.build(self._placement.unbuilt(self.plan), self)
+        try:
+            self._placement.make_masters(names)
+        finally:
+            self._placement.bind()
+            if self._lane is not None:
+                self._lane.refresh()
+            self._supply.build(self._placement.unbuilt(self.plan), self)
 
     def invalidate(self) -> None:
         """Weights were changed in place, by somebody else, on the device or in master copies: copy them anew."""

@@ -101,7 +101,7 @@ class Supply:
 
         The builder is at rest.
         """
-        needed = sum(unit.unit.nbytes for unit in copies)
+        needed = sum(unit.unit.nbytes for unit in copies if not unit.master_bytes)  # Some may have been begun.
         budget = self.arena.budget
         self.reader.drop_behind = self.builder.drop_behind = not budget.has_room(needed)
         if needed:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
-from weightstream.streaming import Counters, CpuBackend, Plan, Streamer, StreamingConfig, VirtualMemory, split_model
+from weightstream.streaming import (
+    Checkpoint,
+    Counters,
+    CpuBackend,
+    PinBudget,
+    Plan,
+    Streamer,
+    StreamingConfig,
+    VirtualMemory,
+    split_model,
+)
 from weightstream.streaming.segments import cut
 
 
@@ -90,3 +104,117 @@ def budgets(streamer: Streamer) -> Iterator[int]:
     """From everything resident down to one slot."""
     for step in range(9):
         yield streamer.model_bytes - (streamer.model_bytes - streamer.minimum_bytes) * step // 8
+
+
+class PinningBackend(CpuBackend):
+    """Knows what is page-locked, and locks no more than it is told to.
+
+    Attributes:
+        registered: bytes by address.
+        requests: registrations asked for.
+        refused: numbers of those that fail, from 1 on.
+        permits: registrations that may go on; None where all may. Others wait.
+        waits: one release for each that waits, or has waited.
+    """
+
+    def __init__(self, refused: Iterable[int] = (), permits: int | None = None, budget: int = 10**9) -> None:
+        super().__init__(VirtualMemory(budget))
+        self.registered: dict[int, int] = {}
+        self.requests = 0
+        self.refused = refused
+        self.permits = threading.Semaphore(permits) if permits is not None else None
+        self.waits = threading.Semaphore(0)
+
+    def register(self, buffer: torch.Tensor) -> str | None:
+        self.requests += 1
+        if self.requests in self.refused:
+            return "page-locking failed (error 2)"
+        self.waits.release()
+        if self.permits is not None:
+            self.permits.acquire()
+        self.registered[buffer.data_ptr()] = buffer.nbytes
+        return None
+
+    def unregister(self, address: int) -> None:
+        del self.registered[address]
+
+    def let_go_on(self) -> None:
+        """Nobody waits any more."""
+        assert self.permits is not None
+        self.permits.release(10_000)
+
+
+# Many pieces, few chunks: everything that can wait for another does.
+SMALL_RING = {"chunk_bytes": 2048, "chunks": 3, "read_threads": 2, "build_threads": 1, "fill_threads": 2}
+
+
+class Stored:
+    """A transformer whose weights are views of a file.
+
+    Attributes:
+        plain: the same weights in memory, for comparison.
+        written: its output for ``X``, or for what ``X`` is in its dtype.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backend: CpuBackend | None = None,
+        pins: PinBudget | None = None,
+        watch: Callable[[object], None] = lambda progress: None,
+        change: Callable[[Transformer], None] = lambda model: None,
+        stored: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        self.path = folder / f"model-{seed}.safetensors"
+        self.plain = make_transformer(seed=seed).to(stored)
+        if not self.path.exists():
+            save_file(self.plain.state_dict(), self.path)
+        self.checkpoint = Checkpoint.open(self.path)
+        self.model = make_transformer(seed=seed + 1)
+        self.model.load_state_dict(self.checkpoint.state_dict(), assign=True)
+        self.model.requires_grad_(False)
+        for model in (self.plain, self.model):
+            change(model)
+        self.plain.to(dtype or stored)
+        self.x = X.to(dtype or stored)
+        self.expected = self.plain(self.x)
+        self.backend = backend or PinningBackend()
+        self.pins = pins or PinBudget()
+        blocks = split_model(self.model, (lambda module, name, tensor: dtype or stored), self.checkpoint.locate)
+        config = StreamingConfig(**{**SETTINGS, **SMALL_RING, "adaptive": False, **settings})
+        self.streamer = Streamer(self.model, blocks, self.backend, config, self.pins, watch=watch)
+
+    @property
+    def half(self) -> Plan:
+        """Some blocks resident, some streamed."""
+        return self.streamer.plan_for(self.streamer.minimum_bytes + 2 * self.streamer.outline.block_bytes(0))
+
+    @property
+    def least(self) -> Plan:
+        """As much streamed as possible."""
+        return self.streamer.plan_for(self.streamer.minimum_bytes)
+
+    def run(self) -> torch.Tensor:
+        return self.streamer.run(lambda: self.model(self.x))
+
+    def check(self, steps: int = 1) -> None:
+        """Steps give what the plain model gives, bit by bit."""
+        for _ in range(steps):
+            assert torch.equal(self.run(), self.expected)
+
+    def check_plain(self) -> None:
+        """As :meth:`check`, for two steps after which no other plan is made."""
+        for _ in range(2):
+            assert torch.equal(self.model(self.x), self.expected)
+
+    def close(self) -> None:
+        """Close the streamer; nothing of it is left."""
+        self.streamer.close()
+        assert self.backend.store.allocated == self.backend.allocated == 0
+        arena = self.streamer._supply.arena
+        assert (arena.pinned_bytes, arena.pageable_bytes) == (0, 0)
+        assert self.pins.used == 0
+        assert getattr(self.backend, "registered", {}) == {}
