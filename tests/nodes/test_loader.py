@@ -39,7 +39,9 @@ def test_the_inputs_are_those_of_load_diffusion_model(models: Path) -> None:
     schema = StreamedModelLoader.define_schema()
     ours = {entry.id: entry for entry in schema.inputs}
     assert list(ours) == [*theirs, "vram_limit_gb"]
-    assert list(ours["unet_name"].options) == list(theirs["unet_name"][0])
+    models_alone = list(theirs["unet_name"][0])
+    checkpoints = [name for name in folder_paths.get_filename_list("checkpoints") if name not in models_alone]
+    assert list(ours["unet_name"].options) == models_alone + checkpoints
     assert list(ours["weight_dtype"].options) == list(theirs["weight_dtype"][0])
     assert ours["vram_limit_gb"].optional
     assert (schema.node_id, schema.category) == ("WeightStreamModelLoader", "weightstream")
