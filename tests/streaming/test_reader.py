@@ -141,21 +141,22 @@ def opened(backend: OrderBackend, threads: int, chunks: int, copy_streams: int =
     reader = Reader(backend, arena, threads, CHUNK, chunks)
     backend.open(copy_streams)
     assert reader.ring_bytes == 0
-    yield reader
-    for _ in range(2):
-        assert reader.idle
-        assert reader.sent_bytes == sum(nbytes for _, nbytes in backend.copies)
-        assert 0 <= reader.busy_seconds < 60
+    try:
+        yield reader
+        for _ in range(2):
+            assert reader.idle
+            assert reader.sent_bytes == sum(nbytes for _, nbytes in backend.copies)
+            assert 0 <= reader.busy_seconds < 60
+            reader.close()
+            assert (reader.ring_bytes, arena.pinned_bytes, arena.pageable_bytes, arena.budget.used) == (0, 0, 0, 0)
+            again = Asked(backend.allocate(2 * CHUNK))
+            again.load([b"\7" * 2 * CHUNK])
+            again.ask(reader, backend).check(reader, backend)
+            assert reader.ring_bytes == arena.pinned_bytes == CHUNK * chunks
+    finally:
         reader.close()
-        assert (reader.ring_bytes, arena.pinned_bytes, arena.pageable_bytes, arena.budget.used) == (0, 0, 0, 0)
-        again = Asked(backend.allocate(2 * CHUNK))
-        again.load([b"\7" * 2 * CHUNK])
-        again.ask(reader, backend).check(reader, backend)
-        assert reader.ring_bytes == arena.pinned_bytes == CHUNK * chunks
-        reader.flush()
-    reader.close()
-    backend.synchronize()
-    backend.close()
+        backend.synchronize()
+        backend.close()
 
 
 def random_transfer(chance: random.Random, target: torch.Tensor) -> Asked:
