@@ -3,15 +3,22 @@
 Each stream has a vector clock. An event carries the clock of its stream at the time of its record; a wait joins it
 into the waiting stream's clock. Two accesses to one slot, at least one of them a write, race unless the clock of the
 later one has seen the earlier. That holds for every possible timing at once, so one run of a program is enough.
+
+Threads that read ahead have clocks too: ``finish`` joins a copy's clock into the one of the thread that waited. So a
+chunk of the reader's ring is checked as a slot is: it is written by a thread, and read by copies. That a thread is done
+with it before a copy is queued is checked as it happens.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import nn
-from weightstream.streaming import Backend, DeviceMemory
+from weightstream.streaming import Backend, DeviceMemory, reader
+from weightstream.streaming.layout import Layout
 
 COMPUTE = 0
 Clock = dict[int, int]
@@ -28,7 +35,33 @@ class RaceBackend(Backend):
         self.writes: dict[int, list[Clock]] = {}
         self.reads: dict[int, list[Clock]] = {}
         self.accesses = 0
+        self.chunk_accesses = 0
         self._slots: list[range] = []
+        self._reading_ahead: dict[threading.Thread, Clock] = {}
+        self._chunks: dict[int, range] = {}
+        self._chunk_reads: dict[int, list[Clock]] = {}
+        self._being_written: set[int] = set()
+        # Who reads ahead, who queues copies and who computes are threads of their own.
+        self._checking = threading.RLock()
+
+    def watch_chunks(self, patch: pytest.MonkeyPatch) -> None:
+        """Check what the reader writes to chunks. Where something is given up, synchronize: else a chunk that one
+        thread waited for may be written by another."""
+        read_range = reader.read_range
+
+        def write(layout: Layout, start: int, stop: int, target: torch.Tensor, forget: bool = False) -> None:
+            chunk = target.data_ptr()
+            with self._checking:
+                self.chunk_accesses += 1
+                now = self._reading_ahead.setdefault(threading.current_thread(), {})
+                self._check(now, self._chunk_reads.get(chunk, []), "a chunk is overwritten before the copy out of it")
+                self._chunks[chunk], self._chunk_reads[chunk] = range(chunk, chunk + target.nbytes), []
+                self._being_written.add(chunk)
+            read_range(layout, start, stop, target, forget)
+            with self._checking:
+                self._being_written.discard(chunk)
+
+        patch.setattr(reader, "read_range", write)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         buffer = super().allocate(nbytes)
@@ -56,7 +89,12 @@ class RaceBackend(Backend):
     def _copy_now(
         self, stream: int | None, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], waits: Sequence[Clock]
     ) -> Clock:
-        stream = COMPUTE if stream is None else stream
+        with self._checking:
+            return self._copy_in_order(COMPUTE if stream is None else stream, pairs, waits)
+
+    def _copy_in_order(
+        self, stream: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], waits: Sequence[Clock]
+    ) -> Clock:
         for event in waits:
             self._join(stream, event)
         for target, source in pairs:
@@ -66,14 +104,23 @@ class RaceBackend(Backend):
             self._check(now, self.reads.get(slot, []), "a copy overwrites a slot that may still be read")
             self._check(now, self.writes.get(slot, []), "a copy may be overtaken by an earlier one into its slot")
             self.writes.setdefault(slot, []).append(now)
+            self._read_chunk(source, now)
             target.copy_(source)
         return dict(now)
 
+    def _read_chunk(self, source: torch.Tensor, now: Clock) -> None:
+        for start, chunk in self._chunks.items():
+            if source.data_ptr() in chunk:
+                assert start not in self._being_written, "a copy reads a chunk that is not filled yet"
+                self._chunk_reads[start].append(now)
+
     def mark(self) -> Clock:
-        return dict(self.clocks[COMPUTE])
+        with self._checking:
+            return dict(self.clocks[COMPUTE])
 
     def wait(self, event: Clock):
-        self._join(COMPUTE, event)
+        with self._checking:
+            self._join(COMPUTE, event)
         return lambda: 0.0
 
     def memory(self) -> DeviceMemory:
@@ -89,9 +136,18 @@ class RaceBackend(Backend):
         return end - begin
 
     def finish(self, event: Clock) -> None:
-        """Every copy has taken place already."""
+        """Every copy has taken place already; who waits for one has seen it."""
+        with self._checking:
+            clock = self._reading_ahead.setdefault(threading.current_thread(), {})
+            self._join_clock(clock, event)
 
     def synchronize(self) -> None:
+        with self._checking:
+            self._join_all()
+            self._chunks.clear()  # All copies out of them are over; the next ring may be elsewhere.
+            self._chunk_reads.clear()
+
+    def _join_all(self) -> None:
         for stream, clock in self.clocks.items():
             if stream != COMPUTE:
                 self._join(COMPUTE, clock)
@@ -106,11 +162,12 @@ class RaceBackend(Backend):
 
     def read(self, tensor: torch.Tensor) -> None:
         """Compute reads the slot that ``tensor`` lies in, if it lies in one."""
-        slot = self._slot(tensor)
-        now = self._tick(COMPUTE)
-        if slot in self.writes:
-            self._check(now, self.writes[slot], "a block reads a slot before the copy into it is done")
-            self.reads.setdefault(slot, []).append(now)
+        with self._checking:
+            slot = self._slot(tensor)
+            now = self._tick(COMPUTE)
+            if slot in self.writes:
+                self._check(now, self.writes[slot], "a block reads a slot before the copy into it is done")
+                self.reads.setdefault(slot, []).append(now)
 
     def _tick(self, stream: int) -> Clock:
         self.accesses += 1
@@ -119,7 +176,10 @@ class RaceBackend(Backend):
         return {**clock, -1: stream}
 
     def _join(self, stream: int, other: Clock) -> None:
-        clock = self.clocks[stream]
+        self._join_clock(self.clocks[stream], other)
+
+    @staticmethod
+    def _join_clock(clock: Clock, other: Clock) -> None:
         for key, value in other.items():
             if key != -1:
                 clock[key] = max(clock.get(key, 0), value)

@@ -12,10 +12,18 @@ from weightstream.streaming import Streamer, StreamingConfig, split_model
 UNIT = 512
 
 
-def make(blocks: int, slots: int, copy_streams: int = 2, segment_bytes: int = 0, **options: bool):
+def make(
+    blocks: int,
+    slots: int,
+    copy_streams: int = 2,
+    segment_bytes: int = 0,
+    reads_directly: bool = False,
+    **settings: int,
+):
     backend = RaceBackend()
-    model = NumberedModel(blocks, backend, **options)
-    config = StreamingConfig(copy_streams, slots, segment_bytes=segment_bytes, adaptive=False, thrifty=False)
+    model = NumberedModel(blocks, backend, reads_directly)
+    settings = {"segment_bytes": segment_bytes, "adaptive": False, "thrifty": False, **settings}
+    config = StreamingConfig(copy_streams, slots, **settings)
     return backend, model, Streamer(model, split_model(model), backend, config)
 
 
@@ -52,6 +60,29 @@ def test_every_access_to_a_slot_of_parts_is_ordered(segment_bytes: int) -> None:
                 assert model(order, parts) == order
         checked += backend.accesses
     assert checked > 50_000
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_every_access_to_a_slot_and_a_chunk_of_staged_segments_is_ordered(
+    chunks: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = 0
+    everything = list(range(4))
+    for slots, copy_streams in itertools.product(range(1, 4), range(1, 3)):
+        staged = {"pin_memory": False, "read_threads": threads, "chunks": chunks, "chunk_bytes": UNIT}
+        backend, model, streamer = make(4, slots, copy_streams, **staged)
+        with monkeypatch.context() as patch:
+            backend.watch_chunks(patch)
+            for streamed in range(1, 2**4, 2):
+                chosen = [index for index in everything if streamed >> index & 1]
+                streamer.load(hand_plan(streamer, units_of(streamer, chosen), slots))
+                for order in (everything, everything[::2], everything[::-1], sorted(everything * 2), everything):
+                    assert model(order) == order
+            streamer.close()
+        checked += backend.chunk_accesses
+    assert checked > 1000
 
 
 def test_a_weight_that_is_read_without_running_its_module_is_there() -> None:
