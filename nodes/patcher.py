@@ -310,9 +310,12 @@ class StreamedModelPatcher(ModelPatcher):
     def patch_hooks(self, hooks: Any) -> None:
         if hooks is not None and (names := self._names_patched_by(hooks)):
             self.streamer.make_masters(names)  # Hooks write into the weights, and the file is not theirs.
-        super().patch_hooks(hooks)
-        if self.hook_backup:
-            self.streamer.invalidate()  # Hooks write into the weights.
+        try:
+            super().patch_hooks(hooks)
+        finally:
+            if self.hook_backup:
+                self.streamer.lend_masters()
+                self.streamer.invalidate()  # Hooks write into the weights.
 
     def _names_patched_by(self, hooks: Any) -> set[str]:
         return {*self.get_combined_hook_patches(hooks), *self.cached_hook_patches.get(hooks, ())}
@@ -322,6 +325,8 @@ class StreamedModelPatcher(ModelPatcher):
         super().unpatch_hooks(whitelist_keys_set)
         if written:
             self.streamer.invalidate()
+        if not self.hook_backup:
+            self.streamer.take_masters_back()
 
 
 def _move(holder: dict[str, torch.Tensor | None], device: torch.device) -> None:

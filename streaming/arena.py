@@ -44,6 +44,7 @@ class PinBudget:
 
     Attributes:
         used: bytes that are locked, or about to be.
+        locked: bytes that are locked.
         failures: registrations that the system refused.
     """
 
@@ -56,6 +57,7 @@ class PinBudget:
     ) -> None:
         self.limit = limit
         self.used = 0
+        self.locked = 0
         self.failures = 0
         self._others = others
         self._spare = spare
@@ -99,12 +101,18 @@ class PinBudget:
         with self._registering:
             reason = backend.register(memory)
             time.sleep(REGISTER_PAUSE_SECONDS)
-        if reason is not None:
-            with self._counting:
+        with self._counting:
+            if reason is None:
+                self.locked += memory.nbytes
+            else:
                 self.failures += 1
-                self._ceiling = int((self.used - memory.nbytes) * BACK_OFF)
+                self._ceiling = int(self.locked * BACK_OFF)
                 self._refused = reason
         return reason
+
+    def unlocked(self, nbytes: int) -> None:
+        with self._counting:
+            self.locked -= nbytes
 
     def join(self, owner: PinOwner) -> None:
         """``owner`` may be asked to give memory up for others, on the thread that calls :meth:`make_room`."""
@@ -185,7 +193,7 @@ class HostBuffer:
         # Memory that is freed while registered makes a later registration of other memory fail, so the unlocking
         # hangs on this object's end and holds the memory until then. Not at exit: the process's pages go anyway,
         # and the driver may be gone.
-        self._lock = weakref.finalize(self, _unlock, backend, self.memory)
+        self._lock = weakref.finalize(self, _unlock, backend, self.memory, budget)
         self._lock.atexit = False
         return None
 
@@ -203,8 +211,9 @@ class HostBuffer:
             self._claim = None
 
 
-def _unlock(backend: Backend, memory: torch.Tensor) -> None:
+def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget) -> None:
     backend.unregister(memory.data_ptr())
+    budget.unlocked(memory.nbytes)
 
 
 class Arena:

@@ -103,7 +103,10 @@ class Builder:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _build(self, copies: UnitCopies) -> None:
-        if self._stopping.is_set() or self._full.is_set():
+        if self._stopping.is_set():
+            return
+        if self._full.is_set():
+            copies.give_up_begun(self._arena)
             return
         if not self._try(copies, lambda: copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind)):
             return

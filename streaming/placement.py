@@ -87,8 +87,9 @@ class Placement:
 
     def is_stale(self, plan: Plan, patches: Patches) -> bool:
         """Whether some weight has other patches in it than ``patches``."""
-        bare = (self._copies[unit] for unit in plan.streamed if self._copies[unit].master is None)
-        return any(copies.patched_by(patches) for copies in bare) or any(
+        unpatched = [self._copies[unit] for unit in plan.streamed if self._copies[unit].master is None]
+        unpatched += [copies for waiting in self._arriving.values() for copies in waiting]
+        return any(copies.patched_by(patches) for copies in unpatched) or any(
             weights.stale(patches) for weights in self._weights(plan)
         )
 
@@ -149,7 +150,8 @@ class Placement:
             weights = copies.master if unit in plan.streamed else copies.resident
             if weights is not None:
                 yield weights
-        yield self._rest.resident
+        if self._rest.resident is not None:
+            yield self._rest.resident
 
     def make_masters(self, names: Collection[str]) -> None:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""

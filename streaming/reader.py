@@ -388,8 +388,11 @@ class Reader:
         try:
             with self._sending:
                 if not transfer.stopped:
-                    transfer.events.append(self._send(piece))
+                    transfer.events.append(event := self._send(piece))
                     transfer.after = None
+                    if transfer.abandoned:
+                        # The garbage collector has taken the owner meanwhile, on this thread: its memory goes next.
+                        self._backend.finish(event)
         except BaseException as error:
             transfer.error = transfer.error or error
         if piece.chunk is not None:

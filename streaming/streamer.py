@@ -10,6 +10,7 @@ reference to it goes.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator
@@ -82,6 +83,9 @@ class Streamer:
         self.state = State.UNLOADED
         self._root = weakref.ref(root)
         self.last_used = time.monotonic()
+        self._guard = threading.RLock()
+        self._depth = 0
+        self._lent = False
         self._pins = pins
         self._evictable = evictable
         self._watch = watch
@@ -129,7 +133,10 @@ class Streamer:
     @property
     def standing(self) -> Standing:
         """How the model stands on the device now."""
-        return Standing(self.state, self.plan, self.device_bytes, self.backend.budget)
+        device_bytes = self.device_bytes
+        if self.plan is not None and self._lane is None:
+            device_bytes += self.plan.staging_bytes  # Slots that went with the master copies come back.
+        return Standing(self.state, self.plan, device_bytes, self.backend.budget)
 
     def prompt_budget(self, offered: float) -> float:
         """Bytes to use for the next prompt: ``offered``, or what earlier steps have shown to be possible."""
@@ -155,7 +162,10 @@ class Streamer:
         Only differences to the present state cost anything: a second call with the same arguments does nothing.
         After an error the model is unloaded and all device memory is given back.
         """
-        patches = patches or NoPatches()
+        with self._occupied():
+            self._load(plan, patches or NoPatches())
+
+    def _load(self, plan: Plan, patches: Patches) -> None:
         self.last_used = time.monotonic()
         if self._is_as_wished(plan, patches):
             self._put_away()
@@ -219,7 +229,7 @@ class Streamer:
 
     def _put_away(self) -> None:
         """Give the reader's ring back once everything streams from page-locked memory."""
-        if self._supply.reader.ring_bytes and not self.building:
+        if self._supply.reader.ring_bytes and not self.building and not self._placement.arriving:
             self._placement.adopt()
             if self._placement.pinned_bytes(self.plan) == self.plan.streamed_bytes:
                 self._supply.reader.flush()
@@ -287,8 +297,17 @@ class Streamer:
     def give_up_masters(self, nbytes: int) -> int:
         """Free at least ``nbytes`` of page-locked memory, or all, for another model; gives what was freed.
 
-        The next load, or the next step, makes what this one needs instead.
+        Nothing while a step runs or a plan is carried out, on this thread or another, and while somebody has written to
+        the master copies. The next load, or the next step, makes what this model needs instead.
         """
+        if not self._guard.acquire(blocking=False):
+            return 0
+        try:
+            return 0 if self._depth or self._lent else self._give_up_masters(nbytes)
+        finally:
+            self._guard.release()
+
+    def _give_up_masters(self, nbytes: int) -> int:
         self._halt()
         before = self._supply.reader.ring_bytes
         self._supply.reader.close()
@@ -297,6 +316,16 @@ class Streamer:
             self._drop_lane()
             self.state = State.REDUCED
         return freed
+
+    @contextmanager
+    def _occupied(self) -> Iterator[None]:
+        """While this lasts nobody takes master copies away."""
+        with self._guard:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     def make_masters(self, names: Collection[str]) -> None:
         """Somebody will write to these tensors where the modules point, which must not be what was loaded."""
@@ -311,6 +340,14 @@ class Streamer:
             if self._lane is not None:
                 self._lane.refresh()
             self._supply.build(self._placement.unbuilt(self.plan), self)
+
+    def lend_masters(self) -> None:
+        """Somebody has written to master copies: they stay until :meth:`take_masters_back`."""
+        self._lent = True
+
+    def take_masters_back(self) -> None:
+        """What somebody has written to master copies is undone."""
+        self._lent = False
 
     def invalidate(self) -> None:
         """Weights were changed in place, by somebody else, on the device or in master copies: copy them anew."""
@@ -390,6 +427,7 @@ class Streamer:
         blocks = set(self._lane.streamed_blocks) if self._lane is not None else set()
         blocks |= set(self._placement.arriving)
         units = self.plan.streamed
+        units |= {unit for block in self._placement.arriving for unit in self._units_of(block)}
         if self._runner.recorder is not None:
             blocks, units = range(len(self.blocks.blocks)), range(len(self.blocks.units))
         modules = [(unit, self.blocks.units[unit].module) for unit in sorted(units)]
@@ -399,6 +437,9 @@ class Streamer:
             [(unit, module) for unit, module in modules if module is not None],
             self,
         )
+
+    def _units_of(self, block: int) -> tuple[int, ...]:
+        return self.outline.block_units[block] if block >= 0 else ()
 
     def _detach(self) -> None:
         for handle in self._hooks:
@@ -427,7 +468,8 @@ class Streamer:
                 default there are none.
             estimate: gives the bytes that activations may take, for a shape that has not run yet.
         """
-        return self._runner.run(self, forward, shape, reload or self.load, estimate)
+        with self._occupied():
+            return self._runner.run(self, forward, shape, reload or self.load, estimate)
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -483,6 +525,8 @@ class Streamer:
             self._lane.leave_block(block)
 
     def enter_unit(self, unit: int) -> None:
+        if self._placement.arriving:
+            self._placement.arrive(self.outline.unit_block[unit])  # It may run outside of its block.
         lane = self._lane
         if lane is not None and (number := lane.segment_of.get(unit)) is not None:
             lane.enter(number)

@@ -9,7 +9,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import Transformer, X, make_transformer, units_of
-from weightstream.streaming import CpuBackend, State, Streamer, StreamingConfig, VirtualMemory, reader, split_model
+from test_streamer_patches import Doubled
+from weightstream.streaming import (
+    CpuBackend,
+    Plan,
+    State,
+    Streamer,
+    StreamingConfig,
+    VirtualMemory,
+    reader,
+    split_model,
+)
 from weightstream.streaming.layout import Layout
 
 
@@ -60,7 +70,11 @@ def load(streamer: Streamer) -> None:
 
 
 def blocks_with_residents(streamer: Streamer) -> list[int]:
-    return sorted({streamer.outline.unit_block[unit] for unit in streamer.plan.resident})
+    return blocks_with_residents_of(streamer, streamer.plan)
+
+
+def blocks_with_residents_of(streamer: Streamer, plan: Plan) -> list[int]:
+    return sorted({streamer.outline.unit_block[unit] for unit in plan.resident})
 
 
 def test_the_first_block_runs_before_the_last_was_read(gate: Gate) -> None:
@@ -165,3 +179,62 @@ def test_masters_are_made_for_writers_when_everything_has_arrived() -> None:
     originals = {spec.name: spec.original for spec in streamer.blocks.specs}
     for index, block in enumerate(model.blocks):
         assert block.out.weight.data_ptr() != originals[f"blocks.{index}.out.weight"].data_ptr()
+
+
+def test_patches_reach_residents_that_are_still_on_their_way(gate: Gate) -> None:
+    """A first prompt that was cancelled while it was read, and a second one with a LoRA."""
+    model = make_transformer(depth=8)
+    streamer = make(model)
+    load(streamer)
+    plan = streamer.plan
+    names = {spec.name for unit in plan.resident for spec in streamer.blocks.units[unit].layout.specs}
+    streamer.unload()
+    gate.closed = gate.layouts(streamer, blocks_with_residents_of(streamer, plan)[1:])
+    streamer.load(plan)
+    assert streamer._placement.arriving
+    gate.opened.set()
+    streamer.load(plan, Doubled(names))
+    reference = make_transformer(depth=8)
+    for name in names:
+        reference.get_parameter(name).mul_(2)
+    assert torch.equal(model(X), reference(X))
+
+
+def test_a_unit_may_run_outside_of_its_block_before_everything_has_arrived(gate: Gate) -> None:
+    model = make_transformer(depth=8)
+    streamer = make(model)
+    load(streamer)
+    plan, last = streamer.plan, blocks_with_residents(streamer)[-1]
+    mine = [unit for unit in plan.resident if streamer.outline.unit_block[unit] == last]
+    unit = next(unit for unit in mine if isinstance(streamer.blocks.units[unit].module, torch.nn.Linear))
+    streamer.unload()
+    gate.seconds = 0.005
+    streamer.load(plan)
+    module = streamer.blocks.units[unit].module
+    assert streamer._placement.copies(unit).arriving is not None
+    module(torch.zeros(1, module.in_features))
+    assert streamer._placement.copies(unit).resident is not None
+
+
+def test_master_copies_stay_while_a_step_runs_and_while_somebody_has_written_to_them() -> None:
+    model = make_transformer(depth=8)
+    expected = model(X)
+    streamer = Streamer(model, split_model(model), CpuBackend(VirtualMemory(10**9)), StreamingConfig(slots=2))
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    streamer.finish_building()
+    given = []
+
+    def forward() -> torch.Tensor:
+        given.append(streamer.give_up_masters(1))
+        thread = threading.Thread(target=lambda: given.append(streamer.give_up_masters(1)))
+        thread.start()
+        thread.join()
+        return model(X)
+
+    assert torch.equal(streamer.run(forward), expected)
+    streamer.lend_masters()
+    given.append(streamer.give_up_masters(1))
+    assert given == [0, 0, 0]
+    streamer.take_masters_back()
+    assert streamer.give_up_masters(1) > 0
+    assert torch.equal(streamer.run(lambda: model(X)), expected)

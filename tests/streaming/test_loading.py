@@ -984,6 +984,24 @@ def test_a_model_is_dropped_with_transfers_under_way(tmp_path: Path, gate: Gate,
         gc.enable()
 
 
+def test_a_refusal_keeps_nothing_that_was_filled_before(tmp_path: Path) -> None:
+    """The first step ends, and another plan is made, before anything that was filled has been page-locked."""
+    backend, pins = PinningBackend(refused=range(2, 10**9)), PinBudget()
+    stored = Stored(tmp_path, backend, pins)
+    stored.streamer.load(stored.least)
+    builder = stored.streamer._supply.builder
+    while any(not future.done() for future in builder._futures):
+        time.sleep(0.001)
+    builder.stop()
+    assert pins.used > stored.streamer.reader.ring_bytes
+    stored.streamer._supply.build(stored.streamer._placement.unbuilt(stored.streamer.plan), stored.streamer)
+    stored.streamer.finish_building()
+    assert pins.used == pins.locked == stored.streamer.reader.ring_bytes
+    stored.check(2)
+    stored.close()
+    assert pins.used == pins.locked == 0
+
+
 def join_threads() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith(("weightstream-read", "weightstream-build")):
