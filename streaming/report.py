@@ -60,7 +60,7 @@ def take_snapshot(
         staged_bytes=plan.streamed_bytes - pinned if plan is not None else 0,
         ring_bytes=supply.reader.ring_bytes,
         building=supply.builder.active,
-        device_bytes=now.device_bytes,
+        device_bytes=backend.allocated,
         device_peak_bytes=backend.peak,
         device_budget_bytes=now.device_budget,
         limited_by=forecast.limited_by if forecast is not None else "",

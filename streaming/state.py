@@ -29,7 +29,7 @@ class Standing(NamedTuple):
     Attributes:
         state: what is where.
         plan: in effect; None while unloaded.
-        device_bytes: what the model has of the device.
+        device_bytes: what the model has of the device, with slots that went with its master copies and will come back.
         device_budget: what the device allows it; None where it has no limit of its own.
     """
 

@@ -237,4 +237,6 @@ def test_master_copies_stay_while_a_step_runs_and_while_somebody_has_written_to_
     assert given == [0, 0, 0]
     streamer.take_masters_back()
     assert streamer.give_up_masters(1) > 0
+    assert streamer.snapshot().device_bytes == streamer.backend.allocated
+    assert streamer.standing.device_bytes == streamer.plan.device_bytes
     assert torch.equal(streamer.run(lambda: model(X)), expected)
