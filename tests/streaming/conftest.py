@@ -1,4 +1,4 @@
-"""What tests with threads share."""
+"""What tests with threads share, and a small file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import faulthandler
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from _pytest.faulthandler import fault_handler_stderr_fd_key
+from safetensors.torch import save_file
 
 # Many times what the slowest test takes.
 HANG_SECONDS = 60
@@ -32,3 +34,24 @@ def watched(request: pytest.FixtureRequest) -> Iterator[None]:
         thread.join(max(0.0, deadline - time.monotonic()))
     faulthandler.cancel_dump_traceback_later()
     assert _threads() - before == set()
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "b.weight": torch.randn(6, 4, generator=generator),
+        "a.weight": torch.randn(8, 3, 2, generator=generator).to(torch.bfloat16),
+        "a.scale": torch.tensor(0.5),
+        "a.empty": torch.empty(0, 5),
+        "a.fp8": torch.randn(7, generator=generator).to(torch.float8_e4m3fn),
+        "a.mask": torch.tensor([True, False, True]),
+    }
+
+
+@pytest.fixture
+def path(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A file with ``tensors``."""
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", "note": "é"})
+    return path
