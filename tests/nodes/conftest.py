@@ -10,6 +10,7 @@ import comfy.model_management as mm
 import folder_paths
 import pytest
 import torch
+from reads import Reads
 from sampling import LORA, MB, MODEL, sample
 from weightstream.nodes import devices
 from weightstream.nodes.loader import load_streamed
@@ -35,6 +36,19 @@ def fresh_host() -> Iterator[None]:
     yield
     mm.unload_all_models()
     mm.cleanup_models_gc()
+
+
+@pytest.fixture(autouse=True)
+def no_interrupt_is_left() -> Iterator[None]:
+    yield
+    left = mm.processing_interrupted()
+    mm.interrupt_current_processing(False)
+    assert not left
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(monkeypatch)
 
 
 @pytest.fixture

@@ -30,6 +30,14 @@ def sample(model: Any, seed: int = 3, steps: int = 3) -> torch.Tensor:
     return result[0]["samples"]
 
 
+def settle(model: Any) -> None:
+    """Sample until the plan is settled and everything is page-locked."""
+    for _ in range(2):
+        sample(model)
+        model.streamer.finish_building()
+    sample(model)
+
+
 def with_lora(model: Any, strength: float) -> Any:
     with torch.inference_mode():
         return host_nodes.LoraLoaderModelOnly().load_lora_model_only(model, LORA, strength)[0]

@@ -106,6 +106,21 @@ def budgets(streamer: Streamer) -> Iterator[int]:
         yield streamer.model_bytes - (streamer.model_bytes - streamer.minimum_bytes) * step // 8
 
 
+class Doubled:
+    """A patch that doubles some weights."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+        self.computed: list[str] = []
+
+    def signature(self, name: str) -> object | None:
+        return "doubled" if name in self.names else None
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        self.computed.append(name)
+        return original * 2
+
+
 class PinningBackend(CpuBackend):
     """Knows what is page-locked, and locks no more than it is told to.
 
@@ -196,6 +211,18 @@ class Stored:
     def least(self) -> Plan:
         """As much streamed as possible."""
         return self.streamer.plan_for(self.streamer.minimum_bytes)
+
+    def tensor_bytes(self, units: list[int] | None = None) -> int:
+        """Bytes of tensors, as they are in the file, of units and of the rest."""
+        blocks = self.streamer.blocks
+        chosen = blocks.units if units is None else [blocks.units[unit] for unit in units]
+        return sum(spec.original.nbytes for unit in (*chosen, blocks.rest) for spec in unit.layout.specs)
+
+    def empty_mapping(self) -> None:
+        """Zero the mapping, which is private; the file has the weights still."""
+        for tensor in self.model.state_dict().values():
+            tensor.detach().numpy().fill(0)
+        assert not torch.equal(self.model(self.x), self.expected)
 
     def run(self) -> torch.Tensor:
         return self.streamer.run(lambda: self.model(self.x))

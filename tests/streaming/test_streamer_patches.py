@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import X, budgets, make_streamer, make_transformer
+from models import Doubled, X, budgets, make_streamer, make_transformer
 from weightstream.streaming import (
     UnsupportedModelError,
     masters,
 )
 from weightstream.streaming.layout import TensorSpec
-
-
-class Doubled:
-    """A patch that doubles some weights."""
-
-    def __init__(self, names: set[str]) -> None:
-        self.names = names
-        self.computed: list[str] = []
-
-    def signature(self, name: str) -> object | None:
-        return "doubled" if name in self.names else None
-
-    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
-        self.computed.append(name)
-        return original * 2
 
 
 def test_patches_are_baked_once_and_taken_out_again() -> None:

@@ -1,0 +1,93 @@
+"""What is read of a file, by which prompts, and that nobody writes to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy.hooks
+import comfy.model_management as mm
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from reads import Reads
+from sampling import MB, MODEL, sample, sample_with_hook, settle, with_lora
+from weightstream.nodes.patcher import StreamedModelPatcher
+
+Load = Callable[..., StreamedModelPatcher]
+
+
+def file_bytes(model: StreamedModelPatcher, names: set[str] | None = None) -> int:
+    specs = model.streamer.blocks.specs
+    return sum(spec.source.nbytes for spec in specs if spec.source and (names is None or spec.name in names))
+
+
+@pytest.mark.parametrize("limit", [14 * MB, 24 * MB])
+def test_a_second_prompt_and_a_clone_read_nothing(streamed: Load, reads: Reads, limit: int | None) -> None:
+    model = streamed(64 * MB, vram_limit=limit)
+    settle(model)
+    assert reads.nbytes >= file_bytes(model)
+    reads.reset()
+    sample(model, seed=5)
+    sample(model.clone())
+    assert reads.nbytes == 0
+
+
+@pytest.mark.parametrize("limit", [14 * MB, None])
+def test_a_lora_reads_originals_of_its_own_weights_alone(
+    streamed: Load, native: ModelPatcher, reads: Reads, limit: int | None
+) -> None:
+    model = streamed(64 * MB, vram_limit=limit)
+    settle(model)
+    patched = with_lora(model, 0.5)
+    reads.reset()
+    assert torch.equal(sample(patched), sample(with_lora(native, 0.5)))
+    assert torch.equal(sample(model), sample(native))
+    model.streamer.finish_building()
+    assert {f"diffusion_model.{name}" for name in reads.tensors} <= {*patched.patches}
+    assert reads.nbytes <= file_bytes(model, {*patched.patches})
+
+
+def test_after_unloading_only_what_was_resident_is_read(streamed: Load, native: ModelPatcher, reads: Reads) -> None:
+    model = streamed(64 * MB, vram_limit=28 * MB)
+    settle(model)
+    blocks, placement = model.streamer.blocks, model.streamer._placement
+    units = [blocks.rest, *(unit for unit in blocks.units if placement.copies(unit.index).master is None)]
+    places = [spec.source for unit in units for spec in unit.layout.specs if spec.source is not None]
+    without_master = {
+        name
+        for place in places
+        for name, entry in place.file.entries.items()
+        if entry.begin <= place.offset < entry.end
+    }
+    mm.unload_all_models()
+    reads.reset()
+    assert torch.equal(sample(model), sample(native))
+    model.streamer.finish_building()
+    assert reads.tensors == without_master
+
+
+def written_bytes(name: str) -> int:
+    """Bytes of mapped files of this name that somebody has written to: the system keeps such pages apart."""
+    mapped, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        field, _, rest = line.partition(" ")
+        if not field.endswith(":"):
+            mapped = line.endswith(name)
+        elif mapped and field in ("Private_Dirty:", "Swap:"):
+            found += 1024 * int(rest.split()[0])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+@pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode))
+def test_weight_hooks_while_copies_are_built(
+    streamed: Load, native: ModelPatcher, reads: Reads, mode: comfy.hooks.EnumHookMode
+) -> None:
+    expected = sample_with_hook(native, mode)
+    reads.seconds, reads.only = 0.05, "weightstream-build"
+    model = streamed(64 * MB, vram_limit=14 * MB)
+    assert torch.equal(sample_with_hook(model, mode), expected)
+    assert torch.equal(sample(model), sample(native))
+    assert written_bytes(MODEL) == 0

@@ -1,0 +1,182 @@
+# ruff: noqa: PT012
+"""A load or a step is cancelled, or a model dropped, while weights are on their way: in the end nothing is left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from models import Doubled, PinningBackend, Stored
+from reads import join_threads
+from weightstream.streaming import PinBudget, State
+from weightstream.streaming.reader import Reader
+
+pytestmark = pytest.mark.usefixtures("watched")
+
+
+class Cancelled(BaseException):
+    """As the host's interrupt: no ``Exception``."""
+
+
+class Gate:
+    """Reads wait at it while it is shut."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.begun = 0
+        self._counting = threading.Lock()
+        preadv = os.preadv
+
+        def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            with self._counting:
+                self.begun += 1
+            self.open.wait()
+            return preadv(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", read)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+
+
+class CancelAt:
+    """Cancels at the n-th call from :meth:`arm` on."""
+
+    def __init__(self) -> None:
+        self._left = 0
+
+    def arm(self, n: int) -> None:
+        self._left = n
+
+    def __call__(self, progress: object) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise Cancelled
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("stage", ["residents", "masters", "step"])
+def test_who_cancels_waits_for_the_reads_under_way_alone(
+    tmp_path: Path, gate: Gate, stage: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = CancelAt()
+    stored = Stored(tmp_path, watch=watch, pin_memory=stage == "masters")
+    streamer = stored.streamer
+    names = {f"blocks.{block}.qkv.weight" for block in range(6)} if stage == "masters" else set()
+    abandon = Reader.abandon
+
+    def open_when_abandoned(reader: Reader) -> None:
+        """The gate opens once nobody wants what waits behind it."""
+        pending = list(reader._pending)
+        if not pending:
+            return abandon(reader)
+
+        def wait() -> None:
+            while not all(transfer.abandoned or transfer.queued.done() for transfer in pending):
+                time.sleep(0.001)
+            gate.open.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        abandon(reader)
+        waiting.join()
+
+    monkeypatch.setattr(Reader, "abandon", open_when_abandoned)
+    if stage == "step":
+        streamer.load(stored.least)
+        stored.check()
+        streamer.drain()
+    gate.open.clear()
+    before = gate.begun
+    watch.arm(k)
+    opener = threading.Timer(0.05 * k + 0.4, gate.open.set)
+    if stage == "masters":
+        opener.start()  # A pool of threads waits for its tasks under way: they go on when the rest was cancelled.
+    try:
+        with pytest.raises(Cancelled):
+            if stage == "step":
+                # What is prefetched already waits at the gate.
+                stored.run()
+                stored.run()
+            else:
+                streamer.load(stored.half, Doubled(names))
+        begun = gate.begun - before
+    finally:
+        opener.cancel()
+    if stage == "residents":
+        assert begun <= streamer.config.read_threads
+        assert streamer.state is State.UNLOADED
+        assert stored.backend.allocated == 0
+    elif stage == "masters":
+        assert begun <= 2 * streamer.config.fill_threads, "two tensors in a unit"
+        assert streamer.state is State.UNLOADED
+        assert stored.backend.allocated == 0
+    gate.open.set()
+    streamer.unload()
+    assert stored.backend.allocated == 0
+    streamer.load(stored.half)
+    stored.check(2)
+    stored.close()
+
+
+def test_a_cancelled_step_is_followed_by_a_right_one(tmp_path: Path, gate: Gate) -> None:
+    watch = CancelAt()
+    stored = Stored(tmp_path, watch=watch, pin_memory=False)
+    stored.streamer.load(stored.least)
+    stored.check(3)
+    for k in (1, 2):
+        stored.streamer.drain()
+        gate.open.clear()
+        watch.arm(k)
+        with pytest.raises(Cancelled):
+            for _ in range(3):
+                stored.run()
+        gate.open.set()
+        stored.check(2)
+    stored.close()
+
+
+@pytest.mark.parametrize("collected", [True, False])
+@pytest.mark.parametrize("under_way", ["master copies", "transfers"])
+def test_a_model_is_dropped(tmp_path: Path, gate: Gate, under_way: str, collected: bool) -> None:
+    building = under_way == "master copies"
+    backend, pins = PinningBackend(permits=3 if building else None), PinBudget()
+    stored = Stored(tmp_path, backend, pins, pin_memory=building)
+    stored.streamer.load(stored.half if building else stored.least)
+    stored.check()
+    if building:
+        for _ in range(4):
+            backend.waits.acquire()
+    else:
+        stored.streamer.drain()
+        gate.open.clear()
+        stored.streamer.invalidate()
+        assert not stored.streamer.reader.idle
+    go_on = backend.let_go_on if building else gate.open.set
+    reference = weakref.ref(stored.streamer)
+    gc.disable()
+    try:
+        if collected:
+            stored.itself = stored
+        del stored
+        if collected:
+            gc.collect()
+        assert reference() is None
+        assert backend.store.allocated == 0
+        go_on()
+        join_threads()
+        assert backend.registered == {}
+        assert pins.used == 0
+    finally:
+        gc.enable()
