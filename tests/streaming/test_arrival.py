@@ -8,11 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import Transformer, X, make_transformer, units_of
-from test_streamer_patches import Doubled
+from models import Doubled, Transformer, X, make_transformer, units_of
 from weightstream.streaming import (
     CpuBackend,
-    Plan,
     State,
     Streamer,
     StreamingConfig,
@@ -70,49 +68,33 @@ def load(streamer: Streamer) -> None:
 
 
 def blocks_with_residents(streamer: Streamer) -> list[int]:
-    return blocks_with_residents_of(streamer, streamer.plan)
+    return sorted({streamer.outline.unit_block[unit] for unit in streamer.plan.resident})
 
 
-def blocks_with_residents_of(streamer: Streamer, plan: Plan) -> list[int]:
-    return sorted({streamer.outline.unit_block[unit] for unit in plan.resident})
-
-
-def test_the_first_block_runs_before_the_last_was_read(gate: Gate) -> None:
-    model = make_transformer(depth=8)
-    expected = model(X)
-    streamer = make(model)
-    load(streamer)
-    residents = [id(streamer.blocks.units[unit].layout) for unit in streamer.plan.resident]
-    streamer.unload()
-    gate.read.clear()
-    gate.seconds = 0.01
-    load(streamer)
-    unread = []
-    model.blocks[0].register_forward_hook(lambda *_: unread.extend(set(residents) - set(gate.read)))
-    assert torch.equal(model(X), expected)
-    assert len(unread) > len(residents) // 2
-    assert set(residents) <= set(gate.read)
-    streamer.close()
-    assert streamer.backend.store.allocated == 0
-
-
-def test_what_streams_overtakes_residents(gate: Gate) -> None:
+def test_the_first_block_runs_early_and_what_streams_overtakes_residents(gate: Gate) -> None:
     """One thread reads: in one order for all, a slot would be filled after all residents."""
     model = make_transformer(depth=8)
     expected = model(X)
     streamer = make(model)
     load(streamer)
+    residents = [id(streamer.blocks.units[unit].layout) for unit in streamer.plan.resident]
     blocks = blocks_with_residents(streamer)
     streamer.unload()
     gate.closed = gate.layouts(streamer, blocks[:1])
+    gate.seconds = 0.01
     load(streamer)
     gate.read.clear()
     gate.opened.set()
+    unread = []
+    model.blocks[0].register_forward_hook(lambda *_: unread.extend(set(residents) - set(gate.read)))
     assert torch.equal(model(X), expected)
+    assert len(unread) > len(residents) // 2
+    assert set(residents) <= set(gate.read)
     streamed = gate.read.index(id(streamer.blocks.units[streamer.plan.segments[0].units[0]].layout))
-    residents = [id(streamer.blocks.units[unit].layout) for unit in streamer.plan.resident]
     assert streamed < max(gate.read.index(layout) for layout in residents)
     assert streamed <= 1 + streamer.reader._threads
+    streamer.close()
+    assert streamer.backend.store.allocated == 0
 
 
 def test_residents_of_blocks_that_did_not_run_arrive_too(gate: Gate) -> None:
@@ -186,10 +168,10 @@ def test_patches_reach_residents_that_are_still_on_their_way(gate: Gate) -> None
     model = make_transformer(depth=8)
     streamer = make(model)
     load(streamer)
-    plan = streamer.plan
+    plan, blocks = streamer.plan, blocks_with_residents(streamer)
     names = {spec.name for unit in plan.resident for spec in streamer.blocks.units[unit].layout.specs}
     streamer.unload()
-    gate.closed = gate.layouts(streamer, blocks_with_residents_of(streamer, plan)[1:])
+    gate.closed = gate.layouts(streamer, blocks[1:])
     streamer.load(plan)
     assert streamer._placement.arriving
     gate.opened.set()
