@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Protocol
@@ -14,11 +13,6 @@ import torch
 
 from .backend import Backend
 from .config import format_bytes
-
-# A driver keeps its lock while it page-locks memory, and kernels cannot be launched then. Without a pause behind each
-# registration one thread starves the other: steps of 0.16 s took 11 s; with 1 ms behind pieces of 64 MB nothing shows
-# (H200, docs/design.md).
-REGISTER_PAUSE_SECONDS = 0.001
 
 # After a registration has failed, this part of what was page-locked then is the limit.
 BACK_OFF = 0.95
@@ -67,7 +61,6 @@ class PinBudget:
         self._owners: weakref.WeakSet[PinOwner] = weakref.WeakSet()
         # The garbage collector may free a buffer, and so call give, on the thread that is counting.
         self._counting = threading.RLock()
-        self._registering = threading.Lock()
 
     def take(self, nbytes: int) -> str | None:
         """Count ``nbytes`` more as locked; gives None, or the reason why they may not be."""
@@ -98,9 +91,7 @@ class PinBudget:
 
     def register(self, backend: Backend, memory: torch.Tensor) -> str | None:
         """Page-lock memory that was taken; gives None, or the reason why it could not be done."""
-        with self._registering:
-            reason = backend.register(memory)
-            time.sleep(REGISTER_PAUSE_SECONDS)
+        reason = backend.register(memory)
         with self._counting:
             if reason is None:
                 self.locked += memory.nbytes

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
@@ -20,6 +21,11 @@ from .masters import UnitCopies
 from .reader import Tick, wait_for
 
 logger = logging.getLogger(__name__)
+
+# A driver keeps its lock while it page-locks memory, and kernels cannot be launched then. Without a pause behind each
+# registration one thread starves the other: steps of 0.16 s took 11 s; with 1 ms behind pieces of 64 MB nothing shows
+# (H200, docs/design.md).
+LOCK_PAUSE_SECONDS = 0.001
 
 
 class Builder:
@@ -40,6 +46,7 @@ class Builder:
         self._stopping = threading.Event()
         self._full = threading.Event()
         self._holding = threading.Lock()
+        self._locking = threading.Lock()
         self._held = False
         self._filled: list[UnitCopies] = []
         self._futures: list[Future[None]] = []
@@ -67,7 +74,7 @@ class Builder:
             self._held = False
             filled, self._filled = self._filled, []
         if self._pool is not None:
-            self._futures += [self._pool.submit(self._lock, copies) for copies in filled]
+            self._futures += [self._pool.submit(self._lock_and_pause, copies) for copies in filled]
 
     def start(self, copies: Sequence[UnitCopies]) -> None:
         """Build the master copies of these units, in this order, as far as memory may be page-locked."""
@@ -78,6 +85,25 @@ class Builder:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-build")
         self._futures = [self._pool.submit(self._build, item) for item in copies]
+
+    def lock_filled(self, copies: Sequence[UnitCopies], tick: Tick) -> None:
+        """Page-lock what was filled of these units, now and without pauses: for when nobody launches kernels.
+
+        The builder is at rest. After a first step nearly everything that streams was filled (:meth:`hold`), and to
+        page-lock it costs less before the next step than in it.
+        """
+        filled = [item for item in copies if item.filled]
+        if not filled:
+            return
+        self._full.clear()
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-lock") as pool:
+            futures = [pool.submit(self._lock, item) for item in filled]
+            try:
+                for future in futures:
+                    wait_for(future, tick)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def wait(self, tick: Tick) -> None:
         """Wait until all that was started is built."""
@@ -115,12 +141,18 @@ class Builder:
             if self._held:
                 self._filled.append(copies)
                 return
-        self._lock(copies)
+        self._lock_and_pause(copies)
+
+    def _lock_and_pause(self, copies: UnitCopies) -> None:
+        with self._locking:
+            if not self._stopping.is_set():
+                self._lock(copies)
+                time.sleep(LOCK_PAUSE_SECONDS)
 
     def _lock(self, copies: UnitCopies) -> None:
         if self._full.is_set():
             copies.give_up_begun(self._arena)
-        elif not self._stopping.is_set():
+        else:
             self._try(copies, lambda: copies.lock_master(self._arena))
 
     def _try(self, copies: UnitCopies, step: Callable[[], bool]) -> bool:

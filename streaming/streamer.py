@@ -181,6 +181,8 @@ class Streamer:
             self.backend.open(self.config.copy_streams)
             self.plan = plan
             self._placement.carry_out(plan, patches)
+            self._supply.builder.lock_filled(self._placement.unbuilt(plan), self._supply.tick)
+            self._placement.adopt()
             self._placement.bake(plan, patches)
             self._placement.bind()
             if plan.segments:
