@@ -65,11 +65,11 @@ def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[s
                 logging.info("the first step ends")
             first.mark_first_and_wait(*args)
 
-        sample(model, job.case, job.steps, first_step)
+        latent = sample(model, job.case, job.steps, first_step)
         logging.info("the first prompt ends")
         building = first.step_seconds()
         result = {"loader_s": loaded - started, "first_step_s": first.first_mark_s - started}
-        result |= {"anonymous_before_bytes": own_memory}
+        result |= {"anonymous_before_bytes": own_memory, "first_latent_sha256": digest(latent)}
         result |= {"building_steps_s": building, "first_prompt_s": time.perf_counter() - started}
         if ours:
             model.streamer.finish_building()
@@ -79,8 +79,11 @@ def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[s
         latent = sample(model, job.case, min(job.steps, STEADY_STEPS), steady.mark)
     if ours:
         result["status"] = model.status()
-    digest = hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest()
-    return result | {"steady_step_s": statistics.median(steady.step_seconds()), "latent_sha256": digest}
+    return result | {"steady_step_s": statistics.median(steady.step_seconds()), "latent_sha256": digest(latent)}
+
+
+def digest(latent: Any) -> str:
+    return hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def anonymous_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..streaming import (
     UnsupportedModelError,
     format_bytes,
     split_model,
+    warm_up,
 )
 from . import status
 from .devices import evictable, host_config, make_backend, obtainable, pins
@@ -139,6 +141,7 @@ def _load_for_streaming(
 ) -> ModelPatcher:
     name = os.path.basename(weights.path)
     backend = make_backend(model_options.get("load_device", mm.get_torch_device()))
+    warm_up(backend.device, _computing_dtype(weights.tensors))
     with _views_of_the_file():
         loaded = _load_by_host(weights, full_checkpoint, model_options)
     model, load_device = loaded.model, loaded.load_device
@@ -278,6 +281,15 @@ def _named_errors(path: str) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: ComfyUI could not load it; it may be damaged or of another type ({type(error).__name__}: {error})"
         ) from error
+
+
+def _computing_dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    """What most weights are in, or bfloat16 where the host casts them, before it has said what it computes in."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        nbytes[tensor.dtype] += tensor.nbytes
+    [(dtype, _)] = nbytes.most_common(1) or [(torch.bfloat16, 0)]
+    return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
 
 
 def _model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ from .errors import (
 )
 from .header import Entry
 from .host_memory import HostMemory, group_memory
+from .kernels import warm_up
 from .masters import NoPatches, Patches
 from .plan import Forecast, Plan, make_plan, minimum_bytes
 from .profile import Outline, Profile, assumed_profile
@@ -76,4 +77,5 @@ __all__ = [
     "minimum_bytes",
     "parse_virtual_devices",
     "split_model",
+    "warm_up",
 ]

@@ -1,10 +1,17 @@
-"""Builds master copies behind the steps, so that nobody waits for page-locked memory.
+"""Builds master copies: behind other work, or at once while somebody waits.
 
 [Note: handed over, not shared]
 A thread of the builder works on host memory that nobody else knows of: it fills it from the file, page-locks it and
-leaves it in :attr:`UnitCopies.built`, in one assignment. The thread that runs the model takes it from there between two
-copies (``adopt``), and from then on only that thread touches it. Loading and unloading stop the builder first, so
-whatever they change nobody is building on.
+leaves it in :attr:`UnitCopies.built`, in one assignment. The thread that runs the model stops the builder, and takes it
+from there (``adopt``), before it loads or runs the model: while it does so nobody is building.
+
+[Note: when to build]
+Nothing is built in a first step: it reads the whole model, and a builder beside it reads a part of it once more. It
+took 2.9 s with four threads that filled memory beside it, and 2.1 s without (FLUX, H200). Before the second step
+everything is built at once, on all threads, while nothing else runs. That takes as long as about two steps; steps with
+builders beside them were slower by more than that in all, since what is not built yet is read for each of them, and a
+driver that page-locks memory keeps kernels from being launched. Before a first step, while the host does other things
+with the device, builders work behind it, and pause between registrations.
 """
 
 from __future__ import annotations
@@ -29,11 +36,11 @@ LOCK_PAUSE_SECONDS = 0.001
 
 
 class Builder:
-    """Builds on ``threads`` threads. What it cannot build goes on streaming from where it is, and fails there if so.
+    """Builds master copies. What it cannot build goes on streaming from where it is, and fails there if so.
 
     Args:
         arena: where host memory comes from.
-        threads: that read and page-lock. Few: the system's threads also run the model.
+        threads: that read and page-lock behind other work. Few: the system's threads also run models.
 
     Attributes:
         drop_behind: have the system forget the parts of files that were read (RAM is short).
@@ -45,69 +52,34 @@ class Builder:
         self._threads = threads
         self._stopping = threading.Event()
         self._full = threading.Event()
-        self._holding = threading.Lock()
         self._locking = threading.Lock()
-        self._held = False
-        self._filled: list[UnitCopies] = []
         self._futures: list[Future[None]] = []
         self._pool: ThreadPoolExecutor | None = None
 
     @property
     def active(self) -> bool:
-        return bool(self._filled) or any(not future.done() for future in self._futures)
-
-    def hold(self) -> None:
-        """Only fill memory, and page-lock none until :meth:`release`.
-
-        In a first step the driver loads kernels, and builders slowed that down: a first step of FLUX took 2.8 s with
-        7.3 GB page-locked beside it, where everything was done after 2.8 s, loading included, with next to nothing
-        page-locked (H200). Which lock it is was not looked into.
-        """
-        with self._holding:
-            self._held = True
-
-    def release(self) -> None:
-        """Page-lock what was filled meanwhile, and what will be."""
-        if not self._held:
-            return
-        with self._holding:
-            self._held = False
-            filled, self._filled = self._filled, []
-        if self._pool is not None:
-            self._futures += [self._pool.submit(self._lock_and_pause, copies) for copies in filled]
+        return any(not future.done() for future in self._futures)
 
     def start(self, copies: Sequence[UnitCopies]) -> None:
-        """Build the master copies of these units, in this order, as far as memory may be page-locked."""
+        """Build the master copies of these units, in this order, behind other work. The builder is at rest."""
+        if copies:
+            self._begin(copies, self._threads, self._lock_and_pause)
+
+    def build(self, copies: Sequence[UnitCopies], threads: int, tick: Tick) -> None:
+        """Build the master copies of these units now, on ``threads`` threads. The builder is at rest.
+
+        ``tick`` is called meanwhile, and may raise: what is begun then is taken up again another time.
+        """
         if not copies:
             return
-        self._stopping.clear()
-        self._full.clear()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-build")
-        self._futures = [self._pool.submit(self._build, item) for item in copies]
-
-    def lock_filled(self, copies: Sequence[UnitCopies], tick: Tick) -> None:
-        """Page-lock what was filled of these units, now and without pauses: for when nobody launches kernels.
-
-        The builder is at rest. After a first step nearly everything that streams was filled (:meth:`hold`), and to
-        page-lock it costs less before the next step than in it.
-        """
-        filled = [item for item in copies if item.filled]
-        if not filled:
-            return
-        self._full.clear()
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-lock") as pool:
-            futures = [pool.submit(self._lock, item) for item in filled]
-            try:
-                for future in futures:
-                    wait_for(future, tick)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        self._begin(copies, threads, self._lock)
+        try:
+            self.wait(tick)
+        finally:
+            self.stop()
 
     def wait(self, tick: Tick) -> None:
         """Wait until all that was started is built."""
-        self.release()
         for future in self._futures:
             wait_for(future, tick)
 
@@ -118,7 +90,6 @@ class Builder:
         for future in futures:
             future.cancel()
         wait_for_futures([future for future in futures if not future.cancelled()])
-        self._filled.clear()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -129,19 +100,20 @@ class Builder:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _build(self, copies: UnitCopies) -> None:
+    def _begin(self, copies: Sequence[UnitCopies], threads: int, lock: Callable[[UnitCopies], None]) -> None:
+        self._stopping.clear()
+        self._full.clear()
+        assert self._pool is None
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weightstream-build")
+        self._futures = [self._pool.submit(self._build, item, lock) for item in copies]
+
+    def _build(self, copies: UnitCopies, lock: Callable[[UnitCopies], None]) -> None:
         if self._stopping.is_set():
             return
         if self._full.is_set():
             copies.give_up_begun(self._arena)
-            return
-        if not self._try(copies, lambda: copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind)):
-            return
-        with self._holding:
-            if self._held:
-                self._filled.append(copies)
-                return
-        self._lock_and_pause(copies)
+        elif self._try(copies, lambda: copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind)):
+            lock(copies)
 
     def _lock_and_pause(self, copies: UnitCopies) -> None:
         with self._locking:

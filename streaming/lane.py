@@ -9,8 +9,8 @@ A slot's memory is written by copies and read by the compute stream. Four things
  4. the host never rewrites a master copy while a copy from it may be under way: who does drains the copy streams
     first (``streamer.py``).
 Segments with page-locked master copies are copied straight from them. The others, and then those behind them, go
-through a reader, which reads and queues copies on a thread of its own, in the same order (reader.py, Note: one order
-for all copies). A master copy that a builder has finished is adopted when its segment is copied next.
+through a reader, which reads and queues copies on threads of its own, in the same order (reader.py, Note: one order
+for all copies).
 A segment is released when its units have run as often as they did before, and at the latest when its block or the
 step ends. A unit that runs once more begins its segment anew, with a wait and a binding of its own; so nothing here
 relies on how often units ran before. The host itself waits for nothing but for readers. Tensors never tell torch's
@@ -266,7 +266,7 @@ class Lane:
 
     def _fill(self, number: int, slot: int, opening: bool) -> None:
         with _phase("stream::prefetch"):
-            pairs = self._pairs[number] or self._adopt(number)
+            pairs = self._pairs[number]
             if pairs is not None and self._reader.idle:
                 self._ring.fill(slot, pairs[slot], opening)
             else:
@@ -275,19 +275,6 @@ class Lane:
                 target.ready = self._reader.transfer(parts, target.free, opening)
         self._counters.copies += 1
         self._counters.streamed_bytes += self._segments[number].nbytes
-
-    def _adopt(self, number: int) -> list[list[Pair]] | None:
-        """Use the master copies that a builder has finished; gives the copies from them, if that are all."""
-        group = self._copies[number]
-        adopted = [unit.adopt() for unit in group]
-        if any(adopted) or all(unit.pinned for unit in group):  # A load may have adopted them before.
-            self._home[number] = [unit.home for unit in group]
-            if number not in self._open:
-                for binding in self._home[number]:
-                    binding.apply()
-            with torch.inference_mode(False):
-                self._prepare_pairs(number)
-        return self._pairs[number]
 
 
 def _places(buffer: torch.Tensor, group: Sequence[UnitCopies]) -> list[tuple[torch.Tensor, UnitCopies]]:

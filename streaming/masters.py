@@ -152,11 +152,6 @@ class UnitCopies:
         """Host memory that the master copy takes, one that is being built included."""
         return self.unit.nbytes if self._master or self.built or self._begun else 0
 
-    @property
-    def filled(self) -> bool:
-        """Whether memory for a master copy was filled as a whole and is not page-locked yet."""
-        return self._begun is not None and self._begun[1] == self.unit.nbytes
-
     def patched_by(self, patches: Patches) -> bool:
         return any(patches.signature(spec.name) is not None for spec in self.unit.layout.specs)
 
@@ -185,7 +180,7 @@ class UnitCopies:
         self._master = _Master(master, memory)
 
     def fill_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool) -> bool:
-        """For a builder: fill memory with the weights as they were loaded, for :meth:`lock_master`.
+        """On a builder's thread: fill memory with the weights as they were loaded, for :meth:`lock_master`.
 
         What was begun before is taken up again. Gives whether memory may be had. An unpatched master copy in pageable
         memory would have no use, since the original is as good, unless weights are cast on the way.
@@ -211,7 +206,7 @@ class UnitCopies:
         return True
 
     def lock_master(self, arena: Arena) -> bool:
-        """For a builder: page-lock what was filled, and leave it to be adopted if it was filled as a whole.
+        """On a builder's thread: page-lock what was filled, and leave it to be adopted if it was filled as a whole.
 
         Gives whether others shall be built: false when no more memory may be page-locked.
         """
@@ -231,7 +226,7 @@ class UnitCopies:
         return locked
 
     def give_up_begun(self, arena: Arena) -> None:
-        """For a builder: free what was filled and shall not be page-locked after all."""
+        """On a builder's thread: free what was filled and shall not be page-locked after all."""
         begun, self._begun = self._begun, None
         if begun is not None:
             arena.release(begun[0])

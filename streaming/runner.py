@@ -104,6 +104,7 @@ class Runner:
             streamer.load_within(plan, reload)
         else:
             streamer.keep(plan)
+        streamer.build()
         wanted = self._planner.wants_measuring(streamer.building)
         if measured or wanted != (self.recorder is not None):
             self._record(streamer, wanted)

@@ -86,6 +86,8 @@ class Streamer:
         self._guard = threading.RLock()
         self._depth = 0
         self._lent = False
+        self._unbuilt = False
+        self._steps_before = 0
         self._pins = pins
         self._evictable = evictable
         self._watch = watch
@@ -176,13 +178,14 @@ class Streamer:
             unread = self._placement.unread_bytes(plan)
             if self.state is State.UNLOADED:
                 self._supply.begin(unread)
-                self._supply.builder.hold()
+                self._steps_before = self.counters.steps
             self._supply.arena.begin()
             self.backend.open(self.config.copy_streams)
             self.plan = plan
             self._placement.carry_out(plan, patches)
-            self._supply.builder.lock_filled(self._placement.unbuilt(plan), self._supply.tick)
-            self._placement.adopt()
+            self._unbuilt = True
+            if self._has_run:
+                self._build()
             self._placement.bake(plan, patches)
             self._placement.bind()
             if plan.segments:
@@ -193,7 +196,6 @@ class Streamer:
             self.state = State.LOADED
             seconds = time.monotonic() - self.last_used
             logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
-            self._supply.build(self._placement.unbuilt(plan), self)
             self._put_away()
         except BaseException:
             self.unload()
@@ -213,7 +215,23 @@ class Streamer:
             plan = self._planner.plan_within(budget)
             self._supply.builder.stop()  # Called again: two may not build the same.
             self._placement.adopt()
-            self._supply.build(self._placement.unbuilt(plan), self)
+            self._supply.build_behind(self._placement.unbuilt(plan), self)
+
+    def build(self) -> None:
+        """Before a step that is not the first: build what nobody has tried to (builder.py, Note: when to build)."""
+        if self._unbuilt and self._has_run:
+            self.finish_building()
+
+    @property
+    def _has_run(self) -> bool:
+        """Whether a whole step has run since the model was loaded."""
+        return self.counters.steps > self._steps_before
+
+    def _build(self) -> None:
+        assert self.plan is not None
+        self._unbuilt = False
+        self._supply.build(self._placement.unbuilt(self.plan), self)
+        self._placement.adopt()
 
     @property
     def reader(self) -> Reader:
@@ -226,8 +244,14 @@ class Streamer:
         return self._supply.builder.active
 
     def finish_building(self) -> None:
-        """Wait for the master copies that are being built."""
+        """Build all master copies that are wanted and missing, those before the second step included."""
         self._supply.builder.wait(self._supply.tick)
+        if self._unbuilt:
+            self.drain()
+            self._build()
+            self._placement.bind()
+            if self._lane is not None:
+                self._lane.refresh()
 
     def _put_away(self) -> None:
         """Give the reader's ring back once everything streams from page-locked memory."""
@@ -295,6 +319,7 @@ class Streamer:
         self._supply.reader.close()
         self.plan = None
         self.state = State.UNLOADED
+        self._unbuilt = False
 
     def give_up_masters(self, nbytes: int) -> int:
         """Free at least ``nbytes`` of page-locked memory, or all, for another model; gives what was freed.
@@ -341,7 +366,7 @@ class Streamer:
             self._placement.bind()
             if self._lane is not None:
                 self._lane.refresh()
-            self._supply.build(self._placement.unbuilt(self.plan), self)
+            self._unbuilt = True
 
     def lend_masters(self) -> None:
         """Somebody has written to master copies: they stay until :meth:`take_masters_back`."""

@@ -60,6 +60,7 @@ class Supply:
         self.arena = Arena(backend, config.pin_memory, pins)
         self.reader = Reader(backend, self.arena, config.read_threads, chunk_bytes, config.chunks)
         self.builder = Builder(self.arena, config.build_threads)
+        self._threads = config.threads
         self._watch = watch
         self._total = 0
         self._started = 0.0
@@ -84,7 +85,6 @@ class Supply:
 
     def arrived(self) -> None:
         """A step has run: everything was read."""
-        self.builder.release()
         if self._total:
             progress = self._progress()._replace(done_bytes=self._total)
             self._total = 0
@@ -97,16 +97,21 @@ class Supply:
     # -- master copies -------------------------------------------------------------------------------------------
 
     def build(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
-        """Begin to build the master copies of these units; others may have to give up theirs.
+        """Build the master copies of these units; others may have to give up theirs. The builder is at rest."""
+        self._make_room(copies, owner)
+        self.builder.build(copies, self._threads, self.tick)
 
-        The builder is at rest.
-        """
+    def build_behind(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
+        """As :meth:`build`, but go on meanwhile."""
+        self._make_room(copies, owner)
+        self.builder.start(copies)
+
+    def _make_room(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
         needed = sum(unit.unit.nbytes for unit in copies if not unit.master_bytes)  # Some may have been begun.
         budget = self.arena.budget
         self.reader.drop_behind = self.builder.drop_behind = not budget.has_room(needed)
         if needed:
             budget.make_room(needed, owner)
-        self.builder.start(copies)
 
     def halt(self) -> None:
         """Give up what is under way. Copies that are queued already still take place."""

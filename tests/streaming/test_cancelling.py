@@ -153,12 +153,13 @@ def test_a_model_is_dropped(tmp_path: Path, gate: Gate, under_way: str, collecte
     building = under_way == "master copies"
     backend, pins = PinningBackend(permits=3 if building else None), PinBudget()
     stored = Stored(tmp_path, backend, pins, pin_memory=building)
-    stored.streamer.load(stored.half if building else stored.least)
-    stored.check()
     if building:
+        stored.streamer.prepare(stored.streamer.minimum_bytes)
         for _ in range(4):
             backend.waits.acquire()
     else:
+        stored.streamer.load(stored.least)
+        stored.check()
         stored.streamer.drain()
         gate.open.clear()
         stored.streamer.invalidate()

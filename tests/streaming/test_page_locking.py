@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("n", [*range(1, 6), 12, 20])
 def test_a_refused_registration_is_no_error(tmp_path: Path, n: int) -> None:
     backend = PinningBackend(refused=[n])
-    stored = Stored(tmp_path, backend)
+    stored = Stored(tmp_path, backend, fill_threads=1)
     stored.streamer.load(stored.least)
     stored.streamer.finish_building()
     ceiling = stored.pins._ceiling
@@ -76,18 +76,23 @@ def test_a_registration_that_is_cut_short_leaves_nothing(tmp_path: Path, monkeyp
 
 
 def test_a_refusal_keeps_nothing_that_was_filled_before(tmp_path: Path) -> None:
-    """The first step ends, and another plan is made, before anything that was filled has been page-locked."""
-    backend, pins = PinningBackend(refused=range(2, 10**9)), PinBudget()
-    stored = Stored(tmp_path, backend, pins)
+    """A builder is stopped with memory that it has filled and not page-locked, which is refused later."""
+    backend, pins = PinningBackend(permits=0, refused=range(3, 10**9)), PinBudget()
+    stored = Stored(tmp_path, backend, pins, build_threads=2)
+    stored.streamer.prepare(stored.streamer.minimum_bytes)
+    first, second = (unit.nbytes for unit in stored.streamer.blocks.units[:2])
+    backend.waits.acquire()
+    while pins.used < first + second:
+        time.sleep(0.001)  # One of the first two units is being page-locked, the other waits for it.
+    threading.Timer(0.05, backend.let_go_on).start()
     stored.streamer.load(stored.least)
-    builder = stored.streamer._supply.builder
-    while any(not future.done() for future in builder._futures):
-        time.sleep(0.001)
-    builder.stop()
-    assert pins.used > stored.streamer.reader.ring_bytes
-    stored.streamer._supply.build(stored.streamer._placement.unbuilt(stored.streamer.plan), stored.streamer)
+    ring = stored.streamer.reader.ring_bytes
+    assert pins.used == ring + first + second
+    assert pins.locked in (ring + first, ring + second)
+    stored.check()
     stored.streamer.finish_building()
-    assert pins.used == pins.locked == stored.streamer.reader.ring_bytes
+    assert pins.used == pins.locked == sum(backend.registered.values())
+    assert len(backend.registered) == 2, "one unit and the ring"
     stored.check(2)
     stored.close()
     assert pins.used == pins.locked == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -266,6 +266,23 @@ def test_what_is_given_up_at_any_moment_is_whole_or_abandoned(
                     outcomes.add("abandoned")
             assert len(backend.copies) == count, "nothing is copied behind the end"
     assert outcomes == ({"whole"} if end is Reader.flush else {"whole", "abandoned"})
+
+
+def test_a_piece_that_is_read_while_somebody_gives_up_is_not_forgotten() -> None:
+    """Its reader cannot queue it then, and goes on; who gives up looks after it."""
+    backend = OrderBackend()
+    with opened(backend, 1, 1) as reader, ThreadPoolExecutor() as pool:
+        asked = Asked(backend.allocate(CHUNK))
+        asked.load([bytes(CHUNK)], 0.05)
+        asked.ask(reader, backend)
+        with reader._counting:  # It stops who gives up in the middle.
+            given_up = pool.submit(reader.abandon)
+            while not reader._in_order or not reader._in_order[0].ready:
+                time.sleep(0.001)
+            time.sleep(0.02)
+        given_up.result(10)
+        with pytest.raises(TransferAbandonedError):
+            asked.check(reader, backend)
 
 
 def test_a_wait_that_is_cut_short_leaves_the_transfer_alone() -> None:

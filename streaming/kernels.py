@@ -1,0 +1,76 @@
+"""Has a GPU load the kernels of a first step while the model is loaded.
+
+[Note: kernels come with their first launch]
+CUDA loads a kernel when it is first launched, and libraries start when they are first called. Of a process's first step
+of FLUX that is about a second (H200), in which neither the GPU nor the disk has anything to do, one kernel after
+another on the thread that runs the model. Most are the same in every diffusion transformer, so a thread launches them
+on a few numbers while that thread loads the model. What it does not launch is loaded later, as ever, and where a text
+encoder has run before there is little to do. No result depends on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+from torch.nn import functional
+
+logger = logging.getLogger(__name__)
+
+# As large as one small layer: a library chooses other kernels for tiny matrices. 22 MB in all.
+TOKENS, WIDTH, HEADS = 512, 3072, 24
+
+_begun: set[tuple[torch.device, torch.dtype]] = set()
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> threading.Thread | None:
+    """Begin to load the kernels of a transformer that computes in ``dtype``, once in a process for each GPU and dtype.
+
+    Gives the thread that does it; None where there is nothing to do. Nobody need wait for it.
+    """
+    if device.type != "cuda" or (device, dtype) in _begun:
+        return None
+    _begun.add((device, dtype))
+    thread = threading.Thread(target=_try, args=(device, dtype), name="weightstream-kernels", daemon=True)
+    thread.start()
+    return thread
+
+
+def _try(device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        launch_all(device, dtype)
+    except Exception as error:  # No memory, or a GPU without this dtype: the step will say so, if it matters.
+        logger.debug("kernels of %s are not loaded ahead: %s", device, str(error))
+
+
+@torch.inference_mode()
+def launch_all(device: torch.device, dtype: torch.dtype) -> None:
+    """Launch what a transformer in ``dtype`` and the sampler around it launch, in the order in which they begin."""
+    for wide in (torch.float32, torch.float64):
+        _elementwise(torch.zeros(TOKENS, 8, dtype=wide, device=device), dtype)
+    weight = torch.zeros(WIDTH, WIDTH, dtype=dtype, device=device)
+    bias = torch.zeros(WIDTH, dtype=dtype, device=device)
+    x = torch.zeros(1, TOKENS, WIDTH, dtype=dtype, device=device)
+    functional.linear(x, weight, bias)
+    functional.linear(x, weight)
+    heads = x.view(1, TOKENS, HEADS, -1).transpose(1, 2)
+    functional.scaled_dot_product_attention(heads, heads, heads)
+    functional.layer_norm(x, (WIDTH,), None, None, 1e-6)
+    functional.rms_norm(x, (WIDTH,), bias)
+    functional.gelu(x, approximate="tanh")
+    functional.silu(x)
+    torch.addcmul(x, x, x)
+    torch.cat((x, x), dim=1)
+    _elementwise(x[:, :8], torch.float32)
+
+
+def _elementwise(x: torch.Tensor, other: torch.dtype) -> None:
+    """Arithmetic of time steps, positions and modulation, and of the sampler."""
+    x.to(other).to(x.dtype)
+    (-x + x * 2.0) / (1.0 + x) - (1.0 - x)
+    x * x + 1.0 / (x + 1.0)
+    x.exp(), x.cos(), x.sin(), x**2, 2.0**x
+    torch.arange(8, dtype=x.dtype, device=x.device)
+    torch.stack((x, x), dim=-1).sum()
+    torch.cat((x, x), dim=-1)
