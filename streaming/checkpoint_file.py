@@ -179,7 +179,6 @@ class CheckpointFile:
             return
         target = target.cast("B")
         done = 0
-        self.check_unchanged()
         try:
             while done < len(target):
                 count = self._source.read(target[done : done + _MAX_READ], offset + done)
@@ -189,11 +188,14 @@ class CheckpointFile:
         except (OSError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
+            self.check_unchanged()
             raise CheckpointError(
                 f"{self.path}: cannot read {self._what(offset, len(target))} ({_reason(error)}). "
                 "Check the disk, or copy the file to another one."
             ) from error
-        self.check_unchanged()  # also: closed in the meantime, so that the descriptor may be another file's
+        # Afterwards: that sees whatever was changed before or meanwhile, and a file that was closed, so that the
+        # descriptor may be another file's.
+        self.check_unchanged()
         if done < len(target):
             raise CheckpointError(
                 f"{self.path}: {done} of {len(target)} bytes read of {self._what(offset, len(target))}: "

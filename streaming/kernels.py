@@ -1,11 +1,13 @@
 """Has a GPU load the kernels of a first step while the model is loaded.
 
 [Note: kernels come with their first launch]
-CUDA loads a kernel when it is first launched, and libraries start when they are first called. Of a process's first step
-of FLUX that is about a second (H200), in which neither the GPU nor the disk has anything to do, one kernel after
-another on the thread that runs the model. Most are the same in every diffusion transformer, so a thread launches them
-on a few numbers while that thread loads the model. What it does not launch is loaded later, as ever, and where a text
-encoder has run before there is little to do. No result depends on it.
+CUDA loads a kernel when it is first launched. Of a process's first step of FLUX that is about a second (H200), in which
+neither the GPU nor the disk has anything to do, one kernel after another on the thread that runs the model. Many are
+the same in every diffusion transformer, so a thread launches them on a few numbers while that thread loads the model.
+What it does not launch is loaded later, as ever, and where a text encoder has run before there is little to do.
+Only kernels of torch's own, which give the same result whatever ran before. Matrix products and attention are not
+among them: their libraries choose a kernel by what they hold at that moment, so to call them early could change the
+last bits of the first picture of a process.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-# As large as one small layer: a library chooses other kernels for tiny matrices. 22 MB in all.
-TOKENS, WIDTH, HEADS = 512, 3072, 24
+# Of one layer's activations, small.
+TOKENS, WIDTH = 16, 3072
 
 _begun: set[tuple[torch.device, torch.dtype]] = set()
 
@@ -49,20 +51,14 @@ def launch_all(device: torch.device, dtype: torch.dtype) -> None:
     """Launch what a transformer in ``dtype`` and the sampler around it launch, in the order in which they begin."""
     for wide in (torch.float32, torch.float64):
         _elementwise(torch.zeros(TOKENS, 8, dtype=wide, device=device), dtype)
-    weight = torch.zeros(WIDTH, WIDTH, dtype=dtype, device=device)
-    bias = torch.zeros(WIDTH, dtype=dtype, device=device)
     x = torch.zeros(1, TOKENS, WIDTH, dtype=dtype, device=device)
-    functional.linear(x, weight, bias)
-    functional.linear(x, weight)
-    heads = x.view(1, TOKENS, HEADS, -1).transpose(1, 2)
-    functional.scaled_dot_product_attention(heads, heads, heads)
     functional.layer_norm(x, (WIDTH,), None, None, 1e-6)
-    functional.rms_norm(x, (WIDTH,), bias)
+    functional.rms_norm(x, (WIDTH,), x[0, 0])
     functional.gelu(x, approximate="tanh")
     functional.silu(x)
     torch.addcmul(x, x, x)
     torch.cat((x, x), dim=1)
-    _elementwise(x[:, :8], torch.float32)
+    _elementwise(x, torch.float32)
 
 
 def _elementwise(x: torch.Tensor, other: torch.dtype) -> None:

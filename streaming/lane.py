@@ -32,7 +32,7 @@ from .plan import Plan
 from .reader import Load, Move, Reader, Tick, Transfer
 from .ring import Ring
 from .schedule import Entry, Schedule
-from .telemetry import Counters, StallMeter
+from .telemetry import Meters
 
 
 class _Run:
@@ -60,7 +60,7 @@ class Lane:
         copies: gives the copies of a streamed unit.
         reader: brings what has no page-locked master copy.
         copy_streams: 0 copies each segment when it is needed, on the compute stream.
-        counters, stalls: where to count.
+        meters: where to count.
         tick: is called while the host waits for a reader, and may raise.
     """
 
@@ -71,15 +71,14 @@ class Lane:
         copies: Callable[[int], UnitCopies],
         reader: Reader,
         copy_streams: int,
-        counters: Counters,
-        stalls: StallMeter,
+        meters: Meters,
         tick: Tick,
     ) -> None:
         self._backend = backend
         self._segments = plan.segments
         self._reader = reader
-        self._counters = counters
-        self._stalls = stalls
+        self._counters = meters.counters
+        self._stalls = meters.stalls
         self._tick = tick
         self.segment_of = {unit: number for number, segment in enumerate(plan.segments) for unit in segment.units}
         self._of_block: dict[int, list[int]] = {}

@@ -207,6 +207,11 @@ class Placement:
         for block in list(self._arriving):
             self.arrive(block)
 
+    def complete(self) -> None:
+        """A whole step has run: everything that it needs has been read."""
+        self.arrive_all()
+        self._supply.arrived()
+
     def stop_awaiting(self) -> None:
         """Every transfer is over or given up, and the device has nothing to do: keep what has arrived."""
         for waiting in self._arriving.values():

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from .arena import Arena, HostBuffer
-from .backend import Backend, Event
+from .backend import Backend, Event, Pair
 from .contents import ranges, read_range
 from .layout import ALIGNMENT, Layout
 
@@ -163,6 +163,13 @@ class _Piece:
         self.chunk: Chunk | None = None
         self.ready = False
         self.last = False
+
+    @property
+    def pair(self) -> Pair:
+        """Where to copy, and from where, once it is ready."""
+        source = self.source if self.chunk is None else self.chunk.memory[: self.target.nbytes]
+        assert source is not None
+        return self.target, source
 
 
 class Reader:
@@ -392,38 +399,50 @@ class Reader:
 
     def _send_what_is_ready(self) -> None:
         """Queue what is read, up to the first piece that is not (Note: one order for all copies, 2)."""
-        while self._in_order and self._in_order[0].ready:
+        while self._first_ready() is not None:
             if not self._sending.acquire(blocking=False):
                 return  # Who holds it looks once more.
             try:
-                while self._in_order and self._in_order[0].ready:
-                    self._send_next(self._in_order.popleft())
+                while self._first_ready() is not None:
+                    self._send_next()
             finally:
                 self._sending.release()
 
-    def _send_next(self, piece: _Piece) -> None:
-        transfer = piece.transfer
+    def _first_ready(self) -> _Piece | None:
+        """The first piece that is not queued, if it is read."""
+        try:
+            piece = self._in_order[0]
+        except IndexError:  # Also asked by who holds nothing, while somebody else takes the last one.
+            return None
+        return piece if piece.ready else None
+
+    def _send_next(self) -> None:
+        """Queue the first piece, and those of its transfer behind it that are read too."""
+        pieces = [self._in_order.popleft()]
+        transfer = pieces[0].transfer
+        while (piece := self._first_ready()) is not None and piece.transfer is transfer:
+            pieces.append(self._in_order.popleft())
         try:
             if not transfer.stopped:
-                transfer.events.append(event := self._send(piece))
+                transfer.events.append(event := self._send(pieces))
                 transfer.after = None
                 if transfer.abandoned:
                     # The garbage collector has taken the owner meanwhile, on this thread: its memory goes next.
                     self._backend.finish(event)
         except BaseException as error:
             transfer.error = transfer.error or error
-        if piece.chunk is not None:
-            piece.chunk.free.set()
-        if piece.last:
+        for chunk in [piece.chunk for piece in pieces if piece.chunk is not None]:
+            chunk.free.set()
+        if pieces[-1].last:
             self._finish(transfer)
 
-    def _send(self, piece: _Piece) -> Event:
-        chunk = piece.chunk
-        source = piece.source if chunk is None else chunk.memory[: piece.target.nbytes]
-        event = self._backend.copy([(piece.target, source)], piece.transfer.after, piece.transfer.fine)
-        if chunk is not None:
-            chunk.sent = event
-        self.sent_bytes += piece.target.nbytes
+    def _send(self, pieces: Sequence[_Piece]) -> Event:
+        transfer = pieces[0].transfer
+        event = self._backend.copy([piece.pair for piece in pieces], transfer.after, transfer.fine)
+        for piece in pieces:
+            if piece.chunk is not None:
+                piece.chunk.sent = event
+            self.sent_bytes += piece.target.nbytes
         return event
 
     def _finish(self, transfer: Transfer) -> None:

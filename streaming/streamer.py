@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -24,8 +24,6 @@ from .arena import PinBudget
 from .backend import Backend, DeviceMemory, is_out_of_memory
 from .blocks import BlockSet
 from .config import StreamingConfig, format_bytes
-from .errors import StreamingError
-from .hooks import attach
 from .lane import Lane
 from .masters import NoPatches, Patches
 from .placement import Placement
@@ -37,8 +35,9 @@ from .report import explain, take_snapshot
 from .runner import Runner
 from .spread import order_of_residency
 from .state import Standing, State
+from .steps import Steps
 from .supply import Supply, Watch
-from .telemetry import Counters, Snapshot, StallMeter, StepMeter
+from .telemetry import Counters, Meters, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,6 @@ class Streamer:
         pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
         evictable: tells how many bytes others on a device would give up for us, beside what is free.
         watch: is told how far loading is, and may cancel it.
-
-    Attributes:
-        last_used: when it was loaded or began a step, on time's monotonic clock.
     """
 
     def __init__(
@@ -80,9 +76,7 @@ class Streamer:
         self.config = config
         self.counters = Counters()
         self.plan: Plan | None = None
-        self.state = State.UNLOADED
         self._root = weakref.ref(root)
-        self.last_used = time.monotonic()
         self._guard = threading.RLock()
         self._depth = 0
         self._lent = False
@@ -91,15 +85,20 @@ class Streamer:
         self._pins = pins
         self._evictable = evictable
         self._watch = watch
-        self._equip(backend)
-        self._lane: Lane | None = None
-        self._stalls = StallMeter(self.counters)
         self._planner = Planner(self.outline, config)
-        self._runner = Runner(self._planner, self._stalls)
-        self._steps = StepMeter(backend)
-        self._hooks: list[Any] = []
+        self._equip(backend)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """What of the model is where."""
+        return self._steps.state
+
+    @property
+    def last_used(self) -> float:
+        """When it was loaded or began a step, on time's monotonic clock."""
+        return self._steps.last_used
 
     @property
     def model_bytes(self) -> int:
@@ -136,7 +135,7 @@ class Streamer:
     def standing(self) -> Standing:
         """How the model stands on the device now."""
         device_bytes = self.device_bytes
-        if self.plan is not None and self._lane is None:
+        if self.plan is not None and self._steps.lane is None:
             device_bytes += self.plan.staging_bytes  # Slots that went with the master copies come back.
         return Standing(self.state, self.plan, device_bytes, self.backend.budget)
 
@@ -168,13 +167,13 @@ class Streamer:
             self._load(plan, patches or NoPatches())
 
     def _load(self, plan: Plan, patches: Patches) -> None:
-        self.last_used = time.monotonic()
+        self._steps.last_used = time.monotonic()
         if self._is_as_wished(plan, patches):
             self._put_away()
             return self.keep(plan)
         try:
             self._halt()
-            self._drop_lane()
+            self._steps.drop_lane()
             unread = self._placement.unread_bytes(plan)
             if self.state is State.UNLOADED:
                 self._supply.begin(unread)
@@ -189,12 +188,12 @@ class Streamer:
             self._placement.bake(plan, patches)
             self._placement.bind()
             if plan.segments:
-                self._lane = self._make_lane(plan)
+                self._steps.lane = self._make_lane(plan)
             self.attach_hooks()
-            if self._lane is not None:
-                self._lane.prefetch()
-            self.state = State.LOADED
-            seconds = time.monotonic() - self.last_used
+            if self._steps.lane is not None:
+                self._steps.lane.prefetch()
+            self._steps.state = State.LOADED
+            seconds = time.monotonic() - self._steps.last_used
             logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
             self._put_away()
         except BaseException:
@@ -250,8 +249,8 @@ class Streamer:
             self.drain()
             self._build()
             self._placement.bind()
-            if self._lane is not None:
-                self._lane.refresh()
+            if self._steps.lane is not None:
+                self._steps.lane.refresh()
 
     def _put_away(self) -> None:
         """Give the reader's ring back once everything streams from page-locked memory."""
@@ -305,7 +304,7 @@ class Streamer:
                 self._placement.drop_residents([unit])
         freed = before - self.device_bytes
         if freed or self._placement.lacks(self.plan):
-            self.state = State.REDUCED
+            self._steps.state = State.REDUCED
         return freed
 
     def unload(self) -> None:
@@ -313,12 +312,12 @@ class Streamer:
         self._halt()
         self._runner.finish(self)
         self.begin_prompt()
-        self._detach()
-        self._drop_lane()
+        self._steps.detach()
+        self._steps.drop_lane()
         self._placement.clear_device()
         self._supply.reader.close()
         self.plan = None
-        self.state = State.UNLOADED
+        self._steps.state = State.UNLOADED
         self._unbuilt = False
 
     def give_up_masters(self, nbytes: int) -> int:
@@ -340,8 +339,8 @@ class Streamer:
         self._supply.reader.close()
         freed = before + self._placement.drop_masters(nbytes)
         if freed and self.state is not State.UNLOADED:
-            self._drop_lane()
-            self.state = State.REDUCED
+            self._steps.drop_lane()
+            self._steps.state = State.REDUCED
         return freed
 
     @contextmanager
@@ -364,8 +363,8 @@ class Streamer:
             self._placement.make_masters(names)
         finally:
             self._placement.bind()
-            if self._lane is not None:
-                self._lane.refresh()
+            if self._steps.lane is not None:
+                self._steps.lane.refresh()
             self._unbuilt = True
 
     def lend_masters(self) -> None:
@@ -378,9 +377,9 @@ class Streamer:
 
     def invalidate(self) -> None:
         """Weights were changed in place, by somebody else, on the device or in master copies: copy them anew."""
-        if self._lane is not None:
+        if self._steps.lane is not None:
             self.drain()
-            self._lane.forget()
+            self._steps.lane.forget()
 
     @contextmanager
     def originals(self) -> Iterator[None]:
@@ -401,7 +400,6 @@ class Streamer:
         self.backend = backend
         self._equip(backend)
         self._planner.change_device()
-        self._steps = StepMeter(backend)
 
     def close(self) -> None:
         """Unload, free the master copies, end the copy streams. The streamer can be loaded again."""
@@ -430,48 +428,24 @@ class Streamer:
         self._supply = Supply(backend, self.config, largest, self._pins, self._watch)
         self._placement = Placement(self.blocks, backend, self._supply, self.config.threads)
         self._supply.arena.budget.join(self)
+        self._meters = Meters(backend, self.counters)
+        self._steps = Steps(self._root, self.blocks, self._placement, self._planner, self._meters)
+        self._runner = Runner(self._planner, self._meters.stalls)
         self._finalizer = _close_at_end(self, self._supply, backend)
 
     def _make_lane(self, plan: Plan) -> Lane:
         streams = self.config.copy_streams
-        supply, counters = self._supply, self.counters
-        return Lane(
-            self.backend, plan, self._placement.copies, supply.reader, streams, counters, self._stalls, supply.tick
-        )
-
-    def _drop_lane(self) -> None:
-        if self._lane is not None:
-            self._lane.close()
-        self._lane = None
-        self._stalls.clear()
+        supply, meters = self._supply, self._meters
+        return Lane(self.backend, plan, self._placement.copies, supply.reader, streams, meters, supply.tick)
 
     def attach_hooks(self) -> None:
-        """Hook what is streamed, and everything while a step is measured."""
-        self._detach()
-        root = self._root()
-        assert root is not None
+        """Hear of what is streamed, and of everything while a step is measured."""
         assert self.plan is not None
-        blocks = set(self._lane.streamed_blocks) if self._lane is not None else set()
-        blocks |= set(self._placement.arriving)
-        units = self.plan.streamed
-        units |= {unit for block in self._placement.arriving for unit in self._units_of(block)}
-        if self._runner.recorder is not None:
-            blocks, units = range(len(self.blocks.blocks)), range(len(self.blocks.units))
-        modules = [(unit, self.blocks.units[unit].module) for unit in sorted(units)]
-        self._hooks = attach(
-            root,
-            [(block, self.blocks.blocks[block].module) for block in sorted(blocks)],
-            [(unit, module) for unit, module in modules if module is not None],
-            self,
-        )
+        self._steps.attach(self.plan, self._runner.recorder)
 
-    def _units_of(self, block: int) -> tuple[int, ...]:
-        return self.outline.block_units[block] if block >= 0 else ()
-
-    def _detach(self) -> None:
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks.clear()
+    def settle(self) -> None:
+        """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
+        self._steps.settle()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -498,75 +472,6 @@ class Streamer:
         with self._occupied():
             return self._runner.run(self, forward, shape, reload or self.load, estimate)
 
-    # -- hooks ---------------------------------------------------------------------------------------------------
-
-    def begin_step(self) -> None:
-        """A forward of the root begins."""
-        if self.state is State.REDUCED:
-            raise StreamingError(
-                "the model has given up weights since the last step; use Streamer.run, or load it anew"
-            )
-        self.last_used = time.monotonic()
-        self._steps.begin()
-        if self._lane is not None:
-            self._lane.begin_step()
-        if self._runner.recorder is not None:
-            self._runner.recorder.begin_step()
-
-    def end_step(self, completed: bool) -> None:
-        """A forward of the root ends; ``completed`` is false when it raised."""
-        self._steps.end(completed)
-        if completed:
-            self.counters.steps += 1
-            self._planner.stepped()
-            if self._runner.recorder is not None:
-                self._runner.recorder.end_step()
-        else:
-            self.settle()
-            if self.plan is not None and self._placement.lacks(self.plan):
-                self.state = State.REDUCED  # One that could not be read; the next step tries again.
-        if self._lane is not None:
-            self._lane.end_step(completed)
-        self._stalls.collect()
-        if completed:
-            self._placement.arrive_all()
-            self._supply.arrived()
-
-    def settle(self) -> None:
-        """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
-        if self._lane is not None:
-            self._lane.settle()
-
-    def enter_block(self, block: int) -> None:
-        if self._placement.arriving:
-            self._placement.arrive(block)
-        if self._lane is not None:
-            self._lane.enter_block(block)
-        if self._runner.recorder is not None:
-            self._runner.recorder.begin_block(block)
-
-    def leave_block(self, block: int) -> None:
-        if self._runner.recorder is not None:
-            self._runner.recorder.end_block(block)
-        if self._lane is not None:
-            self._lane.leave_block(block)
-
-    def enter_unit(self, unit: int) -> None:
-        if self._placement.arriving:
-            self._placement.arrive(self.outline.unit_block[unit])  # It may run outside of its block.
-        lane = self._lane
-        if lane is not None and (number := lane.segment_of.get(unit)) is not None:
-            lane.enter(number)
-        if self._runner.recorder is not None:
-            self._runner.recorder.begin_unit(unit)
-
-    def leave_unit(self, unit: int) -> None:
-        if self._runner.recorder is not None:
-            self._runner.recorder.end_unit(unit)
-        lane = self._lane
-        if lane is not None and (number := lane.segment_of.get(unit)) is not None:
-            lane.leave(number)
-
     # -- telling -------------------------------------------------------------------------------------------------
 
     def explain(self) -> str:
@@ -576,7 +481,7 @@ class Streamer:
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         now = self.standing  # Once: another thread may load or unload meanwhile.
-        told = (self.config, self.profile, self._steps.seconds, self.counters)
+        told = (self.config, self.profile, self._meters.step.seconds, self.counters)
         return take_snapshot(now, self._placement, self._supply, self.backend, *told)
 
 

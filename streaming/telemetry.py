@@ -93,6 +93,21 @@ class StepMeter:
             self.seconds, self._pending = seconds, None
 
 
+class Meters:
+    """What is counted and timed of one model on one device.
+
+    Attributes:
+        counters: totals, which other threads may read.
+        stalls: waits for copies.
+        step: the time of the last step.
+    """
+
+    def __init__(self, backend: Backend, counters: Counters) -> None:
+        self.counters = counters
+        self.stalls = StallMeter(counters)
+        self.step = StepMeter(backend)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The state of one streamed model at one moment. Sizes in bytes.

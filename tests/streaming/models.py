@@ -86,7 +86,7 @@ def learn(streamer: Streamer, forward: Callable[[], object]) -> None:
         streamer.run(forward)
     assert streamer.profile.learned
     streamer.close()
-    streamer.counters = streamer._stalls._counters = Counters()
+    vars(streamer.counters).update(vars(Counters()))
 
 
 def hand_plan(streamer: Streamer, streamed: Iterable[int], slots: int) -> Plan:

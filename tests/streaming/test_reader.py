@@ -60,10 +60,9 @@ class OrderBackend(CpuBackend):
         self.bad: int | None = None
 
     def copy(self, pairs: Sequence[Pair], after: Event | None, fine: bool = False) -> Event:
-        [(target, _)] = pairs
-        if target.data_ptr() == self.bad:
+        if self.bad in [target.data_ptr() for target, _ in pairs]:
             raise RuntimeError("the device is gone")
-        self.copies.append((target.data_ptr(), target.nbytes))
+        self.copies += [(target.data_ptr(), target.nbytes) for target, _ in pairs]
         return super().copy(pairs, after, fine)
 
     def sent_to(self, target: torch.Tensor, nbytes: int) -> int:

@@ -1,0 +1,164 @@
+"""What happens while a step runs: hooks tell it, and it is passed on to residents, lane, recorder and meters.
+
+A block's residents arrive, if they are still on their way, before its weights are bound to slots.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any
+
+from torch import nn
+
+from .blocks import BlockSet
+from .errors import StreamingError
+from .hooks import attach
+from .lane import Lane
+from .placement import Placement
+from .plan import Plan
+from .planner import Planner
+from .recorder import Recorder
+from .state import State
+from .telemetry import Meters
+
+
+class Steps:
+    """Listens to the steps of one model.
+
+    Args:
+        root: the module whose forward is one step.
+        blocks: the model cut into blocks, units and rest.
+        placement: its copies.
+        planner: counts steps.
+        meters: count and time them.
+
+    Attributes:
+        state: what of the model is where.
+        lane: what streams; None where nothing does, or not yet.
+        last_used: when the model was loaded or began a step, on time's monotonic clock.
+    """
+
+    def __init__(
+        self, root: weakref.ref[nn.Module], blocks: BlockSet, placement: Placement, planner: Planner, meters: Meters
+    ) -> None:
+        self.state = State.UNLOADED
+        self.lane: Lane | None = None
+        self.last_used = time.monotonic()
+        self._root = root
+        self._blocks = blocks
+        self._outline = blocks.outline
+        self._placement = placement
+        self._planner = planner
+        self._meters = meters
+        self._plan: Plan | None = None
+        self._recorder: Recorder | None = None
+        self._handles: list[Any] = []
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def attach(self, plan: Plan, recorder: Recorder | None) -> None:
+        """Hook what ``plan`` streams and what is on its way, and everything while ``recorder`` measures a step."""
+        self.detach()
+        self._plan, self._recorder = plan, recorder
+        root = self._root()
+        assert root is not None
+        blocks, units = self._blocks.blocks, self._blocks.units
+        if recorder is not None:
+            block_numbers, unit_numbers = set(range(len(blocks))), set(range(len(units)))
+        else:
+            arriving = set(self._placement.arriving)
+            block_numbers = arriving | set(self.lane.streamed_blocks if self.lane is not None else ())
+            unit_numbers = plan.streamed | {unit for block in arriving for unit in self._units_of(block)}
+        modules = [(unit, units[unit].module) for unit in sorted(unit_numbers)]
+        self._handles = attach(
+            root,
+            [(block, blocks[block].module) for block in sorted(block_numbers)],
+            [(unit, module) for unit, module in modules if module is not None],
+            self,
+        )
+
+    def _units_of(self, block: int) -> tuple[int, ...]:
+        return self._outline.block_units[block] if block >= 0 else ()
+
+    def detach(self) -> None:
+        """No step tells anything any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._plan = self._recorder = None
+
+    def drop_lane(self) -> None:
+        """Give the staging memory back. No copy may be under way."""
+        if self.lane is not None:
+            self.lane.close()
+        self.lane = None
+        self._meters.stalls.clear()
+
+    def settle(self) -> None:
+        """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
+        if self.lane is not None:
+            self.lane.settle()
+
+    # -- what hooks tell -----------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """A forward of the root begins."""
+        if self.state is State.REDUCED:
+            raise StreamingError(
+                "the model has given up weights since the last step; use Streamer.run, or load it anew"
+            )
+        self.last_used = time.monotonic()
+        self._meters.step.begin()
+        if self.lane is not None:
+            self.lane.begin_step()
+        if self._recorder is not None:
+            self._recorder.begin_step()
+
+    def end_step(self, completed: bool) -> None:
+        """A forward of the root ends; ``completed`` is false when it raised."""
+        self._meters.step.end(completed)
+        if completed:
+            self._meters.counters.steps += 1
+            self._planner.stepped()
+            if self._recorder is not None:
+                self._recorder.end_step()
+        else:
+            self.settle()
+            if self._plan is not None and self._placement.lacks(self._plan):
+                self.state = State.REDUCED  # One that could not be read; the next step tries again.
+        if self.lane is not None:
+            self.lane.end_step(completed)
+        self._meters.stalls.collect()
+        if completed:
+            self._placement.complete()
+
+    def enter_block(self, block: int) -> None:
+        if self._placement.arriving:
+            self._placement.arrive(block)
+        if self.lane is not None:
+            self.lane.enter_block(block)
+        if self._recorder is not None:
+            self._recorder.begin_block(block)
+
+    def leave_block(self, block: int) -> None:
+        if self._recorder is not None:
+            self._recorder.end_block(block)
+        if self.lane is not None:
+            self.lane.leave_block(block)
+
+    def enter_unit(self, unit: int) -> None:
+        if self._placement.arriving:
+            self._placement.arrive(self._outline.unit_block[unit])  # It may run outside of its block.
+        lane = self.lane
+        if lane is not None and (number := lane.segment_of.get(unit)) is not None:
+            lane.enter(number)
+        if self._recorder is not None:
+            self._recorder.begin_unit(unit)
+
+    def leave_unit(self, unit: int) -> None:
+        if self._recorder is not None:
+            self._recorder.end_unit(unit)
+        lane = self.lane
+        if lane is not None and (number := lane.segment_of.get(unit)) is not None:
+            lane.leave(number)
