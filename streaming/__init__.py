@@ -1,11 +1,13 @@
 """The engine: streams the blocks of any ``nn.Module`` from page-locked RAM to a device. It knows nothing of ComfyUI."""
 
 from .arena import PinBudget
-from .backend import Backend, CpuBackend, CudaBackend, DeviceMemory, VirtualMemory
+from .backend import Backend, DeviceMemory
 from .blocks import Block, BlockSet, Unit, find_blocks, split_model
 from .checkpoint import Checkpoint
 from .checkpoint_file import CheckpointFile, FileSlice
 from .config import StreamingConfig, VirtualDevices, format_bytes, parse_virtual_devices
+from .cpu_backend import CpuBackend, VirtualMemory
+from .cuda_backend import CudaBackend
 from .errors import (
     BudgetError,
     CheckpointChangedError,

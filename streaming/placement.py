@@ -173,7 +173,7 @@ class Placement:
                 raise
 
     def _make_residents(self, wanted: list[UnitCopies]) -> None:
-        """Fill device memory: from master copies now, from where the weights are behind the steps (:meth:`arrive`)."""
+        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`)."""
         reader = self._supply.reader
         for copies in wanted:
             if copies.resident is not None:

@@ -73,6 +73,8 @@ class Runner:
             except Exception as error:
                 if is_out_of_memory(error) and remedies and self._can_shrink(streamer):
                     remedy = remedies.pop(0)
+                elif _is_of_another_device(error) and streamer.arriving:
+                    remedy = partial(self._await_residents, streamer)
                 elif _is_of_another_device(error) and _streams_parts(streamer.plan):
                     remedy = partial(self._stream_whole_blocks, streamer, reload)
                 else:
@@ -149,6 +151,11 @@ class Runner:
         _say_out_of_memory(streamer, reason, f"with {format_bytes(before - budget)} less for weights")
         self._planner.out_of_memory(budget, streamer.backend.memory(), before)
         streamer.load_within(self._planner.plan_within(budget), reload)
+
+    def _await_residents(self, streamer: Streamer, reason: str) -> None:
+        """A resident weight was read outside of its block before it had arrived: have all of them there."""
+        logger.debug("a step runs again when all residents have arrived: %s", reason)
+        streamer.arrive_all()
 
     def _stream_whole_blocks(self, streamer: Streamer, reload: Callable[[Plan], None], reason: str) -> None:
         """A weight was read without running its module, which did not happen in the first step: stop relying on it."""

@@ -13,7 +13,7 @@ class State(Enum):
 
     UNLOADED: modules use the originals; nothing on the device. Master copies made earlier are kept in host memory.
     LOADED: the rest and the resident units are on the device, the slots too. Streamed units have master copies in host
-        memory, or get them behind the steps, or stream from where they are.
+        memory, or get them before the second step, or stream from where they are.
     REDUCED: as LOADED, but some residents or master copies were given up and nothing made in their place. The next
         load, or the next step, makes the model whole.
     """

@@ -242,6 +242,15 @@ class Streamer:
         """Whether master copies are being built beside the steps."""
         return self._supply.builder.active
 
+    @property
+    def arriving(self) -> bool:
+        """Whether residents are still on their way."""
+        return bool(self._placement.arriving)
+
+    def arrive_all(self) -> None:
+        """Wait until every resident is there."""
+        self._placement.arrive_all()
+
     def finish_building(self) -> None:
         """Build all master copies that are wanted and missing, those before the second step included."""
         self._supply.builder.wait(self._supply.tick)

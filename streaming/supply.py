@@ -45,7 +45,7 @@ class Supply:
     Attributes:
         arena: host memory for master copies.
         reader: brings to the device what has none.
-        builder: makes them behind the steps.
+        builder: makes them.
     """
 
     def __init__(

@@ -261,6 +261,32 @@ def test_a_weight_that_a_later_step_reads_directly_is_there(reference: tuple[tor
         assert torch.equal(streamer.run(lambda: model(x)), expected)
 
 
+def test_a_resident_that_is_read_before_it_has_arrived_is_waited_for(
+    reference: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    x, expected = reference
+    safetensors.torch.save_model(make_transformer(DEPTH, WIDTH), str(tmp_path / "model.safetensors"))
+    checkpoint = Checkpoint.open(tmp_path / "model.safetensors")
+    model = make_transformer(DEPTH, WIDTH, seed=1)
+    model.load_state_dict(checkpoint.state_dict(), assign=True)
+    blocks = split_model(model, locate=checkpoint.locate)
+    streamer = Streamer(model, blocks, CudaBackend(torch.device("cuda:0")), StreamingConfig(read_threads=1, chunks=1))
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + 6 * streamer.outline.block_bytes(0)))
+    assert streamer.plan is not None
+    last = streamer.outline.unit_block[max(streamer.plan.resident)]
+    forward, tries = model.forward, []
+
+    def read_ahead(x: torch.Tensor) -> torch.Tensor:
+        tries.append(len(tries))
+        torch.cat((x[0], model.blocks[last].qkv.weight))
+        return forward(x)
+
+    model.forward = read_ahead
+    assert torch.equal(streamer.run(lambda: model(x)), expected)
+    assert len(tries) == 2
+    streamer.close()
+
+
 def direct(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The block's forward, with the weights of one layer read without running it."""
     q, k, v = torch.nn.functional.linear(block.norm(x), block.qkv.weight, block.qkv.bias).chunk(3, dim=-1)

@@ -97,6 +97,33 @@ def test_the_first_block_runs_early_and_what_streams_overtakes_residents(gate: G
     assert streamer.backend.store.allocated == 0
 
 
+def test_a_resident_that_is_read_before_its_block_runs_is_there_when_the_step_runs_again(gate: Gate) -> None:
+    """A GPU refuses a tensor in host memory; a device in RAM would not, so the model itself does so here."""
+    model = make_transformer(depth=8)
+    expected = model(X)
+    streamer = make(model)
+    load(streamer)
+    block = blocks_with_residents(streamer)[-1]
+    streamer.unload()
+    gate.closed = gate.layouts(streamer, [block])
+    load(streamer)
+    copies = [streamer._placement.copies(unit) for unit in streamer.plan.resident]
+    copies = [each for each in copies if each.unit.block == block]
+    forward, tries = model.forward, []
+
+    def read_ahead(x: torch.Tensor) -> torch.Tensor:
+        tries.append([each.resident is not None for each in copies])
+        gate.opened.set()
+        if not all(tries[-1]):
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")
+        return forward(x)
+
+    model.forward = read_ahead
+    assert torch.equal(streamer.run(lambda: model(X)), expected)
+    assert [all(there) for there in tries] == [False, True]
+    streamer.close()
+
+
 def test_residents_of_blocks_that_did_not_run_arrive_too(gate: Gate) -> None:
     model = make_transformer(depth=8)
     expected = model(X)

@@ -1,0 +1,119 @@
+"""A CUDA device. ROCm's builds of torch answer to the same names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes
+from .config import format_bytes
+
+logger = logging.getLogger(__name__)
+
+# cudaHostRegisterPortable: page-locked for every device's context, not only for the current one (CUDA runtime API).
+HOST_REGISTER_PORTABLE = 1
+
+
+class CudaBackend(Backend):
+    """A CUDA device. Nothing here blocks the host but :meth:`synchronize` and :meth:`finish`."""
+
+    def __init__(self, device: torch.device) -> None:
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        super().__init__(torch.device("cuda", index), f"cuda:{index}")
+
+    def _create_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def _copy_now(self, stream: torch.cuda.Stream | None, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
+        stream = stream or torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(stream):
+            for event in waits:
+                # Race: the kernels that used the target before may still be reading it, and an earlier
+                # copy into the same slot may not be done.
+                stream.wait_event(event)
+            times = self._copy_times
+            begin = self._timestamp(stream) if times is not None else None
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            # Blocking: a thread that waits for it (finish) sleeps, and takes no core from the others.
+            done = torch.cuda.Event(enable_timing=times is not None, blocking=True)
+            done.record(stream)
+            if times is not None:
+                times.append(CopyTime(count_bytes(pairs), begin, done))
+            return done
+
+    def _timestamp(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def memory(self) -> DeviceMemory:
+        stats = torch.cuda.memory_stats(self.device)
+        cached = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
+        return DeviceMemory(torch.cuda.mem_get_info(self.device)[0], max(0, cached))
+
+    def trim(self) -> None:
+        with torch.cuda.device(self.device):
+            torch.cuda.empty_cache()
+
+    def moment(self) -> Moment:
+        return self._timestamp(torch.cuda.current_stream(self.device))
+
+    def seconds(self, begin: Moment, end: Moment) -> float | None:
+        return begin.elapsed_time(end) / 1000 if end.query() else None
+
+    def mark(self) -> Event:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def wait(self, event: Event) -> Stall:
+        stream = torch.cuda.current_stream(self.device)
+        if event.query():
+            return _no_stall
+        before = self._timestamp(stream)
+        # Race: the block's kernels must not read the slot before the copy into it is done.
+        stream.wait_event(event)
+        after = self._timestamp(stream)
+        return lambda: self.seconds(before, after)
+
+    def finish(self, event: Event) -> None:
+        if not event.query():  # Asking is quick; to wait, a thread lets go of the interpreter.
+            event.synchronize()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def register(self, buffer: torch.Tensor) -> str | None:
+        if buffer.is_pinned():
+            return "the memory is page-locked by somebody else already"
+        # Threads that fill memory start on the first GPU, where this would make a context that nobody needs.
+        with torch.cuda.device(self.device):
+            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, HOST_REGISTER_PORTABLE))
+        if code == 0:
+            return None
+        self._drain_error()
+        return f"page-locking {format_bytes(buffer.nbytes)} failed (CUDA error {code})"
+
+    def unregister(self, address: int) -> None:
+        with torch.cuda.device(self.device):
+            code = int(torch.cuda.cudart().cudaHostUnregister(address))
+        if code != 0:
+            self._drain_error()
+
+    def close(self) -> None:
+        self.synchronize()
+        super().close()
+
+    def _drain_error(self) -> None:
+        # A failed (un)register stays behind as the thread's last error and would be raised by the next kernel
+        # launch, wherever that is. Launch one here and let it take the error.
+        try:
+            torch.ones(1, device=self.device).add_(1)
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            logger.debug("drained a CUDA error that was reported already: %s", error)
+
+
+def _no_stall() -> float:
+    return 0.0
