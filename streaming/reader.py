@@ -9,10 +9,8 @@ targets are nobody else's. Reader and model's thread never queue at the same tim
 while :attr:`Reader.idle`, and only it asks for transfers.
  1. A chunk is written by its thread alone, which takes up a piece for it when the copy of the piece before is queued,
     and writes to it when that copy is over (``finish``).
- 2. Whoever has read a piece queues it, and every piece behind it that is read, if all pieces before it are queued
-    (``_send_what_is_ready``). One thread at a time does that, and the others go on reading: what they have finished
-    meanwhile is seen by the thread that sends, because it looks once more when it has let go of ``_sending``, as
-    everybody does who has held it.
+ 2. Whoever has read a piece queues it, and every piece behind it that is read, if all pieces before it are queued. One
+    thread at a time does that, and the others go on reading (in_order.py, Note: who hands on).
  3. Of the pieces that are not queued, the first was taken up by a thread that had a chunk for it. So it will be read,
     and queued: nothing waits in a circle.
 A thread of its own that sends would be woken for every piece, and so would a reader that waits for its turn: with that,
@@ -38,6 +36,7 @@ import torch
 from .arena import Arena, HostBuffer
 from .backend import Backend, Event, Pair
 from .contents import ranges, read_range
+from .in_order import InOrder
 from .layout import ALIGNMENT, Layout
 
 # How often a thread that waits looks whether it shall go on.
@@ -199,10 +198,9 @@ class Reader:
         self._ring: HostBuffer | None = None
         self._urgent: deque[_Piece] = deque()
         self._background: deque[_Piece | None] = deque()
-        self._in_order: deque[_Piece] = deque()
+        self._in_order: InOrder[_Piece] = InOrder(_of_one_transfer)
         # Reentrant: the garbage collector may call forsake on a thread that is in here.
         self._asked = threading.Condition(threading.RLock())
-        self._sending = threading.RLock()
         self._counting = threading.Lock()
         self._pending: set[Transfer] = set()
         self._busy_since = 0.0
@@ -272,11 +270,10 @@ class Reader:
 
         Copies that are queued already still take place: synchronize the backend before their targets are freed.
         """
-        with self._sending, self._counting:
+        with self._in_order.pause(self._send_together), self._counting:
             pending = list(self._pending)
             for transfer in pending:
                 transfer.abandoned = True
-        self._send_what_is_ready()
         wait_for_futures([transfer.queued for transfer in pending])
 
     def close(self) -> None:
@@ -297,10 +294,9 @@ class Reader:
 
         Threads end when they see it. The ring goes with the last of them.
         """
-        with self._sending:
+        with self._in_order.pause(self._send_together):
             for transfer in list(self._pending):
                 transfer.abandoned = True
-        self._send_what_is_ready()
         self._stop_threads()
 
     def _stop_threads(self) -> None:
@@ -370,9 +366,8 @@ class Reader:
                 self._read(piece, chunk)
         except BaseException as error:
             piece.transfer.error = piece.transfer.error or error
-        piece.ready = True
+        self._in_order.finish(piece, self._send_together)
         del piece  # An error knows this frame, and the transfer the error.
-        self._send_what_is_ready()
         return True
 
     def _take(self) -> _Piece | None:
@@ -382,7 +377,7 @@ class Reader:
                 self._asked.wait()
             piece = self._urgent.popleft() if self._urgent else self._background.popleft()
             if piece is not None:
-                self._in_order.append(piece)
+                self._in_order.begin(piece)
             return piece
 
     def _read(self, piece: _Piece, chunk: Chunk) -> None:
@@ -397,31 +392,9 @@ class Reader:
         finally:
             del piece, chunk  # As above.
 
-    def _send_what_is_ready(self) -> None:
-        """Queue what is read, up to the first piece that is not (Note: one order for all copies, 2)."""
-        while self._first_ready() is not None:
-            if not self._sending.acquire(blocking=False):
-                return  # Who holds it looks once more.
-            try:
-                while self._first_ready() is not None:
-                    self._send_next()
-            finally:
-                self._sending.release()
-
-    def _first_ready(self) -> _Piece | None:
-        """The first piece that is not queued, if it is read."""
-        try:
-            piece = self._in_order[0]
-        except IndexError:  # Also asked by who holds nothing, while somebody else takes the last one.
-            return None
-        return piece if piece.ready else None
-
-    def _send_next(self) -> None:
-        """Queue the first piece, and those of its transfer behind it that are read too."""
-        pieces = [self._in_order.popleft()]
+    def _send_together(self, pieces: list[_Piece]) -> None:
+        """Queue the copies of pieces of one transfer."""
         transfer = pieces[0].transfer
-        while (piece := self._first_ready()) is not None and piece.transfer is transfer:
-            pieces.append(self._in_order.popleft())
         try:
             if not transfer.stopped:
                 transfer.events.append(event := self._send(pieces))
@@ -456,6 +429,10 @@ class Reader:
             transfer.queued.set_exception(TransferAbandonedError("a transfer was given up"))
         else:
             transfer.queued.set_result(self._backend.all_of(transfer.events))
+
+
+def _of_one_transfer(first: _Piece, second: _Piece) -> bool:
+    return first.transfer is second.transfer
 
 
 def _copies_from(source: torch.Tensor) -> Callable[[torch.Tensor], None]:

@@ -148,11 +148,11 @@ def test_a_cancelled_step_is_followed_by_a_right_one(tmp_path: Path, gate: Gate)
 
 
 @pytest.mark.parametrize("collected", [True, False])
-@pytest.mark.parametrize("under_way", ["master copies", "transfers"])
+@pytest.mark.parametrize("under_way", ["master copies", "transfers", "transfers through a page-locked ring"])
 def test_a_model_is_dropped(tmp_path: Path, gate: Gate, under_way: str, collected: bool) -> None:
     building = under_way == "master copies"
     backend, pins = PinningBackend(permits=3 if building else None), PinBudget()
-    stored = Stored(tmp_path, backend, pins, pin_memory=building)
+    stored = Stored(tmp_path, backend, pins, pin_memory=under_way != "transfers")
     if building:
         stored.streamer.prepare(stored.streamer.minimum_bytes)
         for _ in range(4):

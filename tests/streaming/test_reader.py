@@ -276,7 +276,7 @@ def test_a_piece_that_is_read_while_somebody_gives_up_is_not_forgotten() -> None
         asked.ask(reader, backend)
         with reader._counting:  # It stops who gives up in the middle.
             given_up = pool.submit(reader.abandon)
-            while not reader._in_order or not reader._in_order[0].ready:
+            while reader._in_order._first_ready() is None:
                 time.sleep(0.001)
             time.sleep(0.02)
         given_up.result(10)

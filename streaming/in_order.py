@@ -1,0 +1,88 @@
+"""Hands on what several threads finish, in the order in which it was begun, on one of these threads at a time.
+
+[Note: who hands on]
+Whoever has finished an item hands on, with it, all finished items that are next in order. Only one thread does so at a
+time, who holds ``_handing_on``. Another that finishes an item meanwhile does not wait: it goes, and the holder, having
+let go, looks once more. So does everybody who has held it, whatever for (:meth:`InOrder.pause`). Nothing is forgotten:
+an item is marked as finished before its thread tries to get hold, and if that fails the holder has not let go yet, so
+that it looks after the mark was made. ``tests/streaming/test_in_order.py`` tries all orders of these few operations.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+
+class Item(Protocol):
+    """What is handed on.
+
+    Attributes:
+        ready: it is finished.
+    """
+
+    ready: bool
+
+
+T = TypeVar("T", bound=Item)
+
+
+class InOrder(Generic[T]):
+    """Items that are begun and not handed on yet.
+
+    Each method takes ``hand_on``, which is given the items that are next, in their order, and must not raise. It is not
+    kept: a method of the owner's would keep the owner alive.
+
+    Args:
+        belongs: whether the second of two items that follow each other may be handed on together with the first.
+    """
+
+    def __init__(self, belongs: Callable[[T, T], bool]) -> None:
+        self._belongs = belongs
+        self._items: deque[T] = deque()
+        # Reentrant: the garbage collector may bring a thread here that is handing on.
+        self._handing_on = threading.RLock()
+
+    def begin(self, item: T) -> None:
+        """``item`` is next in order. Whoever calls this sees to it that no two threads do so at once."""
+        self._items.append(item)
+
+    def finish(self, item: T, hand_on: Callable[[list[T]], None]) -> None:
+        """``item`` is finished: it is handed on now, by whoever is handing on, or behind those before it."""
+        item.ready = True
+        self._hand_on_what_is_ready(hand_on)
+
+    @contextmanager
+    def pause(self, hand_on: Callable[[list[T]], None]) -> Iterator[None]:
+        """Nothing is handed on by another thread meanwhile."""
+        try:
+            with self._handing_on:
+                yield
+        finally:
+            self._hand_on_what_is_ready(hand_on)
+
+    def _hand_on_what_is_ready(self, hand_on: Callable[[list[T]], None]) -> None:
+        while self._first_ready() is not None:
+            if not self._handing_on.acquire(blocking=False):
+                return
+            try:
+                while self._first_ready() is not None:
+                    hand_on(self._next())
+            finally:
+                self._handing_on.release()
+
+    def _next(self) -> list[T]:
+        items = [self._items.popleft()]
+        while (item := self._first_ready()) is not None and self._belongs(items[-1], item):
+            items.append(self._items.popleft())
+        return items
+
+    def _first_ready(self) -> T | None:
+        try:
+            item = self._items[0]
+        except IndexError:  # Also asked by who holds nothing, while somebody else takes the last one.
+            return None
+        return item if item.ready else None
