@@ -5,9 +5,9 @@ CUDA loads a kernel when it is first launched. Of a process's first step of FLUX
 neither the GPU nor the disk has anything to do, one kernel after another on the thread that runs the model. Many are
 the same in every diffusion transformer, so a thread launches them on a few numbers while that thread loads the model.
 What it does not launch is loaded later, as ever, and where a text encoder has run before there is little to do.
-Only kernels of torch's own, which give the same result whatever ran before. Matrix products and attention are not
-among them: their libraries choose a kernel by what they hold at that moment, so to call them early could change the
-last bits of the first picture of a process.
+Only kernels of torch's own, which give the same result whatever ran before. Attention must not be among them: of a
+process's attentions torch has the first one done by cuDNN and all others by its own kernel (README, The same picture),
+so to call it early changes the first picture. Matrix products are left out until it is known that they do not.
 """
 
 from __future__ import annotations

@@ -41,12 +41,17 @@ def test_weights_come_from_the_file_and_not_from_its_mapping(
 def test_weights_are_cast_on_the_way(tmp_path: Path, stored_dtype: torch.dtype) -> None:
     for pin_memory in (True, False):
         stored = Stored(tmp_path, stored=stored_dtype, dtype=torch.bfloat16, pin_memory=pin_memory)
-        for plan in (stored.streamer.plan_for(10**9), stored.half, stored.least):
-            stored.streamer.load(plan)
-            stored.check(2)
-        stored.streamer.finish_building()
+        check_every_placement(stored)
+
+
+def check_every_placement(stored: Stored) -> None:
+    """All resident, some, none; staged and page-locked."""
+    for plan in (stored.streamer.plan_for(10**9), stored.half, stored.least):
+        stored.streamer.load(plan)
         stored.check(2)
-        stored.close()
+    stored.streamer.finish_building()
+    stored.check(2)
+    stored.close()
 
 
 def keep_in_memory(model: Transformer) -> None:
@@ -66,12 +71,7 @@ def keep_strided(model: Transformer) -> None:
 def test_what_the_host_has_changed_comes_from_memory(tmp_path: Path, change: Callable[[Transformer], None]) -> None:
     stored = Stored(tmp_path, change=change)
     assert any(spec.source is None for spec in stored.streamer.blocks.specs)
-    for plan in (stored.streamer.plan_for(10**9), stored.half, stored.least):
-        stored.streamer.load(plan)
-        stored.check(2)
-    stored.streamer.finish_building()
-    stored.check(2)
-    stored.close()
+    check_every_placement(stored)
 
 
 def test_what_the_file_lacks_is_zero(tmp_path: Path) -> None:
@@ -84,12 +84,7 @@ def test_what_the_file_lacks_is_zero(tmp_path: Path) -> None:
     lack.real = True  # The plain model comes first.
     stored = Stored(tmp_path, change=lack)
     assert stored.model.blocks[3].out.bias.is_meta
-    for plan in (stored.streamer.plan_for(10**9), stored.half, stored.least):
-        stored.streamer.load(plan)
-        stored.check(2)
-    stored.streamer.finish_building()
-    stored.check(2)
-    stored.close()
+    check_every_placement(stored)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 511, 513, 5000, 1 << 20])
