@@ -45,6 +45,7 @@ class InOrder(Generic[T]):
         self._items: deque[T] = deque()
         # Reentrant: the garbage collector may bring a thread here that is handing on.
         self._handing_on = threading.RLock()
+        self._busy = False
 
     def begin(self, item: T) -> None:
         """``item`` is next in order. Whoever calls this sees to it that no two threads do so at once."""
@@ -69,8 +70,14 @@ class InOrder(Generic[T]):
             if not self._handing_on.acquire(blocking=False):
                 return
             try:
-                while self._first_ready() is not None:
-                    hand_on(self._next())
+                if self._busy:
+                    return  # The garbage collector has interrupted this very thread, which goes on handing on.
+                self._busy = True
+                try:
+                    while self._first_ready() is not None:
+                        hand_on(self._next())
+                finally:
+                    self._busy = False
             finally:
                 self._handing_on.release()
 
