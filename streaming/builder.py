@@ -62,8 +62,13 @@ class Builder:
 
     def start(self, copies: Sequence[UnitCopies]) -> None:
         """Build the master copies of these units, in this order, behind other work. The builder is at rest."""
-        if copies:
+        if not copies:
+            return
+        try:
             self._begin(copies, self._threads, self._lock_and_pause)
+        except BaseException:
+            self.stop()
+            raise
 
     def build(self, copies: Sequence[UnitCopies], threads: int, tick: Tick) -> None:
         """Build the master copies of these units now, on ``threads`` threads. The builder is at rest.
@@ -72,8 +77,8 @@ class Builder:
         """
         if not copies:
             return
-        self._begin(copies, threads, self._lock)
         try:
+            self._begin(copies, threads, self._lock)
             self.wait(tick)
         finally:
             self.stop()
@@ -105,7 +110,8 @@ class Builder:
         self._full.clear()
         assert self._pool is None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weightstream-build")
-        self._futures = [self._pool.submit(self._build, item, lock) for item in copies]
+        for item in copies:
+            self._futures.append(self._pool.submit(self._build, item, lock))
 
     def _build(self, copies: UnitCopies, lock: Callable[[UnitCopies], None]) -> None:
         if self._stopping.is_set():

@@ -3,8 +3,8 @@
 [Note: reads, not mappings] A tensor of a checkpoint is a view of a private mapping, so that the model has its shapes,
 dtypes and values; but bytes are moved with positioned reads through one open descriptor. A mapped page whose file was
 truncated, or whose disk fails, ends the process with a signal; a read raises an error that names the tensor. The
-descriptor stays with the file that was opened, also when another is put in its place or it is deleted, and before and
-after each read the file's size and time of change are compared with those at opening.
+descriptor stays with the file that was opened, also when another is put in its place or it is deleted, and after each
+read the file's size and time of change are compared with those at opening.
 """
 
 from __future__ import annotations
@@ -213,10 +213,6 @@ class CheckpointFile:
         """Let the system forget its copy of the whole pages inside this range."""
         begin = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         self._advise("POSIX_FADV_DONTNEED", begin, (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin)
-
-    def will_need(self, offset: int, nbytes: int) -> None:
-        """Let the system begin to read this range."""
-        self._advise("POSIX_FADV_WILLNEED", offset, nbytes)
 
     def _advise(self, advice: str, offset: int, nbytes: int) -> None:
         # A length of 0 would mean: to the end of the file. An advice that is not taken is no error, nor a closed file.

@@ -34,7 +34,7 @@ class StreamingConfig:
         thrifty: keep no more on the device than makes a step faster, once that was measured.
         fill_threads: threads that fill host memory for which somebody waits; 0 takes the cores, at most 16.
         read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
-        build_threads: threads that build master copies beside the steps.
+        build_threads: threads that build master copies behind other work, before a model is loaded.
     """
 
     copy_streams: int = 2

@@ -145,10 +145,8 @@ class CpuBackend(Backend):
         """Nothing was locked."""
 
     def close(self) -> None:
-        for stream in self._streams:
-            # Without waiting: the garbage collector may bring us here on one of these threads. What a copy under way
-            # uses stays alive until it is done.
-            stream.shutdown(wait=False)
+        # The streams are not shut down: the garbage collector may bring us here on a thread that holds their lock. They
+        # end when nobody knows them any more. What a copy under way uses stays alive until it is done.
         # A model that is dropped without unloading gives its share back here.
         self.store.give(self.allocated)
         super().close()

@@ -43,9 +43,8 @@ class InOrder(Generic[T]):
     def __init__(self, belongs: Callable[[T, T], bool]) -> None:
         self._belongs = belongs
         self._items: deque[T] = deque()
-        # Reentrant: the garbage collector may bring a thread here that is handing on.
+        # Reentrant for wait_a_moment: the garbage collector may bring a thread there that is handing on.
         self._handing_on = threading.RLock()
-        self._busy = False
 
     def begin(self, item: T) -> None:
         """``item`` is next in order. Whoever calls this sees to it that no two threads do so at once."""
@@ -65,19 +64,18 @@ class InOrder(Generic[T]):
         finally:
             self._hand_on_what_is_ready(hand_on)
 
+    def wait_a_moment(self, seconds: float) -> None:
+        """Let another thread end what it is handing on, for so long at most."""
+        if self._handing_on.acquire(timeout=seconds):
+            self._handing_on.release()
+
     def _hand_on_what_is_ready(self, hand_on: Callable[[list[T]], None]) -> None:
         while self._first_ready() is not None:
             if not self._handing_on.acquire(blocking=False):
                 return
             try:
-                if self._busy:
-                    return  # The garbage collector has interrupted this very thread, which goes on handing on.
-                self._busy = True
-                try:
-                    while self._first_ready() is not None:
-                        hand_on(self._next())
-                finally:
-                    self._busy = False
+                while self._first_ready() is not None:
+                    hand_on(self._next())
             finally:
                 self._handing_on.release()
 

@@ -231,13 +231,10 @@ class UnitCopies:
         if begun is not None:
             arena.release(begun[0])
 
-    def adopt(self) -> bool:
-        """Take what a builder has finished; gives whether there was anything."""
+    def adopt(self) -> None:
+        """Take what a builder has finished, if there is anything."""
         built, self.built = self.built, None
-        if built is None:
-            return False
-        self._master = built
-        return True
+        self._master = built or self._master
 
     def drop_master(self) -> HostBuffer | None:
         """Let go of the master copy, or of what was built of one; no builder may be at work. Gives its memory."""

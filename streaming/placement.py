@@ -59,10 +59,10 @@ class Placement:
         for copies in resident:
             self._free(copies.drop_master())
 
-    def adopt(self) -> bool:
-        """Take the master copies that a builder has finished; gives whether there were any."""
-        adopted = [copies.adopt() for copies in self._copies]
-        return any(adopted)
+    def adopt(self) -> None:
+        """Take the master copies that a builder has finished."""
+        for copies in self._copies:
+            copies.adopt()
 
     def unbuilt(self, plan: Plan) -> list[UnitCopies]:
         """What is streamed without a master copy, in the order in which it is needed."""

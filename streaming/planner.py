@@ -150,15 +150,12 @@ class Planner:
             return Decision(plan, moves=True)
         return Decision(with_forecast(now.plan, self.profile, self._config), moves=False)
 
-    def wants_measuring(self, building: bool) -> bool:
-        """Whether the step that comes next can teach something.
-
-        The first one of a shape teaches the order, another one times; not while master copies are built beside it.
-        """
+    def wants_measuring(self) -> bool:
+        """Whether the step that comes next can teach something: the first of a shape the order, another one times."""
         regime = self._residency.current
         if regime.steps == 0 or not (self.profile.learned or self._whole_blocks):
             return True
-        return not (regime.timed or building)
+        return not regime.timed
 
     def learn(self, recorder: Recorder) -> None:
         """Keep what ``recorder`` has seen of a whole step, which is over."""

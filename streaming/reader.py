@@ -16,6 +16,13 @@ while :attr:`Reader.idle`, and only it asks for transfers.
 A thread of its own that sends would be woken for every piece, and so would a reader that waits for its turn: with that,
 2,900 pieces a second came through, however many threads read (H200, 4 MiB each: 12 GB/s).
 A transfer that fails, or is given up, keeps its place in the order; its other pieces are neither read nor copied.
+
+[Note: what the collector may do]
+The garbage collector frees an owner on any thread, at any moment: also on a reader's thread that holds a lock, or
+one of Python's own. So :meth:`Reader.forsake` waits for no lock without an end, it sets a flag. Threads look at it at
+every turn and at times while they wait, end, and let go of the ring with the last of them. If a thread has looked just
+before, and queues a copy, it waits for that copy and holds target and source until then; a copy that was queued earlier
+is waited for by who closes the backend next.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -41,6 +49,10 @@ from .layout import ALIGNMENT, Layout
 
 # How often a thread that waits looks whether it shall go on.
 TICK_SECONDS = 0.05
+FORSAKEN_SECONDS = 0.2
+
+# How long the garbage collector waits for a copy that is being queued: long enough for any, and no end in itself.
+FORSAKE_SECONDS = 1.0
 
 Tick = Callable[[], None]
 
@@ -129,9 +141,14 @@ class Transfer:
     def stopped(self) -> bool:
         return self.abandoned or self.error is not None
 
+    def fail(self, error: BaseException) -> None:
+        """It ends here, if it has not failed before. What the frames of the error hold goes: memory is among it."""
+        traceback.clear_frames(error.__traceback__)
+        self.error = self.error or error
+
     def forget_error(self) -> None:
         """Who is told of an error is in its traceback. Kept here, it would keep them and their memory alive."""
-        if self.queued.done():
+        if self.queued.done() and self.queued.exception() is not None:
             self.error, self.queued = None, Future()
             self.queued.set_exception(TransferAbandonedError("a transfer has failed"))
 
@@ -188,6 +205,7 @@ class Reader:
 
     def __init__(self, backend: Backend, arena: Arena, threads: int, chunk_bytes: int, chunks: int) -> None:
         self.sent_bytes = 0
+        self._forsaken = False
         self._busy_seconds = 0.0
         self.drop_behind = False
         self._backend = backend
@@ -199,8 +217,7 @@ class Reader:
         self._urgent: deque[_Piece] = deque()
         self._background: deque[_Piece | None] = deque()
         self._in_order: InOrder[_Piece] = InOrder(_of_one_transfer)
-        # Reentrant: the garbage collector may call forsake on a thread that is in here.
-        self._asked = threading.Condition(threading.RLock())
+        self._asked = threading.Condition()
         self._counting = threading.Lock()
         self._pending: set[Transfer] = set()
         self._busy_since = 0.0
@@ -285,19 +302,15 @@ class Reader:
         for worker in self._workers:
             worker.join()
         self._workers.clear()
+        self._background.clear()  # Ends of threads that nobody took, if this was interrupted before.
         self._backend.synchronize()  # Race: copies out of the ring may still be under way.
         self._arena.release(self._ring)
         self._ring = None
 
     def forsake(self) -> None:
-        """As :meth:`close`, for an owner that the garbage collector takes: on any thread, one of ours among them.
-
-        Threads end when they see it. The ring goes with the last of them.
-        """
-        with self._in_order.pause(self._send_together):
-            for transfer in list(self._pending):
-                transfer.abandoned = True
-        self._stop_threads()
+        """As :meth:`close`, for an owner that the garbage collector takes (Note: what the collector may do)."""
+        self._forsaken = True
+        self._in_order.wait_a_moment(FORSAKE_SECONDS)
 
     def _stop_threads(self) -> None:
         """Have the threads end behind all that was asked for."""
@@ -357,7 +370,9 @@ class Reader:
                 return
 
     def _read_next(self, chunk: Chunk) -> bool:
-        chunk.free.wait()
+        while not chunk.free.wait(FORSAKEN_SECONDS):
+            if self._forsaken:
+                return False
         piece = self._take()
         if piece is None:
             return False
@@ -365,7 +380,7 @@ class Reader:
             if piece.fill is not None:
                 self._read(piece, chunk)
         except BaseException as error:
-            piece.transfer.error = piece.transfer.error or error
+            piece.transfer.fail(error)
         self._in_order.finish(piece, self._send_together)
         del piece  # An error knows this frame, and the transfer the error.
         return True
@@ -373,8 +388,12 @@ class Reader:
     def _take(self) -> _Piece | None:
         """The next piece, in the order in which they are sent; None to end."""
         with self._asked:
-            while not (self._urgent or self._background):
-                self._asked.wait()
+            while not (self._urgent or self._background or self._forsaken):
+                self._asked.wait(FORSAKEN_SECONDS)
+            if self._forsaken:
+                self._urgent.clear()  # Pieces know the reader.
+                self._background.clear()
+                return None
             piece = self._urgent.popleft() if self._urgent else self._background.popleft()
             if piece is not None:
                 self._in_order.begin(piece)
@@ -383,40 +402,38 @@ class Reader:
     def _read(self, piece: _Piece, chunk: Chunk) -> None:
         piece.chunk = chunk
         chunk.free.clear()
-        try:
-            if chunk.sent is not None:
-                self._backend.finish(chunk.sent)  # Race: the copy out of this chunk may still read it.
-                chunk.sent = None
-            if not piece.transfer.stopped:
-                piece.fill(chunk.memory[: piece.target.nbytes])
-        finally:
-            del piece, chunk  # As above.
+        if chunk.sent is not None:
+            self._backend.finish(chunk.sent)  # Race: the copy out of this chunk may still read it.
+            chunk.sent = None
+        if not piece.transfer.stopped:
+            piece.fill(chunk.memory[: piece.target.nbytes])
 
     def _send_together(self, pieces: list[_Piece]) -> None:
         """Queue the copies of pieces of one transfer."""
         transfer = pieces[0].transfer
         try:
-            if not transfer.stopped:
-                transfer.events.append(event := self._send(pieces))
-                transfer.after = None
-                if transfer.abandoned:
-                    # The garbage collector has taken the owner meanwhile, on this thread: its memory goes next.
-                    self._backend.finish(event)
+            if not (transfer.stopped or self._forsaken):
+                self._send(pieces, transfer)
         except BaseException as error:
-            transfer.error = transfer.error or error
-        for chunk in [piece.chunk for piece in pieces if piece.chunk is not None]:
-            chunk.free.set()
-        if pieces[-1].last:
+            transfer.fail(error)
+        last = pieces[-1].last
+        while pieces:  # An error knows this frame, and the transfer the error: nothing of a piece may be left in it.
+            if (chunk := pieces.pop().chunk) is not None:
+                chunk.free.set()
+            del chunk
+        if last:
             self._finish(transfer)
 
-    def _send(self, pieces: Sequence[_Piece]) -> Event:
-        transfer = pieces[0].transfer
+    def _send(self, pieces: list[_Piece], transfer: Transfer) -> None:
         event = self._backend.copy([piece.pair for piece in pieces], transfer.after, transfer.fine)
+        transfer.events.append(event)
+        transfer.after = None
         for piece in pieces:
             if piece.chunk is not None:
                 piece.chunk.sent = event
             self.sent_bytes += piece.target.nbytes
-        return event
+        if self._forsaken:
+            self._backend.finish(event)  # Note: what the collector may do.
 
     def _finish(self, transfer: Transfer) -> None:
         with self._counting:

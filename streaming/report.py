@@ -14,8 +14,11 @@ from .supply import Supply
 from .telemetry import Counters, Snapshot
 
 
-def explain(now: Standing, placement: Placement, supply: Supply) -> str:
-    """The plan in effect and where what it streams comes from, in a line."""
+def explain(now: Standing, placement: Placement, supply: Supply, building: bool) -> str:
+    """The plan in effect and where what it streams comes from, in a line.
+
+    ``building``: master copies are still to come.
+    """
     plan = now.plan
     if plan is None:
         return "not loaded"
@@ -24,7 +27,7 @@ def explain(now: Standing, placement: Placement, supply: Supply) -> str:
         given_up = plan.resident_bytes - placement.resident_bytes
         what = format_bytes(given_up) if given_up else "page-locked memory"
         return f"gave up {what} until it runs again; before that: {text}"
-    return f"{text}; {_memory_text(plan, placement, supply)}" if plan.segments else text
+    return f"{text}; {_memory_text(plan, placement, supply, building)}" if plan.segments else text
 
 
 def take_snapshot(
@@ -36,6 +39,7 @@ def take_snapshot(
     profile: Profile,
     step_seconds: float | None,
     counters: Counters,
+    building: bool,
 ) -> Snapshot:
     """All of it in one value. What is passed may go on changing meanwhile, on another thread."""
     plan, arena = now.plan, supply.arena
@@ -45,7 +49,7 @@ def take_snapshot(
     return Snapshot(
         device=backend.name,
         mode=_mode(plan, config),
-        explain=explain(now, placement, supply),
+        explain=explain(now, placement, supply, building),
         note=arena.reason or "",
         blocks=blocks,
         resident_blocks=plan.resident_blocks if plan is not None else 0,
@@ -59,7 +63,7 @@ def take_snapshot(
         pageable_bytes=arena.pageable_bytes,
         staged_bytes=plan.streamed_bytes - pinned if plan is not None else 0,
         ring_bytes=supply.reader.ring_bytes,
-        building=supply.builder.active,
+        building=building,
         device_bytes=backend.allocated,
         device_peak_bytes=backend.peak,
         device_budget_bytes=now.device_budget,
@@ -72,16 +76,18 @@ def take_snapshot(
     )
 
 
-def _memory_text(plan: Plan, placement: Placement, supply: Supply) -> str:
+def _memory_text(plan: Plan, placement: Placement, supply: Supply, building: bool) -> str:
     """What streams from page-locked memory, what from where it is, and why."""
     pinned = placement.pinned_bytes(plan)
     text = f"{format_bytes(pinned)} from page-locked memory"
     if pinned == plan.streamed_bytes:
         return text
     staged = format_bytes(plan.streamed_bytes - pinned)
-    if supply.builder.active or supply.arena.reason is None:
+    if supply.arena.reason is not None:
+        return f"{text}, {staged} staged from the file or pageable memory ({supply.arena.reason})"
+    if building:
         return f"{text}, {staged} from the file until they are page-locked too"
-    return f"{text}, {staged} staged from the file or pageable memory ({supply.arena.reason})"
+    return f"{text}, {staged} staged from the file or pageable memory"
 
 
 def _mode(plan: Plan | None, config: StreamingConfig) -> str:

@@ -106,10 +106,10 @@ class Runner:
             streamer.load_within(plan, reload)
         else:
             streamer.keep(plan)
-        streamer.build()
-        wanted = self._planner.wants_measuring(streamer.building)
+        wanted = self._planner.wants_measuring()
         if measured or wanted != (self.recorder is not None):
             self._record(streamer, wanted)
+        streamer.build()
 
     def _learn(self, streamer: Streamer) -> bool:
         """Keep what the step before has shown, if it was measured; waits for the device then."""

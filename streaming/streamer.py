@@ -228,9 +228,11 @@ class Streamer:
 
     def _build(self) -> None:
         assert self.plan is not None
-        self._unbuilt = False
-        self._supply.build(self._placement.unbuilt(self.plan), self)
-        self._placement.adopt()
+        try:
+            self._supply.build(self._placement.unbuilt(self.plan), self)
+            self._unbuilt = False
+        finally:
+            self._placement.adopt()
 
     @property
     def reader(self) -> Reader:
@@ -239,8 +241,8 @@ class Streamer:
 
     @property
     def building(self) -> bool:
-        """Whether master copies are being built beside the steps."""
-        return self._supply.builder.active
+        """Whether master copies are being built, or will be before the next step."""
+        return self._unbuilt or self._supply.builder.active
 
     @property
     def arriving(self) -> bool:
@@ -263,7 +265,7 @@ class Streamer:
 
     def _put_away(self) -> None:
         """Give the reader's ring back once everything streams from page-locked memory."""
-        if self._supply.reader.ring_bytes and not self.building and not self._placement.arriving:
+        if self._supply.reader.ring_bytes and not self._placement.arriving:
             self._placement.adopt()
             if self._placement.pinned_bytes(self.plan) == self.plan.streamed_bytes:
                 self._supply.reader.flush()
@@ -485,12 +487,12 @@ class Streamer:
 
     def explain(self) -> str:
         """The plan in effect and where what it streams comes from, in a line."""
-        return explain(self.standing, self._placement, self._supply)
+        return explain(self.standing, self._placement, self._supply, self.building)
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         now = self.standing  # Once: another thread may load or unload meanwhile.
-        told = (self.config, self.profile, self._meters.step.seconds, self.counters)
+        told = (self.config, self.profile, self._meters.step.seconds, self.counters, self.building)
         return take_snapshot(now, self._placement, self._supply, self.backend, *told)
 
 

@@ -55,6 +55,64 @@ def test_masters_are_built_also_where_the_plan_stays(tmp_path: Path) -> None:
     stored.close()
 
 
+def test_building_that_is_cancelled_is_taken_up_before_the_next_step(tmp_path: Path) -> None:
+    """Also where the plan stays, so that nothing is loaded again."""
+
+    class Cancelled(BaseException):
+        """As the host's interrupt."""
+
+    cancelling = [False]
+
+    def watch(progress: object) -> None:
+        if cancelling[0]:
+            raise Cancelled
+
+    backend = PinningBackend(permits=0)
+    backend.permits.release(10_000)
+    stored = Stored(tmp_path, backend, watch=watch)
+    stored.streamer.load(stored.least)
+    stored.check(3)
+    plan = stored.streamer.plan
+    stored.streamer.unload()
+    stored.streamer.give_up_masters(10**9)
+    stored.streamer.load(plan)
+    stored.check()
+    while backend.permits.acquire(blocking=False):
+        """No registration may go on."""
+    threading.Timer(0.3, backend.let_go_on).start()
+    cancelling[0] = True
+    with pytest.raises(Cancelled):
+        stored.run()
+    cancelling[0] = False
+    assert stored.streamer.building
+    stored.check()
+    assert stored.streamer.plan == plan
+    assert not stored.streamer.building
+    assert stored.streamer.snapshot().staged_bytes == 0
+    stored.check(2)
+    stored.close()
+
+
+def test_threads_that_do_not_start_leave_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = Stored(tmp_path)
+    stored.streamer.load(stored.least)
+    stored.check()
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name.startswith("weightstream-build"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            stored.run()
+    stored.check(2)
+    assert stored.streamer.snapshot().staged_bytes == 0
+    stored.close()
+
+
 def test_steps_are_right_between_and_after_what_is_built_behind_them(tmp_path: Path) -> None:
     """What was built behind other work when the model is loaded is used, and what was begun is built later."""
     units = len(Stored(tmp_path).streamer.blocks.units)

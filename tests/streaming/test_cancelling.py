@@ -15,6 +15,7 @@ import pytest
 from models import Doubled, PinningBackend, Stored
 from reads import join_threads
 from weightstream.streaming import PinBudget, State
+from weightstream.streaming.in_order import InOrder
 from weightstream.streaming.reader import Reader
 
 pytestmark = pytest.mark.usefixtures("watched")
@@ -177,6 +178,49 @@ def test_a_model_is_dropped(tmp_path: Path, gate: Gate, under_way: str, collecte
         assert backend.store.allocated == 0
         go_on()
         join_threads()
+        assert backend.registered == {}
+        assert pins.used == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("place", ["reads", "takes"])
+def test_the_collector_takes_a_model_on_a_thread_that_reads_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, place: str
+) -> None:
+    """It may hold any lock at that moment."""
+    backend, pins = PinningBackend(), PinBudget()
+    stored = Stored(tmp_path, backend, pins, pin_memory=True)
+    stored.streamer.load(stored.least)
+    stored.check()
+    stored.streamer.drain()
+    collecting, collected = threading.Event(), threading.Event()
+
+    def collect() -> None:
+        if collecting.is_set() and not collected.is_set():
+            collected.set()
+            gc.collect()
+
+    if place == "reads":
+        preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda *arguments: (preadv(*arguments), collect())[0])
+    else:
+        begin = InOrder.begin
+        monkeypatch.setattr(InOrder, "begin", lambda order, item: (begin(order, item), collect())[0])
+    reference = weakref.ref(stored.streamer)
+    gc.disable()
+    try:
+        stored.itself = stored
+        stored.streamer._supply.reader.close()
+        gate.open.clear()
+        stored.streamer.invalidate()
+        del stored
+        collecting.set()
+        gate.open.set()
+        assert collected.wait(10)
+        join_threads()
+        assert reference() is None
+        assert backend.store.allocated == 0
         assert backend.registered == {}
         assert pins.used == 0
     finally:

@@ -223,16 +223,11 @@ def test_only_whole_pages_are_dropped_and_never_the_rest_of_the_file(
         file.drop_cached(offset, nbytes)
     drop = os.POSIX_FADV_DONTNEED
     assert given == [(page, page, drop), (0, page, drop), (page, page, drop)]
-    given.clear()
-    file.will_need(5, 10)
-    file.will_need(5, 0)
-    assert given == [(5, 10, os.POSIX_FADV_WILLNEED)]
 
 
 def test_advice_is_harmless_also_to_a_closed_file(path: Path) -> None:
     file = CheckpointFile(path)
     for _ in range(2):
-        file.will_need(0, file.nbytes)
         file.drop_cached(0, file.nbytes)
         file.close()
 

@@ -118,29 +118,3 @@ def test_all_orders_show_who_does_not_look_again() -> None:
         return runs[0].schedule
 
     assert any(not runs[0].handed for _ in all_runs(make, 2))
-
-
-class Plain:
-    """An item of one thread."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.ready = False
-
-
-def test_a_thread_that_is_interrupted_while_it_hands_on_goes_on_alone() -> None:
-    """The garbage collector may run anything on it, a pause of the same order too."""
-    order: InOrder[Plain] = InOrder(lambda first, second: False)
-    items = [Plain(number) for number in range(4)]
-    handed: list[int] = []
-
-    def hand_on(batch: list[Plain]) -> None:
-        with order.pause(hand_on):
-            items[-1].ready = True
-        handed.extend(item.number for item in batch)
-
-    for item in items:
-        order.begin(item)
-    for item in reversed(items[:-1]):
-        order.finish(item, hand_on)
-    assert handed == [0, 1, 2, 3]
