@@ -27,10 +27,12 @@ is waited for by who closes the backend next.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -50,6 +52,9 @@ from .layout import ALIGNMENT, Layout
 # How often a thread that waits looks whether it shall go on.
 TICK_SECONDS = 0.05
 FORSAKEN_SECONDS = 0.2
+
+# How long the interpreter's end waits for threads: for a read that is under way, and no longer than a user would.
+EXIT_SECONDS = 2.0
 
 # How long the garbage collector waits for a copy that is being queued: long enough for any, and no end in itself.
 FORSAKE_SECONDS = 1.0
@@ -352,6 +357,7 @@ class Reader:
             self._arena.release(ring)
             raise
         self._ring = ring
+        _open.add(self)
         chunks = [Chunk(memory) for memory in ring.memory.split(self._chunk_bytes)]
         try:
             for number in range(self._threads):
@@ -442,7 +448,7 @@ class Reader:
                 self._busy_seconds += time.perf_counter() - self._busy_since
         if transfer.error is not None:
             transfer.queued.set_exception(transfer.error)
-        elif transfer.abandoned:
+        elif transfer.abandoned or self._forsaken:
             transfer.queued.set_exception(TransferAbandonedError("a transfer was given up"))
         else:
             transfer.queued.set_result(self._backend.all_of(transfer.events))
@@ -455,3 +461,18 @@ def _of_one_transfer(first: _Piece, second: _Piece) -> bool:
 def _copies_from(source: torch.Tensor) -> Callable[[torch.Tensor], None]:
     # numpy copies on the calling thread alone; torch would start a team of threads for each of ours.
     return lambda chunk: np.copyto(chunk.numpy(), source.numpy())
+
+
+# Readers that may have threads. A thread that is inside of torch when the interpreter ends would abort the process.
+_open: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    readers = list(_open)
+    for reader in readers:
+        reader.forsake()
+    deadline = time.monotonic() + EXIT_SECONDS
+    for reader in readers:
+        for worker in reader._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))

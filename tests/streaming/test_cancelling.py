@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -225,3 +227,29 @@ def test_the_collector_takes_a_model_on_a_thread_that_reads_for_it(
         assert pins.used == 0
     finally:
         gc.enable()
+
+
+PROGRAM = """
+import sys, types
+from pathlib import Path
+pack = types.ModuleType("weightstream")
+pack.__path__ = [sys.argv[1]]
+sys.modules["weightstream"] = pack
+sys.path.insert(0, sys.argv[1] + "/tests/streaming")
+import torch
+from models import CpuBackend, Stored, VirtualMemory
+stored = Stored(Path(sys.argv[2]), CpuBackend(VirtualMemory(10**9)), dtype=torch.bfloat16, pin_memory=False,
+                read_threads=8, chunks=16, chunk_bytes=512)
+stored.streamer.load(stored.least)
+for _ in range(3):
+    stored.run()
+stored.streamer.invalidate()
+"""
+
+
+def test_a_process_may_end_while_weights_are_read(tmp_path: Path) -> None:
+    """A thread that is inside of torch at that moment would abort it."""
+    root = Path(__file__).parents[2]
+    for _ in range(4):
+        ended = subprocess.run([sys.executable, "-c", PROGRAM, str(root), str(tmp_path)], timeout=60, check=False)
+        assert ended.returncode == 0
