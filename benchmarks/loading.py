@@ -196,7 +196,7 @@ def measure_reads(path: Path, cold: bool) -> dict[str, float]:
 def say(result: dict) -> str:
     if "error" in result:
         return "failed: " + " | ".join(result["error"])
-    first, later, steady = result["first_step_s"], result["building_steps_s"], result["steady_step_s"]
+    first, later, steady = result["first_step_s"], result["later_steps_s"], result["steady_step_s"]
     text = f"loader {result['loader_s']:.2f} s, first step done after {first:.2f} s; then"
     text += " ".join(f" {step:.3f}" for step in later) + f"; steady {steady:.3f}"
     own = result["anonymous_before_bytes"]
@@ -204,7 +204,7 @@ def say(result: dict) -> str:
     if "status" in result:
         status = result["status"]
         text += f"; streamed {status['streamed_block_bytes'] / GB:.2f}, page-locked {status['pinned_bytes'] / GB:.2f}"
-        text += f", staged {status['staged_bytes'] / GB:.2f} GB; built after {result['built_s']:.1f} s"
+        text += f", staged {status['staged_bytes'] / GB:.2f} GB"
     return text + f"; {result['first_latent_sha256'][:8]} {result['latent_sha256'][:8]}"
 
 
