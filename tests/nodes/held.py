@@ -10,10 +10,19 @@ import comfy.model_management as mm
 from weightstream.nodes import devices
 
 
+# Longer than threads need to see that nobody wants what they read.
+SETTLED_SECONDS = 0.6
+
+
 def held_by_others() -> int:
     """Page-locked bytes, without those of models that earlier tests have left to the garbage collector."""
     gc.collect()
-    return devices.pins.used
+    used, since = devices.pins.used, time.monotonic()
+    while time.monotonic() < since + SETTLED_SECONDS:
+        time.sleep(0.02)
+        if devices.pins.used != used:
+            used, since = devices.pins.used, time.monotonic()
+    return used
 
 
 def check_nothing_is_held(memory: Any, before: int) -> None:
