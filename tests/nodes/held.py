@@ -9,7 +9,6 @@ from typing import Any
 import comfy.model_management as mm
 from weightstream.nodes import devices
 
-
 # Longer than threads need to see that nobody wants what they read.
 SETTLED_SECONDS = 0.6
 
