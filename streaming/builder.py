@@ -25,7 +25,7 @@ from concurrent.futures import wait as wait_for_futures
 
 from .arena import Arena
 from .masters import UnitCopies
-from .reader import Tick, wait_for
+from .transfer import Tick, wait_for
 
 logger = logging.getLogger(__name__)
 

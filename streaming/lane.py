@@ -29,10 +29,11 @@ from .backend import Backend, Pair
 from .layout import Binding
 from .masters import UnitCopies
 from .plan import Plan
-from .reader import Load, Move, Reader, Tick, Transfer
+from .reader import Reader
 from .ring import Ring
 from .schedule import Entry, Schedule
 from .telemetry import Meters
+from .transfer import Load, Move, Tick, Transfer
 
 
 class _Run:

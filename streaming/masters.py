@@ -13,7 +13,8 @@ from .blocks import Unit
 from .contents import needs_work, ranges, read_range, read_tensor, read_unit
 from .errors import UnsupportedModelError
 from .layout import Binding, TensorSpec
-from .reader import Reader, Tick, Transfer
+from .reader import Reader
+from .transfer import Tick, Transfer
 
 
 class Patches(Protocol):

@@ -10,8 +10,8 @@ from .backend import Backend
 from .blocks import BlockSet
 from .masters import Patches, UnitCopies, Weights
 from .plan import Plan
-from .reader import Load, wait_for
 from .supply import Supply
+from .transfer import Load, wait_for
 
 
 class Placement:

@@ -31,26 +31,22 @@ import atexit
 import itertools
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for_futures
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from .arena import Arena, HostBuffer
-from .backend import Backend, Event, Pair
+from .backend import Backend, Event
 from .contents import ranges, read_range
 from .in_order import InOrder
 from .layout import ALIGNMENT, Layout
+from .transfer import Chunk, Load, Move, Piece, Tick, Transfer, TransferAbandonedError, wait_for
 
-# How often a thread that waits looks whether it shall go on.
-TICK_SECONDS = 0.05
+# How often a thread that waits looks whether anybody wants it still.
 FORSAKEN_SECONDS = 0.2
 
 # How long the interpreter's end waits for threads: for a read that is under way, and no longer than a user would.
@@ -58,139 +54,6 @@ EXIT_SECONDS = 2.0
 
 # How long the garbage collector waits for a copy that is being queued: long enough for any, and no end in itself.
 FORSAKE_SECONDS = 1.0
-
-Tick = Callable[[], None]
-
-T = TypeVar("T")
-
-
-def wait_for(future: Future[T], tick: Tick) -> T:
-    """A future's result; ``tick`` is called meanwhile, and may raise."""
-    try:
-        while True:
-            try:
-                return future.result(TICK_SECONDS)
-            except FutureTimeoutError:
-                if future.done():
-                    return future.result()  # It was done just now, or failed with an error of that kind itself.
-            tick()
-    finally:
-        del future  # Its error knows this frame: they would keep each other, and what the callers hold, alive.
-
-
-class TransferAbandonedError(Exception):
-    """A transfer was given up before it was done; nobody should be waiting for it."""
-
-
-class Load(NamedTuple):
-    """Ask for a unit's weights as they were loaded.
-
-    Attributes:
-        layout: the unit's.
-        target: memory on the device, of the layout's size.
-    """
-
-    layout: Layout
-    target: torch.Tensor
-
-
-class Move(NamedTuple):
-    """Ask for a copy of host memory.
-
-    Attributes:
-        source: host memory; staged through the ring if it is not page-locked.
-        target: memory on the device, of the same size.
-        pinned: whether ``source`` is page-locked.
-    """
-
-    source: torch.Tensor
-    target: torch.Tensor
-    pinned: bool
-
-
-class Chunk:
-    """A part of the ring, and the event that guards it.
-
-    Attributes:
-        memory: uint8 host memory.
-        sent: the last copy out of it.
-        free: what was read into it is queued, or given up.
-    """
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self.sent: Event | None = None
-        self.free = threading.Event()
-        self.free.set()
-
-
-class Transfer:
-    """Bytes on their way to the device.
-
-    Attributes:
-        queued: the event behind its last copy, once all of its copies are queued; or what went wrong.
-        events: of its copies so far.
-        abandoned: nobody wants it any more.
-        error: what went wrong first.
-    """
-
-    def __init__(self, after: Event | None, fine: bool) -> None:
-        self.queued: Future[Event] = Future()
-        self.events: list[Event] = []
-        self.after = after
-        self.fine = fine
-        self.abandoned = False
-        self.error: BaseException | None = None
-
-    @property
-    def stopped(self) -> bool:
-        return self.abandoned or self.error is not None
-
-    def fail(self, error: BaseException) -> None:
-        """It ends here, if it has not failed before. What the frames of the error hold goes: memory is among it."""
-        traceback.clear_frames(error.__traceback__)
-        self.error = self.error or error
-
-    def forget_error(self) -> None:
-        """Who is told of an error is in its traceback. Kept here, it would keep them and their memory alive."""
-        if self.queued.done() and self.queued.exception() is not None:
-            self.error, self.queued = None, Future()
-            self.queued.set_exception(TransferAbandonedError("a transfer has failed"))
-
-
-class _Piece:
-    """What one chunk carries, or a copy that needs none.
-
-    Attributes:
-        target: memory on the device.
-        fill: writes what belongs there to a chunk; None for a copy straight from ``source``.
-        ready: the chunk holds it, or needs to hold nothing.
-        last: of its transfer.
-    """
-
-    __slots__ = ("chunk", "fill", "last", "ready", "source", "target", "transfer")
-
-    def __init__(
-        self,
-        transfer: Transfer,
-        target: torch.Tensor,
-        source: torch.Tensor | None,
-        fill: Callable[[torch.Tensor], None] | None,
-    ) -> None:
-        self.transfer = transfer
-        self.target = target
-        self.source = source
-        self.fill = fill
-        self.chunk: Chunk | None = None
-        self.ready = False
-        self.last = False
-
-    @property
-    def pair(self) -> Pair:
-        """Where to copy, and from where, once it is ready."""
-        source = self.source if self.chunk is None else self.chunk.memory[: self.target.nbytes]
-        assert source is not None
-        return self.target, source
 
 
 class Reader:
@@ -219,9 +82,9 @@ class Reader:
         self._chunk_bytes = max(ALIGNMENT, chunk_bytes)
         self._chunks = chunks
         self._ring: HostBuffer | None = None
-        self._urgent: deque[_Piece] = deque()
-        self._background: deque[_Piece | None] = deque()
-        self._in_order: InOrder[_Piece] = InOrder(_of_one_transfer)
+        self._urgent: deque[Piece] = deque()
+        self._background: deque[Piece | None] = deque()
+        self._in_order: InOrder[Piece] = InOrder(_of_one_transfer)
         self._asked = threading.Condition()
         self._counting = threading.Lock()
         self._pending: set[Transfer] = set()
@@ -325,18 +188,18 @@ class Reader:
 
     # -- pieces --------------------------------------------------------------------------------------------------
 
-    def _pieces(self, transfer: Transfer, part: Load | Move) -> list[_Piece]:
+    def _pieces(self, transfer: Transfer, part: Load | Move) -> list[Piece]:
         if isinstance(part, Move) and part.pinned:
-            return [_Piece(transfer, part.target, part.source, None)]
+            return [Piece(transfer, part.target, part.source, None)]
         if isinstance(part, Move):
             starts = range(0, part.target.nbytes, self._chunk_bytes)
             spans = [(start, min(start + self._chunk_bytes, part.target.nbytes)) for start in starts]
             return [
-                _Piece(transfer, part.target[start:stop], None, _copies_from(part.source[start:stop]))
+                Piece(transfer, part.target[start:stop], None, _copies_from(part.source[start:stop]))
                 for start, stop in spans
             ]
         return [
-            _Piece(transfer, part.target[start:stop], None, self._reads(part.layout, start, stop))
+            Piece(transfer, part.target[start:stop], None, self._reads(part.layout, start, stop))
             for start, stop in ranges(part.layout, self._chunk_bytes)
         ]
 
@@ -391,7 +254,7 @@ class Reader:
         del piece  # An error knows this frame, and the transfer the error.
         return True
 
-    def _take(self) -> _Piece | None:
+    def _take(self) -> Piece | None:
         """The next piece, in the order in which they are sent; None to end."""
         with self._asked:
             while not (self._urgent or self._background or self._forsaken):
@@ -405,7 +268,7 @@ class Reader:
                 self._in_order.begin(piece)
             return piece
 
-    def _read(self, piece: _Piece, chunk: Chunk) -> None:
+    def _read(self, piece: Piece, chunk: Chunk) -> None:
         piece.chunk = chunk
         chunk.free.clear()
         if chunk.sent is not None:
@@ -414,7 +277,7 @@ class Reader:
         if not piece.transfer.stopped:
             piece.fill(chunk.memory[: piece.target.nbytes])
 
-    def _send_together(self, pieces: list[_Piece]) -> None:
+    def _send_together(self, pieces: list[Piece]) -> None:
         """Queue the copies of pieces of one transfer."""
         transfer = pieces[0].transfer
         try:
@@ -430,7 +293,7 @@ class Reader:
         if last:
             self._finish(transfer)
 
-    def _send(self, pieces: list[_Piece], transfer: Transfer) -> None:
+    def _send(self, pieces: list[Piece], transfer: Transfer) -> None:
         event = self._backend.copy([piece.pair for piece in pieces], transfer.after, transfer.fine)
         transfer.events.append(event)
         transfer.after = None
@@ -454,7 +317,7 @@ class Reader:
             transfer.queued.set_result(self._backend.all_of(transfer.events))
 
 
-def _of_one_transfer(first: _Piece, second: _Piece) -> bool:
+def _of_one_transfer(first: Piece, second: Piece) -> bool:
     return first.transfer is second.transfer
 
 

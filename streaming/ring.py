@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .backend import Backend, Event, Pair
-from .reader import Transfer
+from .transfer import Transfer
 
 
 @dataclass

@@ -15,7 +15,8 @@ from weightstream.streaming.arena import Arena
 from weightstream.streaming.backend import Event, Pair
 from weightstream.streaming.contents import ranges, read_range, read_unit
 from weightstream.streaming.layout import ALIGNMENT, NamedTensor, make_layout
-from weightstream.streaming.reader import Load, Move, Reader, Transfer, TransferAbandonedError
+from weightstream.streaming.reader import Reader
+from weightstream.streaming.transfer import Load, Move, Transfer, TransferAbandonedError
 
 pytestmark = pytest.mark.usefixtures("watched")
 
