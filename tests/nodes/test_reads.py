@@ -75,7 +75,7 @@ def written_bytes(name: str) -> int:
         field, _, rest = line.partition(" ")
         if not field.endswith(":"):
             mapped = line.endswith(name)
-        elif mapped and field in ("Private_Dirty:", "Swap:"):
+        elif mapped and field in ("Anonymous:", "Swap:"):
             found += 1024 * int(rest.split()[0])
     return found
 
