@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import report
 from cases import CASES, GB
 from run import HERE, RESULTS, describe_machine, ensure_checkpoint, hold_back_vram, keep_log, last_lines
@@ -31,6 +32,8 @@ POLL_SECONDS = 0.02
 MB = 1 << 20
 # Page-locked memory for any ring and little else.
 RING_SHARE = 0.02
+# Much more than processors cache.
+MEMORY_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def rows(case: str) -> dict[str, Row]:
             pin_share=RING_SHARE,
             steps=4,
         )
-        for threads, size in ((4, 8), (8, 2), (8, 4), (8, 8), (8, 16), (16, 4), (16, 8))
+        for threads, size in ((4, 16), (8, 4), (8, 8), (8, 16), (12, 16), (16, 4), (16, 8))
     }
     return {
         "cached": Row(case),
@@ -190,7 +193,27 @@ def measure_reads(path: Path, cold: bool) -> dict[str, float]:
     read_through(path, 16, 16 * MB)
     found["cached_8_threads"] = read_through(path, 8, 8 * MB)
     found["cached_16_threads"] = read_through(path, 16, 16 * MB)
+    found["memory_8_threads"] = copy_memory(8, 16 * MB)
+    found["memory_16_threads"] = copy_memory(16, 16 * MB)
     return found
+
+
+def copy_memory(threads: int, chunk: int) -> float:
+    """Copy host memory through a ring of chunks, two for each thread; gives bytes per second, the best of three."""
+    source = np.ones(MEMORY_BYTES, np.uint8)
+    ring = [np.ones(chunk, np.uint8) for _ in range(2 * threads)]
+
+    def copy(number: int) -> None:
+        for turn, offset in enumerate(range(number * chunk, source.nbytes, threads * chunk)):
+            np.copyto(ring[number + turn % 2 * threads], source[offset : offset + chunk])
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        list(pool.map(copy, range(threads)))
+        return time.perf_counter() - started
+
+    with ThreadPoolExecutor(threads) as pool:
+        return source.nbytes / min(seconds() for _ in range(3))
 
 
 def say(result: dict) -> str:
@@ -204,7 +227,7 @@ def say(result: dict) -> str:
     if "status" in result:
         status = result["status"]
         text += f"; streamed {status['streamed_block_bytes'] / GB:.2f}, page-locked {status['pinned_bytes'] / GB:.2f}"
-        text += f", staged {status['staged_bytes'] / GB:.2f} GB"
+        text += f", staged {status['staged_bytes'] / GB:.2f} GB ({status['staged_bytes'] / steady / GB:.1f} GB/s)"
     return text + f"; {result['first_latent_sha256'][:8]} {result['latent_sha256'][:8]}"
 
 

@@ -34,6 +34,9 @@ T = TypeVar("T")
 # Out of memory: these parts of what is on the device go, one after another, until the step runs.
 OUT_OF_MEMORY_SHARES = (0.03, 0.2, 1.0)
 
+# What is said of a tensor in host memory: by most of torch, by its convolutions, by Triton and by Flash Attention.
+OTHER_DEVICE = ("same device", "and weight type (", "cpu tensor?", "must be on CUDA")
+
 
 class Runner:
     """Runs the steps of one streamed model, and measures those that teach something.
@@ -166,8 +169,8 @@ class Runner:
 
 
 def _is_of_another_device(error: Exception) -> bool:
-    """Whether a kernel was given a tensor in host memory, as torch says it."""
-    return isinstance(error, RuntimeError) and "Expected all tensors to be on the same device" in str(error)
+    """Whether a kernel was given a tensor in host memory."""
+    return isinstance(error, (RuntimeError, ValueError)) and any(words in str(error) for words in OTHER_DEVICE)
 
 
 def _streams_parts(plan: Plan | None) -> bool:

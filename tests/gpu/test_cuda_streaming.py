@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from weightstream.streaming.arena import Arena
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 DEPTH, WIDTH, TOKENS = 12, 1024, 256
+# Of a block's four units: the layer behind attention, whose weight is square.
+OUT = 1
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +264,20 @@ def test_a_weight_that_a_later_step_reads_directly_is_there(reference: tuple[tor
         assert torch.equal(streamer.run(lambda: model(x)), expected)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, weight: torch.cat((x, weight)),
+        lambda x, weight: x[0] + weight[0],
+        lambda x, weight: x @ weight.T,
+        lambda x, weight: torch.nn.functional.conv1d(x.T[None], weight[:, :, None]),
+    ],
+    ids=["cat", "add", "matmul", "conv"],
+)
 def test_a_resident_that_is_read_before_it_has_arrived_is_waited_for(
-    reference: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+    reference: tuple[torch.Tensor, torch.Tensor],
+    tmp_path: Path,
+    use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
     x, expected = reference
     safetensors.torch.save_model(make_transformer(DEPTH, WIDTH), str(tmp_path / "model.safetensors"))
@@ -273,12 +288,13 @@ def test_a_resident_that_is_read_before_it_has_arrived_is_waited_for(
     streamer = Streamer(model, blocks, CudaBackend(torch.device("cuda:0")), StreamingConfig(read_threads=1, chunks=1))
     streamer.load(streamer.plan_for(streamer.minimum_bytes + 6 * streamer.outline.block_bytes(0)))
     assert streamer.plan is not None
-    last = streamer.outline.unit_block[max(streamer.plan.resident)]
+    resident = streamer.plan.resident
+    last = next(block for block in reversed(range(DEPTH)) if 4 * block + OUT in resident)
     forward, tries = model.forward, []
 
     def read_ahead(x: torch.Tensor) -> torch.Tensor:
         tries.append(len(tries))
-        torch.cat((x[0], model.blocks[last].qkv.weight))
+        use(x[0], model.blocks[last].out.weight)
         return forward(x)
 
     model.forward = read_ahead
