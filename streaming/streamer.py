@@ -412,6 +412,13 @@ class Streamer:
         self._equip(backend)
         self._planner.change_device()
 
+    def configure(self, config: StreamingConfig) -> None:
+        """Stream with other settings from the next load on. Where they differ, nothing of what was built is kept."""
+        if config != self.config:
+            self.config = config
+            self._planner = Planner(self.outline, config)
+            self.move_to(self.backend)
+
     def close(self) -> None:
         """Unload, free the master copies, end the copy streams. The streamer can be loaded again."""
         self.unload()

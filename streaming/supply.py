@@ -57,7 +57,7 @@ class Supply:
         watch: Watch,
     ) -> None:
         chunk_bytes = min(config.chunk_bytes, largest_bytes)
-        self.arena = Arena(backend, config.pin_memory, pins)
+        self.arena = Arena(backend, config.pin_memory, pins, config.pinned_limit)
         self.reader = Reader(backend, self.arena, config.read_threads, chunk_bytes, config.chunks)
         self.builder = Builder(self.arena, config.build_threads)
         self._threads = config.threads
