@@ -14,8 +14,10 @@ import torch
 from .backend import Backend
 from .config import format_bytes
 
-# After a registration has failed, this part of what was page-locked then is the limit.
+# After a registration has failed, this part of what was page-locked then is the limit, and so many bytes more with each
+# later attempt: what the system allows changes.
 BACK_OFF = 0.95
+PROBE_BYTES = 256 * 1024**2
 
 
 class PinOwner(Protocol):
@@ -100,6 +102,12 @@ class PinBudget:
                 self._ceiling = int(self.locked * BACK_OFF)
                 self._refused = reason
         return reason
+
+    def probe(self) -> None:
+        """Somebody tries anew: more than was refused before may be allowed by now."""
+        with self._counting:
+            if self._ceiling is not None:
+                self._ceiling += PROBE_BYTES
 
     def unlocked(self, nbytes: int) -> None:
         with self._counting:
@@ -242,6 +250,7 @@ class Arena:
 
     def begin(self) -> None:
         """Try anew: what stood in the way before may be gone."""
+        self.budget.probe()
         self.reason = None if self._pin_memory else "page-locking is switched off"
 
     def allocate(self, nbytes: int) -> HostBuffer:

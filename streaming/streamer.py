@@ -210,7 +210,7 @@ class Streamer:
 
         Which that is follows from one order of residency, so what a smaller budget streams includes it.
         """
-        if self.state is State.UNLOADED and budget < self.model_bytes:
+        if self.state is State.UNLOADED:
             plan = self._planner.plan_within(budget)
             self._supply.builder.stop()  # Called again: two may not build the same.
             self._placement.adopt()
@@ -292,8 +292,14 @@ class Streamer:
         self.plan = plan
 
     def begin_prompt(self) -> None:
-        """The host has loaded the model, and may have tidied the device up: what torch keeps now says nothing."""
+        """The host has loaded the model, and may have tidied the device up: what torch keeps now says nothing.
+
+        What could not be page-locked before may be possible now.
+        """
         self._planner.begin_prompt()
+        if self.plan is not None and self._placement.unbuilt(self.plan):
+            self._supply.arena.begin()
+            self._unbuilt = True
 
     def give_way(self, nbytes: int) -> int:
         """Give up residents until ``nbytes`` are free, at once and without making anything in their place.
@@ -322,7 +328,7 @@ class Streamer:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
         self._halt()
         self._runner.finish(self)
-        self.begin_prompt()
+        self._planner.begin_prompt()
         self._steps.detach()
         self._steps.drop_lane()
         self._placement.clear_device()
@@ -444,7 +450,7 @@ class Streamer:
         """Have what it takes to stream to ``backend``."""
         largest = max(unit.nbytes for unit in (*self.blocks.units, self.blocks.rest))
         self._supply = Supply(backend, self.config, largest, self._pins, self._watch)
-        self._placement = Placement(self.blocks, backend, self._supply, self.config.threads)
+        self._placement = Placement(self.blocks, backend, self._supply)
         self._supply.arena.budget.join(self)
         self._meters = Meters(backend, self.counters)
         self._steps = Steps(self._root, self.blocks, self._placement, self._planner, self._meters)
