@@ -1,0 +1,151 @@
+"""Text encoders stream, and what they say is what ComfyUI's own say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sd
+import pytest
+import torch
+from sampling import MB
+from text_encoders import FAMILIES, Family, write_encoder
+from weightstream.nodes.offload import Mode, OffloadSettings
+from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
+from weightstream.nodes.text_encoder import with_patcher
+from weightstream.streaming import VirtualMemory
+
+Device = Callable[[int], VirtualMemory]
+
+PROMPTS = ("a cat", "a cat that sits on a chair and reads of dogs, in the style of dogs")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def path(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("encoders") / f"{family.name}.safetensors"
+    write_encoder(family, path)
+    return path
+
+
+def load(family: Family, path: Path) -> comfy.sd.CLIP:
+    return comfy.sd.load_clip([str(path)], clip_type=family.type, model_options=family.options)
+
+
+@pytest.fixture
+def clip(family: Family, path: Path, virtual_device: Device) -> comfy.sd.CLIP:
+    """As the host loads it, with a virtual device of two thirds of its size."""
+    clip = load(family, path)
+    virtual_device(clip.patcher.model_size() * 2 // 3)
+    return clip
+
+
+def stream(clip: comfy.sd.CLIP, **settings: Any) -> comfy.sd.CLIP:
+    with torch.inference_mode():
+        return with_patcher(clip, with_settings(clip.patcher, OffloadSettings(**settings)))
+
+
+def tokens_of(clip: comfy.sd.CLIP, text: str) -> dict[str, list]:
+    """Tokens of a prompt, with ids that the small encoder knows."""
+    return {
+        name: [[(token[0] % 180, *token[1:]) for token in part] for part in parts]
+        for name, parts in clip.tokenize(text).items()
+    }
+
+
+def encode(clip: comfy.sd.CLIP, text: str) -> list[torch.Tensor]:
+    """What the host's nodes get for a prompt."""
+    with torch.inference_mode():
+        found = clip.encode_from_tokens(tokens_of(clip, text), return_dict=True, return_pooled=True)
+    return [value for value in found.values() if isinstance(value, torch.Tensor)]
+
+
+def assert_same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    assert ones
+    assert len(ones) == len(others)
+    assert all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+@pytest.mark.parametrize("mode", [Mode.AUTO, Mode.STREAM, Mode.SYNC])
+def test_an_encoder_streams(clip: comfy.sd.CLIP, mode: Mode) -> None:
+    ours = stream(clip, mode=mode)
+    assert isinstance(ours.patcher, StreamedModelPatcher)
+    for text in (*PROMPTS, *PROMPTS):
+        assert_same(encode(ours, text), encode(clip, text))
+    status = ours.patcher.status()
+    assert status["mode"] == ("synchronous" if mode is Mode.SYNC else "streamed")
+    assert status["counters"]["steps"] == 4
+    assert status["counters"]["copies"] > 0
+    assert ours.patcher.streamed.name == clip.patcher.cached_patcher_init[1][0][0].rpartition("/")[2]
+    specs = [spec for unit in ours.patcher.streamer.blocks.units for spec in unit.layout.specs]
+    assert all(spec.source is not None for spec in specs)
+
+
+def test_patches_on_an_encoder(clip: comfy.sd.CLIP) -> None:
+    weights = [name for name, weight in clip.patcher.model_state_dict().items() if weight.ndim == 2][-12:]
+    generator = torch.Generator().manual_seed(3)
+    patches = {
+        name: ("diff", (torch.randn(clip.patcher.model_state_dict()[name].shape, generator=generator) * 0.02,))
+        for name in weights
+    }
+    plain = encode(clip, PROMPTS[0])
+    patched = clip.clone()
+    assert len(patched.add_patches(patches, 0.7)) == len(patches)
+    expected = encode(patched, PROMPTS[0])
+    assert not all(map(torch.equal, plain, expected))
+    ours = stream(clip)
+    ours_patched = ours.clone()
+    ours_patched.add_patches(patches, 0.7)
+    for _ in range(2):
+        assert_same(encode(ours_patched, PROMPTS[0]), expected)
+        assert_same(encode(stream(patched), PROMPTS[0]), expected)
+        assert_same(encode(ours, PROMPTS[0]), plain)
+
+
+def test_a_layer_before_the_last(clip: comfy.sd.CLIP) -> None:
+    ours = stream(clip)
+    for layer in (-2, -3):
+        clip.clip_layer(layer)
+        ours.clip_layer(layer)
+        assert_same(encode(ours, PROMPTS[1]), encode(clip, PROMPTS[1]))
+
+
+@pytest.mark.parametrize("family", ["qwen"], indirect=True)
+def test_text_is_generated(clip: comfy.sd.CLIP) -> None:
+    """The blocks run many times in one step."""
+    ours = stream(clip)
+    for text in PROMPTS:
+        written = [one.generate(tokens_of(one, text), do_sample=False, max_length=5) for one in (clip, ours)]
+        assert written[0] == written[1]
+        assert len(written[0]) > 1
+    assert ours.patcher.status()["mode"] == "streamed"
+
+
+def test_off_and_back(clip: comfy.sd.CLIP) -> None:
+    ours = stream(clip)
+    off = stream(ours, mode=Mode.OFF)
+    assert not isinstance(off.patcher, StreamedModelPatcher)
+    again = stream(off)
+    for one in (off, again):
+        assert_same(encode(one, PROMPTS[1]), encode(clip, PROMPTS[1]))
+    assert again.patcher.status()["mode"] == "streamed"
+
+
+def test_model_and_encoder_through_the_node(streamed: Callable[..., Any], family: Family, path: Path) -> None:
+    model, clip = streamed(24 * MB), load(family, path)
+    with torch.inference_mode():
+        result = AsyncOffloadSettings.execute(model, "auto", 0, 0, 0.0, "auto", 0.0, 0.0, clip=clip).result
+        nothing = AsyncOffloadSettings.execute(model, "auto", 0, 0, 0.0, "auto", 0.0, 0.0).result[1]
+    assert nothing is None
+    assert isinstance(result[1].patcher, StreamedModelPatcher)
+    assert_same(encode(result[1], PROMPTS[0]), encode(clip, PROMPTS[0]))
+    assert clip.patcher is not result[1].patcher
+    mm.unload_all_models()
+    assert result[1].patcher.streamer.device_bytes == 0
