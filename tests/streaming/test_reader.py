@@ -106,7 +106,9 @@ class Asked:
         sources = [Stored(content, seconds, bad) for content in contents]
         sizes = [len(content) for content in contents]
         layout = make_layout(
-            NamedTensor((f"{size}",), torch.zeros(size, dtype=torch.uint8), torch.uint8, (), source)
+            NamedTensor(
+                (f"{size}",), torch.zeros(size, dtype=torch.uint8), torch.uint8, (), lambda _, source=source: source
+            )
             for size, source in zip(sizes, sources, strict=True)
         )
         place = self._place(layout.nbytes)
@@ -342,7 +344,7 @@ def random_tensor(chance: random.Random, name: str) -> tuple[NamedTensor, torch.
     if form == "plain" and chance.random() < 0.7:
         source = Stored(bits(original))
         original = torch.zeros_like(original)  # Its mapping, which nobody may touch.
-    return NamedTensor((name,), original, dtype, (), source), expected
+    return NamedTensor((name,), original, dtype, (), lambda _: source), expected
 
 
 def bits(tensor: torch.Tensor) -> bytes:
