@@ -110,17 +110,20 @@ class HostPatches:
 
     def _compute_when_run(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """As the host's cast of a dynamic weight does just before its layer runs, where it keeps the result."""
-        device, dtype = self._patcher.load_device, self._patcher.model.get_dtype_inference()
-        weight = original.to(device=device, dtype=dtype, copy=True)
-        if isinstance(weight, QuantizedTensor):
-            weight = weight.dequantize()
-        patched = comfy.lora.calculate_weight(self._patcher.patches[name], weight, name, intermediate_dtype=dtype)
         seed = comfy.utils.string_to_seed(name.rpartition(".")[0])
+        device, dtype = self._patcher.load_device, self._patcher.model.get_dtype_inference()
         if not isinstance(original, QuantizedTensor):
+            patched = self._calculate(name, original.to(device=device, dtype=dtype, copy=True))
             return comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
-        kept = original.to(device=device, copy=True)
+        # Step by step, as the host has it: asked for device and dtype at once, the class may dequantise on the way.
+        kept = torch.empty_like(original, device=device)
+        kept.copy_(original)
+        patched = self._calculate(name, kept.to(dtype=dtype).dequantize())
         kept.copy_(kept.requantize_from_float(patched, scale="recalculate", stochastic_rounding=seed))
         return kept
+
+    def _calculate(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return comfy.lora.calculate_weight(self._patcher.patches[name], weight, name, intermediate_dtype=weight.dtype)
 
 
 @contextmanager

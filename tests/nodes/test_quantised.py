@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.memory_management
 import comfy.model_management as mm
+import comfy.ops
 import comfy.sd
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from quantised import FORMATS, write_quantised, write_scaled_fp8
 from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.patches import HostPatches
 from weightstream.streaming import VirtualMemory
 
 import nodes as host_nodes
@@ -142,6 +145,48 @@ def test_a_weight_wrapper_acts_on_a_quantised_weight(pair: Pair) -> None:
     assert not torch.equal(expected, sample(theirs))
     assert torch.equal(sample(negated(ours)), expected)
     assert torch.equal(sample(ours), sample(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_with_dynamic_vram_a_patched_weight_is_what_the_host_keeps(pair: Pair, name: str, dtype: torch.dtype) -> None:
+    theirs, ours = (with_lora(model, 0.8) for model in pair(name))
+    kept = _kept_by_the_host(theirs, dtype)
+    ours.model.manual_cast_dtype = dtype
+    patches = HostPatches(ours, ours.streamer.blocks.values)
+    patches._dynamic = True  # As on a card; the host has nothing of it on a CPU but this cast.
+    original = next(value.original for value in ours.streamer.blocks.values if value.name == KEY)
+    with torch.inference_mode():
+        computed = patches.compute(KEY, original)
+    assert isinstance(computed, QuantizedTensor)
+    assert isinstance(kept, QuantizedTensor)
+    parts, context = computed.__tensor_flatten__()
+    assert (parts, context) == kept.__tensor_flatten__()
+    for part in parts:
+        assert getattr(computed, part).shape == getattr(kept, part).shape
+        assert torch.equal(_bits(getattr(computed, part)), _bits(getattr(kept, part))), part
+    assert not torch.equal(_bits(computed._qdata), _bits(original._qdata))
+
+
+def _kept_by_the_host(model: ModelPatcher, dtype: torch.dtype) -> torch.Tensor:
+    """What stays on the card after the host's own cast of a layer's weight with patches, its transfer left out."""
+    name, _, _ = KEY.rpartition(".")
+    layer = model.model.get_submodule(name)
+    geometry = comfy.memory_management.tensors_to_geometries([layer.weight, None])
+    buffer = torch.empty(comfy.memory_management.vram_aligned_size(geometry), dtype=torch.uint8)
+    comfy.memory_management.interpret_gathered_like(geometry, buffer)[0].copy_(layer.weight)
+    layer.seed_key = name
+    layer.weight_lowvram_function = LowVramPatch(KEY, model.patches)
+    layer._prefetch = {
+        "signature": "there is room for it",
+        "resident": False,
+        "xfer_dest": buffer,
+        "needs_cast": False,
+        "cast_geometry": geometry,
+    }
+    with torch.inference_mode():
+        comfy.ops.resolve_cast_module_with_vbar(layer, dtype, torch.device("cpu"), dtype, dtype, True)
+    return layer._v_weight
 
 
 def test_a_full_checkpoint_with_quantised_weights(
