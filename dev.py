@@ -49,9 +49,10 @@ USE_YOUR_OWN = "set COMFYUI_PATH to a ComfyUI folder that you have"
 COMFYUI_MARKS = ("main.py", "comfyui_version.py", "requirements.txt")
 OLDEST_PYTHON = (3, 10)
 
-# Runs a module with more folders on its path. PYTHONPATH would do, but embedded interpreters ignore it.
+# Runs a module with more folders on its path. PYTHONPATH would do, but embedded interpreters ignore it. The folders may
+# have a numpy, which a test tool asks for: torch's own is imported first.
 RUN_WITH_PATH = (
-    "import json, runpy, sys; extra, sys.argv = json.loads(sys.argv[1]), sys.argv[2:]; "
+    "import json, numpy, runpy, sys; extra, sys.argv = json.loads(sys.argv[1]), sys.argv[2:]; "
     "sys.path[:0] = extra; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
 
@@ -350,7 +351,7 @@ def find_host() -> Host:
 
 def test_tools(host: Host) -> list[str]:
     """Folders to add to the path for pytest. The user's own interpreter gets a side folder, never an installation."""
-    if not host.owned or can_import(host.python, "pytest", "hypothesis"):
+    if not host.owned or can_import(host.python, "pytest", "hypothesis", "gguf"):
         return []
     asked = [os.fspath(host.python), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()

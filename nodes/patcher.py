@@ -149,7 +149,7 @@ class StreamedModelPatcher(ModelPatcher):
         super().unpatch_model(device_to=None, unpatch_weights=False)
 
     def _host_patches(self) -> HostPatches:
-        return HostPatches(self, self.streamer.blocks.specs)
+        return HostPatches(self, self.streamer.blocks.values)
 
     def reload(self, plan: Plan, hooks: Any) -> None:
         """Carry ``plan`` out between two steps, with this MODEL's patches and ``hooks`` in effect."""
@@ -283,7 +283,7 @@ class StreamedModelPatcher(ModelPatcher):
         with self.streamer.originals():
             patches = super().get_key_patches(filter_prefix)
         if not comfy.memory_management.aimdo_enabled:
-            dtypes = {name: spec.dtype for spec in self.streamer.blocks.specs for name in (spec.name, *spec.aliases)}
+            dtypes = {name: value.dtype for value in self.streamer.blocks.values for name in value.names}
             for name in patches.keys() & dtypes.keys():
                 weight, convert = patches[name][0]
                 patches[name][0] = (weight.to(dtypes[name]), convert)

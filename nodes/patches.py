@@ -7,7 +7,8 @@ patched in its own dtype whenever its layer runs. With dynamic VRAM, the default
 dtype in which the layer runs, but for layers of at most 16 KiB, which go the older way (and for patches that change a
 weight's shape, which are refused here); and where the weight is stored in another dtype (fp8), the result is rounded to
 that when it is kept on the card, and not when it is not. So ComfyUI's own image depends on how much memory is free.
-Ours is always the one that ComfyUI gives in this process when the whole model fits on the card.
+Ours is always the one that ComfyUI gives in this process when the whole model fits on the card. A quantised weight goes
+the same two ways, dequantised before and quantised with a new scale after.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
+from comfy.quant_ops import QuantizedTensor
 
 from ..streaming import UnsupportedModelError
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ..streaming.layout import TensorSpec
+    from ..streaming.layout import Value
 
 # The host loads a module of at most so many bytes whole, with dynamic VRAM on (ModelPatcherDynamic.load).
 PRELOADED_MODULE_BYTES = 16 * 1024
@@ -69,21 +71,20 @@ class HostPatches:
 
     Args:
         patcher: the MODEL.
-        specs: the model's tensors.
+        values: the model's parameters and buffers.
 
     Raises:
         UnsupportedModelError: a patch addresses a weight that has two names; the host changes one of them alone.
     """
 
-    def __init__(self, patcher: ModelPatcher, specs: Iterable[TensorSpec]) -> None:
+    def __init__(self, patcher: ModelPatcher, values: Iterable[Value]) -> None:
         self._patcher = patcher
         self._module_bytes: Counter[str] = Counter()
-        for spec in specs:
-            self._module_bytes[spec.name.rpartition(".")[0]] += spec.original.nbytes
-            names = (spec.name, *spec.aliases)
-            if len(names) > 1 and any(name in patcher.patches for name in names):
+        for value in values:
+            self._module_bytes[value.name.rpartition(".")[0]] += sum(spec.original.nbytes for spec in value.specs)
+            if len(value.names) > 1 and any(name in patcher.patches for name in value.names):
                 raise UnsupportedModelError(
-                    f"{' and '.join(names)} are one weight, and a patch changes one of them; "
+                    f"{' and '.join(value.names)} are one weight, and a patch changes one of them; "
                     "load this model with ComfyUI's own loader"
                 )
         self._dynamic = comfy.memory_management.aimdo_enabled and not mm.is_device_cpu(patcher.load_device)
@@ -108,12 +109,21 @@ class HostPatches:
         return self._module_bytes[name.rpartition(".")[0]] > PRELOADED_MODULE_BYTES
 
     def _compute_when_run(self, name: str, original: torch.Tensor) -> torch.Tensor:
-        """As the host's cast of a dynamic weight does just before its layer runs."""
-        dtype = self._patcher.model.get_dtype_inference()
-        weight = original.to(device=self._patcher.load_device, dtype=dtype, copy=True)
-        patched = comfy.lora.calculate_weight(self._patcher.patches[name], weight, name, intermediate_dtype=dtype)
+        """As the host's cast of a dynamic weight does just before its layer runs, where it keeps the result."""
         seed = comfy.utils.string_to_seed(name.rpartition(".")[0])
-        return comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
+        device, dtype = self._patcher.load_device, self._patcher.model.get_dtype_inference()
+        if not isinstance(original, QuantizedTensor):
+            patched = self._calculate(name, original.to(device=device, dtype=dtype, copy=True))
+            return comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
+        # Step by step, as the host has it: asked for device and dtype at once, the class may dequantise on the way.
+        kept = torch.empty_like(original, device=device)
+        kept.copy_(original)
+        patched = self._calculate(name, kept.to(dtype=dtype).dequantize())
+        kept.copy_(kept.requantize_from_float(patched, scale="recalculate", stochastic_rounding=seed))
+        return kept
+
+    def _calculate(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return comfy.lora.calculate_weight(self._patcher.patches[name], weight, name, intermediate_dtype=weight.dtype)
 
 
 @contextmanager
@@ -124,8 +134,9 @@ def _weight_in_place(model: torch.nn.Module, name: str, weight: torch.Tensor) ->
     holder = module._parameters if is_parameter else module._buffers
     before = holder[attribute]
     with torch.inference_mode(False):
-        value = weight.detach()
-        holder[attribute] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
+        if is_parameter and not isinstance(weight, torch.nn.Parameter):
+            weight = torch.nn.Parameter(weight, requires_grad=False)
+        holder[attribute] = weight
     try:
         yield
     finally:

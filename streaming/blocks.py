@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .layout import Layout, NamedTensor, Place, Source, TensorSpec, make_layout
+from .layout import Layout, Locate, NamedTensor, Place, TensorSpec, Value, make_layout, nowhere
 from .profile import Outline
 
 # A model most of whose bytes lie outside of its blocks gains nothing from streaming them.
@@ -23,9 +23,6 @@ SMALL_SHARE = 1 / 256
 
 # Names the dtype that a tensor shall have when it runs: (module, attribute, tensor) -> dtype.
 TargetDtype = Callable[[nn.Module, str, torch.Tensor], torch.dtype]
-
-# Gives the source of a tensor that maps a file.
-Locate = Callable[[torch.Tensor], Source | None]
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,14 @@ class BlockSet:
         return tuple(unit for block in self.blocks for unit in block.units)
 
     @property
+    def values(self) -> Iterator[Value]:
+        """Every parameter and buffer of the model."""
+        return (value for unit in (*self.units, self.rest) for value in unit.layout.values)
+
+    @property
     def specs(self) -> Iterator[TensorSpec]:
-        """Every tensor of the model."""
-        return (spec for unit in (*self.units, self.rest) for spec in unit.layout.specs)
+        """Every plain tensor of the model, those that others are made of included."""
+        return (spec for value in self.values for spec in value.specs)
 
     @cached_property
     def outline(self) -> Outline:
@@ -134,17 +136,15 @@ def _is_block_list(module: nn.Module) -> bool:
     return all(any(True for _ in child.parameters()) for child in module)
 
 
-def split_model(
-    model: nn.Module, target_dtype: TargetDtype | None = None, locate: Locate = lambda tensor: None
-) -> BlockSet:
+def split_model(model: nn.Module, target_dtype: TargetDtype | None = None, locate: Locate = nowhere) -> BlockSet:
     """Cut ``model`` into blocks and rest, each with its layout.
 
     Tensors that two blocks share, and all tensors outside of blocks, belong to the rest.
 
     Args:
         model: the module.
-        target_dtype: the dtype in which a tensor runs; its own by default.
-        locate: the source of a tensor that maps a file; None for a tensor that exists in memory alone.
+        target_dtype: the dtype in which a tensor runs; its own by default, and where it is of a class of its own.
+        locate: the source of a tensor that maps a file.
 
     Raises:
         UnsupportedModelError: no list of blocks, too few bytes in blocks, or tensors that cannot be laid out.
@@ -177,9 +177,9 @@ def _units(
     groups: dict[int, list[NamedTensor]] = defaultdict(list)
     for item in owners[block]:
         groups[id(modules[id(item.places[0].holder)][1])].append(item)
-    small = SMALL_SHARE * sum(_nbytes(item) for item in owners[block])
+    small = SMALL_SHARE * sum(item.nbytes for item in owners[block])
     for items in groups.values():
-        if sum(_nbytes(item) for item in items) < small:
+        if sum(item.nbytes for item in items) < small:
             owners[-1].extend(items)
             continue
         name, module = modules[id(items[0].places[0].holder)]
@@ -187,10 +187,6 @@ def _units(
         full_name = f"{prefix}.{name}" if name else prefix
         yield Unit(first, block, full_name, None if tied else module, make_layout(items))
         first += 1
-
-
-def _nbytes(item: NamedTensor) -> int:
-    return item.tensor.numel() * item.dtype.itemsize
 
 
 def _own_dtype(module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
@@ -208,18 +204,10 @@ def _named_tensors(model: nn.Module, target_dtype: TargetDtype, locate: Locate) 
                 if tensor is None:
                     continue
                 name = f"{prefix}.{attribute}" if prefix else attribute
-                _check_plain(name, tensor)
                 names[id(tensor)].append(name)
                 places[id(tensor)].append(Place(holder, attribute, is_parameter))
                 first.setdefault(id(tensor), (tensor, target_dtype(module, attribute, tensor)))
-    return [NamedTensor(tuple(names[key]), *first[key], tuple(places[key]), locate(first[key][0])) for key in first]
-
-
-def _check_plain(name: str, tensor: torch.Tensor) -> None:
-    if type(tensor.data) is not torch.Tensor:
-        raise UnsupportedModelError(f"{name} is a {type(tensor.data).__name__}, which is not laid out yet")
-    if tensor.layout != torch.strided:
-        raise UnsupportedModelError(f"{name} has the layout {tensor.layout}; only dense tensors stream")
+    return [NamedTensor(tuple(names[key]), *first[key], tuple(places[key]), locate) for key in first]
 
 
 def _owners(found: list[tuple[str, nn.Module]], tensors: list[NamedTensor]) -> dict[int, list[NamedTensor]]:

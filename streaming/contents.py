@@ -41,23 +41,6 @@ def read_range(layout: Layout, start: int, stop: int, target: torch.Tensor, forg
                 spec.source.forget(int((first - spec.offset) * scale), int((last - first) * scale))
 
 
-def read_unit(layout: Layout, buffer: torch.Tensor) -> None:
-    """Fill a whole buffer in host memory, on the calling thread."""
-    read_range(layout, 0, layout.nbytes, buffer)
-
-
-def read_tensor(spec: TensorSpec, buffer: torch.Tensor) -> None:
-    """Write one tensor, as it was loaded, to its place in a buffer on the host or on a device."""
-    if buffer.device.type == "cpu":
-        _read_part(spec, 0, spec.nbytes, buffer[spec.offset : spec.offset + spec.nbytes])
-    elif spec.original.is_meta:
-        spec.view(buffer).zero_()
-    else:
-        if spec.source is not None:
-            spec.source.check()
-        spec.view(buffer).copy_(spec.original)
-
-
 def needs_work(layout: Layout) -> bool:
     """Whether reading takes more than moving bytes, so that the result is worth keeping."""
     return any(not _is_plain(spec) and not spec.original.is_meta for spec in layout.specs)

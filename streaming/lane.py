@@ -107,7 +107,7 @@ class Lane:
         with torch.inference_mode(False):
             for number, group in enumerate(self._copies):
                 places = [_places(slot.buffer, group) for slot in self._ring.slots]
-                self._bindings.append([[unit.unit.layout.binding(place) for place, unit in each] for each in places])
+                self._bindings.append([[unit.binding_to(place) for place, unit in each] for each in places])
                 self._prepare_pairs(number)
 
     def _prepare_pairs(self, number: int) -> None:

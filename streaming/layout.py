@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
+
+from .forms import Form, PlainForm, take_apart
 
 # Every tensor starts on a 512-byte boundary, as torch's CUDA allocator gives it: matrix libraries choose their
 # kernels by alignment, and another kernel may round differently.
@@ -38,14 +42,20 @@ class Source(Protocol):
         """Nobody will read these bytes again soon: the system need not keep them in memory."""
 
 
+# Gives the source of a tensor that maps a file; None for a tensor that exists in memory alone.
+Locate = Callable[[torch.Tensor], Source | None]
+
+
+def nowhere(tensor: torch.Tensor) -> None:
+    """The source of a tensor where no file is mapped."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a unit.
+    """One plain tensor in a unit's buffer.
 
     Attributes:
-        name: full name, from the model's root; of a tied tensor the first.
-        aliases: the other names of a tied tensor.
-        places: every place that holds this tensor (several when it is tied).
+        name: full name, from the model's root; below that of the value that it is a part of.
         original: the tensor as it was loaded: the truth, never written to.
         shape, stride, dtype: as bound; ``dtype`` may differ from the original's (cast on the way).
         offset, nbytes: bytes from the buffer's start, and bytes used.
@@ -53,8 +63,6 @@ class TensorSpec:
     """
 
     name: str
-    aliases: tuple[str, ...]
-    places: tuple[Place, ...]
     original: torch.Tensor = field(repr=False)
     shape: torch.Size
     stride: tuple[int, ...]
@@ -70,21 +78,66 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The tensors of one unit, packed into ``nbytes`` bytes."""
+class Value:
+    """What modules hold: a parameter or a buffer, made of the plain tensors ``specs`` (forms.py, Note: three forms).
 
+    Attributes:
+        name: full name, from the model's root; of a tied one the first.
+        aliases: the other names of a tied one.
+        places: every place that holds it (several when it is tied).
+        original: as it was loaded.
+        specs: what of it lies in the buffer; of a plain tensor that is all.
+        form: how they make it.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    places: tuple[Place, ...]
+    original: torch.Tensor = field(repr=False)
     specs: tuple[TensorSpec, ...]
+    form: Form = field(repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def is_plain(self) -> bool:
+        return isinstance(self.form, PlainForm)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As modules see it. Only a plain tensor is ever cast."""
+        return self.specs[0].dtype if self.is_plain else self.original.dtype
+
+
+# By name: values whose parts make something else than what was loaded.
+Forms = Mapping[str, Form]
+AS_LOADED: Forms = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The values of one unit, their tensors packed into ``nbytes`` bytes."""
+
+    values: tuple[Value, ...]
     nbytes: int
+
+    @cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Every plain tensor, in the order of the buffer."""
+        return tuple(spec for value in self.values for spec in value.specs)
 
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         return [spec.view(buffer) for spec in self.specs]
 
-    def binding(self, buffer: torch.Tensor) -> Binding:
+    def binding(self, buffer: torch.Tensor, forms: Forms = AS_LOADED) -> Binding:
         """Prepare, once, what it takes to point the modules at ``buffer``."""
-        return Binding(self, self.views(buffer))
+        views = iter(self.views(buffer))
+        return Binding((value, forms.get(value.name, value.form).assemble(views)) for value in self.values)
 
     def original_binding(self) -> Binding:
-        return Binding(self, [spec.original for spec in self.specs])
+        return Binding((value, value.original) for value in self.values)
 
 
 class Binding:
@@ -94,14 +147,17 @@ class Binding:
     a parameter object is never made on the hot path.
     """
 
-    def __init__(self, layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[tuple[Value, torch.Tensor]]) -> None:
         self._writes: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
-        for spec, tensor in zip(layout.specs, tensors, strict=True):
-            value = tensor
-            for place in spec.places:
-                if place.is_parameter and not isinstance(value, torch.nn.Parameter):
-                    value = torch.nn.Parameter(value, requires_grad=False)
-                self._writes.append((place.holder, place.attribute, value))
+        for value, tensor in tensors:
+            bound = tensor
+            if not value.is_plain and isinstance(value.original, torch.nn.Parameter):
+                # What torch.nn.Parameter does to it. The constructor also detaches it, which may copy what it wraps.
+                bound._is_param = True
+            for place in value.places:
+                if place.is_parameter and type(bound) is torch.Tensor:
+                    bound = torch.nn.Parameter(bound, requires_grad=False)
+                self._writes.append((place.holder, place.attribute, bound))
 
     def apply(self) -> None:
         for holder, attribute, value in self._writes:
@@ -110,31 +166,54 @@ class Binding:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor that a model holds: its full names, value, target dtype, places, and source."""
+    """A tensor that a model holds.
+
+    Attributes:
+        names: its full names.
+        dtype: in which it runs; of a tensor of a class of its own that is its class's business.
+        places: that hold it.
+        locate: finds what of it maps a file.
+    """
 
     names: tuple[str, ...]
     tensor: torch.Tensor
     dtype: torch.dtype
     places: tuple[Place, ...]
-    source: Source | None = None
+    locate: Locate = nowhere
+
+    @cached_property
+    def _apart(self) -> tuple[dict[str, torch.Tensor], Form]:
+        return take_apart(self.names[0], self.tensor)
+
+    @property
+    def form(self) -> Form:
+        return self._apart[1]
+
+    @property
+    def parts(self) -> list[tuple[str, torch.Tensor, torch.dtype]]:
+        """Its plain tensors: full name, value, and the dtype in which it is bound."""
+        is_plain = isinstance(self.form, PlainForm)
+        return [(name, part, self.dtype if is_plain else part.dtype) for name, part in self._apart[0].items()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * dtype.itemsize for _, part, dtype in self.parts)
 
 
 def make_layout(tensors: Iterable[NamedTensor]) -> Layout:
-    """Pack ``tensors`` one after another, each aligned to ``ALIGNMENT`` bytes."""
-    specs: list[TensorSpec] = []
+    """Pack ``tensors`` one after another, each plain tensor aligned to ``ALIGNMENT`` bytes."""
+    values: list[Value] = []
     offset = 0
     for item in tensors:
-        nbytes = item.tensor.numel() * item.dtype.itemsize
-        stride = _dense_stride(item.tensor)
-        shape = item.tensor.shape
+        specs: list[TensorSpec] = []
+        for name, part, dtype in item.parts:
+            nbytes = part.numel() * dtype.itemsize
+            stride = _dense_stride(part)
+            specs.append(TensorSpec(name, part, part.shape, stride, dtype, offset, nbytes, item.locate(part)))
+            offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
         name, *aliases = item.names
-        specs.append(
-            TensorSpec(
-                name, tuple(aliases), item.places, item.tensor, shape, stride, item.dtype, offset, nbytes, item.source
-            )
-        )
-        offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return Layout(tuple(specs), offset)
+        values.append(Value(name, tuple(aliases), item.places, item.tensor, tuple(specs), item.form))
+    return Layout(tuple(values), offset)
 
 
 def _dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -10,9 +10,10 @@ import torch
 from .arena import Arena, HostBuffer
 from .backend import Backend
 from .blocks import Unit
-from .contents import needs_work, ranges, read_range, read_tensor
+from .contents import needs_work, ranges, read_range
 from .errors import UnsupportedModelError
-from .layout import Binding, TensorSpec
+from .forms import Form, PlainForm, take_apart
+from .layout import Binding, Value
 from .reader import Reader
 from .transfer import Tick, Transfer
 
@@ -24,7 +25,11 @@ class Patches(Protocol):
         """Something that equals another signature only if both give the same weight; None where nothing changes."""
 
     def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
-        """The changed weight, in the original's shape; the dtype and device are up to the callee."""
+        """The changed weight, in the original's shape.
+
+        Of a plain tensor the dtype and device are up to the callee. One of a class of its own stays of that class, and
+        its parts keep shapes and dtypes; its context or attributes may be others.
+        """
 
 
 class NoPatches:
@@ -42,66 +47,112 @@ class Weights:
 
     Attributes:
         buffer: uint8 memory on the host or on the device.
-        binding: points the unit's module at this buffer.
     """
 
     def __init__(self, unit: Unit, buffer: torch.Tensor) -> None:
         self.unit = unit
         self.buffer = buffer
-        with torch.inference_mode(False):
-            self.binding: Binding = unit.layout.binding(buffer)
         self._baked: dict[str, object] = {}
+        self._forms: dict[str, Form] = {}
+        self._binding: Binding | None = self.binding_to(buffer)
 
-    def bind_to(self, buffer: torch.Tensor) -> Binding:
+    @property
+    def binding(self) -> Binding:
+        """Points the unit's module at this buffer."""
+        if self._binding is None:
+            self._binding = self.binding_to(self.buffer)
+        return self._binding
+
+    def binding_to(self, buffer: torch.Tensor) -> Binding:
         """Points the unit's module at another buffer, which holds or will hold a copy of this one."""
-        return self.unit.layout.binding(buffer)
+        with torch.inference_mode(False):
+            return self.unit.layout.binding(buffer, self._forms)
 
     @property
     def patched(self) -> bool:
         return bool(self._baked)
 
-    def stale(self, patches: Patches) -> list[TensorSpec]:
-        """Tensors whose patches differ from the ones in this buffer."""
-        return [spec for spec in self.unit.layout.specs if patches.signature(spec.name) != self._baked.get(spec.name)]
+    def stale(self, patches: Patches) -> list[Value]:
+        """What has other patches in this buffer than ``patches``."""
+        values = self.unit.layout.values
+        return [value for value in values if patches.signature(value.name) != self._baked.get(value.name)]
 
     def write_from(self, other: Weights) -> None:
         """Copy another buffer of the same unit as it is, patches included."""
         self.buffer.copy_(other.buffer)
         self._baked = dict(other._baked)
+        self._take_forms(dict(other._forms))
 
-    def bake(self, specs: Iterable[TensorSpec], patches: Patches, tick: Tick) -> None:
-        """Write ``specs`` anew: patched, or the original where nothing changes them any more.
+    def spoiled(self, patches: Patches) -> bool:
+        """Whether something must be patched whose original is not in this buffer any more."""
+        return any(value.name in self._baked for value in self.stale(patches))
 
-        ``tick`` is called before each, and may raise.
+    def bake(
+        self, values: Iterable[Value], patches: Patches, tick: Tick, place: torch.Tensor | None = None
+    ) -> dict[str, object]:
+        """Patch ``values``, whose originals are in ``place``; gives signatures for :meth:`sign`.
+
+        Args:
+            values: of this unit.
+            patches: changes.
+            tick: called before each; it may raise.
+            place: what holds a copy of the values, on the device; the buffer itself by default.
         """
-        for spec in specs:
+        place = self.buffer if place is None else place
+        signatures = {}
+        for value in values:
             tick()
             # While it is written the tensor is neither the old nor the new one: should that fail or be interrupted,
             # nobody may take it for either. This copy may outlive the failure.
-            self._baked[spec.name] = _UNFINISHED
-            signature = patches.signature(spec.name)
-            if signature is None:
-                read_tensor(spec, self.buffer)
-                del self._baked[spec.name]
-                continue
-            if spec.source is not None:
-                spec.source.check()
-            original = spec.original if spec.original.dtype == spec.dtype else spec.original.to(spec.dtype)
-            _write(spec, self.buffer, patches.compute(spec.name, original))
-            self._baked[spec.name] = signature
+            self._baked[value.name] = _UNFINISHED
+            signatures[value.name] = patches.signature(value.name)
+            with torch.inference_mode(False):
+                original = value.form.assemble(iter([spec.view(place) for spec in value.specs]))
+            form = _write(value, place, patches.compute(value.name, original))
+            if not value.is_plain:
+                self._take_forms({**self._forms, value.name: form})
+        return signatures
+
+    def sign(self, signatures: dict[str, object]) -> None:
+        """The buffer holds these patched values."""
+        self._baked.update(signatures)
+
+    def _take_forms(self, forms: dict[str, Form]) -> None:
+        """From now on the buffer's tensors make these."""
+        if forms or self._forms:
+            self._forms, self._binding = forms, None
 
 
 _UNFINISHED = object()
 
 
-def _write(spec: TensorSpec, buffer: torch.Tensor, value: torch.Tensor) -> None:
-    target = spec.view(buffer)
-    if value.shape != target.shape:
+def _write(value: Value, buffer: torch.Tensor, patched: torch.Tensor) -> Form:
+    """Write what ``patched`` is made of to the places of ``value``'s parts; gives how it is made of them."""
+    parts, form = take_apart(value.name, patched)
+    if isinstance(form, PlainForm) != value.is_plain or parts.keys() != {spec.name for spec in value.specs}:
+        found, expected = type(patched).__name__, type(value.original).__name__
         raise UnsupportedModelError(
-            f"a patch changes the shape of {spec.name} from {tuple(target.shape)} to {tuple(value.shape)}; "
+            f"a patch makes a {found} of {value.name}, which is a {expected} made of other tensors; "
             "load this model with the host's own loader"
         )
-    target.copy_(value.detach())
+    _check_parts(value, parts)
+    for spec in value.specs:
+        spec.view(buffer).copy_(parts[spec.name].detach().reshape(spec.shape))
+    return form
+
+
+def _check_parts(value: Value, parts: dict[str, torch.Tensor]) -> None:
+    """Raise where a part has no room. A scale may be a number or an array of one: the patched form knows which."""
+    for spec in value.specs:
+        part = parts[spec.name]
+        one_number = not value.is_plain and part.numel() == spec.shape.numel() == 1
+        if part.shape != spec.shape and not one_number:
+            change = f"shape of {spec.name} from {tuple(spec.shape)} to {tuple(part.shape)}"
+        elif part.dtype != spec.dtype and not value.is_plain:
+            change = f"dtype of {spec.name} from {spec.dtype} to {part.dtype}"
+        else:
+            continue
+        raise UnsupportedModelError(f"a patch changes the {change}; load this model with the host's own loader")
 
 
 # A builder looks after so many bytes whether it shall stop: 16 threads have 64 MB under way.
@@ -158,11 +209,11 @@ class UnitCopies:
         return self.unit.nbytes if self._master or self.built or self._begun else 0
 
     def patched_by(self, patches: Patches) -> bool:
-        return any(patches.signature(spec.name) is not None for spec in self.unit.layout.specs)
+        return any(patches.signature(value.name) is not None for value in self.unit.layout.values)
 
     def holds(self, names: Collection[str]) -> bool:
         """Whether one of these tensors is the unit's."""
-        return any(name in names for spec in self.unit.layout.specs for name in (spec.name, *spec.aliases))
+        return any(name in names for value in self.unit.layout.values for name in value.names)
 
     # -- master copies -------------------------------------------------------------------------------------------
 
@@ -218,7 +269,7 @@ class UnitCopies:
             return True
         self._begun = None
         try:
-            locked = arena.lock(memory)
+            locked = memory.pinned or arena.lock(memory)
             if locked or needed or needs_work(self.unit.layout):
                 self.built = _Master(Weights(self.unit, memory.memory), memory)
             else:
@@ -238,6 +289,11 @@ class UnitCopies:
         """Take what a builder has finished, if there is anything."""
         built, self.built = self.built, None
         self._master = built or self._master
+
+    def begin_master_anew(self) -> None:
+        """The master copy holds patches that nobody wants: have it filled again, in the same memory."""
+        assert self._master is not None
+        self._begun, self._master = (self._master.memory, 0), None
 
     def drop_master(self) -> HostBuffer | None:
         """Let go of the master copy, or of what was built of one; no builder may be at work. Gives its memory."""
@@ -287,6 +343,11 @@ class UnitCopies:
             raise
         self.resident = resident
 
+    def take_resident_buffer(self) -> torch.Tensor | None:
+        """The memory of the resident copy, which is none any more; None where there is none."""
+        resident, self.resident = self.resident, None
+        return resident.buffer if resident is not None else None
+
     def drop_resident(self, backend: Backend) -> None:
         resident, self.resident = self.resident, None
         self.bind()  # A module that still pointed at the buffer would keep its memory.
@@ -303,3 +364,7 @@ class UnitCopies:
 
     def bind(self) -> None:
         self.home.apply()
+
+    def binding_to(self, place: torch.Tensor) -> Binding:
+        """Points the module at a place in a slot, to which the weights will be copied from where they are now."""
+        return self.unit.layout.binding(place) if self.master is None else self.master.binding_to(place)

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable
 
 from .arena import HostBuffer
 from .backend import Backend
+from .baking import bake_masters, bake_residents
 from .blocks import BlockSet
-from .masters import Patches, UnitCopies, Weights
+from .masters import NoPatches, Patches, UnitCopies, Weights
 from .plan import Plan
 from .supply import Supply
 from .transfer import Load
@@ -41,13 +42,17 @@ class Placement:
         """
         streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
         resident = [self._copies[unit] for unit in plan.resident]
-        self._make_masters([copies for copies in streamed if not copies.master and copies.patched_by(patches)])
+        for copies in streamed:
+            if copies.master is not None and copies.master.spoiled(patches):
+                copies.begin_master_anew()
+        needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
+        self._make_masters(needed, patches)
         for copies in streamed:
             copies.drop_resident(self._backend)
         # What was freed goes back as it is. Else it would be cut up for the next copies, and what is left between them
         # would be too small for a step's activations.
         self._backend.trim()
-        self._make_residents([self._rest, *resident])
+        self._make_residents([self._rest, *resident], patches)
         if not plan.segments:
             self.arrive_all()  # No block is hooked then, after the first step.
         self.arrive(-1)
@@ -91,9 +96,16 @@ class Placement:
         )
 
     def bake(self, plan: Plan, patches: Patches) -> None:
-        """Write the weights whose patches have changed; no other is touched."""
-        for weights in self._weights(plan):
-            weights.bake(weights.stale(patches), patches, self._supply.tick)
+        """Write the weights whose patches have changed; no other is touched. There are no slots on the device now."""
+        stale = [weights for weights in self._weights(plan) if weights.stale(patches)]
+        if not stale:
+            return
+        masters = {id(copies.master) for copies in self._copies}
+        bake_residents([one for one in stale if id(one) not in masters], patches, self._supply.tick)
+        held = [one for one in stale if id(one) in masters]
+        if held:
+            self.arrive_all()  # The reader queues copies too.
+        bake_masters(self._backend, held, patches, plan.slots, plan.slot_bytes, self._supply.tick)
 
     def bind(self) -> None:
         """Point the modules at the copies that are in use."""
@@ -153,13 +165,14 @@ class Placement:
     def make_masters(self, names: Collection[str]) -> None:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""
         bare = [copies for copies in self._copies if copies.resident is None and copies.master is None]
-        self._make_masters([copies for copies in bare if copies.holds(names)])
+        self._make_masters([copies for copies in bare if copies.holds(names)], NoPatches())
 
-    def _make_masters(self, copies: list[UnitCopies]) -> None:
+    def _make_masters(self, copies: list[UnitCopies], patches: Patches) -> None:
         """Make master copies that somebody will write to: of patched residents as they are, of others as loaded."""
         if not copies:
             return
-        moved = [item for item in copies if item.resident is not None and item.resident.patched]
+        residents = [item for item in copies if item.resident is not None and item.resident.patched]
+        moved = [item for item in residents if not item.resident.spoiled(patches)]
         for item in moved:
             self._supply.tick()
             item.move_to_master(self._supply.arena)
@@ -168,17 +181,22 @@ class Placement:
         finally:
             self.adopt()
 
-    def _make_residents(self, wanted: list[UnitCopies]) -> None:
-        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`)."""
+    def _make_residents(self, wanted: list[UnitCopies], patches: Patches) -> None:
+        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`).
+
+        Where a resident has patches in it that nobody wants, what was loaded comes anew, to the same memory.
+        """
         reader = self._supply.reader
         for copies in wanted:
-            if copies.resident is not None:
+            if copies.resident is not None and not copies.resident.spoiled(patches):
                 continue
-            if copies.master is not None:
+            if copies.resident is None and copies.master is not None and not copies.master.spoiled(patches):
                 copies.copy_resident(self._backend)
                 continue
             reader.open()
-            buffer = self._backend.allocate(copies.unit.nbytes)
+            buffer = copies.take_resident_buffer()
+            if buffer is None:
+                buffer = self._backend.allocate(copies.unit.nbytes)
             # Race: whoever had this memory before may have kernels under way in it.
             free = self._backend.mark()
             copies.await_resident(buffer, reader.transfer([Load(copies.unit.layout, buffer)], free, background=True))

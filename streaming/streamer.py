@@ -117,7 +117,7 @@ class Streamer:
     @property
     def holders(self) -> set[int]:
         """Identities of the dictionaries of parameters and buffers whose tensors this streamer places."""
-        return {id(place.holder) for spec in self.blocks.specs for place in spec.places}
+        return {id(place.holder) for value in self.blocks.values for place in value.places}
 
     def memory(self) -> DeviceMemory:
         """What the device has left, with what others would give up counted as free."""

@@ -325,9 +325,9 @@ def test_a_patch_on_a_buffer(streamed: Load, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_patch_on_one_name_of_a_weight_with_two_is_refused(streamed: Load, first: bool) -> None:
     loaded = streamed()
     key = "diffusion_model.single_blocks.1.linear1.weight"
-    spec = next(spec for spec in loaded.streamer.blocks.specs if spec.name == key)
+    value = next(value for value in loaded.streamer.blocks.values if value.name == key)
     names = (key, "other.name") if first else ("other.name", key)
-    tied = dataclasses.replace(spec, name=names[0], aliases=names[1:])
+    tied = dataclasses.replace(value, name=names[0], aliases=names[1:])
     HostPatches(loaded, [tied])
     with pytest.raises(UnsupportedModelError, match=r"linear1\.weight.* are one weight"):
         HostPatches(with_lora(loaded, 1.0), [tied])

@@ -72,7 +72,7 @@ def test_a_tensor_tied_between_blocks_belongs_to_the_rest() -> None:
     model = make_transformer(depth=3)
     model.blocks[2].qkv.weight = model.blocks[0].qkv.weight
     split = split_model(model)
-    tied = [spec for spec in split.rest.layout.specs if spec.name == "blocks.0.qkv.weight"]
+    tied = [value for value in split.rest.layout.values if value.name == "blocks.0.qkv.weight"]
     assert len(tied) == 1
     assert len(tied[0].places) == 2
 
@@ -91,11 +91,13 @@ def test_sparse_tensors_are_refused_by_name() -> None:
         split_model(model)
 
 
-def test_tensor_subclasses_are_refused_by_name() -> None:
+def test_tensors_without_memory_or_a_protocol_are_refused_by_name() -> None:
     class Packed(torch.Tensor):
-        pass
+        @classmethod
+        def __torch_dispatch__(cls, *args: object) -> None:
+            raise NotImplementedError
 
     model = make_transformer(depth=2)
-    model.blocks[1].register_buffer("packed", torch.zeros(4).as_subclass(Packed))
+    model.blocks[1]._buffers["packed"] = torch.Tensor._make_wrapper_subclass(Packed, (4,))
     with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.packed is a Packed"):
         split_model(model)

@@ -13,7 +13,7 @@ import torch
 from weightstream.streaming import CpuBackend, VirtualMemory
 from weightstream.streaming.arena import Arena
 from weightstream.streaming.backend import Event, Pair
-from weightstream.streaming.contents import ranges, read_range, read_unit
+from weightstream.streaming.contents import ranges, read_range
 from weightstream.streaming.layout import ALIGNMENT, NamedTensor, make_layout
 from weightstream.streaming.reader import Reader
 from weightstream.streaming.transfer import Load, Move, Transfer, TransferAbandonedError
@@ -106,7 +106,9 @@ class Asked:
         sources = [Stored(content, seconds, bad) for content in contents]
         sizes = [len(content) for content in contents]
         layout = make_layout(
-            NamedTensor((f"{size}",), torch.zeros(size, dtype=torch.uint8), torch.uint8, (), source)
+            NamedTensor(
+                (f"{size}",), torch.zeros(size, dtype=torch.uint8), torch.uint8, (), lambda _, source=source: source
+            )
             for size, source in zip(sizes, sources, strict=True)
         )
         place = self._place(layout.nbytes)
@@ -342,7 +344,7 @@ def random_tensor(chance: random.Random, name: str) -> tuple[NamedTensor, torch.
     if form == "plain" and chance.random() < 0.7:
         source = Stored(bits(original))
         original = torch.zeros_like(original)  # Its mapping, which nobody may touch.
-    return NamedTensor((name,), original, dtype, (), source), expected
+    return NamedTensor((name,), original, dtype, (), lambda _: source), expected
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -357,7 +359,7 @@ def test_a_unit_is_the_same_whatever_ranges_it_is_read_in() -> None:
         layout = make_layout(tensor for tensor, _ in tensors)
         whole = torch.full((layout.nbytes,), 0xA5, dtype=torch.uint8)
         pieces = whole.clone()
-        read_unit(layout, whole)
+        read_range(layout, 0, layout.nbytes, whole)
         largest = chance.choice([0, 1, ALIGNMENT, ALIGNMENT + 1, 3 * ALIGNMENT, 1 << 20])
         spans = list(ranges(layout, largest))
         assert [start for start, _ in spans] + [layout.nbytes] == [0] + [stop for _, stop in spans] or not spans

@@ -9,7 +9,7 @@ from weightstream.streaming import (
     UnsupportedModelError,
     masters,
 )
-from weightstream.streaming.layout import TensorSpec
+from weightstream.streaming.layout import Layout
 
 
 def test_patches_are_baked_once_and_taken_out_again() -> None:
@@ -79,24 +79,61 @@ def test_a_failed_patch_leaves_a_clean_model() -> None:
 
 
 def test_a_patch_half_taken_out_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The master copy outlives the failed load: with the patch back it must be written anew."""
+    """The master copy's memory outlives the failure: with the patch back it must be written anew."""
     model = make_transformer()
+    plain = model(X)
     patches = Doubled({"blocks.2.out.weight"})
     streamer = make_streamer(model)
     plan = streamer.plan_for(streamer.minimum_bytes)
     streamer.load(plan, patches)
     patched = model(X)
+    read_range = masters.read_range
 
-    def stop_half_way(spec: TensorSpec, buffer: torch.Tensor) -> None:
-        spec.view(buffer)[:16].copy_(spec.original[:16])
-        raise KeyboardInterrupt
+    def stop_half_way(layout: Layout, start: int, stop: int, target: torch.Tensor, forget: bool) -> None:
+        read_range(layout, start, stop // 2, target[: stop // 2 - start], forget)
+        raise OSError("the disk is gone")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(masters, "read_tensor", stop_half_way)
-        with pytest.raises(KeyboardInterrupt):
+    for wanted, expected in ((None, plain), (patches, patched)):
+        with monkeypatch.context() as patch:
+            patch.setattr(masters, "read_range", stop_half_way)
             streamer.load(plan)
-    streamer.load(plan, patches)
-    assert torch.equal(model(X), patched)
+        streamer.load(plan, wanted)
+        assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("budget", ["least", "half", "all"])
+@pytest.mark.parametrize("broken", [1, 2, 3, 6])
+def test_a_failure_amid_patches_leaves_none_half_written(budget: str, broken: int) -> None:
+    """Neither those that were computed before it, nor those whose copies were under way."""
+    model = make_transformer()
+    plain = model(X)
+    streamer = make_streamer(model, slots=3)
+    names = {f"blocks.{block}.{layer}.weight" for block in range(6) for layer in ("out", "qkv")}
+    budgets = {"least": streamer.minimum_bytes, "half": streamer.model_bytes // 2, "all": 10**9}
+    plan = streamer.plan_for(budgets[budget])
+
+    class Breaking(Doubled):
+        def signature(self, name: str) -> object | None:
+            return "broken" if name in self.names else None
+
+        def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+            if len(self.computed) == broken:
+                raise RuntimeError("no such adapter")
+            return super().compute(name, original)
+
+    reference = make_transformer()
+    for name in names:
+        reference.get_parameter(name).mul_(2)
+    doubled = reference(X)
+    for before in (None, Doubled(names), Doubled({"blocks.3.qkv.weight"})):
+        streamer.load(plan, before)
+        with pytest.raises(RuntimeError, match="no such adapter"):
+            streamer.load(plan, Breaking(names | {"blocks.1.mlp.0.weight"}))
+        assert streamer.backend.allocated == 0
+        streamer.load(plan, Doubled(names))
+        assert torch.equal(model(X), doubled)
+        streamer.load(plan)
+        assert torch.equal(model(X), plain)
 
 
 def test_a_patch_that_changes_a_shape_is_refused() -> None:
