@@ -35,6 +35,7 @@ class StreamingConfig:
         fill_threads: threads that fill host memory for which somebody waits; 0 takes the cores, at most 16.
         read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
         build_threads: threads that build master copies behind other work, before a model is loaded.
+        verify: compare every copy on the device with its source before it is used (verify.py; for debugging).
     """
 
     copy_streams: int = 2
@@ -51,6 +52,7 @@ class StreamingConfig:
     chunk_bytes: int = 8 * 1024**2
     chunks: int = 16
     build_threads: int = 4
+    verify: bool = False
 
     def __post_init__(self) -> None:
         for name in ("copy_streams", "slots", "staging_bytes", "segment_bytes", "headroom_bytes", "fill_threads"):

@@ -12,6 +12,7 @@ from .masters import Patches, UnitCopies, Weights
 from .plan import Plan
 from .supply import Supply
 from .transfer import Load, wait_for
+from .verify import NoVerifier
 
 
 class Placement:
@@ -22,12 +23,14 @@ class Placement:
         backend: the device.
         supply: where weights come from.
         threads: threads that build master copies for which somebody waits.
+        verifier: is told of resident copies that have arrived.
     """
 
-    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, threads: int) -> None:
+    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, threads: int, verifier: NoVerifier) -> None:
         self._backend = backend
         self._supply = supply
         self._threads = threads
+        self._verifier = verifier
         self._copies = [UnitCopies(unit) for unit in blocks.units]
         self._rest = UnitCopies(blocks.rest)
         self._arriving: dict[int, list[UnitCopies]] = {}
@@ -180,6 +183,7 @@ class Placement:
                 continue
             if copies.master is not None:
                 copies.copy_resident(self._backend)
+                self._verifier.check_resident(copies)
                 continue
             reader.open()
             buffer = self._backend.allocate(copies.unit.nbytes)
@@ -200,7 +204,7 @@ class Placement:
         waiting = self._arriving.get(block, ())
         while waiting:
             waiting[0].arrive(self._backend, self._supply.reader, self._supply.tick)
-            waiting.pop(0)
+            self._verifier.check_resident(waiting.pop(0))
         self._arriving.pop(block, None)
 
     def arrive_all(self) -> None:
@@ -217,6 +221,8 @@ class Placement:
         for waiting in self._arriving.values():
             for copies in waiting:
                 copies.stop_awaiting(self._backend)
+                if not self._verifier.trusting:
+                    copies.drop_resident(self._backend)
         self._arriving.clear()
 
     def lacks(self, plan: Plan) -> bool:
