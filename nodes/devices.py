@@ -24,12 +24,14 @@ from ..streaming import (
     VirtualMemory,
     format_bytes,
     group_memory,
+    parse_switch,
     parse_virtual_devices,
 )
 
 logger = logging.getLogger(__name__)
 
 VIRTUAL_VARIABLE = "WEIGHTSTREAM_VIRTUAL"
+VERIFY_VARIABLE = "WEIGHTSTREAM_VERIFY"
 
 
 @dataclass
@@ -45,10 +47,14 @@ _virtual = _Virtual()
 
 
 def read_environment() -> None:
-    """Read ``WEIGHTSTREAM_VIRTUAL``. A bad value is logged now and raised where a node needs it."""
+    """Read ``WEIGHTSTREAM_VIRTUAL`` and ``WEIGHTSTREAM_VERIFY``.
+
+    A bad value is logged now and raised where a node needs it.
+    """
     if _virtual.read:
         return
     _virtual.read = True
+    _say_whether_verifying()
     text = os.environ.get(VIRTUAL_VARIABLE, "")
     if not text:
         return
@@ -64,6 +70,23 @@ def read_environment() -> None:
         wanted.count,
         format_bytes(wanted.budget),
     )
+
+
+def verifying() -> bool:
+    """Whether every copy on the device is compared with its source (``WEIGHTSTREAM_VERIFY=1``).
+
+    Raises:
+        ConfigError: the variable has another value.
+    """
+    return parse_switch(VERIFY_VARIABLE, os.environ.get(VERIFY_VARIABLE, ""))
+
+
+def _say_whether_verifying() -> None:
+    try:
+        if verifying():
+            logger.info("[WeightStream] every copy is compared with its source, so steps take longer")
+    except ConfigError as error:
+        logger.error("[WeightStream] %s", error)
 
 
 def virtual_devices() -> tuple[VirtualMemory, ...]:
@@ -139,7 +162,8 @@ pins = PinBudget(
 def host_config(vram_limit: int | None, backend: Backend) -> StreamingConfig:
     """Settings from the host's command line, for ``backend``.
 
-    --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram.
+    --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram; and from the
+    environment.
     """
     virtual = backend.budget is not None
     return StreamingConfig(
@@ -150,6 +174,7 @@ def host_config(vram_limit: int | None, backend: Backend) -> StreamingConfig:
         adaptive=mm.vram_state != mm.VRAMState.NO_VRAM,
         # How fast a CPU computes, and copies from its own memory, says nothing about a GPU.
         thrifty=not virtual,
+        verify=verifying(),
     )
 
 

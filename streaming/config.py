@@ -1,4 +1,4 @@
-"""Frozen settings of the engine, and the two spellings of byte counts that users write."""
+"""Frozen settings of the engine, and what users write: byte counts and switches."""
 
 from __future__ import annotations
 
@@ -83,6 +83,17 @@ class StreamingConfig:
     def threads(self) -> int:
         # Filling memory is bound by memory: all the cores of a large machine would only get in each other's way.
         return self.fill_threads or min(16, os.cpu_count() or 1)
+
+
+def parse_switch(name: str, text: str) -> bool:
+    """Whether the variable ``name`` with this value switches something on: ``1``; ``0`` and nothing switch it off.
+
+    Raises:
+        ConfigError: it has another value.
+    """
+    if text.strip() not in ("", "0", "1"):
+        raise ConfigError(f"{name}={text!r}: expected 1 to switch it on, or 0")
+    return text.strip() == "1"
 
 
 @dataclass(frozen=True)
