@@ -183,7 +183,7 @@ class Placement:
                 continue
             if copies.master is not None:
                 copies.copy_resident(self._backend)
-                self._verifier.check_resident(copies)
+                self._check(copies)
                 continue
             reader.open()
             buffer = self._backend.allocate(copies.unit.nbytes)
@@ -191,6 +191,13 @@ class Placement:
             free = self._backend.mark()
             copies.await_resident(buffer, reader.transfer([Load(copies.unit.layout, buffer)], free, background=True))
             self._arriving.setdefault(copies.unit.block, []).append(copies)
+
+    def _check(self, copies: UnitCopies) -> None:
+        try:
+            self._verifier.check_resident(copies)
+        except BaseException:
+            copies.drop_resident(self._backend)  # Nobody may take it for a good one.
+            raise
 
     # -- residents on their way ----------------------------------------------------------------------------------
 
@@ -204,7 +211,7 @@ class Placement:
         waiting = self._arriving.get(block, ())
         while waiting:
             waiting[0].arrive(self._backend, self._supply.reader, self._supply.tick)
-            self._verifier.check_resident(waiting.pop(0))
+            self._check(waiting.pop(0))
         self._arriving.pop(block, None)
 
     def arrive_all(self) -> None:

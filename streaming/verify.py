@@ -127,21 +127,27 @@ class Verifier(NoVerifier):
         parts = [part for place, copies in places for part in _parts(place, copies)]
         if not (damage := _compare(parts)):
             return
-        units = [copies.unit for _, copies in places]
-        block = self._block_names[units[0].block] if units[0].block >= 0 else "what is outside of blocks"
-        self._counters.corrupted += 1
-        self.finding = f"copies are synchronous since one of {block} was corrupted"
-        names = ", ".join(unit.name for unit in units)
-        logger.error("a copy of %s was corrupted (%s: %s): %s", block, what, names, "; ".join(damage))
+        self._report(what, places, damage)
         if (step_down := self._step_down()) is not None:
             step_down()
         for part in parts:
             part.copy.copy_(part.source)
         if damage := _compare(parts):
             raise CorruptionError(
-                f"a copy of {block} differs from its source ({what}: {names}), and again when it was copied anew: "
-                f"{'; '.join(damage)}. The device, its bus or its driver damages data"
+                f"a copy of {self._name(places)} differs from its source, and again when it was copied anew "
+                f"({what}: {'; '.join(damage)}). The device, its bus or its driver damages data"
             )
+
+    def _report(self, what: str, places: Sequence[Place], damage: Sequence[str]) -> None:
+        self._counters.corrupted += 1
+        name = self._name(places)
+        self.finding = f"copies are synchronous since one of {name} was corrupted"
+        units = ", ".join(copies.unit.name for _, copies in places)
+        logger.error("a copy of %s was corrupted (%s: %s): %s", name, what, units, "; ".join(damage))
+
+    def _name(self, places: Sequence[Place]) -> str:
+        block = places[0][1].unit.block
+        return self._block_names[block] if block >= 0 else "what is outside of blocks"
 
 
 class _VerifiedLane(Lane):
