@@ -93,11 +93,12 @@ def anonymous_bytes() -> int:
 
 def adjust(settings: dict[str, int], pin_limit: int | None) -> None:
     """Use other settings than the pack's own, for this process."""
-    loader = sys.modules["weightstream_pack.nodes.loader"]
-    own = loader.host_config
-    loader.host_config = lambda *args: dataclasses.replace(own(*args), **settings)
+    nodes = [sys.modules[f"weightstream_pack.nodes.{name}"] for name in ("streamed_model", "patcher")]
+    own = nodes[0].host_config
+    for node in nodes:
+        node.host_config = lambda *args: dataclasses.replace(own(*args), **settings)
     if pin_limit is not None:
-        loader.pins.limit = pin_limit
+        nodes[0].pins.limit = pin_limit
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import comfy.model_management as mm
 import comfy_aimdo.model_vbar
 import psutil
 import torch
-from comfy.cli_args import args
 
 from ..streaming import (
     Backend,
@@ -19,7 +18,6 @@ from ..streaming import (
     CpuBackend,
     CudaBackend,
     PinBudget,
-    StreamingConfig,
     UnsupportedModelError,
     VirtualMemory,
     format_bytes,
@@ -159,31 +157,6 @@ pins = PinBudget(
 )
 
 
-def host_config(vram_limit: int | None, backend: Backend) -> StreamingConfig:
-    """Settings from the host's command line, for ``backend``.
-
-    --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram; and from the
-    environment.
-    """
-    virtual = backend.budget is not None
-    return StreamingConfig(
-        copy_streams=_copy_streams(),
-        pin_memory=not args.disable_pinned_memory,
-        vram_limit=vram_limit,
-        headroom_bytes=0 if virtual else _headroom(),
-        adaptive=mm.vram_state != mm.VRAMState.NO_VRAM,
-        # How fast a CPU computes, and copies from its own memory, says nothing about a GPU.
-        thrifty=not virtual,
-        verify=verifying(),
-    )
-
-
-def _headroom() -> int:
-    if args.reserve_vram is not None:
-        return int(args.reserve_vram * 1024**3)
-    return StreamingConfig.headroom_bytes
-
-
 def evictable(device: torch.device) -> int:
     """Bytes of VRAM that models with dynamic VRAM hold and give up when somebody allocates."""
     if not comfy.memory_management.aimdo_enabled or device.type != "cuda":
@@ -197,11 +170,3 @@ def obtainable(backend: Backend) -> int:
         return backend.budget
     held = sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models if loaded.device == backend.device)
     return int(mm.get_free_memory(backend.device)) + held + evictable(backend.device)
-
-
-def _copy_streams() -> int:
-    if mm.NUM_STREAMS > 0:
-        return mm.NUM_STREAMS
-    # On a CPU host this is 0 without anybody asking for it.
-    switched_off = args.disable_async_offload or args.async_offload == 0
-    return 0 if switched_off else 2

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import devices, status
 from .loader import StreamedModelLoader
+from .settings import AsyncOffloadSettings
 
 
 class WeightStreamExtension(ComfyExtension):
@@ -16,4 +17,4 @@ class WeightStreamExtension(ComfyExtension):
         status.add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [StreamedModelLoader]
+        return [StreamedModelLoader, AsyncOffloadSettings]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.model_detection
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -20,22 +19,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..streaming import (
-    BudgetError,
-    Checkpoint,
-    CheckpointError,
-    Streamer,
-    UnsupportedModelError,
-    format_bytes,
-    split_model,
-    warm_up,
-)
+from ..streaming import Checkpoint, CheckpointError, UnsupportedModelError, warm_up
 from . import status
-from .devices import evictable, host_config, make_backend, obtainable, pins
-from .patcher import ATTRIBUTE, StreamedModel, StreamedModelPatcher
-from .progress import LoadingBar
-
-GIB = 1024**3
+from .devices import make_backend
+from .mapped import SAFETENSORS_ENDINGS, mapped_loading
+from .offload import GIB, OffloadSettings
+from .patcher import StreamedModelPatcher
+from .streamed_model import make_streamed
 
 # The options of the host's Load Diffusion Model, and what each of them means to its loading function.
 WEIGHT_DTYPES = {
@@ -44,8 +34,6 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-
-SAFETENSORS_ENDINGS = (".safetensors", ".sft")
 
 # Folders of files that hold a diffusion model alone, and of files that hold text encoders and VAE too.
 MODELS, CHECKPOINTS = "diffusion_models", "checkpoints"
@@ -126,10 +114,11 @@ def load_streamed(
     name = os.path.basename(path)
     weights = _open(path)
     try:
-        patcher = _load_for_streaming(weights, full_checkpoint, model_options, vram_limit, node_id)
+        settings = OffloadSettings(vram_limit=vram_limit)
+        patcher = _load_for_streaming(weights, full_checkpoint, model_options, settings, node_id)
     except UnsupportedModelError as error:
         status.announce(name, f"not streamed, loaded ComfyUI's own way: {error}", node_id)
-        patcher = _load_unstreamed(weights, full_checkpoint, model_options, disable_dynamic)
+        patcher = load_unstreamed(path, model_options, full_checkpoint, disable_dynamic)
         if not weights.sharded:
             return patcher  # It has the host's own factory.
     patcher.cached_patcher_init = (load_streamed, (path, model_options, vram_limit, node_id, full_checkpoint))
@@ -137,29 +126,18 @@ def load_streamed(
 
 
 def _load_for_streaming(
-    weights: _Weights, full_checkpoint: bool, model_options: dict, vram_limit: int | None, node_id: str | None
-) -> ModelPatcher:
-    name = os.path.basename(weights.path)
-    backend = make_backend(model_options.get("load_device", mm.get_torch_device()))
-    warm_up(backend.device, _computing_dtype(weights.tensors))
-    with _views_of_the_file():
+    weights: _Weights, full_checkpoint: bool, model_options: dict, settings: OffloadSettings, node_id: str | None
+) -> StreamedModelPatcher:
+    load_device = model_options.get("load_device", mm.get_torch_device())
+    warm_up(make_backend(load_device).device, _computing_dtype(weights.tensors))
+    with mapped_loading():
         loaded = _load_by_host(weights, full_checkpoint, model_options)
-    model, load_device = loaded.model, loaded.load_device
-    blocks = split_model(model, _model_dtype, weights.locate)
-    config = host_config(vram_limit, backend)
-    bar = LoadingBar(node_id)
-    streamer = Streamer(model.diffusion_model, blocks, backend, config, pins, evictable, bar)
-    _check_limit(vram_limit, streamer, name)
-    streamed = StreamedModel(name, streamer, node_id, bar)
-    setattr(model, ATTRIBUTE, streamed)
-    status.watch(streamed)
-    status.announce(
-        name,
-        f"{len(blocks.blocks)} blocks, {format_bytes(streamer.model_bytes)}, ready to stream to {backend.name}",
-        node_id,
-    )
-    streamer.prepare(obtainable(backend))
-    return StreamedModelPatcher(model, load_device, loaded.offload_device, streamer.model_bytes)
+    model, name = loaded.model, os.path.basename(weights.path)
+    streamed = make_streamed(model, model.diffusion_model, loaded.load_device, name, weights.locate, settings, node_id)
+    streamed.load_by_host = partial(load_unstreamed, weights.path, model_options, full_checkpoint)
+    patcher = StreamedModelPatcher(model, loaded.load_device, loaded.offload_device, streamed.streamer.model_bytes)
+    patcher.settings = settings
+    return patcher
 
 
 @dataclass(frozen=True)
@@ -225,17 +203,6 @@ def _is_bare(tensors: dict[str, torch.Tensor]) -> bool:
     return not any(name.startswith(prefix) for name in tensors)
 
 
-def _check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
-    if vram_limit is not None and vram_limit < streamer.minimum_bytes:
-        # Rounded up, so that the value in the message works when typed in.
-        gib = -(-streamer.minimum_bytes * 1000 // GIB) / 1000
-        raise BudgetError(
-            f"vram_limit_gb={vram_limit / GIB:.3f} is too small for {name}: its largest block and what lies outside of "
-            f"blocks need at least {gib:.3f}. Set vram_limit_gb to that or more, or to 0 for automatic.",
-            streamer.minimum_bytes,
-        )
-
-
 def _load_by_host(
     weights: _Weights, full_checkpoint: bool, model_options: dict, disable_dynamic: bool = False
 ) -> ModelPatcher:
@@ -256,13 +223,15 @@ def _load_by_host(
     return model
 
 
-def _load_unstreamed(
-    weights: _Weights, full_checkpoint: bool, model_options: dict, disable_dynamic: bool
+def load_unstreamed(
+    path: str, model_options: dict, full_checkpoint: bool, disable_dynamic: bool = False
 ) -> ModelPatcher:
     """As if our loader did not exist; of a model in several files the host has no way of its own."""
-    if weights.sharded:
-        return _load_by_host(weights, full_checkpoint, model_options, disable_dynamic)
-    (path,) = weights.files
+    if _is_safetensors(path):
+        weights = _open(path)
+        if weights.sharded:
+            return _load_by_host(weights, full_checkpoint, model_options, disable_dynamic)
+        (path,) = weights.files
     options = {"model_options": model_options, "disable_dynamic": disable_dynamic}
     with _named_errors(path):
         if full_checkpoint:
@@ -290,49 +259,3 @@ def _computing_dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:
         nbytes[tensor.dtype] += tensor.nbytes
     [(dtype, _)] = nbytes.most_common(1) or [(torch.bfloat16, 0)]
     return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
-
-
-def _model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
-    """The dtype that the host built this tensor with, which a file's tensor that was only mapped may not have."""
-    return getattr(module, f"{attribute}_comfy_model_dtype", None) or tensor.dtype
-
-
-class _MappedModelPatcher(ModelPatcher):
-    """Says that it is dynamic, so that the host keeps the parameters as views of the mapped file."""
-
-    def is_dynamic(self) -> bool:
-        return True
-
-
-_mapping = threading.Lock()
-
-
-@contextmanager
-def _views_of_the_file() -> Iterator[None]:
-    """Let the host load without copying the file into fresh memory.
-
-    Whether it copies hangs on the class that ``comfy.model_patcher.CoreModelPatcher`` is at that moment and on nothing
-    that a caller can pass, so this is replaced for the length of one call, for this thread. A copy would be made, and
-    dropped, for every byte of the model.
-    """
-    with _mapping:
-        before = comfy.model_patcher.CoreModelPatcher
-        comfy.model_patcher.CoreModelPatcher = _for_this_thread(_MappedModelPatcher, before)
-        try:
-            yield
-        finally:
-            comfy.model_patcher.CoreModelPatcher = before
-
-
-def _for_this_thread(ours: type[ModelPatcher], theirs: type[ModelPatcher]) -> type[ModelPatcher]:
-    """A class that makes ``ours`` on the calling thread and ``theirs`` on any other."""
-    caller = threading.get_ident()
-
-    class Choice(theirs):
-        def __new__(cls, *args: object, **kwargs: object) -> ModelPatcher:
-            return (ours if threading.get_ident() == caller else theirs)(*args, **kwargs)
-
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            """Whoever was made is no instance of this class, so this is never called."""
-
-    return Choice

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from typing import Any, TypeVar
 
 import comfy.memory_management
 import comfy.model_management as mm
@@ -16,56 +16,23 @@ from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..streaming import Plan, Streamer, format_bytes
-from . import status
 from .devices import make_backend, same_device
+from .offload import OffloadSettings, host_config
 from .patches import HostPatches
-from .progress import LoadingBar
+from .streamed_model import ATTRIBUTE, StreamedModel
 
 logger = logging.getLogger(__name__)
 
-# Where the shared model keeps the one object that holds everything about its streaming.
-ATTRIBUTE = "weightstream"
-
-
-@dataclass(eq=False)
-class StreamedModel:
-    """Everything about the streaming of one loaded model, shared by all patchers of it.
-
-    Attributes:
-        name: the checkpoint's file name.
-        streamer: moves the weights.
-        node_id: the loader node, where the effective plan is shown; None outside of a prompt.
-        bar: shows on it how far loading is.
-    """
-
-    name: str
-    streamer: Streamer
-    node_id: str | None
-    bar: LoadingBar
-    _announced: object = None
-    _shown: tuple[Plan | None, bool, bool] = (None, False, False)
-
-    def announce_changes(self) -> None:
-        """After a step: announce what it has changed or measured, and that everything is page-locked now."""
-        plan, *shown = self._shown
-        now = [self.streamer.building, self.streamer.config.synchronous]
-        if self.streamer.plan is not plan or now != shown or self.bar.wrote:
-            self.announce()
-
-    def announce(self) -> None:
-        """Say which plan is in effect; in the log only when it is another than before."""
-        plan, building = self.streamer.plan, self.streamer.building
-        synchronous = self.streamer.config.synchronous
-        now = (plan, building, synchronous, self.streamer.state, plan is not None and plan.forecast is not None)
-        status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
-        self._announced, self._shown = now, (plan, building, synchronous)
-        self.bar.wrote = False
+T = TypeVar("T")
 
 
 class StreamedModelPatcher(ModelPatcher):
     """A :class:`ModelPatcher` that never moves weights itself: its streamer does.
 
     The base class keeps what is not about weights: patches, clones, hooks, callbacks, injections, object patches.
+
+    Attributes:
+        settings: how this MODEL streams. Patchers of one model may differ; the one that is loaded counts.
     """
 
     def __init__(
@@ -77,7 +44,18 @@ class StreamedModelPatcher(ModelPatcher):
         weight_inplace_update: bool = False,
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
+        self.settings = OffloadSettings()
+        self.wrap_steps()
+
+    def wrap_steps(self) -> None:
+        """Have the host run each step through :func:`run_streamed`."""
+        self.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
         self.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE, run_streamed)
+
+    def clone(self, *args: Any, **kwargs: Any) -> StreamedModelPatcher:
+        clone = super().clone(*args, **kwargs)
+        clone.settings = self.settings
+        return clone
 
     @property
     def streamed(self) -> StreamedModel:
@@ -132,12 +110,14 @@ class StreamedModelPatcher(ModelPatcher):
             if device_to is not None and not same_device(device_to, self.streamer.backend.device):
                 # A clone for another GPU, or back from it.
                 self.streamer.move_to(make_backend(device_to))
+            self.streamer.configure(host_config(self.settings, self.streamer.backend))
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             self._move_object_patches(device_to)
             patches = self._host_patches()
             self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))
             self.streamer.begin_prompt()
+            self.streamed.set_loaded(self)
             self._tell_host(device_to)
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
@@ -347,17 +327,25 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not isinstance(patcher, StreamedModelPatcher):
         return executor(x, *args, **kwargs)
+    return run_step(
+        patcher,
+        # Models take what they need out of lists (ControlNet's residuals): a step that is run again needs them whole.
+        lambda: executor(x, *map(_copy_lists, args), **{name: _copy_lists(value) for name, value in kwargs.items()}),
+        shapes_of((x, *args, *kwargs.values())),
+        lambda: int(patcher.memory_required(x.shape)),
+    )
+
+
+def run_step(
+    patcher: StreamedModelPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
+) -> T:
+    """Run ``forward``, one step of the model that ``patcher`` has loaded (:meth:`streaming.Streamer.run`)."""
     # Reloading takes hooks off, and a reload that fails leaves them off: what is in effect now is what counts.
     hooks = patcher.current_hooks
     # Activations are never on a virtual device.
     virtual = patcher.streamer.backend.budget is not None
-    output = patcher.streamer.run(
-        # Models take what they need out of lists (ControlNet's residuals): a step that is run again needs them whole.
-        lambda: executor(x, *map(_copy_lists, args), **{name: _copy_lists(value) for name, value in kwargs.items()}),
-        shape=_shapes((x, *args, *kwargs.values())),
-        reload=lambda plan: patcher.reload(plan, hooks),
-        estimate=None if virtual else lambda: int(patcher.memory_required(x.shape)),
-    )
+    reload = partial(patcher.reload, hooks=hooks)
+    output = patcher.streamer.run(forward, shape, reload, None if virtual else estimate)
     patcher.streamed.announce_changes()
     return output
 
@@ -371,12 +359,12 @@ def _copy_lists(value: Any) -> Any:
     return value
 
 
-def _shapes(values: Iterable[Any]) -> tuple:
+def shapes_of(values: Iterable[Any]) -> tuple:
     """What of a step's arguments its time and memory hang on: the shapes of tensors, also of those in lists."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(tuple(value.shape))
         elif isinstance(value, (list, tuple)):
-            found.append(_shapes(value))
+            found.append(shapes_of(value))
     return tuple(found)

@@ -15,7 +15,7 @@ from . import devices
 if TYPE_CHECKING:
     from server import PromptServer
 
-    from .patcher import StreamedModel
+    from .streamed_model import StreamedModel
 
 logger = logging.getLogger(__name__)
 

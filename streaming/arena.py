@@ -14,8 +14,10 @@ import torch
 from .backend import Backend
 from .config import format_bytes
 
-# After a registration has failed, this part of what was page-locked then is the limit.
+# After a registration has failed, this part of what was page-locked then is the limit, and so many bytes more with each
+# later attempt: what the system allows changes.
 BACK_OFF = 0.95
+PROBE_BYTES = 256 * 1024**2
 
 
 class PinOwner(Protocol):
@@ -101,6 +103,12 @@ class PinBudget:
                 self._refused = reason
         return reason
 
+    def probe(self) -> None:
+        """Somebody tries anew: more than was refused before may be allowed by now."""
+        with self._counting:
+            if self._ceiling is not None:
+                self._ceiling += PROBE_BYTES
+
     def unlocked(self, nbytes: int) -> None:
         with self._counting:
             self.locked -= nbytes
@@ -158,6 +166,11 @@ class HostBuffer:
         self._claim: weakref.finalize | None = None
         self._lock: weakref.finalize | None = None
 
+    @property
+    def claimed(self) -> bool:
+        """Whether it counts towards a budget."""
+        return self._claim is not None
+
     def claim(self, budget: PinBudget) -> str | None:
         """Count towards ``budget`` until the end; gives None, or the reason why that is not allowed."""
         if self._claim is not None:
@@ -210,16 +223,26 @@ def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget) -> None:
 class Arena:
     """Hands out host buffers and counts them.
 
+    Args:
+        backend: the device to page-lock for.
+        pin_memory: whether to page-lock at all.
+        budget: page-locked memory that is shared with other arenas.
+        limit: bytes that this arena may page-lock; None sets none.
+
     Attributes:
         pinned_bytes, pageable_bytes: bytes in live buffers, by kind.
         reason: why something is not page-locked, in words; None when everything is.
     """
 
-    def __init__(self, backend: Backend, pin_memory: bool = True, budget: PinBudget | None = None) -> None:
+    def __init__(
+        self, backend: Backend, pin_memory: bool = True, budget: PinBudget | None = None, limit: int | None = None
+    ) -> None:
         self.budget = budget or PinBudget()
         self._backend = backend
         self._pin_memory = pin_memory
+        self._limit = limit
         self._counting = threading.Lock()
+        self._claimed_bytes = 0
         self.pinned_bytes = 0
         self.pageable_bytes = 0
         self.reason: str | None = None
@@ -227,6 +250,7 @@ class Arena:
 
     def begin(self) -> None:
         """Try anew: what stood in the way before may be gone."""
+        self.budget.probe()
         self.reason = None if self._pin_memory else "page-locking is switched off"
 
     def allocate(self, nbytes: int) -> HostBuffer:
@@ -244,7 +268,7 @@ class Arena:
         if not self._pin_memory:
             return None
         buffer = HostBuffer(nbytes)
-        if (reason := buffer.claim(self.budget)) is not None:
+        if (reason := self._claim(buffer)) is not None:
             self.reason = reason
             return None
         with self._counting:
@@ -255,7 +279,11 @@ class Arena:
         """Page-lock ``buffer`` if that is allowed and works; else it stays pageable and :attr:`reason` says why."""
         if not self._pin_memory or buffer.nbytes == 0:
             return False
-        reason = buffer.lock(self._backend, self.budget)
+        if (reason := self._claim(buffer)) is None:
+            try:
+                reason = buffer.lock(self._backend, self.budget)
+            finally:
+                self._count_claim(buffer)
         with self._counting:
             if reason is None:
                 self.pinned_bytes += buffer.nbytes
@@ -264,6 +292,24 @@ class Arena:
                 self.reason = reason
         return reason is None
 
+    def _claim(self, buffer: HostBuffer) -> str | None:
+        """Count ``buffer`` towards this arena's limit and the budget; gives None, or the reason why not."""
+        if buffer.claimed:
+            return None
+        with self._counting:
+            if self._limit is not None and self._claimed_bytes + buffer.nbytes > self._limit:
+                return f"this model's limit of {format_bytes(self._limit)} page-locked memory is reached"
+            self._claimed_bytes += buffer.nbytes
+        reason = buffer.claim(self.budget)
+        self._count_claim(buffer)
+        return reason
+
+    def _count_claim(self, buffer: HostBuffer) -> None:
+        """``buffer`` was counted; it no longer is if its claim has ended."""
+        if not buffer.claimed:
+            with self._counting:
+                self._claimed_bytes -= buffer.nbytes
+
     def release(self, buffer: HostBuffer) -> None:
         """Take ``buffer`` back."""
         with self._counting:
@@ -271,4 +317,6 @@ class Arena:
                 self.pinned_bytes -= buffer.nbytes
             else:
                 self.pageable_bytes -= buffer.nbytes
+            if buffer.claimed:
+                self._claimed_bytes -= buffer.nbytes
         buffer.close()

@@ -19,13 +19,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
 
 from .arena import Arena
 from .masters import UnitCopies
-from .transfer import Tick, wait_for
+from .threads import end_with_process
+from .transfer import TICK_SECONDS, Tick
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ logger = logging.getLogger(__name__)
 # registration one thread starves the other: steps of 0.16 s took 11 s; with 1 ms behind pieces of 64 MB nothing shows
 # (H200, docs/design.md).
 LOCK_PAUSE_SECONDS = 0.001
+
+
+# After so many units could not be copied the others are left alone: the disk, or the memory, is at fault.
+MOST_FAILURES = 3
 
 
 class Builder:
@@ -44,82 +49,109 @@ class Builder:
 
     Attributes:
         drop_behind: have the system forget the parts of files that were read (RAM is short).
+        needed_bytes: that were filled while somebody needed them.
+        workers: its threads.
     """
 
     def __init__(self, arena: Arena, threads: int) -> None:
         self.drop_behind = False
+        self.needed_bytes = 0
+        self.workers: list[threading.Thread] = []
         self._arena = arena
         self._threads = threads
+        self._queue: deque[UnitCopies] = deque()
+        self._needed = False
+        self._failures = 0
+        self._error: Exception | None = None
         self._stopping = threading.Event()
         self._full = threading.Event()
         self._locking = threading.Lock()
-        self._futures: list[Future[None]] = []
-        self._pool: ThreadPoolExecutor | None = None
+        end_with_process(self)
 
     @property
     def active(self) -> bool:
-        return any(not future.done() for future in self._futures)
+        return any(worker.is_alive() for worker in self.workers)
 
     def start(self, copies: Sequence[UnitCopies]) -> None:
         """Build the master copies of these units, in this order, behind other work. The builder is at rest."""
-        if not copies:
-            return
-        try:
-            self._begin(copies, self._threads, self._lock_and_pause)
-        except BaseException:
-            self.stop()
-            raise
+        self._begin(copies, self._threads, self._lock_and_pause, needed=False)
 
-    def build(self, copies: Sequence[UnitCopies], threads: int, tick: Tick) -> None:
+    def build(self, copies: Sequence[UnitCopies], threads: int, tick: Tick, needed: bool = False) -> None:
         """Build the master copies of these units now, on ``threads`` threads. The builder is at rest.
 
-        ``tick`` is called meanwhile, and may raise: what is begun then is taken up again another time.
+        Args:
+            copies: the units.
+            threads: how many.
+            tick: is called meanwhile, and may raise: what is begun then is taken up again another time.
+            needed: they must be built, in pageable memory where no other may be had; what goes wrong is raised.
         """
-        if not copies:
-            return
         try:
-            self._begin(copies, threads, self._lock)
+            self._begin(copies, threads, self._lock, needed)
             self.wait(tick)
         finally:
             self.stop()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def wait(self, tick: Tick) -> None:
         """Wait until all that was started is built."""
-        for future in self._futures:
-            wait_for(future, tick)
+        for worker in self.workers:
+            while worker.is_alive():
+                worker.join(TICK_SECONDS)
+                tick()
 
     def stop(self) -> None:
         """Stop, soon: nothing is being built when this returns. What was begun is taken up again by the next start."""
         self._stopping.set()
-        futures, self._futures = self._futures, []
-        for future in futures:
-            future.cancel()
-        wait_for_futures([future for future in futures if not future.cancelled()])
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        for worker in self.workers:
+            worker.join()
+        self.workers.clear()
+        self._queue.clear()
 
     def forsake(self) -> None:
         """As :meth:`stop`, for an owner that the garbage collector takes: waits for nothing."""
         self._stopping.set()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, copies: Sequence[UnitCopies], threads: int, lock: Callable[[UnitCopies], None]) -> None:
+    def _begin(
+        self, copies: Sequence[UnitCopies], threads: int, lock: Callable[[UnitCopies], None], needed: bool
+    ) -> None:
+        assert not self.workers
         self._stopping.clear()
         self._full.clear()
-        assert self._pool is None
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weightstream-build")
-        for item in copies:
-            self._futures.append(self._pool.submit(self._build, item, lock))
+        self._queue.extend(copies)
+        self._needed, self._failures, self._error = needed, 0, None
+        try:
+            for _ in range(min(threads, len(copies))):
+                worker = threading.Thread(target=self._work, args=[lock], name="weightstream-build", daemon=True)
+                worker.start()
+                self.workers.append(worker)
+        except BaseException:
+            self.stop()
+            raise
 
-    def _build(self, copies: UnitCopies, lock: Callable[[UnitCopies], None]) -> None:
-        if self._stopping.is_set():
-            return
+    def _work(self, lock: Callable[[UnitCopies], None]) -> None:
+        # A function for each unit: a thread that waits keeps no memory of the one before alive.
+        while not self._stopping.is_set() and self._build_next(lock):
+            """One more."""
+
+    def _build_next(self, lock: Callable[[UnitCopies], None]) -> bool:
+        try:
+            copies = self._queue.popleft()
+        except IndexError:
+            return False
         if self._full.is_set():
             copies.give_up_begun(self._arena)
-        elif self._try(copies, lambda: copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind)):
+        elif self._try(copies, self._fill):
             lock(copies)
+        return True
+
+    def _fill(self, copies: UnitCopies) -> bool:
+        filled = copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind, self._needed)
+        if self._needed:
+            with self._locking:
+                self.needed_bytes += copies.unit.nbytes
+        return filled
 
     def _lock_and_pause(self, copies: UnitCopies) -> None:
         with self._locking:
@@ -131,16 +163,29 @@ class Builder:
         if self._full.is_set():
             copies.give_up_begun(self._arena)
         else:
-            self._try(copies, lambda: copies.lock_master(self._arena))
+            self._try(copies, lambda copies: copies.lock_master(self._arena, self._needed))
 
-    def _try(self, copies: UnitCopies, step: Callable[[], bool]) -> bool:
-        """Where no more memory may be page-locked, or the file is broken, others need not try."""
+    def _try(self, copies: UnitCopies, step: Callable[[UnitCopies], bool]) -> bool:
+        """Where no more memory may be page-locked, or several units could not be copied, others need not try."""
         try:
-            more = step()
+            more = step(copies)
         except Exception as error:
-            # As text: who keeps log records would keep, with the error's frames, the copies and their memory.
-            logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, str(error))
-            more = False
-        if not more:
+            self._failed(copies, error)
+            return False
+        if not more and not self._needed:
             self._full.set()
         return more
+
+    def _failed(self, copies: UnitCopies, error: Exception) -> None:
+        """Of what is needed the first error counts, and ends the rest."""
+        traceback.clear_frames(error.__traceback__)  # They hold memory.
+        if self._needed:
+            self._error = self._error or error
+            self._stopping.set()
+            return
+        # As text: who keeps log records would keep, with the error's frames, the copies and their memory.
+        logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, str(error))
+        self._arena.reason = f"{copies.unit.name} could not be copied ({error})"
+        self._failures += 1
+        if self._failures >= MOST_FAILURES:
+            self._full.set()

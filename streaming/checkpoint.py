@@ -115,6 +115,8 @@ def _read_index(path: str) -> dict[str, str]:
             weight_map = json.load(file)["weight_map"]
         if not all(type(name) is str for name in weight_map.values()):
             raise ValueError("weight_map is not a map of tensors to files")
+        if not weight_map:
+            raise ValueError("weight_map is empty")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no index of a model's files ({error!r}). Download it again.") from error
     for tensor, name in weight_map.items():

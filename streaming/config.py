@@ -28,6 +28,8 @@ class StreamingConfig:
         segment_bytes: parts of a block that run one after another are copied together up to this size. Copies of 16 MB
             and more reach the bus's full bandwidth.
         pin_memory: page-lock the host copies. Without it a copy is staged by the driver and blocks the caller.
+        pinned_limit: bytes of this model that may be page-locked; None sets no limit of its own.
+        stream_all: keep nothing on the device but what lies outside of blocks.
         vram_limit: bytes that weights and staging may take on the device; None takes what is offered.
         headroom_bytes: device memory that stays free beside the weights and a step's measured activations.
         adaptive: follow the memory that steps were measured to leave, instead of what was offered for the first.
@@ -43,6 +45,8 @@ class StreamingConfig:
     staging_bytes: int = 400_000_000
     segment_bytes: int = 32 * 1024**2
     pin_memory: bool = True
+    pinned_limit: int | None = None
+    stream_all: bool = False
     vram_limit: int | None = None
     headroom_bytes: int = 200_000_000
     adaptive: bool = True
@@ -61,8 +65,9 @@ class StreamingConfig:
         for name in ("read_threads", "chunk_bytes", "chunks", "build_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.vram_limit is not None and self.vram_limit < 0:
-            raise ConfigError(f"vram_limit must be None or 0 bytes and more, got {self.vram_limit}")
+        for name in ("vram_limit", "pinned_limit"):
+            if (limit := getattr(self, name)) is not None and limit < 0:
+                raise ConfigError(f"{name} must be None or 0 bytes and more, got {limit}")
 
     @property
     def synchronous(self) -> bool:

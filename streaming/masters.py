@@ -10,7 +10,7 @@ import torch
 from .arena import Arena, HostBuffer
 from .backend import Backend
 from .blocks import Unit
-from .contents import needs_work, ranges, read_range, read_tensor, read_unit
+from .contents import needs_work, ranges, read_range, read_tensor
 from .errors import UnsupportedModelError
 from .layout import Binding, TensorSpec
 from .reader import Reader
@@ -69,9 +69,13 @@ class Weights:
         self.buffer.copy_(other.buffer)
         self._baked = dict(other._baked)
 
-    def bake(self, specs: Iterable[TensorSpec], patches: Patches) -> None:
-        """Write ``specs`` anew: patched, or the original where nothing changes them any more."""
+    def bake(self, specs: Iterable[TensorSpec], patches: Patches, tick: Tick) -> None:
+        """Write ``specs`` anew: patched, or the original where nothing changes them any more.
+
+        ``tick`` is called before each, and may raise.
+        """
         for spec in specs:
+            tick()
             # While it is written the tensor is neither the old nor the new one: should that fail or be interrupted,
             # nobody may take it for either. This copy may outlive the failure.
             self._baked[spec.name] = _UNFINISHED
@@ -100,8 +104,8 @@ def _write(spec: TensorSpec, buffer: torch.Tensor, value: torch.Tensor) -> None:
     target.copy_(value.detach())
 
 
-# A builder looks after so many bytes whether it shall stop.
-BUILD_BYTES = 16 * 1024**2
+# A builder looks after so many bytes whether it shall stop: 16 threads have 64 MB under way.
+BUILD_BYTES = 4 * 1024**2
 
 
 class _Master(NamedTuple):
@@ -162,34 +166,32 @@ class UnitCopies:
 
     # -- master copies -------------------------------------------------------------------------------------------
 
-    def make_master(self, arena: Arena) -> None:
-        """Build the master copy now: from the resident one if that is patched, else from the original."""
-        if self.master is not None:
-            return
+    def move_to_master(self, arena: Arena) -> None:
+        """Make the master copy from the resident one, patches included."""
+        assert self.resident is not None
         memory, _ = self._begun or (arena.allocate(self.unit.nbytes), 0)
         self._begun = None
         try:
             master = Weights(self.unit, memory.memory)
-            if self.resident is not None and self.resident.patched:
-                master.write_from(self.resident)
-            else:
-                read_unit(self.unit.layout, memory.memory)
+            master.write_from(self.resident)
             arena.lock(memory)
         except BaseException:
             arena.release(memory)
             raise
         self._master = _Master(master, memory)
 
-    def fill_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool) -> bool:
+    def fill_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool, needed: bool = False) -> bool:
         """On a builder's thread: fill memory with the weights as they were loaded, for :meth:`lock_master`.
 
         What was begun before is taken up again. Gives whether memory may be had. An unpatched master copy in pageable
-        memory would have no use, since the original is as good, unless weights are cast on the way.
+        memory would have no use, since the original is as good, unless weights are cast on the way, or it is needed
+        for somebody to write to.
         """
         memory, filled = self._begun or (arena.claim(self.unit.nbytes), 0)
         self._begun = None
         if memory is None:
-            if not needs_work(self.unit.layout) or not arena.budget.has_room(self.unit.nbytes):
+            of_use = needs_work(self.unit.layout) and arena.budget.has_room(self.unit.nbytes)
+            if not (of_use or needed):
                 return False
             memory = arena.allocate(self.unit.nbytes)
         try:
@@ -206,7 +208,7 @@ class UnitCopies:
         self._begun = memory, filled
         return True
 
-    def lock_master(self, arena: Arena) -> bool:
+    def lock_master(self, arena: Arena, needed: bool = False) -> bool:
         """On a builder's thread: page-lock what was filled, and leave it to be adopted if it was filled as a whole.
 
         Gives whether others shall be built: false when no more memory may be page-locked.
@@ -217,7 +219,7 @@ class UnitCopies:
         self._begun = None
         try:
             locked = arena.lock(memory)
-            if locked or needs_work(self.unit.layout):
+            if locked or needed or needs_work(self.unit.layout):
                 self.built = _Master(Weights(self.unit, memory.memory), memory)
             else:
                 arena.release(memory)

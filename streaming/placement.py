@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 from .arena import HostBuffer
 from .backend import Backend
@@ -11,7 +10,7 @@ from .blocks import BlockSet
 from .masters import Patches, UnitCopies, Weights
 from .plan import Plan
 from .supply import Supply
-from .transfer import Load, wait_for
+from .transfer import Load
 from .verify import NoVerifier
 
 
@@ -22,14 +21,12 @@ class Placement:
         blocks: the model cut into blocks and rest.
         backend: the device.
         supply: where weights come from.
-        threads: threads that build master copies for which somebody waits.
         verifier: is told of resident copies that have arrived.
     """
 
-    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, threads: int, verifier: NoVerifier) -> None:
+    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: NoVerifier) -> None:
         self._backend = backend
         self._supply = supply
-        self._threads = threads
         self._verifier = verifier
         self._copies = [UnitCopies(unit) for unit in blocks.units]
         self._rest = UnitCopies(blocks.rest)
@@ -99,7 +96,7 @@ class Placement:
     def bake(self, plan: Plan, patches: Patches) -> None:
         """Write the weights whose patches have changed; no other is touched."""
         for weights in self._weights(plan):
-            weights.bake(weights.stale(patches), patches)
+            weights.bake(weights.stale(patches), patches, self._supply.tick)
 
     def bind(self) -> None:
         """Point the modules at the copies that are in use."""
@@ -162,18 +159,17 @@ class Placement:
         self._make_masters([copies for copies in bare if copies.holds(names)])
 
     def _make_masters(self, copies: list[UnitCopies]) -> None:
-        """Fill and page-lock host memory, unit by unit on a few threads: filling is what costs, not locking."""
+        """Make master copies that somebody will write to: of patched residents as they are, of others as loaded."""
         if not copies:
             return
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="weightstream-fill") as pool:
-            futures = [pool.submit(item.make_master, self._supply.arena) for item in copies]
-            try:
-                for item, future in zip(copies, futures, strict=True):
-                    wait_for(future, self._supply.tick)
-                    self._supply.advance(item.unit.nbytes)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        moved = [item for item in copies if item.resident is not None and item.resident.patched]
+        for item in moved:
+            self._supply.tick()
+            item.move_to_master(self._supply.arena)
+        try:
+            self._supply.build_needed([item for item in copies if item not in moved])
+        finally:
+            self.adopt()
 
     def _make_residents(self, wanted: list[UnitCopies]) -> None:
         """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`)."""

@@ -159,7 +159,7 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
     Raises:
         BudgetError: the budget has no room for the rest and one slot.
     """
-    if outline.model_bytes <= budget:
+    if outline.model_bytes <= budget and not config.stream_all:
         best = Plan(outline, (), 0, 0)
     else:
         best = _fastest(_rings(outline, profile, config), budget)
@@ -170,7 +170,8 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
             f"blocks need {format_bytes(least)}",
             least,
         )
-    if best.segments and profile.measured and config.thrifty and _is_as_fast_as_resident(best, profile, FREE_BUS):
+    thrifty = config.thrifty and not config.stream_all
+    if best.segments and profile.measured and thrifty and _is_as_fast_as_resident(best, profile, FREE_BUS):
         best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
     return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config)
 
@@ -219,12 +220,13 @@ def _largest_piece(outline: Outline, units: Collection[int], alone: Collection[i
 
 @dataclass(frozen=True)
 class _Ring:
-    """A number of slots, and how large segments may get; makes plans that use it."""
+    """A number of slots, how large segments may get, and how many units may stay; makes plans that use it."""
 
     outline: Outline
     profile: Profile
     slots: int
     target_bytes: int
+    most_kept: int
 
     def plan(self, kept: int) -> Plan:
         """The plan that keeps the first ``kept`` units of the order."""
@@ -232,7 +234,7 @@ class _Ring:
 
     def best(self, budget: float) -> tuple[float, Plan] | None:
         """The plan that keeps the most within ``budget``, and its step; None where none fits."""
-        fitting = (kept for kept in range(len(self._rungs) - 1, -1, -1) if self._device_bytes(kept) <= budget)
+        fitting = (kept for kept in range(self.most_kept, -1, -1) if self._device_bytes(kept) <= budget)
         if (kept := next(fitting, None)) is None:
             return None
         plan = self.plan(kept)
@@ -249,7 +251,7 @@ class _Ring:
         Only where that saves a part of the model that counts: every such unit moves again with the next budget.
         """
         left = list(streamed)
-        if room < WORTH_FILLING * self.outline.model_bytes:
+        if room < WORTH_FILLING * self.outline.model_bytes or self.most_kept == 0:
             return left
         for unit in streamed:
             if self.outline.unit_bytes[unit] <= room and len(left) > 1:
@@ -291,12 +293,13 @@ class _Ring:
 
 def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Iterator[_Ring]:
     """Rings worth trying, the preferred one first; where it makes a difference also with less in a segment."""
-    largest = _ladder(outline, profile)[0].piece_bytes
+    rungs = _ladder(outline, profile)
+    largest, most = rungs[0].piece_bytes, 0 if config.stream_all else len(rungs) - 1
     for slots in config.slot_counts(largest):
         target = min(config.segment_bytes, config.staging_bytes // slots)
-        yield _Ring(outline, profile, slots, target)
+        yield _Ring(outline, profile, slots, target, most)
         if target > largest:
-            yield _Ring(outline, profile, slots, 0)
+            yield _Ring(outline, profile, slots, 0, most)
 
 
 def _fastest(rings: Iterable[_Ring], budget: float) -> Plan | None:

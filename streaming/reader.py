@@ -27,11 +27,9 @@ is waited for by who closes the backend next.
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait as wait_for_futures
@@ -44,13 +42,11 @@ from .backend import Backend, Event
 from .contents import ranges, read_range
 from .in_order import InOrder
 from .layout import ALIGNMENT, Layout
+from .threads import end_with_process
 from .transfer import Chunk, Load, Move, Piece, Tick, Transfer, TransferAbandonedError, wait_for
 
 # How often a thread that waits looks whether anybody wants it still.
 FORSAKEN_SECONDS = 0.2
-
-# How long the interpreter's end waits for threads: for a read that is under way, and no longer than a user would.
-EXIT_SECONDS = 2.0
 
 # How long the garbage collector waits for a copy that is being queued: long enough for any, and no end in itself.
 FORSAKE_SECONDS = 1.0
@@ -69,6 +65,7 @@ class Reader:
     Attributes:
         sent_bytes: bytes whose copies were queued so far.
         drop_behind: have the system forget the parts of files that were read (RAM is short).
+        workers: its threads.
     """
 
     def __init__(self, backend: Backend, arena: Arena, threads: int, chunk_bytes: int, chunks: int) -> None:
@@ -89,7 +86,7 @@ class Reader:
         self._counting = threading.Lock()
         self._pending: set[Transfer] = set()
         self._busy_since = 0.0
-        self._workers: list[threading.Thread] = []
+        self.workers: list[threading.Thread] = []
 
     @property
     def idle(self) -> bool:
@@ -167,9 +164,9 @@ class Reader:
             return
         self.abandon()
         self._stop_threads()
-        for worker in self._workers:
+        for worker in self.workers:
             worker.join()
-        self._workers.clear()
+        self.workers.clear()
         self._background.clear()  # Ends of threads that nobody took, if this was interrupted before.
         self._backend.synchronize()  # Race: copies out of the ring may still be under way.
         self._arena.release(self._ring)
@@ -183,7 +180,7 @@ class Reader:
     def _stop_threads(self) -> None:
         """Have the threads end behind all that was asked for."""
         with self._asked:
-            self._background.extend([None] * len(self._workers))
+            self._background.extend([None] * len(self.workers))
             self._asked.notify_all()
 
     # -- pieces --------------------------------------------------------------------------------------------------
@@ -220,14 +217,14 @@ class Reader:
             self._arena.release(ring)
             raise
         self._ring = ring
-        _open.add(self)
+        end_with_process(self)
         chunks = [Chunk(memory) for memory in ring.memory.split(self._chunk_bytes)]
         try:
             for number in range(self._threads):
                 own = chunks[number :: self._threads]
                 worker = threading.Thread(target=self._read_ahead, args=[own], name="weightstream-read", daemon=True)
                 worker.start()
-                self._workers.append(worker)
+                self.workers.append(worker)
         except BaseException:
             self.close()
             raise
@@ -324,18 +321,3 @@ def _of_one_transfer(first: Piece, second: Piece) -> bool:
 def _copies_from(source: torch.Tensor) -> Callable[[torch.Tensor], None]:
     # numpy copies on the calling thread alone; torch would start a team of threads for each of ours.
     return lambda chunk: np.copyto(chunk.numpy(), source.numpy())
-
-
-# Readers that may have threads. A thread that is inside of torch when the interpreter ends would abort the process.
-_open: weakref.WeakSet[Reader] = weakref.WeakSet()
-
-
-@atexit.register
-def _end_threads() -> None:
-    readers = list(_open)
-    for reader in readers:
-        reader.forsake()
-    deadline = time.monotonic() + EXIT_SECONDS
-    for reader in readers:
-        for worker in reader._workers:
-            worker.join(max(0.0, deadline - time.monotonic()))

@@ -88,7 +88,7 @@ class Streamer:
         self._evictable = evictable
         self._watch = watch
         self._planner = Planner(self.outline, config)
-        self._verifier = Verifier(blocks, self.counters, self.step_down) if config.verify else NoVerifier()
+        self._verifier = self._make_verifier()
         self._equip(backend)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Streamer:
 
         Which that is follows from one order of residency, so what a smaller budget streams includes it.
         """
-        if self.state is State.UNLOADED and budget < self.model_bytes:
+        if self.state is State.UNLOADED:
             plan = self._planner.plan_within(budget)
             self._supply.builder.stop()  # Called again: two may not build the same.
             self._placement.adopt()
@@ -295,8 +295,14 @@ class Streamer:
         self.plan = plan
 
     def begin_prompt(self) -> None:
-        """The host has loaded the model, and may have tidied the device up: what torch keeps now says nothing."""
+        """The host has loaded the model, and may have tidied the device up: what torch keeps now says nothing.
+
+        What could not be page-locked before may be possible now.
+        """
         self._planner.begin_prompt()
+        if self.plan is not None and self._placement.unbuilt(self.plan):
+            self._supply.arena.begin()
+            self._unbuilt = True
 
     def give_way(self, nbytes: int) -> int:
         """Give up residents until ``nbytes`` are free, at once and without making anything in their place.
@@ -337,7 +343,7 @@ class Streamer:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
         self._halt()
         self._runner.finish(self)
-        self.begin_prompt()
+        self._planner.begin_prompt()
         self._steps.detach()
         self._steps.drop_lane()
         self._placement.clear_device()
@@ -427,6 +433,20 @@ class Streamer:
         self._equip(backend)
         self._planner.change_device()
 
+    def configure(self, config: StreamingConfig) -> None:
+        """Stream with other settings from the next load on. Where they differ, nothing of what was built is kept.
+
+        Copies that are synchronous because some were corrupted stay so.
+        """
+        if self._verifier.finding:
+            config = replace(config, copy_streams=0)
+        if config != self.config:
+            before, self.config = self.config, config
+            if config.verify != before.verify:
+                self._verifier = self._make_verifier()
+            self._planner = Planner(self.outline, config)
+            self.move_to(self.backend)
+
     def close(self) -> None:
         """Unload, free the master copies, end the copy streams. The streamer can be loaded again."""
         self.unload()
@@ -452,12 +472,15 @@ class Streamer:
         """Have what it takes to stream to ``backend``."""
         largest = max(unit.nbytes for unit in (*self.blocks.units, self.blocks.rest))
         self._supply = Supply(backend, self.config, largest, self._pins, self._watch)
-        self._placement = Placement(self.blocks, backend, self._supply, self.config.threads, self._verifier)
+        self._placement = Placement(self.blocks, backend, self._supply, self._verifier)
         self._supply.arena.budget.join(self)
         self._meters = Meters(backend, self.counters)
         self._steps = Steps(self._root, self.blocks, self._placement, self._planner, self._meters)
         self._runner = Runner(self._planner, self._meters.stalls)
         self._finalizer = _close_at_end(self, self._supply, backend)
+
+    def _make_verifier(self) -> NoVerifier:
+        return Verifier(self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
 
     def _make_lane(self, plan: Plan) -> Lane:
         streams = self.config.copy_streams

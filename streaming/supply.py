@@ -57,7 +57,7 @@ class Supply:
         watch: Watch,
     ) -> None:
         chunk_bytes = min(config.chunk_bytes, largest_bytes)
-        self.arena = Arena(backend, config.pin_memory, pins)
+        self.arena = Arena(backend, config.pin_memory, pins, config.pinned_limit)
         self.reader = Reader(backend, self.arena, config.read_threads, chunk_bytes, config.chunks)
         self.builder = Builder(self.arena, config.build_threads)
         self._threads = config.threads
@@ -65,7 +65,6 @@ class Supply:
         self._total = 0
         self._started = 0.0
         self._before = 0
-        self._made = 0
 
     # -- progress ------------------------------------------------------------------------------------------------
 
@@ -73,11 +72,7 @@ class Supply:
         """A model of which ``nbytes`` must be read is loaded."""
         self._total = nbytes
         self._started = time.monotonic()
-        self._before, self._made = self.reader.sent_bytes, 0
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes were read by somebody else than the reader."""
-        self._made += nbytes
+        self._before = self._read_bytes
 
     def tick(self) -> None:
         """Tell how far it is. Called by who waits; raises when somebody has cancelled."""
@@ -91,8 +86,13 @@ class Supply:
             self._watch(progress)
 
     def _progress(self) -> Progress:
-        done = min(self._total, self.reader.sent_bytes - self._before + self._made)
+        done = min(self._total, self._read_bytes - self._before)
         return Progress(done, self._total, time.monotonic() - self._started)
+
+    @property
+    def _read_bytes(self) -> int:
+        """Bytes that were read so far, by the reader and for master copies that are needed."""
+        return self.reader.sent_bytes + self.builder.needed_bytes
 
     # -- master copies -------------------------------------------------------------------------------------------
 
@@ -100,6 +100,10 @@ class Supply:
         """Build the master copies of these units; others may have to give up theirs. The builder is at rest."""
         self._make_room(copies, owner)
         self.builder.build(copies, self._threads, self.tick)
+
+    def build_needed(self, copies: Sequence[UnitCopies]) -> None:
+        """Build the master copies of these units, which somebody will write to. The builder is at rest."""
+        self.builder.build(copies, self._threads, self.tick, needed=True)
 
     def build_behind(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
         """As :meth:`build`, but go on meanwhile."""

@@ -19,9 +19,11 @@ import torch
 from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from sampling import LORA, MB, MODEL, sample
-from weightstream.nodes import devices
+from weightstream.nodes import devices, mapped
 from weightstream.nodes.loader import CheckpointError, StreamedModelLoader, load_streamed
+from weightstream.nodes.offload import OffloadSettings, host_config
 from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.settings import AsyncOffloadSettings
 from weightstream.streaming import BudgetError, ConfigError, CpuBackend, CudaBackend, VirtualMemory
 
 import nodes as host_nodes
@@ -48,7 +50,10 @@ def test_the_inputs_are_those_of_load_diffusion_model(models: Path) -> None:
 
 
 def test_the_pack_registers_the_node(nodes_of_pack: dict[str, type]) -> None:
-    assert nodes_of_pack == {"WeightStreamModelLoader": StreamedModelLoader}
+    assert nodes_of_pack == {
+        "WeightStreamModelLoader": StreamedModelLoader,
+        "WeightStreamOffloadSettings": AsyncOffloadSettings,
+    }
 
 
 @pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"])
@@ -168,7 +173,6 @@ def test_a_damaged_file_of_another_format_is_named(streamed: Load, models: Path)
 
 def test_another_thread_loads_with_the_hosts_class_meanwhile(streamed: Load) -> None:
     import comfy.model_patcher
-    from weightstream.nodes import loader
 
     model = streamed().model
     made: list[type] = []
@@ -177,12 +181,12 @@ def test_another_thread_loads_with_the_hosts_class_meanwhile(streamed: Load) -> 
         cpu = torch.device("cpu")
         made.append(type(comfy.model_patcher.CoreModelPatcher(model, load_device=cpu, offload_device=cpu)))
 
-    with loader._views_of_the_file():
+    with mapped.mapped_loading():
         make()
         thread = threading.Thread(target=make)
         thread.start()
         thread.join()
-    assert made == [loader._MappedModelPatcher, ModelPatcher]
+    assert made == [mapped.MappedModelPatcher, ModelPatcher]
 
 
 def test_a_file_that_is_not_there_is_the_hosts_error(models: Path) -> None:
@@ -240,23 +244,23 @@ def test_a_model_without_a_list_of_blocks_is_loaded_the_hosts_way(
 
 def test_the_hosts_switches_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     device = CpuBackend(VirtualMemory(MB))
-    assert devices.host_config(None, device).copy_streams == 2
+    assert host_config(OffloadSettings(), device).copy_streams == 2
     monkeypatch.setattr(mm, "NUM_STREAMS", 5)
-    assert devices.host_config(None, device).copy_streams == 5
+    assert host_config(OffloadSettings(), device).copy_streams == 5
     monkeypatch.setattr(mm, "NUM_STREAMS", 0)
     monkeypatch.setattr(args, "disable_async_offload", True)
     monkeypatch.setattr(args, "disable_pinned_memory", True)
     monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NO_VRAM)
-    config = devices.host_config(7, device)
+    config = host_config(OffloadSettings(vram_limit=7), device)
     assert config.synchronous
     assert not config.pin_memory
     assert config.vram_limit == 7
     assert not config.adaptive
     # No CUDA is called by making the backend of a GPU.
     gpu = CudaBackend(torch.device("cuda:0"))
-    assert devices.host_config(None, gpu).headroom_bytes == 200_000_000
+    assert host_config(OffloadSettings(), gpu).headroom_bytes == 200_000_000
     monkeypatch.setattr(args, "reserve_vram", 1.5)
-    assert devices.host_config(None, gpu).headroom_bytes == int(1.5 * 1024**3)
+    assert host_config(OffloadSettings(), gpu).headroom_bytes == int(1.5 * 1024**3)
 
 
 def test_synchronous_copies_give_the_same_latents(

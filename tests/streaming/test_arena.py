@@ -63,6 +63,41 @@ def test_the_limit_is_respected_and_explained() -> None:
     assert arena.reason == "the limit of 2.5 KB page-locked memory is reached"
 
 
+@pytest.mark.parametrize("claimed_first", [False, True])
+def test_an_arena_has_a_limit_of_its_own(claimed_first: bool) -> None:
+    backend, budget = RegisteringBackend(), PinBudget()
+    arena, other = Arena(backend, budget=budget, limit=2500), Arena(backend, budget=budget)
+    for _ in range(2):
+        buffers = [arena.claim(1000) if claimed_first else arena.allocate(1000) for _ in range(3)]
+        assert (buffers[2] is None) is claimed_first
+        buffers = [buffer for buffer in buffers if buffer is not None]
+        assert [arena.lock(buffer) for buffer in buffers] == [True, True, False][: len(buffers)]
+        assert arena.reason == "this model's limit of 2.5 KB page-locked memory is reached"
+        assert other.lock(other.allocate(5000))
+        for buffer in buffers:
+            arena.release(buffer)
+        assert (arena.pinned_bytes, arena.pageable_bytes) == (0, 0)
+        arena.begin()
+
+
+def test_what_was_refused_is_not_counted_towards_the_arenas_limit() -> None:
+    arena = Arena(RegisteringBackend(refuse_from=2), limit=2500)
+    buffers = [arena.allocate(1000) for _ in range(4)]
+    assert [arena.lock(buffer) for buffer in buffers] == [True, False, False, False]
+    assert arena._claimed_bytes == 1000
+
+
+def test_more_is_tried_after_a_refusal() -> None:
+    backend = RegisteringBackend(refuse_from=3)
+    arena = Arena(backend)
+    buffers = [arena.allocate(1000) for _ in range(4)]
+    assert [arena.lock(buffer) for buffer in buffers] == [True, True, False, False]
+    assert backend.requests == 3, "nobody asks for what was refused just now"
+    backend.refuse_from = 10**9
+    arena.begin()
+    assert arena.lock(arena.allocate(1000))
+
+
 def test_page_locking_can_be_switched_off() -> None:
     backend = RegisteringBackend()
     arena = Arena(backend, pin_memory=False)

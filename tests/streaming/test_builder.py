@@ -229,6 +229,49 @@ def test_prepared_master_copies_are_used_by_the_load(tmp_path: Path, monkeypatch
     stored.close()
 
 
+def test_a_limit_below_the_offer_is_prepared_for(tmp_path: Path) -> None:
+    stored = Stored(tmp_path)
+    limited = Stored(tmp_path, vram_limit=stored.streamer.minimum_bytes)
+    limited.streamer.prepare(10**9)
+    limited.streamer.finish_building()
+    assert limited.pins.used == sum(unit.nbytes for unit in limited.streamer.blocks.units)
+    limited.streamer.load(limited.streamer.plan_for(10**9))
+    limited.check(2)
+    limited.close()
+
+
+@pytest.mark.parametrize("failures", [1, 2, 100])
+def test_units_that_cannot_be_copied_are_named_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """One that fails does not keep the others from being built; after some nobody tries."""
+    stored = Stored(tmp_path)
+    stored.streamer.load(stored.least)
+    stored.check()
+    left = [failures]
+    read_range = masters.read_range
+
+    def failing(*args: object) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(5, "Input/output error")
+        read_range(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(masters, "read_range", failing)
+        stored.check(2)
+    snapshot = stored.streamer.snapshot()
+    assert "could not be copied ([Errno 5] Input/output error)" in snapshot.note
+    missing = sum(copies.master is None for copies in stored.streamer._placement.unbuilt(stored.streamer.plan))
+    assert (missing > 3) is (failures == 100)
+    assert missing >= min(failures, 3)
+    stored.streamer.begin_prompt()
+    stored.check(2)
+    snapshot = stored.streamer.snapshot()
+    assert (snapshot.note, snapshot.staged_bytes) == ("", 0)
+    stored.close()
+
+
 def test_a_model_that_fits_needs_no_preparation(tmp_path: Path) -> None:
     stored = Stored(tmp_path)
     stored.streamer.prepare(10**9)

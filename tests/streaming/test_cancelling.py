@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from models import Doubled, PinningBackend, Stored
 from reads import join_threads
-from weightstream.streaming import PinBudget, State
+from weightstream.streaming import PinBudget, State, masters
 from weightstream.streaming.in_order import InOrder
 from weightstream.streaming.reader import Reader
 
@@ -133,6 +134,64 @@ def test_who_cancels_waits_for_the_reads_under_way_alone(
     stored.close()
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_cancelling_while_patches_are_computed(tmp_path: Path, resident: bool) -> None:
+    """The next tensor is not begun, and what was begun is computed anew."""
+    cancelled = [False]
+
+    def watch(progress: object) -> None:
+        if cancelled[0]:
+            raise Cancelled
+
+    class Cancelling(Doubled):
+        def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+            cancelled[0] = len(self.computed) == 2
+            return super().compute(name, original)
+
+    stored = Stored(tmp_path, watch=watch)
+    plan = stored.streamer.plan_for(10**9) if resident else stored.least
+    names = {f"blocks.{block}.qkv.weight" for block in range(6)}
+    patches = Cancelling(names)
+    with pytest.raises(Cancelled):
+        stored.streamer.load(plan, patches)
+    assert len(patches.computed) == 3
+    assert stored.backend.allocated == 0
+    cancelled[0] = False
+    for name in names:
+        stored.plain.get_parameter(name).mul_(2)
+    stored.expected = stored.plain(stored.x)
+    stored.streamer.load(plan, Doubled(names))
+    stored.check_plain()
+    stored.close()
+
+
+def test_cancelling_while_masters_of_patched_units_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread goes on behind the range that it reads."""
+    monkeypatch.setattr(masters, "BUILD_BYTES", 512)
+    watch = CancelAt()
+    stored = Stored(tmp_path, watch=watch, fill_threads=2)
+    ranges = []
+    read_range = masters.read_range
+
+    def counted(*args: object) -> None:
+        ranges.append(time.monotonic())
+        time.sleep(0.01)
+        read_range(*args)
+
+    monkeypatch.setattr(masters, "read_range", counted)
+    watch.arm(1)
+    with pytest.raises(Cancelled):
+        stored.streamer.load(stored.least, Doubled({f"blocks.{block}.qkv.weight" for block in range(6)}))
+    ended = time.monotonic()
+    time.sleep(0.1)
+    assert ranges[-1] < ended
+    unit = stored.streamer.blocks.units[0]
+    assert len(ranges) < 6 * unit.nbytes // 512, "not all"
+    stored.streamer.load(stored.least)
+    stored.check(2)
+    stored.close()
+
+
 def test_a_cancelled_step_is_followed_by_a_right_one(tmp_path: Path, gate: Gate) -> None:
     watch = CancelAt()
     stored = Stored(tmp_path, watch=watch, pin_memory=False)
@@ -245,6 +304,35 @@ for _ in range(3):
     stored.run()
 stored.streamer.invalidate()
 """
+
+
+BUILDING = """
+import os, time
+preadv = os.preadv
+def slow(*args):
+    time.sleep(0.2)
+    return preadv(*args)
+from models import Stored
+stored = Stored(Path(sys.argv[2]))
+os.preadv = slow
+stored.streamer.prepare(stored.streamer.minimum_bytes)
+started = time.monotonic()
+import atexit
+from weightstream.streaming import threads
+atexit.unregister(threads._end_all)
+atexit.register(lambda: print(time.monotonic() - started))
+atexit.register(threads._end_all)
+"""
+
+
+def test_a_process_does_not_wait_for_what_is_built_behind(tmp_path: Path) -> None:
+    """A builder that has seconds of work left."""
+    root = Path(__file__).parents[2]
+    program = PROGRAM.partition("stored = ")[0] + BUILDING
+    command = [sys.executable, "-c", program, str(root), str(tmp_path)]
+    ended = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < 2
 
 
 def test_a_process_may_end_while_weights_are_read(tmp_path: Path) -> None:

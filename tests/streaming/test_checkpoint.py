@@ -157,3 +157,10 @@ def test_a_linked_shard_finds_the_others_beside_the_link(shards: Path, tmp_path:
         (shards / name).rename(tmp_path / f"blob{number}")
         (links / name).symlink_to(tmp_path / f"blob{number}")
     assert len(Checkpoint.open(links / NAMES[1]).files) == 3
+
+
+def test_an_empty_index_is_named(tmp_path: Path) -> None:
+    index = tmp_path / "empty.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(CheckpointError, match=r"empty\.safetensors\.index\.json: is no index .*weight_map is empty"):
+        Checkpoint.open(index)

@@ -207,3 +207,15 @@ def test_the_plan_explains_itself() -> None:
         "all 4 blocks resident (41.0 MB on the device), nothing streamed; a step in 0.024 s, limited by compute"
     )
     assert "a step" not in make_plan(outline, assumed_profile(outline), 41 * MB, config).explain()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_everything_streams_where_that_is_asked_for(shape: list[list[int]]) -> None:
+    """Whatever there is room for; and no more slots than make a step faster."""
+    outline = make_outline(shape, rest=4)
+    for profile in profiles(outline):
+        least = minimum_bytes(outline, profile)
+        for budget in (least, outline.model_bytes, 100 * outline.model_bytes):
+            plan = make_plan(outline, profile, budget, StreamingConfig(segment_bytes=12, stream_all=True))
+            assert plan.resident == ()
+            assert plan.device_bytes <= budget

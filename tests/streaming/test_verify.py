@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -360,6 +361,7 @@ def test_a_resident_that_cannot_be_mended_is_not_kept(tmp_path: Path, monkeypatc
 
 def test_synchronous_copies_stay_until_the_model_is_loaded_anew() -> None:
     made = settled()
+    wished = made.streamer.config
     made.backend.countdown = 1
     for _ in range(2):
         made.step()
@@ -369,6 +371,7 @@ def test_synchronous_copies_stay_until_the_model_is_loaded_anew() -> None:
     segments = len(made.streamer.plan.segments)
     assert (made.streamer.counters.hits, made.streamer.counters.misses) == (hits, misses + segments)
     made.streamer.unload()
+    made.streamer.configure(wished)
     assert "copies are synchronous" in made.streamer.explain()
     made.load()
     assert torch.equal(made.step(), made.plain(X))
@@ -406,6 +409,16 @@ def test_without_it_a_lane_is_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     made.backend.countdown = 1
     outputs = [made.step() for _ in range(2)]
     assert not all(torch.equal(output, made.plain(X)) for output in outputs), "damage must show, or nothing is tested"
+
+
+def test_it_can_be_switched_on_and_off() -> None:
+    made = Made()
+    for on in (True, False, True):
+        made.streamer.configure(replace(made.streamer.config, verify=on))
+        made.load()
+        assert isinstance(made.streamer._verifier, Verifier) is on
+        assert (type(made.streamer._steps.lane) is not Lane) is on
+        assert torch.equal(made.step(), made.plain(X))
 
 
 def test_a_streamer_that_verifies_is_freed_with_its_model() -> None:

@@ -1,0 +1,128 @@
+"""The node "Async Offload Settings": how any MODEL and CLIP streams, whoever has loaded it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..streaming import UnsupportedModelError
+from . import status
+from .offload import GIB, Mode, OffloadSettings
+from .patcher import StreamedModelPatcher
+from .streamed_model import check_limit
+from .takeover import give_back, take_over
+from .text_encoder import with_patcher
+
+MOST_GIB = 1024.0
+PINNING = {"auto": None, "on": True, "off": False}
+
+
+class AsyncOffloadSettings(io.ComfyNode):
+    """Chooses how a MODEL's weights reach the GPU, whichever node has loaded it; a CLIP's too.
+
+    auto keeps in VRAM what fits and streams the rest. stream keeps nothing, for the least VRAM. sync copies weights
+    when they are needed, the reference for debugging. off is ComfyUI's own way. The images are the same.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WeightStreamOffloadSettings",
+            display_name="Async Offload Settings",
+            category="weightstream",
+            description=cls.__doc__,
+            inputs=[
+                io.Model.Input("model"),
+                io.Combo.Input(
+                    "mode",
+                    options=[mode.value for mode in Mode],
+                    default=Mode.AUTO.value,
+                    tooltip="auto keeps what fits, stream keeps nothing, sync copies when needed, off is ComfyUI's own",
+                ),
+                io.Int.Input(
+                    "copy_streams", default=0, min=0, max=8, tooltip="Streams that copy in turn. 0 is automatic (2)."
+                ),
+                io.Int.Input(
+                    "prefetch_depth",
+                    default=0,
+                    min=0,
+                    max=7,
+                    tooltip="Parts that are copied ahead of the one that is computed. 0 is automatic.",
+                ),
+                _gib(
+                    "vram_limit_gb", "VRAM for the weights, in GiB. 0 uses what ComfyUI offers, or the loader's limit."
+                ),
+                io.Combo.Input(
+                    "pin_memory",
+                    options=list(PINNING),
+                    default="auto",
+                    tooltip="Page-lock the RAM that is streamed from. auto follows --disable-pinned-memory.",
+                ),
+                _gib("pinned_limit_gb", "RAM of this model that may be page-locked, in GiB. 0 sets no limit."),
+                _gib("reserve_vram_gb", "VRAM that stays free beside what a step needs, in GiB. 0 is automatic."),
+                io.Clip.Input("clip", optional=True, tooltip="A text encoder that shall stream the same way."),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        mode: str,
+        copy_streams: int,
+        prefetch_depth: int,
+        vram_limit_gb: float,
+        pin_memory: str,
+        pinned_limit_gb: float,
+        reserve_vram_gb: float,
+        clip: Any = None,
+    ) -> io.NodeOutput:
+        settings = OffloadSettings(
+            mode=Mode(mode),
+            copy_streams=copy_streams,
+            prefetch_depth=prefetch_depth,
+            vram_limit=_bytes(vram_limit_gb),
+            pin_memory=PINNING[pin_memory],
+            pinned_limit=_bytes(pinned_limit_gb),
+            reserve_vram=_bytes(reserve_vram_gb),
+        )
+        node_id = cls.hidden.unique_id if cls.hidden is not None else None
+        model = with_settings(model, settings, node_id)
+        if clip is not None:
+            patcher = with_settings(clip.patcher, settings, node_id)
+            clip = clip if patcher is clip.patcher else with_patcher(clip, patcher)
+        return io.NodeOutput(model, clip)
+
+
+def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | None = None) -> ModelPatcher:
+    """A MODEL like ``patcher`` that streams as ``settings`` say; ``patcher`` itself where it cannot, which is said.
+
+    Raises:
+        BudgetError: the limit has no room for the largest block.
+    """
+    streams = isinstance(patcher, StreamedModelPatcher)
+    try:
+        if settings.mode is Mode.OFF:
+            return give_back(patcher) if streams else patcher
+        if not streams:
+            return take_over(patcher, settings, node_id)
+    except UnsupportedModelError as error:
+        name = patcher.streamed.name if streams else type(patcher.model).__name__
+        status.announce(name, f"left as it is: {error}", node_id)
+        return patcher
+    ours = patcher.clone()
+    ours.settings = settings.over(patcher.settings)
+    check_limit(ours.settings.vram_limit, ours.streamer, ours.streamed.name)
+    return ours
+
+
+def _gib(name: str, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=0.0, min=0.0, max=MOST_GIB, step=0.1, tooltip=tooltip)
+
+
+def _bytes(gib: float) -> int | None:
+    return int(gib * GIB) if gib > 0 else None

@@ -1,0 +1,125 @@
+"""One loaded model that streams: what all patchers of it share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..streaming import BudgetError, Plan, Streamer, format_bytes, split_model
+from . import status
+from .devices import evictable, make_backend, obtainable, pins
+from .offload import GIB, OffloadSettings, host_config
+from .progress import LoadingBar
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from .patcher import StreamedModelPatcher
+
+# Where the shared model keeps the one object that holds everything about its streaming.
+ATTRIBUTE = "weightstream"
+
+
+@dataclass(eq=False)
+class StreamedModel:
+    """Everything about the streaming of one loaded model, shared by all patchers of it.
+
+    Attributes:
+        name: the checkpoint's file name.
+        streamer: moves the weights.
+        node_id: the node where the effective plan is shown; None outside of a prompt.
+        bar: shows on it how far loading is.
+        load_by_host: loads the same model ComfyUI's own way; None where nobody can.
+        loaded: the patcher whose patches are in the weights.
+    """
+
+    name: str
+    streamer: Streamer
+    node_id: str | None
+    bar: LoadingBar
+    load_by_host: Callable[[], ModelPatcher] | None = None
+    loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
+    _announced: object = None
+    _shown: tuple[Plan | None, bool, bool] = (None, False, False)
+
+    def announce_changes(self) -> None:
+        """After a step: announce what it has changed or measured, and that everything is page-locked now."""
+        plan, *shown = self._shown
+        now = [self.streamer.building, self.streamer.config.synchronous]
+        if self.streamer.plan is not plan or now != shown or self.bar.wrote:
+            self.announce()
+
+    def announce(self) -> None:
+        """Say which plan is in effect; in the log only when it is another than before."""
+        plan, building = self.streamer.plan, self.streamer.building
+        synchronous = self.streamer.config.synchronous
+        now = (plan, building, synchronous, self.streamer.state, plan is not None and plan.forecast is not None)
+        status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
+        self._announced, self._shown = now, (plan, building, synchronous)
+        self.bar.wrote = False
+
+    def set_loaded(self, patcher: StreamedModelPatcher) -> None:
+        """``patcher`` has put its patches into the weights."""
+        self.loaded = weakref.ref(patcher)
+
+
+def make_streamed(
+    model: torch.nn.Module,
+    root: torch.nn.Module,
+    load_device: torch.device,
+    name: str,
+    locate: Callable[[torch.Tensor], Any],
+    settings: OffloadSettings,
+    node_id: str | None,
+) -> StreamedModel:
+    """Make ``model`` stream, which the host has just built and nobody else uses.
+
+    Args:
+        model: what a patcher holds.
+        root: the module whose forward is one step.
+        load_device: where the host wants it.
+        name: for people.
+        locate: finds the part of a file that a tensor maps.
+        settings: of the node that asks.
+        node_id: that node.
+
+    Raises:
+        UnsupportedModelError: it cannot stream, or not to this device.
+        BudgetError: the limit has no room for the largest block.
+    """
+    backend = make_backend(load_device)
+    blocks = split_model(model, _model_dtype, locate)
+    bar = LoadingBar(node_id)
+    streamer = Streamer(root, blocks, backend, host_config(settings, backend), pins, evictable, bar)
+    check_limit(settings.vram_limit, streamer, name)
+    streamed = StreamedModel(name, streamer, node_id, bar)
+    setattr(model, ATTRIBUTE, streamed)
+    status.watch(streamed)
+    status.announce(
+        name,
+        f"{len(blocks.blocks)} blocks, {format_bytes(streamer.model_bytes)}, ready to stream to {backend.name}",
+        node_id,
+    )
+    streamer.prepare(obtainable(backend))
+    return streamed
+
+
+def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
+    """Raise where ``vram_limit`` has no room for what must be there."""
+    if vram_limit is not None and vram_limit < streamer.minimum_bytes:
+        # Rounded up, so that the value in the message works when typed in.
+        gib = -(-streamer.minimum_bytes * 1000 // GIB) / 1000
+        raise BudgetError(
+            f"vram_limit_gb={vram_limit / GIB:.3f} is too small for {name}: its largest block and what lies outside of "
+            f"blocks need at least {gib:.3f}. Set vram_limit_gb to that or more, or to 0 for automatic.",
+            streamer.minimum_bytes,
+        )
+
+
+def _model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that the host built this tensor with, which a file's tensor that was only mapped may not have."""
+    return getattr(module, f"{attribute}_comfy_model_dtype", None) or tensor.dtype

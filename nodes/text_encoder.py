@@ -1,0 +1,67 @@
+"""Text encoders stream too: what is a step of one, and CLIP objects around a streamed patcher."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import comfy.sd
+import torch
+
+from .patcher import StreamedModelPatcher, run_step, shapes_of
+from .streamed_model import ATTRIBUTE
+
+# What the host calls on a text encoder, each a step: blocks run in it once, or many times where text is generated.
+CALLS = ("encode_token_weights", "generate")
+
+
+class Step(torch.nn.Module):
+    """A module whose forward is one step of a text encoder, which the host does not call as a module itself."""
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+
+def step_of_text_encoder(model: torch.nn.Module) -> Step:
+    """Have each of :data:`CALLS` of ``model`` run as a step of the patcher that is loaded; gives the root of steps."""
+    step = Step()
+    for name in CALLS:
+        if hasattr(model, name):
+            setattr(model, name, _as_step(weakref.ref(model), name, step))
+    return step
+
+
+def _as_step(model: Callable[[], torch.nn.Module | None], name: str, step: Step) -> Callable[..., Any]:
+    call = getattr(type(model()), name)
+
+    @wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        encoder = model()
+        forward = lambda: step(lambda: call(encoder, *args, **kwargs))  # noqa: E731
+        patcher = getattr(encoder, ATTRIBUTE).loaded()
+        if not isinstance(patcher, StreamedModelPatcher):
+            return forward()
+        return run_step(patcher, forward, (name, shapes_of(args), _lengths(args)), None)
+
+    return run
+
+
+def _lengths(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """How many tokens there are, by which time and memory differ: prompts as the host's tokenizers give them."""
+    found = []
+    for value in args:
+        if isinstance(value, dict):
+            found.append(tuple((key, _lengths((value[key],))) for key in sorted(value)))
+        elif isinstance(value, list):
+            found.append(tuple(len(part) if isinstance(part, list) else 1 for part in value))
+    return tuple(found)
+
+
+def with_patcher(clip: comfy.sd.CLIP, patcher: Any) -> comfy.sd.CLIP:
+    """``clip`` with another patcher, and its model."""
+    twin = clip.clone()
+    twin.patcher = patcher
+    twin.cond_stage_model = patcher.model
+    return twin

@@ -1,0 +1,201 @@
+"""The node "Async Offload Settings": any MODEL streams as it says, and gives what it gave before."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from sampling import MB, MODEL, sample, with_lora
+from weightstream.nodes import takeover
+from weightstream.nodes.offload import Mode, OffloadSettings
+from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
+from weightstream.streaming import BudgetError, VirtualMemory
+
+import nodes as host_nodes
+
+Load = Callable[..., StreamedModelPatcher]
+Device = Callable[[int], VirtualMemory]
+
+DEFAULTS: dict[str, Any] = {
+    "mode": "auto",
+    "copy_streams": 0,
+    "prefetch_depth": 0,
+    "vram_limit_gb": 0.0,
+    "pin_memory": "auto",
+    "pinned_limit_gb": 0.0,
+    "reserve_vram_gb": 0.0,
+}
+
+
+def settings_node(model: ModelPatcher, **changes: Any) -> Any:
+    with torch.inference_mode():
+        return AsyncOffloadSettings.execute(model, **{**DEFAULTS, **changes}).result[0]
+
+
+@pytest.fixture
+def foreign(models: Path, virtual_device: Device) -> ModelPatcher:
+    """A MODEL from the host's own loader, on a device that it does not fit."""
+    virtual_device(24 * MB)
+    with torch.inference_mode():
+        return host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
+
+
+@pytest.mark.parametrize("mode", ["auto", "stream", "sync"])
+def test_a_model_of_another_loader_streams(foreign: ModelPatcher, native: ModelPatcher, mode: str) -> None:
+    model = settings_node(foreign, mode=mode)
+    for seed in (3, 4):
+        assert torch.equal(sample(model, seed), sample(native, seed))
+    assert isinstance(model, StreamedModelPatcher)
+    assert model.streamed.name == MODEL
+    assert model.status()["mode"] == ("synchronous" if mode == "sync" else "streamed")
+    assert (model.status()["resident_bytes"] == 0) is (mode == "stream")
+    assert (len(model.streamer.backend._streams) == 0) is (mode == "sync")
+    specs = [spec for unit in model.streamer.blocks.units for spec in unit.layout.specs]
+    assert specs
+    assert all(spec.source is not None for spec in specs)
+
+
+def test_a_model_without_a_factory_streams_from_its_memory(foreign: ModelPatcher, native: ModelPatcher) -> None:
+    foreign.cached_patcher_init = None
+    sample(foreign)
+    model = settings_node(foreign)
+    assert torch.equal(sample(model), sample(native))
+    assert model.status()["mode"] == "streamed"
+    assert model.streamed.name == "Flux"
+    theirs = foreign.model.diffusion_model.img_in.weight
+    assert theirs.data_ptr() in {spec.original.data_ptr() for spec in model.streamer.blocks.specs}
+    assert torch.equal(sample(foreign), sample(native))
+    off = settings_node(model, mode="off")
+    assert off is model  # Nobody knows how it was loaded.
+
+
+def test_a_model_that_cannot_be_copied_passes_through(foreign: ModelPatcher, caplog: pytest.LogCaptureFixture) -> None:
+    foreign.cached_patcher_init = None
+    foreign.model.diffusion_model.img_in.lock = threading.Lock()
+    with caplog.at_level("INFO"):
+        assert settings_node(foreign) is foreign
+    assert "left as it is: its modules cannot be copied" in caplog.text
+
+
+def test_an_exchanged_module_is_not_lost(foreign: ModelPatcher) -> None:
+    class Louder(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.5 * self.inner(x)
+
+    plain = sample(foreign)
+    foreign.model.diffusion_model.img_in = Louder(foreign.model.diffusion_model.img_in)
+    expected = sample(foreign)
+    assert not torch.equal(plain, expected)
+    model = settings_node(foreign)
+    assert torch.equal(sample(model), expected)
+    assert model.status()["mode"] == "streamed"
+
+
+def test_what_hangs_on_the_model_comes_along(foreign: ModelPatcher, native: ModelPatcher) -> None:
+    expected = sample(with_lora(native, 0.7))
+    assert torch.equal(sample(settings_node(with_lora(foreign, 0.7))), expected)
+    assert torch.equal(sample(with_lora(settings_node(foreign), 0.7)), expected)
+    assert torch.equal(sample(settings_node(foreign)), sample(native))
+    seen = []
+    foreign.set_model_unet_function_wrapper(
+        lambda run, args: seen.append(1) or run(args["input"], args["timestep"], **args["c"])
+    )
+    assert torch.equal(sample(settings_node(foreign)), sample(native))
+    assert seen
+
+
+def test_the_model_that_came_in_is_left_alone(foreign: ModelPatcher, native: ModelPatcher) -> None:
+    model = settings_node(foreign)
+    expected = sample(native)
+    for _ in range(2):
+        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(foreign), expected)
+    assert not isinstance(foreign, StreamedModelPatcher)
+    assert model.model is not foreign.model
+
+
+def test_other_settings_load_no_second_time(foreign: ModelPatcher, native: ModelPatcher) -> None:
+    first = settings_node(foreign)
+    second = settings_node(foreign, mode="sync")
+    assert second.model is first.model
+    for model, streams in ((first, 2), (second, 0), (first, 2)):
+        assert torch.equal(sample(model), sample(native))
+        assert len(model.streamer.backend._streams) == streams
+
+
+def test_a_twin_goes_with_the_model_that_came_in(models: Path, virtual_device: Device) -> None:
+    virtual_device(24 * MB)
+    with torch.inference_mode():
+        foreign = host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
+    model = settings_node(foreign)
+    sample(model)
+    twin = weakref.ref(model.model)
+    mm.unload_all_models()
+    del model, foreign
+    gc.collect()
+    mm.cleanup_models_gc()
+    assert twin() is None
+    assert len(takeover._twins) == 0
+
+
+@pytest.mark.parametrize("lora", [0.0, 0.5])
+def test_off_is_the_hosts_own_way(streamed: Load, foreign: ModelPatcher, native: ModelPatcher, lora: float) -> None:
+    expected = sample(with_lora(native, lora) if lora else native)
+    for model in (streamed(), foreign, settings_node(foreign)):
+        off = settings_node(with_lora(model, lora) if lora else model, mode="off")
+        assert not isinstance(off, StreamedModelPatcher)
+        assert torch.equal(sample(off), expected)
+        again = settings_node(off)
+        assert isinstance(again, StreamedModelPatcher)
+        assert torch.equal(sample(again), expected)
+
+
+def test_settings_of_a_streamed_model(streamed: Load, native: ModelPatcher) -> None:
+    model = streamed(64 * MB)
+    assert model.status()["pinned_bytes"] == 0
+    limited = with_settings(model, OffloadSettings(vram_limit=14 * MB, pinned_limit=5 * MB, prefetch_depth=1))
+    for seed in (3, 4, 5):
+        assert torch.equal(sample(limited, seed), sample(native, seed))
+    status = limited.status()
+    assert status["device_peak_bytes"] <= 14 * MB
+    assert 0 < status["pinned_bytes"] <= 5 * MB
+    assert status["staged_bytes"] > 0
+    assert limited.streamer.plan.slots == 2
+    assert "this model's limit of 5.2 MB page-locked memory is reached" in status["note"]
+    assert torch.equal(sample(model), sample(native))
+    assert model.status()["mode"] == "resident"
+
+
+def test_page_locking_on_and_off(streamed: Load, native: ModelPatcher) -> None:
+    for setting, locked in (("off", False), ("on", True), ("auto", True)):
+        model = settings_node(streamed(), pin_memory=setting)
+        assert torch.equal(sample(model), sample(native))
+        model.streamer.finish_building()
+        assert (model.status()["pinned_bytes"] > 0) is locked
+
+
+def test_a_limit_that_is_too_small_is_refused(streamed: Load, foreign: ModelPatcher) -> None:
+    for model in (streamed(), foreign):
+        with pytest.raises(BudgetError, match="vram_limit_gb"):
+            settings_node(model, vram_limit_gb=0.001)
+        assert isinstance(settings_node(model), StreamedModelPatcher)
+
+
+def test_a_loaders_limit_stays_unless_the_node_has_one(streamed: Load) -> None:
+    model = streamed(64 * MB, vram_limit=14 * MB)
+    assert settings_node(model).settings == OffloadSettings(vram_limit=14 * MB)
+    assert settings_node(model, vram_limit_gb=1.0).settings == OffloadSettings(vram_limit=1 << 30)
+    assert settings_node(settings_node(model, mode="sync")).settings.mode is Mode.AUTO
