@@ -254,7 +254,8 @@ class Soak:
             pins.used + int(mm.TOTAL_PINNED_MEMORY),
             pins.locked,
             len(self._status.status()["models"]),
-            process.num_threads(),
+            # Drivers and systems have threads of their own, which come and go.
+            process.num_threads() if sys.platform == "linux" and not on_gpu else threading.active_count(),
             process.num_fds() if hasattr(process, "num_fds") else len(process.open_files()),
         )
 
