@@ -22,12 +22,14 @@ from ..streaming import (
     VirtualMemory,
     format_bytes,
     group_memory,
+    parse_switch,
     parse_virtual_devices,
 )
 
 logger = logging.getLogger(__name__)
 
 VIRTUAL_VARIABLE = "WEIGHTSTREAM_VIRTUAL"
+VERIFY_VARIABLE = "WEIGHTSTREAM_VERIFY"
 
 
 @dataclass
@@ -43,10 +45,14 @@ _virtual = _Virtual()
 
 
 def read_environment() -> None:
-    """Read ``WEIGHTSTREAM_VIRTUAL``. A bad value is logged now and raised where a node needs it."""
+    """Read ``WEIGHTSTREAM_VIRTUAL`` and ``WEIGHTSTREAM_VERIFY``.
+
+    A bad value is logged now and raised where a node needs it.
+    """
     if _virtual.read:
         return
     _virtual.read = True
+    _say_whether_verifying()
     text = os.environ.get(VIRTUAL_VARIABLE, "")
     if not text:
         return
@@ -62,6 +68,23 @@ def read_environment() -> None:
         wanted.count,
         format_bytes(wanted.budget),
     )
+
+
+def verifying() -> bool:
+    """Whether every copy on the device is compared with its source (``WEIGHTSTREAM_VERIFY=1``).
+
+    Raises:
+        ConfigError: the variable has another value.
+    """
+    return parse_switch(VERIFY_VARIABLE, os.environ.get(VERIFY_VARIABLE, ""))
+
+
+def _say_whether_verifying() -> None:
+    try:
+        if verifying():
+            logger.info("[WeightStream] every copy is compared with its source, so steps take longer")
+    except ConfigError as error:
+        logger.error("[WeightStream] %s", error)
 
 
 def virtual_devices() -> tuple[VirtualMemory, ...]:

@@ -9,6 +9,7 @@ import comfy.model_management as mm
 from comfy.cli_args import args
 
 from ..streaming import Backend, StreamingConfig
+from .devices import verifying
 
 GIB = 1024**3
 
@@ -56,7 +57,8 @@ class OffloadSettings:
 def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
     """The engine's settings for ``backend``: the user's, else those of the host's command line.
 
-    --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram.
+    --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram. Whether copies are
+    verified is for the environment to say.
     """
     virtual = backend.budget is not None
     return StreamingConfig(
@@ -70,6 +72,7 @@ def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
         adaptive=mm.vram_state != mm.VRAMState.NO_VRAM,
         # How fast a CPU computes, and copies from its own memory, says nothing about a GPU.
         thrifty=not virtual,
+        verify=verifying(),
     )
 
 

@@ -44,20 +44,22 @@ class StreamedModel:
     load_by_host: Callable[[], ModelPatcher] | None = None
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
     _announced: object = None
-    _shown: tuple[Plan | None, bool] = (None, False)
+    _shown: tuple[Plan | None, bool, bool] = (None, False, False)
 
     def announce_changes(self) -> None:
         """After a step: announce what it has changed or measured, and that everything is page-locked now."""
-        plan, building = self._shown
-        if self.streamer.plan is not plan or self.streamer.building != building or self.bar.wrote:
+        plan, *shown = self._shown
+        now = [self.streamer.building, self.streamer.config.synchronous]
+        if self.streamer.plan is not plan or now != shown or self.bar.wrote:
             self.announce()
 
     def announce(self) -> None:
         """Say which plan is in effect; in the log only when it is another than before."""
         plan, building = self.streamer.plan, self.streamer.building
-        now = (plan, building, self.streamer.state, plan is not None and plan.forecast is not None)
+        synchronous = self.streamer.config.synchronous
+        now = (plan, building, synchronous, self.streamer.state, plan is not None and plan.forecast is not None)
         status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
-        self._announced, self._shown = now, (plan, building)
+        self._announced, self._shown = now, (plan, building, synchronous)
         self.bar.wrote = False
 
     def set_loaded(self, patcher: StreamedModelPatcher) -> None:

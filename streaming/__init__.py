@@ -5,7 +5,7 @@ from .backend import Backend, DeviceMemory
 from .blocks import Block, BlockSet, Unit, find_blocks, split_model
 from .checkpoint import Checkpoint
 from .checkpoint_file import CheckpointFile, FileSlice
-from .config import StreamingConfig, VirtualDevices, format_bytes, parse_virtual_devices
+from .config import StreamingConfig, VirtualDevices, format_bytes, parse_switch, parse_virtual_devices
 from .cpu_backend import CpuBackend, VirtualMemory
 from .cuda_backend import CudaBackend
 from .errors import (
@@ -13,6 +13,7 @@ from .errors import (
     CheckpointChangedError,
     CheckpointError,
     ConfigError,
+    CorruptionError,
     DeviceMemoryError,
     RingExhaustedError,
     StreamingError,
@@ -42,6 +43,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointFile",
     "ConfigError",
+    "CorruptionError",
     "Counters",
     "CpuBackend",
     "CudaBackend",
@@ -77,6 +79,7 @@ __all__ = [
     "group_memory",
     "make_plan",
     "minimum_bytes",
+    "parse_switch",
     "parse_virtual_devices",
     "split_model",
     "warm_up",

@@ -122,7 +122,12 @@ class Backend(ABC):
         return nbytes
 
     def open(self, copy_streams: int) -> None:
-        """Have ``copy_streams`` streams for copies; with 0 they run on the compute stream, or in the caller."""
+        """Have ``copy_streams`` streams for copies; with 0 they run on the compute stream, or in the caller.
+
+        No copy may be under way where there were more.
+        """
+        del self._streams[copy_streams:]
+        self._turn = 0
         while len(self._streams) < copy_streams:
             self._streams.append(self._create_stream())
 

@@ -1,4 +1,4 @@
-"""Frozen settings of the engine, and the two spellings of byte counts that users write."""
+"""Frozen settings of the engine, and what users write: byte counts and switches."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class StreamingConfig:
         fill_threads: threads that fill host memory for which somebody waits; 0 takes the cores, at most 16.
         read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
         build_threads: threads that build master copies behind other work, before a model is loaded.
+        verify: compare every copy on the device with its source before it is used (verify.py; for debugging).
     """
 
     copy_streams: int = 2
@@ -55,6 +56,7 @@ class StreamingConfig:
     chunk_bytes: int = 8 * 1024**2
     chunks: int = 16
     build_threads: int = 4
+    verify: bool = False
 
     def __post_init__(self) -> None:
         for name in ("copy_streams", "slots", "staging_bytes", "segment_bytes", "headroom_bytes", "fill_threads"):
@@ -86,6 +88,17 @@ class StreamingConfig:
     def threads(self) -> int:
         # Filling memory is bound by memory: all the cores of a large machine would only get in each other's way.
         return self.fill_threads or min(16, os.cpu_count() or 1)
+
+
+def parse_switch(name: str, text: str) -> bool:
+    """Whether the variable ``name`` with this value switches something on: ``1``; ``0`` and nothing switch it off.
+
+    Raises:
+        ConfigError: it has another value.
+    """
+    if text.strip() not in ("", "0", "1"):
+        raise ConfigError(f"{name}={text!r}: expected 1 to switch it on, or 0")
+    return text.strip() == "1"
 
 
 @dataclass(frozen=True)

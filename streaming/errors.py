@@ -6,6 +6,7 @@ StreamingError
 |-- BudgetError            the device memory allowed is too small for even one slot
 |-- CheckpointError        a file cannot be loaded; the message names it
 |   `-- CheckpointChangedError  the file was changed after it was opened
+|-- CorruptionError        what arrived on the device is not what was sent, time and again
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
 `-- RingExhaustedError     more segments are needed at once than the ring has slots
 """
@@ -41,6 +42,10 @@ class CheckpointError(StreamingError, ValueError):
 
 class CheckpointChangedError(CheckpointError):
     """The file was changed after it was opened: what was read and what is there now belong to different versions."""
+
+
+class CorruptionError(StreamingError):
+    """What arrived on the device is not what was sent, also when it was sent again."""
 
 
 class DeviceMemoryError(StreamingError):

@@ -35,6 +35,9 @@ from .schedule import Entry, Schedule
 from .telemetry import Meters
 from .transfer import Load, Move, Tick, Transfer
 
+# A unit's memory in a slot, and the unit.
+Place = tuple[torch.Tensor, UnitCopies]
+
 
 class _Run:
     """A segment that is bound to a slot.
@@ -106,14 +109,14 @@ class Lane:
         """
         with torch.inference_mode(False):
             for number, group in enumerate(self._copies):
-                places = [_places(slot.buffer, group) for slot in self._ring.slots]
+                places = [places_in(slot.buffer, group) for slot in self._ring.slots]
                 self._bindings.append([[unit.binding_to(place) for place, unit in each] for each in places])
                 self._prepare_pairs(number)
 
     def _prepare_pairs(self, number: int) -> None:
         group = self._copies[number]
         if all(unit.pinned for unit in group):
-            places = [_places(slot.buffer, group) for slot in self._ring.slots]
+            places = [places_in(slot.buffer, group) for slot in self._ring.slots]
             self._pairs[number] = [[(place, unit.master.buffer) for place, unit in each] for each in places]
 
     @property
@@ -195,6 +198,10 @@ class Lane:
                 self._schedule.drop(copy.slot)
                 raise
 
+    def copy_nothing_ahead(self) -> None:
+        """From now on a segment is copied when it is needed."""
+        self._schedule.lookahead = 0
+
     def close(self) -> None:
         """Give the staging memory back. No copy may be under way, and no segment bound."""
         self._ring.release()
@@ -271,13 +278,13 @@ class Lane:
                 self._ring.fill(slot, pairs[slot], opening)
             else:
                 target = self._ring.slots[slot]
-                parts = [_part(place, unit) for place, unit in _places(target.buffer, self._copies[number])]
+                parts = [_part(place, unit) for place, unit in places_in(target.buffer, self._copies[number])]
                 target.ready = self._reader.transfer(parts, target.free, opening)
         self._counters.copies += 1
         self._counters.streamed_bytes += self._segments[number].nbytes
 
 
-def _places(buffer: torch.Tensor, group: Sequence[UnitCopies]) -> list[tuple[torch.Tensor, UnitCopies]]:
+def places_in(buffer: torch.Tensor, group: Sequence[UnitCopies]) -> list[Place]:
     """Where in a slot each unit of a segment lies: one behind another."""
     places, offset = [], 0
     for unit in group:

@@ -12,6 +12,7 @@ from .masters import NoPatches, Patches, UnitCopies, Weights
 from .plan import Plan
 from .supply import Supply
 from .transfer import Load
+from .verify import NoVerifier
 
 
 class Placement:
@@ -21,11 +22,13 @@ class Placement:
         blocks: the model cut into blocks and rest.
         backend: the device.
         supply: where weights come from.
+        verifier: is told of resident copies that have arrived.
     """
 
-    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply) -> None:
+    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: NoVerifier) -> None:
         self._backend = backend
         self._supply = supply
+        self._verifier = verifier
         self._copies = [UnitCopies(unit) for unit in blocks.units]
         self._rest = UnitCopies(blocks.rest)
         self._arriving: dict[int, list[UnitCopies]] = {}
@@ -45,6 +48,9 @@ class Placement:
         for copies in streamed:
             if copies.master is not None and copies.master.spoiled(patches):
                 copies.begin_master_anew()
+        for copies in resident:
+            if copies.master is not None and copies.master.spoiled(patches):
+                self._free(copies.drop_master())
         needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
         self._make_masters(needed, patches)
         for copies in streamed:
@@ -190,8 +196,9 @@ class Placement:
         for copies in wanted:
             if copies.resident is not None and not copies.resident.spoiled(patches):
                 continue
-            if copies.resident is None and copies.master is not None and not copies.master.spoiled(patches):
+            if copies.resident is None and copies.master is not None:
                 copies.copy_resident(self._backend)
+                self._check(copies)
                 continue
             reader.open()
             buffer = copies.take_resident_buffer()
@@ -201,6 +208,13 @@ class Placement:
             free = self._backend.mark()
             copies.await_resident(buffer, reader.transfer([Load(copies.unit.layout, buffer)], free, background=True))
             self._arriving.setdefault(copies.unit.block, []).append(copies)
+
+    def _check(self, copies: UnitCopies) -> None:
+        try:
+            self._verifier.check_resident(copies)
+        except BaseException:
+            copies.drop_resident(self._backend)  # Nobody may take it for a good one.
+            raise
 
     # -- residents on their way ----------------------------------------------------------------------------------
 
@@ -214,7 +228,7 @@ class Placement:
         waiting = self._arriving.get(block, ())
         while waiting:
             waiting[0].arrive(self._backend, self._supply.reader, self._supply.tick)
-            waiting.pop(0)
+            self._check(waiting.pop(0))
         self._arriving.pop(block, None)
 
     def arrive_all(self) -> None:
@@ -231,6 +245,8 @@ class Placement:
         for waiting in self._arriving.values():
             for copies in waiting:
                 copies.stop_awaiting(self._backend)
+                if not self._verifier.trusting:
+                    copies.drop_resident(self._backend)
         self._arriving.clear()
 
     def lacks(self, plan: Plan) -> bool:

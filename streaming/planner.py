@@ -87,7 +87,7 @@ class Planner:
         if self._residency.current.timed and self._residency.current.profile is self.profile:
             self._choose_order(max(budget, self.minimum_bytes))
         plan, current = self.plan_for(budget), now.plan
-        if current is None or (current.segments and current.learned != plan.learned):
+        if current is None or (current.segments and current.learned != plan.learned) or self._copies_ahead(current):
             return plan
         if current.device_bytes > plan.budget + self._slack(now) or self._is_worthwhile(plan, now):
             return plan
@@ -180,6 +180,10 @@ class Planner:
         self._forget_memory()
         self.profile = replace(self.profile, unit_runs=None, unit_times=None, measured=False)
 
+    def configure(self, config: StreamingConfig) -> None:
+        """Other settings from now on. What was measured stays true: compute and copies were measured apart."""
+        self._config = config
+
     def change_device(self) -> None:
         """Another device comes: keep only what is true of the model on any."""
         self._forget_memory()
@@ -205,7 +209,11 @@ class Planner:
         outdated = bool(now.plan.segments) and self.profile.learned and not now.plan.learned
         # A little of the headroom may go: moving weights for it is not worth it.
         short = budget is not None and now.device_bytes > budget + self._config.headroom_bytes * SHORTAGE
-        return outdated or short or now.state is State.REDUCED
+        return outdated or short or self._copies_ahead(now.plan) or now.state is State.REDUCED
+
+    def _copies_ahead(self, plan: Plan) -> bool:
+        """Whether ``plan`` has slots for copies ahead, which are not made any more."""
+        return self._config.synchronous and plan.slots > max(self._config.slot_counts(plan.slot_bytes))
 
     def _choose_order(self, budget: float) -> None:
         """Take the order of residency that fits the measured times, if it gains enough to move weights for."""

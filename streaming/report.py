@@ -14,11 +14,16 @@ from .supply import Supply
 from .telemetry import Counters, Snapshot
 
 
-def explain(now: Standing, placement: Placement, supply: Supply, building: bool) -> str:
+def explain(now: Standing, placement: Placement, supply: Supply, building: bool, finding: str) -> str:
     """The plan in effect and where what it streams comes from, in a line.
 
-    ``building``: master copies are still to come.
+    ``building``: master copies are still to come. ``finding``: why copies are synchronous now.
     """
+    text = _explain(now, placement, supply, building)
+    return f"{text}; {finding}" if finding else text
+
+
+def _explain(now: Standing, placement: Placement, supply: Supply, building: bool) -> str:
     plan = now.plan
     if plan is None:
         return "not loaded"
@@ -40,6 +45,7 @@ def take_snapshot(
     step_seconds: float | None,
     counters: Counters,
     building: bool,
+    finding: str,
 ) -> Snapshot:
     """All of it in one value. What is passed may go on changing meanwhile, on another thread."""
     plan, arena = now.plan, supply.arena
@@ -49,8 +55,8 @@ def take_snapshot(
     return Snapshot(
         device=backend.name,
         mode=_mode(plan, config),
-        explain=explain(now, placement, supply, building),
-        note=arena.reason or "",
+        explain=explain(now, placement, supply, building, finding),
+        note="; ".join(filter(None, (arena.reason, finding))),
         blocks=blocks,
         resident_blocks=plan.resident_blocks if plan is not None else 0,
         streamed_blocks=blocks - plan.resident_blocks if plan is not None else 0,

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,7 @@ from .state import Standing, State
 from .steps import Steps
 from .supply import Supply, Watch
 from .telemetry import Counters, Meters, Snapshot
+from .verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class Streamer:
         self._evictable = evictable
         self._watch = watch
         self._planner = Planner(self.outline, config)
+        self._verifier = self._make_verifier()
         self._equip(backend)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -324,6 +327,18 @@ class Streamer:
             self._steps.state = State.REDUCED
         return freed
 
+    def step_down(self) -> None:
+        """Copy synchronously from now on, also in the middle of a step. Nothing is on its way afterwards."""
+        self._supply.reader.flush()
+        self.backend.synchronize()
+        if self.config.synchronous:
+            return
+        self.config = replace(self.config, copy_streams=0)
+        self.backend.open(0)
+        self._planner.configure(self.config)
+        if self._steps.lane is not None:
+            self._steps.lane.copy_nothing_ahead()
+
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
         self._halt()
@@ -419,9 +434,16 @@ class Streamer:
         self._planner.change_device()
 
     def configure(self, config: StreamingConfig) -> None:
-        """Stream with other settings from the next load on. Where they differ, nothing of what was built is kept."""
+        """Stream with other settings from the next load on. Where they differ, nothing of what was built is kept.
+
+        Copies that are synchronous because some were corrupted stay so.
+        """
+        if self._verifier.finding:
+            config = replace(config, copy_streams=0)
         if config != self.config:
-            self.config = config
+            before, self.config = self.config, config
+            if config.verify != before.verify:
+                self._verifier = self._make_verifier()
             self._planner = Planner(self.outline, config)
             self.move_to(self.backend)
 
@@ -450,17 +472,22 @@ class Streamer:
         """Have what it takes to stream to ``backend``."""
         largest = max(unit.nbytes for unit in (*self.blocks.units, self.blocks.rest))
         self._supply = Supply(backend, self.config, largest, self._pins, self._watch)
-        self._placement = Placement(self.blocks, backend, self._supply)
+        self._placement = Placement(self.blocks, backend, self._supply, self._verifier)
         self._supply.arena.budget.join(self)
         self._meters = Meters(backend, self.counters)
         self._steps = Steps(self._root, self.blocks, self._placement, self._planner, self._meters)
         self._runner = Runner(self._planner, self._meters.stalls)
         self._finalizer = _close_at_end(self, self._supply, backend)
 
+    def _make_verifier(self) -> NoVerifier:
+        return Verifier(self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
+
     def _make_lane(self, plan: Plan) -> Lane:
         streams = self.config.copy_streams
         supply, meters = self._supply, self._meters
-        return Lane(self.backend, plan, self._placement.copies, supply.reader, streams, meters, supply.tick)
+        return self._verifier.make_lane(
+            self.backend, plan, self._placement.copies, supply.reader, streams, meters, supply.tick
+        )
 
     def attach_hooks(self) -> None:
         """Hear of what is streamed, and of everything while a step is measured."""
@@ -500,12 +527,13 @@ class Streamer:
 
     def explain(self) -> str:
         """The plan in effect and where what it streams comes from, in a line."""
-        return explain(self.standing, self._placement, self._supply, self.building)
+        return explain(self.standing, self._placement, self._supply, self.building, self._verifier.finding)
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         now = self.standing  # Once: another thread may load or unload meanwhile.
         told = (self.config, self.profile, self._meters.step.seconds, self.counters, self.building)
+        told = (*told, self._verifier.finding)
         return take_snapshot(now, self._placement, self._supply, self.backend, *told)
 
 

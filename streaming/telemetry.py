@@ -24,6 +24,7 @@ class Counters:
         copies, streamed_bytes: segments copied to the device, ahead or late, and their bytes.
         hits, misses: segments that were in a slot, or on their way to one, when they were needed; and not.
         stalls, stall_seconds: times that compute waited for a copy, and for how long in all.
+        corrupted: copies that were not what was sent; 0 where nobody looks (verify.py).
     """
 
     steps: int = 0
@@ -33,6 +34,7 @@ class Counters:
     misses: int = 0
     stalls: int = 0
     stall_seconds: float = 0.0
+    corrupted: int = 0
 
 
 class StallMeter:
