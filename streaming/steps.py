@@ -120,9 +120,10 @@ class Steps:
         self._meters.step.end(completed)
         if completed:
             self._meters.counters.steps += 1
-            self._planner.stepped()
             if self._recorder is not None:
                 self._recorder.end_step()
+            if self._recorder is None or self._recorder.complete:
+                self._planner.stepped()
         else:
             self.settle()
             if self._plan is not None and self._placement.lacks(self._plan):
