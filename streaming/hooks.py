@@ -4,9 +4,9 @@ torch runs hooks marked ``always_call`` after an ``Exception`` too, but not afte
 ``BaseException``): who listens must be able to settle what such a one left behind.
 
 [Note: compiled models]
-torch.compile would trace through hooks: what they do to streams, threads and clocks is no part of a graph, and what they
-bind would come into effect when the graph ends. So hooks are hidden from it. A graph ends before each of them and a new
-one begins behind it; where no hook is, on what stays on the device, nothing is cut.
+torch.compile would trace through hooks: what they do to streams, threads and clocks is no part of a graph, and what
+they bind would come into effect when the graph ends. So hooks are hidden from it. A graph ends before each of them and
+a new one begins behind it; where no hook is, on what stays on the device, nothing is cut.
 """
 
 from __future__ import annotations
