@@ -12,13 +12,13 @@ import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
+from comfy.model_patcher import LazyCastingParam, ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..streaming import Plan, Streamer, format_bytes
 from . import status
 from .devices import make_backend, same_device
-from .patches import HostPatches
+from .patches import HostPatches, SavedPatches
 from .progress import LoadingBar
 
 logger = logging.getLogger(__name__)
@@ -294,18 +294,37 @@ class StreamedModelPatcher(ModelPatcher):
     # -- weights that others read or write -----------------------------------------------------------------------
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
-        """The original weights and the patches to them.
-
-        As the host's own loaders have them: in the model's dtype, but with dynamic VRAM in the file's.
-        """
+        """The original weights and the patches to them, as the host's own loaders have them."""
         with self.streamer.originals():
             patches = super().get_key_patches(filter_prefix)
-        if not comfy.memory_management.aimdo_enabled:
-            dtypes = {name: spec.dtype for spec in self.streamer.blocks.specs for name in (spec.name, *spec.aliases)}
-            for name in patches.keys() & dtypes.keys():
-                weight, convert = patches[name][0]
-                patches[name][0] = (weight.to(dtypes[name]), convert)
+        dtypes = self._dtypes_loaded_by_host()
+        for name in patches.keys() & dtypes.keys():
+            weight, convert = patches[name][0]
+            patches[name][0] = (weight.to(dtypes[name]), convert)
         return patches
+
+    def _dtypes_loaded_by_host(self) -> dict[str, torch.dtype]:
+        """In which dtypes the host's own loaders have the weights: the model's, but with dynamic VRAM the file's."""
+        dynamic = comfy.memory_management.aimdo_enabled
+        return {
+            name: spec.original.dtype if dynamic else spec.dtype
+            for spec in self.streamer.blocks.specs
+            for name in (spec.name, *spec.aliases)
+        }
+
+    def model_state_dict_for_saving(
+        self, model: torch.nn.Module | None = None, prefix: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """The weights as the host's own loaders save them. Patched ones are computed while the file is written."""
+        with self.streamer.originals():
+            tensors = (self.model if model is None else model).state_dict(prefix=prefix)
+        dtypes = self._dtypes_loaded_by_host()
+        originals = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+        patched = SavedPatches(self, originals)
+        return {
+            name.removeprefix(prefix): LazyCastingParam(patched, name, tensor) if name in self.patches else tensor
+            for name, tensor in originals.items()
+        }
 
     def patch_hooks(self, hooks: Any) -> None:
         if hooks is not None and (names := self._names_patched_by(hooks)):

@@ -116,6 +116,22 @@ class HostPatches:
         return comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
 
 
+class SavedPatches:
+    """Stands in for a MODEL while the host writes a file: computes patched weights one by one, and keeps none.
+
+    The host does not save what its models run with, but what this way of computing gives (Note: ways of the host).
+    """
+
+    def __init__(self, patcher: ModelPatcher, originals: dict[str, torch.Tensor]) -> None:
+        self.load_device = patcher.load_device
+        self._patcher = patcher
+        self._originals = originals
+
+    def patch_weight_to_device(self, name: str, device_to: torch.device, return_weight: bool) -> torch.Tensor:
+        with _weight_in_place(self._patcher.model, name, self._originals[name]):
+            return self._patcher.patch_weight_to_device(name, device_to=device_to, return_weight=return_weight)
+
+
 @contextmanager
 def _weight_in_place(model: torch.nn.Module, name: str, weight: torch.Tensor) -> Iterator[None]:
     """The host reads the weight to patch from the model, so it is there for as long as that takes."""

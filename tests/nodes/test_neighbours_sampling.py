@@ -69,7 +69,7 @@ SAMPLERS = [
     "heun",
     "dpm_2",
     "dpmpp_2s_ancestral",
-    "dpmpp_sde",
+    "seeds_2",
     "dpmpp_2m",
     "uni_pc",
     "lcm",
