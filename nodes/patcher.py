@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from comfy.model_patcher import LazyCastingParam, ModelPatcher, wipe_lowvram_weight
+from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..streaming import Plan, Streamer, format_bytes
 from . import status
 from .devices import make_backend, same_device
-from .patches import HostPatches, SavedPatches
+from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
 from .progress import LoadingBar
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ class StreamedModelPatcher(ModelPatcher):
             if device_to is not None and not same_device(device_to, self.streamer.backend.device):
                 # A clone for another GPU, or back from it.
                 self.streamer.move_to(make_backend(device_to))
+            self.streamer.expect_compiled(self._is_compiled())
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             self._move_object_patches(device_to)
@@ -165,6 +166,11 @@ class StreamedModelPatcher(ModelPatcher):
             self._tell_host(device_to)
             self.model.current_weight_patches_uuid = None
         super().unpatch_model(device_to=None, unpatch_weights=False)
+
+    def _is_compiled(self) -> bool:
+        """Whether torch.compile runs the model or parts of it: by the host's wrapper, or put in a block's place."""
+        wrapped = self.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+        return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in self.object_patches.values())
 
     def _host_patches(self) -> HostPatches:
         return HostPatches(self, self.streamer.blocks.specs)
@@ -297,34 +303,20 @@ class StreamedModelPatcher(ModelPatcher):
         """The original weights and the patches to them, as the host's own loaders have them."""
         with self.streamer.originals():
             patches = super().get_key_patches(filter_prefix)
-        dtypes = self._dtypes_loaded_by_host()
+        dtypes = dtypes_loaded_by_host(self.streamer.blocks.specs)
         for name in patches.keys() & dtypes.keys():
             weight, convert = patches[name][0]
             patches[name][0] = (weight.to(dtypes[name]), convert)
         return patches
 
-    def _dtypes_loaded_by_host(self) -> dict[str, torch.dtype]:
-        """In which dtypes the host's own loaders have the weights: the model's, but with dynamic VRAM the file's."""
-        dynamic = comfy.memory_management.aimdo_enabled
-        return {
-            name: spec.original.dtype if dynamic else spec.dtype
-            for spec in self.streamer.blocks.specs
-            for name in (spec.name, *spec.aliases)
-        }
-
     def model_state_dict_for_saving(
         self, model: torch.nn.Module | None = None, prefix: str = ""
     ) -> dict[str, torch.Tensor]:
-        """The weights as the host's own loaders save them. Patched ones are computed while the file is written."""
+        """The weights as the host saves those of its own loaders."""
         with self.streamer.originals():
             tensors = (self.model if model is None else model).state_dict(prefix=prefix)
-        dtypes = self._dtypes_loaded_by_host()
-        originals = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
-        patched = SavedPatches(self, originals)
-        return {
-            name.removeprefix(prefix): LazyCastingParam(patched, name, tensor) if name in self.patches else tensor
-            for name, tensor in originals.items()
-        }
+        saved = weights_to_save(self, tensors, dtypes_loaded_by_host(self.streamer.blocks.specs))
+        return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
 
     def patch_hooks(self, hooks: Any) -> None:
         if hooks is not None and (names := self._names_patched_by(hooks)):

@@ -23,6 +23,7 @@ import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
+from comfy.model_patcher import LazyCastingParam
 
 from ..streaming import UnsupportedModelError
 
@@ -116,11 +117,31 @@ class HostPatches:
         return comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
 
 
-class SavedPatches:
-    """Stands in for a MODEL while the host writes a file: computes patched weights one by one, and keeps none.
+def dtypes_loaded_by_host(specs: Iterable[TensorSpec]) -> dict[str, torch.dtype]:
+    """In which dtypes the host's own loaders have the weights: in the model's, but with dynamic VRAM in the file's."""
+    dynamic = comfy.memory_management.aimdo_enabled
+    return {
+        name: spec.original.dtype if dynamic else spec.dtype for spec in specs for name in (spec.name, *spec.aliases)
+    }
 
-    The host does not save what its models run with, but what this way of computing gives (Note: ways of the host).
+
+def weights_to_save(
+    patcher: ModelPatcher, originals: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """The weights of a MODEL in ``dtypes``, as the host writes them to a file.
+
+    Patched ones are computed one by one while it is written, and then not as for running (Note: ways of the host).
     """
+    originals = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in originals.items()}
+    patched = _SavedPatches(patcher, originals)
+    return {
+        name: LazyCastingParam(patched, name, tensor) if name in patcher.patches else tensor
+        for name, tensor in originals.items()
+    }
+
+
+class _SavedPatches:
+    """Stands in for a patcher when the host asks for a patched weight, of which the model holds something else."""
 
     def __init__(self, patcher: ModelPatcher, originals: dict[str, torch.Tensor]) -> None:
         self.load_device = patcher.load_device

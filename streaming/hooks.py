@@ -5,8 +5,10 @@ torch runs hooks marked ``always_call`` after an ``Exception`` too, but not afte
 
 [Note: compiled models]
 torch.compile would trace through hooks: what they do to streams, threads and clocks is no part of a graph, and what
-they bind would come into effect when the graph ends. So hooks are hidden from it. A graph ends before each of them and
-a new one begins behind it; where no hook is, on what stays on the device, nothing is cut.
+they bind would come into effect when the graph ends. So hooks are hidden from it: a graph ends before each of them and
+a new one begins behind it. With hooks on every layer little would be left to compile, and each layer would count as a
+function that is compiled anew for every shape, of which torch allows eight. So a compiled model streams whole blocks,
+and nothing inside of them is hooked: a block is one graph, as it is without streaming.
 """
 
 from __future__ import annotations

@@ -70,6 +70,8 @@ class Steps:
             arriving = set(self._placement.arriving)
             block_numbers = arriving | set(self.lane.streamed_blocks if self.lane is not None else ())
             unit_numbers = plan.streamed | {unit for block in arriving for unit in self._units_of(block)}
+        if self._planner.compiled:
+            unit_numbers = set()  # A hook inside of a block would cut its graph up.
         modules = [(unit, units[unit].module) for unit in sorted(unit_numbers)]
         self._handles = attach(
             root,
