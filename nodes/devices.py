@@ -106,8 +106,9 @@ def make_backend(device: torch.device) -> Backend:
     if mm.is_device_cpu(device):
         if _virtual.error is not None:
             raise _virtual.error
-        if _virtual.devices:
-            return CpuBackend(_virtual.devices[0])
+        index = device.index or 0
+        if index < len(_virtual.devices):
+            return CpuBackend(_virtual.devices[index], device)
         raise UnsupportedModelError("there is no GPU, so there is nothing to stream to")
     raise UnsupportedModelError(f"streaming needs a CUDA or ROCm device, and this is {device.type}")
 

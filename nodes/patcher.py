@@ -8,17 +8,17 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
-import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..streaming import Plan, Streamer, format_bytes
 from .devices import make_backend, same_device
 from .offload import OffloadSettings, host_config
-from .patches import HostPatches
+from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
 from .streamed_model import ATTRIBUTE, StreamedModel
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class StreamedModelPatcher(ModelPatcher):
                 # A clone for another GPU, or back from it.
                 self.streamer.move_to(make_backend(device_to))
             self.streamer.configure(host_config(self.settings, self.streamer.backend))
+            self.streamer.expect_compiled(self._is_compiled())
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             self._move_object_patches(device_to)
@@ -147,6 +148,11 @@ class StreamedModelPatcher(ModelPatcher):
             self._tell_host(device_to)
             self.model.current_weight_patches_uuid = None
         super().unpatch_model(device_to=None, unpatch_weights=False)
+
+    def _is_compiled(self) -> bool:
+        """Whether torch.compile runs the model or parts of it: by the host's wrapper, or put in a block's place."""
+        wrapped = self.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+        return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in self.object_patches.values())
 
     def _host_patches(self) -> HostPatches:
         return HostPatches(self, self.streamer.blocks.values)
@@ -276,18 +282,23 @@ class StreamedModelPatcher(ModelPatcher):
     # -- weights that others read or write -----------------------------------------------------------------------
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
-        """The original weights and the patches to them.
-
-        As the host's own loaders have them: in the model's dtype, but with dynamic VRAM in the file's.
-        """
+        """The original weights and the patches to them, as the host's own loaders have them."""
         with self.streamer.originals():
             patches = super().get_key_patches(filter_prefix)
-        if not comfy.memory_management.aimdo_enabled:
-            dtypes = {name: value.dtype for value in self.streamer.blocks.values for name in value.names}
-            for name in patches.keys() & dtypes.keys():
-                weight, convert = patches[name][0]
-                patches[name][0] = (weight.to(dtypes[name]), convert)
+        dtypes = dtypes_loaded_by_host(self.streamer.blocks.values)
+        for name in patches.keys() & dtypes.keys():
+            weight, convert = patches[name][0]
+            patches[name][0] = (weight.to(dtypes[name]), convert)
         return patches
+
+    def model_state_dict_for_saving(
+        self, model: torch.nn.Module | None = None, prefix: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """The weights as the host saves those of its own loaders."""
+        with self.streamer.originals():
+            tensors = (self.model if model is None else model).state_dict(prefix=prefix)
+        saved = weights_to_save(self, tensors, dtypes_loaded_by_host(self.streamer.blocks.values))
+        return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
 
     def patch_hooks(self, hooks: Any) -> None:
         if hooks is not None and (names := self._names_patched_by(hooks)):

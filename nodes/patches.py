@@ -24,6 +24,7 @@ import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
+from comfy.model_patcher import LazyCastingParam
 from comfy.quant_ops import QuantizedTensor
 
 from ..streaming import UnsupportedModelError
@@ -124,6 +125,41 @@ class HostPatches:
 
     def _calculate(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         return comfy.lora.calculate_weight(self._patcher.patches[name], weight, name, intermediate_dtype=weight.dtype)
+
+
+def dtypes_loaded_by_host(values: Iterable[Value]) -> dict[str, torch.dtype]:
+    """In which dtypes the host's own loaders have plain weights: the model's, but with dynamic VRAM the file's."""
+    dynamic = comfy.memory_management.aimdo_enabled
+    plain = [value for value in values if value.is_plain]
+    return {name: value.original.dtype if dynamic else value.dtype for value in plain for name in value.names}
+
+
+def weights_to_save(
+    patcher: ModelPatcher, originals: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """The weights of a MODEL in ``dtypes``, as the host writes them to a file.
+
+    Patched ones are computed one by one while it is written, and then not as for running (Note: ways of the host).
+    """
+    originals = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in originals.items()}
+    patched = _SavedPatches(patcher, originals)
+    return {
+        name: LazyCastingParam(patched, name, tensor) if name in patcher.patches else tensor
+        for name, tensor in originals.items()
+    }
+
+
+class _SavedPatches:
+    """Stands in for a patcher when the host asks for a patched weight, of which the model holds something else."""
+
+    def __init__(self, patcher: ModelPatcher, originals: dict[str, torch.Tensor]) -> None:
+        self.load_device = patcher.load_device
+        self._patcher = patcher
+        self._originals = originals
+
+    def patch_weight_to_device(self, name: str, device_to: torch.device, return_weight: bool) -> torch.Tensor:
+        with _weight_in_place(self._patcher.model, name, self._originals[name]):
+            return self._patcher.patch_weight_to_device(name, device_to=device_to, return_weight=return_weight)
 
 
 @contextmanager

@@ -63,12 +63,16 @@ class CpuBackend(Backend):
     Compute is what the calling thread does, so an event of compute has always happened already, and waiting for a
     copy blocks the caller. Copies are never cut into pieces: nobody else uses these threads, and a copy's event
     must fail when any part of it does.
+
+    Args:
+        memory: of the device.
+        device: by which name torch and callers know it: several virtual devices are CPUs with different indices.
     """
 
     fine_bytes = None
 
-    def __init__(self, memory: VirtualMemory) -> None:
-        super().__init__(torch.device("cpu"), memory.name)
+    def __init__(self, memory: VirtualMemory, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+        super().__init__(device, memory.name)
         self.store = memory
 
     @property

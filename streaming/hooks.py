@@ -2,6 +2,13 @@
 
 torch runs hooks marked ``always_call`` after an ``Exception`` too, but not after an interrupt of another kind (a
 ``BaseException``): who listens must be able to settle what such a one left behind.
+
+[Note: compiled models]
+torch.compile would trace through hooks: what they do to streams, threads and clocks is no part of a graph, and what
+they bind would come into effect when the graph ends. So hooks are hidden from it: a graph ends before each of them and
+a new one begins behind it. With hooks on every layer little would be left to compile, and each layer would count as a
+function that is compiled anew for every shape, of which torch allows eight. So a compiled model streams whole blocks,
+and nothing inside of them is hooked: a block is one graph, as it is without streaming.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 
@@ -40,17 +48,20 @@ def attach(
     A unit that raises is not told to have ended: the end of its block says so.
     """
     who = weakref.ref(listener)
-    handles = [
-        root.register_forward_pre_hook(_step_begins(who), prepend=True),
-        root.register_forward_hook(_step_ends(who), always_call=True),
-    ]
+    handles = _hook(root, _step_begins(who), _step_ends(who), always_call=True)
     for number, module in blocks:
-        handles.append(module.register_forward_pre_hook(_block_begins(who, number), prepend=True))
-        handles.append(module.register_forward_hook(_block_ends(who, number), always_call=True))
+        handles += _hook(module, _block_begins(who, number), _block_ends(who, number), always_call=True)
     for number, module in units:
-        handles.append(module.register_forward_pre_hook(_unit_begins(who, number), prepend=True))
-        handles.append(module.register_forward_hook(_unit_ends(who, number)))
+        handles += _hook(module, _unit_begins(who, number), _unit_ends(who, number), always_call=False)
     return handles
+
+
+def _hook(module: nn.Module, begins: Callable[..., None], ends: Callable[..., None], always_call: bool) -> list[Any]:
+    hidden_begins, hidden_ends = torch.compiler.disable(begins), torch.compiler.disable(ends)  # Note: compiled models
+    return [
+        module.register_forward_pre_hook(hidden_begins, prepend=True),
+        module.register_forward_hook(hidden_ends, always_call=always_call),
+    ]
 
 
 # One closure for each event, and no common dispatcher: they run hundreds of times in every step.

@@ -48,9 +48,11 @@ class Planner:
 
     Attributes:
         profile: what is known of the next step.
+        compiled: whether steps run compiled (hooks.py, Note: compiled models).
     """
 
     def __init__(self, outline: Outline, config: StreamingConfig) -> None:
+        self.compiled = False
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
         self._config = config
@@ -153,7 +155,7 @@ class Planner:
     def wants_measuring(self) -> bool:
         """Whether the step that comes next can teach something: the first of a shape the order, another one times."""
         regime = self._residency.current
-        if regime.steps == 0 or not (self.profile.learned or self._whole_blocks):
+        if regime.steps == 0 or not (self.profile.learned or self.compiled or self._whole_blocks):
             return True
         return not regime.timed
 
@@ -162,7 +164,7 @@ class Planner:
         regime = self._residency.current
         regime.timed = regime.steps > 1
         profile = recorder.profile(self.profile, with_times=regime.timed)
-        if self._whole_blocks:
+        if self.compiled or self._whole_blocks:
             profile = replace(profile, unit_runs=None, unit_times=None)
         regime.profile = self.profile = profile
 
@@ -177,6 +179,15 @@ class Planner:
     def stream_whole_blocks(self) -> None:
         """Units do not always run by themselves: from now on blocks stream as a whole."""
         self._whole_blocks = True
+        self._forget_units()
+
+    def expect_compiled(self, compiled: bool) -> None:
+        """Steps run compiled from now on, or no longer: blocks then stream as a whole, or in parts again."""
+        if compiled != self.compiled:
+            self.compiled = compiled
+            self._forget_units()
+
+    def _forget_units(self) -> None:
         self._forget_memory()
         self.profile = replace(self.profile, unit_runs=None, unit_times=None, measured=False)
 

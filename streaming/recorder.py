@@ -72,8 +72,8 @@ class Recorder:
 
     @property
     def complete(self) -> bool:
-        """Whether a whole step was recorded."""
-        return self._end is not None
+        """Whether a whole step was recorded, and blocks ran in it: a cache may have answered in their place."""
+        return self._end is not None and bool(self._runs)
 
     def begin_step(self) -> None:
         self._begin, self._end = self._backend.moment(), None

@@ -70,6 +70,8 @@ class Steps:
             arriving = set(self._placement.arriving)
             block_numbers = arriving | set(self.lane.streamed_blocks if self.lane is not None else ())
             unit_numbers = plan.streamed | {unit for block in arriving for unit in self._units_of(block)}
+        if self._planner.compiled:
+            unit_numbers = set()  # A hook inside of a block would cut its graph up.
         modules = [(unit, units[unit].module) for unit in sorted(unit_numbers)]
         self._handles = attach(
             root,
@@ -120,9 +122,10 @@ class Steps:
         self._meters.step.end(completed)
         if completed:
             self._meters.counters.steps += 1
-            self._planner.stepped()
             if self._recorder is not None:
                 self._recorder.end_step()
+            if self._recorder is None or self._recorder.complete:
+                self._planner.stepped()
         else:
             self.settle()
             if self._plan is not None and self._placement.lacks(self._plan):

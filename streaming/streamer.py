@@ -294,6 +294,10 @@ class Streamer:
         """``plan`` is the one in effect; its forecast may be another."""
         self.plan = plan
 
+    def expect_compiled(self, compiled: bool) -> None:
+        """Whether torch.compile runs the steps of later plans (hooks.py, Note: compiled models)."""
+        self._planner.expect_compiled(compiled)
+
     def begin_prompt(self) -> None:
         """The host has loaded the model, and may have tidied the device up: what torch keeps now says nothing.
 

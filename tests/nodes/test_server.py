@@ -20,6 +20,7 @@ import aiohttp
 import pytest
 
 from tools import demo
+from tools.checkpoints import write_flux
 from tools.host import HeadlessHost, PromptFailed, PromptInterrupted
 
 TINY = demo.SIZES["tiny"]
@@ -161,6 +162,25 @@ def test_an_interrupted_prompt_and_a_good_one_after_it(host: HeadlessHost) -> No
     # The host's cache would answer a prompt that it has run.
     host.free()
     assert demo.sample(host, prompt(18)).latent == expected
+
+
+def test_queued_prompts_of_two_models_that_do_not_fit_together(host: HeadlessHost) -> None:
+    write_flux(host.models("diffusion_models") / "other.safetensors", seed=9)
+
+    def of(model: str, loader: str, seed: int) -> dict[str, Any]:
+        result = prompt(seed, unet_name=model)
+        result["model"]["class_type"] = loader
+        return result
+
+    pairs = [(demo.UNET, 40), ("other.safetensors", 41), (demo.UNET, 42), ("other.safetensors", 43)]
+    expected = [demo.sample(host, of(model, demo.THEIRS, seed)).latent for model, seed in pairs]
+    assert expected[0] != expected[1]
+    queued = [host.submit(of(model, demo.OURS, seed)) for model, seed in pairs]
+    for prompt_id, latent in zip(queued, expected, strict=True):
+        (saved,) = host.wait(prompt_id)["outputs"]["save"]["latents"]
+        assert demo.read_latent(host.output_file(saved)) == latent
+    (device,) = demo.read_status(host)["virtual_devices"]
+    assert 0 < device["allocated_bytes"] <= device["budget_bytes"]
 
 
 def test_the_demo_holds(tmp_path: Path) -> None:
