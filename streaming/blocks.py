@@ -162,7 +162,10 @@ def _parameter_bytes(module: nn.Module) -> int:
 
 
 def split_model(
-    model: nn.Module, target_dtype: TargetDtype | None = None, locate: Locate = lambda tensor: None
+    model: nn.Module,
+    target_dtype: TargetDtype | None = None,
+    locate: Locate = lambda tensor: None,
+    minimum_share: float = MINIMUM_SHARE,
 ) -> BlockSet:
     """Cut ``model`` into blocks and rest, each with its layout.
 
@@ -172,6 +175,7 @@ def split_model(
         model: the module.
         target_dtype: the dtype in which a tensor runs; its own by default.
         locate: the source of a tensor that maps a file; None for a tensor that exists in memory alone.
+        minimum_share: the part of its bytes that must lie in blocks.
 
     Raises:
         UnsupportedModelError: no list of blocks, too few bytes in blocks, or tensors that cannot be laid out.
@@ -190,7 +194,7 @@ def split_model(
     rest = Unit(-1, -1, "rest", None, make_layout(owners[-1]))
     total = sum(unit.nbytes for block in blocks for unit in block.units)
     share = total / max(1, rest.nbytes + total)
-    if share < MINIMUM_SHARE:
+    if share < minimum_share:
         raise UnsupportedModelError(f"only {share:.0%} of its bytes lie in repeated blocks")
     return BlockSet(tuple(blocks), rest)
 

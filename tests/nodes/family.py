@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -32,3 +35,14 @@ class Family:
 
 
 POOLED = {"pooled_output": (1, 64)}
+MASK = {"attention_mask": torch.ones(1, 8, dtype=torch.long)}
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def vision(width: int) -> dict[str, SimpleNamespace]:
+    """What CLIP Vision Encode gives."""
+    states = noise(1, 5, width)
+    return {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=states, last_hidden_state=states)}

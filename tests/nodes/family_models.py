@@ -15,6 +15,7 @@ from comfy.ldm.audio.embedders import NumberConditioner
 from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
 from family import Family
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from weightstream.nodes.loader import _model_dtype
@@ -32,20 +33,51 @@ from weightstream.streaming import (
 
 STEPS = 3
 
+# What may read host memory: a view, and copies, which go from device to device.
+COPIES = (torch.ops.aten.detach.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
-def build(name: str, family: Family, tiny: bool) -> torch.nn.Module:
-    """The family's model, made by the host; of real size it is on the meta device."""
-    config = getattr(comfy.supported_models, name)(dict(family.size))
-    if tiny:
-        config.unet_config.update(family.tiny)
-    config.set_inference_dtype(torch.float32 if tiny else torch.bfloat16, None)
-    device = torch.device("cpu" if tiny else "meta")
-    with torch.inference_mode(False), torch.device(device), torch.random.fork_rng():
+
+class _WithoutMemory(TorchFunctionMode):
+    """What is made without values, as the host makes weights, exists on the meta device alone."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.empty:
+            kwargs = kwargs | {"device": "meta"}
+        return function(*args, **kwargs)
+
+
+class _WithValues(TorchFunctionMode):
+    """What is made without values gets some: the host leaves memory as it happens to be, for a checkpoint to fill."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.empty:
+            return result.uniform_() if result.is_floating_point() else result.zero_()
+        return result
+
+
+def build(name: str, family: Family) -> torch.nn.Module:
+    """The family's model in a published size, made by the host, with no memory for its weights."""
+    with _WithoutMemory():
+        return _build(name, family, {}, torch.bfloat16)
+
+
+def build_tiny(name: str, family: Family) -> torch.nn.Module:
+    """A small version with random weights, the same each time."""
+    with torch.random.fork_rng(), _WithValues():
         torch.manual_seed(0)
-        model = config.get_model(_weights(family), "", device=device)
-        if tiny:
-            _fill(model)
-    return model.eval()
+        model = _build(name, family, family.tiny, torch.float32)
+        _fill(model)
+    return model
+
+
+def _build(name: str, family: Family, smaller: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    config = getattr(comfy.supported_models, name)(dict(family.size))
+    config.unet_config.update(smaller)
+    config.set_inference_dtype(dtype, None)
+    with torch.inference_mode(False):
+        return config.get_model(_weights(family), "", device=torch.device("cpu")).eval()
 
 
 def _weights(family: Family) -> dict[str, torch.Tensor]:
@@ -59,7 +91,7 @@ def _weights(family: Family) -> dict[str, torch.Tensor]:
 
 
 def _fill(model: torch.nn.Module) -> None:
-    """Random weights with which numbers neither vanish nor explode. The host leaves them as memory happens to be."""
+    """Random weights with which numbers neither vanish nor explode."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape)
         if parameter.ndim > 1:
@@ -75,11 +107,10 @@ def whole(model: torch.nn.Module) -> ModelPatcher:
 
 
 def streamed(name: str, model: torch.nn.Module) -> StreamedModelPatcher:
-    """The same model on a virtual device with room for a part of its blocks."""
-    blocks = split_model(model, _model_dtype)
-    least = minimum_bytes(blocks.outline, assumed_profile(blocks.outline))
-    memory = VirtualMemory(least + (blocks.outline.model_bytes - least) // 4)
-    streamer = Streamer(model.diffusion_model, blocks, CpuBackend(memory), StreamingConfig(headroom_bytes=0, slots=2))
+    """The same model on a virtual device with the least room with which it streams."""
+    blocks = split_model(model, _model_dtype, minimum_share=0)
+    memory = VirtualMemory(minimum_bytes(blocks.outline, assumed_profile(blocks.outline)))
+    streamer = Streamer(model.diffusion_model, blocks, CpuBackend(memory), StreamingConfig(headroom_bytes=0))
     setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, lambda progress: None))
     return StreamedModelPatcher(model, torch.device("cpu"), torch.device("cpu"), streamer.model_bytes)
 
@@ -141,7 +172,7 @@ class HostWeights(TorchDispatchMode):
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, torch.Tensor) and not torch.is_complex(value):
                 name = self._names.get(value.untyped_storage().data_ptr())
-                if name is not None and kernel is not torch.ops.aten.detach.default:
+                if name is not None and kernel not in COPIES:
                     self.found.add(Misplaced(name, str(kernel)))
         return kernel(*args, **(kwargs or {}))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from family import POOLED, Family
+from family import MASK, POOLED, Family, noise
 
 FLUX: dict[str, Any] = {
     "image_model": "flux",
@@ -139,12 +139,14 @@ TINY_LUMINA = {
     "axes_dims": [8, 12, 12],
     "multiple_of": 16,
 }
+TINY_ZIMAGE = TINY_LUMINA | {"dim": 256, "n_heads": 8, "n_kv_heads": 8}
 TINY_DECODER = {"decoder_hidden_size": 64, "decoder_num_res_blocks": 2, "decoder_in_channels": 192, "patch_size": 8}
 PIXART = {"num_heads": 16, "patch_size": 2, "hidden_size": 1152, "in_channels": 4, "depth": 28, "input_size": 128}
-TINY_PIXART = {"hidden_size": 64, "num_heads": 2, "depth": 4, "caption_channels": 64}
+TINY_PIXART = {"hidden_size": 96, "num_heads": 2, "depth": 4, "caption_channels": 64}
 HYDIT = {"depth": 40, "hidden_size": 1408, "mlp_ratio": 4.3637}
 TINY_HYDIT = {"depth": 4, "hidden_size": 64, "num_heads": 2, "text_states_dim": 64, "text_states_dim_t5": 64}
 HYDIT_TEXT = {"conditioning_mt5xl": (1, 256, 64)}
+HYDIT_MASKS = {"attention_mask": torch.ones(1, 77), "attention_mask_mt5xl": torch.ones(1, 256)}
 PREDICT2 = {
     "image_model": "cosmos_predict2",
     "max_img_h": 240,
@@ -280,6 +282,20 @@ TINY_LAYERS = {"num_layers": 4, "attention_head_dim": 32, "num_attention_heads":
 TINY_QWEN = TINY_LAYERS | {"axes_dims_rope": (8, 12, 12), "joint_attention_dim": 64}
 TOKENS = {"t5xxl_ids": torch.arange(8), "t5xxl_weights": torch.ones(8)}
 PIXELS = ((1, 3, 64, 64),)
+LARGER = ((1, 4, 64, 64),)
+TINY_QWEN3VL = {
+    "text_config_overrides": {
+        "vocab_size": 151700,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "rope_dims": [6, 5, 5],
+    },
+    "vision_config_overrides": {"hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "depth": 2},
+}
 
 IMAGES = {
     "SD3": Family(SD3, TINY_SD3, extras=POOLED),
@@ -290,18 +306,21 @@ IMAGES = {
     "PixArtAlpha": Family(
         PIXART | {"image_model": "pixart_alpha", "pe_interpolation": 2, "micro_condition": True},
         TINY_PIXART,
-        values={"width": 128, "height": 128},
+        values={"width": 512, "height": 512},
+        latent=LARGER,
     ),
     "PixArtSigma": Family(
         PIXART | {"image_model": "pixart_sigma", "pe_interpolation": 2, "micro_condition": False, "model_max_length": 300},
         TINY_PIXART,
+        latent=LARGER,
     ),
-    "HunyuanDiT": Family(HYDIT | {"image_model": "hydit"}, TINY_HYDIT, context=(1, 77, 64), extras=HYDIT_TEXT),
+    "HunyuanDiT": Family(HYDIT | {"image_model": "hydit"}, TINY_HYDIT, (1, 77, 64), HYDIT_TEXT, HYDIT_MASKS),
     "HunyuanDiT1": Family(
         HYDIT | {"image_model": "hydit1", "size_cond": True, "use_style_cond": True},
         TINY_HYDIT,
-        context=(1, 77, 64),
-        extras=HYDIT_TEXT,
+        (1, 77, 64),
+        HYDIT_TEXT,
+        HYDIT_MASKS,
     ),
     "Flux": Family(FLUX, TINY_FLUX, extras=POOLED),
     "FluxInpaint": Family(FLUX | {"in_channels": 96}, TINY_FLUX, extras=POOLED),
@@ -324,8 +343,8 @@ IMAGES = {
         values=TOKENS,
     ),
     "Lumina2": Family(LUMINA, TINY_LUMINA),
-    "ZImage": Family(ZIMAGE, TINY_LUMINA),
-    "ZImagePixelSpace": Family(ZIMAGE_PIXELS, TINY_LUMINA | TINY_DECODER, latent=PIXELS),
+    "ZImage": Family(ZIMAGE, TINY_ZIMAGE),
+    "ZImagePixelSpace": Family(ZIMAGE_PIXELS, TINY_ZIMAGE | TINY_DECODER, latent=PIXELS),
     "PixelDiTT2I": Family({"image_model": "pixeldit_t2i"}, TINY_PIXELDIT, latent=PIXELS),
     "PiD": Family(
         {"image_model": "pid", "lq_hidden_dim": 512, "lq_latent_channels": 16, "latent_spatial_down_factor": 8},
@@ -335,11 +354,20 @@ IMAGES = {
         latent=PIXELS,
     ),
     "HiDream": Family(HIDREAM, TINY_HIDREAM, extras=POOLED | {"conditioning_llama3": (1, 2, 8, 64)}),
-    "HiDreamO1": Family({"image_model": "hidream_o1"}, {}, context=None, latent=PIXELS),
-    "Omnigen2": Family(OMNIGEN2, TINY_OMNIGEN | {"text_feat_dim": 64, "axes_dim_rope": [8, 12, 12]}),
+    "HiDreamO1": Family(
+        {"image_model": "hidream_o1"},
+        TINY_QWEN3VL,
+        context=None,
+        values={"text_input_ids": torch.arange(8)[None], "reference_latents": [noise(1, 64, 64, 3)]},
+        latent=PIXELS,
+    ),
+    "Omnigen2": Family(
+        OMNIGEN2, TINY_OMNIGEN | {"text_feat_dim": 64, "axes_dim_rope": [8, 12, 12]}, values=MASK
+    ),
     "Boogu": Family(
         {"image_model": "boogu"},
         TINY_OMNIGEN | {"instruction_feat_dim": 64, "num_double_stream_layers": 2, "axes_dim_rope": [8, 12, 12]},
+        values=MASK,
     ),
     "MageFlow": Family({"image_model": "mage_flow"}, TINY_QWEN),
     "QwenImage": Family({"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}, TINY_QWEN),
@@ -348,7 +376,7 @@ IMAGES = {
         {"hidden_size": 64, "num_attention_heads": 2, "num_layers": 3, "text_dim": 64, "rope_dim_list": [8, 12, 12]},
     ),
     "Ideogram4": Family({"image_model": "ideogram4", "in_channels": 128, "num_layers": 34}, TINY_LAYERS | TINY_IDEOGRAM),
-    "Krea2": Family({"image_model": "krea2"}, TINY_KREA, context=(1, 8, 2 * 64)),
+    "Krea2": Family({"image_model": "krea2"}, TINY_KREA, context=(1, 8, 2 * 64), latent=((1, 16, 1, 16, 16),)),
     "ErnieImage": Family({"image_model": "ernie"}, TINY_ERNIE | {"rope_axes_dim": (8, 12, 12)}),
     "Kandinsky5Image": Family(KANDINSKY_IMAGE, TINY_KANDINSKY, extras=POOLED),
 }

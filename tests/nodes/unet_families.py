@@ -48,9 +48,9 @@ VIDEO_UNET = SD2 | {
     "merge_factor": 0.0,
 }
 
-TINY_UNET = {"model_channels": 32, "context_dim": 64}
+TINY_UNET = {"model_channels": 32, "context_dim": 64, "channel_mult": [1, 1, 2, 2]}
 TINY_HEADS = TINY_UNET | {"num_head_channels": 16}
-TINY_XL = TINY_HEADS | {"adm_in_channels": 1536 + 64}
+TINY_XL = TINY_HEADS | {"adm_in_channels": 1536 + 64, "channel_mult": [1, 1, 2]}
 SHALLOW_XL = {
     "transformer_depth": [0, 0, 2, 2, 3, 3],
     "transformer_depth_middle": 3,

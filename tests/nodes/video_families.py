@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from family import POOLED, Family
+from family import MASK, POOLED, Family, noise, vision
 from image_families import KANDINSKY_IMAGE, TINY_KANDINSKY
 
 HUNYUAN: dict[str, Any] = {
@@ -95,6 +95,8 @@ WAN: dict[str, Any] = {
 }
 WAN_SMALL = WAN | {"dim": 1536, "num_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 WAN_5B = WAN | {"in_dim": 48, "out_dim": 48, "dim": 3072, "num_heads": 24, "ffn_dim": 14336, "num_layers": 30}
+FRAMES, HALF = (1, 16, 2, 16, 16), (1, 16, 2, 8, 8)
+CAMERA = {"camera_conditions": (1, 24, 2, 128, 128)}
 TINY_WAN: dict[str, Any] = {"dim": 64, "num_heads": 2, "ffn_dim": 128, "num_layers": 4, "text_dim": 64}
 COSMOS = {
     "image_model": "cosmos",
@@ -165,9 +167,10 @@ MOCHI = {
     "rope_theta": 10000.0,
 }
 TINY_MOCHI = {
-    "depth": 4,
+    "depth": 3,
     "num_heads": 2,
     "hidden_size_x": 64,
+    "mlp_ratio_x": 12288 / 64,
     "hidden_size_y": 32,
     "t5_feat_dim": 64,
     "t5_token_length": 8,
@@ -184,6 +187,8 @@ TINY_LTXAV = TINY_LTX | {
     "audio_cross_attention_dim": 32,
     "audio_attention_head_dim": 8,
     "audio_num_attention_heads": 4,
+    "connector_attention_head_dim": 16,
+    "connector_num_attention_heads": 4,
 }
 TINY_MINIMAX = {
     "hidden_size": 64,
@@ -213,7 +218,7 @@ SEEDVR2 = {
     "mlp_type": "swiglu",
     "vid_out_norm": True,
 }
-TINY_SEEDVR2 = {"vid_dim": 64, "heads": 2, "num_layers": 4, "mm_layers": 2, "head_dim": 32, "txt_in_dim": 64}
+TINY_SEEDVR2 = {"vid_dim": 64, "heads": 2, "num_layers": 4, "mm_layers": 2}
 STEREO: dict[str, Any] = {"audio_model": "dit1.0", "embed_dim": 1536, "project_cond_tokens": False, "depth": 24}
 STEREO1 = STEREO | {"global_cond_dim": 1536, "timestep_features_type": "learned"}
 STEREO3 = STEREO | {
@@ -229,7 +234,7 @@ STEREO3 = STEREO | {
 }
 SECONDS_START = "conditioner.conditioners.seconds_start"
 SECONDS_TOTAL = "conditioner.conditioners.seconds_total"
-TINY_STEREO = {"embed_dim": 64, "num_heads": 1, "depth": 4}
+TINY_STEREO = {"embed_dim": 64, "num_heads": 1, "depth": 4, "project_cond_tokens": True}
 ACE = {
     "audio_model": "ace",
     "attention_head_dim": 128,
@@ -296,15 +301,22 @@ TINY_SPLAT = {
 }
 
 VIDEOS = {
-    "GenmoMochi": Family(MOCHI, TINY_MOCHI, values={"attention_mask": torch.ones(1, 8)}),
-    "LTXV": Family(LTX, TINY_LTX),
-    "LTXAV": Family(LTX | {"image_model": "ltxav"}, TINY_LTXAV, latent=((1, 128, 2, 4, 4), (1, 8, 4, 16))),
-    "MiniMaxH3": Family({"image_model": "minimax_h3"}, TINY_MINIMAX, latent=((1, 24, 2, 4, 4), (1, 32, 8))),
+    "GenmoMochi": Family(MOCHI, TINY_MOCHI, values=MASK),
+    "LTXV": Family(LTX, TINY_LTX, values=MASK),
+    "LTXAV": Family(
+        LTX | {"image_model": "ltxav"},
+        TINY_LTXAV,
+        values={"attention_mask": torch.ones(1, 1024, dtype=torch.long)},
+        latent=((1, 128, 2, 4, 4), (1, 8, 4, 16)),
+    ),
+    "MiniMaxH3": Family({"image_model": "minimax_h3"}, TINY_MINIMAX, latent=((1, 24, 2, 4, 4), (1, 32, 2, 8))),
     "HunyuanVideo": Family(HUNYUAN, TINY_HUNYUAN1, extras=POOLED),
     "HunyuanVideoI2V": Family(HUNYUAN | {"in_channels": 33}, TINY_HUNYUAN1, extras=POOLED),
     "HunyuanVideoSkyreelsI2V": Family(HUNYUAN | {"in_channels": 32}, TINY_HUNYUAN1, extras=POOLED),
-    "HunyuanVideo15": Family(HUNYUAN15, TINY_HUNYUAN15, extras=GLYPHS | POOLED),
-    "HunyuanVideo15_SR_Distilled": Family(HUNYUAN15 | {"in_channels": 98}, TINY_HUNYUAN15, extras=GLYPHS | POOLED),
+    "HunyuanVideo15": Family(HUNYUAN15, TINY_HUNYUAN15, extras=GLYPHS | POOLED, values=vision(1152)),
+    "HunyuanVideo15_SR_Distilled": Family(
+        HUNYUAN15 | {"in_channels": 98}, TINY_HUNYUAN15, extras=GLYPHS | POOLED, values=vision(1152)
+    ),
     "HunyuanImage21": Family(HUNYUAN_IMAGE, TINY_HUNYUAN | {"axes_dim": [16, 16]}, extras=GLYPHS),
     "HunyuanImage21Refiner": Family(REFINER, TINY_HUNYUAN),
     "CosmosT2V": Family(COSMOS, TINY_COSMOS),
@@ -312,20 +324,45 @@ VIDEOS = {
     "WAN21_T2V": Family(WAN, TINY_WAN),
     "WAN21_CausalAR_T2V": Family(WAN_SMALL | {"causal_ar": True}, TINY_WAN),
     "WAN22_T2V": Family(WAN_5B, TINY_WAN),
-    "WAN21_I2V": Family(WAN | {"model_type": "i2v", "in_dim": 36}, TINY_WAN),
-    "WAN21_FunControl2V": Family(WAN | {"model_type": "i2v", "in_dim": 48}, TINY_WAN),
-    "WAN21_Camera": Family(WAN | {"model_type": "camera", "in_dim": 32}, TINY_WAN),
-    "WAN22_Camera": Family(WAN | {"model_type": "camera_2.2", "in_dim": 36}, TINY_WAN),
+    "WAN21_I2V": Family(WAN | {"model_type": "i2v", "in_dim": 36}, TINY_WAN, values=vision(1280)),
+    "WAN21_FunControl2V": Family(WAN | {"model_type": "i2v", "in_dim": 48}, TINY_WAN, values=vision(1280)),
+    "WAN21_Camera": Family(WAN | {"model_type": "camera", "in_dim": 32}, TINY_WAN, extras=CAMERA, values=vision(1280)),
+    "WAN22_Camera": Family(WAN | {"model_type": "camera_2.2", "in_dim": 36}, TINY_WAN, extras=CAMERA),
     "WAN21_Vace": Family(
         WAN | {"model_type": "vace", "vace_in_dim": 96, "vace_layers": 8}, TINY_WAN | {"vace_layers": 2}
     ),
-    "WAN22_S2V": Family(WAN | {"model_type": "s2v"}, TINY_WAN),
-    "WAN21_HuMo": Family(WAN | {"model_type": "humo", "in_dim": 36}, TINY_WAN),
-    "WAN22_Animate": Family(WAN | {"model_type": "animate", "in_dim": 36}, TINY_WAN),
+    "WAN22_S2V": Family(
+        WAN | {"model_type": "s2v"},
+        TINY_WAN | {"audio_inject_layers": [0, 2]},
+        extras={"audio_embed": (1, 25, 1024, 8), "control_video": FRAMES, "reference_motion": (1, 16, 19, 16, 16)},
+        values={"reference_latents": [noise(1, 16, 1, 16, 16)]},
+    ),
+    "WAN21_HuMo": Family(WAN | {"model_type": "humo", "in_dim": 36}, TINY_WAN, extras={"audio_embed": (1, 2, 8, 5, 1280)}),
+    "WAN22_Animate": Family(
+        WAN | {"model_type": "animate", "in_dim": 36},
+        TINY_WAN | {"num_layers": 5},
+        extras={"face_video_pixels": (1, 3, 4, 512, 512), "pose_video_latent": (1, 16, 1, 16, 16)},
+        values=vision(1280),
+    ),
     "WAN21_FlowRVS": Family(WAN | {"model_type": "flow_rvs"}, TINY_WAN),
-    "WAN21_SCAIL": Family(WAN | {"model_type": "scail", "in_dim": 20}, TINY_WAN),
-    "WAN21_SCAIL2": Family(WAN | {"model_type": "scail2", "in_dim": 20}, TINY_WAN),
-    "WAN22_WanDancer": Family(WAN | {"model_type": "wandancer", "in_dim": 36}, TINY_WAN),
+    "WAN21_SCAIL": Family(
+        WAN | {"model_type": "scail", "in_dim": 20},
+        TINY_WAN,
+        extras={"pose_video_latent": HALF},
+        values=vision(1280) | {"reference_latents": [noise(1, 16, 1, 16, 16)]},
+    ),
+    "WAN21_SCAIL2": Family(
+        WAN | {"model_type": "scail2", "in_dim": 20},
+        TINY_WAN,
+        extras={"pose_video_latent": HALF, "driving_mask_28ch": (1, 2, 28, 8, 8)},
+        values=vision(1280) | {"reference_latents": [noise(1, 16, 1, 16, 16)]},
+    ),
+    "WAN22_WanDancer": Family(
+        WAN | {"model_type": "wandancer", "in_dim": 36},
+        TINY_WAN | {"audio_inject_layers": [0, 2]},
+        extras={"audio_embed": (1, 8, 35)},
+        values=vision(1280),
+    ),
     "Kandinsky5": Family(KANDINSKY_VIDEO, TINY_KANDINSKY, extras=POOLED),
     "SeedVR2": Family(SEEDVR2, TINY_SEEDVR2, extras={"condition": (1, 17, 2, 16, 16)}),
     "CogVideoX_T2V": Family(COGVIDEO, TINY_COGVIDEO),
