@@ -1,4 +1,4 @@
-"""Find a model's blocks, the repeated layers, and their units, what is placed one by one. What is left is its rest."""
+"""Find a model's blocks, the layers in its lists, and their units, what is placed one by one; the rest is left."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .profile import Outline
 # A model most of whose bytes lie outside of its blocks gains nothing from streaming them.
 MINIMUM_SHARE = 0.5
 
-# A module with less than this part of its block's bytes (a norm, say) stays on the device: a copy for it would cost
-# more than its memory.
+# A module with less than this part of its block's bytes (a norm, say), or a block with less than this part of the
+# largest one's, stays on the device: a copy for it would cost more than its memory.
 SMALL_SHARE = 1 / 256
 
 # A module is cut into the layers of its own lists when they hold this part of its bytes.
@@ -57,7 +57,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Block:
-    """A repeated layer.
+    """A layer (:func:`find_blocks`).
 
     Attributes:
         index: position in the order of definition.
@@ -180,7 +180,7 @@ def split_model(
     Raises:
         UnsupportedModelError: no list of blocks, too few bytes in blocks, or tensors that cannot be laid out.
     """
-    found = find_blocks(model)
+    found = _without_small(find_blocks(model))
     if not found:
         raise UnsupportedModelError("it has no list of repeated blocks")
     tensors = _named_tensors(model, target_dtype or _own_dtype, locate)
@@ -197,6 +197,12 @@ def split_model(
     if share < minimum_share:
         raise UnsupportedModelError(f"only {share:.0%} of its bytes lie in repeated blocks")
     return BlockSet(tuple(blocks), rest)
+
+
+def _without_small(found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    sizes = [_parameter_bytes(module) for _, module in found]
+    least = SMALL_SHARE * max(sizes, default=0)
+    return [block for block, nbytes in zip(found, sizes, strict=True) if nbytes >= least]
 
 
 def _units(

@@ -150,7 +150,7 @@ def _latent_shape(model: torch.nn.Module) -> tuple[int, ...]:
 class Misplaced:
     """A kernel was given a weight in host memory: on a GPU that is an error."""
 
-    weight: str
+    unit: str
     kernel: str
 
 
@@ -166,7 +166,7 @@ class HostWeights(TorchDispatchMode):
             for spec in unit.layout.specs:
                 for place in spec.places:
                     tensor = place.holder[place.attribute]
-                    self._names[tensor.untyped_storage().data_ptr()] = spec.name
+                    self._names[tensor.untyped_storage().data_ptr()] = unit.name
 
     def __torch_dispatch__(self, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):

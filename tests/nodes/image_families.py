@@ -310,7 +310,8 @@ IMAGES = {
         latent=LARGER,
     ),
     "PixArtSigma": Family(
-        PIXART | {"image_model": "pixart_sigma", "pe_interpolation": 2, "micro_condition": False, "model_max_length": 300},
+        PIXART
+        | {"image_model": "pixart_sigma", "pe_interpolation": 2, "micro_condition": False, "model_max_length": 300},
         TINY_PIXART,
         latent=LARGER,
     ),
@@ -361,9 +362,7 @@ IMAGES = {
         values={"text_input_ids": torch.arange(8)[None], "reference_latents": [noise(1, 64, 64, 3)]},
         latent=PIXELS,
     ),
-    "Omnigen2": Family(
-        OMNIGEN2, TINY_OMNIGEN | {"text_feat_dim": 64, "axes_dim_rope": [8, 12, 12]}, values=MASK
-    ),
+    "Omnigen2": Family(OMNIGEN2, TINY_OMNIGEN | {"text_feat_dim": 64, "axes_dim_rope": [8, 12, 12]}, values=MASK),
     "Boogu": Family(
         {"image_model": "boogu"},
         TINY_OMNIGEN | {"instruction_feat_dim": 64, "num_double_stream_layers": 2, "axes_dim_rope": [8, 12, 12]},
@@ -375,7 +374,9 @@ IMAGES = {
         {"image_model": "joyimage", "hidden_size": 4096, "num_attention_heads": 32, "num_layers": 40},
         {"hidden_size": 64, "num_attention_heads": 2, "num_layers": 3, "text_dim": 64, "rope_dim_list": [8, 12, 12]},
     ),
-    "Ideogram4": Family({"image_model": "ideogram4", "in_channels": 128, "num_layers": 34}, TINY_LAYERS | TINY_IDEOGRAM),
+    "Ideogram4": Family(
+        {"image_model": "ideogram4", "in_channels": 128, "num_layers": 34}, TINY_LAYERS | TINY_IDEOGRAM
+    ),
     "Krea2": Family({"image_model": "krea2"}, TINY_KREA, context=(1, 8, 2 * 64), latent=((1, 16, 1, 16, 16),)),
     "ErnieImage": Family({"image_model": "ernie"}, TINY_ERNIE | {"rope_axes_dim": (8, 12, 12)}),
     "Kandinsky5Image": Family(KANDINSKY_IMAGE, TINY_KANDINSKY, extras=POOLED),

@@ -122,7 +122,11 @@ UNETS = {
     ),
     "KOALA_1B": Family(
         KOALA
-        | {"transformer_depth": [0, 2, 6], "transformer_depth_middle": 6, "transformer_depth_output": [0, 0, 2, 2, 6, 6]},
+        | {
+            "transformer_depth": [0, 2, 6],
+            "transformer_depth_middle": 6,
+            "transformer_depth_output": [0, 0, 2, 2, 6, 6],
+        },
         TINY_XL,
         extras=POOLED,
     ),

@@ -337,11 +337,13 @@ VIDEOS = {
         extras={"audio_embed": (1, 25, 1024, 8), "control_video": FRAMES, "reference_motion": (1, 16, 19, 16, 16)},
         values={"reference_latents": [noise(1, 16, 1, 16, 16)]},
     ),
-    "WAN21_HuMo": Family(WAN | {"model_type": "humo", "in_dim": 36}, TINY_WAN, extras={"audio_embed": (1, 2, 8, 5, 1280)}),
+    "WAN21_HuMo": Family(
+        WAN | {"model_type": "humo", "in_dim": 36}, TINY_WAN, extras={"audio_embed": (1, 2, 8, 5, 1280)}
+    ),
     "WAN22_Animate": Family(
         WAN | {"model_type": "animate", "in_dim": 36},
         TINY_WAN | {"num_layers": 5},
-        extras={"face_video_pixels": (1, 3, 4, 512, 512), "pose_video_latent": (1, 16, 1, 16, 16)},
+        extras={"face_video_pixels": (1, 3, 1, 512, 512), "pose_video_latent": (1, 16, 1, 16, 16)},
         values=vision(1280),
     ),
     "WAN21_FlowRVS": Family(WAN | {"model_type": "flow_rvs"}, TINY_WAN),
@@ -364,7 +366,7 @@ VIDEOS = {
         values=vision(1280),
     ),
     "Kandinsky5": Family(KANDINSKY_VIDEO, TINY_KANDINSKY, extras=POOLED),
-    "SeedVR2": Family(SEEDVR2, TINY_SEEDVR2, extras={"condition": (1, 17, 2, 16, 16)}),
+    "SeedVR2": Family(SEEDVR2, TINY_SEEDVR2, (1, 8, 5120), extras={"condition": (1, 17, 2, 16, 16)}),
     "CogVideoX_T2V": Family(COGVIDEO, TINY_COGVIDEO),
     "CogVideoX_I2V": Family(COGVIDEO | {"in_channels": 32}, TINY_COGVIDEO),
     "CogVideoX_Inpaint": Family(COGVIDEO | {"in_channels": 48}, TINY_COGVIDEO),
