@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 import comfy.model_management as mm
 import comfy.supported_models
-import family_models
 import family_table
 import pytest
 import torch
@@ -58,6 +57,8 @@ def test_what_is_not_sampled_is_in_the_table_with_the_reason(name: str, check_ro
     check_row(name, Row.unstreamed(OTHERS[name]))
 
 
+# The host's own: its noise augmentation hands tensors to numpy.
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_streams_bit_identical(name: str, check_row: Callable[[str, Row], None]) -> None:
     family = FAMILIES[name]
@@ -120,4 +121,3 @@ def test_a_model_of_real_size_takes_no_memory() -> None:
     model = build("QwenImage", FAMILIES["QwenImage"])
     in_memory = [parameter for parameter in model.parameters() if parameter.device.type != "meta"]
     assert sum(parameter.nbytes for parameter in in_memory) < 1 << 20
-    assert family_models.STEPS >= 3  # What is streamed is cut into parts of blocks from the third step on.
