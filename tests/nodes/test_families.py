@@ -57,8 +57,8 @@ def test_what_is_not_sampled_is_in_the_table_with_the_reason(name: str, check_ro
     check_row(name, Row.unstreamed(OTHERS[name]))
 
 
-# The host's own: its noise augmentation hands tensors to numpy.
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+# Some of the host's models warn of functions that are going to change: shown, but no error.
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_streams_bit_identical(name: str, check_row: Callable[[str, Row], None]) -> None:
     family = FAMILIES[name]
