@@ -24,6 +24,13 @@ UNET = {
     "use_temporal_resblock": False,
 }
 SD2 = UNET | {"use_linear_in_transformer": True, "context_dim": 1024}
+UPSCALER = SD2 | {
+    "in_channels": 7,
+    "model_channels": 256,
+    "channel_mult": [1, 2, 2, 4],
+    "transformer_depth": [0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+}
 SDXL = UNET | {
     "num_classes": "sequential",
     "adm_in_channels": 2816,
@@ -70,9 +77,7 @@ UNETS = {
     "SD21UnclipL": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 1536}, TINY_HEADS),
     "SD21UnclipH": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 2048}, TINY_HEADS),
     "LotusD": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 4}, TINY_HEADS),
-    "SD_X4Upscaler": Family(
-        SD2 | {"in_channels": 7, "model_channels": 256, "channel_mult": [1, 2, 2, 4]}, TINY_UNET | {"num_heads": 2}
-    ),
+    "SD_X4Upscaler": Family(UPSCALER, TINY_UNET | {"num_heads": 2}),
     "SDXL": Family(SDXL, TINY_XL | SHALLOW_XL, extras=POOLED),
     "SDXL_instructpix2pix": Family(SDXL | {"in_channels": 8}, TINY_XL | SHALLOW_XL, extras=POOLED),
     "SDXLRefiner": Family(
