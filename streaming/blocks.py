@@ -1,9 +1,9 @@
-"""Find a model's blocks, the repeated layers, and their units, what is placed one by one. What is left is its rest."""
+"""Find a model's blocks, the layers in its lists, and their units, what is placed one by one; the rest is left."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,9 +17,12 @@ from .profile import Outline
 # A model most of whose bytes lie outside of its blocks gains nothing from streaming them.
 MINIMUM_SHARE = 0.5
 
-# A module with less than this part of its block's bytes (a norm, say) stays on the device: a copy for it would cost
-# more than its memory.
+# A module with less than this part of its block's bytes (a norm, say), or a block with less than this part of the
+# largest one's, stays on the device: a copy for it would cost more than its memory.
 SMALL_SHARE = 1 / 256
+
+# A module is cut into the layers of its own lists when they hold this part of its bytes.
+INNER_SHARE = 0.9
 
 # Names the dtype that a tensor shall have when it runs: (module, attribute, tensor) -> dtype.
 TargetDtype = Callable[[nn.Module, str, torch.Tensor], torch.dtype]
@@ -51,7 +54,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Block:
-    """A repeated layer.
+    """A layer (:func:`find_blocks`).
 
     Attributes:
         index: position in the order of definition.
@@ -108,35 +111,64 @@ def _kind(block: Block) -> object:
 
 
 def find_blocks(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the outermost lists of like layers below ``root``, in the order of definition.
+    """Names and modules of the layers in lists below ``root``, in the order of definition.
 
-    A list counts when it is a ``ModuleList`` of two or more modules of one class that hold parameters. Containers
-    (``Sequential`` and its subclasses) are no layers: their callers may run their children one by one.
+    [Note: what is a block]
+    A block must be called as a module, or nothing tells when its weights are needed. What cannot be called (a
+    ``ModuleList``, a ``ModuleDict``, any module without a ``forward``) and a ``Sequential``, whose callers may run its
+    children one by one, is a container; a block is the first module below a container that is none. Two exceptions:
+
+    - A ``Sequential`` of single layers (a small MLP) is no list of blocks unless it stands in a list itself.
+    - A module that consists of such a list but for a tenth (the spatial transformers of SDXL have ten layers each)
+      gives its layers instead: as a whole it would need too much room at once.
     """
     return list(_search(root, ""))
 
 
 def _search(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if _is_block_list(child):
-            yield from ((f"{path}.{key}", block) for key, block in child.named_children())
+        if _is_container(child):
+            yield from _members(child, f"{prefix}{name}.", False)
         else:
-            yield from _search(child, f"{path}.")
+            yield from _search(child, f"{prefix}{name}.")
 
 
-def _is_block_list(module: nn.Module) -> bool:
-    if not isinstance(module, nn.ModuleList) or len(module) < 2:
-        return False
-    if len({type(child) for child in module}) > 1 or len({id(child) for child in module}) < len(module):
-        return False
-    first = module[0]
-    if isinstance(first, (nn.Sequential, nn.ModuleList)):
-        return False
-    return all(any(True for _ in child.parameters()) for child in module)
+def _members(container: nn.Module, prefix: str, in_list: bool) -> Iterator[tuple[str, nn.Module]]:
+    in_list = in_list or not isinstance(container, nn.Sequential)
+    for name, child in container.named_children():
+        if _is_container(child):
+            yield from _members(child, f"{prefix}{name}.", in_list)
+        elif in_list or any(True for _ in child.children()):
+            yield from _layer(child, f"{prefix}{name}")
 
 
-def split_model(model: nn.Module, target_dtype: TargetDtype | None = None, locate: Locate = nowhere) -> BlockSet:
+def _layer(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """A module in a list: one block, or those of its own lists."""
+    nbytes = _parameter_bytes(module)
+    if nbytes == 0:
+        return
+    inner = list(_search(module, f"{path}."))
+    in_layers = sum(_parameter_bytes(layer) for _, layer in inner)
+    if len(inner) > 1 and in_layers >= INNER_SHARE * nbytes:
+        yield from inner
+    else:
+        yield path, module
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) or type(module).forward is nn.Module.forward
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def split_model(
+    model: nn.Module,
+    target_dtype: TargetDtype | None = None,
+    locate: Locate = nowhere,
+    minimum_share: float = MINIMUM_SHARE,
+) -> BlockSet:
     """Cut ``model`` into blocks and rest, each with its layout.
 
     Tensors that two blocks share, and all tensors outside of blocks, belong to the rest.
@@ -145,15 +177,16 @@ def split_model(model: nn.Module, target_dtype: TargetDtype | None = None, locat
         model: the module.
         target_dtype: the dtype in which a tensor runs; its own by default, and where it is of a class of its own.
         locate: the source of a tensor that maps a file.
+        minimum_share: the part of its bytes that must lie in blocks.
 
     Raises:
         UnsupportedModelError: no list of blocks, too few bytes in blocks, or tensors that cannot be laid out.
     """
-    found = find_blocks(model)
+    found = _without_small(find_blocks(model))
     if not found:
         raise UnsupportedModelError("it has no list of repeated blocks")
     tensors = _named_tensors(model, target_dtype or _own_dtype, locate)
-    owners = _owners(found, tensors)
+    owners = _owners(model, found, tensors)
     blocks: list[Block] = []
     first = 0
     for index, (name, module) in enumerate(found):
@@ -163,9 +196,15 @@ def split_model(model: nn.Module, target_dtype: TargetDtype | None = None, locat
     rest = Unit(-1, -1, "rest", None, make_layout(owners[-1]))
     total = sum(unit.nbytes for block in blocks for unit in block.units)
     share = total / max(1, rest.nbytes + total)
-    if share < MINIMUM_SHARE:
+    if share < minimum_share:
         raise UnsupportedModelError(f"only {share:.0%} of its bytes lie in repeated blocks")
     return BlockSet(tuple(blocks), rest)
+
+
+def _without_small(found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    sizes = [_parameter_bytes(module) for _, module in found]
+    least = SMALL_SHARE * max(sizes, default=0)
+    return [block for block, nbytes in zip(found, sizes, strict=True) if nbytes >= least]
 
 
 def _units(
@@ -210,15 +249,33 @@ def _named_tensors(model: nn.Module, target_dtype: TargetDtype, locate: Locate) 
     return [NamedTensor(tuple(names[key]), *first[key], tuple(places[key]), locate) for key in first]
 
 
-def _owners(found: list[tuple[str, nn.Module]], tensors: list[NamedTensor]) -> dict[int, list[NamedTensor]]:
+def _owners(
+    model: nn.Module, found: list[tuple[str, nn.Module]], tensors: list[NamedTensor]
+) -> dict[int, list[NamedTensor]]:
     """Tensors by the index of the one block that holds all of their places; -1 where there is none."""
-    block_of_holder: dict[int, int] = {}
+    owner: dict[int, int] = {}
+
+    def claim(module: nn.Module, index: int) -> None:
+        for holder in (module._parameters, module._buffers):
+            if owner.setdefault(id(holder), index) != index:
+                owner[id(holder)] = -1  # A module of two blocks, or of one that others call too.
+
+    roots = {id(block) for _, block in found}
     for index, (_, block) in enumerate(found):
         for module in block.modules():
-            block_of_holder[id(module._parameters)] = index
-            block_of_holder[id(module._buffers)] = index
+            claim(module, index)
+    for module in _outside(model, roots):
+        claim(module, -1)
     owners: dict[int, list[NamedTensor]] = defaultdict(list)
     for item in tensors:
-        indices = {block_of_holder.get(id(place.holder), -1) for place in item.places}
+        indices = {owner[id(place.holder)] for place in item.places}
         owners[indices.pop() if len(indices) == 1 else -1].append(item)
     return owners
+
+
+def _outside(module: nn.Module, roots: Collection[int]) -> Iterator[nn.Module]:
+    """``module`` and what lies below it, without the modules ``roots`` and what lies below them."""
+    yield module
+    for child in module.children():
+        if id(child) not in roots:
+            yield from _outside(child, roots)

@@ -282,11 +282,12 @@ class _Ring:
         staging = self.slots * max(self.target_bytes, rung.piece_bytes)
         return self.outline.model_bytes - rung.streamed_bytes + staging
 
-    @property
+    # Kept: to look them up by outline and profile would hash both, for each number of units that is tried.
+    @cached_property
     def _order(self) -> tuple[int, ...]:
         return order_of_residency(self.outline, self.profile)
 
-    @property
+    @cached_property
     def _rungs(self) -> tuple[_Rung, ...]:
         return _ladder(self.outline, self.profile)
 

@@ -60,6 +60,10 @@ def _prepare() -> None:
 _prepare()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-table", action="store_true", help="write docs/families.md anew from what is found")
+
+
 @pytest.fixture(scope="session")
 def nodes_of_pack() -> dict[str, type]:
     """The pack's nodes by their ids, from its entry point."""

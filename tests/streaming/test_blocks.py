@@ -7,29 +7,86 @@ from torch import nn
 from weightstream.streaming import UnsupportedModelError, find_blocks, split_model
 
 
-def test_blocks_are_the_outermost_lists_of_like_layers() -> None:
+class Pair(nn.Module):
+    """Two layers of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one = nn.Linear(width, width)
+        self.two = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))
+
+
+class Stage(nn.Module):
+    """Mostly a list of layers, as a UNet's spatial transformers."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(Pair(width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def names_of(**children: nn.Module) -> list[str]:
+    root = nn.Module()
+    for name, child in children.items():
+        root.add_module(name, child)
+    return [name for name, _ in find_blocks(root)]
+
+
+def test_blocks_are_the_modules_in_lists_whatever_their_classes() -> None:
     model = make_transformer(depth=4)
-    model.extra = nn.ModuleList(
-        [nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(2))}), nn.Identity()]
-    )
+    model.extra = nn.ModuleDict({"first": nn.Linear(2, 2), "second": Pair(2), "activation": nn.GELU()})
     names = [name for name, _ in find_blocks(model)]
-    assert names == [f"blocks.{index}" for index in range(4)] + ["extra.0.layers.0", "extra.0.layers.1"]
+    assert names == [f"blocks.{index}" for index in range(4)] + ["extra.first", "extra.second"]
 
 
-def test_containers_single_layers_mixed_and_empty_lists_are_no_blocks() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one = nn.ModuleList([nn.Linear(4, 4)])
-            self.mixed = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
-            self.containers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))])
-            self.empty = nn.ModuleList([nn.GELU(), nn.GELU()])
-            layer = nn.Linear(4, 4)
-            self.same = nn.ModuleList([layer, layer])
+def test_the_children_of_sequences_in_lists_are_blocks_since_they_may_be_called_one_by_one() -> None:
+    lists = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(Pair(4), nn.ModuleList([Pair(4)]))])
+    assert names_of(input_blocks=lists) == ["input_blocks.0.0", "input_blocks.1.0", "input_blocks.1.1.0"]
 
-    assert find_blocks(Model()) == []
+
+def test_a_sequence_outside_of_lists_has_blocks_but_no_single_layers() -> None:
+    assert names_of(middle_block=nn.Sequential(Pair(4), nn.SiLU(), Pair(4))) == ["middle_block.0", "middle_block.2"]
+    assert names_of(time_embed=nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 4))) == []
+
+
+def test_what_cannot_be_called_is_no_block() -> None:
+    space = nn.Module()
+    space.block = Pair(4)
+    parameters = nn.ParameterList([torch.zeros(4)])
+    assert names_of(levels=nn.ModuleList([space, parameters])) == ["levels.0.block"]
+
+
+def test_a_module_in_a_list_that_mostly_is_a_list_gives_its_layers() -> None:
+    stages = nn.ModuleList([Stage(32, 1), Stage(32, 3)])
+    assert names_of(stages=stages) == ["stages.0", "stages.1.layers.0", "stages.1.layers.1", "stages.1.layers.2"]
+
+
+def test_a_module_in_a_list_with_much_besides_its_list_is_a_block() -> None:
+    stage = Stage(32, 3)
+    stage.attention = nn.Linear(64, 64)
+    assert names_of(stages=nn.ModuleList([stage])) == ["stages.0"]
+
+
+def test_a_model_without_lists_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no list of repeated blocks"):
-        split_model(Model())
+        split_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+
+def test_blocks_that_are_small_beside_others_stay_on_the_device() -> None:
+    model = make_transformer(depth=2)
+    model.switches = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    split = split_model(model)
+    assert [block.name for block in split.blocks] == ["blocks.0", "blocks.1"]
+    assert "switches.0.weight" in {spec.name for spec in split.rest.layout.specs}
 
 
 def test_every_tensor_has_one_owner() -> None:
@@ -75,6 +132,16 @@ def test_a_tensor_tied_between_blocks_belongs_to_the_rest() -> None:
     tied = [value for value in split.rest.layout.values if value.name == "blocks.0.qkv.weight"]
     assert len(tied) == 1
     assert len(tied[0].places) == 2
+
+
+def test_a_module_of_two_blocks_or_of_one_and_others_belongs_to_the_rest() -> None:
+    model = make_transformer(depth=3)
+    model.blocks[2].qkv = model.blocks[0].qkv
+    model.also_called = model.blocks[1].out
+    split = split_model(model)
+    of_the_rest = {spec.name for spec in split.rest.layout.specs}
+    assert {"blocks.0.qkv.weight", "blocks.1.out.weight"} <= of_the_rest
+    assert not {"blocks.0.qkv", "blocks.2.qkv", "blocks.1.out"} & {unit.name for unit in split.units}
 
 
 def test_a_model_mostly_outside_of_blocks_is_refused() -> None:

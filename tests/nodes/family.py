@@ -1,0 +1,48 @@
+"""What is known of a diffusion model family: a published size, and what makes it tiny."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry of the host's list of models.
+
+    Attributes:
+        size: the published model's configuration, as the host detects it.
+        tiny: what is smaller in the tiny version.
+        context: shape of the text conditioning; None for a model without.
+        extras: shapes of further conditioning.
+        values: further conditioning that is no random tensor.
+        latent: shapes of what is sampled, one or several; by default a small one of the model's format.
+        conditioners: names of the number embedders that it brings.
+        weights: shapes of tensors that the host takes from the checkpoint to build the model.
+    """
+
+    size: dict[str, Any]
+    tiny: dict[str, Any]
+    context: tuple[int, ...] | None = (1, 8, 64)
+    extras: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    latent: tuple[tuple[int, ...], ...] = ()
+    weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    conditioners: tuple[str, ...] = ()
+
+
+POOLED = {"pooled_output": (1, 64)}
+MASK = {"attention_mask": torch.ones(1, 8, dtype=torch.long)}
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def vision(width: int) -> dict[str, SimpleNamespace]:
+    """What CLIP Vision Encode gives."""
+    states = noise(1, 5, width)
+    return {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=states, last_hidden_state=states)}
