@@ -24,7 +24,7 @@ from weightstream.nodes.loader import CheckpointError, StreamedModelLoader, load
 from weightstream.nodes.offload import OffloadSettings, host_config
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import AsyncOffloadSettings
-from weightstream.streaming import BudgetError, ConfigError, CpuBackend, CudaBackend, VirtualMemory
+from weightstream.streaming import BudgetError, ConfigError, CpuBackend, CudaBackend, VirtualMemory, blocks
 
 import nodes as host_nodes
 
@@ -230,10 +230,23 @@ def write_sparse_sd15(path: Path) -> None:
         file.truncate(file.tell() + offset)
 
 
+def test_a_unet_is_loaded_for_streaming(virtual_device: Callable[[int], Any], tmp_path: Path) -> None:
+    virtual_device(24 * MB)
+    path = tmp_path / "sd15.safetensors"
+    write_sparse_sd15(path)
+    with torch.inference_mode():
+        model = load_streamed(str(path), {})
+    assert len(model.streamer.blocks.blocks) > 40
+
+
 def test_a_model_without_a_list_of_blocks_is_loaded_the_hosts_way(
-    virtual_device: Callable[[int], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    virtual_device: Callable[[int], Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     virtual_device(24 * MB)
+    monkeypatch.setattr(blocks, "find_blocks", lambda model: [])  # Every model of the host has one.
     path = tmp_path / "sd15.safetensors"
     write_sparse_sd15(path)
     with caplog.at_level(logging.INFO), torch.inference_mode():
