@@ -92,7 +92,7 @@ def make_streamed(
         BudgetError: the limit has no room for the largest block.
     """
     backend = make_backend(load_device)
-    blocks = split_model(model, _model_dtype, locate)
+    blocks = split_model(model, model_dtype, locate)
     bar = LoadingBar(node_id)
     streamer = Streamer(root, blocks, backend, host_config(settings, backend), pins, evictable, bar)
     check_limit(settings.vram_limit, streamer, name)
@@ -120,6 +120,6 @@ def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
         )
 
 
-def _model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
+def model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
     """The dtype that the host built this tensor with, which a file's tensor that was only mapped may not have."""
     return getattr(module, f"{attribute}_comfy_model_dtype", None) or tensor.dtype

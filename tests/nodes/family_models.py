@@ -18,8 +18,8 @@ from family import Family
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from weightstream.nodes.loader import _model_dtype
-from weightstream.nodes.patcher import ATTRIBUTE, StreamedModel, StreamedModelPatcher
+from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
 from weightstream.streaming import (
     BlockSet,
     CpuBackend,
@@ -108,7 +108,7 @@ def whole(model: torch.nn.Module) -> ModelPatcher:
 
 def streamed(name: str, model: torch.nn.Module) -> StreamedModelPatcher:
     """The same model on a virtual device with the least room with which it streams."""
-    blocks = split_model(model, _model_dtype, minimum_share=0)
+    blocks = split_model(model, model_dtype, minimum_share=0)
     memory = VirtualMemory(minimum_bytes(blocks.outline, assumed_profile(blocks.outline)))
     streamer = Streamer(
         model.diffusion_model, blocks, CpuBackend(memory), StreamingConfig(headroom_bytes=0, thrifty=False)

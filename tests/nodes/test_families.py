@@ -10,8 +10,8 @@ import torch
 from families import FAMILIES, OTHERS
 from family_models import HostWeights, build, build_tiny, sample, streamed, whole
 from family_table import Row
-from weightstream.nodes.loader import _model_dtype
 from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.streamed_model import model_dtype
 from weightstream.streaming import split_model
 
 NAMES = [model.__name__ for model in comfy.supported_models.models]
@@ -96,7 +96,7 @@ def _row(name: str) -> Row:
     """What the table says of a family that streams, by a model of real size."""
     family = FAMILIES[name]
     assert getattr(comfy.supported_models, name).matches(family.size)
-    outline = split_model(build(name, family), _model_dtype).outline
+    outline = split_model(build(name, family), model_dtype).outline
     largest = max(outline.block_bytes(block) for block in range(outline.blocks))
     share = 1 - outline.rest_bytes / outline.model_bytes
     size, largest_size = f"{outline.model_bytes / 1024**3:.1f} GiB", f"{largest / 1024**2:.0f} MiB"

@@ -1,0 +1,102 @@
+"""Measure LoRA: python benchmarks/lora.py [WHO ...] [--case CASE]
+
+A LoRA of rank 32 on every matrix of every block: what it adds to the first step of the prompt that brings it, what it
+adds to the steps after that, and how long another strength and its absence take. README.md says what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import report
+from cases import CASES, GB, Model
+from run import (
+    HERE,
+    RESULTS,
+    child_environment,
+    describe_machine,
+    ensure_checkpoint,
+    hold_back_vram,
+    keep_log,
+    last_lines,
+    run_child,
+)
+
+RANK = 32
+LORA = Model("flux-dev-lora-random", "flux-lora", ("--size", "dev", "--rank", str(RANK)), context=(0, 0))
+
+# Who is measured, whose loader that is, and whether the whole card is free: the last one's pictures are the right ones.
+WHO = {
+    "weightstream": ("weightstream", False),
+    "comfy-dynamic": ("comfy-dynamic", False),
+    "comfy-whole-card": ("comfy-dynamic", True),
+}
+
+
+def main() -> None:
+    args = parse_args()
+    case = CASES[args.case]
+    files = {"checkpoint": ensure_checkpoint(case.model, args.work), "lora": ensure_checkpoint(LORA, args.work)}
+    results = {"machine": describe_machine(), "case": case.name, "rank": RANK, "rows": {}}
+    results |= {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
+    for who in args.who or WHO:
+        contender, whole_card = WHO[who]
+        with hold_back_vram(None if whole_card else case.free_gb) as holder:
+            job = {"case": case.name, "contender": contender, "comfyui": str(args.comfyui)}
+            job |= {"free_bytes": holder.settled_free_bytes(), **{name: str(path) for name, path in files.items()}}
+            results["rows"][who] = run_row(who, job, args)
+        report.write_json(args.out / "lora.json", results)
+    right = results["rows"].get("comfy-whole-card", {})
+    for who, row in results["rows"].items():
+        print(f"{who}: {say(row, right)}", flush=True)
+
+
+def run_row(who: str, job: dict, args: argparse.Namespace) -> dict:
+    """One child; its figures, or ``{"error": [how it ended, its last lines ...]}``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
+        command = [sys.executable, str(HERE / "lora_worker.py"), json.dumps(job), str(out)]
+        failure = run_child(command, child_environment(CASES[args.case]), log, args.timeout)
+        if args.logs:
+            keep_log(log, args.logs / f"lora.{who}.log")
+        return json.loads(out.read_text()) if out.exists() else {"error": [failure, *last_lines(log)]}
+
+
+def say(row: dict, right: dict) -> str:
+    if "error" in row:
+        return "failed: " + " | ".join(row["error"])
+    before = row["prompts"]["before"]
+    text = f"first step of a prompt {before['first_step_s']:.2f} s, steady {before['steady_step_s']:.4f}"
+    for name, prompt in row["prompts"].items():
+        if name == "before":
+            continue
+        added = prompt["first_step_s"] - before["first_step_s"]
+        change = prompt["steady_step_s"] / before["steady_step_s"] - 1
+        text += f"; {name} {added:+.2f} s, {change:+.1%}"
+    if "prompts" in right:
+        same = [
+            row["prompts"][name]["latent_sha256"] == right["prompts"][name]["latent_sha256"] for name in row["prompts"]
+        ]
+        text += f"; {sum(same)} of {len(same)} latents are those of the whole card"
+    return text + f"; RAM {row['anonymous_bytes'] / GB:.1f} GB"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("who", nargs="*", help=", ".join(WHO))
+    parser.add_argument("--case", default="flux-1024-16gb", choices=CASES)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks")
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
+    parser.add_argument("--logs", type=Path, help="folder that keeps what the rows print")
+    parser.add_argument("--timeout", type=float, default=150, help="seconds for one row")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
