@@ -165,8 +165,8 @@ class HostWeights(TorchDispatchMode):
         self._names: dict[int, str] = {}
         streamed = {unit for segment in streamer.plan.segments for unit in segment.units}
         for unit in (streamer.blocks.units[number] for number in streamed):
-            for spec in unit.layout.specs:
-                for place in spec.places:
+            for value in unit.layout.values:
+                for place in value.places:
                     tensor = place.holder[place.attribute]
                     self._names[tensor.untyped_storage().data_ptr()] = unit.name
 
