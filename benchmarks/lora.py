@@ -41,7 +41,8 @@ WHO = {
 def main() -> None:
     args = parse_args()
     case = CASES[args.case]
-    files = {"checkpoint": ensure_checkpoint(case.model, args.work), "lora": ensure_checkpoint(LORA, args.work)}
+    # The small one first: to make a file others may be deleted.
+    files = {"lora": ensure_checkpoint(LORA, args.work), "checkpoint": ensure_checkpoint(case.model, args.work)}
     results = {"machine": describe_machine(), "case": case.name, "rank": RANK, "rows": {}}
     results |= {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
     for who in args.who or WHO:

@@ -52,12 +52,11 @@ def measure(job: Job, lora: Path) -> dict[str, Any]:
         for _ in range(3):  # Plan and copies settle, kernels are loaded.
             run_prompt(model, job)
         tensors = comfy.utils.load_torch_file(str(lora), safe_load=True)
-        prompts = {}
+        prompts, loaded = {}, {None: model}
         for name, strength in PROMPTS.items():
-            patched = model
-            if strength is not None:
-                patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)
-            prompts[name] = run_prompt(patched, job)
+            if strength not in loaded:
+                loaded[strength], _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)
+            prompts[name] = run_prompt(loaded[strength], job)
             logging.info("%s: %s", name, prompts[name])
     return {"prompts": prompts, "anonymous_bytes": anonymous_bytes()}
 

@@ -343,10 +343,11 @@ class UnitCopies:
             raise
         self.resident = resident
 
-    def take_resident_buffer(self) -> torch.Tensor | None:
-        """The memory of the resident copy, which is none any more; None where there is none."""
+    def take_resident_buffer(self) -> torch.Tensor:
+        """The memory of the resident copy, which is none any more."""
+        assert self.resident is not None
         resident, self.resident = self.resident, None
-        return resident.buffer if resident is not None else None
+        return resident.buffer
 
     def drop_resident(self, backend: Backend) -> None:
         resident, self.resident = self.resident, None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+import torch
+
 from .arena import HostBuffer
 from .backend import Backend
 from .baking import bake_masters, bake_residents
@@ -45,12 +47,7 @@ class Placement:
         """
         streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
         resident = [self._copies[unit] for unit in plan.resident]
-        for copies in streamed:
-            if copies.master is not None and copies.master.spoiled(patches):
-                copies.begin_master_anew()
-        for copies in resident:
-            if copies.master is not None and copies.master.spoiled(patches):
-                self._free(copies.drop_master())
+        self._renew(streamed, [self._rest, *resident], patches)
         needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
         self._make_masters(needed, patches)
         for copies in streamed:
@@ -58,7 +55,7 @@ class Placement:
         # What was freed goes back as it is. Else it would be cut up for the next copies, and what is left between them
         # would be too small for a step's activations.
         self._backend.trim()
-        self._make_residents([self._rest, *resident], patches)
+        self._make_residents([self._rest, *resident])
         if not plan.segments:
             self.arrive_all()  # No block is hooked then, after the first step.
         self.arrive(-1)
@@ -187,27 +184,40 @@ class Placement:
         finally:
             self.adopt()
 
-    def _make_residents(self, wanted: list[UnitCopies], patches: Patches) -> None:
-        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`).
+    def _renew(self, streamed: Iterable[UnitCopies], resident: Iterable[UnitCopies], patches: Patches) -> None:
+        """Have copies with patches in them that nobody wants filled again, in their memory, as they were loaded.
 
-        Where a resident has patches in it that nobody wants, what was loaded comes anew, to the same memory.
+        Residents begin to come: they need no memory that others must give up first.
         """
-        reader = self._supply.reader
+        for copies in streamed:
+            if copies.master is not None and copies.master.spoiled(patches):
+                copies.begin_master_anew()
+        for copies in resident:
+            if copies.master is not None and copies.master.spoiled(patches):
+                self._free(copies.drop_master())
+            if copies.resident is not None and copies.resident.spoiled(patches):
+                self._supply.reader.open()  # It may fail: the resident must not be lost then.
+                self._read_resident(copies, copies.take_resident_buffer())
+
+    def _make_residents(self, wanted: Iterable[UnitCopies]) -> None:
+        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`)."""
         for copies in wanted:
-            if copies.resident is not None and not copies.resident.spoiled(patches):
+            if copies.resident is not None or copies.arriving is not None:
                 continue
-            if copies.resident is None and copies.master is not None:
+            if copies.master is not None:
                 copies.copy_resident(self._backend)
                 self._check(copies)
-                continue
-            reader.open()
-            buffer = copies.take_resident_buffer()
-            if buffer is None:
-                buffer = self._backend.allocate(copies.unit.nbytes)
-            # Race: whoever had this memory before may have kernels under way in it.
-            free = self._backend.mark()
-            copies.await_resident(buffer, reader.transfer([Load(copies.unit.layout, buffer)], free, background=True))
-            self._arriving.setdefault(copies.unit.block, []).append(copies)
+            else:
+                self._supply.reader.open()
+                self._read_resident(copies, self._backend.allocate(copies.unit.nbytes))
+
+    def _read_resident(self, copies: UnitCopies, buffer: torch.Tensor) -> None:
+        """Have ``buffer`` become the resident copy."""
+        # Race: whoever had this memory before may have kernels under way in it.
+        free = self._backend.mark()
+        load = Load(copies.unit.layout, buffer)
+        copies.await_resident(buffer, self._supply.reader.transfer([load], free, background=True))
+        self._arriving.setdefault(copies.unit.block, []).append(copies)
 
     def _check(self, copies: UnitCopies) -> None:
         try:
