@@ -8,7 +8,8 @@ dtype in which the layer runs, but for layers of at most 16 KiB, which go the ol
 weight's shape, which are refused here); and where the weight is stored in another dtype (fp8), the result is rounded to
 that when it is kept on the card, and not when it is not. So ComfyUI's own image depends on how much memory is free.
 Ours is always the one that ComfyUI gives in this process when the whole model fits on the card. A quantised weight goes
-the same two ways, dequantised before and quantised with a new scale after.
+the same two ways, dequantised before and quantised with a new scale after. Weights of GGUF files keep their patches
+beside them, and their layers apply both.
 """
 
 from __future__ import annotations
@@ -94,10 +95,20 @@ class HostPatches:
         entries = self._patcher.patches.get(name)
         if not entries:
             return None
-        return PatchSignature(entries, self._patcher.model.get_dtype_inference() if self._dynamic else None)
+        return PatchSignature(entries, self._computing_dtype if self._dynamic else None)
+
+    @property
+    def _computing_dtype(self) -> torch.dtype:
+        """In which the model runs; text encoders do in what their loader has set."""
+        model = self._patcher.model
+        if hasattr(model, "get_dtype_inference"):
+            return model.get_dtype_inference()
+        return self._patcher.object_patches.get("manual_cast_dtype") or torch.float32
 
     def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """The patched weight exactly as the host computes it, on the load device (Note: ways of the host)."""
+        if _is_patched_by_its_layer(original):
+            return self._leave_on_weight(name, original)
         if self._goes_the_dynamic_way(name):
             return self._compute_when_run(name, original)
         with _weight_in_place(self._patcher.model, name, original):
@@ -112,7 +123,7 @@ class HostPatches:
     def _compute_when_run(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """As the host's cast of a dynamic weight does just before its layer runs, where it keeps the result."""
         seed = comfy.utils.string_to_seed(name.rpartition(".")[0])
-        device, dtype = self._patcher.load_device, self._patcher.model.get_dtype_inference()
+        device, dtype = self._patcher.load_device, self._computing_dtype
         if not isinstance(original, QuantizedTensor):
             patched = self._calculate(name, original.to(device=device, dtype=dtype, copy=True))
             return comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
@@ -122,6 +133,12 @@ class HostPatches:
         patched = self._calculate(name, kept.to(dtype=dtype).dequantize())
         kept.copy_(kept.requantize_from_float(patched, scale="recalculate", stochastic_rounding=seed))
         return kept
+
+    def _leave_on_weight(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        """As the pack for GGUF files does it: its layers unpack a weight and patch the values whenever they run."""
+        weight = original.to(self._patcher.load_device)
+        weight.patches = [(self._patcher.patches[name], name)]
+        return weight
 
     def _calculate(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         return comfy.lora.calculate_weight(self._patcher.patches[name], weight, name, intermediate_dtype=weight.dtype)
@@ -160,6 +177,11 @@ class _SavedPatches:
     def patch_weight_to_device(self, name: str, device_to: torch.device, return_weight: bool) -> torch.Tensor:
         with _weight_in_place(self._patcher.model, name, self._originals[name]):
             return self._patcher.patch_weight_to_device(name, device_to=device_to, return_weight=return_weight)
+
+
+def _is_patched_by_its_layer(weight: torch.Tensor) -> bool:
+    """Whether it is a tensor of the pack for GGUF files: packed bytes with a list of patches for the layer."""
+    return hasattr(weight, "tensor_type") and hasattr(weight, "patches")
 
 
 @contextmanager
