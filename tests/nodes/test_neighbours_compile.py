@@ -111,13 +111,13 @@ def test_a_model_that_ran_before_it_is_compiled(streamed: Load, native: ModelPat
 
 
 def test_a_block_is_one_graph(streamed: Load, native: ModelPatcher) -> None:
-    """As many graphs as the host's own model is compiled to, and those that hooks around blocks cut."""
+    """No more graphs than the host's own model is compiled to, and those that hooks around blocks cut."""
     sample(per_block(native))
     theirs = graphs()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     sample(per_block(streamed()))
-    assert 0 < theirs <= graphs() <= theirs + 2
+    assert 0 < graphs() <= theirs + 2
 
 
 def test_memory_pressure_under_a_compiled_model(streamed: Load, native: ModelPatcher) -> None:

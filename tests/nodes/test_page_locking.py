@@ -89,13 +89,14 @@ def test_two_models_take_turns_with_room_for_the_copies_of_one(
 ) -> None:
     virtual_device(64 * MB)
     with torch.inference_mode():
-        first, second = (load_streamed(str(models / MODEL), {}, 14 * MB) for _ in range(2))
-    gc.collect()
-    settle(first)
-    held = first.status()["pinned_bytes"]
-    assert held > 20 * MB
-    # Room for the copies of one and for a ring.
-    monkeypatch.setattr(devices.pins, "limit", int(1.4 * held))
+        first = load_streamed(str(models / MODEL), {}, 14 * MB)
+        gc.collect()
+        settle(first)
+        held = first.status()["pinned_bytes"]
+        assert held > 20 * MB
+        # Room for the copies of one and for a ring.
+        monkeypatch.setattr(devices.pins, "limit", int(1.4 * held))
+        second = load_streamed(str(models / MODEL), {}, 14 * MB)
     expected = sample(with_lora(native, 0.5) if lora else native)
     for _ in range(2):
         for model in (first, second):

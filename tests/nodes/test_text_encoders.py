@@ -117,7 +117,7 @@ def test_a_layer_before_the_last(clip: comfy.sd.CLIP) -> None:
         assert_same(encode(ours, PROMPTS[1]), encode(clip, PROMPTS[1]))
 
 
-@pytest.mark.parametrize("family", ["qwen"], indirect=True)
+@pytest.mark.parametrize("family", ["gemma"], indirect=True)
 def test_text_is_generated(clip: comfy.sd.CLIP) -> None:
     """The blocks run many times in one step."""
     ours = stream(clip)

@@ -106,6 +106,6 @@ def _pieces() -> torch.Tensor:
     model = io.BytesIO()
     words = [f"a{letter}b {letter}c" for letter in "defghijklmnopqrstuvwxyz"]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_writer=model, vocab_size=60, minloglevel=2
+        sentence_iterator=iter(words), model_writer=model, vocab_size=30, minloglevel=2
     )
     return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)

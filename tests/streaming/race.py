@@ -213,13 +213,14 @@ class NumberedBlock(nn.Module):
 
     def __init__(self, number: int, backend: RaceBackend, reads_directly: bool) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({str(part): NumberedPart(10 * number + part, backend) for part in range(3)})
+        # No list: a block that is nothing but a list of layers would be taken apart.
+        self.part0, self.part1, self.part2 = (NumberedPart(10 * number + part, backend) for part in range(3))
         self.direct = NumberedPart(10 * number + 9, backend) if reads_directly else None
         self.number = number
 
     def forward(self, seen: list[int], parts: str) -> list[int]:
         for part in parts:
-            self.parts[part]()
+            getattr(self, f"part{part}")()
         if self.direct is not None:
             self.direct.read()
         return [*seen, self.number]
