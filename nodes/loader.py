@@ -136,7 +136,7 @@ def _load_for_streaming(
     streamed = make_streamed(model, model.diffusion_model, loaded.load_device, name, weights.locate, settings, node_id)
     streamed.load_by_host = partial(load_unstreamed, weights.path, model_options, full_checkpoint)
     patcher = StreamedModelPatcher(model, loaded.load_device, loaded.offload_device, streamed.streamer.model_bytes)
-    patcher.settings = settings
+    patcher.settings, patcher.node_id = settings, node_id
     return patcher
 
 

@@ -51,7 +51,8 @@ class MappedModelPatcher(ModelPatcher):
         return True
 
 
-_mapping = threading.Lock()
+# Reentrant: a factory may be ours.
+_mapping = threading.RLock()
 
 
 @contextmanager

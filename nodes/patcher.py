@@ -33,6 +33,7 @@ class StreamedModelPatcher(ModelPatcher):
 
     Attributes:
         settings: how this MODEL streams. Patchers of one model may differ; the one that is loaded counts.
+        node_id: the node that shows what is in effect when this one is loaded.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class StreamedModelPatcher(ModelPatcher):
     ) -> None:
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.settings = OffloadSettings()
+        self.node_id: str | None = None
         self.wrap_steps()
 
     def wrap_steps(self) -> None:
@@ -54,7 +56,7 @@ class StreamedModelPatcher(ModelPatcher):
 
     def clone(self, *args: Any, **kwargs: Any) -> StreamedModelPatcher:
         clone = super().clone(*args, **kwargs)
-        clone.settings = self.settings
+        clone.settings, clone.node_id = self.settings, self.node_id
         return clone
 
     @property
@@ -110,6 +112,7 @@ class StreamedModelPatcher(ModelPatcher):
             if device_to is not None and not same_device(device_to, self.streamer.backend.device):
                 # A clone for another GPU, or back from it.
                 self.streamer.move_to(make_backend(device_to))
+            self.streamed.show_on(self.node_id)
             self.streamer.configure(host_config(self.settings, self.streamer.backend))
             self.streamer.expect_compiled(self._is_compiled())
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
@@ -307,6 +310,7 @@ class StreamedModelPatcher(ModelPatcher):
             super().patch_hooks(hooks)
         finally:
             if self.hook_backup:
+                self.streamed.tell_of_hooks()
                 self.streamer.lend_masters()
                 self.streamer.invalidate()  # Hooks write into the weights.
 

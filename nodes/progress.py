@@ -22,11 +22,12 @@ class LoadingBar:
         node_id: the loader node; None outside of a prompt, where nothing is shown.
 
     Attributes:
+        node_id: the node.
         wrote: the node's text is ours.
     """
 
     def __init__(self, node_id: str | None) -> None:
-        self._node_id = node_id
+        self.node_id = node_id
         self._bar: comfy.utils.ProgressBar | None = None
         self._last_text = 0.0
         self.wrote = False
@@ -34,23 +35,23 @@ class LoadingBar:
     def __call__(self, progress: Progress | None) -> None:
         """Show how far it is, if anything is being loaded; raises ComfyUI's interrupt when the user has cancelled."""
         mm.throw_exception_if_processing_interrupted()
-        if progress is None or self._node_id is None:
+        if progress is None or self.node_id is None:
             return
         if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(progress.total_bytes, node_id=self._node_id)
+            self._bar = comfy.utils.ProgressBar(progress.total_bytes, node_id=self.node_id)
         self._bar.update_absolute(progress.done_bytes, progress.total_bytes)
         if progress.done_bytes >= progress.total_bytes:
             self._end()
         elif time.monotonic() - self._last_text >= TEXT_SECONDS:
             self._last_text = time.monotonic()
             self.wrote = True
-            status.show(describe(progress), self._node_id)
+            status.show(describe(progress), self.node_id)
 
     def _end(self) -> None:
         """The node ran long ago: without this the page would show it as running on."""
         self._bar = None
         if comfy.utils.PROGRESS_BAR_HOOK is not None:
-            get_progress_state().finish_progress(self._node_id)
+            get_progress_state().finish_progress(self.node_id)
 
 
 def describe(progress: Progress) -> str:

@@ -107,7 +107,9 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
     streams = isinstance(patcher, StreamedModelPatcher)
     try:
         if settings.mode is Mode.OFF:
-            return give_back(patcher) if streams else patcher
+            native = give_back(patcher) if streams else patcher
+            status.announce(type(patcher.model).__name__, "its weights are moved ComfyUI's own way", node_id)
+            return native
         if not streams:
             return take_over(patcher, settings, node_id)
     except UnsupportedModelError as error:
@@ -115,7 +117,7 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
         status.announce(name, f"left as it is: {error}", node_id)
         return patcher
     ours = patcher.clone()
-    ours.settings = settings.over(patcher.settings)
+    ours.settings, ours.node_id = settings.over(patcher.settings), node_id
     check_limit(ours.settings.vram_limit, ours.streamer, ours.streamed.name)
     return ours
 

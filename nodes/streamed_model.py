@@ -34,6 +34,7 @@ class StreamedModel:
         node_id: the node where the effective plan is shown; None outside of a prompt.
         bar: shows on it how far loading is.
         load_by_host: loads the same model ComfyUI's own way; None where nobody can.
+        origin: gives the patcher that came in, of a model that another node has loaded.
         loaded: the patcher whose patches are in the weights.
     """
 
@@ -42,7 +43,10 @@ class StreamedModel:
     node_id: str | None
     bar: LoadingBar
     load_by_host: Callable[[], ModelPatcher] | None = None
+    origin: Callable[[], ModelPatcher | None] = lambda: None
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
+    _native: ModelPatcher | None = None
+    _told_of_hooks: bool = False
     _announced: object = None
     _shown: tuple[Plan | None, bool, bool] = (None, False, False)
 
@@ -62,9 +66,34 @@ class StreamedModel:
         self._announced, self._shown = now, (plan, building, synchronous)
         self.bar.wrote = False
 
+    def tell_of_hooks(self) -> None:
+        """Say once that weights change within steps, and what that costs."""
+        if not self._told_of_hooks:
+            self._told_of_hooks = True
+            text = (
+                "a LoRA that hangs on conditioning changes weights between steps, ComfyUI's own way, which takes time"
+            )
+            status.announce(self.name, text, self.node_id)
+
     def set_loaded(self, patcher: StreamedModelPatcher) -> None:
-        """``patcher`` has put its patches into the weights."""
+        """``patcher`` has put its patches into the weights; its node shows what is in effect."""
         self.loaded = weakref.ref(patcher)
+
+    def show_on(self, node_id: str | None) -> None:
+        """From now on this node shows plan and progress."""
+        self.node_id = self.bar.node_id = node_id
+
+    def load_native(self) -> ModelPatcher | None:
+        """A patcher of the same model that the host moves; None where nobody can load it.
+
+        One with dynamic VRAM takes no memory while it is not loaded, and is kept for the next time.
+        """
+        if self._native is not None:
+            return self._native.clone()
+        native = self.load_by_host() if self.load_by_host is not None else None
+        if native is not None and native.is_dynamic():
+            self._native = native
+        return native
 
 
 def make_streamed(

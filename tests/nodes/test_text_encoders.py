@@ -145,6 +145,7 @@ def test_model_and_encoder_through_the_node(streamed: Callable[..., Any], family
         nothing = AsyncOffloadSettings.execute(model, "auto", 0, 0, 0.0, "auto", 0.0, 0.0).result[1]
     assert nothing is None
     assert isinstance(result[1].patcher, StreamedModelPatcher)
+    assert not any(loaded.is_dead() for loaded in mm.current_loaded_models), "left behind by the host's loader"
     assert_same(encode(result[1], PROMPTS[0]), encode(clip, PROMPTS[0]))
     assert clip.patcher is not result[1].patcher
     mm.unload_all_models()

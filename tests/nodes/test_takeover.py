@@ -1,0 +1,206 @@
+"""What another node has loaded and somebody has changed: it streams as it is, or it passes through."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sd
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+from safetensors.torch import load_file, save_file
+from sampling import LORA, MB, MODEL, sample
+from weightstream.nodes import devices, status, streamed_model
+from weightstream.nodes.loader import load_streamed
+from weightstream.nodes.offload import Mode, OffloadSettings
+from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.settings import with_settings
+from weightstream.streaming import UnsupportedModelError, VirtualMemory
+
+Load = Callable[..., StreamedModelPatcher]
+
+
+@pytest.fixture
+def path(models: Path, tmp_path: Path) -> Path:
+    """A file of this test's own."""
+    return Path(shutil.copy(models / MODEL, tmp_path / "own.safetensors"))
+
+
+@pytest.fixture
+def foreign(path: Path, virtual_device: Callable[[int], VirtualMemory]) -> ModelPatcher:
+    """A MODEL from the host's own loader, on a device that it does not fit."""
+    virtual_device(24 * MB)
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(str(path))
+
+
+def stream(model: ModelPatcher, **settings: Any) -> ModelPatcher:
+    with torch.inference_mode():
+        return with_settings(model, OffloadSettings(**settings))
+
+
+def lora_bypass(model: ModelPatcher) -> ModelPatcher:
+    lora = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", LORA))
+    return comfy.sd.load_bypass_lora_for_models(model, None, lora, 0.8, 0)[0]
+
+
+def patched_forward(model: ModelPatcher) -> ModelPatcher:
+    """As nodes that skip steps do it: a wrapper that exchanges a method of the model that it was made for."""
+    model = model.clone()
+    inner = model.get_model_object("diffusion_model")
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        own = inner.final_layer.forward
+        inner.final_layer.forward = lambda *given: 0.5 * own(*given)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            del inner.final_layer.forward
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    return model
+
+
+def compiled(model: ModelPatcher) -> ModelPatcher:
+    return TorchCompileModel.execute(model, "eager").result[0]
+
+
+@pytest.mark.parametrize("change", [lora_bypass, patched_forward, compiled])
+def test_what_holds_the_loaded_model_is_passed_through(
+    foreign: ModelPatcher, change: Callable[[ModelPatcher], ModelPatcher], caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.inference_mode():
+        changed = change(foreign)
+    expected = sample(changed)
+    with caplog.at_level("INFO"):
+        model = stream(changed)
+    assert model is changed
+    assert "connect this node directly behind the loader" in caplog.text
+    assert torch.equal(sample(model), expected)
+    with torch.inference_mode():
+        behind = change(stream(foreign))
+    assert isinstance(behind, StreamedModelPatcher)
+    assert torch.equal(sample(behind), expected)
+    assert behind.status()["counters"]["steps"] > 0
+
+
+class Louder(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.5 * self.inner(x)
+
+
+def exchange_module(model: torch.nn.Module) -> None:
+    model.img_in = Louder(model.img_in)
+
+
+def exchange_method(model: torch.nn.Module) -> None:
+    model.final_layer.forward = lambda *args: 0.5 * type(model.final_layer).forward(HELD[0], *args)
+    HELD[0] = model.final_layer
+
+
+def exchange_weight(model: torch.nn.Module) -> None:
+    model.img_in.weight = torch.nn.Parameter(model.img_in.weight * 1.5, requires_grad=False)
+
+
+HELD: list[Any] = [None]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["streamed first", "changed first"])
+@pytest.mark.parametrize("exchange", [exchange_module, exchange_method, exchange_weight])
+def test_what_somebody_has_exchanged_is_not_lost(
+    foreign: ModelPatcher, exchange: Callable[[torch.nn.Module], None], before: bool
+) -> None:
+    plain = sample(foreign)
+    if not before:
+        assert torch.equal(sample(stream(foreign)), plain)
+    mm.unload_all_models()
+    exchange(foreign.model.diffusion_model)
+    expected = sample(foreign)
+    assert not torch.equal(expected, plain)
+    assert torch.equal(sample(stream(foreign)), expected)
+
+
+def test_a_file_that_was_replaced_since(foreign: ModelPatcher, path: Path) -> None:
+    expected = sample(foreign)
+    other = {name: weight * 1.25 for name, weight in load_file(path).items()}
+    save_file(other, f"{path}.new")
+    os.replace(f"{path}.new", path)
+    assert torch.equal(sample(stream(foreign)), expected)
+
+
+def test_a_file_that_is_gone(foreign: ModelPatcher, path: Path) -> None:
+    expected = sample(foreign)
+    path.unlink()
+    model = stream(foreign)
+    assert torch.equal(sample(model), expected)
+    assert model.status()["mode"] == "streamed"
+
+
+def test_weights_of_a_file_that_cannot_be_mapped_are_shared(path: Path, foreign: ModelPatcher, tmp_path: Path) -> None:
+    torch.save(load_file(path), tmp_path / "own.pt")
+    with torch.inference_mode():
+        pickled = comfy.sd.load_diffusion_model(str(tmp_path / "own.pt"))
+    model = stream(pickled)
+    theirs = {weight.data_ptr() for weight in pickled.model.parameters()}
+    specs = [spec for unit in model.streamer.blocks.units for spec in unit.layout.specs]
+    assert all(spec.original.data_ptr() in theirs for spec in specs)
+    assert torch.equal(sample(model), sample(foreign))
+
+
+def test_our_own_loader_as_the_factory(path: Path, foreign: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in several files that could not stream when it was loaded; the host has no way of its own for it."""
+
+    def refuse(*args: object) -> None:
+        raise UnsupportedModelError("not now")
+
+    names = ("own-00001-of-00002.safetensors", "own-00002-of-00002.safetensors")
+    tensors = list(load_file(path).items())
+    for name, part in zip(names, (tensors[::2], tensors[1::2]), strict=True):
+        save_file(dict(part), path.parent / name)
+    with monkeypatch.context() as patch, torch.inference_mode():
+        patch.setattr(streamed_model, "split_model", refuse)
+        model = load_streamed(str(path.parent / names[0]), {})
+        assert not isinstance(model, StreamedModelPatcher)
+    assert torch.equal(sample(stream(model)), sample(foreign))
+
+
+def test_without_a_device_nothing_is_loaded(foreign: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices._virtual, "devices", ())
+
+    def build(*args: object, **kwargs: object) -> None:
+        raise AssertionError("it was loaded")
+
+    foreign.cached_patcher_init = (build, ())
+    assert stream(foreign) is foreign
+
+
+def test_plan_and_reasons_are_shown_on_the_node_that_asks(
+    streamed: Load, foreign: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[str, str]] = []
+    monkeypatch.setattr(status, "show", lambda text, node_id: shown.append((node_id, text)))
+    loader = streamed(24 * MB, node_id="loader")
+    with torch.inference_mode():
+        first = with_settings(loader, OffloadSettings(), "first")
+        second = with_settings(loader, OffloadSettings(mode=Mode.STREAM), "second")
+    for model, node in ((first, "first"), (second, "second"), (first, "first"), (loader, "loader")):
+        shown.clear()
+        sample(model)
+        assert {node_id for node_id, _ in shown} == {node}
+    shown.clear()
+    with torch.inference_mode():
+        with_settings(foreign, OffloadSettings(mode=Mode.OFF), "off")
+    assert shown == [("off", "its weights are moved ComfyUI's own way")]
