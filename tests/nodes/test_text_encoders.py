@@ -11,7 +11,7 @@ import comfy.sd
 import pytest
 import torch
 from sampling import MB
-from text_encoders import FAMILIES, Family, write_encoder
+from text_encoders import FAMILIES, PROMPTS, Family, encode, load, random_patches, tokens_of, write_encoder
 from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
@@ -19,8 +19,6 @@ from weightstream.nodes.text_encoder import with_patcher
 from weightstream.streaming import VirtualMemory
 
 Device = Callable[[int], VirtualMemory]
-
-PROMPTS = ("a cat", "a cat that sits on a chair and reads of dogs, in the style of dogs")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -35,10 +33,6 @@ def path(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(family: Family, path: Path) -> comfy.sd.CLIP:
-    return comfy.sd.load_clip([str(path)], clip_type=family.type, model_options=family.options)
-
-
 @pytest.fixture
 def clip(family: Family, path: Path, virtual_device: Device) -> comfy.sd.CLIP:
     """As the host loads it, with a virtual device of two thirds of its size."""
@@ -50,21 +44,6 @@ def clip(family: Family, path: Path, virtual_device: Device) -> comfy.sd.CLIP:
 def stream(clip: comfy.sd.CLIP, **settings: Any) -> comfy.sd.CLIP:
     with torch.inference_mode():
         return with_patcher(clip, with_settings(clip.patcher, OffloadSettings(**settings)))
-
-
-def tokens_of(clip: comfy.sd.CLIP, text: str) -> dict[str, list]:
-    """Tokens of a prompt, with ids that the small encoder knows."""
-    return {
-        name: [[(token[0] % 180, *token[1:]) for token in part] for part in parts]
-        for name, parts in clip.tokenize(text).items()
-    }
-
-
-def encode(clip: comfy.sd.CLIP, text: str) -> list[torch.Tensor]:
-    """What the host's nodes get for a prompt."""
-    with torch.inference_mode():
-        found = clip.encode_from_tokens(tokens_of(clip, text), return_dict=True, return_pooled=True)
-    return [value for value in found.values() if isinstance(value, torch.Tensor)]
 
 
 def assert_same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
@@ -89,12 +68,7 @@ def test_an_encoder_streams(clip: comfy.sd.CLIP, mode: Mode) -> None:
 
 
 def test_patches_on_an_encoder(clip: comfy.sd.CLIP) -> None:
-    weights = [name for name, weight in clip.patcher.model_state_dict().items() if weight.ndim == 2][-12:]
-    generator = torch.Generator().manual_seed(3)
-    patches = {
-        name: ("diff", (torch.randn(clip.patcher.model_state_dict()[name].shape, generator=generator) * 0.02,))
-        for name in weights
-    }
+    patches = random_patches(clip)
     plain = encode(clip, PROMPTS[0])
     patched = clip.clone()
     assert len(patched.add_patches(patches, 0.7)) == len(patches)
