@@ -123,7 +123,10 @@ def _call(function: Callable[..., Any], arguments: tuple, index: int | None = No
 
 def _build(factory: Callable[[], ModelPatcher]) -> tuple[torch.nn.Module, Callable[[torch.Tensor], Any]]:
     with mapped_loading() as files:
-        return factory().model, files.locate
+        patcher = factory()
+        # The host lists an encoder as loaded once it is built, and would take it for a leak without its patcher.
+        mm.unload_model_and_clones(patcher)
+        return patcher.model, files.locate
 
 
 def _nowhere(tensor: torch.Tensor) -> None:
