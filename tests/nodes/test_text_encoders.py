@@ -67,6 +67,14 @@ def test_an_encoder_streams(clip: comfy.sd.CLIP, mode: Mode) -> None:
     assert all(spec.source is not None for spec in specs)
 
 
+def test_the_host_finds_no_leak(clip: comfy.sd.CLIP) -> None:
+    """It has loaded the encoder that it built for us, and the patcher that it did so with is gone."""
+    ours = stream(clip)
+    assert not any(loaded.is_dead() for loaded in mm.current_loaded_models)
+    assert_same(encode(ours, PROMPTS[0]), encode(clip, PROMPTS[0]))
+    assert not any(loaded.is_dead() for loaded in mm.current_loaded_models)
+
+
 def test_patches_on_an_encoder(clip: comfy.sd.CLIP) -> None:
     patches = random_patches(clip)
     plain = encode(clip, PROMPTS[0])
