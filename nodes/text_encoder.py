@@ -45,6 +45,7 @@ def _as_step(model: Callable[[], torch.nn.Module | None], name: str, step: Step)
             return forward()
         return run_step(patcher, forward, (name, shapes_of(args), _lengths(args)), None)
 
+    run.is_step = True
     return run
 
 

@@ -76,8 +76,9 @@ def _shape(model: torch.nn.Module) -> dict[str, tuple]:
 
 
 def _own_functions(module: torch.nn.Module) -> list[str]:
-    """Names of functions that somebody has put on this one instance."""
-    return sorted(name for name, value in vars(module).items() if callable(value) and not isinstance(value, type))
+    """Names of functions that somebody else has put on this one instance."""
+    functions = {name: value for name, value in vars(module).items() if callable(value) and not isinstance(value, type)}
+    return sorted(name for name, value in functions.items() if not getattr(value, "is_step", False))
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:

@@ -14,16 +14,9 @@ from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.streamed_model import model_dtype
 from weightstream.streaming import split_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = [model.__name__ for model in comfy.supported_models.models]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are so small that threads would cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

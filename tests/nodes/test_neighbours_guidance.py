@@ -1,6 +1,6 @@
 """Nodes that change how a step is made of the model's outputs, or which parts of the model run in it.
 
-FreeU and other patches of a UNet's blocks are not among them: a FLUX has none of the places that they act on.
+Those that act on a UNet's blocks, as FreeU does, are in test_neighbours_unet.py: a FLUX has none of these places.
 """
 
 from __future__ import annotations

@@ -21,24 +21,35 @@ import pytest
 
 from tools import demo
 from tools.checkpoints import write_flux
-from tools.host import HeadlessHost, PromptFailed, PromptInterrupted
+from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptRejected
 
 TINY = demo.SIZES["tiny"]
 READY = "ready to stream"
+SETTINGS: dict[str, Any] = {
+    "mode": "auto",
+    "copy_streams": 0,
+    "prefetch_depth": 0,
+    "vram_limit_gb": 0.0,
+    "pin_memory": "auto",
+    "pinned_limit_gb": 0.0,
+    "reserve_vram_gb": 0.0,
+}
 PLAN = re.compile(r"a step streamed in \d+ segments")
+
+
+@contextlib.contextmanager
+def started(folder: Path, virtual: str) -> Iterator[HeadlessHost]:
+    environment = {"WEIGHTSTREAM_VIRTUAL": virtual, "CUDA_VISIBLE_DEVICES": ""}
+    host = HeadlessHost(os.environ["COMFYUI_PATH"], folder, cpu=True, environ=environment)
+    host.prepare()
+    demo.write_models(host, TINY)
+    with host:
+        yield host
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadlessHost]:
-    host = HeadlessHost(
-        os.environ["COMFYUI_PATH"],
-        tmp_path_factory.mktemp("host"),
-        cpu=True,
-        environ={"WEIGHTSTREAM_VIRTUAL": "1x24MB", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    host.prepare()
-    demo.write_models(host, TINY)
-    with host:
+    with started(tmp_path_factory.mktemp("host"), "1x24MB") as host:
         yield host
 
 
@@ -48,9 +59,30 @@ def prompt(seed: int, **model_inputs: Any) -> dict[str, Any]:
     return result
 
 
+def settings_prompt(seed: int, **changes: Any) -> dict[str, Any]:
+    """The host's own loader, and our settings behind it."""
+    result = demo.api_prompt(TINY, demo.THEIRS, seed)
+    inputs = {"model": ["model", 0], **SETTINGS, **changes}
+    result["settings"] = {"class_type": "WeightStreamOffloadSettings", "inputs": inputs}
+    result["lora"]["inputs"]["model"] = ["settings", 0]
+    return result
+
+
 def streamed_model(host: HeadlessHost) -> dict[str, Any]:
     (model,) = demo.read_status(host)["models"]
     return model
+
+
+def free(host: HeadlessHost) -> dict[str, Any]:
+    """Have the host free models and caches until no streamed model is left, and give the status then."""
+    give_up = time.monotonic() + 30
+    while demo.read_status(host)["models"] and time.monotonic() < give_up:
+        host.free()
+        # A host that is just collecting garbage after a prompt misses what it is told, and must be told again.
+        again = time.monotonic() + 3
+        while demo.read_status(host)["models"] and time.monotonic() < again:
+            time.sleep(0.1)
+    return demo.read_status(host)
 
 
 def test_the_node_is_there_with_its_inputs(host: HeadlessHost) -> None:
@@ -137,11 +169,7 @@ def test_a_truncated_file_fails_by_name_and_the_next_prompt_works(host: Headless
 
 def test_free_gives_the_memory_back_and_the_next_prompt_streams_again(host: HeadlessHost) -> None:
     expected = demo.sample(host, prompt(17)).latent
-    host.free()
-    give_up = time.monotonic() + 30
-    while demo.read_status(host)["models"] and time.monotonic() < give_up:
-        time.sleep(0.1)
-    status = demo.read_status(host)
+    status = free(host)
     assert status["models"] == []
     assert [device["allocated_bytes"] for device in status["virtual_devices"]] == [0]
     assert demo.sample(host, prompt(17)).latent == expected
@@ -181,6 +209,63 @@ def test_queued_prompts_of_two_models_that_do_not_fit_together(host: HeadlessHos
         assert demo.read_latent(host.output_file(saved)) == latent
     (device,) = demo.read_status(host)["virtual_devices"]
     assert 0 < device["allocated_bytes"] <= device["budget_bytes"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "stream", "sync"])
+def test_a_model_of_the_hosts_loader_streams_through_the_settings(host: HeadlessHost, mode: str) -> None:
+    assert free(host)["models"] == []
+    expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 50)).latent
+    assert demo.sample(host, settings_prompt(50, mode=mode)).latent == expected
+    model = streamed_model(host)
+    assert model["name"] == demo.UNET
+    assert model["mode"] == ("synchronous" if mode == "sync" else "streamed")
+    assert model["counters"]["steps"] == demo.STEPS
+    assert model["counters"]["streamed_bytes"] > 0
+    assert (model["resident_bytes"] == 0) is (mode == "stream")
+
+
+def test_settings_that_are_off_leave_the_model_as_it_is(host: HeadlessHost) -> None:
+    assert free(host)["models"] == []
+    expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 51)).latent
+    assert demo.sample(host, settings_prompt(51, mode="off")).latent == expected
+    assert demo.read_status(host)["models"] == []
+
+
+def test_settings_that_do_not_exist_are_refused(host: HeadlessHost) -> None:
+    assert free(host)["models"] == []
+    host.run(settings_prompt(52))
+    counters = streamed_model(host)["counters"]
+    for name, value, kind in (
+        ("mode", "nonsense", "value_not_in_list"),
+        ("pin_memory", "perhaps", "value_not_in_list"),
+        ("copy_streams", 99, "value_bigger_than_max"),
+        ("prefetch_depth", -1, "value_smaller_than_min"),
+        ("vram_limit_gb", "much", "invalid_input_type"),
+    ):
+        with pytest.raises(PromptRejected) as caught:
+            host.submit(settings_prompt(53, **{name: value}))
+        (error,) = caught.value.node_errors["settings"]["errors"]
+        assert error["type"] == kind
+        assert error["extra_info"]["input_name"] == name
+    assert streamed_model(host)["counters"] == counters
+    host.run(settings_prompt(53))
+    assert streamed_model(host)["counters"]["steps"] == counters["steps"] + demo.STEPS
+
+
+def test_a_text_encoder_streams_through_the_settings(tmp_path: Path) -> None:
+    """A third of CLIP-L lies outside of its blocks, so that it needs more room than the small FLUX has here."""
+    ours = settings_prompt(55, clip=["clip", 0])
+    ours["text"]["inputs"]["clip"] = ["settings", 1]
+    with started(tmp_path, "1x120MB") as host:
+        expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 55)).latent
+        assert demo.sample(host, ours).latent == expected
+        models = {model["name"]: model for model in demo.read_status(host)["models"]}
+    assert models.keys() == {demo.UNET, demo.CLIP}
+    encoder = models[demo.CLIP]
+    assert encoder["counters"]["steps"] == 1
+    assert encoder["counters"]["streamed_bytes"] > 0
+    file = tmp_path / "models" / "text_encoders" / demo.CLIP
+    assert encoder["device_peak_bytes"] <= encoder["device_budget_bytes"] < file.stat().st_size
 
 
 def test_the_demo_holds(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import comfy.sd
 import pytest
 import torch
 from sampling import MB
-from text_encoders import FAMILIES, Family, write_encoder
+from text_encoders import FAMILIES, PROMPTS, Family, encode, load, random_patches, tokens_of, write_encoder
 from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
@@ -19,8 +19,6 @@ from weightstream.nodes.text_encoder import with_patcher
 from weightstream.streaming import VirtualMemory
 
 Device = Callable[[int], VirtualMemory]
-
-PROMPTS = ("a cat", "a cat that sits on a chair and reads of dogs, in the style of dogs")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -33,10 +31,6 @@ def path(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encoders") / f"{family.name}.safetensors"
     write_encoder(family, path)
     return path
-
-
-def load(family: Family, path: Path) -> comfy.sd.CLIP:
-    return comfy.sd.load_clip([str(path)], clip_type=family.type, model_options=family.options)
 
 
 @pytest.fixture
@@ -52,21 +46,6 @@ def stream(clip: comfy.sd.CLIP, **settings: Any) -> comfy.sd.CLIP:
         return with_patcher(clip, with_settings(clip.patcher, OffloadSettings(**settings)))
 
 
-def tokens_of(clip: comfy.sd.CLIP, text: str) -> dict[str, list]:
-    """Tokens of a prompt, with ids that the small encoder knows."""
-    return {
-        name: [[(token[0] % 180, *token[1:]) for token in part] for part in parts]
-        for name, parts in clip.tokenize(text).items()
-    }
-
-
-def encode(clip: comfy.sd.CLIP, text: str) -> list[torch.Tensor]:
-    """What the host's nodes get for a prompt."""
-    with torch.inference_mode():
-        found = clip.encode_from_tokens(tokens_of(clip, text), return_dict=True, return_pooled=True)
-    return [value for value in found.values() if isinstance(value, torch.Tensor)]
-
-
 def assert_same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     assert ones
     assert len(ones) == len(others)
@@ -77,6 +56,7 @@ def assert_same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
 def test_an_encoder_streams(clip: comfy.sd.CLIP, mode: Mode) -> None:
     ours = stream(clip, mode=mode)
     assert isinstance(ours.patcher, StreamedModelPatcher)
+    assert stream(clip).cond_stage_model is ours.cond_stage_model, "it is not loaded for each setting"
     for text in (*PROMPTS, *PROMPTS):
         assert_same(encode(ours, text), encode(clip, text))
     status = ours.patcher.status()
@@ -88,13 +68,16 @@ def test_an_encoder_streams(clip: comfy.sd.CLIP, mode: Mode) -> None:
     assert all(spec.source is not None for spec in specs)
 
 
+def test_the_host_finds_no_leak(clip: comfy.sd.CLIP) -> None:
+    """It has loaded the encoder that it built for us, and the patcher that it did so with is gone."""
+    ours = stream(clip)
+    assert not any(loaded.is_dead() for loaded in mm.current_loaded_models)
+    assert_same(encode(ours, PROMPTS[0]), encode(clip, PROMPTS[0]))
+    assert not any(loaded.is_dead() for loaded in mm.current_loaded_models)
+
+
 def test_patches_on_an_encoder(clip: comfy.sd.CLIP) -> None:
-    weights = [name for name, weight in clip.patcher.model_state_dict().items() if weight.ndim == 2][-12:]
-    generator = torch.Generator().manual_seed(3)
-    patches = {
-        name: ("diff", (torch.randn(clip.patcher.model_state_dict()[name].shape, generator=generator) * 0.02,))
-        for name in weights
-    }
+    patches = random_patches(clip)
     plain = encode(clip, PROMPTS[0])
     patched = clip.clone()
     assert len(patched.add_patches(patches, 0.7)) == len(patches)

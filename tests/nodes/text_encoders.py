@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "vocab_size": 200}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+PROMPTS = ("a cat", "a cat that sits on a chair and reads of dogs, in the style of dogs")
 T5 = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 
 
@@ -106,6 +107,34 @@ def _pieces() -> torch.Tensor:
     model = io.BytesIO()
     words = [f"a{letter}b {letter}c" for letter in "defghijklmnopqrstuvwxyz"]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_writer=model, vocab_size=30, minloglevel=2
+        sentence_iterator=iter(words), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
     )
     return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+
+
+def load(family: Family, path: Path) -> comfy.sd.CLIP:
+    """As Load CLIP does it."""
+    return comfy.sd.load_clip([str(path)], clip_type=family.type, model_options=family.options)
+
+
+def tokens_of(clip: comfy.sd.CLIP, text: str) -> dict[str, list]:
+    """Tokens of a prompt, with ids that the small encoder knows."""
+    return {
+        name: [[(token[0] % 180, *token[1:]) for token in part] for part in parts]
+        for name, parts in clip.tokenize(text).items()
+    }
+
+
+def encode(clip: comfy.sd.CLIP, text: str) -> list[torch.Tensor]:
+    """What the host's nodes get for a prompt."""
+    with torch.inference_mode():
+        found = clip.encode_from_tokens(tokens_of(clip, text), return_dict=True, return_pooled=True)
+    return [value for value in found.values() if isinstance(value, torch.Tensor)]
+
+
+def random_patches(clip: comfy.sd.CLIP) -> dict[str, tuple]:
+    """Differences for the last matrices, as a LoRA for encoders brings them."""
+    state = clip.patcher.model_state_dict()
+    names = [name for name, weight in state.items() if weight.ndim == 2][-12:]
+    generator = torch.Generator().manual_seed(3)
+    return {name: ("diff", (torch.randn(state[name].shape, generator=generator) * 0.02,)) for name in names}

@@ -1,0 +1,75 @@
+"""A MODEL of ComfyUI's own loader, as it is and through our settings: prints which latents agree, as JSON.
+
+    python settings_program.py COMFYUI MODELS [host flags]
+
+As host_program.py. With --cpu, and WEIGHTSTREAM_VIRTUAL set, it runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES = {"auto": "streamed", "stream": "streamed", "sync": "synchronous"}
+STRENGTHS = (0.0, 0.7, -0.4, 0.0)
+
+
+def main() -> None:
+    comfyui, models, *flags = sys.argv[1:]
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
+    import comfy_host
+
+    comfy_host.start(Path(comfyui), flags)
+    node = comfy_host.load_pack("WeightStreamOffloadSettings")
+    import comfy.model_management as mm
+    import folder_paths
+    import torch
+    from sampling import MB, MODEL, sample, with_lora
+
+    import nodes as host_nodes
+
+    for kind in ("diffusion_models", "loras"):
+        folder_paths.add_model_folder_path(kind, models)
+
+    def settings(model, mode: str, limit: int = 0):
+        with torch.inference_mode():
+            return node.execute(model, mode, 0, 0, limit / 1024**3, "auto", 0.0, 0.0).args[0]
+
+    def latents(model, runs: int = 1):
+        """By strength of the LoRA; of several runs the last, with the weights settled on the card."""
+        found = {}
+        for strength in STRENGTHS:
+            for _ in range(runs):
+                found[strength] = sample(with_lora(model, strength) if strength else model)
+        return found
+
+    with torch.inference_mode():
+        theirs = host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
+    expected = latents(theirs, runs=2)
+    agree = {"the lora changes the latents": not torch.equal(expected[0.0], expected[0.7])}
+    for mode, state in MODES.items():
+        # A MODEL that comes in with patches, and one that gets them behind the node.
+        model = settings(theirs, mode, 13 * MB)
+        for run in range(2):
+            for strength, latent in latents(model).items():
+                agree[f"{mode}, lora {strength}, run {run}"] = torch.equal(latent, expected[strength])
+        status = model.status()
+        agree[f"{mode}, is {state}"] = status["mode"] == state
+        agree[f"{mode}, streams"] = status["counters"]["streamed_bytes"] > 0
+        agree[f"{mode}, within its limit"] = status["device_peak_bytes"] <= 13 * MB
+        agree[f"{mode}, keeps blocks or not"] = (status["resident_bytes"] == 0) is (mode == "stream")
+        before = settings(with_lora(theirs, 0.7), mode, 13 * MB)
+        agree[f"{mode}, patched before"] = torch.equal(sample(before), expected[0.7])
+        agree[f"{mode}, the one that came in"] = torch.equal(sample(theirs), expected[0.0])
+        mm.unload_all_models()
+        agree[f"{mode}, memory given back"] = model.status()["device_bytes"] == 0
+        off = settings(model, "off")
+        agree[f"{mode}, off is another patcher"] = not hasattr(off, "streamer")
+        agree[f"{mode}, off"] = torch.equal(latents(off, runs=2)[0.7], expected[0.7])
+    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
+
+
+if __name__ == "__main__":
+    main()
