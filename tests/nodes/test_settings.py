@@ -85,24 +85,6 @@ def test_a_model_that_cannot_be_copied_passes_through(foreign: ModelPatcher, cap
     assert "left as it is: its modules cannot be copied" in caplog.text
 
 
-def test_an_exchanged_module_is_not_lost(foreign: ModelPatcher) -> None:
-    class Louder(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 1.5 * self.inner(x)
-
-    plain = sample(foreign)
-    foreign.model.diffusion_model.img_in = Louder(foreign.model.diffusion_model.img_in)
-    expected = sample(foreign)
-    assert not torch.equal(plain, expected)
-    model = settings_node(foreign)
-    assert torch.equal(sample(model), expected)
-    assert model.status()["mode"] == "streamed"
-
-
 def test_what_hangs_on_the_model_comes_along(foreign: ModelPatcher, native: ModelPatcher) -> None:
     expected = sample(with_lora(native, 0.7))
     assert torch.equal(sample(settings_node(with_lora(foreign, 0.7))), expected)
