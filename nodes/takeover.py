@@ -16,7 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..streaming import UnsupportedModelError
+from ..streaming import CheckpointError, UnsupportedModelError
 from .devices import make_backend
 from .offload import OffloadSettings
 from .patcher import StreamedModelPatcher
@@ -43,13 +43,24 @@ def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | N
     make_backend(patcher.load_device)  # Where there is none nothing need be loaded.
     _check_what_hangs_on(patcher)
     twin = _twins.get(patcher.model)
-    if twin is None or (not patcher.backup and not alike(twin.model, patcher.model)):
+    if twin is None or not _is_current(twin, patcher):
         twin = _twins[patcher.model] = _stream_twin(patcher, settings, node_id)
     ours = _carry_over(patcher, twin.clone())
     ours.wrap_steps()
     ours.settings, ours.node_id = settings, node_id
     ours.streamed.origin = weakref.ref(patcher)
     return ours
+
+
+def _is_current(twin: StreamedModelPatcher, patcher: ModelPatcher) -> bool:
+    """Whether ``twin`` is still like the model of ``patcher``, in which somebody may have exchanged something."""
+    if patcher.backup:
+        return True  # Its weights are patched now, so that they say nothing.
+    try:
+        with twin.streamer.originals():  # Its own may be patched too, and a file cut short must not be touched.
+            return alike(twin.model, patcher.model)
+    except CheckpointError:
+        return False
 
 
 def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:

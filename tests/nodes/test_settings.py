@@ -117,6 +117,18 @@ def test_other_settings_load_no_second_time(foreign: ModelPatcher, native: Model
         assert len(model.streamer.backend._streams) == streams
 
 
+@pytest.mark.parametrize("budget", [24 * MB, 64 * MB], ids=["streamed", "resident"])
+def test_patches_in_its_weights_are_no_reason_to_load_it_anew(
+    foreign: ModelPatcher, native: ModelPatcher, virtual_device: Device, budget: int
+) -> None:
+    virtual_device(budget)
+    first = settings_node(foreign)
+    expected = sample(with_lora(native, 0.7))
+    for _ in range(2):
+        assert torch.equal(sample(with_lora(first, 0.7)), expected)
+        assert settings_node(foreign, copy_streams=1).model is first.model
+
+
 def test_a_twin_goes_with_the_model_that_came_in(models: Path, virtual_device: Device) -> None:
     virtual_device(24 * MB)
     with torch.inference_mode():
