@@ -94,7 +94,9 @@ def _begins_alike(one: torch.Tensor, two: torch.Tensor) -> bool:
     if type(one.data) is not torch.Tensor or type(two.data) is not torch.Tensor:
         return type(one.data) is type(two.data)
     count = SAMPLE_BYTES // one.element_size()
-    first, second = (tensor.detach().flatten()[:count].cpu() for tensor in (one, two))
+    # Not detach(): a Parameter of a node's inference mode that the host has moved outside of it gives a tensor then of
+    # which torch makes no views.
+    first, second = (tensor.data.flatten()[:count].cpu() for tensor in (one, two))
     return torch.equal(first.to(second.dtype), second) or torch.equal(first, second.to(first.dtype))
 
 
@@ -165,4 +167,4 @@ def _another(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) is not torch.nn.Parameter:
         return tensor
     with torch.inference_mode(False):
-        return torch.nn.Parameter(tensor.detach(), requires_grad=False)
+        return torch.nn.Parameter(tensor.data, requires_grad=False)

@@ -56,9 +56,26 @@ def main() -> None:
         mm.unload_all_models()
         return found
 
+    def error_of(run, *arguments) -> str:
+        try:
+            run(*arguments)
+        except Exception as error:  # Whatever the kernels raise.
+            return str(error)
+        return ""
+
     agree: dict[str, bool] = {}
+    refused: dict[str, str] = {}
     for name, file in files.items():
-        expected = expect(file)
+        try:
+            expected = expect(file)
+        except ValueError as error:
+            # torch 2.11 multiplies no two e5m2 matrices on a GPU, which is what the host asks of it: ours fails alike.
+            refused[name] = str(error)
+            ours = by_us(file, 0)
+            agree[f"{name}, the host's error"] = error_of(sample, ours) == str(error)
+            mm.unload_all_models()
+            agree[f"{name}, memory given back"] = ours.status()["device_bytes"] == 0
+            continue
         agree[f"{name}, the lora changes the latents"] = not torch.equal(expected[0.0], expected[0.7])
         least = by_us(file, 0).streamer.minimum_bytes
         for limit in (least + MB // 4, 0):
@@ -75,7 +92,9 @@ def main() -> None:
             mm.unload_all_models()
             agree[f"{case}, memory given back"] = ours.status()["device_bytes"] == 0
             del ours
-    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
+    agree["all formats but one run"] = len(refused) <= 1
+    device = mm.get_torch_device_name(mm.get_torch_device())
+    print(json.dumps({"device": device, "agree": agree, "refused by the host": refused}))
 
 
 if __name__ == "__main__":

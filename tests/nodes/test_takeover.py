@@ -48,6 +48,14 @@ def stream(model: ModelPatcher, **settings: Any) -> ModelPatcher:
         return with_settings(model, OffloadSettings(**settings))
 
 
+def move_to_and_fro(model: ModelPatcher) -> None:
+    """As the host does it: to the GPU in a node's inference mode, back outside of it. torch makes no views of these."""
+    for parameter in model.model.parameters():
+        parameter.data = parameter.data.clone()
+        with pytest.raises(RuntimeError, match="version counter"):
+            parameter.detach()[:1]
+
+
 def lora_bypass(model: ModelPatcher) -> ModelPatcher:
     lora = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", LORA))
     return comfy.sd.load_bypass_lora_for_models(model, None, lora, 0.8, 0)[0]
@@ -133,6 +141,14 @@ def test_what_somebody_has_exchanged_is_not_lost(
     assert torch.equal(sample(stream(foreign)), expected)
 
 
+def test_what_the_host_has_moved_to_and_fro_is_taken_over_again(foreign: ModelPatcher) -> None:
+    before = sample(foreign)
+    model = stream(foreign)
+    move_to_and_fro(foreign)
+    assert stream(foreign).model is model.model
+    assert torch.equal(sample(stream(foreign)), before)
+
+
 def test_a_file_that_was_replaced_since(foreign: ModelPatcher, path: Path) -> None:
     expected = sample(foreign)
     other = {name: weight * 1.25 for name, weight in load_file(path).items()}
@@ -149,10 +165,15 @@ def test_a_file_that_is_gone(foreign: ModelPatcher, path: Path) -> None:
     assert model.status()["mode"] == "streamed"
 
 
-def test_weights_of_a_file_that_cannot_be_mapped_are_shared(path: Path, foreign: ModelPatcher, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moved", [False, True])
+def test_weights_of_a_file_that_cannot_be_mapped_are_shared(
+    path: Path, foreign: ModelPatcher, tmp_path: Path, moved: bool
+) -> None:
     torch.save(load_file(path), tmp_path / "own.pt")
     with torch.inference_mode():
         pickled = comfy.sd.load_diffusion_model(str(tmp_path / "own.pt"))
+    if moved:
+        move_to_and_fro(pickled)
     model = stream(pickled)
     theirs = {weight.data_ptr() for weight in pickled.model.parameters()}
     specs = [spec for unit in model.streamer.blocks.units for spec in unit.layout.specs]

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import comfy.memory_management
 import comfy.sd
 import sentencepiece
 import torch
@@ -71,8 +73,9 @@ def write_encoder(family: Family, path: Path, seed: int = 0) -> None:
     """Write a file of random weights that Load CLIP takes for this family."""
     hints = {name: torch.zeros(shape) for name, shape in family.hints.items()}
     pieces = {"spiece_model": _pieces()} if family.name.startswith("gemma") else {}
-    # The host loads what is there and says what is missing: what is built is all that counts.
-    with contextlib.suppress(RuntimeError):
+    # The host loads what is there and says what is missing: what is built is all that counts. With dynamic VRAM it
+    # builds what is missing in the shape of its transpose (`_lazy_load_from_state_dict` in ComfyUI 0.30).
+    with contextlib.suppress(RuntimeError), mock.patch.object(comfy.memory_management, "aimdo_enabled", False):
         built: list[torch.nn.Module] = []
         with _seen(built):
             comfy.sd.load_text_encoder_state_dicts(
