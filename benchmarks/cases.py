@@ -58,6 +58,7 @@ class Case:
         frames: of a video; None for a picture.
         free_gb: VRAM that is free when a contender's process starts; None leaves the whole card.
         stream_all: keep as little on the card as the contender can, whatever is free.
+        compiled: by torch.compile: "whole", as the host's node does it, or "blocks", each by itself; "" for not at all.
         steps: denoising steps that are measured unless the command line says how many; None for the usual number.
         contenders: who runs by default, beside the two limits.
     """
@@ -69,6 +70,7 @@ class Case:
     frames: int | None = None
     free_gb: float | None = None
     stream_all: bool = False
+    compiled: str = ""
     steps: int | None = None
     contenders: tuple[str, ...] = DYNAMIC_CONTENDERS
     tiny: bool = False
@@ -85,9 +87,9 @@ class Case:
         return STREAMED_LIMIT_GB if self.stream_all and not self.tiny else 0.0
 
     @property
-    def limits_key(self) -> tuple[str, tuple[int, ...]]:
+    def limits_key(self) -> tuple[str, tuple[int, ...], str]:
         """Cases that agree in this have the same compute time with everything resident."""
-        return self.model.name, self.latent_shape
+        return self.model.name, self.latent_shape, self.compiled
 
     def shrunk(self) -> Case:
         """The same case in a size that a CPU runs in a second, to try the scripts."""
@@ -108,6 +110,8 @@ CASES = {
         Case("flux-1024-12gb", FLUX_DEV, 1024, 1024, free_gb=12, contenders=COMFY_CONTENDERS),
         Case("flux-1024-16gb", FLUX_DEV, 1024, 1024, free_gb=16, contenders=COMFY_CONTENDERS),
         Case("flux-1024-20gb", FLUX_DEV, 1024, 1024, free_gb=20, contenders=COMFY_CONTENDERS),
+        Case("flux-1024-20gb-whole", FLUX_DEV, 1024, 1024, free_gb=20, compiled="whole"),
+        Case("flux-1024-20gb-blocks", FLUX_DEV, 1024, 1024, free_gb=20, compiled="blocks"),
         Case("flux-1024-24gb", FLUX_DEV, 1024, 1024, free_gb=24),
         Case("flux-2048-4gb", FLUX_DEV, 2048, 2048, free_gb=4, steps=LONG_STEPS),
         Case("flux-2048-8gb", FLUX_DEV, 2048, 2048, free_gb=8, steps=LONG_STEPS, contenders=COMFY_CONTENDERS),

@@ -40,6 +40,7 @@ def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str
         "frames": case.frames,
         "free_gb": case.free_gb,
         "vram_limit_gb": case.vram_limit_gb,
+        "compiled": case.compiled,
         "machine": machine,
         "versions": merge_versions([*limits.values(), *runs.values()]),
         "resident_step_s": resident.get("step_s"),
