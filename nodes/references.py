@@ -21,21 +21,25 @@ PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, to
 
 
 def refers_to(values: Iterable[Any], modules: Collection[int]) -> bool:
-    """Whether any of ``modules``, by identity, can be reached from ``values``: through containers, closures, methods,
-    attributes, and patchers to the models that they hold."""
-    seen: set[int] = set()
+    """Whether any of ``modules``, by identity, can be reached from ``values``; true also where there is too much to
+    tell."""
+    return any(id(value) in modules or number >= MOST_OBJECTS for number, value in enumerate(reachable(values)))
+
+
+def reachable(values: Iterable[Any], without: Collection[int] = ()) -> Iterator[Any]:
+    """What can be reached from ``values`` through containers, closures, methods, attributes, and patchers to the models
+    that they hold; not through what is ``without``, by identity."""
+    seen: set[int] = {*without}
     kept = []  # What is made on the way (bound methods' parts) must not give its identity to another object.
     left = list(values)
     while left:
         value = left.pop()
         if isinstance(value, PLAIN) or id(value) in seen:
             continue
-        if id(value) in modules or len(seen) >= MOST_OBJECTS:
-            return True
+        yield value
         seen.add(id(value))
         kept.append(value)
         left.extend(_parts(value))
-    return False
 
 
 def _parts(value: Any) -> Iterator[Any]:

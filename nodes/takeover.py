@@ -54,11 +54,10 @@ def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | N
 
 def _is_current(twin: StreamedModelPatcher, patcher: ModelPatcher) -> bool:
     """Whether ``twin`` is still like the model of ``patcher``, in which somebody may have exchanged something."""
-    if patcher.backup:
-        return True  # Its weights are patched now, so that they say nothing.
     try:
         with twin.streamer.originals():  # Its own may be patched too, and a file cut short must not be touched.
-            return alike(twin.model, patcher.model)
+            # Where the host has patched weights of the other one they say nothing.
+            return alike(twin.model, patcher.model, weights=not patcher.backup)
     except CheckpointError:
         return False
 

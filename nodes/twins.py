@@ -22,6 +22,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import UnsupportedModelError
+from .loaded_state import ON_MODULES, forget, left_by_host, take_off
 from .mapped import mapped_loading
 
 logger = logging.getLogger(__name__)
@@ -55,16 +56,16 @@ def make_twin(patcher: ModelPatcher) -> Twin:
         UnsupportedModelError: none can be made.
     """
     if patcher.backup:
-        mm.unload_model_and_clones(patcher)  # Weights of the first one are patched.
+        take_off(patcher)  # Weights of the first one are patched.
     factory = _factory(patcher)
     if factory is not None and (twin := _build(factory, patcher.model)) is not None:
         return twin
     return Twin(_copy_without_weights(patcher), _nowhere, None)
 
 
-def alike(model: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two models have the same modules with the same methods, and weights of the same shapes and values."""
-    return _shape(model) == _shape(other) and _same_weights(model, other)
+def alike(model: torch.nn.Module, other: torch.nn.Module, weights: bool = True) -> bool:
+    """Whether two models have the same modules with the same methods, and weights of the same shapes, and values."""
+    return _shape(model) == _shape(other) and (not weights or _same_weights(model, other))
 
 
 def _shape(model: torch.nn.Module) -> dict[str, tuple]:
@@ -78,7 +79,8 @@ def _shape(model: torch.nn.Module) -> dict[str, tuple]:
 def _own_functions(module: torch.nn.Module) -> list[str]:
     """Names of functions that somebody else has put on this one instance."""
     functions = {name: value for name, value in vars(module).items() if callable(value) and not isinstance(value, type)}
-    return sorted(name for name, value in functions.items() if not getattr(value, "is_step", False))
+    own = functions.keys() - ON_MODULES
+    return sorted(name for name in own if not getattr(functions[name], "is_step", False))
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
@@ -144,10 +146,11 @@ def _nowhere(tensor: torch.Tensor) -> None:
 
 def _copy_without_weights(patcher: ModelPatcher) -> torch.nn.Module:
     """The modules of a model, with the weights of the original: the memory is the same, the parameters are others."""
-    mm.unload_model_and_clones(patcher)  # No weight is patched, or on a device, now.
+    take_off(patcher)  # No weight is patched, or on a device, now.
     model = patcher.model
     tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.device.type not in ("cpu", "meta") for tensor in tensors):
+    staying = sum(tensor.nbytes for tensor in tensors if not _in_memory(tensor))
+    if staying > (1 - MOSTLY) * sum(tensor.nbytes for tensor in tensors):
         raise UnsupportedModelError("its weights stay on a device")
     memo: dict[int, Any] = {id(tensor): _another(tensor) for tensor in tensors}
     twin = object.__new__(type(model))
@@ -156,15 +159,22 @@ def _copy_without_weights(patcher: ModelPatcher) -> torch.nn.Module:
     memo |= {id(value): value for value in shared.values()}
     # Who ran the other one would bring its whole life along.
     memo[id(getattr(model, "current_patcher", None))] = None
+    memo |= {id(value): None for value in left_by_host(model)}
     try:
         vars(twin).update(copy.deepcopy(vars(model), memo))
     except Exception as error:  # Whatever the modules of another pack hold.
         raise UnsupportedModelError(f"its modules cannot be copied ({type(error).__name__}: {error})") from error
+    forget(twin)
     return twin
 
 
 def _another(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory; of a tensor that stays on a device, as ComfyUI 0.30 leaves ``logit_scale`` there, a copy."""
     if type(tensor) is not torch.nn.Parameter:
-        return tensor
+        return tensor if _in_memory(tensor) else tensor.cpu()
     with torch.inference_mode(False):
-        return torch.nn.Parameter(tensor.data, requires_grad=False)
+        return torch.nn.Parameter(tensor.data if _in_memory(tensor) else tensor.data.cpu(), requires_grad=False)
+
+
+def _in_memory(tensor: torch.Tensor) -> bool:
+    return tensor.device.type in ("cpu", "meta")

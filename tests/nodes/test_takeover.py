@@ -14,12 +14,13 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from safetensors.torch import load_file, save_file
-from sampling import LORA, MB, MODEL, sample
+from sampling import LORA, MB, MODEL, sample, with_lora
 from weightstream.nodes import devices, status, streamed_model
+from weightstream.nodes.loaded_state import ON_MODELS, ON_MODULES
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
@@ -46,6 +47,13 @@ def foreign(path: Path, virtual_device: Callable[[int], VirtualMemory]) -> Model
 def stream(model: ModelPatcher, **settings: Any) -> ModelPatcher:
     with torch.inference_mode():
         return with_settings(model, OffloadSettings(**settings))
+
+
+def load_pickled(path: Path, folder: Path) -> ModelPatcher:
+    """The same model, from a file that cannot be mapped."""
+    torch.save(load_file(path), folder / "own.pt")
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(str(folder / "own.pt"))
 
 
 def move_to_and_fro(model: ModelPatcher) -> None:
@@ -141,6 +149,47 @@ def test_what_somebody_has_exchanged_is_not_lost(
     assert torch.equal(sample(stream(foreign)), expected)
 
 
+@pytest.mark.parametrize("pickled", [False, True], ids=["by the factory", "by a copy"])
+def test_patches_that_a_clone_has_left_in_the_weights(
+    path: Path, foreign: ModelPatcher, tmp_path: Path, pickled: bool
+) -> None:
+    """The host forgets a clone that is gone, and restores the weights when another one is loaded."""
+    if pickled:
+        foreign = load_pickled(path, tmp_path)
+    expected = sample(foreign)
+    sample(with_lora(foreign, 0.8))
+    mm.cleanup_models_gc()
+    assert foreign.backup
+    model = stream(foreign)
+    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(foreign), expected)
+
+
+def test_handles_of_dynamic_vram_are_not_copied(path: Path, foreign: ModelPatcher, tmp_path: Path) -> None:
+    """Each frees its memory when it dies, and a copy would do so again."""
+
+    class Handle:
+        __module__ = "comfy_aimdo.model_vbar"
+
+        def __deepcopy__(self, memo: dict) -> None:
+            pytest.fail("it was copied")
+
+    foreign = load_pickled(path, tmp_path)
+    layer = foreign.model.diffusion_model.double_blocks[0].img_mlp[0]
+    pins = {"weights": (Handle(), [], [-1])}
+    foreign.model.dynamic_pins = {torch.device("cuda"): pins}
+    foreign.model.dynamic_vbars, foreign.model.dynamic_patchers = {torch.device("cuda"): Handle()}, {1}
+    layer._v, layer._pin_state, layer._v_signature = (Handle(), 0, 1), pins, None
+    layer.weight_lowvram_function, layer.comfy_cast_weights = LowVramPatch("", {}), True
+    model = stream(foreign)
+    ours = model.model.diffusion_model.double_blocks[0].img_mlp[0]
+    assert not (vars(ours).keys() | vars(model.model).keys()) & (ON_MODELS | ON_MODULES | {"comfy_cast_weights"})
+    assert layer._pin_state is pins
+    again = load_pickled(path, tmp_path)
+    again.model.diffusion_model.double_blocks[0].img_mlp[0].another = [Handle()]
+    assert stream(again) is again
+
+
 def test_what_the_host_has_moved_to_and_fro_is_taken_over_again(foreign: ModelPatcher) -> None:
     before = sample(foreign)
     model = stream(foreign)
@@ -169,9 +218,7 @@ def test_a_file_that_is_gone(foreign: ModelPatcher, path: Path) -> None:
 def test_weights_of_a_file_that_cannot_be_mapped_are_shared(
     path: Path, foreign: ModelPatcher, tmp_path: Path, moved: bool
 ) -> None:
-    torch.save(load_file(path), tmp_path / "own.pt")
-    with torch.inference_mode():
-        pickled = comfy.sd.load_diffusion_model(str(tmp_path / "own.pt"))
+    pickled = load_pickled(path, tmp_path)
     if moved:
         move_to_and_fro(pickled)
     model = stream(pickled)
