@@ -14,13 +14,11 @@ from torch import nn
 from .blocks import BlockSet
 from .errors import StreamingError
 from .hooks import attach
-from .lane import Lane
-from .placement import Placement
 from .plan import Plan
 from .planner import Planner
 from .recorder import Recorder
+from .site import Site
 from .state import State
-from .telemetry import Meters
 
 
 class Steps:
@@ -29,28 +27,22 @@ class Steps:
     Args:
         root: the module whose forward is one step.
         blocks: the model cut into blocks, units and rest.
-        placement: its copies.
+        site: where its weights are.
         planner: counts steps.
-        meters: count and time them.
 
     Attributes:
         state: what of the model is where.
-        lane: what streams; None where nothing does, or not yet.
         last_used: when the model was loaded or began a step, on time's monotonic clock.
     """
 
-    def __init__(
-        self, root: weakref.ref[nn.Module], blocks: BlockSet, placement: Placement, planner: Planner, meters: Meters
-    ) -> None:
+    def __init__(self, root: weakref.ref[nn.Module], blocks: BlockSet, site: Site, planner: Planner) -> None:
         self.state = State.UNLOADED
-        self.lane: Lane | None = None
         self.last_used = time.monotonic()
         self._root = root
         self._blocks = blocks
         self._outline = blocks.outline
-        self._placement = placement
+        self._site = site
         self._planner = planner
-        self._meters = meters
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None
         self._handles: list[Any] = []
@@ -67,8 +59,8 @@ class Steps:
         if recorder is not None:
             block_numbers, unit_numbers = set(range(len(blocks))), set(range(len(units)))
         else:
-            arriving = set(self._placement.arriving)
-            block_numbers = arriving | set(self.lane.streamed_blocks if self.lane is not None else ())
+            arriving = set(self._site.placement.arriving)
+            block_numbers = arriving | set(self._site.lane.streamed_blocks if self._site.lane is not None else ())
             unit_numbers = plan.streamed | {unit for block in arriving for unit in self._units_of(block)}
         if self._planner.compiled:
             unit_numbers = set()  # A hook inside of a block would cut its graph up.
@@ -90,18 +82,6 @@ class Steps:
         self._handles.clear()
         self._plan = self._recorder = None
 
-    def drop_lane(self) -> None:
-        """Give the staging memory back. No copy may be under way."""
-        if self.lane is not None:
-            self.lane.close()
-        self.lane = None
-        self._meters.stalls.clear()
-
-    def settle(self) -> None:
-        """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
-        if self.lane is not None:
-            self.lane.settle()
-
     # -- what hooks tell -----------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
@@ -111,49 +91,49 @@ class Steps:
                 "the model has given up weights since the last step; use Streamer.run, or load it anew"
             )
         self.last_used = time.monotonic()
-        self._meters.step.begin()
-        if self.lane is not None:
-            self.lane.begin_step()
+        self._site.meters.step.begin()
+        if self._site.lane is not None:
+            self._site.lane.begin_step()
         if self._recorder is not None:
             self._recorder.begin_step()
 
     def end_step(self, completed: bool) -> None:
         """A forward of the root ends; ``completed`` is false when it raised."""
-        self._meters.step.end(completed)
+        self._site.meters.step.end(completed)
         if completed:
-            self._meters.counters.steps += 1
+            self._site.meters.counters.steps += 1
             if self._recorder is not None:
                 self._recorder.end_step()
             if self._recorder is None or self._recorder.complete:
                 self._planner.stepped()
         else:
-            self.settle()
-            if self._plan is not None and self._placement.lacks(self._plan):
+            self._site.settle()
+            if self._plan is not None and self._site.placement.lacks(self._plan):
                 self.state = State.REDUCED  # One that could not be read; the next step tries again.
-        if self.lane is not None:
-            self.lane.end_step(completed)
-        self._meters.stalls.collect()
+        if self._site.lane is not None:
+            self._site.lane.end_step(completed)
+        self._site.meters.stalls.collect()
         if completed:
-            self._placement.complete()
+            self._site.placement.complete()
 
     def enter_block(self, block: int) -> None:
-        if self._placement.arriving:
-            self._placement.arrive(block)
-        if self.lane is not None:
-            self.lane.enter_block(block)
+        if self._site.placement.arriving:
+            self._site.placement.arrive(block)
+        if self._site.lane is not None:
+            self._site.lane.enter_block(block)
         if self._recorder is not None:
             self._recorder.begin_block(block)
 
     def leave_block(self, block: int) -> None:
         if self._recorder is not None:
             self._recorder.end_block(block)
-        if self.lane is not None:
-            self.lane.leave_block(block)
+        if self._site.lane is not None:
+            self._site.lane.leave_block(block)
 
     def enter_unit(self, unit: int) -> None:
-        if self._placement.arriving:
-            self._placement.arrive(self._outline.unit_block[unit])  # It may run outside of its block.
-        lane = self.lane
+        if self._site.placement.arriving:
+            self._site.placement.arrive(self._outline.unit_block[unit])  # It may run outside of its block.
+        lane = self._site.lane
         if lane is not None and (number := lane.segment_of.get(unit)) is not None:
             lane.enter(number)
         if self._recorder is not None:
@@ -162,6 +142,6 @@ class Steps:
     def leave_unit(self, unit: int) -> None:
         if self._recorder is not None:
             self._recorder.end_unit(unit)
-        lane = self.lane
+        lane = self._site.lane
         if lane is not None and (number := lane.segment_of.get(unit)) is not None:
             lane.leave(number)

@@ -25,20 +25,19 @@ from .arena import PinBudget
 from .backend import Backend, DeviceMemory, is_out_of_memory
 from .blocks import BlockSet
 from .config import StreamingConfig, format_bytes
-from .lane import Lane
 from .masters import NoPatches, Patches
-from .placement import Placement
 from .plan import Plan
 from .planner import Planner
 from .profile import Profile
 from .reader import Reader
 from .report import explain, take_snapshot
 from .runner import Runner
+from .site import Site
 from .spread import order_of_residency
 from .state import Standing, State
 from .steps import Steps
-from .supply import Supply, Watch
-from .telemetry import Counters, Meters, Snapshot
+from .supply import Watch
+from .telemetry import Counters, Snapshot
 from .verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,6 @@ class Streamer:
         self._guard = threading.RLock()
         self._depth = 0
         self._lent = False
-        self._unbuilt = False
         self._steps_before = 0
         self._pins = pins
         self._evictable = evictable
@@ -138,7 +136,7 @@ class Streamer:
     def standing(self) -> Standing:
         """How the model stands on the device now."""
         device_bytes = self.device_bytes
-        if self.plan is not None and self._steps.lane is None:
+        if self.plan is not None and self.site.lane is None:
             device_bytes += self.plan.staging_bytes  # Slots that went with the master copies come back.
         return Standing(self.state, self.plan, device_bytes, self.backend.budget)
 
@@ -172,33 +170,23 @@ class Streamer:
     def _load(self, plan: Plan, patches: Patches) -> None:
         self._steps.last_used = time.monotonic()
         if self._is_as_wished(plan, patches):
-            self._put_away()
+            self.site.put_away(plan)
             return self.keep(plan)
         try:
-            self._halt()
-            self._steps.drop_lane()
-            unread = self._placement.unread_bytes(plan)
+            self.site.halt()
+            self.site.drop_lane()
+            unread = self.site.placement.unread_bytes(plan)
             if self.state is State.UNLOADED:
-                self._supply.begin(unread)
+                self.site.supply.begin(unread)
                 self._steps_before = self.counters.steps
-            self._supply.arena.begin()
-            self.backend.open(self.config.copy_streams)
             self.plan = plan
-            self._placement.carry_out(plan, patches)
-            self._unbuilt = True
-            if self._has_run:
-                self._build()
-            self._placement.bake(plan, patches)
-            self._placement.bind()
-            if plan.segments:
-                self._steps.lane = self._make_lane(plan)
+            self.site.carry_out(plan, patches, self.config.copy_streams, self if self._has_run else None)
             self.attach_hooks()
-            if self._steps.lane is not None:
-                self._steps.lane.prefetch()
+            self.site.prefetch()
             self._steps.state = State.LOADED
             seconds = time.monotonic() - self._steps.last_used
             logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
-            self._put_away()
+            self.site.put_away(plan)
         except BaseException:
             self.unload()
             raise
@@ -206,7 +194,8 @@ class Streamer:
     def _is_as_wished(self, plan: Plan, patches: Patches) -> bool:
         if self.state is not State.LOADED or plan != self.plan:
             return False
-        return not (self._placement.is_stale(plan, patches) or self._placement.lacks(plan))
+        placement = self.site.placement
+        return not (placement.is_stale(plan, patches) or placement.lacks(plan))
 
     def prepare(self, budget: float) -> None:
         """The model will be loaded with at most ``budget`` bytes: begin to build what streams then.
@@ -214,65 +203,40 @@ class Streamer:
         Which that is follows from one order of residency, so what a smaller budget streams includes it.
         """
         if self.state is State.UNLOADED:
-            plan = self._planner.plan_within(budget)
-            self._supply.builder.stop()  # Called again: two may not build the same.
-            self._placement.adopt()
-            self._supply.build_behind(self._placement.unbuilt(plan), self)
+            self.site.prepare(self._planner.plan_within(budget), self)
 
     def build(self) -> None:
         """Before a step that is not the first: build what nobody has tried to (builder.py, Note: when to build)."""
-        if self._unbuilt and self._has_run:
+        if self.site.unbuilt and self._has_run:
             self.finish_building()
+
+    def finish_building(self) -> None:
+        """Build all master copies that are wanted and missing, those before the second step included."""
+        self.site.finish_building(self.plan, self)
+
+    @property
+    def building(self) -> bool:
+        """Whether master copies are being built, or will be before the next step."""
+        return self.site.building
 
     @property
     def _has_run(self) -> bool:
         """Whether a whole step has run since the model was loaded."""
         return self.counters.steps > self._steps_before
 
-    def _build(self) -> None:
-        assert self.plan is not None
-        try:
-            self._supply.build(self._placement.unbuilt(self.plan), self)
-            self._unbuilt = False
-        finally:
-            self._placement.adopt()
-
     @property
     def reader(self) -> Reader:
         """Brings to the device what has no page-locked master copy."""
-        return self._supply.reader
-
-    @property
-    def building(self) -> bool:
-        """Whether master copies are being built, or will be before the next step."""
-        return self._unbuilt or self._supply.builder.active
+        return self.site.supply.reader
 
     @property
     def arriving(self) -> bool:
         """Whether residents are still on their way."""
-        return bool(self._placement.arriving)
+        return bool(self.site.placement.arriving)
 
     def arrive_all(self) -> None:
         """Wait until every resident is there."""
-        self._placement.arrive_all()
-
-    def finish_building(self) -> None:
-        """Build all master copies that are wanted and missing, those before the second step included."""
-        self._supply.builder.wait(self._supply.tick)
-        if self._unbuilt:
-            self.drain()
-            self._build()
-            self._placement.bind()
-            if self._steps.lane is not None:
-                self._steps.lane.refresh()
-
-    def _put_away(self) -> None:
-        """Give the reader's ring back once everything streams from page-locked memory."""
-        if self._supply.reader.ring_bytes and not self._placement.arriving:
-            self._placement.adopt()
-            if self._placement.pinned_bytes(self.plan) == self.plan.streamed_bytes:
-                self._supply.reader.flush()
-                self._supply.reader.close()
+        self.site.placement.arrive_all()
 
     def load_within(self, plan: Plan, load: Callable[[Plan], None] | None = None) -> None:
         """Load ``plan``; where there is no room for it after all, the next smaller one, down to the least.
@@ -304,9 +268,8 @@ class Streamer:
         What could not be page-locked before may be possible now.
         """
         self._planner.begin_prompt()
-        if self.plan is not None and self._placement.unbuilt(self.plan):
-            self._supply.arena.begin()
-            self._unbuilt = True
+        if self.plan is not None:
+            self.site.retry_building(self.plan)
 
     def give_way(self, nbytes: int) -> int:
         """Give up residents until ``nbytes`` are free, at once and without making anything in their place.
@@ -315,46 +278,30 @@ class Streamer:
         """
         if self.state is State.UNLOADED or self.plan is None or nbytes <= 0:
             return 0
-        before = self.device_bytes
-        if self._placement.arriving:
-            self._halt()  # What is still on its way need not come.
-        else:
-            self.drain()
         resident = set(self.plan.resident)
-        for unit in reversed(order_of_residency(self.outline, self.profile)):
-            if before - self.device_bytes >= nbytes:
-                break
-            if unit in resident:
-                self._placement.drop_residents([unit])
-        freed = before - self.device_bytes
-        if freed or self._placement.lacks(self.plan):
+        order = reversed(order_of_residency(self.outline, self.profile))
+        freed = self.site.give_way(nbytes, [unit for unit in order if unit in resident])
+        if freed or self.site.placement.lacks(self.plan):
             self._steps.state = State.REDUCED
         return freed
 
     def step_down(self) -> None:
         """Copy synchronously from now on, also in the middle of a step. Nothing is on its way afterwards."""
-        self._supply.reader.flush()
-        self.backend.synchronize()
-        if self.config.synchronous:
-            return
-        self.config = replace(self.config, copy_streams=0)
-        self.backend.open(0)
-        self._planner.configure(self.config)
-        if self._steps.lane is not None:
-            self._steps.lane.copy_nothing_ahead()
+        self.site.finish_copies()
+        if not self.config.synchronous:
+            self.config = replace(self.config, copy_streams=0)
+            self._planner.configure(self.config)
+            self.site.copy_synchronously()
 
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
-        self._halt()
+        self.site.halt()
         self._runner.finish(self)
         self._planner.begin_prompt()
         self._steps.detach()
-        self._steps.drop_lane()
-        self._placement.clear_device()
-        self._supply.reader.close()
+        self.site.clear_device()
         self.plan = None
         self._steps.state = State.UNLOADED
-        self._unbuilt = False
 
     def give_up_masters(self, nbytes: int) -> int:
         """Free at least ``nbytes`` of page-locked memory, or all, for another model; gives what was freed.
@@ -370,12 +317,9 @@ class Streamer:
             self._guard.release()
 
     def _give_up_masters(self, nbytes: int) -> int:
-        self._halt()
-        before = self._supply.reader.ring_bytes
-        self._supply.reader.close()
-        freed = before + self._placement.drop_masters(nbytes)
+        freed = self.site.give_up_masters(nbytes)
         if freed and self.state is not State.UNLOADED:
-            self._steps.drop_lane()
+            self.site.drop_lane()
             self._steps.state = State.REDUCED
         return freed
 
@@ -391,17 +335,8 @@ class Streamer:
 
     def make_masters(self, names: Collection[str]) -> None:
         """Somebody will write to these tensors where the modules point, which must not be what was loaded."""
-        if self.state is State.UNLOADED or self.plan is None:
-            return
-        self._placement.arrive_all()
-        self._halt()
-        try:
-            self._placement.make_masters(names)
-        finally:
-            self._placement.bind()
-            if self._steps.lane is not None:
-                self._steps.lane.refresh()
-            self._unbuilt = True
+        if self.state is not State.UNLOADED and self.plan is not None:
+            self.site.make_masters(names)
 
     def lend_masters(self) -> None:
         """Somebody has written to master copies: they stay until :meth:`take_masters_back`."""
@@ -413,26 +348,24 @@ class Streamer:
 
     def invalidate(self) -> None:
         """Weights were changed in place, by somebody else, on the device or in master copies: copy them anew."""
-        if self._steps.lane is not None:
-            self.drain()
-            self._steps.lane.forget()
+        self.site.forget_copies()
 
     @contextmanager
     def originals(self) -> Iterator[None]:
         """Point the modules at the weights as loaded, for code that reads them; not while a block runs."""
         self.settle()
-        self._placement.check_sources()
-        self._placement.bind_originals()
+        self.site.placement.check_sources()
+        self.site.placement.bind_originals()
         try:
             yield
         finally:
             if self.state is not State.UNLOADED:
-                self._placement.bind()
+                self.site.placement.bind()
 
     def move_to(self, backend: Backend) -> None:
         """Stream to another device from the next load on."""
-        self.close()
-        self._finalizer.detach()
+        self.unload()
+        self.site.leave()
         self.backend = backend
         self._equip(backend)
         self._planner.change_device()
@@ -454,44 +387,22 @@ class Streamer:
     def close(self) -> None:
         """Unload, free the master copies, end the copy streams. The streamer can be loaded again."""
         self.unload()
-        self._supply.close()
-        self._placement.clear_host()
-        self.backend.close()
+        self.site.close()
 
     def drain(self) -> None:
-        """Let every copy and every kernel that uses our memory finish (lane.py, Note: two events guard a slot, 4)."""
-        self.settle()
-        self._supply.reader.flush()
-        self.backend.synchronize()
-
-    def _halt(self) -> None:
-        """As :meth:`drain`, but what is not queued yet is given up, and nothing is being built any more."""
-        self.settle()
-        self._supply.halt()
-        self.backend.synchronize()
-        self._placement.adopt()
-        self._placement.stop_awaiting()
+        """Let every copy and every kernel that uses our memory finish."""
+        self.site.drain()
 
     def _equip(self, backend: Backend) -> None:
         """Have what it takes to stream to ``backend``."""
-        largest = max(unit.nbytes for unit in (*self.blocks.units, self.blocks.rest))
-        self._supply = Supply(backend, self.config, largest, self._pins, self._watch)
-        self._placement = Placement(self.blocks, backend, self._supply, self._verifier)
-        self._supply.arena.budget.join(self)
-        self._meters = Meters(backend, self.counters)
-        self._steps = Steps(self._root, self.blocks, self._placement, self._planner, self._meters)
-        self._runner = Runner(self._planner, self._meters.stalls)
-        self._finalizer = _close_at_end(self, self._supply, backend)
+        told = (self._pins, self._watch, self.counters, self._verifier)
+        self.site = Site(self.blocks, backend, self.config, *told)
+        self.site.supply.arena.budget.join(self)
+        self._steps = Steps(self._root, self.blocks, self.site, self._planner)
+        self._runner = Runner(self._planner, self.site.meters.stalls)
 
     def _make_verifier(self) -> NoVerifier:
         return Verifier(self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
-
-    def _make_lane(self, plan: Plan) -> Lane:
-        streams = self.config.copy_streams
-        supply, meters = self._supply, self._meters
-        return self._verifier.make_lane(
-            self.backend, plan, self._placement.copies, supply.reader, streams, meters, supply.tick
-        )
 
     def attach_hooks(self) -> None:
         """Hear of what is streamed, and of everything while a step is measured."""
@@ -500,7 +411,7 @@ class Streamer:
 
     def settle(self) -> None:
         """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
-        self._steps.settle()
+        self.site.settle()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -531,23 +442,11 @@ class Streamer:
 
     def explain(self) -> str:
         """The plan in effect and where what it streams comes from, in a line."""
-        return explain(self.standing, self._placement, self._supply, self.building, self._verifier.finding)
+        return explain(self.standing, self.site.placement, self.site.supply, self.building, self._verifier.finding)
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         now = self.standing  # Once: another thread may load or unload meanwhile.
-        told = (self.config, self.profile, self._meters.step.seconds, self.counters, self.building)
+        told = (self.config, self.profile, self.site.meters.step.seconds, self.counters, self.building)
         told = (*told, self._verifier.finding)
-        return take_snapshot(now, self._placement, self._supply, self.backend, *told)
-
-
-def _close_at_end(streamer: Streamer, supply: Supply, backend: Backend) -> weakref.finalize:
-    """End threads and streams before the streamer's memory goes, also when a model is dropped without unloading."""
-    finalizer = weakref.finalize(streamer, _close, supply, backend)
-    finalizer.atexit = False
-    return finalizer
-
-
-def _close(supply: Supply, backend: Backend) -> None:
-    supply.forsake()
-    backend.close()
+        return take_snapshot(now, self.site.placement, self.site.supply, self.backend, *told)

@@ -64,7 +64,7 @@ def test_hooks_stay_when_a_reload_has_no_room(
     expected = sample_with_hooks(native)
     model = streamed(64 * MB, vram_limit=28 * MB)
     assert torch.equal(sample_with_hooks(model), expected)
-    placement = model.streamer._placement
+    placement = model.streamer.site.placement
     handle = model.model.diffusion_model.double_blocks[0].register_forward_pre_hook(
         fail_in_calls(lambda *_: None, 1, 2)
     )
@@ -78,7 +78,7 @@ def test_no_room_in_a_load_means_a_smaller_plan(
     streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = streamed(64 * MB)
-    placement = model.streamer._placement
+    placement = model.streamer.site.placement
     monkeypatch.setattr(placement, "carry_out", fail_in_calls(placement.carry_out, 0, 1))
     assert torch.equal(sample(model), sample(native))
 

@@ -241,7 +241,7 @@ class Stored:
         """Close the streamer; nothing of it is left."""
         self.streamer.close()
         assert self.backend.store.allocated == self.backend.allocated == 0
-        arena = self.streamer._supply.arena
+        arena = self.streamer.site.supply.arena
         assert (arena.pinned_bytes, arena.pageable_bytes) == (0, 0)
         assert self.pins.used == 0
         assert getattr(self.backend, "registered", {}) == {}

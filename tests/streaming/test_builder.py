@@ -163,9 +163,9 @@ def test_building_that_is_stopped_is_taken_up_where_it_was(tmp_path: Path, monke
         begun.acquire()
         go_on.release()
     begun.acquire()
-    halting = threading.Thread(target=stored.streamer._supply.halt)
+    halting = threading.Thread(target=stored.streamer.site.supply.halt)
     halting.start()
-    while not stored.streamer._supply.builder._stopping.is_set():
+    while not stored.streamer.site.supply.builder._stopping.is_set():
         time.sleep(0)
     go_on.release(10_000)
     halting.join()
@@ -182,12 +182,12 @@ def test_building_that_is_stopped_is_taken_up_where_it_was(tmp_path: Path, monke
 def test_a_patch_comes_while_a_master_is_half_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masters, "BUILD_BYTES", 512)
     stored = Stored(tmp_path)
-    copies = stored.streamer._placement.copies(1)
+    copies = stored.streamer.site.placement.copies(1)
     names = {spec.name for spec in copies.unit.layout.specs}
     for name in names:
         stored.plain.get_parameter(name).mul_(2)
     stopped = iter([False, False, True])
-    assert copies.fill_master(stored.streamer._supply.arena, lambda: next(stopped), False)
+    assert copies.fill_master(stored.streamer.site.supply.arena, lambda: next(stopped), False)
     assert copies.master_bytes == copies.unit.nbytes
     stored.streamer.load(stored.least, Doubled(names))
     stored.streamer.finish_building()
@@ -260,7 +260,7 @@ def test_units_that_cannot_be_copied_are_named_and_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(masters, "read_range", failing)
         stored.check(2)
-    missing = len(stored.streamer._placement.unbuilt(stored.streamer.plan))
+    missing = len(stored.streamer.site.placement.unbuilt(stored.streamer.plan))
     assert (missing >= 3) if failures == 100 else (missing <= failures)
     note = stored.streamer.snapshot().note
     assert ("could not be copied ([Errno 5] Input/output error)" in note) is (missing > 0)

@@ -272,7 +272,7 @@ def test_the_collector_takes_a_model_on_a_thread_that_reads_for_it(
     gc.disable()
     try:
         stored.itself = stored
-        stored.streamer._supply.reader.close()
+        stored.streamer.site.supply.reader.close()
         gate.open.clear()
         stored.streamer.invalidate()
         del stored

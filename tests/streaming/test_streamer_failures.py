@@ -67,8 +67,8 @@ def test_an_interrupt_in_a_resident_block_teaches_nothing(monkeypatch: pytest.Mo
     run_into(Stop, model, model.blocks[4].out, monkeypatch)
     for _ in range(3):
         model(X)
-    assert streamer._steps.lane is not None
-    assert streamer._steps.lane._schedule.order == [0, 1, 2, 3]
+    assert streamer.site.lane is not None
+    assert streamer.site.lane._schedule.order == [0, 1, 2, 3]
     assert streamer.counters.misses == 0
 
 

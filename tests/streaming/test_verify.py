@@ -307,7 +307,7 @@ def test_without_it_a_lane_is_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     made.load()
     for _ in range(3):
         made.step()
-    assert type(made.streamer._steps.lane) is Lane
+    assert type(made.streamer.site.lane) is Lane
     made.backend.countdown = 1
     outputs = [made.step() for _ in range(2)]
     assert not all(torch.equal(output, made.plain(X)) for output in outputs), "damage must show, or nothing is tested"
@@ -319,7 +319,7 @@ def test_it_can_be_switched_on_and_off() -> None:
         made.streamer.configure(replace(made.streamer.config, verify=on))
         made.load()
         assert isinstance(made.streamer._verifier, Verifier) is on
-        assert (type(made.streamer._steps.lane) is not Lane) is on
+        assert (type(made.streamer.site.lane) is not Lane) is on
         assert torch.equal(made.step(), made.plain(X))
 
 
