@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -102,6 +102,17 @@ class BlockSet:
             tuple(block_kind),
             self.rest.nbytes,
         )
+
+    def part(self, blocks: Collection[int], with_rest: bool) -> BlockSet:
+        """Some of the blocks as a set of their own, numbered anew in the same order; ``with_rest`` also the rest."""
+        chosen = [self.blocks[number] for number in sorted(blocks)]
+        before = 0
+        parts = []
+        for index, block in enumerate(chosen):
+            units = [replace(unit, index=before + i, block=index) for i, unit in enumerate(block.units)]
+            before += len(units)
+            parts.append(replace(block, index=index, units=tuple(units)))
+        return BlockSet(tuple(parts), self.rest if with_rest else replace(self.rest, layout=make_layout(())))
 
 
 def _kind(block: Block) -> object:

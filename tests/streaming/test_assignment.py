@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+from weightstream.streaming import ConfigError
+from weightstream.streaming.assignment import Assignment, DeviceRoom, assign, describe
+
+GB = 10**9
+FLUX = [680_000_000] * 19 + [283_000_000] * 38
+
+
+def rooms(*gigabytes: float, bandwidths: tuple[float, ...] = ()) -> list[DeviceRoom]:
+    return [
+        DeviceRoom(size * GB, rate) for size, rate in zip(gigabytes, bandwidths or [1.0] * len(gigabytes), strict=True)
+    ]
+
+
+def given(found: Assignment, sizes: list[int], devices: int) -> list[float]:
+    """Shares of the devices in all bytes."""
+    return [sum(sizes[block] for block in found.blocks_of(device)) / sum(sizes) for device in range(devices)]
+
+
+def changes(found: Assignment) -> int:
+    return sum(one != other for one, other in zip(found.devices, found.devices[1:], strict=False))
+
+
+@pytest.mark.parametrize("sizes", [(24, 24), (14, 14), (20, 10), (10, 20), (13, 7, 7), (7, 7, 7, 7)])
+def test_what_fits_is_given_out_in_runs_by_room(sizes: tuple[float, ...]) -> None:
+    found = assign(FLUX, rooms(*sizes))
+    assert found.runs
+    assert changes(found) == len(sizes) - 1
+    assert list(found.devices) == sorted(found.devices)
+    for share, size in zip(given(found, FLUX, len(sizes)), sizes, strict=True):
+        assert share == pytest.approx(size / sum(sizes), abs=0.03)
+        assert share * sum(FLUX) <= size * GB
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (0, 0), (6, 2), (4, 4, 4), (0, 20)])
+def test_what_does_not_fit_takes_turns_and_all_links_need_the_same_time(sizes: tuple[float, ...]) -> None:
+    found = assign(FLUX, rooms(*sizes))
+    assert not found.runs
+    streamed = [
+        share * sum(FLUX) - size * GB for share, size in zip(given(found, FLUX, len(sizes)), sizes, strict=True)
+    ]
+    assert max(streamed) - min(streamed) <= 680_000_000
+    if min(sizes) == max(sizes):
+        assert changes(found) >= 0.8 * (len(FLUX) - 1)
+
+
+def test_a_slow_link_gets_less() -> None:
+    found = assign([100] * 60, rooms(0, 0, bandwidths=(2.0, 1.0)))
+    assert given(found, [100] * 60, 2) == pytest.approx([2 / 3, 1 / 3], abs=0.01)
+    longest = max(len(run) for run in "".join(map(str, found.devices)).split("1"))
+    assert longest == 2, "turns are spread evenly"
+
+
+@pytest.mark.parametrize(("shares", "room", "runs"), [((60, 40), 24, True), ((1, 1), 24, True), ((90, 10), 15, False)])
+def test_shares_that_were_asked_for(shares: tuple[float, float], room: float, runs: bool) -> None:
+    found = assign(FLUX, rooms(room, room), shares)
+    assert found.runs is runs
+    assert given(found, FLUX, 2) == pytest.approx([share / sum(shares) for share in shares], abs=0.03)
+
+
+@pytest.mark.parametrize("shares", [(1,), (1, 2, 3), (0, 1), (1, -1), ()])
+def test_shares_that_cannot_be(shares: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="each of 2 devices"):
+        assign(FLUX, rooms(24, 24), shares)
+
+
+def test_every_block_has_a_device_and_one_device_has_all() -> None:
+    assert assign(FLUX, rooms(1)).devices == (0,) * len(FLUX)
+    assert assign([5], rooms(1, 1)).devices in ((0,), (1,))
+    assert assign([], rooms(1, 1)).devices == ()
+    assert len(assign(FLUX, rooms(1, 1, 1)).devices) == len(FLUX)
+
+
+def test_in_words() -> None:
+    names, sizes = ["cuda:0", "cuda:1"], [10**6] * 4
+    assert describe(Assignment((0, 0, 0, 1), True), names, sizes) == (
+        "in runs: 3 blocks (0 to 2) of 3.0 MB on cuda:0, 1 blocks of 1.0 MB on cuda:1"
+    )
+    assert describe(Assignment((0, 1, 0, 1), False), names, sizes) == (
+        "in turn: 2 blocks of 2.0 MB on cuda:0, 2 blocks of 2.0 MB on cuda:1"
+    )

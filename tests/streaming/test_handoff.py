@@ -1,0 +1,191 @@
+"""Blocks on other devices: on virtual ones what they compute, on fake GPUs that no operation mixes two."""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from weightstream.streaming.away import Away
+from weightstream.streaming.handoff import Boundary
+from weightstream.streaming.links import Links
+
+
+class CountingLinks(Links):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to: list[str] = []
+
+    def move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self.to.append(f"{tuple(tensor.shape)} to {device}")
+        return super().move(tensor, device)
+
+
+class Pair(NamedTuple):
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Block(nn.Module):
+    """Takes tensors in all kinds of containers, and writes to some."""
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, device=device)
+        self.seen: list[torch.device] = []
+
+    def forward(self, x: torch.Tensor, pair: Pair, *, options: dict[str, Any], mask: Any = None) -> Any:
+        self.seen = [t.device for t in (x, pair.cos, options["tables"][0], *(() if mask is None else (mask,)))]
+        x = x + self.linear(x * pair.cos + pair.sin) * options["tables"][0]
+        options["tables"].append(x.mean(-1, keepdim=True))
+        options["last"] = {"x": x[:1]}
+        return x, (pair.sin, [x * 0.5])
+
+
+class Model(nn.Module):
+    """``between``: after which block the model itself computes something."""
+
+    def __init__(self, between: int = 3, devices: Sequence[torch.device] = (torch.device("cpu"),) * 6) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(8, device) for device in devices)
+        self.between = between
+
+    def forward(self, x: torch.Tensor, skip: int = -1) -> torch.Tensor:
+        pair = Pair(torch.cos(x), torch.sin(x))
+        options: dict[str, Any] = OrderedDict(tables=[torch.ones_like(x[:, :1])], empty=[], name="a")
+        tables = options["tables"]
+        mask = torch.zeros_like(x)
+        for number, block in enumerate(self.blocks):
+            if number == skip:
+                continue
+            x, (_, others) = block(x, pair, options=options, mask=mask)
+            if number == self.between:
+                x = x + others[0]
+                x[:, 1:] += 0.25
+        assert options["tables"] is tables
+        assert len(tables) == 1 + len(self.blocks) - (skip >= 0)
+        return x + sum(tables) + options["last"]["x"]
+
+
+def split(model: Model, devices: list[torch.device]) -> tuple[Boundary, CountingLinks]:
+    links = CountingLinks()
+    boundary = Boundary(devices[0], links)
+    boundary.attach(model, list(zip(model.blocks, devices, strict=True)))
+    return boundary, links
+
+
+@pytest.fixture(params=[False, True], ids=["", "inference mode"], autouse=True)
+def mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    with torch.inference_mode(request.param):
+        yield
+
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+SPLITS = {
+    "one": [0, 0, 0, 0, 0, 0],
+    "runs": [0, 0, 0, 1, 1, 1],
+    "three runs": [0, 0, 1, 1, 2, 2],
+    "in turn": [0, 1, 0, 1, 0, 1],
+    "three in turn": [0, 1, 2, 0, 1, 2],
+}
+
+
+@pytest.mark.parametrize("between", [-1, 0, 3, 5])
+@pytest.mark.parametrize("runs", SPLITS)
+def test_what_is_computed_is_the_same(runs: str, between: int) -> None:
+    torch.manual_seed(4)
+    model = Model(between)
+    expected = model(X)
+    boundary, _ = split(model, [torch.device("cpu", index) for index in SPLITS[runs]])
+    for _ in range(2):
+        output = model(X)
+        assert type(output) is torch.Tensor
+        assert torch.equal(output, expected)
+    assert torch.equal(model(X, skip=4), model(X, skip=4))
+    boundary.detach()
+    assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("runs", SPLITS)
+def test_no_operation_mixes_devices(runs: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        devices = [torch.device("cuda", index) for index in SPLITS[runs]]
+        model = Model(devices=devices)
+        boundary, links = split(model, devices)
+        links.is_sound = lambda source, target: True
+        output = model(torch.randn(4, 8, device=devices[0]))
+        assert output.device == devices[0]
+        assert [{*block.seen} for block in model.blocks] == [{device} for device in devices]
+        boundary.detach()
+
+
+def test_what_several_blocks_get_moves_once_and_what_goes_on_stays() -> None:
+    model = Model(between=-1)
+    here, there = torch.device("cpu", 0), torch.device("cpu", 1)
+    _, links = split(model, [here, here, there, there, there, there])
+    model(X)
+    into = [move for move in links.to if move.endswith("cpu:1")]
+    assert len(into) == 8, "x; cos, sin and mask; three tables; what the last block has left of x"
+    assert len(links.to) - len(into) == 6, "x, four tables, and what the last block has left of x"
+
+
+def test_copies_go_with_their_originals() -> None:
+    here, there = torch.device("cpu", 0), torch.device("cpu", 1)
+    boundary = Boundary(here, Links())
+    block = Block(8)
+    model = nn.ModuleList([block])
+    boundary.attach(model, [(block, there)])
+    pair = Pair(torch.cos(X), torch.sin(X))
+    for _ in range(3):
+        block(X.clone(), pair, options={"tables": [pair.cos]})
+    gc.collect()
+    assert len(boundary._moved) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_a_block_leaves_arguments_as_they_were(error: type[BaseException]) -> None:
+    here, there = torch.device("cpu", 0), torch.device("cpu", 1)
+    model = Model()
+    expected = model(X)
+    boundary, _ = split(model, [here, there, here, there, here, there])
+
+    def fail(*_: object) -> None:
+        raise error
+
+    handle = model.blocks[3].linear.register_forward_pre_hook(fail)
+    options = {"tables": [torch.ones(4, 1)]}
+    first = options["tables"][0]
+    with pytest.raises(error):
+        model.blocks[3](X, Pair(X, X), options=options)
+    boundary.settle()
+    assert options["tables"][0] is first
+    with pytest.raises(error):
+        model(X)
+    handle.remove()
+    assert torch.equal(model(X), expected)
+
+
+def test_a_boundary_that_is_gone_moves_nothing() -> None:
+    model = Model()
+    expected = model(X)
+    boundary, links = split(model, [torch.device("cpu", index % 2) for index in range(6)])
+    del boundary
+    gc.collect()
+    assert torch.equal(model(X), expected)
+    assert links.to == []
+
+
+def test_what_a_block_gives_is_away_until_somebody_looks() -> None:
+    model = Model()
+    boundary, links = split(model, [torch.device("cpu", 0), *[torch.device("cpu", 1)] * 5])
+    x, (sin, others) = model.blocks[1](X, Pair(X, X), options={"tables": [X[:, :1]]})
+    assert {type(x), type(sin), type(others[0])} == {Away}
+    before = len(links.to)
+    assert x.shape == X.shape
+    assert len(links.to) == before
+    boundary.detach()
