@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterable
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,13 +17,16 @@ from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
-from ..streaming import Plan, Streamer, format_bytes
+from ..streaming import Plan, State, Streamer, format_bytes
 from .devices import make_backend, same_device
 from .offload import OffloadSettings, host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
 from .streamed_model import ATTRIBUTE, StreamedModel
 
 logger = logging.getLogger(__name__)
+
+# Under this key of additional models are the patchers of a model's parts on other devices (parts.py).
+PARTS = "weightstream_parts"
 
 T = TypeVar("T")
 
@@ -57,6 +62,8 @@ class StreamedModelPatcher(ModelPatcher):
     def clone(self, *args: Any, **kwargs: Any) -> StreamedModelPatcher:
         clone = super().clone(*args, **kwargs)
         clone.settings, clone.node_id = self.settings, self.node_id
+        for part in clone.parts:
+            part.owner = weakref.ref(clone)
         return clone
 
     @property
@@ -66,6 +73,16 @@ class StreamedModelPatcher(ModelPatcher):
     @property
     def streamer(self) -> Streamer:
         return self.streamed.streamer
+
+    @property
+    def parts(self) -> list[Any]:
+        """The patchers of what is on other devices; none of a model on one."""
+        return self.get_additional_models_with_key(PARTS)
+
+    @property
+    def streamers(self) -> list[Streamer]:
+        """Of all devices, ours first."""
+        return [self.streamer, *(part.streamer for part in self.parts)]
 
     def status(self) -> dict[str, object]:
         """The state of this model's streaming: plain values, sizes in bytes."""
@@ -117,6 +134,8 @@ class StreamedModelPatcher(ModelPatcher):
             self.streamer.expect_compiled(self._is_compiled())
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
+            if self.streamed.boundary is not None:
+                self.streamed.boundary.attach(self.streamer.root, self.streamed.placed)
             self._move_object_patches(device_to)
             patches = self._host_patches()
             self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))
@@ -146,6 +165,11 @@ class StreamedModelPatcher(ModelPatcher):
         if unpatch_weights:
             self.unpatch_hooks()
             self.streamer.unload()
+            if self.streamed.boundary is not None:
+                self.streamed.boundary.detach()
+            if self.streamer.backend.budget is not None:
+                for part in self.parts:  # The host knows of one CPU, and asks for nothing on other virtual devices.
+                    part.unpatch_model(device_to)
             self._restore_modules()
             self._move_object_patches(device_to)
             self._tell_host(device_to)
@@ -272,7 +296,7 @@ class StreamedModelPatcher(ModelPatcher):
 
     def _move_object_patches(self, device: torch.device | None) -> None:
         """Move what object patches brought along. Tensors of the streamer stay: a patch may wrap the model itself."""
-        ours = self.streamer.holders
+        ours = set().union(*(streamer.holders for streamer in self.streamers))
         for name in self.object_patches:
             patch = comfy.utils.get_attr(self.model, name)
             if device is None or not isinstance(patch, torch.nn.Module):
@@ -286,9 +310,9 @@ class StreamedModelPatcher(ModelPatcher):
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
         """The original weights and the patches to them, as the host's own loaders have them."""
-        with self.streamer.originals():
+        with self._originals():
             patches = super().get_key_patches(filter_prefix)
-        dtypes = dtypes_loaded_by_host(self.streamer.blocks.values)
+        dtypes = dtypes_loaded_by_host(self._values)
         for name in patches.keys() & dtypes.keys():
             weight, convert = patches[name][0]
             patches[name][0] = (weight.to(dtypes[name]), convert)
@@ -298,21 +322,34 @@ class StreamedModelPatcher(ModelPatcher):
         self, model: torch.nn.Module | None = None, prefix: str = ""
     ) -> dict[str, torch.Tensor]:
         """The weights as the host saves those of its own loaders."""
-        with self.streamer.originals():
+        with self._originals():
             tensors = (self.model if model is None else model).state_dict(prefix=prefix)
-        saved = weights_to_save(self, tensors, dtypes_loaded_by_host(self.streamer.blocks.values))
+        saved = weights_to_save(self, tensors, dtypes_loaded_by_host(self._values))
         return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
+
+    @contextmanager
+    def _originals(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for streamer in self.streamers:
+                stack.enter_context(streamer.originals())
+            yield
+
+    @property
+    def _values(self) -> list[Any]:
+        return [value for streamer in self.streamers for value in streamer.blocks.values]
 
     def patch_hooks(self, hooks: Any) -> None:
         if hooks is not None and (names := self._names_patched_by(hooks)):
-            self.streamer.make_masters(names)  # Hooks write into the weights, and the file is not theirs.
+            for streamer in self.streamers:
+                streamer.make_masters(names)  # Hooks write into the weights, and the file is not theirs.
         try:
             super().patch_hooks(hooks)
         finally:
             if self.hook_backup:
                 self.streamed.tell_of_hooks()
-                self.streamer.lend_masters()
-                self.streamer.invalidate()  # Hooks write into the weights.
+                for streamer in self.streamers:
+                    streamer.lend_masters()
+                    streamer.invalidate()  # Hooks write into the weights.
 
     def _names_patched_by(self, hooks: Any) -> set[str]:
         return {*self.get_combined_hook_patches(hooks), *self.cached_hook_patches.get(hooks, ())}
@@ -320,10 +357,11 @@ class StreamedModelPatcher(ModelPatcher):
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         written = bool(self.hook_backup)
         super().unpatch_hooks(whitelist_keys_set)
-        if written:
-            self.streamer.invalidate()
-        if not self.hook_backup:
-            self.streamer.take_masters_back()
+        for streamer in self.streamers:
+            if written:
+                streamer.invalidate()
+            if not self.hook_backup:
+                streamer.take_masters_back()
 
 
 def _move(holder: dict[str, torch.Tensor | None], device: torch.device) -> None:
@@ -360,9 +398,20 @@ def run_step(
     # Activations are never on a virtual device.
     virtual = patcher.streamer.backend.budget is not None
     reload = partial(patcher.reload, hooks=hooks)
+    for part in patcher.parts:
+        forward = partial(_run_part, part, forward, shape, estimate)
     output = patcher.streamer.run(forward, shape, reload, None if virtual else estimate)
     patcher.streamed.announce_changes()
     return output
+
+
+def _run_part(
+    part: StreamedModelPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
+) -> T:
+    """A step on another device, inside of the one on the model's own."""
+    if part.streamer.state is State.UNLOADED:
+        mm.load_models_gpu([part])  # Somebody needed the memory there, or has loaded the MODEL alone.
+    return run_step(part, forward, shape, estimate)
 
 
 def _copy_lists(value: Any) -> Any:

@@ -73,14 +73,16 @@ class HostPatches:
 
     Args:
         patcher: the MODEL.
-        values: the model's parameters and buffers.
+        values: the model's parameters and buffers, or some of them.
+        device: where patches are computed; None is where the MODEL is.
 
     Raises:
         UnsupportedModelError: a patch addresses a weight that has two names; the host changes one of them alone.
     """
 
-    def __init__(self, patcher: ModelPatcher, values: Iterable[Value]) -> None:
+    def __init__(self, patcher: ModelPatcher, values: Iterable[Value], device: torch.device | None = None) -> None:
         self._patcher = patcher
+        self._device = patcher.load_device if device is None else device
         self._module_bytes: Counter[str] = Counter()
         for value in values:
             self._module_bytes[value.name.rpartition(".")[0]] += sum(spec.original.nbytes for spec in value.specs)
@@ -112,7 +114,7 @@ class HostPatches:
         if self._goes_the_dynamic_way(name):
             return self._compute_when_run(name, original)
         with _weight_in_place(self._patcher.model, name, original):
-            return self._patcher.patch_weight_to_device(name, device_to=self._patcher.load_device, return_weight=True)
+            return self._patcher.patch_weight_to_device(name, device_to=self._device, return_weight=True)
 
     def _goes_the_dynamic_way(self, name: str) -> bool:
         module, attribute = comfy.utils.resolve_attr(self._patcher.model, name)
@@ -123,7 +125,7 @@ class HostPatches:
     def _compute_when_run(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """As the host's cast of a dynamic weight does just before its layer runs, where it keeps the result."""
         seed = comfy.utils.string_to_seed(name.rpartition(".")[0])
-        device, dtype = self._patcher.load_device, self._computing_dtype
+        device, dtype = self._device, self._computing_dtype
         if not isinstance(original, QuantizedTensor):
             patched = self._calculate(name, original.to(device=device, dtype=dtype, copy=True))
             return comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
@@ -136,7 +138,7 @@ class HostPatches:
 
     def _leave_on_weight(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """As the pack for GGUF files does it: its layers unpack a weight and patch the values whenever they run."""
-        weight = original.to(self._patcher.load_device)
+        weight = original.to(self._device)
         weight.patches = [(self._patcher.patches[name], name)]
         return weight
 

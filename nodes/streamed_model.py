@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..streaming import BudgetError, Plan, Streamer, format_bytes, split_model
+from ..streaming.handoff import Boundary
 from . import status
 from .devices import evictable, make_backend, obtainable, pins
 from .offload import GIB, OffloadSettings, host_config
@@ -36,6 +37,8 @@ class StreamedModel:
         load_by_host: loads the same model ComfyUI's own way; None where nobody can.
         origin: gives the patcher that came in, of a model that another node has loaded.
         loaded: the patcher whose patches are in the weights.
+        boundary: between devices, of a model whose blocks run on several (parts.py).
+        placed: its blocks, and where they run.
     """
 
     name: str
@@ -45,6 +48,8 @@ class StreamedModel:
     load_by_host: Callable[[], ModelPatcher] | None = None
     origin: Callable[[], ModelPatcher | None] = lambda: None
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
+    boundary: Boundary | None = None
+    placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()
     _native: ModelPatcher | None = None
     _told_of_hooks: bool = False
     _announced: object = None

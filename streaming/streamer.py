@@ -97,6 +97,13 @@ class Streamer:
         return self._steps.state
 
     @property
+    def root(self) -> nn.Module:
+        """The module whose forward is one step."""
+        root = self._root()
+        assert root is not None
+        return root
+
+    @property
     def last_used(self) -> float:
         """When it was loaded or began a step, on time's monotonic clock."""
         return self._steps.last_used

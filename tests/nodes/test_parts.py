@@ -1,0 +1,146 @@
+"""A MODEL whose blocks run on several devices: latents are the host's, and every device has its part of the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.hooks
+import comfy.model_management as mm
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from sampling import MB, MODEL, sample, sample_with_hook, with_lora
+from weightstream.nodes import devices
+from weightstream.nodes.loader import load_streamed
+from weightstream.nodes.parts import split
+from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.streaming import State, VirtualMemory
+
+Split = Callable[..., StreamedModelPatcher]
+
+
+@pytest.fixture
+def memories(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[VirtualMemory]]:
+    def make(*budgets: int) -> list[VirtualMemory]:
+        found = [VirtualMemory(budget, f"virtual:{number}") for number, budget in enumerate(budgets)]
+        devices.read_environment()
+        monkeypatch.setattr(devices._virtual, "devices", tuple(found))
+        return found
+
+    return make
+
+
+@pytest.fixture
+def split_model(models: Path, memories: Callable[..., list[VirtualMemory]]) -> Split:
+    def load(*budgets: int, shares: list[float] | None = None, **options: Any) -> StreamedModelPatcher:
+        memories(*budgets)
+        with torch.inference_mode():
+            patcher = load_streamed(str(models / MODEL), {}, **options)
+            return split(patcher, [torch.device("cpu", number) for number in range(len(budgets))], shares)
+
+    return load
+
+
+def modes(model: StreamedModelPatcher) -> list[str]:
+    return [streamer.snapshot().mode for streamer in model.streamers]
+
+
+# Virtual devices, and whether anything streams then. The model takes 38 MB in float32.
+BUDGETS = {
+    "it fits": ((30 * MB, 30 * MB), False),
+    "it streams": ((14 * MB, 14 * MB), True),
+    "three": ((12 * MB, 10 * MB, 10 * MB), True),
+    "unequal": ((16 * MB, 10 * MB), True),
+}
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_latents_are_the_hosts_with_and_without_lora(split_model: Split, native: ModelPatcher, case: str) -> None:
+    budgets, streams = BUDGETS[case]
+    expected = {strength: sample(with_lora(native, strength) if strength else native) for strength in (0.0, 0.7)}
+    model = split_model(*budgets)
+    for strength in (0.0, 0.7, 0.7, 0.0):
+        for _ in range(2):
+            latent = sample(with_lora(model, strength) if strength else model)
+            assert torch.equal(latent, expected[strength]), strength
+    assert ("streamed" in modes(model)) is streams
+    for streamer, budget in zip(model.streamers, budgets, strict=True):
+        assert 0 < streamer.backend.peak <= budget
+        assert streamer.counters.steps >= 24
+    mm.unload_all_models()
+    assert [streamer.device_bytes for streamer in model.streamers] == [0] * len(budgets)
+    assert torch.equal(sample(model), expected[0.0])
+
+
+def test_every_device_has_the_share_that_was_asked_for(split_model: Split, native: ModelPatcher) -> None:
+    model = split_model(60 * MB, 60 * MB, shares=[3, 1])
+    assert torch.equal(sample(model), sample(native))
+    blocks = [streamer.outline.model_bytes - streamer.outline.rest_bytes for streamer in model.streamers]
+    assert blocks[0] / sum(blocks) == pytest.approx(0.75, abs=0.1)
+    assert [streamer.backend.name for streamer in model.streamers] == ["virtual:0", "virtual:1"]
+
+
+def test_the_host_takes_memory_on_the_device_where_it_is_needed(split_model: Split, native: ModelPatcher) -> None:
+    expected = sample(native)
+    model = split_model(30 * MB, 30 * MB)
+    assert torch.equal(sample(model), expected)
+    part = model.parts[0]
+    loaded = [entry.model for entry in mm.current_loaded_models]
+    assert part in loaded
+    before, ours = part.loaded_size(), model.loaded_size()
+    freed = part.partially_unload(part.offload_device, before // 2)
+    assert freed >= before // 2
+    assert model.loaded_size() == ours
+    assert torch.equal(sample(model), expected)
+    mm.unload_model_and_clones(part)
+    part.detach()
+    assert part.streamer.state is State.UNLOADED
+    with torch.inference_mode():
+        mm.load_models_gpu([model])  # Alone, as some nodes do.
+    assert torch.equal(sample(model), expected)
+
+
+@pytest.mark.parametrize("mode", [comfy.hooks.EnumHookMode.MinVram, comfy.hooks.EnumHookMode.MaxSpeed])
+def test_hooks_write_to_the_weights_of_all_devices(split_model: Split, native: ModelPatcher, mode: Any) -> None:
+    expected = sample_with_hook(native, mode), sample(native)
+    model = split_model(14 * MB, 14 * MB)
+    for _ in range(2):
+        assert torch.equal(sample_with_hook(model, mode), expected[0])
+        assert torch.equal(sample(model), expected[1])
+
+
+def test_saved_weights_are_those_of_all_devices(split_model: Split, native: ModelPatcher) -> None:
+    model = split_model(14 * MB, 14 * MB)
+    sample(model)
+    with torch.inference_mode():
+        ours, theirs = model.model_state_dict_for_saving(), native.model_state_dict_for_saving()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert model.get_key_patches().keys() == native.get_key_patches().keys()
+
+
+def test_clones_have_parts_with_their_patches(split_model: Split) -> None:
+    model = split_model(14 * MB, 14 * MB)
+    patched = with_lora(model, 0.5)
+    assert patched.parts[0] is not model.parts[0]
+    assert patched.parts[0].model is model.parts[0].model
+    assert patched.parts[0]._owner is patched
+    assert model.parts[0]._owner is model
+
+
+def test_an_interrupt_leaves_nothing_bound(split_model: Split, native: ModelPatcher) -> None:
+    expected = sample(native)
+    model = split_model(14 * MB, 14 * MB)
+    sample(model)
+
+    def interrupt(*_: object) -> None:
+        raise mm.InterruptProcessingException
+
+    block = model.streamed.placed[3][0]
+    handle = block.register_forward_pre_hook(interrupt)
+    with pytest.raises(mm.InterruptProcessingException):
+        sample(model)
+    handle.remove()
+    assert torch.equal(sample(model), expected)
