@@ -11,6 +11,7 @@ import comfy.model_management as mm
 import comfy_aimdo.model_vbar
 import psutil
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..streaming import (
     Backend,
@@ -163,6 +164,16 @@ def evictable(device: torch.device) -> int:
     if not comfy.memory_management.aimdo_enabled or device.type != "cuda":
         return 0
     return int(comfy_aimdo.model_vbar.vbars_analyze(device.index))
+
+
+def unload(patcher: ModelPatcher) -> None:
+    """Have the host take a model off its device, whichever patcher has put it there.
+
+    Its own function for that looks at the current device alone.
+    """
+    everybody = mm.current_loaded_models
+    others = [loaded for loaded in everybody if loaded.model is None or not patcher.is_clone(loaded.model)]
+    mm.free_memory(1e30, patcher.load_device, keep_loaded=others)
 
 
 def obtainable(backend: Backend) -> int:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import UnsupportedModelError
+from .devices import unload
 from .references import reachable
 
 # What dynamic VRAM sets when a model is loaded or run, in ComfyUI 0.30 to 0.33. None of it is needed by another loader.
@@ -28,7 +28,7 @@ def take_off(patcher: ModelPatcher) -> None:
 
     Who had it loaded may have died with its patches still in, so that the host knows of nothing to unload.
     """
-    mm.unload_model_and_clones(patcher)
+    unload(patcher)
     if patcher.backup or patcher.backup_buffers or patcher.model.model_loaded_weight_memory:
         patcher.detach()
 

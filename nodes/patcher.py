@@ -18,7 +18,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..streaming import Plan, State, Streamer, format_bytes
-from .devices import make_backend, same_device
+from .devices import make_backend, same_device, unload
 from .offload import OffloadSettings, host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
 from .streamed_model import ATTRIBUTE, StreamedModel
@@ -238,7 +238,7 @@ class StreamedModelPatcher(ModelPatcher):
                 other.partially_unload(other.offload_device, other.loaded_size() - other.streamer.minimum_bytes)
         for other in self._rivals():
             if self._virtual_room < self.streamer.minimum_bytes:
-                mm.unload_model_and_clones(other)
+                unload(other)
         return self._virtual_room
 
     @property

@@ -4,8 +4,8 @@
 ComfyUI computes a patched weight in several ways, whose results differ in the last bits. Without dynamic VRAM, a
 weight on the card is cast to a dtype of its own for LoRA (float16 on most GPUs), and a weight that did not fit is
 patched in its own dtype whenever its layer runs. With dynamic VRAM, the default on NVIDIA cards, it is patched in the
-dtype in which the layer runs, but for layers of at most 16 KiB, which go the older way (and for patches that change a
-weight's shape, which are refused here); and where the weight is stored in another dtype (fp8), the result is rounded to
+dtype in which the layer runs, but for layers of at most 16 KiB, and for patches that change a
+weight's shape, which go the older way; and where the weight is stored in another dtype (fp8), the result is rounded to
 that when it is kept on the card, and not when it is not. So ComfyUI's own image depends on how much memory is free.
 Ours is always the one that ComfyUI gives in this process when the whole model fits on the card. A quantised weight goes
 the same two ways, dequantised before and quantised with a new scale after. Weights of GGUF files keep their patches
@@ -111,7 +111,7 @@ class HostPatches:
         """The patched weight exactly as the host computes it, on the load device (Note: ways of the host)."""
         if _is_patched_by_its_layer(original):
             return self._leave_on_weight(name, original)
-        if self._goes_the_dynamic_way(name):
+        if self._goes_the_dynamic_way(name) and not self._changes_shape(name, original):
             return self._compute_when_run(name, original)
         with _weight_in_place(self._patcher.model, name, original):
             return self._patcher.patch_weight_to_device(name, device_to=self._device, return_weight=True)
@@ -121,6 +121,9 @@ class HostPatches:
         if not self._dynamic or attribute not in ("weight", "bias") or not hasattr(module, "comfy_cast_weights"):
             return False
         return self._module_bytes[name.rpartition(".")[0]] > PRELOADED_MODULE_BYTES
+
+    def _changes_shape(self, name: str, original: torch.Tensor) -> bool:
+        return comfy.lora.calculate_shape(self._patcher.patches[name], original, name) != original.shape
 
     def _compute_when_run(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """As the host's cast of a dynamic weight does just before its layer runs, where it keeps the result."""

@@ -11,19 +11,19 @@ import os
 import weakref
 from collections.abc import Callable
 
-import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..streaming import CheckpointError, UnsupportedModelError
-from .devices import make_backend
+from .devices import make_backend, unload
+from .loaded_state import take_off
 from .offload import OffloadSettings
 from .patcher import StreamedModelPatcher
 from .references import refers_to
-from .streamed_model import ATTRIBUTE, make_streamed
+from .streamed_model import ATTRIBUTE, check_limit, make_streamed
 from .text_encoder import step_of_text_encoder
-from .twins import alike, make_twin
+from .twins import CANNOT_BE_CARRIED, alike, functions_of, make_twin
 
 # What belongs to a patcher's model and device, and not to its use.
 OF_THE_MODEL = {"model", "backup", "backup_buffers", "object_patches_backup", "pinned", "size", "hook_backup"}
@@ -45,6 +45,7 @@ def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | N
     twin = _twins.get(patcher.model)
     if twin is None or not _is_current(twin, patcher):
         twin = _twins[patcher.model] = _stream_twin(patcher, settings, node_id)
+    check_limit(settings.vram_limit, twin.streamer, twin.streamed.name)
     ours = _carry_over(patcher, twin.clone())
     ours.wrap_steps()
     ours.settings, ours.node_id = settings, node_id
@@ -57,7 +58,10 @@ def _is_current(twin: StreamedModelPatcher, patcher: ModelPatcher) -> bool:
     try:
         with twin.streamer.originals():  # Its own may be patched too, and a file cut short must not be touched.
             # Where the host has patched weights of the other one they say nothing.
-            return alike(twin.model, patcher.model, weights=not patcher.backup)
+            if alike(twin.model, patcher.model, weights=not patcher.backup):
+                return True
+            take_off(patcher)  # A clone that is loaded may have changed it for as long as it is.
+            return alike(twin.model, patcher.model)
     except CheckpointError:
         return False
 
@@ -74,36 +78,26 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
     theirs = origin.clone() if origin is not None else patcher.streamed.load_native()
     if theirs is None:
         raise UnsupportedModelError("nothing is known of how it was loaded")
+    if functions_of(patcher.model) != functions_of(theirs.model):
+        for loaded in (patcher, theirs):
+            unload(loaded)  # What a clone that is loaded has injected goes with it.
+        if functions_of(patcher.model) != functions_of(theirs.model):
+            raise UnsupportedModelError(f"a function that was put on one of its modules {CANNOT_BE_CARRIED}")
     _carry_over(patcher, theirs)
     theirs.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
     return theirs
 
 
 def _check_what_hangs_on(patcher: ModelPatcher) -> None:
-    """Raise where something that would be carried over refers to modules of this model."""
+    """Raise where something that would be carried over refers to modules of this model, or to patchers of its kind."""
+    if patcher.get_additional_models_with_key("multigpu"):
+        raise UnsupportedModelError("it runs on several GPUs at once; put this node in front of what splits it")
     root = getattr(patcher.model, "diffusion_model", patcher.model)
     modules = {id(patcher.model), *map(id, root.modules())}
     carried = {name: value for name, value in vars(patcher).items() if name not in OF_THE_MODEL}
     found = [name for name, value in carried.items() if refers_to([value], modules)]
-    if _has_functions(root, modules):
-        mm.unload_model_and_clones(patcher)  # What a clone that is loaded has injected goes with it.
-        if _has_functions(root, modules):
-            found.append("a function put on one of its modules")
     if found:
-        raise UnsupportedModelError(
-            f"{', '.join(found)} on it refers to modules of the model that was loaded; connect this node directly "
-            "behind the loader, and what changes the model behind this node"
-        )
-
-
-def _has_functions(root: torch.nn.Module, modules: set[int]) -> bool:
-    """Whether somebody has put functions on single modules that refer to modules of the model.
-
-    A bound method of one of them is none: it is bound anew when the modules are copied.
-    """
-    values = [value for module in root.modules() for value in vars(module).values()]
-    functions = [value for value in values if callable(value) and not isinstance(value, (type, torch.nn.Module))]
-    return refers_to([one for one in functions if id(getattr(one, "__self__", None)) not in modules], modules)
+        raise UnsupportedModelError(f"{', '.join(found)} {CANNOT_BE_CARRIED}")
 
 
 def _carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:

@@ -5,34 +5,48 @@ What comes in is left as it is: other nodes may run it beside ours, and the host
 So the model is built a second time by the factory that its loader left behind (``cached_patcher_init``), as views of
 the mapped file, which takes neither the time nor the memory of a second copy. In all other cases the model is copied
 without its weights, so that both use the same memory: where there is no factory, where it reads a file that cannot be
-mapped, and where it makes another model than the one that came in, because somebody has exchanged a module, a method or
-weights of that, or the file.
+mapped, and where it makes another model than the one that came in, because somebody has exchanged a module, a method, a
+setting or weights of that, or the file. Of a large weight samples are compared, all over it: all of them would have to
+be read for that.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
-import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..streaming import UnsupportedModelError
+from ..streaming import UnsupportedModelError, take_apart
+from .devices import unload
 from .loaded_state import ON_MODULES, forget, left_by_host, take_off
 from .mapped import mapped_loading
+from .references import refers_to
 
 logger = logging.getLogger(__name__)
 
 # A model with less than this part of its bytes in files that are mapped would take its memory a second time.
 MOSTLY = 0.5
-# Bytes of each weight that are compared, from its begin.
-SAMPLE_BYTES = 64
+# Elements of a weight that are compared, evenly spread from its first to its last.
+SAMPLES = 256
+# What the host writes to modules while it loads and runs a model.
+ABOUT_LOADING = {"device", "training", "seed_key", "comfy_cast_weights", "prev_comfy_cast_weights", "skip_injection"}
+ABOUT_LOADING |= {"comfy_force_cast_weights", "comfy_patched_weights", "lowvram_patch_counter", "model_lowvram"}
+ABOUT_LOADING |= {"model_loaded_weight_memory", "model_offload_buffer_memory", "current_weight_patches_uuid"}
+ABOUT_LOADING |= {"weight_function", "bias_function"}
+SETTINGS = (bool, int, float, str, type(None), torch.dtype)
 
 Factory = Callable[[], ModelPatcher]
+
+CANNOT_BE_CARRIED = (
+    "refers to modules of the model that was loaded; connect this node directly behind the loader, and what changes "
+    "the model behind this node"
+)
 
 
 class Twin(NamedTuple):
@@ -58,29 +72,62 @@ def make_twin(patcher: ModelPatcher) -> Twin:
     if patcher.backup:
         take_off(patcher)  # Weights of the first one are patched.
     factory = _factory(patcher)
-    if factory is not None and (twin := _build(factory, patcher.model)) is not None:
-        return twin
-    return Twin(_copy_without_weights(patcher), _nowhere, None)
+    built = _build(factory) if factory is not None else None
+    if built is not None and not alike(built.model, patcher.model):
+        take_off(patcher)  # A clone that is loaded may have changed it for as long as it is.
+        if not alike(built.model, patcher.model):
+            logger.info("[WeightStream] its loader gives another model than the one here, so weights are shared")
+            built = None
+    if built is None:
+        return Twin(_copy_without_weights(patcher), _nowhere, None)
+    if not _is_mapped(built):
+        logger.info("[WeightStream] its file cannot be mapped, so weights are shared")
+        return Twin(_copy_without_weights(patcher), _nowhere, factory)
+    return built
 
 
 def alike(model: torch.nn.Module, other: torch.nn.Module, weights: bool = True) -> bool:
-    """Whether two models have the same modules with the same methods, and weights of the same shapes, and values."""
+    """Whether two models have the same modules with the same methods and settings, and the same weights.
+
+    With ``weights`` false only their shapes are compared.
+    """
     return _shape(model) == _shape(other) and (not weights or _same_weights(model, other))
 
 
 def _shape(model: torch.nn.Module) -> dict[str, tuple]:
     # By name: some of the host's classes are made anew for each model.
     return {
-        name: (type(module).__module__, type(module).__qualname__, _own_functions(module), _shapes(module))
+        name: (_name(type(module)), _functions(module), _settings(module), _shapes(module))
         for name, module in model.named_modules()
     }
 
 
-def _own_functions(module: torch.nn.Module) -> list[str]:
-    """Names of functions that somebody else has put on this one instance."""
+def _name(thing: Any) -> tuple[str, str]:
+    return getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")
+
+
+def functions_of(model: torch.nn.Module) -> dict[str, dict[str, tuple[str, str]]]:
+    """Functions that are on single modules of a model, and what they are called where they were defined."""
+    found = {name: _functions(module) for name, module in model.named_modules()}
+    return {name: functions for name, functions in found.items() if functions}
+
+
+def _functions(module: torch.nn.Module) -> dict[str, tuple[str, str]]:
     functions = {name: value for name, value in vars(module).items() if callable(value) and not isinstance(value, type)}
     own = functions.keys() - ON_MODULES
-    return sorted(name for name in own if not getattr(functions[name], "is_step", False))
+    return {name: _name(functions[name]) for name in own if not getattr(functions[name], "is_step", False)}
+
+
+def _settings(module: torch.nn.Module) -> dict[str, Any]:
+    """Numbers and the like that a module computes with."""
+    found = {name: value for name, value in vars(module).items() if name not in ABOUT_LOADING | ON_MODULES}
+    return {name: value for name, value in found.items() if _is_setting(value)}
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_setting, value))
+    return isinstance(value, SETTINGS)
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
@@ -89,17 +136,29 @@ def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
 
 
 def _same_weights(model: torch.nn.Module, other: torch.nn.Module) -> bool:
-    return all(_begins_alike(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    return all(_same_samples(one, two) for one, two in zip(_tensors(model), _tensors(other), strict=True))
 
 
-def _begins_alike(one: torch.Tensor, two: torch.Tensor) -> bool:
-    if type(one.data) is not torch.Tensor or type(two.data) is not torch.Tensor:
-        return type(one.data) is type(two.data)
-    count = SAMPLE_BYTES // one.element_size()
-    # Not detach(): a Parameter of a node's inference mode that the host has moved outside of it gives a tensor then of
-    # which torch makes no views.
-    first, second = (tensor.data.flatten()[:count].cpu() for tensor in (one, two))
+def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """All plain tensors, those that others are made of included."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        # Not detach(): a Parameter of a node's inference mode that the host has moved outside of it gives a tensor then
+        # of which torch makes no views.
+        yield from take_apart(name, tensor.data)[0].values()
+
+
+def _same_samples(one: torch.Tensor, two: torch.Tensor) -> bool:
+    if one.shape != two.shape:
+        return False
+    first, second = (_samples(tensor) for tensor in (one, two))
     return torch.equal(first.to(second.dtype), second) or torch.equal(first, second.to(first.dtype))
+
+
+def _samples(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.flatten()
+    if flat.numel() > SAMPLES:
+        flat = flat[torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)]
+    return flat.cpu()
 
 
 # -- by the factory --------------------------------------------------------------------------------------------------
@@ -120,21 +179,23 @@ def _call(function: Callable[..., Any], arguments: tuple, index: int | None = No
     return patcher
 
 
-def _build(factory: Factory, model: torch.nn.Module) -> Twin | None:
-    """What the factory makes, where that is like ``model`` and mapped."""
+def _build(factory: Factory) -> Twin | None:
+    """What the factory makes; None where it makes nothing."""
     try:
         with mapped_loading() as files:
             patcher = factory()
-            mm.unload_model_and_clones(patcher)  # Loaders of text encoders may have loaded it.
-            twin = Twin(patcher.model, files.locate, factory)
+            unload(patcher)  # Loaders of text encoders may have loaded it.
+            return Twin(patcher.model, files.locate, factory)
     except Exception as error:  # The file may be gone, and the loader another pack's.
         logger.info("[WeightStream] a model cannot be loaded a second time, so its weights are shared: %s", error)
         return None
-    tensors = [*twin.model.parameters()]
-    located = sum(tensor.nbytes for tensor in tensors if files.locate(tensor) is not None)
-    if located < MOSTLY * sum(tensor.nbytes for tensor in tensors) or not alike(twin.model, model):
-        return None
-    return twin
+
+
+def _is_mapped(twin: Twin) -> bool:
+    """Whether most of it is in files that are mapped; the other way it would take its memory a second time."""
+    tensors = [*_tensors(twin.model)]
+    located = sum(tensor.nbytes for tensor in tensors if twin.locate(tensor) is not None)
+    return located >= MOSTLY * sum(tensor.nbytes for tensor in tensors)
 
 
 def _nowhere(tensor: torch.Tensor) -> None:
@@ -148,6 +209,9 @@ def _copy_without_weights(patcher: ModelPatcher) -> torch.nn.Module:
     """The modules of a model, with the weights of the original: the memory is the same, the parameters are others."""
     take_off(patcher)  # No weight is patched, or on a device, now.
     model = patcher.model
+    modules = {id(module) for module in model.modules()}
+    if any(refers_to(_plain_functions(module, modules), modules) for module in model.modules()):
+        raise UnsupportedModelError(f"a function that was put on one of its modules {CANNOT_BE_CARRIED}")
     tensors = [*model.parameters(), *model.buffers()]
     staying = sum(tensor.nbytes for tensor in tensors if not _in_memory(tensor))
     if staying > (1 - MOSTLY) * sum(tensor.nbytes for tensor in tensors):
@@ -166,6 +230,13 @@ def _copy_without_weights(patcher: ModelPatcher) -> torch.nn.Module:
         raise UnsupportedModelError(f"its modules cannot be copied ({type(error).__name__}: {error})") from error
     forget(twin)
     return twin
+
+
+def _plain_functions(module: torch.nn.Module, modules: Collection[int]) -> list[Any]:
+    """Functions on this one instance, but no methods of modules: those are bound anew when the modules are copied."""
+    values = [value for name, value in vars(module).items() if name not in ON_MODULES]
+    functions = [value for value in values if callable(value) and not isinstance(value, (type, torch.nn.Module))]
+    return [one for one in functions if id(getattr(one, "__self__", None)) not in modules]
 
 
 def _another(tensor: torch.Tensor) -> torch.Tensor:

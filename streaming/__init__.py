@@ -19,6 +19,7 @@ from .errors import (
     StreamingError,
     UnsupportedModelError,
 )
+from .forms import take_apart
 from .header import Entry
 from .host_memory import HostMemory, group_memory
 from .kernels import warm_up
@@ -82,5 +83,6 @@ __all__ = [
     "parse_switch",
     "parse_virtual_devices",
     "split_model",
+    "take_apart",
     "warm_up",
 ]

@@ -73,6 +73,20 @@ class WrapperForm:
         return self.type.__tensor_unflatten__(inner, self.context, self.size, self.stride)
 
 
+@dataclass(frozen=True)
+class OtherForm:
+    """Another tensor in the place of a plain one: a patch has given it another shape.
+
+    It is in device memory of its own, wherever the parts are.
+    """
+
+    tensor: torch.Tensor = field(repr=False)
+
+    def assemble(self, parts: Iterator[torch.Tensor]) -> torch.Tensor:
+        next(parts)
+        return self.tensor
+
+
 def take_apart(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], Form]:
     """The plain tensors that ``tensor`` is made of, by their full names, and how they make it.
 

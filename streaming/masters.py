@@ -12,7 +12,7 @@ from .backend import Backend
 from .blocks import Unit
 from .contents import needs_work, ranges, read_range
 from .errors import UnsupportedModelError
-from .forms import Form, PlainForm, take_apart
+from .forms import Form, OtherForm, PlainForm, take_apart
 from .layout import Binding, Value
 from .reader import Reader
 from .transfer import Tick, Transfer
@@ -25,10 +25,10 @@ class Patches(Protocol):
         """Something that equals another signature only if both give the same weight; None where nothing changes."""
 
     def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
-        """The changed weight, in the original's shape.
+        """The changed weight.
 
-        Of a plain tensor the dtype and device are up to the callee. One of a class of its own stays of that class, and
-        its parts keep shapes and dtypes; its context or attributes may be others.
+        Of a plain tensor dtype, device and even shape are up to the callee. One of a class of its own stays of that
+        class, and its parts keep shapes and dtypes; its context or attributes may be others.
         """
 
 
@@ -109,7 +109,7 @@ class Weights:
             with torch.inference_mode(False):
                 original = value.form.assemble(iter([spec.view(place) for spec in value.specs]))
             form = _write(value, place, patches.compute(value.name, original))
-            if not value.is_plain:
+            if not value.is_plain or isinstance(form, OtherForm):
                 self._take_forms({**self._forms, value.name: form})
         return signatures
 
@@ -135,6 +135,9 @@ def _write(value: Value, buffer: torch.Tensor, patched: torch.Tensor) -> Form:
             f"a patch makes a {found} of {value.name}, which is a {expected} made of other tensors; "
             "load this model with the host's own loader"
         )
+    if value.is_plain and patched.shape != value.specs[0].shape:
+        with torch.inference_mode(False):
+            return OtherForm(torch.empty_like(patched, dtype=value.dtype, device=buffer.device).copy_(patched))
     _check_parts(value, parts)
     for spec in value.specs:
         spec.view(buffer).copy_(parts[spec.name].detach().reshape(spec.shape))

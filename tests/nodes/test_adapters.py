@@ -14,7 +14,7 @@ import pytest
 import torch
 from adapters import ADAPTERS, LAYERS, lora_file
 from comfy.model_patcher import ModelPatcher
-from prompts import check_same
+from prompts import check_same, conditioning, guided
 from sampling import MB, sample, with_lora
 from weightstream.nodes.patches import HostPatches
 
@@ -85,6 +85,43 @@ def test_all_adapters_at_once(streamed: Load, native: ModelPatcher) -> None:
         return with_lora(model, 0.3)
 
     check_same(streamed(), native, all_of_them, sample)
+
+
+def wider_input(model: Any, strength: float = 0.7) -> Any:
+    """As the LoRA of FLUX Canny and Depth do it: the first layer takes the control image too."""
+    generator = torch.Generator().manual_seed(9)
+    name = "diffusion_model.img_in"
+    rank, outputs, inputs = 4, 256, 64
+    lora = {
+        f"{name}.lora_A.weight": torch.randn(rank, 2 * inputs, generator=generator) * 0.1,
+        f"{name}.lora_B.weight": torch.randn(outputs, rank, generator=generator) * 0.1,
+        f"{name}.reshape_weight": torch.tensor([outputs, 2 * inputs]),
+    }
+    with torch.inference_mode():
+        return comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)[0]
+
+
+def edited(model: Any) -> torch.Tensor:
+    """With a control image."""
+    image = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(3))
+    positive, negative = conditioning(1), conditioning(2)
+    for prompt in (positive, negative):
+        prompt[0][1]["concat_latent_image"] = image
+    return guided(model, positive=positive, negative=negative)
+
+
+@pytest.mark.parametrize("budget", [24 * MB, 64 * MB], ids=["streamed", "resident"])
+def test_a_lora_that_widens_a_weight(streamed: Load, native: ModelPatcher, budget: int) -> None:
+    expected, plain = edited(wider_input(native)), sample(native)
+    both = edited(with_lora(wider_input(native, 0.4), 0.5))
+    model = streamed(budget)
+    for _ in range(2):
+        assert torch.equal(edited(wider_input(model)), expected)
+        assert torch.equal(sample(model), plain)
+        assert torch.equal(edited(with_lora(wider_input(model, 0.4), 0.5)), both)
+    mm.unload_all_models()
+    assert model.loaded_size() == 0
+    assert torch.equal(edited(wider_input(model)), expected)
 
 
 def set_first(kinds: Any) -> list[str]:

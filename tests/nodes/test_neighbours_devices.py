@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras import nodes_multigpu
 from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode, SelectModelDeviceNode
 from prompts import check_streams, guided, output
+from quantised import FORMATS, write_quantised
+from safetensors.torch import load_file
 from sampling import MB, MODEL, with_lora
 from weightstream.nodes import devices
 from weightstream.nodes.loader import load_streamed
+from weightstream.nodes.offload import Mode, OffloadSettings
+from weightstream.nodes.settings import with_settings
 from weightstream.streaming import VirtualMemory
 
 import nodes as host_nodes
@@ -124,3 +129,55 @@ def test_a_split_on_a_machine_with_one_device_changes_nothing(
     model = output(MultiGPUCFGSplitNode.execute(loaded, 2))
     assert model.streamer is loaded.streamer
     check_streams(lambda: guided(model), model, guided(native))
+
+
+def through_settings(model: Any, mode: Mode = Mode.AUTO) -> Any:
+    return with_settings(model, OffloadSettings(mode=mode))
+
+
+def cfg_split(model: Any) -> Any:
+    return output(MultiGPUCFGSplitNode.execute(model, 2))
+
+
+@pytest.mark.parametrize("form", ["plain", "fp8", "pt"])
+def test_cfg_split_behind_the_settings_of_any_model(
+    models: Path, memories: Any, native: ModelPatcher, tmp_path: Path, form: str
+) -> None:
+    file = {"plain": models / MODEL, "fp8": tmp_path / "q.safetensors", "pt": tmp_path / "q.pt"}[form]
+    if form == "fp8":
+        write_quantised(models / MODEL, file, FORMATS["fp8"])
+    elif form == "pt":
+        torch.save(load_file(models / MODEL), file)
+    with torch.inference_mode():
+        foreign = comfy.sd.load_diffusion_model(str(file))
+        expected = guided(cfg_split(foreign))
+        model = cfg_split(through_settings(foreign))
+        for _ in range(2):
+            assert torch.equal(guided(model), expected)
+        assert memories[1].allocated > 0
+
+
+@pytest.mark.parametrize(("streams", "mode"), [(False, Mode.AUTO), (True, Mode.OFF)])
+def test_settings_behind_a_cfg_split_leave_it_alone_and_say_why(
+    models: Path, memories: Any, caplog: pytest.LogCaptureFixture, streams: bool, mode: Mode
+) -> None:
+    with torch.inference_mode():
+        foreign = comfy.sd.load_diffusion_model(str(models / MODEL))
+        model = cfg_split(through_settings(foreign) if streams else foreign)
+        expected = guided(model)
+        with caplog.at_level("INFO"):
+            assert through_settings(model, mode) is model
+        assert "runs on several GPUs at once" in caplog.text
+        assert torch.equal(guided(model), expected)
+
+
+def test_models_on_the_second_device_make_room_for_others(
+    models: Path, memories: Any, loaded: Any, native: ModelPatcher
+) -> None:
+    expected = guided(native)
+    with torch.inference_mode():
+        others = [select_gpu(load_streamed(str(models / MODEL), {}), SECOND) for _ in range(3)]
+    for other in (*others, *others):
+        assert torch.equal(guided(other), expected)
+        assert memories[1].allocated <= memories[1].budget
+    assert torch.equal(guided(loaded), expected)

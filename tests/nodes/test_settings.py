@@ -183,8 +183,10 @@ def test_page_locking_on_and_off(streamed: Load, native: ModelPatcher) -> None:
 
 def test_a_limit_that_is_too_small_is_refused(streamed: Load, foreign: ModelPatcher) -> None:
     for model in (streamed(), foreign):
-        with pytest.raises(BudgetError, match="vram_limit_gb"):
-            settings_node(model, vram_limit_gb=0.001)
+        for _ in range(2):  # The second time it is known already.
+            with pytest.raises(BudgetError, match="vram_limit_gb"):
+                settings_node(model, vram_limit_gb=0.001)
+            settings_node(model)
         assert isinstance(settings_node(model), StreamedModelPatcher)
 
 

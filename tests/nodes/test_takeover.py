@@ -17,6 +17,7 @@ import torch
 from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_torch_compile import TorchCompileModel
+from quantised import FORMATS, write_quantised
 from safetensors.torch import load_file, save_file
 from sampling import LORA, MB, MODEL, sample, with_lora
 from weightstream.nodes import devices, status, streamed_model
@@ -163,6 +164,82 @@ def test_patches_that_a_clone_has_left_in_the_weights(
     model = stream(foreign)
     assert torch.equal(sample(model), expected)
     assert torch.equal(sample(foreign), expected)
+
+
+CHANGES: dict[str, Callable[[ModelPatcher], None]] = {
+    "number": lambda model: setattr(model.model.diffusion_model.double_blocks[0].img_norm1, "eps", 0.5),
+    "list": lambda model: model.model.diffusion_model.pe_embedder.axes_dim.__setitem__(slice(None), [32, 48, 48]),
+    "buffer": lambda model: model.model.model_sampling.set_parameters(shift=3.0),
+    "weight": lambda model: model.model.diffusion_model.double_blocks[0].img_mlp[0].weight.data[5:].mul_(2),
+    "end of a weight": lambda model: model.model.diffusion_model.double_blocks[0].img_mlp[0].weight.data[-3:].mul_(9),
+}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "streamed before"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_somebody_has_changed_in_place_is_not_lost(foreign: ModelPatcher, change: str, before: bool) -> None:
+    plain = sample(foreign)
+    if before:
+        stream(foreign)
+    mm.unload_all_models()
+    with torch.inference_mode():
+        CHANGES[change](foreign)
+    expected = sample(foreign)
+    assert not torch.equal(expected, plain)
+    model = stream(foreign)
+    assert model.status()["mode"] == "off"
+    assert torch.equal(sample(model), expected)
+
+
+def own_function(patcher: ModelPatcher) -> ModelPatcher:
+    """As some models have it from their constructor: a function on one module that knows another one."""
+    transformer = patcher.model.diffusion_model
+
+    def known() -> torch.nn.Module:
+        return transformer
+
+    transformer.double_blocks[0].owner_of_all = known
+    return patcher
+
+
+def load_with_own_function(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+    return own_function(comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic))
+
+
+def test_functions_that_every_such_model_has_are_made_anew(foreign: ModelPatcher, path: Path) -> None:
+    foreign = own_function(foreign)
+    assert stream(foreign) is foreign, "no loader makes it anew"
+    foreign.cached_patcher_init = (load_with_own_function, (str(path),))
+    model = stream(foreign)
+    assert model.model.diffusion_model.double_blocks[0].owner_of_all() is model.model.diffusion_model
+    assert torch.equal(sample(model), sample(foreign))
+    assert torch.equal(sample(stream(model, mode=Mode.OFF)), sample(foreign))
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "nvfp4", "pt"])
+def test_quantised_models_and_such_that_cannot_be_mapped_can_be_loaded_anew(
+    path: Path, tmp_path: Path, virtual_device: Callable[[int], VirtualMemory], form: str
+) -> None:
+    """For nodes that want them on another device."""
+    virtual_device(24 * MB)
+    file = tmp_path / ("other.pt" if form == "pt" else "other.safetensors")
+    if form == "pt":
+        torch.save(load_file(path), file)
+    else:
+        write_quantised(path, file, FORMATS[form])
+    with torch.inference_mode():
+        foreign = comfy.sd.load_diffusion_model(str(file))
+    expected = sample(foreign)
+    model = stream(foreign)
+    assert torch.equal(sample(model), expected)
+    mapped = [spec.source is not None for spec in model.streamer.blocks.specs]
+    assert (sum(mapped) > len(mapped) / 2) is (form != "pt")
+    with torch.inference_mode():
+        again = model.deepclone_multigpu(foreign.load_device)
+    assert again.model is not model.model
+    assert torch.equal(sample(again), expected)
+    del foreign
+    assert torch.equal(sample(stream(model, mode=Mode.OFF)), expected)
 
 
 def test_handles_of_dynamic_vram_are_not_copied(path: Path, foreign: ModelPatcher, tmp_path: Path) -> None:

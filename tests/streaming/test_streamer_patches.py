@@ -6,7 +6,6 @@ import pytest
 import torch
 from models import Doubled, X, budgets, make_streamer, make_transformer
 from weightstream.streaming import (
-    UnsupportedModelError,
     masters,
 )
 from weightstream.streaming.layout import Layout
@@ -59,6 +58,34 @@ def test_patched_residents_stay_patched_when_they_become_streamed() -> None:
     streamer.load(streamer.plan_for(streamer.minimum_bytes), patches)
     assert torch.equal(model(X), expected)
     assert patches.computed == ["blocks.2.out.weight"]
+
+
+class Longer(Doubled):
+    """Makes vectors longer."""
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super().compute(name, original), torch.ones(3)])
+
+
+def test_a_patch_may_change_a_shape() -> None:
+    model = make_transformer()
+    plain, original = model(X), model.blocks[2].qkv.bias.clone()
+    name = "blocks.2.qkv.bias"
+    seen: list[torch.Tensor] = []
+    module = model.blocks[2].qkv
+    streamer = make_streamer(model)
+    for budget in (*budgets(streamer), streamer.minimum_bytes, 10**9):
+        streamer.load(streamer.plan_for(budget), Longer({name}))
+        # The layer itself could not run: what it would run with is what counts.
+        handle = module.register_forward_pre_hook(lambda *_: seen.append(module.bias.clone()))
+        with pytest.raises(RuntimeError, match="size"):
+            model(X)
+        handle.remove()
+        assert torch.equal(seen.pop(), torch.cat([original * 2, torch.ones(3)]))
+        streamer.load(streamer.plan_for(budget))
+        assert torch.equal(model(X), plain)
+    streamer.close()
+    assert streamer.backend.allocated == 0
 
 
 def test_a_failed_patch_leaves_a_clean_model() -> None:
@@ -134,18 +161,6 @@ def test_a_failure_amid_patches_leaves_none_half_written(budget: str, broken: in
         assert torch.equal(model(X), doubled)
         streamer.load(plan)
         assert torch.equal(model(X), plain)
-
-
-def test_a_patch_that_changes_a_shape_is_refused() -> None:
-    model = make_transformer()
-
-    class Wider(Doubled):
-        def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
-            return torch.cat([original, original])
-
-    streamer = make_streamer(model)
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.2\.out\.weight from \(32, 32\) to \(64, 32\)"):
-        streamer.load(streamer.plan_for(streamer.minimum_bytes), Wider({"blocks.2.out.weight"}))
 
 
 def test_weights_written_in_place_are_copied_anew() -> None:
