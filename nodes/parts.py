@@ -21,7 +21,7 @@ from ..streaming.assignment import Assignment, DeviceRoom, assign, describe
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
 from . import status
-from .devices import evictable, make_backend, obtainable, pins
+from .devices import evictable, make_backend, obtainable, pins, same_device
 from .offload import OffloadSettings, host_config
 from .patcher import PARTS, StreamedModelPatcher
 from .patches import HostPatches
@@ -47,6 +47,10 @@ class PartPatcher(StreamedModelPatcher):
     def wrap_steps(self) -> None:
         """The MODEL runs them."""
 
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        self.settings = self._owner.settings
+        super().load(*args, **kwargs)
+
     def clone(self, *args: Any, **kwargs: Any) -> PartPatcher:
         clone = super().clone(*args, **kwargs)
         clone.owner = self.owner
@@ -69,7 +73,7 @@ class PartPatcher(StreamedModelPatcher):
         return owner
 
 
-def split(
+def split_blocks(
     patcher: StreamedModelPatcher, devices: Sequence[torch.device], shares: Sequence[float] | None
 ) -> StreamedModelPatcher:
     """Have the blocks of a model that nobody has loaded or cloned yet run on ``devices``, the first its home.
@@ -85,7 +89,7 @@ def split(
         ConfigError: shares are not one positive number for each device.
     """
     streamed, blocks = patcher.streamed, patcher.streamer.blocks
-    backends = [patcher.streamer.backend, *map(make_backend, devices[1:])]
+    backends = [make_backend(device) for device in devices]
     sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
     if len(sizes) < len(devices):
         raise UnsupportedModelError(f"it has {len(sizes)} blocks for {len(devices)} devices")
@@ -98,6 +102,8 @@ def split(
     ]
     patcher.streamer.close()
     streamed.streamer = streamers[0]
+    if not same_device(patcher.load_device, devices[0]):
+        patcher.load_device = devices[0]
     names = [backend.name for backend in backends]
     status.announce(streamed.name, describe(assignment, names, sizes), streamed.node_id)
     parts = []

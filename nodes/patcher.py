@@ -66,6 +66,12 @@ class StreamedModelPatcher(ModelPatcher):
             part.owner = weakref.ref(clone)
         return clone
 
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> Any:
+        """The same model on another device, all of it there."""
+        whole = StreamedModelPatcher.clone(self)
+        whole.remove_additional_models(PARTS)
+        return super(StreamedModelPatcher, whole).deepclone_multigpu(*args, **kwargs)
+
     @property
     def streamed(self) -> StreamedModel:
         return getattr(self.model, ATTRIBUTE)

@@ -118,7 +118,8 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
         return patcher
     ours = patcher.clone()
     ours.settings, ours.node_id = settings.over(patcher.settings), node_id
-    check_limit(ours.settings.vram_limit, ours.streamer, ours.streamed.name)
+    for streamer in ours.streamers:
+        check_limit(ours.settings.vram_limit, streamer, ours.streamed.name)
     return ours
 
 

@@ -19,7 +19,7 @@ from ..streaming import CheckpointError, UnsupportedModelError
 from .devices import make_backend, unload
 from .loaded_state import take_off
 from .offload import OffloadSettings
-from .patcher import StreamedModelPatcher
+from .patcher import PARTS, StreamedModelPatcher
 from .references import refers_to
 from .streamed_model import ATTRIBUTE, check_limit, make_streamed
 from .text_encoder import step_of_text_encoder
@@ -41,12 +41,12 @@ def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | N
         BudgetError: the limit has no room for the largest block.
     """
     make_backend(patcher.load_device)  # Where there is none nothing need be loaded.
-    _check_what_hangs_on(patcher)
+    check_what_hangs_on(patcher)
     twin = _twins.get(patcher.model)
     if twin is None or not _is_current(twin, patcher):
         twin = _twins[patcher.model] = _stream_twin(patcher, settings, node_id)
     check_limit(settings.vram_limit, twin.streamer, twin.streamed.name)
-    ours = _carry_over(patcher, twin.clone())
+    ours = carry_over(patcher, twin.clone())
     ours.wrap_steps()
     ours.settings, ours.node_id = settings, node_id
     ours.streamed.origin = weakref.ref(patcher)
@@ -73,7 +73,7 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
     Raises:
         UnsupportedModelError: nobody but us can load this model.
     """
-    _check_what_hangs_on(patcher)
+    check_what_hangs_on(patcher)
     origin = patcher.streamed.origin()
     theirs = origin.clone() if origin is not None else patcher.streamed.load_native()
     if theirs is None:
@@ -83,24 +83,44 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
             unload(loaded)  # What a clone that is loaded has injected goes with it.
         if functions_of(patcher.model) != functions_of(theirs.model):
             raise UnsupportedModelError(f"a function that was put on one of its modules {CANNOT_BE_CARRIED}")
-    _carry_over(patcher, theirs)
+    carry_over(patcher, theirs)
+    theirs.remove_additional_models(PARTS)
     theirs.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
     return theirs
 
 
-def _check_what_hangs_on(patcher: ModelPatcher) -> None:
+def check_what_hangs_on(patcher: ModelPatcher) -> None:
     """Raise where something that would be carried over refers to modules of this model, or to patchers of its kind."""
     if patcher.get_additional_models_with_key("multigpu"):
         raise UnsupportedModelError("it runs on several GPUs at once; put this node in front of what splits it")
     root = getattr(patcher.model, "diffusion_model", patcher.model)
     modules = {id(patcher.model), *map(id, root.modules())}
     carried = {name: value for name, value in vars(patcher).items() if name not in OF_THE_MODEL}
+    carried["additional_models"] = {key: value for key, value in patcher.additional_models.items() if key != PARTS}
     found = [name for name, value in carried.items() if refers_to([value], modules)]
     if found:
         raise UnsupportedModelError(f"{', '.join(found)} {CANNOT_BE_CARRIED}")
 
 
-def _carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
+def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
+    """A streamed patcher of a second model like that of ``patcher``, which nobody else has; nothing is carried over.
+
+    Raises:
+        UnsupportedModelError: it cannot stream, or cannot be loaded a second time.
+    """
+    check_what_hangs_on(patcher)
+    if not isinstance(patcher, StreamedModelPatcher):
+        return _stream_twin(patcher, OffloadSettings(), node_id)
+    if patcher.cached_patcher_init is None:
+        raise UnsupportedModelError("nothing is known of how it was loaded")
+    function, arguments = patcher.cached_patcher_init
+    found = function(*arguments)
+    if not isinstance(found, StreamedModelPatcher):
+        raise UnsupportedModelError("it did not stream when it was loaded a second time; the log says why")
+    return found
+
+
+def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
     """Have ``target`` do with its model what ``source`` does with the one that it has."""
     model, backups = target.model, ({}, {}, {}, set())
     try:

@@ -8,14 +8,18 @@ from typing import Any
 
 import comfy.hooks
 import comfy.model_management as mm
+import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from sampling import MB, MODEL, sample, sample_with_hook, with_lora
 from weightstream.nodes import devices
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.parts import split
+from weightstream.nodes.offload import Mode, OffloadSettings
+from weightstream.nodes.parts import split_blocks
 from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.settings import with_settings
+from weightstream.nodes.split import split_over
 from weightstream.streaming import State, VirtualMemory
 
 Split = Callable[..., StreamedModelPatcher]
@@ -38,7 +42,7 @@ def split_model(models: Path, memories: Callable[..., list[VirtualMemory]]) -> S
         memories(*budgets)
         with torch.inference_mode():
             patcher = load_streamed(str(models / MODEL), {}, **options)
-            return split(patcher, [torch.device("cpu", number) for number in range(len(budgets))], shares)
+            return split_blocks(patcher, [torch.device("cpu", number) for number in range(len(budgets))], shares)
 
     return load
 
@@ -144,3 +148,63 @@ def test_an_interrupt_leaves_nothing_bound(split_model: Split, native: ModelPatc
         sample(model)
     handle.remove()
     assert torch.equal(sample(model), expected)
+
+
+# -- any MODEL over several devices ------------------------------------------------------------------------------------
+
+
+def over(
+    model: ModelPatcher, count: int, split: str = "auto", ratio: list[float] | None = None
+) -> StreamedModelPatcher:
+    with torch.inference_mode():
+        return split_over(model, [torch.device("cpu", number) for number in range(count)], split, ratio, None)
+
+
+@pytest.fixture(params=["streamed", "by the host"])
+def incoming(
+    request: pytest.FixtureRequest, models: Path, memories: Callable[..., list[VirtualMemory]]
+) -> ModelPatcher:
+    memories(14 * MB, 14 * MB)
+    with torch.inference_mode():
+        if request.param == "streamed":
+            return load_streamed(str(models / MODEL), {})
+        return comfy.sd.load_diffusion_model(str(models / MODEL))
+
+
+def test_what_comes_in_is_left_as_it_is(incoming: ModelPatcher, native: ModelPatcher) -> None:
+    expected, patched = sample(native), sample(with_lora(native, 0.7))
+    model = over(with_lora(incoming, 0.7), 2)
+    assert torch.equal(sample(model), patched)
+    assert len(model.streamers) == 2
+    assert torch.equal(sample(incoming), expected)
+    assert torch.equal(sample(with_lora(over(incoming, 2), 0.7)), patched)
+
+
+def test_what_did_not_change_is_not_loaded_anew(incoming: ModelPatcher, native: ModelPatcher) -> None:
+    first = over(incoming, 2, "ratio", [2, 1])
+    assert over(with_lora(incoming, 0.3), 2, "ratio", [2, 1]).model is first.model
+    other = over(incoming, 2, "equal")
+    assert other.model is not first.model
+    for model in (first, other, first):
+        assert torch.equal(sample(model), sample(native))
+
+
+def test_settings_behind_it_hold_for_all_devices(incoming: ModelPatcher, native: ModelPatcher) -> None:
+    expected = sample(native)
+    model = over(incoming, 2)
+    for mode, name in ((Mode.SYNC, "synchronous"), (Mode.STREAM, "streamed")):
+        changed = with_settings(model, OffloadSettings(mode=mode))
+        assert torch.equal(sample(changed), expected)
+        assert modes(changed) == [name] * 2
+    off = with_settings(model, OffloadSettings(mode=Mode.OFF))
+    assert not isinstance(off, StreamedModelPatcher)
+    assert off.get_additional_models() == []
+    assert torch.equal(sample(off), expected)
+
+
+def test_another_device_gets_the_whole_model(incoming: ModelPatcher, native: ModelPatcher) -> None:
+    model = over(incoming, 2)
+    with torch.inference_mode():
+        whole = model.deepclone_multigpu(torch.device("cpu", 1))
+    assert whole.parts == []
+    assert torch.equal(sample(whole), sample(native))

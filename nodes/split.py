@@ -1,0 +1,55 @@
+"""One MODEL over several devices: a second model like the one that came in, its blocks given out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from .offload import OffloadSettings
+from .parts import split_blocks
+from .patcher import PARTS, StreamedModelPatcher
+from .takeover import anew, carry_over, check_what_hangs_on
+
+# The last split of a model that came in, for as long as that lives: what did not change is not loaded anew.
+_splits: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, StreamedModelPatcher]] = weakref.WeakKeyDictionary()
+
+
+def split_over(
+    model: ModelPatcher,
+    devices: Sequence[torch.device],
+    split: str,
+    ratio: Sequence[float] | None,
+    node_id: str | None,
+) -> ModelPatcher:
+    """A MODEL like ``model`` whose blocks lie on ``devices``, the preferred one first.
+
+    Args:
+        model: what came in.
+        devices: two or more.
+        split: ``auto``, ``equal`` or ``ratio``.
+        ratio: the part of each device, where the user has said so.
+        node_id: of the node that asks.
+
+    Raises:
+        UnsupportedModelError: it cannot be split; the message says why.
+    """
+    check_what_hangs_on(model)
+    shares = {"auto": None, "equal": [1.0] * len(devices), "ratio": ratio}[split]
+    key = (tuple(devices), None if shares is None else tuple(shares))
+    known, base = _splits.get(model.model, (None, None))
+    if known != key:
+        fresh = anew(model, node_id)
+        fresh.settings, fresh.node_id = getattr(model, "settings", OffloadSettings()), node_id
+        base = split_blocks(fresh, devices, shares)
+        _splits[model.model] = key, base
+    ours = base.clone()
+    parts = ours.parts
+    carry_over(model, ours)
+    ours.load_device = base.load_device
+    ours.set_additional_models(PARTS, parts)
+    ours.wrap_steps()
+    ours.settings, ours.node_id = base.settings, node_id
+    return ours
