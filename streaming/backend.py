@@ -14,6 +14,7 @@ Two kinds: CUDA (cuda_backend.py), and virtual devices in RAM (cpu_backend.py).
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -67,6 +68,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text
 
 
+# How torch names the device that has no room.
+_FULL_GPU = re.compile(r"GPU (\d+) has a total capacity")
+
+
 class Backend(ABC):
     """A device that computes on one stream and copies on others.
 
@@ -94,6 +99,13 @@ class Backend(ABC):
     def budget(self) -> int | None:
         """Bytes that may be allocated in all, where the backend itself sets a limit."""
         return None
+
+    def is_full(self, error: BaseException) -> bool:
+        """Whether ``error`` says that this device has no room, or one that it does not name."""
+        if not is_out_of_memory(error):
+            return False
+        named = _FULL_GPU.search(str(error))
+        return named is None or self.device.index is None or int(named[1]) == self.device.index
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A uint8 buffer of ``nbytes``. It is never an inference tensor, whatever mode the caller is in.

@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from .backend import is_out_of_memory
 from .config import format_bytes
 from .plan import Plan
 from .planner import Planner
@@ -74,7 +73,7 @@ class Runner:
             try:
                 return forward()
             except Exception as error:
-                if is_out_of_memory(error) and remedies and self._can_shrink(streamer):
+                if streamer.backend.is_full(error) and remedies and self._can_shrink(streamer):
                     remedy = remedies.pop(0)
                 elif _is_of_another_device(error) and streamer.arriving:
                     remedy = partial(self._await_residents, streamer)

@@ -103,3 +103,38 @@ def test_after_an_error_in_a_step_the_next_one_is_right(error: type[BaseExceptio
         assert torch.equal(parts.run(), expected)
     for streamer in parts.streamers:
         streamer.close()
+
+
+TEXT = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU {} has a total capacity of 139.81 GiB of which 1 MiB is free."
+)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_the_device_that_is_full_gives_way(full: int) -> None:
+    model = make_transformer(depth=6)
+    expected = model(X)
+    parts = Parts(model, (0, 1, 0, 1, 0, 1))
+    for streamer in parts.streamers:
+        streamer.load(streamer.plan_for(10**9))
+    parts.run()
+    before = [streamer.device_bytes for streamer in parts.streamers]
+    errors = [torch.OutOfMemoryError(TEXT.format(full)) for _ in range(2)]
+
+    def fail(*_: object) -> None:
+        if errors:
+            raise errors.pop()
+
+    model.blocks[3].register_forward_pre_hook(fail)
+    assert torch.equal(parts.run(), expected)
+    now = [streamer.device_bytes for streamer in parts.streamers]
+    assert now[full] < before[full]
+    assert now[1 - full] == before[1 - full]
+
+
+def test_an_error_that_names_no_device_is_everybodys() -> None:
+    backend = CpuBackend(VirtualMemory(10**6, "virtual:1"), torch.device("cpu", 1))
+    assert backend.is_full(torch.OutOfMemoryError("no memory"))
+    assert backend.is_full(torch.OutOfMemoryError(TEXT.format(1)))
+    assert not backend.is_full(torch.OutOfMemoryError(TEXT.format(0)))
+    assert not backend.is_full(RuntimeError("GPU 1 has a total capacity"))
