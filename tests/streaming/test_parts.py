@@ -106,7 +106,7 @@ def test_after_an_error_in_a_step_the_next_one_is_right(error: type[BaseExceptio
 
 
 TEXT = (
-    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU {} has a total capacity of 139.81 GiB of which 1 MiB is free."
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU {} has a total capacity of 139.81 GiB of which 1 MiB is"
 )
 
 
