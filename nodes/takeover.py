@@ -41,11 +41,11 @@ def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | N
         BudgetError: the limit has no room for the largest block.
     """
     make_backend(patcher.load_device)  # Where there is none nothing need be loaded.
-    _check_what_hangs_on(patcher)
+    check_what_hangs_on(patcher)
     twin = _twins.get(patcher.model)
     if twin is None or not _is_current(twin, patcher):
         twin = _twins[patcher.model] = _stream_twin(patcher, settings, node_id)
-    ours = _carry_over(patcher, twin.clone())
+    ours = carry_over(patcher, twin.clone())
     ours.wrap_steps()
     ours.settings, ours.node_id = settings, node_id
     ours.streamed.origin = weakref.ref(patcher)
@@ -64,22 +64,24 @@ def _is_current(twin: StreamedModelPatcher, patcher: ModelPatcher) -> bool:
 
 def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
     """A patcher like ``patcher`` whose weights the host moves: of the model that came in, if it was one, and if it is
-    still there.
+    still there. It loads to the device of its own loader.
 
     Raises:
         UnsupportedModelError: nobody but us can load this model.
     """
-    _check_what_hangs_on(patcher)
+    check_what_hangs_on(patcher)
     origin = patcher.streamed.origin()
     theirs = origin.clone() if origin is not None else patcher.streamed.load_native()
     if theirs is None:
         raise UnsupportedModelError("nothing is known of how it was loaded")
-    _carry_over(patcher, theirs)
+    home = theirs.load_device, theirs.offload_device
+    carry_over(patcher, theirs)
+    theirs.load_device, theirs.offload_device = home
     theirs.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
     return theirs
 
 
-def _check_what_hangs_on(patcher: ModelPatcher) -> None:
+def check_what_hangs_on(patcher: ModelPatcher) -> None:
     """Raise where something that would be carried over refers to modules of this model."""
     root = getattr(patcher.model, "diffusion_model", patcher.model)
     modules = {id(patcher.model), *map(id, root.modules())}
@@ -106,7 +108,7 @@ def _has_functions(root: torch.nn.Module, modules: set[int]) -> bool:
     return refers_to([one for one in functions if id(getattr(one, "__self__", None)) not in modules], modules)
 
 
-def _carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
+def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
     """Have ``target`` do with its model what ``source`` does with the one that it has."""
     model, backups = target.model, ({}, {}, {}, set())
     try:

@@ -32,7 +32,7 @@ MOSTLY = 0.5
 # Bytes of each weight that are compared, from its begin.
 SAMPLE_BYTES = 64
 
-Factory = Callable[[], ModelPatcher]
+Factory = Callable[..., ModelPatcher]
 
 
 class Twin(NamedTuple):
@@ -57,7 +57,7 @@ def make_twin(patcher: ModelPatcher) -> Twin:
     """
     if patcher.backup:
         take_off(patcher)  # Weights of the first one are patched.
-    factory = _factory(patcher)
+    factory = factory_of(patcher)
     if factory is not None and (twin := _build(factory, patcher.model)) is not None:
         return twin
     return Twin(_copy_without_weights(patcher), _nowhere, None)
@@ -105,16 +105,17 @@ def _begins_alike(one: torch.Tensor, two: torch.Tensor) -> bool:
 # -- by the factory --------------------------------------------------------------------------------------------------
 
 
-def _factory(patcher: ModelPatcher) -> Factory | None:
-    """What loads the model of ``patcher`` anew."""
+def factory_of(patcher: ModelPatcher) -> Factory | None:
+    """What loads the model of ``patcher`` anew; None where its loader has left nothing that does. It takes
+    ``disable_dynamic``, as the host's clone does."""
     if patcher.cached_patcher_init is None:
         return None
     function, arguments, *index = patcher.cached_patcher_init
     return partial(_call, function, arguments, *index)
 
 
-def _call(function: Callable[..., Any], arguments: tuple, index: int | None = None) -> ModelPatcher:
-    found = function(*arguments)
+def _call(function: Callable[..., Any], arguments: tuple, index: int | None = None, **options: Any) -> ModelPatcher:
+    found = function(*arguments, **options)
     patcher = found if index is None else found[index]
     patcher.cached_patcher_init = (function, arguments) if index is None else (function, arguments, index)
     return patcher
