@@ -50,6 +50,14 @@ def place(model: Any, *, clip: Any = None, vae: Any = None, **inputs: Any) -> tu
         return GpuPlacement.execute(model, clip, vae, **inputs).result
 
 
+def place_clip(model: Any, clip: Any, device: str) -> Any:
+    return place(model, devices="gpu:0", clip=clip, clip_device=device)[1]
+
+
+def place_vae(model: Any, vae: Any, device: str) -> Any:
+    return place(model, devices="gpu:0", vae=vae, vae_device=device)[2]
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Gives this machine as many virtual devices as are asked for."""
@@ -77,6 +85,19 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(status, "announce", listen)
     return texts
+
+
+@pytest.fixture
+def asked_to_split(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """No model can be split; what was asked for."""
+    asked: list[tuple] = []
+
+    def refuse(model: Any, *arguments: Any) -> Any:
+        asked.append(arguments)
+        raise UnsupportedModelError("it is made of one piece")
+
+    monkeypatch.setattr(gpu_placement, "split_over", refuse)
+    return asked
 
 
 @pytest.fixture
@@ -228,16 +249,14 @@ def test_a_model_that_nobody_can_load_again_stays(foreign: ModelPatcher, machine
 
 
 def test_a_model_that_cannot_be_split_goes_to_the_preferred_gpu(
-    loaded: Any, machine: Machine, native: ModelPatcher, said: list[str], monkeypatch: pytest.MonkeyPatch
+    loaded: Any,
+    machine: Machine,
+    native: ModelPatcher,
+    said: list[str],
+    asked_to_split: list[tuple],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(3)
-    asked = []
-
-    def refuse(*arguments: Any) -> Any:
-        asked.append(arguments[1:])
-        raise UnsupportedModelError("it is made of one piece")
-
-    monkeypatch.setattr(gpu_placement, "split_over", refuse)
     model, _, _ = place(loaded, devices="gpu:1,gpu:0", split="ratio", ratio="3,1")
     assert model.load_device == SECOND
     assert said == ["MODEL is not split, it is made of one piece; MODEL on gpu:1"]
@@ -246,7 +265,7 @@ def test_a_model_that_cannot_be_split_goes_to_the_preferred_gpu(
     monkeypatch.setenv("WEIGHTSTREAM_GPUS", "gpu:2, gpu:0")
     place(loaded, split="equal")
     third = torch.device("cpu", 2)
-    assert asked == [
+    assert asked_to_split == [
         ([SECOND, FIRST], "ratio", (0.75, 0.25), None),
         ([FIRST, SECOND, third], "auto", None, None),
         ([third, FIRST], "equal", None, None),
@@ -268,42 +287,42 @@ def test_a_text_encoder_goes_where_it_shall(foreign: ModelPatcher, clip: comfy.s
     machine(2)
     clip.clip_layer(-2)
     clip.add_patches(random_patches(clip), 0.7)
-    moved = place(foreign, clip=clip, clip_device="gpu:1")[1]
+    moved = place_clip(foreign, clip, "gpu:1")
     assert moved.patcher.load_device == SECOND
     assert moved.cond_stage_model is moved.patcher.model
     assert moved.cond_stage_model is not clip.cond_stage_model
     assert all(map(torch.equal, encode(moved, PROMPTS[1]), encode(clip, PROMPTS[1])))
     assert [loaded.device for loaded in mm.current_loaded_models if loaded.model is moved.patcher] == [SECOND]
-    assert place(foreign, clip=clip, clip_device="gpu:1")[1].cond_stage_model is moved.cond_stage_model
-    assert place(foreign, clip=clip, clip_device="cpu")[1] is clip
+    assert place_clip(foreign, clip, "gpu:1").cond_stage_model is moved.cond_stage_model
+    assert place_clip(foreign, clip, "cpu") is clip
 
 
 def test_a_streamed_text_encoder_streams_there(foreign: ModelPatcher, clip: comfy.sd.CLIP, machine: Machine) -> None:
     memories = machine(2, clip.patcher.model_size() * 2 // 3)
     streamed = with_patcher(clip, with_settings(clip.patcher, OffloadSettings()))
-    moved = place(foreign, clip=streamed, clip_device="gpu:1")[1]
+    moved = place_clip(foreign, streamed, "gpu:1")
     assert isinstance(moved.patcher, StreamedModelPatcher)
     assert moved.cond_stage_model is streamed.cond_stage_model, "it was loaded a second time"
     expected = encode(clip, PROMPTS[0])
     assert all(map(torch.equal, encode(moved, PROMPTS[0]), expected))
     assert moved.patcher.status()["counters"]["streamed_bytes"] > 0
     assert [memory.allocated > 0 for memory in memories] == [False, True]
-    native = place(foreign, clip=moved, clip_device="cpu")[1]
+    native = place_clip(foreign, moved, "cpu")
     assert (type(native.patcher), native.patcher.load_device) == (ModelPatcher, CPU)
     assert all(map(torch.equal, encode(native, PROMPTS[0]), expected))
 
 
 def test_a_vae_goes_where_it_shall(foreign: ModelPatcher, vae: comfy.sd.VAE, machine: Machine) -> None:
     machine(2)
-    moved = place(foreign, vae=vae, vae_device="gpu:1")[2]
+    moved = place_vae(foreign, vae, "gpu:1")
     assert (moved.device, moved.patcher.load_device) == (SECOND, SECOND)
     assert moved.first_stage_model is moved.patcher.model
     assert (vae.device, vae.patcher.load_device) == (CPU, CPU)
     assert torch.equal(decode(moved), decode(vae))
     assert [loaded.device for loaded in mm.current_loaded_models if loaded.model is moved.patcher] == [SECOND]
-    assert place(foreign, vae=vae, vae_device="gpu:1")[2].first_stage_model is moved.first_stage_model
-    assert place(foreign, vae=vae, vae_device="gpu:0")[2] is vae
-    assert place(foreign, vae=vae)[2] is vae
+    assert place_vae(foreign, vae, "gpu:1").first_stage_model is moved.first_stage_model
+    assert place_vae(foreign, vae, "gpu:0") is vae
+    assert place_vae(foreign, vae, "default") is vae
 
 
 def test_a_vae_without_weights_stays(foreign: ModelPatcher, machine: Machine, said: list[str]) -> None:
@@ -346,7 +365,7 @@ class Watch:
 def test_weights_and_compute_of_a_text_encoder_are_there(
     foreign: ModelPatcher, clip: comfy.sd.CLIP, other_kind: torch.device
 ) -> None:
-    moved = place(foreign, clip=clip, clip_device="gpu:1")[1]
+    moved = place_clip(foreign, clip, "gpu:1")
     watches = Watch(moved.cond_stage_model), Watch(clip.cond_stage_model)
     with pytest.raises(NotImplementedError, match="meta tensor"):
         encode(moved, PROMPTS[0])  # What it gives has no values, and cannot leave the device.
@@ -360,7 +379,7 @@ def test_weights_and_compute_of_a_text_encoder_are_there(
 def test_weights_and_compute_of_a_vae_are_there(
     foreign: ModelPatcher, vae: comfy.sd.VAE, other_kind: torch.device
 ) -> None:
-    moved = place(foreign, vae=vae, vae_device="gpu:1")[2]
+    moved = place_vae(foreign, vae, "gpu:1")
     watches = Watch(moved.first_stage_model), Watch(vae.first_stage_model)
     with pytest.raises(NotImplementedError, match="meta tensor"):
         decode(moved)
@@ -375,7 +394,13 @@ def test_weights_and_compute_of_a_vae_are_there(
 
 @pytest.mark.parametrize("inputs", [OF_FOUR, {**OF_FOUR, "devices": ""}], ids=["named", "all"])
 def test_a_workflow_of_four_gpus_on_two(
-    loaded: Any, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, machine: Machine, said: list[str], inputs: dict[str, str]
+    loaded: Any,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+    machine: Machine,
+    said: list[str],
+    asked_to_split: list[tuple],
+    inputs: dict[str, str],
 ) -> None:
     machine(2)
     assert GpuPlacement.validate_inputs(**without_on_missing(inputs)) is True
@@ -383,10 +408,11 @@ def test_a_workflow_of_four_gpus_on_two(
     first = inputs["devices"] == ""
     assert model.load_device == (CPU if first else SECOND)
     assert (same_clip, same_vae) == (clip, vae)
+    shares = (4 / 7, 3 / 7) if first else (0.6, 0.4)
+    assert asked_to_split == [([FIRST, SECOND] if first else [SECOND, FIRST], "ratio", pytest.approx(shares), None)]
     missing = "gpu:2, gpu:3" if first else "gpu:3, gpu:2"
     assert said == [
-        f"{missing} are not there (this machine has gpu:0, gpu:1); MODEL is not split, "
-        "blocks of one model are not spread over several GPUs yet; "
+        f"{missing} are not there (this machine has gpu:0, gpu:1); MODEL is not split, it is made of one piece; "
         f"MODEL on {'gpu:0' if first else 'gpu:1'}; "
         "CLIP stays where its loader put it; VAE stays where its loader put it"
     ]
@@ -427,7 +453,9 @@ def test_placement_is_for_cuda_and_rocm(
     ]
 
 
-def test_what_is_not_there_may_be_an_error(foreign: ModelPatcher, machine: Machine, said: list[str]) -> None:
+def test_what_is_not_there_may_be_an_error(
+    foreign: ModelPatcher, machine: Machine, said: list[str], asked_to_split: list[tuple]
+) -> None:
     machine(2)
     strict = {**OF_FOUR, "on_missing": "error"}
     advice = "; choose among these, or set on_missing to fallback"
