@@ -10,15 +10,14 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.sd
-import comfy.taesd.taesd
 import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from prompts import check_streams, guided
-from safetensors.torch import save_file
 from sampling import MB, MODEL, sample, with_lora
 from text_encoders import FAMILIES, PROMPTS, encode, load, random_patches, write_encoder
+from vaes import VAE, decode, write_vae
 from weightstream.nodes import components, devices, gpu_placement, status
 from weightstream.nodes.gpu_placement import GpuPlacement
 from weightstream.nodes.loader import load_streamed
@@ -31,7 +30,6 @@ from weightstream.streaming import ConfigError, UnsupportedModelError, VirtualMe
 import nodes as host_nodes
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 0), torch.device("cpu", 1)
-VAE = "small-vae.safetensors"
 # As it is saved on a machine with four GPUs.
 OF_FOUR = {
     "devices": "gpu:3,gpu:1,gpu:0,gpu:2",
@@ -131,11 +129,7 @@ def clip(encoder: Path) -> comfy.sd.CLIP:
 def vae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vae")
     folder_paths.add_model_folder_path("vae", str(folder))
-    torch.manual_seed(2)
-    small = comfy.taesd.taesd.TAESD(latent_channels=16)
-    for parameter in small.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    save_file({name: tensor.contiguous() for name, tensor in small.state_dict().items()}, folder / VAE)
+    write_vae(folder / VAE)
     return folder / VAE
 
 
@@ -143,12 +137,6 @@ def vae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vae(vae_file: Path) -> comfy.sd.VAE:
     with torch.inference_mode():
         return host_nodes.VAELoader().load_vae(VAE)[0]
-
-
-def decode(vae: comfy.sd.VAE) -> torch.Tensor:
-    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return host_nodes.VAEDecode().decode(vae, {"samples": latent})[0]
 
 
 # -- the schema --------------------------------------------------------------------------------------------------------
