@@ -19,12 +19,15 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..streaming import UnsupportedModelError
-from .devices import make_backend, same_device
+from ..streaming import State, UnsupportedModelError
+from .devices import make_backend, obtainable, same_device
 from .patcher import StreamedModelPatcher
 from .takeover import carry_over, check_what_hangs_on, give_back
 from .text_encoder import with_patcher
 from .twins import factory_of
+
+# The CPU itself: a virtual device has an index.
+CPU = torch.device("cpu")
 
 # Copies of a model for parallel work on other devices, which the host makes anew for the device that it has now.
 PARALLEL = "multigpu"
@@ -78,13 +81,13 @@ def patcher_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     Raises:
         UnsupportedModelError: nobody knows how; the message says why.
     """
-    if isinstance(patcher, StreamedModelPatcher) and device == torch.device("cpu"):
-        patcher = give_back(patcher)  # Nothing streams to where it is. A virtual device has an index.
+    if isinstance(patcher, StreamedModelPatcher) and device == CPU:
+        patcher = give_back(patcher)  # Nothing streams to where it is.
     if same_device(patcher.load_device, device):
         return patcher
     moved = _streamed_on(patcher, device) if isinstance(patcher, StreamedModelPatcher) else _built_on(patcher, device)
-    if patcher.offload_device == patcher.load_device or device.type == "cpu":
-        moved.offload_device = device  # The host was told to keep everything where it runs.
+    if device == CPU or patcher.offload_device == patcher.load_device:  # The latter is --gpu-only.
+        moved.offload_device = device
     moved.remove_additional_models(PARALLEL)
     for models in moved.additional_models.values():
         models[:] = [patcher_on(model, device) for model in models]
@@ -92,7 +95,11 @@ def patcher_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
 
 
 def _streamed_on(patcher: StreamedModelPatcher, device: torch.device) -> StreamedModelPatcher:
-    make_backend(device)  # Raises where nothing can stream there.
+    backend, streamer = make_backend(device), patcher.streamer
+    if streamer.state is State.UNLOADED and not same_device(streamer.backend.device, device):
+        # Nobody runs it now, so what is built ahead is built for where it will run. Else it moves when it is loaded.
+        streamer.move_to(backend)
+        streamer.prepare(obtainable(backend))
     moved = patcher.clone()
     moved.load_device = device
     return moved

@@ -175,6 +175,37 @@ def test_a_streamed_model_goes_to_the_gpu_that_is_named(
     assert said == ["MODEL on gpu:1", "MODEL on gpu:0"]
 
 
+def test_what_is_built_ahead_is_built_for_the_gpu_that_is_named(loaded: Any, native: ModelPatcher) -> None:
+    second, _, _ = place(loaded, devices="gpu:1")
+    assert loaded.streamer.backend.device == SECOND
+    expected = sample(native)
+    assert torch.equal(sample(second), expected)
+    first, _, _ = place(second, devices="gpu:0")
+    assert loaded.streamer.backend.device == SECOND, "it was taken off the device where it runs"
+    assert torch.equal(sample(first), expected)
+    assert loaded.streamer.backend.device == FIRST
+
+
+def test_models_that_belong_to_it_come_along(loaded: Any, foreign: ModelPatcher) -> None:
+    loaded.set_additional_models("other", [foreign])
+    loaded.set_additional_models("multigpu", [foreign])
+    moved, _, _ = place(loaded, devices="gpu:1")
+    assert [model.load_device for model in moved.get_additional_models_with_key("other")] == [SECOND]
+    assert moved.get_additional_models_with_key("multigpu") == [], "the host makes these for the device that it has"
+    assert loaded.get_additional_models_with_key("other") == [foreign]
+
+
+def test_where_weights_wait_for_their_turn(foreign: ModelPatcher, vae: comfy.sd.VAE, machine: Machine) -> None:
+    machine(2)
+    assert foreign.offload_device == foreign.load_device, "as with --gpu-only"
+    assert place(foreign, devices="gpu:1")[0].offload_device == SECOND
+    foreign.offload_device = torch.device("meta")
+    assert place(foreign, devices="gpu:1")[0].offload_device == torch.device("meta")
+    vae.patcher.load_device = torch.device("cuda", 0)
+    moved = place_vae(foreign, vae, "cpu").patcher
+    assert (moved.load_device, moved.offload_device) == (CPU, CPU)
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.7])
 def test_patches_go_along(loaded: Any, native: ModelPatcher, strength: float) -> None:
     expected = guided(with_lora(native, strength))
