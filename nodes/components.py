@@ -43,8 +43,10 @@ def model_on(model: ModelPatcher, device: torch.device) -> ModelPatcher:
         UnsupportedModelError: it cannot be moved; the message says why.
     """
     moved = patcher_on(model, device)
+    if moved is model:
+        return model
     dtype = mm.unet_manual_cast(moved.model_dtype(), device)
-    if moved is not model and dtype not in (None, getattr(moved.model, "manual_cast_dtype", None)):
+    if dtype not in (None, moved.get_model_object("manual_cast_dtype")):
         moved.set_model_compute_dtype(dtype)
     return moved
 
@@ -121,7 +123,10 @@ def _build(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     if factory is None:
         raise UnsupportedModelError("its loader has not left word how to load it once more")
     options: dict[str, Any] = {"disable_dynamic": True} if mm.is_device_cpu(device) and patcher.is_dynamic() else {}
-    built = factory(**options)
+    try:
+        built = factory(**options)
+    except Exception as error:  # The file may be gone, and the loader another pack's.
+        raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     mm.unload_model_and_clones(built)  # Loaders of text encoders may have loaded it, where they always do.
     built.load_device = device
     if hasattr(built, "register_load_device"):  # Dynamic VRAM keeps books for each device.

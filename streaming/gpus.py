@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backend import is_out_of_memory
 from .config import VIRTUAL_VARIABLE, format_bytes, parse_virtual_devices
 from .device_names import gpu_name
 
@@ -157,11 +158,20 @@ def _describe(index: int, count: int, nvml: Nvml) -> Gpu:
     uuid = gpu_uuid(properties)
     total, free, link, most_link = nvml.figures(uuid)
     if free is None:
-        # Note: no context. There is no other way here.
-        free, total = torch.cuda.mem_get_info(index)
+        free, total = _ask_cuda(index), properties.total_memory
     others = (other for other in range(count) if other != index)
     peers = tuple(other for other in others if torch.cuda.can_device_access_peer(index, other))
     return Gpu(index, properties.name, uuid, total, free, link, most_link, peers)
+
+
+def _ask_cuda(index: int) -> int | None:
+    """Free bytes, where there is no other way to know (Note: no context); None of a GPU too full for a context."""
+    try:
+        return torch.cuda.mem_get_info(index)[0]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def gpu_uuid(properties: Any) -> str | None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.sd
+import comfy_aimdo.host_buffer
 import folder_paths
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 from prompts import check_streams, guided
 from sampling import MB, MODEL, sample, with_lora
 from text_encoders import FAMILIES, PROMPTS, encode, load, random_patches, write_encoder
@@ -262,9 +263,50 @@ def test_a_model_that_is_placed_can_stream(foreign: ModelPatcher, machine: Machi
 
 def test_a_model_that_nobody_can_load_again_stays(foreign: ModelPatcher, machine: Machine, said: list[str]) -> None:
     machine(2)
+    foreign.cached_patcher_init = (comfy.sd.load_diffusion_model, ("gone.safetensors",))
+    assert place(foreign, devices="gpu:1")[0] is foreign
     foreign.cached_patcher_init = None
     assert place(foreign, devices="gpu:1")[0] is foreign
-    assert said == ["MODEL stays where its loader put it, its loader has not left word how to load it once more"]
+    stays = "MODEL stays where its loader put it, "
+    assert said[0].startswith(f"{stays}it cannot be loaded once more (FileNotFoundError: ")
+    assert said[1] == f"{stays}its loader has not left word how to load it once more"
+
+
+def test_a_model_with_dynamic_vram_keeps_it_on_another_gpu(
+    foreign: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a GPU there is no memory to hold.
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *_: None)
+    monkeypatch.setattr(ModelPatcherDynamic, "__del__", lambda patcher: None)
+    gpus = torch.device("cuda", 0), torch.device("cuda", 1)
+    calls = []
+
+    def load_again(disable_dynamic: bool = False) -> ModelPatcher:
+        calls.append(disable_dynamic)
+        again = host_nodes.UNETLoader().load_unet(MODEL, "default")[0].model
+        return (ModelPatcher if disable_dynamic else ModelPatcherDynamic)(again, gpus[0], CPU)
+
+    patched = with_lora(ModelPatcherDynamic(foreign.model, gpus[0], CPU), 0.7)
+    patched.cached_patcher_init = (load_again, ())
+    moved, native = (components.patcher_on(patched, device) for device in (gpus[1], CPU))
+    assert calls == [False, True]
+    assert (type(moved), moved.load_device, moved.offload_device) == (ModelPatcherDynamic, gpus[1], CPU)
+    assert gpus[1] in moved.model.dynamic_pins
+    assert (type(native), native.load_device, native.offload_device) == (ModelPatcher, CPU, CPU)
+    assert patched.patches.keys() == moved.patches.keys() == native.patches.keys() != set()
+    assert len({id(patcher.model) for patcher in (patched, moved, native)}) == 3
+
+
+def test_a_gpu_that_cannot_compute_in_its_dtype(
+    foreign: ModelPatcher, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(2)
+    other = torch.float16
+    monkeypatch.setattr(mm, "unet_manual_cast", lambda weights, device, *_: other if device == SECOND else None)
+    moved, _, _ = place(foreign, devices="gpu:1")
+    assert moved.get_model_object("manual_cast_dtype") == other
+    assert place(foreign, devices="gpu:0")[0] is foreign
+    assert foreign.get_model_object("manual_cast_dtype") is None
 
 
 def test_a_model_that_cannot_be_split_goes_to_the_preferred_gpu(

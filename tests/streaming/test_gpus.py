@@ -136,7 +136,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(index)
         return 5 * 10**9, 8 * 10**9
 
-    properties = [SimpleNamespace(name="A", uuid="a"), SimpleNamespace(name="B")]
+    properties = [SimpleNamespace(name="A", uuid="a", total_memory=8 * 10**9)]
+    properties.append(SimpleNamespace(name="B", total_memory=8 * 10**9))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: one < other)
@@ -163,6 +164,29 @@ def test_without_nvml_cuda_is_asked(two_gpus: list[int], monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "pynvml", library if installed else None)
     assert [gpu.free for gpu in list_gpus()] == [5 * 10**9] * 2
     assert two_gpus == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("lost"), False),
+    ],
+)
+def test_a_gpu_too_full_for_a_context_is_listed(
+    two_gpus: list[int], monkeypatch: pytest.MonkeyPatch, error: RuntimeError, full: bool
+) -> None:
+    def fail(index: int) -> Any:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    if full:
+        assert [(gpu.free, gpu.total) for gpu in list_gpus()] == [(None, 8 * 10**9)] * 2
+    else:
+        with pytest.raises(RuntimeError, match="lost"):
+            list_gpus()
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
