@@ -26,10 +26,10 @@ from ..streaming import (
     parse_switch,
     parse_virtual_devices,
 )
+from ..streaming.config import VIRTUAL_VARIABLE
 
 logger = logging.getLogger(__name__)
 
-VIRTUAL_VARIABLE = "WEIGHTSTREAM_VIRTUAL"
 VERIFY_VARIABLE = "WEIGHTSTREAM_VERIFY"
 
 

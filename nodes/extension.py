@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import devices, status
+from .gpu_placement import GpuPlacement
 from .loader import StreamedModelLoader
 from .settings import AsyncOffloadSettings
 
@@ -17,4 +18,4 @@ class WeightStreamExtension(ComfyExtension):
         status.add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [StreamedModelLoader, AsyncOffloadSettings]
+        return [StreamedModelLoader, AsyncOffloadSettings, GpuPlacement]

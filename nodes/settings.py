@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..streaming import UnsupportedModelError
 from . import status
+from .components import patcher_on
 from .offload import GIB, Mode, OffloadSettings
 from .patcher import StreamedModelPatcher
 from .streamed_model import check_limit
@@ -107,7 +108,7 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
     streams = isinstance(patcher, StreamedModelPatcher)
     try:
         if settings.mode is Mode.OFF:
-            native = give_back(patcher) if streams else patcher
+            native = patcher_on(give_back(patcher), patcher.load_device) if streams else patcher
             status.announce(type(patcher.model).__name__, "its weights are moved ComfyUI's own way", node_id)
             return native
         if not streams:

@@ -68,7 +68,7 @@ def _is_current(twin: StreamedModelPatcher, patcher: ModelPatcher) -> bool:
 
 def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
     """A patcher like ``patcher`` whose weights the host moves: of the model that came in, if it was one, and if it is
-    still there.
+    still there. It loads to the device of its own loader.
 
     Raises:
         UnsupportedModelError: nobody but us can load this model.
@@ -83,7 +83,9 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
             unload(loaded)  # What a clone that is loaded has injected goes with it.
         if functions_of(patcher.model) != functions_of(theirs.model):
             raise UnsupportedModelError(f"a function that was put on one of its modules {CANNOT_BE_CARRIED}")
+    home = theirs.load_device, theirs.offload_device
     carry_over(patcher, theirs)
+    theirs.load_device, theirs.offload_device = home
     theirs.remove_additional_models(PARTS)
     theirs.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
     return theirs

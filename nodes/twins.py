@@ -41,7 +41,7 @@ ABOUT_LOADING |= {"model_loaded_weight_memory", "model_offload_buffer_memory", "
 ABOUT_LOADING |= {"weight_function", "bias_function"}
 SETTINGS = (bool, int, float, str, type(None), torch.dtype)
 
-Factory = Callable[[], ModelPatcher]
+Factory = Callable[..., ModelPatcher]
 
 CANNOT_BE_CARRIED = (
     "refers to modules of the model that was loaded; connect this node directly behind the loader, and what changes "
@@ -71,7 +71,7 @@ def make_twin(patcher: ModelPatcher) -> Twin:
     """
     if patcher.backup:
         take_off(patcher)  # Weights of the first one are patched.
-    factory = _factory(patcher)
+    factory = factory_of(patcher)
     built = _build(factory) if factory is not None else None
     if built is not None and not alike(built.model, patcher.model):
         take_off(patcher)  # A clone that is loaded may have changed it for as long as it is.
@@ -164,16 +164,17 @@ def _samples(tensor: torch.Tensor) -> torch.Tensor:
 # -- by the factory --------------------------------------------------------------------------------------------------
 
 
-def _factory(patcher: ModelPatcher) -> Factory | None:
-    """What loads the model of ``patcher`` anew."""
+def factory_of(patcher: ModelPatcher) -> Factory | None:
+    """What loads the model of ``patcher`` anew; None where its loader has left nothing that does. It takes
+    ``disable_dynamic``, as the host's clone does."""
     if patcher.cached_patcher_init is None:
         return None
     function, arguments, *index = patcher.cached_patcher_init
     return partial(_call, function, arguments, *index)
 
 
-def _call(function: Callable[..., Any], arguments: tuple, index: int | None = None) -> ModelPatcher:
-    found = function(*arguments)
+def _call(function: Callable[..., Any], arguments: tuple, index: int | None = None, **options: Any) -> ModelPatcher:
+    found = function(*arguments, **options)
     patcher = found if index is None else found[index]
     patcher.cached_patcher_init = (function, arguments) if index is None else (function, arguments, index)
     return patcher

@@ -5,9 +5,16 @@ from .backend import Backend, DeviceMemory
 from .blocks import Block, BlockSet, Unit, find_blocks, split_model
 from .checkpoint import Checkpoint
 from .checkpoint_file import CheckpointFile, FileSlice
-from .config import StreamingConfig, VirtualDevices, format_bytes, parse_switch, parse_virtual_devices
+from .config import (
+    StreamingConfig,
+    VirtualDevices,
+    format_bytes,
+    parse_switch,
+    parse_virtual_devices,
+)
 from .cpu_backend import CpuBackend, VirtualMemory
 from .cuda_backend import CudaBackend
+from .device_names import gpu_name, in_parts, parse_device, parse_gpus, parse_shares
 from .errors import (
     BudgetError,
     CheckpointChangedError,
@@ -20,6 +27,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .forms import take_apart
+from .gpus import Gpu, list_gpus
 from .header import Entry
 from .host_memory import HostMemory, group_memory
 from .kernels import warm_up
@@ -53,6 +61,7 @@ __all__ = [
     "Entry",
     "FileSlice",
     "Forecast",
+    "Gpu",
     "HostMemory",
     "NoPatches",
     "Outline",
@@ -77,9 +86,15 @@ __all__ = [
     "assumed_profile",
     "find_blocks",
     "format_bytes",
+    "gpu_name",
     "group_memory",
+    "in_parts",
+    "list_gpus",
     "make_plan",
     "minimum_bytes",
+    "parse_device",
+    "parse_gpus",
+    "parse_shares",
     "parse_switch",
     "parse_virtual_devices",
     "split_model",

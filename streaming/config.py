@@ -12,6 +12,9 @@ from .errors import ConfigError
 USUAL_SLOTS = 4
 MOST_SLOTS = 8
 
+# Asks for devices in RAM, where there is no GPU.
+VIRTUAL_VARIABLE = "WEIGHTSTREAM_VIRTUAL"
+
 UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
@@ -119,7 +122,7 @@ def parse_virtual_devices(text: str) -> VirtualDevices:
     count = int(match[1]) if match else 0
     budget = int(float(match[2]) * UNITS[(match[3] or "").upper()]) if match else 0
     if count < 1 or budget < 1:
-        raise ConfigError(f"WEIGHTSTREAM_VIRTUAL={text!r}: expected COUNTxBYTES with both above 0, such as 2x24MB")
+        raise ConfigError(f"{VIRTUAL_VARIABLE}={text!r}: expected COUNTxBYTES with both above 0, such as 2x24MB")
     return VirtualDevices(count, budget)
 
 

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.sd
 import folder_paths
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
+from placing import Machine
 from reads import Reads
 from sampling import LORA, MB, MODEL, sample
-from weightstream.nodes import devices
+from text_encoders import FAMILIES, load, write_encoder
+from vaes import VAE, write_vae
+from weightstream.nodes import devices, gpu_placement, status
 from weightstream.nodes.loader import load_streamed
-from weightstream.streaming import VirtualMemory
+from weightstream.streaming import UnsupportedModelError, VirtualMemory
 
 import nodes as host_nodes
 from tools.checkpoints import write_flux, write_flux_lora
@@ -92,3 +97,89 @@ def native(models: Path) -> Any:
         model = host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
     sample(model)  # The host's first sampling in a process may differ from all of its later ones.
     return model
+
+
+# -- for placement -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Gives this machine as many virtual devices as are asked for."""
+
+    def have(count: int, budget: int = 24 * MB) -> tuple[VirtualMemory, ...]:
+        devices.read_environment()
+        memories = tuple(VirtualMemory(budget, f"virtual:{index}") for index in range(count))
+        monkeypatch.setattr(devices._virtual, "devices", memories)
+        return memories
+
+    monkeypatch.delenv("WEIGHTSTREAM_GPUS", raising=False)
+    return have
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the node has said."""
+    texts: list[str] = []
+    announce = status.announce
+
+    def listen(name: str, text: str, *rest: Any, **options: Any) -> None:
+        if name == gpu_placement.NAME:
+            texts.append(text)
+        announce(name, text, *rest, **options)
+
+    monkeypatch.setattr(status, "announce", listen)
+    return texts
+
+
+@pytest.fixture
+def asked_to_split(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """No model can be split; what was asked for."""
+    asked: list[tuple] = []
+
+    def refuse(model: Any, *arguments: Any) -> Any:
+        asked.append(arguments)
+        raise UnsupportedModelError("it is made of one piece")
+
+    monkeypatch.setattr(gpu_placement, "split_over", refuse)
+    return asked
+
+
+@pytest.fixture
+def loaded(models: Path, machine: Machine) -> Iterator[Any]:
+    """The tiny FLUX, streamed, on a machine with two GPUs."""
+    machine(2)
+    with torch.inference_mode():
+        yield load_streamed(str(models / MODEL), {})
+
+
+@pytest.fixture
+def foreign(models: Path) -> ModelPatcher:
+    """The same from the host's own loader."""
+    with torch.inference_mode():
+        return host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("encoders") / "qwen.safetensors"
+    write_encoder(FAMILIES["qwen"], path)
+    return path
+
+
+@pytest.fixture
+def clip(encoder: Path) -> comfy.sd.CLIP:
+    return load(FAMILIES["qwen"], encoder)
+
+
+@pytest.fixture(scope="module")
+def vae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    folder_paths.add_model_folder_path("vae", str(folder))
+    write_vae(folder / VAE)
+    return folder / VAE
+
+
+@pytest.fixture
+def vae(vae_file: Path) -> comfy.sd.VAE:
+    with torch.inference_mode():
+        return host_nodes.VAELoader().load_vae(VAE)[0]

@@ -20,6 +20,7 @@ from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from sampling import LORA, MB, MODEL, sample
 from weightstream.nodes import devices, mapped
+from weightstream.nodes.gpu_placement import GpuPlacement
 from weightstream.nodes.loader import CheckpointError, StreamedModelLoader, load_streamed
 from weightstream.nodes.offload import OffloadSettings, host_config
 from weightstream.nodes.patcher import StreamedModelPatcher
@@ -53,6 +54,7 @@ def test_the_pack_registers_the_node(nodes_of_pack: dict[str, type]) -> None:
     assert nodes_of_pack == {
         "WeightStreamModelLoader": StreamedModelLoader,
         "WeightStreamOffloadSettings": AsyncOffloadSettings,
+        "WeightStreamGPUPlacement": GpuPlacement,
     }
 
 

@@ -34,6 +34,15 @@ SETTINGS: dict[str, Any] = {
     "pinned_limit_gb": 0.0,
     "reserve_vram_gb": 0.0,
 }
+# As it is saved on a machine with four GPUs.
+PLACEMENT: dict[str, Any] = {
+    "devices": "gpu:3,gpu:1,gpu:0,gpu:2",
+    "split": "ratio",
+    "ratio": "40,30,20,10",
+    "clip_device": "gpu:7",
+    "vae_device": "gpu:31",
+    "on_missing": "fallback",
+}
 PLAN = re.compile(r"a step streamed in \d+ segments")
 
 
@@ -65,6 +74,16 @@ def settings_prompt(seed: int, **changes: Any) -> dict[str, Any]:
     inputs = {"model": ["model", 0], **SETTINGS, **changes}
     result["settings"] = {"class_type": "WeightStreamOffloadSettings", "inputs": inputs}
     result["lora"]["inputs"]["model"] = ["settings", 0]
+    return result
+
+
+def placed_prompt(seed: int, **changes: Any) -> dict[str, Any]:
+    """A MODEL and a CLIP that go through the placement."""
+    result = demo.api_prompt(TINY, demo.OURS, seed)
+    inputs = {"model": ["model", 0], "clip": ["clip", 0], **changes}
+    result["placement"] = {"class_type": "WeightStreamGPUPlacement", "inputs": inputs}
+    result["lora"]["inputs"]["model"] = ["placement", 0]
+    result["text"]["inputs"]["clip"] = ["placement", 1]
     return result
 
 
@@ -266,6 +285,56 @@ def test_a_text_encoder_streams_through_the_settings(tmp_path: Path) -> None:
     assert encoder["counters"]["streamed_bytes"] > 0
     file = tmp_path / "models" / "text_encoders" / demo.CLIP
     assert encoder["device_peak_bytes"] <= encoder["device_budget_bytes"] < file.stat().st_size
+
+
+def test_a_placement_of_four_gpus_runs_on_one(host: HeadlessHost) -> None:
+    demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 60))
+    expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 61)).latent
+    assert demo.sample(host, placed_prompt(61, **PLACEMENT)).latent == expected
+    missing = "gpu:3, gpu:1, gpu:2, gpu:7, gpu:31 are not there (this machine has gpu:0)"
+    assert f"GPU Placement: {missing}; MODEL on gpu:0; CLIP stays where its loader put it" in host.log
+    assert demo.sample(host, placed_prompt(61)).latent == expected, "its inputs are optional"
+
+
+def test_a_placement_that_must_not_fall_back_fails_by_name(host: HeadlessHost) -> None:
+    with pytest.raises(PromptFailed, match=r"are not there \(this machine has gpu:0\); choose among these") as caught:
+        host.run(placed_prompt(62, **{**PLACEMENT, "on_missing": "error"}))
+    assert caught.value.node_id == "placement"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({"devices": "cuda:0"}, "custom_validation_failed", "'cuda:0' is no GPU; expected a list such as gpu:0,gpu:1"),
+        ({"clip_device": "gpu:x"}, "custom_validation_failed", "clip_device='gpu:x': expected default, cpu, or a GPU"),
+        ({"ratio": "60,40"}, "custom_validation_failed", "has 2 numbers for 4 devices"),
+        ({"on_missing": "ignore"}, "value_not_in_list", "'ignore' not in"),
+    ],
+)
+def test_a_placement_that_cannot_be_right_is_refused(
+    host: HeadlessHost, changes: dict[str, str], kind: str, text: str
+) -> None:
+    with pytest.raises(PromptRejected) as caught:
+        host.submit(placed_prompt(63, **{**PLACEMENT, **changes}))
+    errors = caught.value.node_errors["placement"]["errors"]
+    assert {error["type"] for error in errors} == {kind}
+    assert any(text in error["details"] for error in errors)
+
+
+@pytest.mark.parametrize("virtual", ["", "2x24MB"], ids=["none", "two"])
+def test_a_placement_of_four_gpus_runs_on(tmp_path: Path, virtual: str) -> None:
+    with started(tmp_path, virtual) as host:
+        demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 64))
+        expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 65)).latent
+        assert demo.sample(host, placed_prompt(65, **PLACEMENT)).latent == expected
+        assert demo.sample(host, placed_prompt(65, devices="gpu:1", clip_device="gpu:1")).latent == expected
+        allocated = [device["allocated_bytes"] > 0 for device in demo.read_status(host)["virtual_devices"]]
+        if virtual:
+            assert allocated == [False, True]
+            assert "GPU Placement: MODEL on gpu:1; CLIP on gpu:1" in host.log
+        else:
+            assert allocated == []
+            assert "placement is not available here, there is no GPU; everything stays" in host.log
 
 
 def test_the_demo_holds(tmp_path: Path) -> None:

@@ -105,9 +105,7 @@ def test_after_an_error_in_a_step_the_next_one_is_right(error: type[BaseExceptio
         streamer.close()
 
 
-TEXT = (
-    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU {} has a total capacity of 139.81 GiB of which 1 MiB is"
-)
+TEXT = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU {} has a total capacity of 139.81 GiB of which 1 MiB is"
 
 
 @pytest.mark.parametrize("full", [0, 1])

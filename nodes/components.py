@@ -1,0 +1,136 @@
+"""A MODEL, CLIP or VAE on another device than its loader chose.
+
+[Note: one model, one device]
+What comes in is left as it is, and other nodes may go on using it. The host keeps track of where the weights of a model
+are, not of which patcher put them there, so two patchers of one model must not have two devices. Ours may: its streamer
+moves when the other one is loaded. Any other model is built once more by the factory that its loader left behind
+(``cached_patcher_init``), the host's own way for it. With dynamic VRAM that maps the file and takes no memory of its
+own. What was built is kept as long as the model that came in, so that a node that runs again loads nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..streaming import State, UnsupportedModelError
+from .devices import make_backend, obtainable, same_device, unload
+from .patcher import StreamedModelPatcher
+from .takeover import carry_over, check_what_hangs_on, give_back
+from .text_encoder import with_patcher
+from .twins import factory_of
+
+# The CPU itself: a virtual device has an index.
+CPU = torch.device("cpu")
+
+# Copies of a model for parallel work on other devices, which the host makes anew for the device that it has now.
+PARALLEL = "multigpu"
+
+# What was built for another device, by the model that came in.
+_built: weakref.WeakKeyDictionary[torch.nn.Module, ModelPatcher] = weakref.WeakKeyDictionary()
+
+
+def model_on(model: ModelPatcher, device: torch.device) -> ModelPatcher:
+    """A MODEL like ``model`` on ``device``, computing in what that can compute in.
+
+    Raises:
+        UnsupportedModelError: it cannot be moved; the message says why.
+    """
+    moved = patcher_on(model, device)
+    if moved is model:
+        return model
+    dtype = mm.unet_manual_cast(moved.model_dtype(), device)
+    if dtype not in (None, moved.get_model_object("manual_cast_dtype")):
+        moved.set_model_compute_dtype(dtype)
+    return moved
+
+
+def clip_on(clip: comfy.sd.CLIP, device: torch.device) -> comfy.sd.CLIP:
+    """A CLIP like ``clip`` on ``device``.
+
+    Raises:
+        UnsupportedModelError: it cannot be moved; the message says why.
+    """
+    patcher = patcher_on(clip.patcher, device)
+    return clip if patcher is clip.patcher else with_patcher(clip, patcher)
+
+
+def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
+    """A VAE like ``vae`` on ``device``.
+
+    Raises:
+        UnsupportedModelError: it cannot be moved; the message says why.
+    """
+    if getattr(vae, "patcher", None) is None:
+        raise UnsupportedModelError("it has no weights")
+    patcher = patcher_on(vae.patcher, device)
+    if patcher is vae.patcher:
+        return vae
+    moved = copy.copy(vae)
+    moved.patcher, moved.first_stage_model, moved.device = patcher, patcher.model, device
+    return moved
+
+
+def patcher_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
+    """A patcher like ``patcher`` that loads its model to ``device``; itself where it does so already.
+
+    Raises:
+        UnsupportedModelError: nobody knows how; the message says why.
+    """
+    if isinstance(patcher, StreamedModelPatcher) and device == CPU:
+        patcher = give_back(patcher)  # Nothing streams to where it is.
+    if same_device(patcher.load_device, device):
+        return patcher
+    moved = _streamed_on(patcher, device) if isinstance(patcher, StreamedModelPatcher) else _built_on(patcher, device)
+    if device == CPU or patcher.offload_device == patcher.load_device:  # The latter is --gpu-only.
+        moved.offload_device = device
+    moved.remove_additional_models(PARALLEL)
+    for models in moved.additional_models.values():
+        models[:] = [patcher_on(model, device) for model in models]
+    return moved
+
+
+def _streamed_on(patcher: StreamedModelPatcher, device: torch.device) -> StreamedModelPatcher:
+    backend, streamer = make_backend(device), patcher.streamer
+    if patcher.parts:
+        return patcher.deepclone_multigpu(device)  # All of it there.
+    if streamer.state is State.UNLOADED and not same_device(streamer.backend.device, device):
+        # Nobody runs it now, so what is built ahead is built for where it will run. Else it moves when it is loaded.
+        streamer.move_to(backend)
+        streamer.prepare(obtainable(backend))
+    moved = patcher.clone()
+    moved.load_device = device
+    return moved
+
+
+def _built_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
+    check_what_hangs_on(patcher)
+    built = _built.get(patcher.model)
+    if built is None or not same_device(built.load_device, device):
+        built = _built[patcher.model] = _build(patcher, device)
+    moved = carry_over(patcher, built.clone())
+    moved.load_device = device
+    return moved
+
+
+def _build(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
+    """The model of ``patcher`` once more, by its loader."""
+    factory = factory_of(patcher)
+    if factory is None:
+        raise UnsupportedModelError("its loader has not left word how to load it once more")
+    options: dict[str, Any] = {"disable_dynamic": True} if mm.is_device_cpu(device) and patcher.is_dynamic() else {}
+    try:
+        built = factory(**options)
+    except Exception as error:  # The file may be gone, and the loader another pack's.
+        raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
+    unload(built)  # Loaders of text encoders may have loaded it, where they always do.
+    built.load_device = device
+    if hasattr(built, "register_load_device"):  # Dynamic VRAM keeps books for each device.
+        built.register_load_device(device)
+    return built

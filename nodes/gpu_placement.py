@@ -1,0 +1,200 @@
+"""The node "GPU Placement": which GPUs a MODEL, a CLIP and a VAE use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
+from ..streaming.device_names import CPU, DEFAULT
+from . import status
+from .components import clip_on, model_on, vae_on
+from .gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
+from .split import split_over
+
+NAME = "GPU Placement"
+# The same on every machine: a workflow of another one must load here.
+DEVICES = [DEFAULT, CPU, *map(gpu_name, range(8))]
+
+T = TypeVar("T")
+
+
+class GpuPlacement(io.ComfyNode):
+    """Chooses the GPUs that a MODEL uses, and the device of the text encoder (CLIP) and of the VAE.
+
+    One GPU takes the MODEL whole; over several its blocks are split. A workflow of a machine with more GPUs runs on one
+    with fewer, or with none, and the node says what is used instead. The images are the same.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WeightStreamGPUPlacement",
+            display_name="GPU Placement",
+            category="weightstream",
+            description=cls.__doc__,
+            # All but the first are optional: the host lists required inputs before optional ones.
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip", optional=True),
+                io.Vae.Input("vae", optional=True),
+                io.String.Input(
+                    "devices",
+                    default="",
+                    optional=True,
+                    tooltip="For the MODEL, the preferred one first: gpu:0,gpu:1. Empty is WEIGHTSTREAM_GPUS, or all.",
+                ),
+                io.Combo.Input(
+                    "split",
+                    options=list(SPLITS),
+                    default="auto",
+                    optional=True,
+                    tooltip="How much each of several GPUs gets: auto by memory and speed, equal, or as ratio says.",
+                ),
+                io.String.Input(
+                    "ratio", default="", optional=True, tooltip="For split=ratio, a number for each GPU: 60,40."
+                ),
+                _device("clip_device", "the text encoder"),
+                _device("vae_device", "the VAE"),
+                io.Combo.Input(
+                    "on_missing",
+                    options=["fallback", "error"],
+                    default="fallback",
+                    optional=True,
+                    tooltip="Where a GPU is not there: use those that are, and say so, or stop.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        devices: str | None = "",
+        split: str | None = "auto",
+        ratio: str | None = "",
+        clip_device: str | None = DEFAULT,
+        vae_device: str | None = DEFAULT,
+    ) -> bool | str:
+        """Whether the values can be read; which devices are there is for the time at which the node runs.
+
+        A value that another node gives is None here.
+        """
+        try:
+            names = wanted_gpus(devices) if devices is not None else ()
+            if split is not None and ratio is not None:
+                wanted_shares(split, ratio, names)
+            for source, device in (("clip_device", clip_device), ("vae_device", vae_device)):
+                parse_device(device if device is not None else DEFAULT, source)
+        except ConfigError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs: Any) -> tuple[str, ...]:
+        """The node runs again when GPUs have come or gone."""
+        return tuple(visible_gpus())
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        clip: Any = None,
+        vae: Any = None,
+        devices: str = "",
+        split: str = "auto",
+        ratio: str = "",
+        clip_device: str = DEFAULT,
+        vae_device: str = DEFAULT,
+        on_missing: str = "fallback",
+    ) -> io.NodeOutput:
+        node_id = cls.hidden.unique_id if cls.hidden is not None else None
+        placing = Placing(visible_gpus(), on_missing == "error", node_id)
+        choice = choose(devices, split, ratio, list(placing.gpus))
+        names = parse_device(clip_device, "clip_device"), parse_device(vae_device, "vae_device")
+        placing.check(choice, *names)
+        if placing.gpus:
+            model = placing.place_model(model, choice, split)
+            clip = placing.place("CLIP", clip, names[0], clip_on)
+            vae = placing.place("VAE", vae, names[1], vae_on)
+        else:
+            placing.say(f"placement is not available here, {why_no_gpus()}; everything stays where its loader put it")
+        status.announce(NAME, "; ".join(placing.said), node_id)
+        return io.NodeOutput(model, clip, vae)
+
+
+def _device(name: str, what: str) -> io.Combo.Input:
+    tooltip = f"Where {what} runs. default leaves it where its loader put it."
+    return io.Combo.Input(name, options=DEVICES, default=DEFAULT, optional=True, tooltip=tooltip)
+
+
+@dataclass
+class Placing:
+    """One run of the node.
+
+    Attributes:
+        gpus: that are there, by name.
+        strict: what is not there is an error.
+        node_id: of the node.
+        said: for the user, in order.
+    """
+
+    gpus: Mapping[str, torch.device]
+    strict: bool
+    node_id: str | None
+    said: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def check(self, choice: Choice, *devices: str) -> None:
+        """Say which devices are not there.
+
+        Raises:
+            ConfigError: some are not, and that is an error.
+        """
+        named = [name for name in devices if name not in (CPU, DEFAULT, *self.gpus)]
+        missing = list(dict.fromkeys([*choice.missing, *named]))
+        if not missing:
+            return
+        text = not_there(missing, list(self.gpus))
+        if self.strict:
+            raise ConfigError(f"{text}; choose among these, or set on_missing to fallback")
+        self.say(text)
+
+    def place_model(self, model: ModelPatcher, choice: Choice, split: str) -> ModelPatcher:
+        """The MODEL on the GPUs that were chosen: on the first where it cannot be split."""
+        if not choice.names:
+            self.say("MODEL stays where its loader put it")
+            return model
+        if len(choice.names) > 1:
+            devices = [self.gpus[name] for name in choice.names]
+            try:
+                placed = split_over(model, devices, split, choice.shares, self.node_id)
+            except UnsupportedModelError as error:
+                self.say(f"MODEL is not split, {error}")
+            else:
+                self.say(f"MODEL on {', '.join(choice.names)}")
+                return placed
+        return self.place("MODEL", model, choice.names[0], model_on)
+
+    def place(self, what: str, thing: T, name: str, move: Callable[[T, torch.device], T]) -> T:
+        """``thing`` on the device of that name; as it is where it cannot be moved, or there is no such device."""
+        if thing is None or name == DEFAULT:
+            return thing
+        if name != CPU and name not in self.gpus:
+            self.say(f"{what} stays where its loader put it")
+            return thing
+        try:
+            placed = move(thing, torch.device(CPU) if name == CPU else self.gpus[name])
+        except UnsupportedModelError as error:
+            self.say(f"{what} stays where its loader put it, {error}")
+            return thing
+        self.say(f"{what} on {name}")
+        return placed

@@ -1,0 +1,101 @@
+"""A MODEL, a CLIP and a VAE on each device through our placement: prints which results agree, as JSON in the last line.
+
+    python placement_program.py COMFYUI FOLDER [host flags]
+
+FOLDER holds tiny-flux.safetensors and takes the files of the others. As host_program.py. With --cpu, and
+WEIGHTSTREAM_VIRTUAL set, it runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    comfyui, folder, *flags = sys.argv[1:]
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
+    import comfy_host
+
+    comfy_host.start(Path(comfyui), flags)
+    import comfy.model_management as mm
+    import comfy.sd
+    import folder_paths
+    import torch
+    from sampling import MODEL, sample
+    from text_encoders import FAMILIES, PROMPTS, encode, load, write_encoder
+    from vaes import VAE, decode, write_vae
+
+    for kind in ("diffusion_models", "vae"):
+        folder_paths.add_model_folder_path(kind, folder)
+    node = comfy_host.load_pack("WeightStreamGPUPlacement")
+    from weightstream_pack.nodes.gpus import visible_gpus
+    from weightstream_pack.nodes.loader import load_streamed
+
+    import nodes as host_nodes
+
+    def place(model, **inputs):
+        with torch.inference_mode():
+            return node.execute(model, **inputs).args
+
+    def where(module, run):
+        """What ``run`` gives, and the devices on which the layers of ``module`` have computed meanwhile."""
+        seen = set()
+        layers = [layer for layer in module.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+        handles = [layer.register_forward_hook(lambda _l, _i, output: seen.add(output.device)) for layer in layers]
+        result = run()
+        for handle in handles:
+            handle.remove()
+        return result, seen
+
+    def same(ones, others) -> bool:
+        return len(ones) == len(others) > 0 and all(map(torch.equal, ones, others))
+
+    agree: dict[str, bool] = {}
+    path = str(Path(folder) / MODEL)
+    write_encoder(FAMILIES["qwen"], Path(folder) / "qwen.safetensors")
+    write_vae(Path(folder) / VAE)
+    with torch.inference_mode():
+        streamed = load_streamed(path, {}, vram_limit=16 * 2**20)
+        native = comfy.sd.load_diffusion_model(path)
+        vae = host_nodes.VAELoader().load_vae(VAE)[0]
+    clip = load(FAMILIES["qwen"], Path(folder) / "qwen.safetensors")
+    for _ in range(2):  # The second is with the weights settled on the card.
+        latents, said, image = sample(native), encode(clip, PROMPTS[1]), decode(vae)
+
+    for name, device in visible_gpus().items():
+        there = {torch.empty(0, device=device).device}  # Of a virtual device torch makes no difference.
+        for kind, model in (("streamed", streamed), ("native", native)):
+            moved = place(model, devices=name)[0]
+            sample(moved)  # As above: a GPU's first may differ from all of its later ones.
+            for run in range(2):
+                found, seen = where(moved.model, lambda moved=moved: sample(moved))
+                agree[f"{kind} MODEL on {name}, run {run}"] = torch.equal(found, latents)
+                agree[f"{kind} MODEL on {name}, computed there, run {run}"] = seen == there
+        agree[f"streamed MODEL on {name}, streams"] = place(streamed, devices=name)[0].status()["mode"] == "streamed"
+        moved_clip = place(native, devices=name, clip=clip, clip_device=name)[1]
+        found, seen = where(moved_clip.cond_stage_model, lambda moved=moved_clip: encode(moved, PROMPTS[1]))
+        agree[f"CLIP on {name}"] = same(found, said)
+        agree[f"CLIP on {name}, computed there"] = seen == there
+        moved_vae = place(native, devices=name, vae=vae, vae_device=name)[2]
+        found, seen = where(moved_vae.first_stage_model, lambda moved=moved_vae: decode(moved))
+        agree[f"VAE on {name}"] = torch.equal(found, image)
+        agree[f"VAE on {name}, computed there"] = seen == there
+    _, clip_on_cpu, vae_on_cpu = place(native, devices="gpu:0", clip=clip, clip_device="cpu", vae=vae, vae_device="cpu")
+    cpu = {torch.device("cpu")}
+    agree["CLIP on cpu"] = where(clip_on_cpu.cond_stage_model, lambda: encode(clip_on_cpu, PROMPTS[1]))[1] == cpu
+    agree["VAE on cpu"] = where(vae_on_cpu.first_stage_model, lambda: decode(vae_on_cpu))[1] == cpu
+    agree["the ones that came in"] = (
+        torch.equal(sample(native), latents)
+        and torch.equal(sample(streamed), latents)
+        and same(encode(clip, PROMPTS[1]), said)
+        and torch.equal(decode(vae), image)
+    )
+    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
+
+
+if __name__ == "__main__":
+    main()

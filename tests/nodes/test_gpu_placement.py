@@ -1,0 +1,221 @@
+"""The node "GPU Placement": what it takes, what it says, and workflows of other machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sd
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from placing import CPU, FIRST, SECOND, Machine, place
+from prompts import check_streams, guided
+from weightstream.nodes import gpu_placement
+from weightstream.nodes.gpu_placement import GpuPlacement
+from weightstream.streaming import ConfigError
+
+# As it is saved on a machine with four GPUs.
+OF_FOUR = {
+    "devices": "gpu:3,gpu:1,gpu:0,gpu:2",
+    "split": "ratio",
+    "ratio": "40,30,20,10",
+    "clip_device": "gpu:2",
+    "vae_device": "gpu:3",
+    "on_missing": "fallback",
+}
+
+# -- the schema --------------------------------------------------------------------------------------------------------
+
+
+def test_the_inputs_and_outputs() -> None:
+    schema = GpuPlacement.define_schema()
+    names = ["model", "clip", "vae", "devices", "split", "ratio", "clip_device", "vae_device", "on_missing"]
+    assert [entry.id for entry in schema.inputs] == names
+    assert [entry.io_type for entry in schema.outputs] == ["MODEL", "CLIP", "VAE"]
+    groups = GpuPlacement.INPUT_TYPES()
+    assert [*groups["required"], *groups["optional"]] == names, "the host shows them in another order"
+    chosen = ["default", "cpu", *(f"gpu:{index}" for index in range(8))]
+    assert groups["optional"]["clip_device"][1]["options"] == chosen
+
+
+def test_a_model_that_cannot_be_split_goes_to_the_preferred_gpu(
+    loaded: Any,
+    machine: Machine,
+    native: ModelPatcher,
+    said: list[str],
+    asked_to_split: list[tuple],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(3)
+    model, _, _ = place(loaded, devices="gpu:1,gpu:0", split="ratio", ratio="3,1")
+    assert model.load_device == SECOND
+    assert said == ["MODEL is not split, it is made of one piece; MODEL on gpu:1"]
+    check_streams(lambda: guided(model), model, guided(native))
+    place(loaded)
+    monkeypatch.setenv("WEIGHTSTREAM_GPUS", "gpu:2, gpu:0")
+    place(loaded, split="equal")
+    third = torch.device("cpu", 2)
+    assert asked_to_split == [
+        ([SECOND, FIRST], "ratio", (0.75, 0.25), None),
+        ([FIRST, SECOND, third], "auto", None, None),
+        ([third, FIRST], "equal", None, None),
+    ]
+
+
+def test_a_model_that_can_be_split_is_what_the_split_gives(
+    loaded: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_placement, "split_over", lambda model, *_: (model, "split"))
+    assert place(loaded)[0] == (loaded, "split")
+    assert said == ["MODEL on gpu:0, gpu:1"]
+
+
+# -- workflows of other machines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", [OF_FOUR, {**OF_FOUR, "devices": ""}], ids=["named", "all"])
+def test_a_workflow_of_four_gpus_on_two(
+    loaded: Any,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+    machine: Machine,
+    said: list[str],
+    asked_to_split: list[tuple],
+    inputs: dict[str, str],
+) -> None:
+    machine(2)
+    assert GpuPlacement.validate_inputs(**without_on_missing(inputs)) is True
+    model, same_clip, same_vae = place(loaded, clip=clip, vae=vae, **inputs)
+    first = inputs["devices"] == ""
+    assert model.load_device == (CPU if first else SECOND)
+    assert (same_clip, same_vae) == (clip, vae)
+    shares = (4 / 7, 3 / 7) if first else (0.6, 0.4)
+    assert asked_to_split == [([FIRST, SECOND] if first else [SECOND, FIRST], "ratio", pytest.approx(shares), None)]
+    missing = "gpu:2, gpu:3" if first else "gpu:3, gpu:2"
+    assert said == [
+        f"{missing} are not there (this machine has gpu:0, gpu:1); MODEL is not split, it is made of one piece; "
+        f"MODEL on {'gpu:0' if first else 'gpu:1'}; "
+        "CLIP stays where its loader put it; VAE stays where its loader put it"
+    ]
+
+
+def test_a_workflow_of_four_gpus_on_one(
+    loaded: Any, clip: comfy.sd.CLIP, machine: Machine, native: ModelPatcher, said: list[str]
+) -> None:
+    machine(1)
+    model, same_clip, _ = place(loaded, clip=clip, **OF_FOUR)
+    assert same_clip is clip
+    check_streams(lambda: guided(model), model, guided(native))
+    assert said[0].startswith("gpu:3, gpu:1, gpu:2 are not there (this machine has gpu:0); MODEL on gpu:0; ")
+    assert place(loaded, devices="gpu:2")[0] is loaded
+    assert said[1] == "gpu:2 is not there (this machine has gpu:0); MODEL stays where its loader put it"
+
+
+def test_a_workflow_of_four_gpus_on_none(
+    foreign: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, machine: Machine, said: list[str]
+) -> None:
+    machine(0)
+    assert place(foreign, clip=clip, vae=vae, **OF_FOUR) == (foreign, clip, vae)
+    assert said == [
+        "gpu:3, gpu:1, gpu:0, gpu:2 are not there (this machine has no GPU that can be used); "
+        "placement is not available here, there is no GPU; everything stays where its loader put it"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_placement_is_for_cuda_and_rocm(
+    foreign: ModelPatcher, clip: comfy.sd.CLIP, said: list[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(mm, "get_torch_device", lambda: torch.device(kind))
+    assert place(foreign, clip=clip, clip_device="cpu") == (foreign, clip, None)
+    assert said == [
+        f"placement is not available here, it needs CUDA or ROCm, and ComfyUI runs on {kind}; "
+        "everything stays where its loader put it"
+    ]
+
+
+def test_what_is_not_there_may_be_an_error(
+    foreign: ModelPatcher, machine: Machine, said: list[str], asked_to_split: list[tuple]
+) -> None:
+    machine(2)
+    strict = {**OF_FOUR, "on_missing": "error"}
+    advice = "; choose among these, or set on_missing to fallback"
+    with pytest.raises(ConfigError) as caught:
+        place(foreign, **strict)
+    assert str(caught.value) == f"gpu:3, gpu:2 are not there (this machine has gpu:0, gpu:1){advice}"
+    with pytest.raises(ConfigError, match="gpu:5 is not there"):
+        place(foreign, devices="gpu:1", vae_device="gpu:5", on_missing="error")
+    machine(0)
+    with pytest.raises(ConfigError, match="this machine has no GPU that can be used"):
+        place(foreign, **strict)
+    assert said == []
+    assert place(foreign, on_missing="error")[0] is foreign
+    machine(4)
+    assert place(foreign, **strict)[0].load_device == torch.device("cpu", 3)
+
+
+# -- values that cannot be right ---------------------------------------------------------------------------------------
+
+
+def without_on_missing(inputs: dict[str, str]) -> dict[str, str]:
+    """What ``validate_inputs`` looks at."""
+    return {name: value for name, value in inputs.items() if name != "on_missing"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({}, True),
+        ({"devices": " GPU:12 ", "clip_device": "gpu:31", "vae_device": "CPU"}, True),
+        ({"ratio": "not used"}, True),
+        ({"devices": None, "split": None, "ratio": None, "clip_device": None, "vae_device": None}, True),
+        ({"devices": None, "split": "ratio", "ratio": "60,40"}, True),
+        ({"devices": "cuda:0"}, "devices='cuda:0': 'cuda:0' is no GPU; expected a list such as gpu:0,gpu:1"),
+        ({"split": "fair"}, "split='fair': expected one of auto, equal, ratio"),
+        ({"split": "ratio"}, "ratio='': expected a number above 0 for each device, such as 60,40"),
+        (
+            {"devices": "gpu:0,gpu:1,gpu:2", "split": "ratio", "ratio": "60,40"},
+            "ratio='60,40' has 2 numbers for 3 devices (gpu:0, gpu:1, gpu:2): give one number for each device",
+        ),
+        ({"clip_device": "gpu"}, "clip_device='gpu': expected default, cpu, or a GPU such as gpu:0"),
+        ({"vae_device": "gpu:0,gpu:1"}, "vae_device='gpu:0,gpu:1': expected default, cpu, or a GPU such as gpu:0"),
+    ],
+)
+def test_values_are_read_before_the_prompt_runs(
+    inputs: dict[str, Any], expected: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WEIGHTSTREAM_GPUS", raising=False)
+    assert GpuPlacement.validate_inputs(**inputs) == expected
+    if expected is not True:
+        with pytest.raises(ConfigError) as caught:
+            place(None, **inputs)
+        assert str(caught.value) == expected
+
+
+def test_the_variable_of_the_process(loaded: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(2)
+    monkeypatch.setenv("WEIGHTSTREAM_GPUS", "gpu:1")
+    assert place(loaded)[0].load_device == SECOND
+    assert place(loaded, devices="default")[0].load_device == SECOND
+    assert place(loaded, devices="gpu:0")[0].load_device == CPU
+    monkeypatch.setenv("WEIGHTSTREAM_GPUS", "1")
+    wrong = "WEIGHTSTREAM_GPUS='1': '1' is no GPU; expected a list such as gpu:0,gpu:1"
+    assert GpuPlacement.validate_inputs() == wrong
+    with pytest.raises(ConfigError) as caught:
+        place(loaded)
+    assert str(caught.value) == wrong
+
+
+def test_fewer_numbers_than_gpus(loaded: Any, machine: Machine) -> None:
+    machine(3)
+    with pytest.raises(ConfigError, match=r"ratio='60,40' has 2 numbers for 3 devices \(gpu:0, gpu:1, gpu:2\)"):
+        place(loaded, split="ratio", ratio="60,40")
+
+
+def test_the_node_runs_again_when_gpus_have_gone(machine: Machine) -> None:
+    machine(2)
+    before = GpuPlacement.fingerprint_inputs(model=None, devices="gpu:1")
+    assert GpuPlacement.fingerprint_inputs(model=None, devices="gpu:1") == before
+    machine(1)
+    assert GpuPlacement.fingerprint_inputs(model=None, devices="gpu:1") != before
