@@ -173,7 +173,8 @@ def unload(patcher: ModelPatcher) -> None:
     """
     everybody = mm.current_loaded_models
     others = [loaded for loaded in everybody if loaded.model is None or not patcher.is_clone(loaded.model)]
-    mm.free_memory(1e30, patcher.load_device, keep_loaded=others)
+    if len(others) < len(everybody):
+        mm.free_memory(1e30, patcher.load_device, keep_loaded=others)
 
 
 def obtainable(backend: Backend) -> int:
