@@ -136,18 +136,27 @@ class Soak:
     # -- between prompts -----------------------------------------------------------------------------------------
 
     def _tidy(self) -> None:
-        """What users and other nodes do to models, or nothing."""
+        """What users and other nodes do to models, or nothing. Nodes run in inference mode, and buttons outside of it.
+
+        ComfyUI 0.30 alone, too, cannot run a quantised model of its own loader again that was unloaded outside of
+        inference mode while its weights stayed where they are, as on a CPU ("Cannot set version_counter").
+        """
         import comfy.model_management as mm
+        import torch
 
         deed = self._chance.choices(["nothing", "unload", "forget one", "press", "free"], [6, 1, 1, 1, 1])[0]
         self.deeds[deed] += 1
+        cache = self._workflow.cache
         if deed == "unload":
+            for nodes in [nodes for nodes in cache if nodes[0] == ("host's", "quantised")]:
+                del cache[nodes]
             mm.unload_all_models()
-        elif deed == "forget one" and self._workflow.cache:
-            del self._workflow.cache[self._chance.choice([*self._workflow.cache])]
+        elif deed == "forget one" and cache:
+            del cache[self._chance.choice([*cache])]
         elif deed == "press":
             device = mm.get_torch_device()
-            mm.free_memory(mm.get_free_memory(device) + self._chance.randrange(1, 12) * MB, device)
+            with torch.inference_mode():
+                mm.free_memory(mm.get_free_memory(device) + self._chance.randrange(1, 12) * MB, device)
         elif deed == "free":
             self._free_everything()
 
