@@ -21,34 +21,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from soak_prompts import FILES, LIMITS, MODES, SEEDS, STRENGTHS, WAYS, Prompt, draw
+
+if TYPE_CHECKING:
+    from soak_workflow import Workflow
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
-NAMES = ("one", "two", "three")
-STRENGTHS = (0.0, 0.7, -0.4)
-SEEDS = (3, 4)
-# Models that a workflow keeps loaded.
-CACHED = 3
-# The longest time until somebody presses a button; a prompt takes about a third of it.
-IMPATIENCE_SECONDS = 0.3
-# Runs of layers in one prompt, about.
-LAYER_RUNS = 150
 # Prompts after which everything is let go of, and counted.
 ROUND = 10
 # Longer than threads need to see that nobody wants them.
 SETTLING_SECONDS = 10.0
-
-
-class Prompt(NamedTuple):
-    """What a user asks for. ``stop``: how it is interrupted, and when; None runs to the end."""
-
-    name: str
-    strength: float
-    seed: int
-    ours: bool
-    limit_mb: int
-    stop: tuple[str, float] | None
 
 
 class Held(NamedTuple):
@@ -62,30 +47,12 @@ class Held(NamedTuple):
     files: int
 
 
-def draw(chance: random.Random, limits: tuple[int, ...]) -> Prompt:
-    stops = {
-        "never": None,
-        "raised": ("raised", chance.randrange(LAYER_RUNS)),
-        "asked": ("asked", chance.randrange(LAYER_RUNS)),
-        "pressed": ("pressed", chance.uniform(0, IMPATIENCE_SECONDS)),
-    }
-    return Prompt(
-        chance.choice(NAMES),
-        chance.choice(STRENGTHS),
-        chance.choice(SEEDS),
-        chance.random() < 0.8,
-        chance.choice(limits),
-        stops[chance.choices([*stops], [6, 1, 1, 1])[0]],
-    )
-
-
 class Soak:
     """A host with models, and a user who wants pictures.
 
     Args:
-        models: folder of the checkpoints.
+        workflow: gives the models.
         seed: of all chance.
-        node: our loader.
 
     Attributes:
         rss: resident memory of the process after each count, with the number of prompts before it.
@@ -93,28 +60,27 @@ class Soak:
         deeds: what was done to models in between.
     """
 
-    def __init__(self, models: Path, seed: int, node: Any) -> None:
+    def __init__(self, workflow: Workflow, seed: int) -> None:
         import weightstream_pack.nodes.devices as devices
         import weightstream_pack.nodes.status as status
 
-        self._models, self._seed, self._node = models, seed, node
+        self._workflow, self._seed = workflow, seed
         self._devices, self._status = devices, status
         self._chance = random.Random(seed)
-        self._cache: dict[tuple, Any] = {}
         self._where = f"seed {seed}, before the first prompt"
         self.rss: list[tuple[int, int]] = []
         self.prompts: Counter[str] = Counter()
         self.deeds: Counter[str] = Counter()
-        # The model takes 19 MB on a GPU, and 38 MB where the host computes in float32.
-        self._limits = (0, 14, 20, 33) if devices.virtual_devices() else (0, 9, 13, 16)
-        self._expected = {key: latent for name in NAMES for key, latent in self._references(name)}
-        self._run(Prompt(NAMES[0], STRENGTHS[1], SEEDS[0], True, self._limits[1], None))  # All that is made but once.
+        self._model_bytes: dict[str, int] = {}
+        self._expected = {key: latent for name in FILES for key, latent in self._references(name)}
+        for way in WAYS:  # All that is made but once.
+            self._run(Prompt(next(iter(FILES)), STRENGTHS[1], SEEDS[0], way, LIMITS[1], MODES[0], True, None))
         self._free_everything()
         self._held = self._settled(lambda held: not (held.models or held.pinned_bytes or held.locked_bytes))
 
     def run(self, prompts: int) -> None:
         for number in range(1, prompts + 1):
-            prompt = draw(self._chance, self._limits)
+            prompt = draw(self._chance)
             self._where = f"seed {self._seed}, prompt {number} {prompt}"
             self._ask_for(prompt)
             if number % ROUND == 0 or number == prompts:
@@ -129,9 +95,10 @@ class Soak:
         """The host's own latents. The first with new weights may differ from all later ones (docs/design.md)."""
         from sampling import sample
 
-        model = self._load_by_host(name)
         for strength in STRENGTHS:
-            patched = self._with_lora(model, name, strength)
+            nodes = Prompt(name, strength, 0, "host's", 0, "", True, None).nodes(0)
+            patched = self._workflow.output(*nodes)
+            self._model_bytes[name] = patched.model_size()
             sample(patched)
             for seed in SEEDS:
                 yield (name, strength, seed), sample(patched, seed)
@@ -151,7 +118,7 @@ class Soak:
             raise AssertionError(f"{self._where}: {type(error).__name__}: {error}") from error
         finally:
             mm.interrupt_current_processing(False)
-        self.prompts["ours" if prompt.ours else "host's"] += 1
+        self.prompts[prompt.way] += 1
         expected = self._expected[prompt[:3]]
         differs = (latent - expected).abs().max()
         assert torch.equal(latent, expected), f"{self._where}: the latent is not the host's, by {differs}"
@@ -160,62 +127,36 @@ class Soak:
         from sampling import sample
 
         with _interrupted_by_user(prompt.stop):
-            model = self._with_lora(self._model(prompt), prompt.name, prompt.strength)
+            model = self._workflow.output(*prompt.nodes(self._model_bytes[prompt.name]))
             with _interrupted_in_a_layer(model, prompt.stop):
+                if model.is_dynamic():
+                    sample(model, prompt.seed)  # The first may differ.
                 return sample(model, prompt.seed)
-
-    def _model(self, prompt: Prompt) -> Any:
-        """From the cache where it is there; it keeps a few."""
-        key = (prompt.name, prompt.ours, prompt.limit_mb)
-        model = self._cache.pop(key, None)
-        if model is None:
-            load = self._load_by_us if prompt.ours else self._load_by_host
-            model = load(prompt.name, prompt.limit_mb)
-        self._cache[key] = model
-        while len(self._cache) > CACHED:
-            del self._cache[next(iter(self._cache))]
-        return model
-
-    def _load_by_us(self, name: str, limit_mb: int) -> Any:
-        import torch
-
-        with torch.inference_mode():
-            output = self._node.execute(f"{name}.safetensors", "default", limit_mb / 1024)
-        return output.args[0]
-
-    def _load_by_host(self, name: str, limit_mb: int = 0) -> Any:
-        import comfy.sd
-        import torch
-
-        with torch.inference_mode():
-            return comfy.sd.load_diffusion_model(str(self._models / f"{name}.safetensors"), model_options={})
-
-    def _with_lora(self, model: Any, name: str, strength: float) -> Any:
-        import comfy.sd
-        import comfy.utils
-        import torch
-
-        if not strength:
-            return model
-        with torch.inference_mode():
-            lora = comfy.utils.load_torch_file(str(self._models / f"{name}-lora.safetensors"))
-            return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
     # -- between prompts -----------------------------------------------------------------------------------------
 
     def _tidy(self) -> None:
-        """What users and other nodes do to models, or nothing."""
+        """What users and other nodes do to models, or nothing. Nodes run in inference mode, and buttons outside of it.
+
+        ComfyUI 0.30 alone, too, cannot run a quantised model of its own loader again that was unloaded outside of
+        inference mode while its weights stayed where they are, as on a CPU ("Cannot set version_counter").
+        """
         import comfy.model_management as mm
+        import torch
 
         deed = self._chance.choices(["nothing", "unload", "forget one", "press", "free"], [6, 1, 1, 1, 1])[0]
         self.deeds[deed] += 1
+        cache = self._workflow.cache
         if deed == "unload":
+            for nodes in [nodes for nodes in cache if nodes[0] == ("host's", "quantised")]:
+                del cache[nodes]
             mm.unload_all_models()
-        elif deed == "forget one" and self._cache:
-            del self._cache[self._chance.choice([*self._cache])]
+        elif deed == "forget one" and cache:
+            del cache[self._chance.choice([*cache])]
         elif deed == "press":
             device = mm.get_torch_device()
-            mm.free_memory(mm.get_free_memory(device) + self._chance.randrange(1, 12) * MB, device)
+            with torch.inference_mode():
+                mm.free_memory(mm.get_free_memory(device) + self._chance.randrange(1, 12) * MB, device)
         elif deed == "free":
             self._free_everything()
 
@@ -224,7 +165,7 @@ class Soak:
         import comfy.model_management as mm
 
         mm.unload_all_models()
-        self._cache.clear()
+        self._workflow.cache.clear()
         gc.collect()
         mm.soft_empty_cache()
 
@@ -318,29 +259,20 @@ def _interrupted_in_a_layer(model: Any, stop: tuple[str, float] | None) -> Itera
             handle.remove()
 
 
-def write_models(folder: Path) -> None:
-    """Three FLUX, each with a LoRA: two of one shape, and one of another."""
-    from tools.checkpoints import FLUX_SIZES, FluxSize, flux_lora_tensors, flux_tensors, write_checkpoint
-
-    tiny = FLUX_SIZES["tiny"]
-    other = FluxSize(tiny.hidden, 3, 3, tiny.context, tiny.pooled, tiny.guidance)
-    for seed, (name, size) in enumerate(zip(NAMES, (tiny, tiny, other), strict=True)):
-        write_checkpoint(folder / f"{name}.safetensors", flux_tensors(size), seed)
-        write_checkpoint(folder / f"{name}-lora.safetensors", flux_lora_tensors(size, 8), seed)
-
-
 def main() -> None:
     comfyui, models, prompts, seed, *flags = sys.argv[1:]
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
     import comfy_host
 
     comfy_host.start(Path(comfyui), flags)
+    comfy_host.load_pack("WeightStreamOffloadSettings")
     import folder_paths
     import torch
+    from soak_workflow import Workflow, write_files
 
-    write_models(Path(models))
+    write_files(Path(models))
     folder_paths.add_model_folder_path("diffusion_models", models)
-    soak = Soak(Path(models), int(seed), comfy_host.load_pack("WeightStreamModelLoader"))
+    soak = Soak(Workflow(Path(models)), int(seed))
     began = time.monotonic()
     soak.run(int(prompts))
     device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "virtual"
