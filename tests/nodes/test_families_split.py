@@ -1,0 +1,46 @@
+"""Blocks of every family on two devices in turn: what crosses the boundary arrives, and is what it should be.
+
+Virtual devices: tensors on the second are copies, so what one block writes the others see only if it is handed on.
+"""
+
+from __future__ import annotations
+
+import comfy.model_management as mm
+import pytest
+import torch
+from families import FAMILIES
+from family_models import build_tiny, sample, whole
+from weightstream.nodes.streamed_model import model_dtype
+from weightstream.streaming import split_model
+from weightstream.streaming.handoff import Boundary
+from weightstream.streaming.links import Links
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HOME, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
+
+
+class CountingLinks(Links):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moves = 0
+
+    def move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self.moves += 1
+        return super().move(tensor, device)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_runs_on_two_devices(name: str) -> None:
+    family = FAMILIES[name]
+    model = build_tiny(name, family)
+    expected = sample(whole(model), family)
+    links = CountingLinks()
+    boundary = Boundary(HOME, links)
+    blocks = [block.module for block in split_model(model, model_dtype, minimum_share=0).blocks]
+    boundary.attach(model.diffusion_model, [(block, SECOND if i % 2 else HOME) for i, block in enumerate(blocks)])
+    latents = sample(whole(model), family)
+    assert torch.equal(latents, expected)
+    assert links.moves > 0 or len(blocks) == 1
+    mm.unload_all_models()
