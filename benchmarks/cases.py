@@ -46,6 +46,7 @@ TINY_MODELS = {FLUX_DEV: FLUX_TINY, QWEN_IMAGE: QWEN_IMAGE_TINY, WAN: WAN_TINY, 
 DYNAMIC_CONTENDERS = ("weightstream", "comfy-dynamic")
 COMFY_CONTENDERS = (*DYNAMIC_CONTENDERS, "comfy-static")
 PEERS = ("diffusers-block", "diffusers-leaf", "mmgp")
+TWO_GPU_CONTENDERS = ("weightstream", "weightstream-one-gpu", "comfy-dynamic")
 LIMITS = ("resident", "h2d")
 
 
@@ -59,6 +60,8 @@ class Case:
         free_gb: VRAM that is free when a contender's process starts; None leaves the whole card.
         stream_all: keep as little on the card as the contender can, whatever is free.
         compiled: by torch.compile: "whole", as the host's node does it, or "blocks", each by itself; "" for not at all.
+        gpus: over which "weightstream" splits the model; everybody else has the first. Each has ``free_gb``.
+        split: how much each GPU gets, as the placement node has it.
         steps: denoising steps that are measured unless the command line says how many; None for the usual number.
         contenders: who runs by default, beside the two limits.
     """
@@ -71,6 +74,8 @@ class Case:
     free_gb: float | None = None
     stream_all: bool = False
     compiled: str = ""
+    gpus: int = 1
+    split: str = "auto"
     steps: int | None = None
     contenders: tuple[str, ...] = DYNAMIC_CONTENDERS
     tiny: bool = False
@@ -90,6 +95,11 @@ class Case:
     def limits_key(self) -> tuple[str, tuple[int, ...], str]:
         """Cases that agree in this have the same compute time with everything resident."""
         return self.model.name, self.latent_shape, self.compiled
+
+    @property
+    def devices(self) -> str:
+        """The placement node's input."""
+        return ",".join(f"gpu:{number}" for number in range(self.gpus))
 
     def shrunk(self) -> Case:
         """The same case in a size that a CPU runs in a second, to try the scripts."""
@@ -120,5 +130,21 @@ CASES = {
         Case("wan-480p-8gb", WAN, 832, 480, frames=33, free_gb=8, steps=LONG_STEPS),
         Case("wan-480p-16gb", WAN, 832, 480, frames=33, free_gb=16, steps=LONG_STEPS),
         Case("sd35-1024-8gb", SD35, 1024, 1024, free_gb=8),
+        Case("2gpus-flux-1024-streamed", FLUX_DEV, 1024, 1024, stream_all=True, gpus=2, contenders=TWO_GPU_CONTENDERS),
+        Case("2gpus-flux-1024-8gb", FLUX_DEV, 1024, 1024, free_gb=8, gpus=2, contenders=TWO_GPU_CONTENDERS),
+        Case("2gpus-flux-1024-fits", FLUX_DEV, 1024, 1024, gpus=2, split="equal", contenders=("weightstream",)),
+        Case("2gpus-qwen-1328-24gb", QWEN_IMAGE, 1328, 1328, free_gb=24, gpus=2, contenders=TWO_GPU_CONTENDERS),
+        Case("2gpus-qwen-1328-fits", QWEN_IMAGE, 1328, 1328, gpus=2, split="equal", contenders=("weightstream",)),
+        Case(
+            "2gpus-wan-480p-12gb",
+            WAN,
+            832,
+            480,
+            frames=33,
+            free_gb=12,
+            gpus=2,
+            steps=LONG_STEPS,
+            contenders=TWO_GPU_CONTENDERS,
+        ),
     )
 }

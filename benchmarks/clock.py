@@ -8,8 +8,9 @@ import torch
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Wait for all GPUs."""
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(gpu)
 
 
 class StepClock:

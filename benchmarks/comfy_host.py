@@ -78,13 +78,16 @@ def end_of_node() -> None:
         comfy_aimdo.model_vbar.vbars_reset_watermark_limits()
 
 
-def load_pack(node_id: str) -> type:
-    """The pack's node ``node_id``, from a folder that is loaded by its file location as every custom node is."""
-    spec = importlib.util.spec_from_file_location("weightstream_pack", ROOT / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    for node in asyncio.run(_node_list(module)):
+def load_pack(node_id: str, name: str = "weightstream_pack") -> type:
+    """The pack's node ``node_id``, from a folder that is loaded by its file location as every custom node is.
+
+    Its modules are those of a package ``name``.
+    """
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    for node in asyncio.run(_node_list(sys.modules[name])):
         if node.GET_SCHEMA().node_id == node_id:
             return node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     raise RuntimeError(f"the pack has no node {node_id}")

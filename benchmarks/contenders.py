@@ -70,6 +70,11 @@ def load_with_weightstream(job: Job) -> Any:
     node = comfy_host.load_pack("WeightStreamModelLoader")
     output = node.execute(unet_name=job.checkpoint.name, weight_dtype="default", vram_limit_gb=job.case.vram_limit_gb)
     model = output.args[0]
+    if job.case.gpus > 1 and job.contender != "weightstream-one-gpu":
+        place = comfy_host.load_pack("WeightStreamGPUPlacement")
+        model = place.execute(model, devices=job.case.devices, split=job.case.split).args[0]
+        if len(model.streamers) != job.case.gpus:
+            raise RuntimeError("the model was not split; its log says why")
     if not hasattr(model, "status"):
         raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
     return model
@@ -153,7 +158,10 @@ def measure_comfy(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
 
 
 def step_figures(clock: Any, job: Job) -> dict[str, Any]:
-    """Step times, and memory as torch and as the device count it (aimdo's own memory only shows in the latter)."""
+    """Step times, and memory as torch counts it, on the GPU that took most, and as the first GPU does.
+
+    aimdo's own memory only shows in the latter.
+    """
     import torch
 
     steps = clock.step_seconds()
@@ -162,16 +170,16 @@ def step_figures(clock: Any, job: Job) -> dict[str, Any]:
         total = torch.cuda.mem_get_info()[1]
         used_by_others = total - job.free_bytes
         figures["peak_bytes"] = {
-            "torch_allocated": torch.cuda.max_memory_allocated(),
-            "torch_reserved": torch.cuda.max_memory_reserved(),
+            "torch_allocated": max(map(torch.cuda.max_memory_allocated, range(job.case.gpus))),
+            "torch_reserved": max(map(torch.cuda.max_memory_reserved, range(job.case.gpus))),
             "device": clock.peak_used_bytes - used_by_others,
         }
     return figures
 
 
 def plan_of(model: Any) -> Any:
-    """What our loader's model has decided to keep and to stream; None for everybody else's."""
-    return getattr(getattr(model, "streamer", None), "plan", None)
+    """What our loader's model has decided to keep and to stream on each GPU; nothing for everybody else's."""
+    return [streamer.plan for streamer in getattr(model, "streamers", ())]
 
 
 def weight_figures(model: Any, plan: Any) -> dict[str, Any]:
@@ -180,12 +188,14 @@ def weight_figures(model: Any, plan: Any) -> dict[str, Any]:
     ``plan`` is the one that the measured run began with: had it changed since, not all of its steps were alike.
     """
     if hasattr(model, "status"):
-        report = model.status()
+        reports = [streamer.snapshot().as_dict() for streamer in model.streamers]
         return {
-            "kept_bytes": report["resident_bytes"] + report["rest_bytes"],
-            "streamed_bytes": report["streamed_block_bytes"],
+            "gpus": len(reports),
+            "kept_bytes": sum(report["resident_bytes"] + report["rest_bytes"] for report in reports),
+            "streamed_bytes": sum(report["streamed_block_bytes"] for report in reports),
             "plan_constant": plan_of(model) == plan,
-            "status": report,
+            "status": reports[0],
+            "status_of_others": reports[1:],
         }
     kept = int(model.loaded_size())
     return {"kept_bytes": kept, "streamed_bytes": max(0, int(model.model_size()) - kept)}
@@ -195,26 +205,39 @@ def weight_figures(model: Any, plan: Any) -> dict[str, Any]:
 
 
 def measure_h2d(job: Job) -> dict[str, Any]:
-    """Page-locked memory to the device in 64 MB copies, as many bytes as the checkpoint has, nothing else running."""
+    """Page-locked memory to the device in 64 MB copies, as many bytes as the checkpoint has, nothing else running.
+
+    Where the case has several GPUs, to all of them at once too.
+    """
+    alone = _h2d_rates(job, 1)
+    figures = {"h2d_bytes_per_s": statistics.median(alone[1:]), "h2d_gb_per_s": [rate / GB for rate in alone]}
+    if job.case.gpus > 1:
+        together = _h2d_rates(job, job.case.gpus)
+        figures["h2d_of_all_gpus_bytes_per_s"] = statistics.median(together[1:])
+    return figures
+
+
+def _h2d_rates(job: Job, gpus: int) -> list[float]:
+    """Bytes per second to ``gpus`` GPUs in sum."""
     import torch
 
     cuda = torch.cuda.is_available()
     chunk = (64 if cuda else 1) << 20
-    host = torch.empty(16 * chunk, dtype=torch.uint8, pin_memory=cuda).fill_(1)
-    device = torch.empty_like(host, device="cuda" if cuda else "cpu")
+    hosts = [torch.empty(16 * chunk, dtype=torch.uint8, pin_memory=cuda).fill_(1) for _ in range(gpus)]
+    devices = [torch.empty_like(host, device=f"cuda:{gpu}" if cuda else "cpu") for gpu, host in enumerate(hosts)]
     copies = -(-os.path.getsize(job.checkpoint) // chunk)
-    rates = [copies * chunk / _copy_seconds(host, device, chunk, copies) for _ in range(6)]
-    return {"h2d_bytes_per_s": statistics.median(rates[1:]), "h2d_gb_per_s": [rate / GB for rate in rates]}
+    return [copies * chunk * gpus / _copy_seconds(hosts, devices, chunk, copies) for _ in range(6)]
 
 
-def _copy_seconds(host: Any, device: Any, chunk: int, copies: int) -> float:
+def _copy_seconds(hosts: list, devices: list, chunk: int, copies: int) -> float:
     from clock import synchronize
 
     synchronize()
     started = time.perf_counter()
     for number in range(copies):
-        at = number * chunk % host.numel()
-        device[at : at + chunk].copy_(host[at : at + chunk], non_blocking=True)
+        at = number * chunk % hosts[0].numel()
+        for host, device in zip(hosts, devices, strict=True):
+            device[at : at + chunk].copy_(host[at : at + chunk], non_blocking=True)
     synchronize()
     return time.perf_counter() - started
 
@@ -236,6 +259,7 @@ NAMES = (
     "h2d",
     "weightstream",
     "weightstream-static",
+    "weightstream-one-gpu",
     "comfy-dynamic",
     "comfy-static",
     "diffusers-block",

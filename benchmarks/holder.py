@@ -1,9 +1,9 @@
-"""Hold the part of a GPU that a case wants not to be free, until standard input closes.
+"""Hold the part of GPUs that a case wants not to be free, until standard input closes.
 
-    python holder.py [FREE_GB]
+    python holder.py GPUS [FREE_GB]
 
-Every line on standard input is answered by one line of JSON: bytes ``free`` and ``total`` on the device. Free counts
-what the driver gives out now, so a contender's own CUDA context (about 0.5 GB) still has to come out of it.
+Every line on standard input is answered by one line of JSON: bytes ``free`` on the fullest of the first GPUS. Free
+counts what the driver gives out now, so a contender's own CUDA context (about 0.5 GB) still has to come out of it.
 """
 
 from __future__ import annotations
@@ -16,26 +16,22 @@ import torch
 GB = 1_000_000_000
 
 
-def hold(free_gb: float) -> torch.Tensor:
+def hold(gpu: int, free_gb: float) -> torch.Tensor:
     """Allocate everything but ``free_gb``."""
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(gpu)
     surplus = int(free - free_gb * GB)
     if surplus < 0:
-        raise SystemExit(f"only {free / GB:.1f} GB are free; cannot leave {free_gb} GB")
-    return torch.empty(surplus, dtype=torch.uint8, device="cuda")
-
-
-def device_memory() -> dict[str, int]:
-    if not torch.cuda.is_available():
-        return {"free": 0, "total": 0}
-    free, total = torch.cuda.mem_get_info()
-    return {"free": free, "total": total}
+        raise SystemExit(f"only {free / GB:.1f} GB are free on GPU {gpu}; cannot leave {free_gb} GB")
+    return torch.empty(surplus, dtype=torch.uint8, device=f"cuda:{gpu}")
 
 
 def main() -> None:
-    held = hold(float(sys.argv[1])) if len(sys.argv) > 1 else None
+    gpus, *free_gb = sys.argv[1:]
+    there = range(int(gpus) if torch.cuda.is_available() else 0)
+    held = [hold(gpu, float(free_gb[0])) for gpu in there] if free_gb else []
     for _ in sys.stdin:
-        print(json.dumps(device_memory()), flush=True)
+        free = min((torch.cuda.mem_get_info(gpu)[0] for gpu in there), default=0)
+        print(json.dumps({"free": free}), flush=True)
     del held
 
 

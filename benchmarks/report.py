@@ -38,6 +38,7 @@ def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str
         "tiny": case.tiny,
         "picture": [case.width, case.height],
         "frames": case.frames,
+        "gpus": case.gpus,
         "free_gb": case.free_gb,
         "vram_limit_gb": case.vram_limit_gb,
         "compiled": case.compiled,
@@ -45,6 +46,7 @@ def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str
         "versions": merge_versions([*limits.values(), *runs.values()]),
         "resident_step_s": resident.get("step_s"),
         "h2d_bytes_per_s": h2d.get("h2d_bytes_per_s"),
+        "h2d_of_all_gpus_bytes_per_s": h2d.get("h2d_of_all_gpus_bytes_per_s"),
         "h2d_s": ours.get("h2d_s"),
         "floor_s": ours.get("floor_s"),
         "ratio_to_floor": ours.get("ratio_to_floor"),
@@ -59,11 +61,14 @@ def annotate(run: dict, resident: dict, h2d: dict, dynamic: dict) -> dict:
     run = dict(run)
     if "step_s" not in run:
         return run
-    if predicted := run.get("status", {}).get("predicted_step_seconds"):
+    on_several = run.get("gpus", 1) > 1
+    predicted = run.get("status", {}).get("predicted_step_seconds")
+    if predicted and not on_several:  # Each GPU predicts its own part.
         run["predicted_step_s"] = predicted
         run["predicted_to_measured"] = predicted / run["step_s"]
-    if "h2d_bytes_per_s" in h2d and run.get("streamed_bytes") is not None:
-        run["h2d_s"] = run["streamed_bytes"] / h2d["h2d_bytes_per_s"]
+    rate = h2d.get("h2d_of_all_gpus_bytes_per_s" if on_several else "h2d_bytes_per_s")
+    if rate is not None and run.get("streamed_bytes") is not None:
+        run["h2d_s"] = run["streamed_bytes"] / rate
         if "step_s" in resident:
             run["floor_s"] = max(resident["step_s"], run["h2d_s"])
             run["ratio_to_floor"] = run["step_s"] / run["floor_s"]
@@ -126,7 +131,9 @@ def escape(text: str) -> str:
 
 def limit_row(result: dict) -> list[str]:
     rate = result.get("h2d_bytes_per_s")
+    of_all = result.get("h2d_of_all_gpus_bytes_per_s")
     wire = f"H2D {rate / GB:.1f} GB/s" if rate else "H2D not measured"
+    wire += f", of {result['gpus']} GPUs together {of_all / GB:.1f} GB/s" if of_all else ""
     load = number(result["limits"].get("resident", {}).get("load_s"), "{:.1f}")
     return [result["case"], f"all resident ({wire})", number(result["resident_step_s"]), *[""] * 6, load, ""]
 

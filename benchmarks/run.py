@@ -57,7 +57,7 @@ def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, 
     names = args.contenders or [*LIMITS, *case.contenders]
     case_limits = measure_limits(case, names, checkpoint, args, limits, deadline)
     runs: dict[str, dict] = {}
-    with hold_back_vram(case.free_gb) as holder:
+    with hold_back_vram(case.gpus, case.free_gb) as holder:
         for name in names:
             if name in LIMITS:
                 continue
@@ -70,10 +70,10 @@ def measure_limits(
     case: Case, names: list[str], checkpoint: Path, args: argparse.Namespace, known: dict, deadline: float
 ) -> dict[str, dict]:
     """The limits of ``case``. Cases of the same shapes in one call share them; each says where it was measured."""
-    keys = {"resident": (case.limits_key, measured_steps(case, args)), "h2d": "h2d"}
+    keys = {"resident": (case.limits_key, measured_steps(case, args)), "h2d": ("h2d", case.gpus)}
     missing = [name for name in LIMITS if name in names and keys[name] not in known]
     if missing:
-        with hold_back_vram(None) as holder:
+        with hold_back_vram(case.gpus, None) as holder:
             for name in missing:
                 result = run_contender(case, name, checkpoint, args, holder, deadline)
                 known[keys[name]] = result | {"measured_in": case.name}
@@ -119,7 +119,7 @@ class HolderError(RuntimeError):
 
 
 class Holder:
-    """A process that holds VRAM and answers how much of the device is free."""
+    """A process that holds VRAM and answers how much of a device is free."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
@@ -143,9 +143,9 @@ class Holder:
 
 
 @contextlib.contextmanager
-def hold_back_vram(free_gb: float | None) -> Iterator[Holder]:
-    """Leave ``free_gb`` free on the device while the block runs; None holds nothing, and only answers."""
-    command = [sys.executable, str(HERE / "holder.py"), *([str(free_gb)] if free_gb is not None else [])]
+def hold_back_vram(gpus: int, free_gb: float | None) -> Iterator[Holder]:
+    """Leave ``free_gb`` free on each of ``gpus`` while the block runs; None holds nothing, and only answers."""
+    command = [sys.executable, str(HERE / "holder.py"), str(gpus), *([str(free_gb)] if free_gb is not None else [])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Holder(process)
@@ -214,7 +214,7 @@ def child_environment(case: Case) -> dict[str, str]:
 
 
 def _tiny_environment(case: Case) -> dict[str, str]:
-    return {"WEIGHTSTREAM_VIRTUAL": f"1x{case.model.virtual}", "CUDA_VISIBLE_DEVICES": ""}
+    return {"WEIGHTSTREAM_VIRTUAL": f"{case.gpus}x{case.model.virtual}", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def last_lines(log: Path, count: int = 8) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.checkpoints import write_flux
+from tools.checkpoints import write_flux, write_flux_lora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -34,6 +34,28 @@ def test_each_part_runs_on_each_device(
 ) -> None:
     write_flux(tmp_path / "tiny-flux.safetensors")
     assert differences("placement_program.py", flags) == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("peer", ["", "0"], ids=["straight", "through-ram"])
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_a_split_model_gives_the_latents_of_a_whole_one(
+    tmp_path: Path,
+    differences: Callable[[str, list[str]], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    peer: str,
+) -> None:
+    monkeypatch.setenv("WEIGHTSTREAM_PEER", peer)
+    write_flux(tmp_path / "tiny-flux.safetensors")
+    write_flux_lora(tmp_path / "tiny-lora.safetensors")
+    expected = ["links verified"] if peer else []  # Where the user says so, nothing goes straight.
+    assert differences("split_program.py", flags) == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_every_family_gives_the_latents_of_one_gpu(differences: Callable[[str, list[str]], list[str]]) -> None:
+    assert differences("families_program.py", FLAGS["static"]) == []
 
 
 def run(*command: str) -> str:

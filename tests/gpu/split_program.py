@@ -1,0 +1,128 @@
+"""A MODEL whose blocks lie on two GPUs: prints which latents agree with those of one, as JSON in the last line.
+
+    python split_program.py COMFYUI MODELS [host flags]
+
+As host_program.py. With --cpu, and WEIGHTSTREAM_VIRTUAL=2x14MB, it runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STRENGTHS = (0.0, 0.7, -0.4, 0.0)
+REPEATS = 8
+
+
+def main() -> None:
+    comfyui, models, *flags = sys.argv[1:]
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
+    import comfy_host
+
+    comfy_host.start(Path(comfyui), flags)
+    import comfy.hooks
+    import comfy.model_management as mm
+    import comfy.sd
+    import folder_paths
+    import torch
+    from sampling import MB, MODEL, sample, sample_with_hook, with_lora
+
+    for kind in ("diffusion_models", "loras"):
+        folder_paths.add_model_folder_path(kind, models)
+    node = comfy_host.load_pack("WeightStreamGPUPlacement")
+    from weightstream_pack.nodes import parts
+    from weightstream_pack.nodes.loader import load_streamed
+
+    def split(model, **inputs):
+        with torch.inference_mode():
+            return node.execute(model, **inputs).args[0]
+
+    def where(model):
+        """A run's latents, and on which devices the layers of blocks have computed."""
+        seen = []
+        handles = []
+        for block, _ in model.streamed.placed:
+            layer = next(module for module in block.modules() if isinstance(module, torch.nn.Linear))
+            handles.append(layer.register_forward_hook(lambda _l, _i, output: seen.append(output.device)))
+        latent = sample(model, steps=1)
+        for handle in handles:
+            handle.remove()
+        return latent, seen
+
+    def agrees(case: str, ones, others) -> None:
+        agree[case] = agree.get(case, True) and torch.equal(ones, others)
+
+    agree: dict[str, bool] = {}
+    path = str(Path(models) / MODEL)
+    with torch.inference_mode():
+        native = comfy.sd.load_diffusion_model(path)
+    expected = {}
+    for _ in range(2):  # The second is with the weights settled on the card.
+        for strength in STRENGTHS:
+            expected[strength] = sample(with_lora(native, strength) if strength else native)
+        one_step = sample(native, steps=1)
+        hooked = {mode: sample_with_hook(native, mode) for mode in comfy.hooks.EnumHookMode}
+    agree["links verified"] = all(
+        parts.links.is_sound(torch.device("cuda", one), torch.device("cuda", other))
+        for one in range(torch.cuda.device_count())
+        for other in range(torch.cuda.device_count())
+        if one != other
+    )
+
+    # How much of the model each device may hold: it streams to both, or fits.
+    for limit in (38, 46, 0):
+        with torch.inference_mode():
+            streamed = load_streamed(path, {}, vram_limit=native.model_size() * limit // 100 or None)
+        for devices in ("gpu:0,gpu:1", "gpu:1,gpu:0"):
+            case = f"limit {limit} %, {devices}"
+            model = split(streamed, devices=devices, split="auto" if limit else "equal")
+            sample(model)  # A GPU's first may differ from all of its later ones.
+            for _ in range(REPEATS):
+                for strength in STRENGTHS:
+                    latent = sample(with_lora(model, strength) if strength else model)
+                    agrees(f"{case}, lora {strength}", latent, expected[strength])
+            latent, seen = where(model)
+            agrees(f"{case}, one step", latent, one_step)
+            wanted = [torch.empty(0, device=device).device for _, device in model.streamed.placed]
+            agree[f"{case}, computed where it should"] = seen == wanted
+            for mode, latents in hooked.items():
+                agrees(f"{case}, hook {mode.name}", sample_with_hook(model, mode), latents)
+            modes = {streamer.snapshot().mode for streamer in model.streamers}
+            agree[f"{case}, mode"] = ("streamed" in modes) is bool(limit) or torch.device("cpu") in wanted
+            if devices == "gpu:1,gpu:0" and limit == 46:
+                part = model.parts[0]
+                before = part.loaded_size()
+                freed = part.partially_unload(part.offload_device, 2 * MB)
+                agree[f"{case}, gave way"] = before - part.loaded_size() == freed > 0
+                agrees(f"{case}, after giving way", sample(model), expected[0.0])
+
+                def interrupt(*_):
+                    raise mm.InterruptProcessingException
+
+                handle = model.streamed.placed[3][0].register_forward_pre_hook(interrupt)
+                try:
+                    sample(model)
+                    agree[f"{case}, interrupted"] = False
+                except mm.InterruptProcessingException:
+                    handle.remove()
+                agrees(f"{case}, after an interrupt", sample(model), expected[0.0])
+            misses = sum(streamer.counters.misses for streamer in model.streamers)
+            agree[f"{case}, no miss"] = misses == 0 or limit == 46
+            mm.unload_all_models()
+            agree[f"{case}, memory given back"] = [s.device_bytes for s in model.streamers] == [0, 0]
+            agrees(f"{case}, after unloading", sample(model), expected[0.0])
+            del model
+    # A MODEL of the host's own loader.
+    model = split(native, devices="gpu:0,gpu:1", split="ratio", ratio="60,40")
+    for strength in STRENGTHS:
+        for _ in range(2):
+            latent = sample(with_lora(model, strength) if strength else model)
+        agrees(f"the host's own, lora {strength}", latent, expected[strength])
+    agrees("the one that came in", sample(native), expected[0.0])
+    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
+
+
+if __name__ == "__main__":
+    main()
