@@ -15,6 +15,7 @@ from ..streaming.device_names import CPU, DEFAULT
 from . import status
 from .components import clip_on, model_on, vae_on
 from .gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
+from .parts import OneDeviceError
 from .split import split_over
 
 NAME = "GPU Placement"
@@ -176,11 +177,17 @@ class Placing:
         if len(choice.names) > 1:
             devices = [self.gpus[name] for name in choice.names]
             try:
-                placed = split_over(model, devices, split, choice.shares, self.node_id)
+                placed, left_out = split_over(model, devices, split, choice.shares, self.node_id)
+            except OneDeviceError as error:
+                self.say(f"MODEL is not split, {error}")
+                return self.place("MODEL", model, choice.names[error.device], model_on)
             except UnsupportedModelError as error:
                 self.say(f"MODEL is not split, {error}")
             else:
-                self.say(f"MODEL on {', '.join(choice.names)}")
+                used = [name for place, name in enumerate(choice.names) if place not in left_out]
+                self.say(f"MODEL on {', '.join(used)}")
+                for place, reason in sorted(left_out.items()):
+                    self.say(f"{choice.names[place]} is left out, {reason}")
                 return placed
         return self.place("MODEL", model, choice.names[0], model_on)
 

@@ -17,7 +17,7 @@ import comfy.model_management as mm
 import torch
 
 from ..streaming import Backend, Plan, Streamer, UnsupportedModelError
-from ..streaming.assignment import Assignment, DeviceRoom, assign, describe
+from ..streaming.assignment import Assignment, DeviceRoom, describe, distribute
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
 from . import status
@@ -73,9 +73,21 @@ class PartPatcher(StreamedModelPatcher):
         return owner
 
 
+class OneDeviceError(UnsupportedModelError):
+    """A model has all of its blocks on one device.
+
+    Attributes:
+        device: its place among those that were asked for.
+    """
+
+    def __init__(self, device: int, reason: str) -> None:
+        super().__init__(reason)
+        self.device = device
+
+
 def split_blocks(
     patcher: StreamedModelPatcher, devices: Sequence[torch.device], shares: Sequence[float] | None
-) -> StreamedModelPatcher:
+) -> dict[int, str]:
     """Have the blocks of a model that nobody has loaded or cloned yet run on ``devices``, the first its home.
 
     Args:
@@ -83,19 +95,26 @@ def split_blocks(
         devices: at least two, of one kind.
         shares: of each device in the bytes of blocks; None has them follow from free memory.
 
+    Returns:
+        Why some devices get no blocks, by their places in ``devices``.
+
     Raises:
-        UnsupportedModelError: nothing streams to one of the devices.
-        BudgetError: a device has no room for the largest block.
+        OneDeviceError: only one can take some.
+        UnsupportedModelError: nothing streams to one of the devices, or the blocks cannot be parted.
         ConfigError: shares are not one positive number for each device.
     """
     streamed, blocks = patcher.streamed, patcher.streamer.blocks
+    if any(block.tied for block in blocks.blocks):
+        raise UnsupportedModelError("its blocks share tensors")
     backends = [make_backend(device) for device in devices]
     sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
-    if len(sizes) < len(devices):
-        raise UnsupportedModelError(f"it has {len(sizes)} blocks for {len(devices)} devices")
     rooms = [DeviceRoom(_room(backend, patcher.settings)) for backend in backends]
-    rooms[0] = DeviceRoom(max(0.0, rooms[0].nbytes - blocks.rest.nbytes))
-    assignment = assign(sizes, rooms, shares)
+    found = distribute(sizes, blocks.rest.nbytes, rooms, shares)
+    if len(found.devices) == 1:
+        reasons = "; ".join(f"{backends[place].name}: {reason}" for place, reason in sorted(found.left_out.items()))
+        raise OneDeviceError(found.devices[0], reasons or "no device has room for its largest block")
+    devices = [devices[place] for place in found.devices]
+    backends, assignment = [backends[place] for place in found.devices], found.assignment
     streamers = [
         _streamer_of_part(patcher, assignment, number, backend, streamed.bar if number == 0 else LoadingBar(None))
         for number, backend in enumerate(backends)
@@ -114,7 +133,7 @@ def split_blocks(
     places = [devices[number] for number in assignment.devices]
     streamed.boundary = Boundary(devices[0], links)
     streamed.placed = [(block.module, place) for block, place in zip(blocks.blocks, places, strict=True)]
-    return patcher
+    return found.left_out
 
 
 def _room(backend: Backend, settings: OffloadSettings) -> float:
@@ -128,7 +147,7 @@ def _streamer_of_part(
     patcher: StreamedModelPatcher, assignment: Assignment, number: int, backend: Backend, bar: LoadingBar
 ) -> Streamer:
     whole = patcher.streamer
-    blocks = whole.blocks.part(assignment.blocks_of(number), with_rest=number == 0)
+    blocks = whole.blocks.part(assignment.blocks_of(number), with_outside=number == 0)
     config = host_config(patcher.settings, backend)
     return Streamer(whole.root, blocks, backend, config, pins, evictable, bar)
 

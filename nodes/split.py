@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -14,7 +15,19 @@ from .patcher import PARTS, StreamedModelPatcher
 from .takeover import anew, carry_over, check_what_hangs_on
 
 # The last split of a model that came in, for as long as that lives: what did not change is not loaded anew.
-_splits: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, StreamedModelPatcher]] = weakref.WeakKeyDictionary()
+_splits: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, Split]] = weakref.WeakKeyDictionary()
+
+
+class Split(NamedTuple):
+    """A MODEL over several devices.
+
+    Attributes:
+        patcher: of it.
+        left_out: why some devices got nothing of it, by their places among those that were asked for.
+    """
+
+    patcher: StreamedModelPatcher
+    left_out: dict[int, str]
 
 
 def split_over(
@@ -23,7 +36,7 @@ def split_over(
     split: str,
     ratio: Sequence[float] | None,
     node_id: str | None,
-) -> ModelPatcher:
+) -> Split:
     """A MODEL like ``model`` whose blocks lie on ``devices``, the preferred one first.
 
     Args:
@@ -34,17 +47,19 @@ def split_over(
         node_id: of the node that asks.
 
     Raises:
+        OneDeviceError: only one of the devices can take blocks.
         UnsupportedModelError: it cannot be split; the message says why.
     """
     check_what_hangs_on(model)
     shares = {"auto": None, "equal": [1.0] * len(devices), "ratio": ratio}[split]
     key = (tuple(devices), None if shares is None else tuple(shares))
-    known, base = _splits.get(model.model, (None, None))
-    if known != key:
+    known, split_before = _splits.get(model.model, (None, None))
+    if split_before is None or known != key:
         fresh = anew(model, node_id)
         fresh.settings, fresh.node_id = getattr(model, "settings", OffloadSettings()), node_id
-        base = split_blocks(fresh, devices, shares)
-        _splits[model.model] = key, base
+        split_before = Split(fresh, split_blocks(fresh, devices, shares))
+        _splits[model.model] = key, split_before
+    base = split_before.patcher
     ours = base.clone()
     parts = ours.parts
     carry_over(model, ours)
@@ -52,4 +67,4 @@ def split_over(
     ours.set_additional_models(PARTS, parts)
     ours.wrap_steps()
     ours.settings, ours.node_id = base.settings, node_id
-    return ours
+    return Split(ours, split_before.left_out)

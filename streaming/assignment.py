@@ -10,7 +10,7 @@ shares are such that all links need the same time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import format_bytes
 from .errors import ConfigError
@@ -68,6 +68,63 @@ def assign(
         if all(nbytes <= room.nbytes for nbytes, room in zip(given, rooms, strict=True)):
             return Assignment(runs, True)
     return Assignment(_in_turn(block_bytes, wanted), len(rooms) == 1)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Blocks on those devices that can take some.
+
+    Attributes:
+        devices: numbers of the devices that take part, the home first.
+        assignment: of blocks to positions in ``devices``.
+        left_out: why the others do not take part, by their numbers.
+    """
+
+    devices: tuple[int, ...]
+    assignment: Assignment
+    left_out: dict[int, str]
+
+
+def distribute(
+    block_bytes: Sequence[int],
+    rest_bytes: int,
+    rooms: Sequence[DeviceRoom],
+    shares: Sequence[float] | None = None,
+) -> Distribution:
+    """Give out blocks to the devices that have room for the largest, and leave those out that get none.
+
+    Args:
+        block_bytes: sizes of the blocks, in their order; at least one.
+        rest_bytes: what is in no block, for the first device.
+        rooms: of the devices, in the order of preference.
+        shares: as for :func:`assign`.
+
+    Raises:
+        ConfigError: shares are not one positive number for each device.
+    """
+    if shares is not None:
+        _bytes_by_share(1, rooms, shares)
+    devices, left_out = list(range(len(rooms))), dict[int, str]()
+    while len(devices) > 1:
+        used = {device: rest_bytes if device == devices[0] else 0 for device in devices}
+        full = [device for device in devices if rooms[device].nbytes < max(block_bytes) + used[device]]
+        if len(full) == len(devices):
+            devices = devices[:1]
+            break
+        if full:
+            room = format_bytes(max(0, rooms[full[0]].nbytes))
+            least = format_bytes(max(block_bytes) + used[full[0]])
+            left_out[full[0]] = f"it has room for {room} of weights, and needs {least} at least"
+            devices.remove(full[0])
+            continue
+        here = [replace(rooms[device], nbytes=rooms[device].nbytes - used[device]) for device in devices]
+        assignment = assign(block_bytes, here, shares and [shares[device] for device in devices])
+        idle = [device for place, device in enumerate(devices) if not assignment.blocks_of(place)]
+        if not idle:
+            return Distribution(tuple(devices), assignment, left_out)
+        left_out[idle[0]] = "no block is left for it"
+        devices.remove(idle[0])
+    return Distribution(tuple(devices), Assignment((0,) * len(block_bytes), True), left_out)
 
 
 def _bytes_by_room(total: int, rooms: Sequence[DeviceRoom], fits: bool) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -61,20 +61,35 @@ class Block:
         name: full name from the model's root.
         module: the layer.
         units: what it consists of, without small ones and tensors that it shares with another block.
+        small: tensors of its small modules, which are in the rest.
+        tied: whether it shares tensors with another block, or with what is in none.
     """
 
     index: int
     name: str
     module: nn.Module = field(repr=False)
     units: tuple[Unit, ...] = field(repr=False)
+    small: tuple[NamedTensor, ...] = field(repr=False)
+    tied: bool
 
 
 @dataclass(frozen=True)
 class BlockSet:
-    """A model cut into blocks and a rest that always stays on the device."""
+    """A model cut into blocks and a rest that always stays on the device.
+
+    Attributes:
+        blocks: the blocks.
+        outside: tensors that belong to no block, or to several.
+    """
 
     blocks: tuple[Block, ...]
-    rest: Unit
+    outside: tuple[NamedTensor, ...] = field(repr=False)
+
+    @cached_property
+    def rest(self) -> Unit:
+        """What is outside, and small tensors of blocks."""
+        small = [item for block in self.blocks for item in block.small]
+        return Unit(-1, -1, "rest", None, make_layout([*self.outside, *small]))
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -103,8 +118,8 @@ class BlockSet:
             self.rest.nbytes,
         )
 
-    def part(self, blocks: Collection[int], with_rest: bool) -> BlockSet:
-        """Some of the blocks as a set of their own, numbered anew in the same order; ``with_rest`` also the rest."""
+    def part(self, blocks: Collection[int], with_outside: bool) -> BlockSet:
+        """Some of the blocks as a set of their own, numbered anew in the same order."""
         chosen = [self.blocks[number] for number in sorted(blocks)]
         before = 0
         parts = []
@@ -112,7 +127,7 @@ class BlockSet:
             units = [replace(unit, index=before + i, block=index) for i, unit in enumerate(block.units)]
             before += len(units)
             parts.append(replace(block, index=index, units=tuple(units)))
-        return BlockSet(tuple(parts), self.rest if with_rest else replace(self.rest, layout=make_layout(())))
+        return BlockSet(tuple(parts), self.outside if with_outside else ())
 
 
 def _kind(block: Block) -> object:
@@ -200,16 +215,18 @@ def split_model(
     owners = _owners(model, found, tensors)
     blocks: list[Block] = []
     first = 0
+    shared = {id(place.holder) for item in owners[-1] for place in item.places}
     for index, (name, module) in enumerate(found):
-        units = tuple(_units(index, name, module, owners, first))
-        blocks.append(Block(index, name, module, units))
+        small: list[NamedTensor] = []
+        units = tuple(_units(index, name, module, owners[index], first, small))
+        blocks.append(Block(index, name, module, units, tuple(small), _holds(module, shared)))
         first += len(units)
-    rest = Unit(-1, -1, "rest", None, make_layout(owners[-1]))
-    total = sum(unit.nbytes for block in blocks for unit in block.units)
-    share = total / max(1, rest.nbytes + total)
+    blocks_and_rest = BlockSet(tuple(blocks), tuple(owners[-1]))
+    total = sum(unit.nbytes for unit in blocks_and_rest.units)
+    share = total / max(1, blocks_and_rest.rest.nbytes + total)
     if share < minimum_share:
         raise UnsupportedModelError(f"only {share:.0%} of its bytes lie in repeated blocks")
-    return BlockSet(tuple(blocks), rest)
+    return blocks_and_rest
 
 
 def _without_small(found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
@@ -218,19 +235,23 @@ def _without_small(found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Mod
     return [block for block, nbytes in zip(found, sizes, strict=True) if nbytes >= least]
 
 
+def _holds(module: nn.Module, holders: Collection[int]) -> bool:
+    return any(id(holder) in holders for m in module.modules() for holder in (m._parameters, m._buffers))
+
+
 def _units(
-    block: int, prefix: str, root: nn.Module, owners: dict[int, list[NamedTensor]], first: int
+    block: int, prefix: str, root: nn.Module, tensors: Sequence[NamedTensor], first: int, small: list[NamedTensor]
 ) -> Iterator[Unit]:
-    """The units of a block, numbered from ``first``. Tensors of small modules go over to the rest."""
+    """The units of a block, numbered from ``first``. Tensors of small modules go to ``small``."""
     modules = {id(module._parameters): (name, module) for name, module in root.named_modules()}
     modules |= {id(module._buffers): (name, module) for name, module in root.named_modules()}
     groups: dict[int, list[NamedTensor]] = defaultdict(list)
-    for item in owners[block]:
+    for item in tensors:
         groups[id(modules[id(item.places[0].holder)][1])].append(item)
-    small = SMALL_SHARE * sum(item.nbytes for item in owners[block])
+    least = SMALL_SHARE * sum(item.nbytes for item in tensors)
     for items in groups.values():
-        if sum(item.nbytes for item in items) < small:
-            owners[-1].extend(items)
+        if sum(item.nbytes for item in items) < least:
+            small.extend(items)
             continue
         name, module = modules[id(items[0].places[0].holder)]
         tied = len({id(modules[id(place.holder)][1]) for item in items for place in item.places}) > 1

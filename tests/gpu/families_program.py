@@ -2,7 +2,8 @@
 
     python families_program.py COMFYUI FOLDER [host flags]
 
-The last line. FOLDER is not used. As host_program.py; it needs two GPUs.
+The last line. FOLDER is not used. As host_program.py; it needs two GPUs. With --cpu, and WEIGHTSTREAM_VIRTUAL=2x100MB,
+it runs without any.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ def main() -> None:
     from families import FAMILIES
     from family_models import build_tiny, sample
     from weightstream.nodes.devices import make_backend
+    from weightstream.nodes.gpus import visible_gpus
     from weightstream.nodes.offload import OffloadSettings
     from weightstream.nodes.parts import split_blocks
     from weightstream.nodes.patcher import StreamedModelPatcher
     from weightstream.nodes.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
     from weightstream.streaming import Streamer, StreamingConfig, UnsupportedModelError, split_model
 
-    cpu, gpus = torch.device("cpu"), [torch.device("cuda", number) for number in range(2)]
+    cpu, gpus = torch.device("cpu"), list(visible_gpus().values())[:2]
 
     def over_two(name: str, model: torch.nn.Module) -> StreamedModelPatcher:
         """On two devices with little more room than what streams needs, so that blocks take turns."""
@@ -42,7 +44,8 @@ def main() -> None:
         setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, lambda progress: None))
         patcher = StreamedModelPatcher(model, gpus[0], cpu, streamer.model_bytes)
         patcher.settings = OffloadSettings(vram_limit=streamer.minimum_bytes)
-        return split_blocks(patcher, gpus, None)
+        split_blocks(patcher, gpus, None)
+        return patcher
 
     agree: dict[str, bool] = {}
     notes: dict[str, str] = {}
@@ -57,18 +60,16 @@ def main() -> None:
         del native
         try:
             model = over_two(name, build_tiny(name, family))
-        except UnsupportedModelError as error:
-            notes[name] = str(error)
-            continue
-        try:
             sample(model, family)
             agree[name] = all(torch.equal(sample(model, family), expected) for _ in range(2))
             agree[f"{name}, both"] = all(streamer.counters.copies > 0 for streamer in model.streamers)
+        except UnsupportedModelError as error:
+            notes[name] = str(error)
         except Exception as error:
             agree[f"{name}: {type(error).__name__}: {str(error)[:300]}"] = False
         mm.unload_all_models()
         print(name, agree.get(name), file=sys.stderr, flush=True)
-    print(json.dumps({"device": torch.cuda.get_device_name(), "agree": agree, "notes": notes}))
+    print(json.dumps({"device": mm.get_torch_device_name(gpus[0]), "agree": agree, "notes": notes}))
 
 
 if __name__ == "__main__":

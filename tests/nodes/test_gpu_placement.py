@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from placing import CPU, FIRST, SECOND, Machine, place
 from prompts import check_streams, guided
-from weightstream.nodes import gpu_placement
+from sampling import MB
 from weightstream.nodes.gpu_placement import GpuPlacement
 from weightstream.streaming import ConfigError
 
@@ -64,11 +64,27 @@ def test_a_model_that_cannot_be_split_goes_to_the_preferred_gpu(
 
 
 def test_a_model_that_can_be_split_is_what_the_split_gives(
-    loaded: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
+    loaded: Any, said: list[str], native: ModelPatcher, machine: Machine
 ) -> None:
-    monkeypatch.setattr(gpu_placement, "split_over", lambda model, *_: (model, "split"))
-    assert place(loaded)[0] == (loaded, "split")
-    assert said == ["MODEL on gpu:0, gpu:1"]
+    machine(3)
+    model = place(loaded)[0]
+    assert [streamer.backend.name for streamer in model.streamers] == ["virtual:0", "virtual:1", "virtual:2"]
+    assert said == ["MODEL on gpu:0, gpu:1, gpu:2"]
+    assert torch.equal(guided(model), guided(native))
+
+
+def test_a_gpu_without_room_gets_nothing(loaded: Any, said: list[str], native: ModelPatcher, machine: Machine) -> None:
+    memories = machine(3)
+    memories[0].budget = MB
+    model = place(loaded)[0]
+    assert [streamer.backend.name for streamer in model.streamers] == ["virtual:1", "virtual:2"]
+    assert len(said) == 1
+    assert said[0].startswith("MODEL on gpu:1, gpu:2; gpu:0 is left out, it has room for 1.0 MB of weights, and needs ")
+    assert torch.equal(guided(model), guided(native))
+    memories[2].budget = MB
+    assert place(loaded, devices="gpu:0,gpu:2,gpu:1")[0].load_device == SECOND
+    assert said[1].startswith("MODEL is not split, virtual:0: it has room for 1.0 MB of weights, and needs ")
+    assert said[1].endswith("; MODEL on gpu:1")
 
 
 # -- workflows of other machines ---------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ def split_model(models: Path, memories: Callable[..., list[VirtualMemory]]) -> S
         memories(*budgets)
         with torch.inference_mode():
             patcher = load_streamed(str(models / MODEL), {}, **options)
-            return split_blocks(patcher, [torch.device("cpu", number) for number in range(len(budgets))], shares)
+            split_blocks(patcher, [torch.device("cpu", number) for number in range(len(budgets))], shares)
+            return patcher
 
     return load
 
@@ -157,7 +158,7 @@ def over(
     model: ModelPatcher, count: int, split: str = "auto", ratio: list[float] | None = None
 ) -> StreamedModelPatcher:
     with torch.inference_mode():
-        return split_over(model, [torch.device("cpu", number) for number in range(count)], split, ratio, None)
+        return split_over(model, [torch.device("cpu", number) for number in range(count)], split, ratio, None).patcher
 
 
 @pytest.fixture(params=["streamed", "by the host"])
@@ -208,3 +209,24 @@ def test_another_device_gets_the_whole_model(incoming: ModelPatcher, native: Mod
         whole = model.deepclone_multigpu(torch.device("cpu", 1))
     assert whole.parts == []
     assert torch.equal(sample(whole), sample(native))
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_blocks_compute_with_weights_on_their_device(split_model: Split, case: str) -> None:
+    budgets, _ = BUDGETS[case]
+    model = split_model(*budgets)
+    wrong: set[str] = set()
+
+    def check(streamer: Any, name: str, module: torch.nn.Module) -> None:
+        for key, weight in module.named_parameters(recurse=False):
+            if weight.untyped_storage().data_ptr() not in streamer.backend._live:
+                wrong.add(f"{name}.{key}")
+
+    names = {module: name for name, module in model.model.named_modules()}
+    for streamer in model.streamers:
+        for block in streamer.blocks.blocks:
+            for module in block.module.modules():
+                module.register_forward_pre_hook(lambda m, _, streamer=streamer: check(streamer, names[m], m))
+    for _ in range(2):
+        sample(model)
+    assert wrong == set()
