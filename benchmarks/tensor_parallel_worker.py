@@ -38,7 +38,9 @@ class Notes:
     def put(self, name: str, value: object) -> None:
         self.content[name] = value
         if self._path is not None:
-            self._path.write_text(json.dumps(self.content))
+            half_written = self._path.with_suffix(".new")
+            half_written.write_text(json.dumps(self.content))
+            half_written.replace(self._path)
 
 
 def device_of(rank: int) -> torch.device:
