@@ -16,7 +16,7 @@ from typing import Any
 import comfy.model_management as mm
 import torch
 
-from ..streaming import Backend, Plan, Streamer, UnsupportedModelError
+from ..streaming import Backend, Plan, StallListener, Streamer, UnsupportedModelError
 from ..streaming.assignment import Assignment, DeviceRoom, describe, distribute
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
@@ -115,10 +115,7 @@ def split_blocks(
         raise OneDeviceError(found.devices[0], reasons or "no device has room for its largest block")
     devices = [devices[place] for place in found.devices]
     backends, assignment = [backends[place] for place in found.devices], found.assignment
-    streamers = [
-        _streamer_of_part(patcher, assignment, number, backend, streamed.bar if number == 0 else LoadingBar(None))
-        for number, backend in enumerate(backends)
-    ]
+    streamers = _streamers_of_parts(patcher, assignment, backends)
     patcher.streamer.close()
     streamed.streamer = streamers[0]
     if not same_device(patcher.load_device, devices[0]):
@@ -143,13 +140,16 @@ def _room(backend: Backend, settings: OffloadSettings) -> float:
     return room if settings.vram_limit is None else min(room, float(settings.vram_limit))
 
 
-def _streamer_of_part(
-    patcher: StreamedModelPatcher, assignment: Assignment, number: int, backend: Backend, bar: LoadingBar
-) -> Streamer:
-    whole = patcher.streamer
-    blocks = whole.blocks.part(assignment.blocks_of(number), with_outside=number == 0)
-    config = host_config(patcher.settings, backend)
-    return Streamer(whole.root, blocks, backend, config, pins, evictable, bar)
+def _streamers_of_parts(
+    patcher: StreamedModelPatcher, assignment: Assignment, backends: Sequence[Backend]
+) -> list[Streamer]:
+    whole, listeners, streamers = patcher.streamer, list[StallListener](), []
+    for number, backend in enumerate(backends):
+        blocks = whole.blocks.part(assignment.blocks_of(number), with_outside=number == 0)
+        config = host_config(patcher.settings, backend)
+        bar = patcher.streamed.bar if number == 0 else LoadingBar(None)
+        streamers.append(Streamer(whole.root, blocks, backend, config, pins, evictable, bar, listeners))
+    return streamers
 
 
 def _make_part(patcher: StreamedModelPatcher, device: torch.device, streamer: Streamer) -> PartPatcher:

@@ -40,7 +40,7 @@ from .segments import Segment
 from .state import State
 from .streamer import Streamer
 from .supply import Progress
-from .telemetry import Counters, Snapshot
+from .telemetry import Counters, Snapshot, StallListener
 
 __all__ = [
     "Backend",
@@ -75,6 +75,7 @@ __all__ = [
     "Schedule",
     "Segment",
     "Snapshot",
+    "StallListener",
     "State",
     "Streamer",
     "StreamingConfig",

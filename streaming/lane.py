@@ -234,7 +234,8 @@ class Lane:
         if not isinstance(slot.ready, Transfer):
             self._stalls.add(self._backend.wait(slot.ready))
             return
-        before = self._backend.moment()
+        backend = self._backend  # A wait that is kept does not keep the lane.
+        before = backend.moment()
         try:
             slot.ready = self._reader.wait(slot.ready, self._tick)
         except Exception:
@@ -244,9 +245,9 @@ class Lane:
             self._counters.misses += 1
             self._fill(number, entry.slot, opening=True)
             slot.ready = self._reader.wait(slot.ready, self._tick) if isinstance(slot.ready, Transfer) else slot.ready
-        self._backend.wait(slot.ready)
-        after = self._backend.moment()
-        self._stalls.add(lambda: self._backend.seconds(before, after))
+        backend.wait(slot.ready)
+        after = backend.moment()
+        self._stalls.add(lambda: backend.seconds(before, after))
 
     def _make_way(self) -> None:
         """When every slot is taken, release segments that nobody uses now: a unit of theirs was left out this time."""

@@ -67,7 +67,7 @@ class Profile:
 
     Attributes:
         block_seconds: compute of each block without waiting for copies; 0 where it did not run.
-        other_seconds: compute of a step outside of blocks.
+        other_seconds: compute of a step outside of blocks, on other devices too.
         bandwidth: bytes per second from the host's memory to the device.
         unit_runs: for each block the units that run by themselves, each with how often, in the order of their first
             run. None before that is learned: the units of a block are then needed from its begin to its end. So are
@@ -75,6 +75,7 @@ class Profile:
         unit_times: of every unit that runs by itself, as measured; 0 of the others. None where only those of blocks are
             known: they are then divided in proportion to bytes.
         block_order: the blocks in the order in which they ran.
+        gap_seconds: what of ``other_seconds`` comes right before each block; empty where nothing is known.
         order: the units in the order in which they become resident; empty for the one that fits these times best.
         measured: whether times and bandwidth were measured.
     """
@@ -85,6 +86,7 @@ class Profile:
     unit_runs: tuple[tuple[tuple[int, int], ...], ...] | None = field(default=None, repr=False)
     unit_times: tuple[UnitTime, ...] | None = field(default=None, repr=False)
     block_order: tuple[int, ...] = field(default=(), repr=False)
+    gap_seconds: tuple[float, ...] = field(default=(), repr=False)
     order: tuple[int, ...] = field(default=(), repr=False)
     measured: bool = False
 

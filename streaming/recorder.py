@@ -22,11 +22,19 @@ class _Mark(NamedTuple):
     moment: Moment
 
 
-class _BlockRun:
-    """One run of one block: what happened in it, in order."""
+class _Gap(NamedTuple):
+    """Time outside of blocks, and the waits of other devices in it."""
 
-    def __init__(self, begin: Moment) -> None:
+    begin: Moment
+    stalls: list[Stall]
+
+
+class _BlockRun:
+    """One run of one block: what happened in it, in order, and what came between it and the one before."""
+
+    def __init__(self, begin: Moment, gap: _Gap | None) -> None:
         self.begin = begin
+        self.gap = gap
         self.end: Moment | None = None
         self.events: list[_Mark | Stall] = []
         self.runs: dict[int, int] = {}
@@ -68,6 +76,7 @@ class Recorder:
         self._end: Moment | None = None
         self._runs: list[tuple[int, _BlockRun]] = []
         self._open: list[tuple[int, _BlockRun]] = []
+        self._gap: _Gap | None = None
         backend.time_copies()
 
     @property
@@ -78,6 +87,7 @@ class Recorder:
     def begin_step(self) -> None:
         self._begin, self._end = self._backend.moment(), None
         self._staged_before = self._staged_so_far()
+        self._gap = _Gap(self._begin, [])
         self._runs.clear()
         self._open.clear()
 
@@ -90,14 +100,18 @@ class Recorder:
         return _Staged(self._reader.sent_bytes, self._reader.busy_seconds)
 
     def begin_block(self, block: int) -> None:
-        run = _BlockRun(self._backend.moment())
+        run = _BlockRun(self._backend.moment(), self._gap)
+        self._gap = None  # A block inside of another one has none before it.
         self._runs.append((block, run))
         self._open.append((block, run))
 
     def end_block(self, block: int) -> None:
         for position in range(len(self._open) - 1, -1, -1):
             if self._open[position][0] == block:
-                self._open.pop(position)[1].end = self._backend.moment()
+                run = self._open.pop(position)[1]
+                run.end = self._backend.moment()
+                if not self._open:
+                    self._gap = _Gap(run.end, [])
                 return
 
     def begin_unit(self, unit: int) -> None:
@@ -117,9 +131,11 @@ class Recorder:
             run.events.append(_Mark(unit, False, self._backend.moment()))
 
     def stalled(self, stall: Stall) -> None:
-        """Compute waits for a copy, in the block that runs now."""
+        """Compute waits for a copy: in the block that runs now, or on another device."""
         if self._open:
             self._open[-1][1].events.append(stall)
+        elif self._gap is not None:
+            self._gap.stalls.append(stall)
 
     def profile(self, known: Profile, with_times: bool) -> Profile:
         """What was recorded. Everything recorded must be over; ``known`` fills what this step has not shown.
@@ -144,15 +160,29 @@ class Recorder:
                 time = self._block_time(run)
                 earlier = times[block].seconds if block in times else 0.0
                 times[block] = time._replace(seconds=time.seconds + earlier)
-        inside = sum(self._seconds(run.begin, run.end) for _, run in self._runs if run.end is not None)
         spent = [times[block].seconds if block in times else None for block in range(self._outline.blocks)]
+        gaps = self._gap_times()
+        after = self._gap_time(self._gap, self._end) if self._gap is not None else 0.0
         return replace(
             profile,
             block_seconds=by_kind(self._outline, spent),
-            other_seconds=max(0.0, self._seconds(self._begin, self._end) - inside),
+            other_seconds=sum(gaps.values()) + after,
+            gap_seconds=by_kind(self._outline, [gaps.get(block) for block in range(self._outline.blocks)]),
             unit_times=self._unit_times(times),
             measured=bandwidth is not None or known.measured,
         )
+
+    def _gap_times(self) -> dict[int, float]:
+        """What came before each block that did not run inside of another one."""
+        found: dict[int, float] = {}
+        for block, run in self._runs:
+            if run.gap is not None:
+                found[block] = found.get(block, 0.0) + self._gap_time(run.gap, run.begin)
+        return found
+
+    def _gap_time(self, gap: _Gap, end: Moment) -> float:
+        waited = sum(stall() or 0.0 for stall in gap.stalls)
+        return max(0.0, self._seconds(gap.begin, end) - waited)
 
     def _block_time(self, run: _BlockRun) -> _BlockTime:
         hold: dict[int, float] = {}

@@ -21,7 +21,7 @@ from .plan import Plan
 from .planner import Planner
 from .recorder import Recorder
 from .state import State
-from .telemetry import StallMeter
+from .telemetry import StallListener
 
 if TYPE_CHECKING:
     from .streamer import Streamer
@@ -44,16 +44,16 @@ class Runner:
 
     Args:
         planner: decides what to have on the device.
-        stalls: tells of compute that waits for copies.
+        listeners: are told of compute that waits for copies.
 
     Attributes:
         recorder: measures the step that runs, or comes next; None when there is nothing to learn from it.
     """
 
-    def __init__(self, planner: Planner, stalls: StallMeter) -> None:
+    def __init__(self, planner: Planner, listeners: list[StallListener]) -> None:
         self.recorder: Recorder | None = None
         self._planner = planner
-        self._stalls = stalls
+        self._listeners = listeners
 
     def run(
         self,
@@ -127,13 +127,14 @@ class Runner:
         self._stop_recording()
         if wanted:
             self.recorder = Recorder(streamer.outline, streamer.backend, streamer.reader)
-            self._stalls.listener = self.recorder.stalled
+            self._listeners.append(self.recorder.stalled)
         streamer.attach_hooks()
 
     def _stop_recording(self) -> None:
         if self.recorder is not None:
+            self._listeners.remove(self.recorder.stalled)
             self.recorder.close()
-        self.recorder = self._stalls.listener = None
+        self.recorder = None
 
     # -- after a step that failed --------------------------------------------------------------------------------
 

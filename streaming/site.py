@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from .arena import PinBudget, PinOwner
 from .backend import Backend
@@ -14,7 +14,7 @@ from .masters import Patches
 from .placement import Placement
 from .plan import Plan
 from .supply import Supply, Watch
-from .telemetry import Counters, Meters
+from .telemetry import Counters, Meters, StallListener
 from .verify import NoVerifier
 
 
@@ -29,6 +29,7 @@ class Site:
         watch: is told how far loading is, and may cancel it.
         counters: where to count.
         verifier: is told of copies that have arrived.
+        listeners: are told of waits for copies.
 
     Attributes:
         supply: where weights come from.
@@ -47,12 +48,13 @@ class Site:
         watch: Watch,
         counters: Counters,
         verifier: NoVerifier,
+        listeners: Sequence[StallListener],
     ) -> None:
         largest = max(unit.nbytes for unit in (*blocks.units, blocks.rest))
         self.backend = backend
         self.supply = Supply(backend, config, largest, pins, watch)
         self.placement = Placement(blocks, backend, self.supply, verifier)
-        self.meters = Meters(backend, counters)
+        self.meters = Meters(backend, counters, listeners)
         self.lane: Lane | None = None
         self.unbuilt = False
         self._verifier = verifier

@@ -37,7 +37,7 @@ from .spread import order_of_residency
 from .state import Standing, State
 from .steps import Steps
 from .supply import Watch
-from .telemetry import Counters, Snapshot
+from .telemetry import Counters, Snapshot, StallListener
 from .verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class Streamer:
         pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
         evictable: tells how many bytes others on a device would give up for us, beside what is free.
         watch: is told how far loading is, and may cancel it.
+        listeners: are told when compute waits for a copy. The streamers of a model on several devices share them: what
+            one waits for lies between the blocks of the others.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Streamer:
         pins: PinBudget | None = None,
         evictable: Callable[[torch.device], int] = lambda device: 0,
         watch: Watch = lambda progress: None,
+        listeners: list[StallListener] | None = None,
     ) -> None:
         self.blocks = blocks
         self.outline = blocks.outline
@@ -85,6 +88,7 @@ class Streamer:
         self._pins = pins
         self._evictable = evictable
         self._watch = watch
+        self._listeners = [] if listeners is None else listeners
         self._planner = Planner(self.outline, config)
         self._verifier = self._make_verifier()
         self._equip(backend)
@@ -402,11 +406,11 @@ class Streamer:
 
     def _equip(self, backend: Backend) -> None:
         """Have what it takes to stream to ``backend``."""
-        told = (self._pins, self._watch, self.counters, self._verifier)
+        told = (self._pins, self._watch, self.counters, self._verifier, self._listeners)
         self.site = Site(self.blocks, backend, self.config, *told)
         self.site.supply.arena.budget.join(self)
         self._steps = Steps(self._root, self.blocks, self.site, self._planner)
-        self._runner = Runner(self._planner, self.site.meters.stalls)
+        self._runner = Runner(self._planner, self._listeners)
 
     def _make_verifier(self) -> NoVerifier:
         return Verifier(self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from .backend import Backend, Moment, Stall
@@ -37,25 +37,30 @@ class Counters:
     corrupted: int = 0
 
 
+# Told of each wait for a copy.
+StallListener = Callable[[Stall], None]
+
+
 class StallMeter:
     """Collects waits whose length is known only later, without ever waiting for them.
 
-    Attributes:
-        listener: is told of each wait too.
+    Args:
+        counters: where to count.
+        listeners: are told of each wait too.
 
     Only the thread that runs the model may use it: a status that another thread asks for reads the counters alone.
     """
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, listeners: Sequence[StallListener] = ()) -> None:
         self._counters = counters
+        self._listeners = listeners
         # Bounded, for callers that run blocks outside of the root's forward and so never collect.
         self._pending: deque[Stall] = deque(maxlen=MOST_PENDING)
-        self.listener: Callable[[Stall], None] | None = None
 
     def add(self, stall: Stall) -> None:
         self._pending.append(stall)
-        if self.listener is not None:
-            self.listener(stall)
+        for listener in self._listeners:
+            listener(stall)
 
     def collect(self) -> None:
         """Count the waits that are over by now. They end in the order in which they began."""
@@ -104,9 +109,9 @@ class Meters:
         step: the time of the last step.
     """
 
-    def __init__(self, backend: Backend, counters: Counters) -> None:
+    def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StallListener]) -> None:
         self.counters = counters
-        self.stalls = StallMeter(counters)
+        self.stalls = StallMeter(counters, listeners)
         self.step = StepMeter(backend)
 
 

@@ -27,11 +27,13 @@ class Moment(NamedTuple):
 def timeline(outline: Outline, profile: Profile) -> tuple[Moment, ...]:
     """All units in the order of need: blocks that ran in their order, then the others.
 
-    What is computed outside of blocks comes first.
+    What is computed outside of blocks comes before the block that follows it, and the rest of it first.
     """
     found: list[Moment] = []
-    now = profile.other_seconds
+    gaps = profile.gap_seconds or (0.0,) * outline.blocks
+    now = max(0.0, profile.other_seconds - sum(gaps))
     for block in blocks_in_order(outline, profile):
+        now += gaps[block]
         block_begin = now
         head, times = _unit_times(outline, profile, block)
         now += head
