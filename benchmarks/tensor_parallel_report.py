@@ -135,9 +135,11 @@ def transfer_rows(result: dict[str, Any]) -> list[list[str]]:
     for each in result["alone"]["exchanges"]:
         row = table.setdefault(size(each), {})
         row["one process: a copy"] = rate(each["copy_s"], nbytes(each))
-        row["copies both ways and sums"] = rate(each["copy_and_add_s"], nbytes(each))
+        row["one process: copies both ways and sums"] = rate(each["copy_and_add_s"], nbytes(each))
+    exchanged = {each["what"]: each for each in result["alone"]["exchanges"]}
     for each in result["alone"].get("nccl", []):
-        table[size(each)]["NCCL all-reduce"] = rate(each["s"], nbytes(each))
+        same = exchanged[each["what"]]
+        table[size(same)]["one process: NCCL all-reduce"] = rate(each["s"], nbytes(same))
     heads = list(dict.fromkeys(head for row in table.values() for head in row))
     return [["activation", *heads], *([name, *(row.get(head, "") for head in heads)] for name, row in table.items())]
 

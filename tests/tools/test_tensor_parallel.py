@@ -35,14 +35,23 @@ def measured(benchmark: SimpleNamespace, whole: float, sharded: float, differing
         {"what": what, "rows": rows, "width": width, "copy_s": 1e-4, "copy_and_add_s": 2e-4}
         for what, rows, width in benchmark.shapes.activations(list(benchmark.shapes.SHAPES))
     ]
+    collectives = [
+        {"what": each["what"], "rows": each["rows"], "width": each["width"], "operation": operation, "s": 3e-4}
+        for each in exchanges
+        for operation in ("all-reduce", "all-gather")
+    ]
     return {
         "tiny": False,
         "machine": {"GPUs": 2},
         "versions": {},
         "errors": {},
-        "direct": {"python": blocks},
+        "direct": {"collectives": collectives, "python": blocks},
         "host": {},
-        "alone": {"h2d_bytes_per_s": 50e9, "exchanges": exchanges},
+        "alone": {
+            "h2d_bytes_per_s": 50e9,
+            "exchanges": exchanges,
+            "nccl": [{"what": each["what"], "s": 1e-4} for each in exchanges],
+        },
     }
 
 
@@ -88,6 +97,25 @@ def test_a_round_that_failed_leaves_gaps_in_the_tables(benchmark: SimpleNamespac
     text = benchmark.report.tables(measured(benchmark, 3e-3, 2e-3) | {"errors": {"host": "stopped after 75 s"}})
     assert "Failed, host: stopped after 75 s" in text
     assert "| flux-1024 | nothing | from Python | 0.171 | 0.114 (0.67) | 0.114 (0.67) |  |  |" in text
+
+
+def test_a_row_of_transfers_has_every_way_to_move_one_activation(benchmark: SimpleNamespace) -> None:
+    head, *rows = benchmark.report.transfer_rows(measured(benchmark, 3e-3, 2e-3))
+    assert len(rows) == 8
+    found = dict(zip(head, rows[0], strict=True))
+    assert found["activation"] == "flux-1024, all tokens, 28.3 MB"
+    assert found["all-reduce, GPU to GPU"] == "0.300 (94)"
+    assert found["all-gather, GPU to GPU"] == "0.300 (47)"
+    assert found["one process: NCCL all-reduce"] == "0.100 (283)"
+
+
+def test_the_page_shows_what_was_measured(benchmark: SimpleNamespace) -> None:
+    result = json.loads((FOLDER / "results" / "tensor-parallel.json").read_text())
+    page = (FOLDER.parent / "docs" / "tensor-parallel.md").read_text()
+    report = benchmark.report
+    for make in (report.transfer_rows, report.block_rows, report.step_rows, report.verdict_rows):
+        assert report.markdown(make(result)) in page, make.__name__
+    assert report.tables(result).count("| modulation | 1 x 3072 x 9216 | 0.12% |") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has NCCL on Linux alone, which is what the script measures")
