@@ -1,13 +1,14 @@
 """Activations across a device boundary: a block on another device gets its inputs there, and what it gives comes home.
 
 [Note: what moves]
-Tensors among the arguments move, however deep in lists, tuples and dictionaries, and those that are attributes of other
-objects (a dataclass, say). Lists, dictionaries and objects stay the same, because code inside and around blocks writes
-to them: their tensors are exchanged while the block runs. What several blocks on one device get, as rotary tables and
-masks, moves there once in a step: a copy is kept for as long as its original lives, and until the step ends. Copies are
-compared by identity, so it counts on what a model passes to several blocks not being written to between them; that no
-model of the host does so is tested with virtual devices, for which copies are made too. What a block gives is
-:class:`Away`, and comes home when somebody looks at it.
+Tensors among the arguments move, however deep in lists, tuples and dictionaries. In objects (a dataclass, say, or a
+cache) and in what functions have closed over they move too, but not in those that a dictionary brings along: options
+hold what belongs to anybody. Lists, dictionaries and objects stay the same, because code inside and around blocks
+writes to them: their tensors are exchanged while the block runs. What several blocks on one device get, as rotary
+tables and masks, moves there once in a step: a copy is kept for as long as its original lives, and until the step ends.
+Copies are compared by identity, so it counts on what a model passes to several blocks not being written to between
+them; that no model of the host does so is tested with virtual devices, for which copies are made too. What a block
+gives is :class:`Away`, and comes home when somebody looks at it.
 
 [Note: what runs at home]
 Functions that somebody hung into a model, and that a block calls, have tensors and modules of their own, and these are
@@ -22,6 +23,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +98,7 @@ class Boundary:
         else:
             visit = _Visit(device, partial(self._bring, device=device), self._at_home, partial(self._wrap, device))
         self._visits.append(visit)
-        return visit.exchange(args), visit.exchange(dict(kwargs))
+        return visit.exchange_all(args, kwargs)
 
     def _leave(self, output: Any) -> Any:
         """A block ends; ``output`` is None after an exception."""
@@ -115,7 +117,8 @@ class Boundary:
         loan = _Loan(device, self.home, self._links)
         visit = _Visit(self.home, loan.lend)
         try:
-            output = function(*visit.exchange(args), **visit.exchange(kwargs))
+            args, kwargs = visit.exchange_all(args, kwargs)
+            output = function(*args, **kwargs)
             loan.copy_back()
             return _mapped(output, loan.take_back)
         finally:
@@ -220,36 +223,39 @@ class _Visit:
     ) -> None:
         self.device = device
         self._move, self._names, self._wrap = move, names, wrap
-        self._containers: list[_Container] = []
+        self._containers: dict[int, _Container] = {}
         self._guard = torch.cuda.device(device) if device.type == "cuda" and torch.cuda.is_available() else None
         if self._guard is not None:
             self._guard.__enter__()
 
-    def exchange(self, value: Any, named: bool = False) -> Any:
-        """``value`` with its tensors moved; whatever else holds them is changed in place until :meth:`end`.
+    def exchange_all(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments with their tensors moved; whatever else holds tensors is changed in place until :meth:`end`."""
+        return (
+            tuple(self._exchange(value, own=not isinstance(value, dict)) for value in args),
+            {name: self._exchange(value, own=not isinstance(value, dict)) for name, value in kwargs.items()},
+        )
 
-        Args:
-            value: an argument, or a part of one.
-            named: it was found below one of the names.
-        """
+    def _exchange(self, value: Any, own: bool, named: bool = False) -> Any:
+        """An argument or a part of one, which is ``own`` if no dictionary brought it, ``named`` if below a name."""
         if isinstance(value, torch.Tensor):
             return self._move(value)
         if isinstance(value, tuple):
-            return _tuple_of(value, [self.exchange(item, named) for item in value])
-        if callable(value):
-            return self._wrap(value) if named and not isinstance(value, type) else value
-        before = dict(_items(value))
-        if before or isinstance(value, (list, dict)):
-            now = {key: self.exchange(item, named or key in self._names) for key, item in before.items()}
-            self._containers.append(_Container(value, before, now))
-            for key, item in now.items():
-                if item is not before[key]:
-                    _put(value, key, item)
+            return _tuple_of(value, [self._exchange(item, own, named) for item in value])
+        if named and callable(value) and not isinstance(value, type):
+            return self._wrap(value)
+        before = dict(_items(value)) if own or isinstance(value, (list, dict)) else {}
+        if id(value) not in self._containers and (before or isinstance(value, (list, dict))):
+            now: dict[Any, Any] = {}
+            self._containers[id(value)] = _Container(value, before, now)
+            for key, item in before.items():
+                now[key] = self._exchange(item, own, named or key in self._names)
+                if now[key] is not item:
+                    _put(value, key, now[key])
         return value
 
     def end(self, change: Change) -> None:
         """The block is over: what was exchanged is as it was, and ``change`` is made to what the block has put in."""
-        for container in self._containers:
+        for container in self._containers.values():
             container.restore(change)
         if self._guard is not None:
             self._guard.__exit__(None, None, None)
@@ -271,21 +277,35 @@ class _Container(NamedTuple):
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Places in a list or a dictionary and what is there, or attributes that are tensors or tuples."""
+    """Places where tensors may be in a list, a dictionary or an object, or in what a function has closed over."""
     if isinstance(value, dict):
         yield from list(value.items())
     elif isinstance(value, list):
         yield from enumerate(list(value))
-    elif not callable(value):
+    elif isinstance(value, FunctionType):
+        for number, cell in enumerate(value.__closure__ or ()):
+            if isinstance(content := _content(cell), (torch.Tensor, tuple, list, FunctionType)):
+                yield number, content
+    elif not isinstance(value, (type, nn.Module)):
         names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
         for name in names:
-            if isinstance(item := getattr(value, name, None), (torch.Tensor, tuple)):
+            if isinstance(item := getattr(value, name, None), (torch.Tensor, tuple, list, dict)):
                 yield name, item
+
+
+def _content(cell: CellType) -> Any:
+    """None if nothing was assigned yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _put(value: Any, key: Any, item: Any) -> None:
     if isinstance(value, (list, dict)):
         value[key] = item
+    elif isinstance(value, FunctionType):
+        value.__closure__[key].cell_contents = item
     else:
         object.__setattr__(value, key, item)  # A dataclass may be frozen.
 
@@ -296,15 +316,18 @@ def _tuple_of(kind: tuple, items: list[Any]) -> tuple:
     return type(kind)(*items) if hasattr(kind, "_fields") else tuple(items)
 
 
-def _mapped(value: Any, change: Change) -> Any:
+def _mapped(value: Any, change: Change, seen: set[int] | None = None) -> Any:
     """``value`` with its tensors changed; whatever holds them stays the same object."""
     if isinstance(value, torch.Tensor):
         return change(value)
+    seen = set() if seen is None else seen
     if isinstance(value, tuple):
-        return _tuple_of(value, [_mapped(item, change) for item in value])
-    for key, item in _items(value):
-        if (changed := _mapped(item, change)) is not item:
-            _put(value, key, changed)
+        return _tuple_of(value, [_mapped(item, change, seen) for item in value])
+    if id(value) not in seen:
+        seen.add(id(value))
+        for key, item in _items(value):
+            if (changed := _mapped(item, change, seen)) is not item:
+                _put(value, key, changed)
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -250,6 +250,76 @@ def test_objects_of_fake_gpus() -> None:
         links = CountingLinks()
         links.is_sound = lambda source, target: True
         assert {tensor.device.index for tensor in modulate(torch.device("cuda", 1), links)} == {0}
+
+
+class Cache:
+    """Keeps what a block has computed for those after it, functions among it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def __call__(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+
+class Cached(nn.Module):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, device=device)
+
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+        x = self.linear(x)
+        gather, both = cache("functions", lambda: self.functions(x))
+        assert cache("self", lambda: both) is both
+        return gather(both(x)) + cache("mean", lambda: x.mean(-1, keepdim=True))
+
+    def functions(self, x: torch.Tensor) -> tuple[Callable, Callable]:
+        order, scale = x[:, 0].argsort(), [x.cos()]
+
+        def scaled(y: torch.Tensor) -> torch.Tensor:
+            return y * scale[0] if y.dim() > 1 else scaled(y[None])
+
+        return lambda y: y[order], lambda y: scaled(y) + scale[0]
+
+
+class CachedModel(nn.Module):
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Cached(device) for device in devices)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cache = Cache()
+        for block in self.blocks:
+            x = block(x, cache)
+        gather, _ = cache.kept["functions"]
+        return gather(x)
+
+
+@pytest.mark.parametrize("runs", SPLITS)
+def test_what_a_cache_and_its_functions_keep_is_where_a_block_is(runs: str) -> None:
+    torch.manual_seed(6)
+    devices = [torch.device("cpu", index) for index in SPLITS[runs]]
+    model = CachedModel(devices)
+    expected = model(X)
+    split(model, devices)
+    assert torch.equal(model(X), expected)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        devices = [torch.device("cuda", index) for index in SPLITS[runs]]
+        model = CachedModel(devices)
+        _, links = split(model, devices)
+        links.is_sound = lambda source, target: True
+        assert model(torch.randn(4, 8, device=devices[0])).device == devices[0]
+
+
+def test_objects_in_dictionaries_are_left_alone() -> None:
+    home, there = torch.device("cpu", 0), torch.device("cpu", 1)
+    links = CountingLinks()
+    boundary, block = Boundary(home, links), nn.Identity()
+    boundary.attach(nn.ModuleList([block]), [(block, there)])
+    block({"state": Slots(X), "function": lambda: X})
+    assert links.to == []
 
 
 # -- functions that blocks call ----------------------------------------------------------------------------------------
