@@ -23,7 +23,6 @@ from family_models import build_tiny, latent_shape
 from placed import MixedDevicesError, Placed, PlacedMode
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 from transformer_patches import Points
 from weightstream.nodes.parts import TRANSFORMER_PATCHES
@@ -40,6 +39,7 @@ HOME = GPUS[0]
 
 # What the host reads of tensors without values: families, and for what.
 WITH_VALUES = {
+    "HiDream": "which tokens each expert gets",
     "HiDreamO1": "token ids",
     "Omnigen2": "whether a mask hides something",
     "Boogu": "whether a mask hides something",
@@ -83,8 +83,7 @@ class SoundLinks(Links):
 @contextmanager
 def gpus(values: bool) -> Iterator[None]:
     """Devices that no machine needs to have, for tensors with values or without."""
-    shapes = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
-    fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
     # Inference mode would keep torch from taking operations apart, and then it cannot move what it has the values of.
     with torch.no_grad(), fakes, PlacedMode() if values else nullcontext():
         yield
@@ -214,7 +213,7 @@ def test_no_operation_mixes_devices(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_VALUES)
 def test_values_are_read(name: str) -> None:
-    with pytest.raises(RuntimeError, match=r"data-dependent|not supported for tensor subclasses"):
+    with pytest.raises(RuntimeError, match=r"^aten\.\w+\.default$|not supported for tensor subclasses"):
         run(name)
 
 
