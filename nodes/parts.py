@@ -30,6 +30,9 @@ from .streamed_model import ATTRIBUTE, StreamedModel
 
 links = Links()
 
+# Where the host's transformer options hold the functions of patches. It moves what they hold to the MODEL's device.
+TRANSFORMER_PATCHES = ("patches", "patches_replace")
+
 
 class Part(torch.nn.Module):
     """Stands for what a model has on another device. Its modules are those of the model."""
@@ -128,7 +131,7 @@ def split_blocks(
     patcher.set_additional_models(PARTS, parts)
     patcher.size = patcher.model_size()
     places = [devices[number] for number in assignment.devices]
-    streamed.boundary = Boundary(devices[0], links)
+    streamed.boundary = Boundary(devices[0], links, TRANSFORMER_PATCHES)
     streamed.placed = [(block.module, place) for block, place in zip(blocks.blocks, places, strict=True)]
     return found.left_out
 

@@ -131,7 +131,7 @@ def sample(model: ModelPatcher, family: Family) -> torch.Tensor:
 
     extras = {key: random(shape) for key, shape in family.extras.items()} | family.values
     context = None if family.context is None else random(family.context)
-    noises = [random(shape) for shape in family.latent or (_latent_shape(model.model),)]
+    noises = [random(shape) for shape in family.latent or (latent_shape(model.model),)]
     noise = noises[0] if len(noises) == 1 else NestedTensor(noises)
     empty = torch.zeros_like(noises[0]) if len(noises) == 1 else NestedTensor([torch.zeros_like(n) for n in noises])
     conditioning = [[context, extras]]
@@ -142,7 +142,7 @@ def sample(model: ModelPatcher, family: Family) -> torch.Tensor:
     return torch.cat([latent.flatten() for latent in (latents.unbind() if latents.is_nested else [latents])])
 
 
-def _latent_shape(model: torch.nn.Module) -> tuple[int, ...]:
+def latent_shape(model: torch.nn.Module) -> tuple[int, ...]:
     latent = model.latent_format
     sides = {1: (16,), 2: (16, 16), 3: (2, 16, 16)}[latent.latent_dimensions]
     return 1, latent.latent_channels, *sides

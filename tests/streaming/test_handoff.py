@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -189,3 +190,247 @@ def test_what_a_block_gives_is_away_until_somebody_looks() -> None:
     assert x.shape == X.shape
     assert len(links.to) == before
     boundary.detach()
+
+
+# -- what is in objects ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Modulation:
+    shift: torch.Tensor
+    scale: torch.Tensor
+    name: str = "both"
+
+
+class Slots:
+    __slots__ = ("data", "size")
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data, self.size = data, data.size(0)
+
+
+class Modulated(nn.Module):
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, device=device)
+
+    def forward(self, x: torch.Tensor, modulations: tuple[Modulation, None], slots: Slots) -> tuple[Any, ...]:
+        modulation = modulations[0]
+        x = self.linear(x * modulation.scale + modulation.shift) * slots.data
+        slots.data = x + slots.size
+        return x, Modulation(x, x * 2)
+
+
+def modulate(device: torch.device | None = None, links: Links | None = None) -> list[torch.Tensor]:
+    torch.manual_seed(4)
+    home = torch.device("cpu", 0) if device is None or device.type == "cpu" else torch.device("cuda", 0)
+    block = Modulated(None if links is None else device)
+    x = torch.randn(4, 8, device=None if links is None else home)
+    modulation, slots = Modulation(x.cos(), x.sin()), Slots(x * 3)
+    shift = modulation.shift
+    if links is not None:
+        boundary = Boundary(home, links)
+        boundary.attach(nn.ModuleList([block]), [(block, device)])
+    x, given = block(x, (modulation, None), slots)
+    assert modulation.shift is shift
+    return [x + 1, given.scale + slots.data + modulation.scale]
+
+
+def test_objects_hold_what_is_there_while_a_block_runs() -> None:
+    expected = modulate()
+    links = CountingLinks()
+    assert all(map(torch.equal, modulate(torch.device("cpu", 1), links), expected))
+    assert [move for move in links.to if "cpu:1" in move] == ["(4, 8) to cpu:1"] * 4, (
+        "x; shift and scale; what is in slots"
+    )
+
+
+def test_objects_of_fake_gpus() -> None:
+    with FakeTensorMode():
+        links = CountingLinks()
+        links.is_sound = lambda source, target: True
+        assert {tensor.device.index for tensor in modulate(torch.device("cuda", 1), links)} == {0}
+
+
+class Cache:
+    """Keeps what a block has computed for those after it, functions among it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def __call__(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+
+class Cached(nn.Module):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, device=device)
+
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+        x = self.linear(x)
+        gather, both = cache("functions", lambda: self.functions(x))
+        assert cache("self", lambda: both) is both
+        return gather(both(x)) + cache("mean", lambda: x.mean(-1, keepdim=True))
+
+    def functions(self, x: torch.Tensor) -> tuple[Callable, Callable]:
+        order, scale = x[:, 0].argsort(), [x.cos()]
+
+        def scaled(y: torch.Tensor) -> torch.Tensor:
+            return y * scale[0] if y.dim() > 1 else scaled(y[None])
+
+        return lambda y: y[order], lambda y: scaled(y) + scale[0]
+
+
+class CachedModel(nn.Module):
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Cached(device) for device in devices)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cache = Cache()
+        for block in self.blocks:
+            x = block(x, cache)
+        gather, _ = cache.kept["functions"]
+        return gather(x)
+
+
+@pytest.mark.parametrize("runs", SPLITS)
+def test_what_a_cache_and_its_functions_keep_is_where_a_block_is(runs: str) -> None:
+    torch.manual_seed(6)
+    devices = [torch.device("cpu", index) for index in SPLITS[runs]]
+    model = CachedModel(devices)
+    expected = model(X)
+    split(model, devices)
+    assert torch.equal(model(X), expected)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        devices = [torch.device("cuda", index) for index in SPLITS[runs]]
+        model = CachedModel(devices)
+        _, links = split(model, devices)
+        links.is_sound = lambda source, target: True
+        assert model(torch.randn(4, 8, device=devices[0])).device == devices[0]
+
+
+def test_objects_in_dictionaries_are_left_alone() -> None:
+    home, there = torch.device("cpu", 0), torch.device("cpu", 1)
+    links = CountingLinks()
+    boundary, block = Boundary(home, links), nn.Identity()
+    boundary.attach(nn.ModuleList([block]), [(block, there)])
+    block({"state": Slots(X), "function": lambda: X})
+    assert links.to == []
+
+
+# -- functions that blocks call ----------------------------------------------------------------------------------------
+
+
+class Patched(nn.Module):
+    """Calls what it finds among its options, as models of the field do."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, device=device)
+        self.device: torch.device | None = None
+
+    def forward(self, x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        x = self.linear(x)
+        for kind, patch in options["patches"]["attention"]:
+            assert isinstance(kind, type)
+            out = patch(x, {"k": x, "options": options}, scale=x[:, :1])
+            x = out.get("x", x) * out["scale"]
+            self.device = x.device
+        return options["replace"](x) + options["left"]
+
+
+class Patch:
+    """Has a tensor of its own, and treats what it gets in many ways."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.devices: set[torch.device] = set()
+
+    def __call__(self, x: torch.Tensor, more: dict[str, Any], scale: torch.Tensor) -> dict[str, Any]:
+        assert more["k"] is x
+        self.devices |= {x.device, scale.device}
+        x[:, 1:] += self.tensor[:, 1:]
+        more["options"]["left"] = x + self.tensor
+        return {"scale": scale, "mask": None}
+
+
+class PatchedModel(nn.Module):
+    def __init__(self, devices: Sequence[torch.device | None]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Patched(device) for device in devices)
+
+    def forward(self, x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, options)
+        return x + options.pop("left")
+
+
+def patched(devices: Sequence[torch.device | None], home: torch.device | None = None) -> tuple[torch.Tensor, Patch]:
+    torch.manual_seed(5)
+    model = PatchedModel(devices)
+    x, patch = torch.randn(4, 8, device=home), Patch(torch.randn(4, 8, device=home))
+    attention, replace = [(Patched, patch), (Patched, patch)], torch.nn.functional.silu
+    options = {"patches": {"attention": attention}, "replace": replace}
+    if home is not None:
+        links = CountingLinks()
+        links.is_sound = lambda source, target: True
+        boundary = Boundary(home, links, ["patches"])
+        boundary.attach(model, list(zip(model.blocks, devices, strict=True)))
+    output = model(x, options)
+    assert attention == [(Patched, patch)] * 2
+    assert options == {"patches": {"attention": attention}, "replace": replace}
+    if home is not None:
+        assert [block.device for block in model.blocks if home.type != "cpu"] == [
+            d for d in devices if home.type != "cpu"
+        ]
+    return output, patch
+
+
+@pytest.mark.parametrize("runs", SPLITS)
+def test_what_functions_at_home_do_is_done(runs: str) -> None:
+    """They write to what they get, and to options."""
+    devices = [torch.device("cpu", index) for index in SPLITS[runs]]
+    expected, _ = patched([None] * 6)
+    assert torch.equal(patched(devices, devices[0])[0], expected)
+
+
+@pytest.mark.parametrize("runs", SPLITS)
+def test_functions_run_at_home(runs: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        devices = [torch.device("cuda", index) for index in SPLITS[runs]]
+        output, patch = patched(devices, devices[0])
+        assert patch.devices == {output.device} == {devices[0]}
+
+
+def test_functions_by_other_names_run_where_blocks_do() -> None:
+    """What a model computes attention with, say."""
+    home, there = torch.device("cpu", 0), torch.device("cpu", 1)
+    links = CountingLinks()
+    boundary, block = Boundary(home, links, ["patches"]), Patched()
+    boundary.attach(nn.ModuleList([block]), [(block, there)])
+    seen = []
+    block(X, {"patches": {"attention": []}, "replace": lambda x: seen.append(x) or x, "left": 0})
+    assert [type(x) for x in seen] == [torch.Tensor]
+    assert links.to == ["(4, 8) to cpu:1"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_a_function_leaves_options_as_they_were(error: type[BaseException]) -> None:
+    home, there = torch.device("cpu", 0), torch.device("cpu", 1)
+    boundary, block = Boundary(home, Links(), ["patches"]), Patched()
+    boundary.attach(nn.ModuleList([block]), [(block, there)])
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    attention = [(Patched, fail)]
+    options = {"patches": {"attention": attention}, "replace": torch.relu, "left": X}
+    with pytest.raises(error):
+        block(X, options)
+    boundary.settle()
+    assert attention == [(Patched, fail)]
+    assert options == {"patches": {"attention": attention}, "replace": torch.relu, "left": X}

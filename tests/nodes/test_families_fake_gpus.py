@@ -1,0 +1,233 @@
+"""Blocks of every family on three GPUs in turn, plain and with ControlNet residuals and transformer patches.
+
+No GPU is needed: tensors are fake ones, which have no values, or for a few families placed ones (placed.py). Either
+way an operation on tensors of two devices raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import comfy.model_management as mm
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from families import FAMILIES
+from family import Family
+from family_models import build_tiny, latent_shape
+from placed import MixedDevicesError, Placed, PlacedMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from transformer_patches import Points
+from weightstream.nodes.parts import TRANSFORMER_PATCHES
+from weightstream.nodes.streamed_model import model_dtype
+from weightstream.streaming import split_model
+from weightstream.streaming.away import Away
+from weightstream.streaming.handoff import Boundary
+from weightstream.streaming.links import Links
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("default")]
+
+GPUS = [torch.device("cuda", index) for index in range(3)]
+HOME = GPUS[0]
+
+# What the host reads of tensors without values: families, and for what.
+WITH_VALUES = {
+    "HiDream": "which tokens each expert gets",
+    "HiDreamO1": "token ids",
+    "Omnigen2": "whether a mask hides something",
+    "Boogu": "whether a mask hides something",
+    "GenmoMochi": "how many tokens a mask leaves",
+    "MiniMaxH3": "where a grid begins and ends",
+    "SeedVR2": "the sizes of windows",
+    "ACEStep15": "whether the text is empty",
+    "Hunyuan3Dv2_1": "how many tokens each expert gets",
+}
+# Blocks that do not run here: for references that are not given, for text of another width, and for training.
+IDLE = {
+    "Omnigen2": {"ref_image_refiner.0", "ref_image_refiner.1"},
+    "Boogu": {"ref_image_refiner.0", "ref_image_refiner.1"},
+    "MiniMaxH3": {"token_refiner.blocks.0", "token_refiner.blocks.1"},
+    "ACEStep": {"projectors.0.4", "projectors.1.4"},
+}
+# Of these blocks cannot be replaced: the host calls them with an argument that they do not have.
+UNREPLACEABLE = ("Kandinsky5", "Kandinsky5Image")
+# Of these the host's classes ask for no patch and no residual.
+UNPATCHED = {
+    *("Stable_Cascade_B", "PixArtAlpha", "PixArtSigma", "PixelDiTT2I", "PiD", "HiDream", "Omnigen2", "Boogu"),
+    *("Ideogram4", "ErnieImage", "CosmosT2V", "CosmosI2V", "CogVideoX_T2V", "CogVideoX_I2V", "CogVideoX_Inpaint"),
+    *("ACEStep", "ACEStep15", "TripoSplat"),
+}
+
+
+class Setup(NamedTuple):
+    """A tiny model with its blocks on several devices, and where its blocks ran."""
+
+    model: nn.Module
+    places: dict[nn.Module, torch.device]
+    ran: dict[nn.Module, set[torch.device]]
+    boundary: Boundary
+
+
+class SoundLinks(Links):
+    def is_sound(self, source: torch.device, target: torch.device) -> bool:
+        return True
+
+
+@contextmanager
+def gpus(values: bool) -> Iterator[None]:
+    """Devices that no machine needs to have, for tensors with values or without."""
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    # Inference mode would keep torch from taking operations apart, and then it cannot move what it has the values of.
+    with torch.no_grad(), fakes, PlacedMode() if values else nullcontext():
+        yield
+
+
+def split(model: nn.Module, values: bool) -> Setup:
+    """Block by block on one device after another, all else on the first. The only block is not on the first."""
+    blocks = [block.module for block in split_model(model, model_dtype, minimum_share=0).blocks]
+    places = {block: GPUS[number % len(GPUS)] for number, block in enumerate(blocks, start=1)}
+    owners = {module: place for block, place in places.items() for module in block.modules()}
+    for module in model.modules():
+        move(module, owners.get(module, HOME), values)
+    boundary = Boundary(HOME, SoundLinks(), TRANSFORMER_PATCHES)
+    boundary.attach(model.diffusion_model, list(places.items()))
+    return Setup(model, places, {block: watch(block) for block in blocks}, boundary)
+
+
+def watch(block: nn.Module) -> set[torch.device]:
+    """Where its layers run."""
+    seen: set[torch.device] = set()
+
+    def see(_: nn.Module, args: Any, output: Any) -> None:
+        seen.update(devices(output))
+
+    for module in block.modules():
+        if module._parameters:
+            module.register_forward_hook(see, prepend=True)
+    return seen
+
+
+def devices(value: Any) -> set[torch.device]:
+    return {tensor.device for tensor in tree_leaves(value) if isinstance(tensor, torch.Tensor)}
+
+
+def move(module: nn.Module, place: torch.device, values: bool) -> None:
+    """Its own tensors, to a device."""
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            for _ in range(2):  # torch keeps a weak reference to the first of a kind, and then refuses ``module.to``.
+                moved = on(tensor, place, values)
+                tensors[name] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+
+
+def on(tensor: torch.Tensor, place: torch.device, values: bool) -> torch.Tensor:
+    if values:
+        return Placed(tensor.detach().clone(), place)
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
+
+
+def denoise(model: nn.Module, family: Family, patched: Any = None) -> torch.Tensor:
+    """One step of the host's sampling, conditioning included."""
+    patcher = model.current_patcher = ModelPatcher(model, HOME, torch.device("cpu"))
+    if patched is not None:
+        patcher.set_model_unet_function_wrapper(patched)
+    extras = {key: torch.randn(shape) for key, shape in family.extras.items()} | family.values
+    context = None if family.context is None else torch.randn(family.context)
+    noises = [torch.randn(shape, device=HOME) for shape in family.latent or (latent_shape(model),)]
+    noise, shapes = comfy.utils.pack_latents(noises) if len(noises) > 1 else (noises[0], [noises[0].shape])
+    conds = {key: comfy.sampler_helpers.convert_cond([[context, extras]]) for key in ("positive", "negative")}
+    conds = comfy.samplers.process_conds(
+        model, noise, conds, HOME, torch.zeros_like(noise), None, 2, latent_shapes=shapes
+    )
+    sigma = torch.full((noise.shape[0],), 0.5, device=HOME)
+    return comfy.samplers.sampling_function(
+        model, noise, sigma, conds["negative"], conds["positive"], 2.0, patcher.model_options, 2
+    )
+
+
+def check(setup: Setup, output: torch.Tensor, idle: set[str]) -> None:
+    """Everything ran where it is."""
+    assert type(output) is not Away
+    assert output.device == HOME
+    names = {module: name for name, module in setup.model.diffusion_model.named_modules()}
+    assert {names[block] for block, seen in setup.ran.items() if not seen} == idle
+    assert all(seen <= {setup.places[block]} for block, seen in setup.ran.items())
+    for seen in setup.ran.values():
+        seen.clear()
+
+
+@pytest.fixture(autouse=True)
+def plenty_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host asks how much there is on a device."""
+
+    def free(device: torch.device | None = None, torch_free_too: bool = False) -> int | tuple[int, int]:
+        return (2**40, 2**40) if torch_free_too else 2**40
+
+    monkeypatch.setattr(mm, "get_free_memory", free)
+
+
+def patched_by(points: Points, family: str, replace: bool) -> Callable[[Any, dict[str, Any]], torch.Tensor]:
+    """Gives a model patches and residuals of all kinds, and checks that they are left as they were."""
+
+    def call(apply: Any, args: dict[str, Any]) -> torch.Tensor:
+        conditioning = args["c"]
+        options = conditioning["transformer_options"]
+        options |= {"patches": points.patches(), "patches_replace": points.replacements() if replace else {}}
+        conditioning["control"] = points.residuals(family)
+        patches = tree_leaves((options["patches"], options["patches_replace"]))
+        output = apply(args["input"], args["timestep"], **conditioning)
+        assert tree_leaves((options["patches"], options["patches_replace"])) == patches
+        assert devices((options, conditioning["control"])) == {HOME}
+        return output
+
+    return call
+
+
+def run(name: str, values: bool = False, replace: bool = True) -> Points:
+    """One step plain and one with patches and residuals."""
+    family, points, idle = FAMILIES[name], Points(HOME), IDLE.get(name, set())
+    model = build_tiny(name, family)
+    with gpus(values):
+        setup = split(model, values)
+        check(setup, denoise(model, family), idle)
+        check(setup, denoise(model, family, patched_by(points, name, replace)), idle)
+        setup.boundary.detach()
+    return points
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_operation_mixes_devices(name: str) -> None:
+    points = run(name, values=name in WITH_VALUES, replace=name not in UNREPLACEABLE)
+    assert points.used == points.asked
+    assert bool(points.used) == (name not in {*UNPATCHED, *UNREPLACEABLE})
+
+
+@pytest.mark.parametrize("name", WITH_VALUES)
+def test_values_are_read(name: str) -> None:
+    with pytest.raises(RuntimeError, match=r"^aten\.\w+\.default$|not supported for tensor subclasses"):
+        run(name)
+
+
+@pytest.mark.parametrize("name", UNREPLACEABLE)
+def test_blocks_cannot_be_replaced(name: str) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        run(name)
+
+
+@pytest.mark.parametrize("values", [False, True], ids=["fake", "placed"])
+def test_devices_mix_when_nobody_moves_tensors(values: bool) -> None:
+    model = build_tiny("Flux", FAMILIES["Flux"])
+    error = MixedDevicesError if values else RuntimeError
+    with gpus(values):
+        split(model, values).boundary.detach()
+        with pytest.raises(error, match=r"cuda:0.*cuda:1|cuda:1.*cuda:0"):
+            denoise(model, FAMILIES["Flux"])
