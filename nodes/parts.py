@@ -9,24 +9,26 @@ memory alone. Steps are run by the MODEL, each around the steps of its parts.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import comfy.model_management as mm
 import torch
 
-from ..streaming import Backend, Plan, StallListener, Streamer, UnsupportedModelError
-from ..streaming.assignment import Assignment, DeviceRoom, describe, distribute
+from ..streaming import Backend, BudgetError, Plan, StallListener, Streamer, UnsupportedModelError
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
 from . import status
-from .devices import evictable, make_backend, obtainable, pins, same_device
-from .offload import OffloadSettings, host_config
+from .devices import evictable, make_backend, pins, same_device
+from .offload import host_config
 from .patcher import PARTS, StreamedModelPatcher
 from .patches import HostPatches
 from .progress import LoadingBar
+from .shares import Shares
 from .streamed_model import ATTRIBUTE, StreamedModel
+
+logger = logging.getLogger(__name__)
 
 links = Links()
 
@@ -51,8 +53,15 @@ class PartPatcher(StreamedModelPatcher):
         """The MODEL runs them."""
 
     def load(self, *args: Any, **kwargs: Any) -> None:
+        """As for a whole MODEL. Where there is no room even for the least, it stays unloaded, and a step finds that."""
         self.settings = self._owner.settings
-        super().load(*args, **kwargs)
+        try:
+            super().load(*args, **kwargs)
+        except Exception as error:
+            # A virtual device is as large as it is, so nothing larger is tried there.
+            if not (self.streamer.backend.is_full(error) or isinstance(error, BudgetError)):
+                raise
+            logger.warning("nothing of %s could be loaded: %s", self.streamed.name, str(error).partition("\n")[0])
 
     def clone(self, *args: Any, **kwargs: Any) -> PartPatcher:
         clone = super().clone(*args, **kwargs)
@@ -65,6 +74,10 @@ class PartPatcher(StreamedModelPatcher):
         owner.unpatch_hooks()
         super().reload(plan, None)
         owner.apply_hooks(hooks, force_apply=True)
+
+    @property
+    def _turns(self) -> bool:
+        return self._owner.streamed.turns
 
     def _host_patches(self) -> HostPatches:
         return HostPatches(self._owner, self.streamer.blocks.values, self.load_device)
@@ -106,51 +119,37 @@ def split_blocks(
         UnsupportedModelError: nothing streams to one of the devices, or the blocks cannot be parted.
         ConfigError: shares are not one positive number for each device.
     """
-    streamed, blocks = patcher.streamed, patcher.streamer.blocks
-    if any(block.tied for block in blocks.blocks):
+    streamed, whole = patcher.streamed, patcher.streamer
+    if any(block.tied for block in whole.blocks.blocks):
         raise UnsupportedModelError("its blocks share tensors")
     backends = [make_backend(device) for device in devices]
-    sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
-    rooms = [DeviceRoom(_room(backend, patcher.settings)) for backend in backends]
-    found = distribute(sizes, blocks.rest.nbytes, rooms, shares)
+    streamed.shares = Shares(whole.blocks, shares)
+    found = streamed.shares.begin(backends, patcher.settings)
     if len(found.devices) == 1:
         reasons = "; ".join(f"{backends[place].name}: {reason}" for place, reason in sorted(found.left_out.items()))
         raise OneDeviceError(found.devices[0], reasons or "no device has room for its largest block")
-    devices = [devices[place] for place in found.devices]
-    backends, assignment = [backends[place] for place in found.devices], found.assignment
-    streamers = _streamers_of_parts(patcher, assignment, backends)
-    patcher.streamer.close()
+    devices, backends = ([each[place] for place in found.devices] for each in (devices, backends))
+    status.announce(streamed.name, streamed.shares.describe(backends), streamed.node_id)
+    streamers = _streamers_of_parts(patcher, backends)
+    whole.close()
     streamed.streamer = streamers[0]
     if not same_device(patcher.load_device, devices[0]):
         patcher.load_device = devices[0]
-    names = [backend.name for backend in backends]
-    status.announce(streamed.name, describe(assignment, names, sizes), streamed.node_id)
-    parts = []
-    for device, streamer in zip(devices[1:], streamers[1:], strict=True):
-        parts.append(_make_part(patcher, device, streamer))
-    patcher.set_additional_models(PARTS, parts)
+    pairs = zip(devices[1:], streamers[1:], strict=True)
+    patcher.set_additional_models(PARTS, [_make_part(patcher, device, streamer) for device, streamer in pairs])
     patcher.size = patcher.model_size()
-    places = [devices[number] for number in assignment.devices]
     streamed.boundary = Boundary(devices[0], links, TRANSFORMER_PATCHES)
-    streamed.placed = [(block.module, place) for block, place in zip(blocks.blocks, places, strict=True)]
+    streamed.place_blocks(devices)
     return found.left_out
 
 
-def _room(backend: Backend, settings: OffloadSettings) -> float:
-    """Bytes for weights on a device, when activations have what they need at least."""
-    reserve = 0.0 if backend.budget is not None else mm.minimum_inference_memory()
-    room = max(0.0, obtainable(backend) - reserve)
-    return room if settings.vram_limit is None else min(room, float(settings.vram_limit))
-
-
-def _streamers_of_parts(
-    patcher: StreamedModelPatcher, assignment: Assignment, backends: Sequence[Backend]
-) -> list[Streamer]:
-    whole, listeners, streamers = patcher.streamer, list[StallListener](), []
+def _streamers_of_parts(patcher: StreamedModelPatcher, backends: Sequence[Backend]) -> list[Streamer]:
+    whole, shares = patcher.streamer, patcher.streamed.shares
+    listeners, streamers = list[StallListener](), []
     for number, backend in enumerate(backends):
-        blocks = whole.blocks.part(assignment.blocks_of(number), with_outside=number == 0)
-        config = host_config(patcher.settings, backend)
+        config = host_config(patcher.settings, backend, patcher.streamed.turns)
         bar = patcher.streamed.bar if number == 0 else LoadingBar(None)
+        blocks = shares.part(number)
         streamers.append(Streamer(whole.root, blocks, backend, config, pins, evictable, bar, listeners))
     return streamers
 

@@ -21,6 +21,7 @@ from ..streaming import Plan, State, Streamer, format_bytes
 from .devices import make_backend, same_device, unload
 from .offload import OffloadSettings, host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
+from .shares import PartFullError
 from .streamed_model import ATTRIBUTE, StreamedModel
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class StreamedModelPatcher(ModelPatcher):
                 # A clone for another GPU, or back from it.
                 self.streamer.move_to(make_backend(device_to))
             self.streamed.show_on(self.node_id)
-            self.streamer.configure(host_config(self.settings, self.streamer.backend))
+            self.streamer.configure(host_config(self.settings, self.streamer.backend, self._turns))
             self.streamer.expect_compiled(self._is_compiled())
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
@@ -146,6 +147,8 @@ class StreamedModelPatcher(ModelPatcher):
             patches = self._host_patches()
             self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))
             self.streamer.begin_prompt()
+            if self.streamed.shares is not None:
+                self.streamed.shares.due = True
             self.streamed.set_loaded(self)
             self._tell_host(device_to)
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
@@ -181,6 +184,11 @@ class StreamedModelPatcher(ModelPatcher):
             self._tell_host(device_to)
             self.model.current_weight_patches_uuid = None
         super().unpatch_model(device_to=None, unpatch_weights=False)
+
+    @property
+    def _turns(self) -> bool:
+        """Whether its blocks and those on other devices take turns."""
+        return self.streamed.turns
 
     def _is_compiled(self) -> bool:
         """Whether torch.compile runs the model or parts of it: by the host's wrapper, or put in a block's place."""
@@ -386,13 +394,16 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not isinstance(patcher, StreamedModelPatcher):
         return executor(x, *args, **kwargs)
-    return run_step(
+    step = partial(
+        run_step,
         patcher,
         # Models take what they need out of lists (ControlNet's residuals): a step that is run again needs them whole.
         lambda: executor(x, *map(_copy_lists, args), **{name: _copy_lists(value) for name, value in kwargs.items()}),
         shapes_of((x, *args, *kwargs.values())),
         lambda: int(patcher.memory_required(x.shape)),
     )
+    shares = patcher.streamed.shares
+    return step() if shares is None else shares.run(patcher, step)
 
 
 def run_step(
@@ -417,6 +428,8 @@ def _run_part(
     """A step on another device, inside of the one on the model's own."""
     if part.streamer.state is State.UNLOADED:
         mm.load_models_gpu([part])  # Somebody needed the memory there, or has loaded the MODEL alone.
+        if part.streamer.state is State.UNLOADED:
+            raise PartFullError(part)
     return run_step(part, forward, shape, estimate)
 
 

@@ -15,6 +15,7 @@ from . import status
 from .devices import evictable, make_backend, obtainable, pins
 from .offload import GIB, OffloadSettings, host_config
 from .progress import LoadingBar
+from .shares import Shares
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -38,6 +39,7 @@ class StreamedModel:
         origin: gives the patcher that came in, of a model that another node has loaded.
         loaded: the patcher whose patches are in the weights.
         boundary: between devices, of a model whose blocks run on several (parts.py).
+        shares: which blocks run where, of such a model.
         placed: its blocks, and where they run.
     """
 
@@ -49,11 +51,24 @@ class StreamedModel:
     origin: Callable[[], ModelPatcher | None] = lambda: None
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
     boundary: Boundary | None = None
+    shares: Shares | None = None
     placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()
     _native: ModelPatcher | None = None
     _told_of_hooks: bool = False
     _announced: object = None
     _shown: tuple[Plan | None, bool, bool] = (None, False, False)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the blocks of several devices take turns."""
+        return self.shares is not None and not self.shares.assignment.runs
+
+    def place_blocks(self, devices: Sequence[torch.device]) -> None:
+        """Blocks run on these devices, as the shares have it, from the next load on."""
+        assert self.boundary is not None
+        assert self.shares is not None
+        self.boundary.detach()
+        self.placed = self.shares.placed_on(devices)
 
     def announce_changes(self) -> None:
         """After a step: announce what it has changed or measured, and that everything is page-locked now."""

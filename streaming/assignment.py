@@ -3,8 +3,13 @@
 [Note: runs or turns]
 Where each device can hold what it is given, nothing streams, and blocks are given out in runs: the fewest boundaries.
 Where one cannot, blocks take turns, so that while one device computes the others fill their slots, and all links work
-all the time. What each is given then follows from the step: a device streams what it cannot hold over its own link, so
-shares are such that all links need the same time.
+all the time.
+
+[Note: how much each gets]
+Devices compute one after another, and each streams what it cannot hold over its own link, all at once. So a step takes
+as long as all compute, or as the slowest link. Where everything fits, the fastest devices hold what they can, and
+devices of one speed the same part of their room. Where it does not, the shortest time is searched in which the links
+can bring what is missing and the compute is done, given out in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ from dataclasses import dataclass, replace
 from .config import format_bytes
 from .errors import ConfigError
 
+# Halvings of an interval of times: to less than a part in 2^40 of it.
+BISECTIONS = 40
+
 
 @dataclass(frozen=True)
 class DeviceRoom:
@@ -23,10 +31,12 @@ class DeviceRoom:
     Attributes:
         nbytes: for weights of blocks.
         bandwidth: bytes per second from host memory.
+        seconds_per_byte: compute of blocks. Equal for devices that are about as fast; 0 where it is not known.
     """
 
     nbytes: float
     bandwidth: float = 1.0
+    seconds_per_byte: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,20 @@ class Assignment:
     def blocks_of(self, device: int) -> list[int]:
         return [block for block, where in enumerate(self.devices) if where == device]
 
+    def bytes_of(self, block_bytes: Sequence[int], devices: int) -> list[int]:
+        """What each of so many devices is given."""
+        given = [0] * devices
+        for size, device in zip(block_bytes, self.devices, strict=True):
+            given[device] += size
+        return given
+
+
+def step_seconds(given: Sequence[float], rooms: Sequence[DeviceRoom]) -> float:
+    """The least that a step takes when devices with such rooms are given so many bytes (Note: how much each gets)."""
+    pairs = list(zip(given, rooms, strict=True))
+    compute = sum(nbytes * room.seconds_per_byte for nbytes, room in pairs)
+    return max(compute, *(max(0.0, nbytes - room.nbytes) / room.bandwidth for nbytes, room in pairs))
+
 
 def assign(
     block_bytes: Sequence[int], rooms: Sequence[DeviceRoom], shares: Sequence[float] | None = None
@@ -59,14 +83,11 @@ def assign(
         ConfigError: shares are not one positive number for each device.
     """
     total = sum(block_bytes)
-    fits = sum(room.nbytes for room in rooms) >= total
-    wanted = _bytes_by_room(total, rooms, fits) if shares is None else _bytes_by_share(total, rooms, shares)
-    if runs := _in_runs(block_bytes, wanted):
-        given = [0] * len(rooms)
-        for size, device in zip(block_bytes, runs, strict=True):
-            given[device] += size
-        if all(nbytes <= room.nbytes for nbytes, room in zip(given, rooms, strict=True)):
-            return Assignment(runs, True)
+    wanted = _bytes_by_room(total, rooms) if shares is None else _bytes_by_share(total, rooms, shares)
+    runs = Assignment(_in_runs(block_bytes, wanted), True)
+    given = runs.bytes_of(block_bytes, len(rooms))
+    if all(nbytes <= room.nbytes for nbytes, room in zip(given, rooms, strict=True)):
+        return runs
     return Assignment(_in_turn(block_bytes, wanted), len(rooms) == 1)
 
 
@@ -90,6 +111,7 @@ def distribute(
     rest_bytes: int,
     rooms: Sequence[DeviceRoom],
     shares: Sequence[float] | None = None,
+    keep_home: bool = False,
 ) -> Distribution:
     """Give out blocks to the devices that have room for the largest, and leave those out that get none.
 
@@ -98,6 +120,7 @@ def distribute(
         rest_bytes: what is in no block, for the first device.
         rooms: of the devices, in the order of preference.
         shares: as for :func:`assign`.
+        keep_home: the first device takes part whatever room it has, though maybe without a block.
 
     Raises:
         ConfigError: shares are not one positive number for each device.
@@ -111,15 +134,19 @@ def distribute(
         if len(full) == len(devices):
             devices = devices[:1]
             break
+        if keep_home and devices[0] in full:
+            full.remove(devices[0])
         if full:
             room = format_bytes(max(0, rooms[full[0]].nbytes))
             least = format_bytes(max(block_bytes) + used[full[0]])
             left_out[full[0]] = f"it has room for {room} of weights, and needs {least} at least"
             devices.remove(full[0])
             continue
-        here = [replace(rooms[device], nbytes=rooms[device].nbytes - used[device]) for device in devices]
+        here = [replace(rooms[device], nbytes=max(0.0, rooms[device].nbytes - used[device])) for device in devices]
         assignment = assign(block_bytes, here, shares and [shares[device] for device in devices])
         idle = [device for place, device in enumerate(devices) if not assignment.blocks_of(place)]
+        if keep_home and devices[0] in idle:
+            idle.remove(devices[0])
         if not idle:
             return Distribution(tuple(devices), assignment, left_out)
         left_out[idle[0]] = "no block is left for it"
@@ -127,13 +154,34 @@ def distribute(
     return Distribution(tuple(devices), Assignment((0,) * len(block_bytes), True), left_out)
 
 
-def _bytes_by_room(total: int, rooms: Sequence[DeviceRoom], fits: bool) -> list[float]:
-    """In proportion to what each can hold, or, where that is not enough, so that all links need the same time."""
-    held = sum(room.nbytes for room in rooms)
-    if fits:
-        return [total * room.nbytes / held for room in rooms]
-    seconds = (total - held) / sum(room.bandwidth for room in rooms)
-    return [room.nbytes + seconds * room.bandwidth for room in rooms]
+def _bytes_by_room(total: int, rooms: Sequence[DeviceRoom]) -> list[float]:
+    """What makes a step shortest (Note: how much each gets)."""
+    held = [room.nbytes for room in rooms]
+    if sum(held) >= total:
+        return _fill(total, held, rooms)
+    low, high = 0.0, max(total * max(1 / room.bandwidth, room.seconds_per_byte) for room in rooms)
+    given = held
+    for _ in range(BISECTIONS):
+        seconds = (low + high) / 2
+        most = [room.nbytes + seconds * room.bandwidth for room in rooms]
+        if sum(most) >= total and step_seconds(found := _fill(total, most, rooms), rooms) <= seconds * (1 + 1e-9):
+            high, given = seconds, found
+        else:
+            low = seconds
+    return given
+
+
+def _fill(total: float, most: Sequence[float], rooms: Sequence[DeviceRoom]) -> list[float]:
+    """``total`` bytes, the fastest devices first; those of one speed in proportion to the most that each may have."""
+    given, left = [0.0] * len(rooms), float(total)
+    for speed in sorted({room.seconds_per_byte for room in rooms}):
+        group = [number for number, room in enumerate(rooms) if room.seconds_per_byte == speed]
+        room = sum(most[number] for number in group)
+        part = min(1.0, left / room) if room > 0 else 0.0
+        for number in group:
+            given[number] = most[number] * part
+        left -= room * part
+    return given
 
 
 def _bytes_by_share(total: int, rooms: Sequence[DeviceRoom], shares: Sequence[float]) -> list[float]:

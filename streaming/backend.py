@@ -68,8 +68,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text
 
 
-# How torch names the device that has no room.
-_FULL_GPU = re.compile(r"GPU (\d+) has a total capacity")
+# How torch's two allocators name the device that has no room.
+_FULL_GPU = re.compile(r"GPU (?P<cached>\d+) has a total capacity|on device (?P<driver>\d+) would exceed")
 
 
 class Backend(ABC):
@@ -102,10 +102,19 @@ class Backend(ABC):
 
     def is_full(self, error: BaseException) -> bool:
         """Whether ``error`` says that this device has no room, or one that it does not name."""
-        if not is_out_of_memory(error):
-            return False
+        return is_out_of_memory(error) and self._names(error) is not False
+
+    def is_named(self, error: BaseException, broke_on: torch.device | None = None) -> bool:
+        """Whether ``error`` says that just this device has no room; where it names none, it ``broke_on`` that one."""
+        named = self._names(error)
+        return is_out_of_memory(error) and (broke_on == self.device if named is None else named)
+
+    def _names(self, error: BaseException) -> bool | None:
+        """Whether this is the device that ``error`` speaks of; None if it speaks of none."""
         named = _FULL_GPU.search(str(error))
-        return named is None or self.device.index is None or int(named[1]) == self.device.index
+        if named is None or self.device.index is None:
+            return None
+        return int(named["cached"] or named["driver"]) == self.device.index
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A uint8 buffer of ``nbytes``. It is never an inference tensor, whatever mode the caller is in.

@@ -79,6 +79,11 @@ class CpuBackend(Backend):
     def budget(self) -> int:
         return self.store.budget
 
+    def _names(self, error: BaseException) -> bool | None:
+        if isinstance(error, DeviceMemoryError):
+            return str(error).startswith(f"{self.name} has ")
+        return super()._names(error)
+
     def allocate(self, nbytes: int) -> torch.Tensor:
         self.store.take(nbytes)
         return super().allocate(nbytes)

@@ -23,12 +23,22 @@ from .device_names import gpu_name
 
 UNKNOWN = "-"
 
+# Bytes per second of one lane, by generation (PCI Express Base Specification: 2.5, 5, 8, 16, 32 and 64 GT/s, less the
+# line code: 8b/10b, then 128b/130b, then 242B/256B).
+LANE_BYTES_PER_SECOND = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
+
 
 class Link(NamedTuple):
     """A PCIe link: its generation and its number of lanes; None where it is not known."""
 
     generation: int | None = None
     width: int | None = None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """What it carries at most; None where that is not known."""
+        lane = LANE_BYTES_PER_SECOND.get(self.generation or 0)
+        return None if lane is None or self.width is None else lane * self.width
 
     def __str__(self) -> str:
         generation = UNKNOWN if self.generation is None else self.generation

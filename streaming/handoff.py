@@ -44,6 +44,9 @@ class Boundary:
         home: where the model's inputs and outputs are, and everything that is in no block.
         links: copies between devices.
         at_home: names in dictionaries among blocks' arguments; functions below them are called at home.
+
+    Attributes:
+        broke_on: the device of the block that an exception has ended last, if none has run since.
     """
 
     def __init__(self, home: torch.device, links: Links, at_home: Collection[str] = ()) -> None:
@@ -51,6 +54,7 @@ class Boundary:
         self._at_home = frozenset(at_home)
         self._call = _calls(weakref.ref(self))
         self._links = links
+        self.broke_on: torch.device | None = None
         self._moved: dict[tuple[int, torch.device], _Moved] = {}
         self._visits: list[_Visit] = []
         self._handles: list[Any] = []
@@ -103,6 +107,7 @@ class Boundary:
     def _leave(self, output: Any) -> Any:
         """A block ends; ``output`` is None after an exception."""
         visit = self._visits.pop()
+        self.broke_on = visit.device if output is None else None
         self._end(visit)
         return _mapped(output, self._sending(visit.device))
 

@@ -159,7 +159,7 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
     Raises:
         BudgetError: the budget has no room for the rest and one slot.
     """
-    if outline.model_bytes <= budget and not config.stream_all:
+    if not outline.unit_bytes or (outline.model_bytes <= budget and not config.stream_all):
         best = Plan(outline, (), 0, 0)
     else:
         best = _fastest(_rings(outline, profile, config), budget)
@@ -200,6 +200,8 @@ class _Rung(NamedTuple):
 def _ladder(outline: Outline, profile: Profile) -> tuple[_Rung, ...]:
     """For each number of kept units, none to all but one, what is left to stream."""
     alone = {unit for runs in profile.unit_runs or () for unit, _ in runs}
+    if not outline.unit_bytes:
+        return (_Rung(0, 0),)  # A device of several may have no block.
     left = [set(units) for units in outline.block_units]
     pieces = [_largest_piece(outline, units, alone) for units in left]
     streamed = sum(outline.unit_bytes)

@@ -106,6 +106,8 @@ class Planner:
     def _is_worthwhile(self, plan: Plan, now: Standing) -> bool:
         """Whether ``plan`` makes a step faster than the one in effect by enough, or takes much less memory for it."""
         assert now.plan is not None
+        if not (plan.segments or now.plan.segments):
+            return False
         gain = 1 - forecast_seconds(plan, self.profile) / forecast_seconds(now.plan, self.profile)
         saved = now.device_bytes - plan.device_bytes
         unasked = plan.budget > now.device_bytes

@@ -167,7 +167,7 @@ class Recorder:
             profile,
             block_seconds=by_kind(self._outline, spent),
             other_seconds=sum(gaps.values()) + after,
-            gap_seconds=by_kind(self._outline, [gaps.get(block) for block in range(self._outline.blocks)]),
+            gap_seconds=tuple(gaps.get(block, 0.0) for block in range(self._outline.blocks)),
             unit_times=self._unit_times(times),
             measured=bandwidth is not None or known.measured,
         )

@@ -26,6 +26,8 @@ def order_of_residency(outline: Outline, profile: Profile) -> tuple[int, ...]:
 @lru_cache(maxsize=16)
 def best_order(outline: Outline, profile: Profile) -> tuple[int, ...]:
     """All units, the first to be kept first (Note: one order for every budget)."""
+    if not outline.unit_bytes:
+        return ()
     moments = timeline(outline, profile)
     units = [moment.unit for moment in moments]
     starts = np.array([moment.begin for moment in moments])

@@ -381,6 +381,13 @@ class Streamer:
         self._equip(backend)
         self._planner.change_device()
 
+    def take_blocks(self, blocks: BlockSet) -> None:
+        """Stream these blocks of the same root from the next load on; nothing of what was built is kept."""
+        self.unload()
+        self.blocks, self.outline = blocks, blocks.outline
+        self._planner, self._verifier = Planner(self.outline, self.config), self._make_verifier()
+        self.move_to(self.backend)
+
     def configure(self, config: StreamingConfig) -> None:
         """Stream with other settings from the next load on. Where they differ, nothing of what was built is kept.
 

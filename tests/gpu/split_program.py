@@ -8,6 +8,7 @@ As host_program.py. With --cpu, and WEIGHTSTREAM_VIRTUAL=2x14MB, it runs without
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,6 +54,13 @@ def main() -> None:
 
     def agrees(case: str, ones, others) -> None:
         agree[case] = agree.get(case, True) and torch.equal(ones, others)
+
+    def take_all(gpu: int) -> subprocess.Popen:
+        """Another process that holds all memory of a GPU that is free."""
+        code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'gpu')!r}); import holder; holder.main({gpu})"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline().strip() == "full"
+        return process
 
     agree: dict[str, bool] = {}
     path = str(Path(models) / MODEL)
@@ -114,6 +122,37 @@ def main() -> None:
             agree[f"{case}, memory given back"] = [s.device_bytes for s in model.streamers] == [0, 0]
             agrees(f"{case}, after unloading", sample(model), expected[0.0])
             del model
+    if torch.cuda.is_available():
+        with torch.inference_mode():
+            streamed = load_streamed(path, {})
+        for moment in ("between prompts", "in mid-run"):
+            model = split(streamed, devices="gpu:0,gpu:1", split="equal")
+            agrees(f"filled {moment}, before", sample(model), expected[0.0])
+            holders = []
+
+            def fill(*_, holders=holders):
+                if not holders:
+                    torch.cuda.empty_cache()
+                    holders.append(take_all(1))
+
+            if moment == "between prompts":
+                mm.unload_all_models()
+                mm.soft_empty_cache()
+                fill()
+            else:
+                handle = model.streamed.placed[1][0].register_forward_pre_hook(fill)  # A step has begun.
+            agrees(f"filled {moment}", sample(model), expected[0.0])
+            agrees(f"filled {moment}, again", sample(model), expected[0.0])
+            if moment == "between prompts":  # In mid-run what is there may be enough.
+                agree[f"filled {moment}, nothing is there"] = model.parts[0].loaded_size() == 0
+            holders[0].kill()
+            holders[0].wait()
+            if moment == "in mid-run":
+                handle.remove()
+            for _ in range(3):
+                agrees(f"filled {moment}, free again", sample(model), expected[0.0])
+            agree[f"filled {moment}, it is used again"] = model.parts[0].loaded_size() > 0
+            mm.unload_all_models()
     # A MODEL of the host's own loader.
     model = split(native, devices="gpu:0,gpu:1", split="ratio", ratio="60,40")
     for strength in STRENGTHS:

@@ -54,7 +54,11 @@ def test_a_split_model_gives_the_latents_of_a_whole_one(
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_every_family_gives_the_latents_of_one_gpu(differences: Callable[[str, list[str]], list[str]]) -> None:
+@pytest.mark.parametrize("part", range(1, 5))
+def test_every_family_gives_the_latents_of_one_gpu(
+    differences: Callable[[str, list[str]], list[str]], monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setenv("FAMILIES", f"{part}/4")
     assert differences("families_program.py", FLAGS["static"]) == []
 
 

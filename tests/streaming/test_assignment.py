@@ -1,8 +1,18 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from weightstream.streaming import ConfigError
-from weightstream.streaming.assignment import Assignment, DeviceRoom, assign, describe
+from weightstream.streaming.assignment import (
+    Assignment,
+    DeviceRoom,
+    _bytes_by_room,
+    assign,
+    describe,
+    distribute,
+    step_seconds,
+)
 
 GB = 10**9
 FLUX = [680_000_000] * 19 + [283_000_000] * 38
@@ -64,6 +74,54 @@ def test_shares_that_were_asked_for(shares: tuple[float, float], room: float, ru
 def test_shares_that_cannot_be(shares: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="each of 2 devices"):
         assign(FLUX, rooms(24, 24), shares)
+
+
+def speeds(*of_each: tuple[float, float, float]) -> list[DeviceRoom]:
+    """Room in GB, GB/s and seconds of compute for a GB."""
+    return [DeviceRoom(room * GB, rate * GB, compute / GB) for room, rate, compute in of_each]
+
+
+def test_a_fast_device_holds_what_it_can() -> None:
+    found = assign(FLUX, speeds((20, 50, 1), (20, 50, 2)))
+    assert found.runs
+    assert given(found, FLUX, 2) == pytest.approx([20 / 23.67, 3.67 / 23.67], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "of_each",
+    [
+        [(4, 50, 0.1), (4, 50, 0.1)],
+        [(4, 50, 0.001), (4, 25, 0.001)],
+        [(4, 50, 0.01), (8, 25, 0.02)],
+        [(2, 50, 0.02), (2, 50, 0.01), (6, 12, 0.01)],
+    ],
+)
+def test_no_other_shares_make_the_step_shorter(of_each: list[tuple[float, float, float]]) -> None:
+    rooms = speeds(*of_each)
+    total = sum(FLUX)
+    found = step_seconds(_bytes_by_room(total, rooms), rooms)
+    parts = [part / 50 for part in range(51)]
+    others = [shares for shares in itertools.product(parts, repeat=len(rooms)) if sum(shares) == pytest.approx(1)]
+    best = min(step_seconds([share * total for share in shares], rooms) for shares in others)
+    assert found <= best * (1 + 1e-6)
+
+
+def test_a_device_without_room_is_left_out() -> None:
+    found = distribute(FLUX, GB, rooms(1, 30, 0.5, 12))
+    assert found.devices == (1, 3)
+    assert found.left_out == {
+        0: "it has room for 1.0 GB of weights, and needs 1.7 GB at least",
+        2: "it has room for 500 MB of weights, and needs 680 MB at least",
+    }
+    kept = distribute(FLUX, GB, rooms(0, 0.5, 30), keep_home=True)
+    assert kept.devices == (0, 2)
+    assert kept.left_out.keys() == {1}
+    assert kept.assignment.blocks_of(0) == []
+    nobody = distribute(FLUX, GB, rooms(0.1, 0.2))
+    assert (nobody.devices, nobody.assignment.devices) == ((0,), (0,) * len(FLUX))
+    few = distribute([GB, GB], 0, rooms(1, 1, 1))
+    assert len(few.devices) == 2
+    assert list(few.left_out.values()) == ["no block is left for it"]
 
 
 def test_every_block_has_a_device_and_one_device_has_all() -> None:

@@ -1,0 +1,216 @@
+"""Which device has which blocks of a MODEL, and when that changes.
+
+[Note: when shares change]
+Another assignment costs a load: nothing of what a device has is kept. So it must gain much, and must have seemed better
+at the begin of two prompts in a row: memory that is taken now may be free soon. Times and bandwidths that were measured
+count as soon as there are some. A device that has no room for the least that streams there gets nothing at once, in the
+middle of a prompt too, and the step is run again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import TYPE_CHECKING, TypeVar
+
+import comfy.model_management as mm
+import torch
+
+from ..streaming import Backend, BlockSet, Streamer
+from ..streaming.assignment import Assignment, DeviceRoom, Distribution, describe, distribute, step_seconds
+from ..streaming.gpus import list_gpus
+from . import status
+from .devices import obtainable
+from .offload import OffloadSettings
+
+if TYPE_CHECKING:
+    from .patcher import StreamedModelPatcher
+
+logger = logging.getLogger(__name__)
+
+# Other shares must make a step shorter by this part, so many prompts in a row.
+GAIN = 0.15
+PROMPTS = 2
+# Devices whose times differ by less are equally fast.
+LIKE = 0.1
+
+T = TypeVar("T")
+
+
+class PartFullError(Exception):
+    """A device has no room for the least that its part of a model needs.
+
+    Attributes:
+        part: the patcher of that part.
+    """
+
+    def __init__(self, part: StreamedModelPatcher) -> None:
+        super().__init__(f"{part.streamer.backend.name} has no room for its part of {part.streamed.name}")
+        self.part = part
+
+
+class Shares:
+    """The blocks of one model, given out to its devices.
+
+    Args:
+        blocks: all of them.
+        wanted: the share of each device; None has them follow from room, times and links.
+
+    Attributes:
+        assignment: of blocks to devices, the home being number 0.
+        due: whether to look, before the next step, if other shares would be better.
+    """
+
+    def __init__(self, blocks: BlockSet, wanted: Sequence[float] | None) -> None:
+        self.assignment = Assignment((), True)
+        self.due = False
+        self._blocks = blocks
+        self._sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
+        self._wanted = wanted
+        self._advised = 0
+
+    def begin(self, backends: Sequence[Backend], settings: OffloadSettings) -> Distribution:
+        """Give out all blocks for the first time. Some devices may get none, and do not count from now on."""
+        rooms = [
+            DeviceRoom(_room(backend, settings), bandwidth)
+            for backend, bandwidth in zip(backends, _links(backends), strict=True)
+        ]
+        found = distribute(self._sizes, self._blocks.rest.nbytes, rooms, self._wanted)
+        if self._wanted is not None:
+            self._wanted = [self._wanted[place] for place in found.devices]
+        self.assignment = found.assignment
+        return found
+
+    def part(self, device: int) -> BlockSet:
+        """What a device has."""
+        return self._blocks.part(self.assignment.blocks_of(device), with_outside=device == 0)
+
+    def placed_on(self, devices: Sequence[torch.device]) -> list[tuple[torch.nn.Module, torch.device]]:
+        """All blocks, and on which of the devices they run."""
+        return [
+            (block.module, devices[number])
+            for block, number in zip(self._blocks.blocks, self.assignment.devices, strict=True)
+        ]
+
+    def describe(self, backends: Sequence[Backend]) -> str:
+        return describe(self.assignment, [backend.name for backend in backends], self._sizes)
+
+    def run(self, patcher: StreamedModelPatcher, step: Callable[[], T]) -> T:
+        """Run a step of the MODEL that is loaded, with other shares where that must be, or is better."""
+        if self.due:
+            self.due = False
+            self._reconsider(patcher)
+        while True:
+            try:
+                return step()
+            except PartFullError as error:
+                full = error.part
+            except Exception as error:
+                broke_on = patcher.streamed.boundary.broke_on
+                found = (part for part in patcher.parts if part.streamer.backend.is_named(error, broke_on))
+                full = next((part for part in found if part.streamer.blocks.blocks), None)
+                if full is None:
+                    raise
+            # Not inside of "except": the error's frames would keep the activations of the failed step alive.
+            self._leave_out(patcher, full)
+
+    def _reconsider(self, patcher: StreamedModelPatcher) -> None:
+        """Before the first step of a prompt (Note: when shares change)."""
+        rooms = self._rooms(patcher)
+        better = self._best(rooms)
+        home = replace(rooms[0], nbytes=max(0.0, rooms[0].nbytes - self._blocks.rest.nbytes))
+        now, then = (
+            step_seconds(assignment.bytes_of(self._sizes, len(rooms)), [home, *rooms[1:]])
+            for assignment in (self.assignment, better)
+        )
+        self._advised = self._advised + 1 if now - then > GAIN * now else 0
+        if self._advised >= PROMPTS:
+            status.announce(patcher.streamed.name, "memory or speed of its devices has changed", patcher.node_id)
+            self._carry_out(patcher, better, rooms)
+
+    def _leave_out(self, patcher: StreamedModelPatcher, full: StreamedModelPatcher) -> None:
+        rooms = self._rooms(patcher)
+        rooms[1 + patcher.parts.index(full)] = DeviceRoom(0.0)
+        text = f"{full.streamer.backend.name} is full, so its blocks go to the other devices"
+        status.announce(patcher.streamed.name, text, patcher.node_id)
+        self._carry_out(patcher, self._best(rooms), rooms)
+
+    def _best(self, rooms: Sequence[DeviceRoom]) -> Assignment:
+        found = distribute(self._sizes, self._blocks.rest.nbytes, rooms, self._wanted, keep_home=True)
+        return replace(found.assignment, devices=tuple(found.devices[place] for place in found.assignment.devices))
+
+    def _carry_out(self, patcher: StreamedModelPatcher, assignment: Assignment, rooms: Sequence[DeviceRoom]) -> None:
+        """Have the blocks where ``assignment`` has them, loaded, with the patches of ``patcher``."""
+        hooks = patcher.current_hooks
+        patcher.unpatch_hooks()
+        self.assignment, self._advised = assignment, 0
+        everybody = [patcher, *patcher.parts]
+        for number, one in enumerate(everybody):
+            one.streamer.take_blocks(self.part(number))
+            one.size = one.model_size()
+        patcher.streamed.place_blocks([one.load_device for one in everybody])
+        for one, room in zip(everybody, rooms, strict=True):
+            one.load(one.load_device, room.nbytes)
+        patcher.apply_hooks(hooks, force_apply=True)
+        self.due = False
+        text = self.describe([one.streamer.backend for one in everybody])
+        status.announce(patcher.streamed.name, text, patcher.node_id)
+
+    def _rooms(self, patcher: StreamedModelPatcher) -> list[DeviceRoom]:
+        """What the devices have now, and how fast they and their links were, once that was measured."""
+        streamers = patcher.streamers
+        backends = [streamer.backend for streamer in streamers]
+        measured = [streamer.profile.measured for streamer in streamers if streamer.blocks.blocks]
+        # What a CPU takes says nothing about a GPU.
+        if all(measured) and all(backend.budget is None for backend in backends):
+            times, links = _times(streamers), [streamer.profile.bandwidth for streamer in streamers]
+        else:
+            times, links = [0.0] * len(streamers), _links(backends)
+        return [
+            DeviceRoom(_room(backend, patcher.settings), link, time)
+            for backend, link, time in zip(backends, links, times, strict=True)
+        ]
+
+
+def _room(backend: Backend, settings: OffloadSettings) -> float:
+    """Bytes for weights on a device, when activations have what they need at least."""
+    reserve = 0.0 if backend.budget is not None else mm.minimum_inference_memory()
+    room = max(0.0, obtainable(backend) - reserve)
+    return room if settings.vram_limit is None else min(room, float(settings.vram_limit))
+
+
+def _links(backends: Sequence[Backend]) -> list[float]:
+    """Bytes per second that the devices' links are made for; the same for all where it is not known of each."""
+    if any(backend.budget is not None for backend in backends):
+        return [1.0] * len(backends)
+    known = {gpu.index: gpu.most_link.bytes_per_second for gpu in list_gpus()}
+    found = [known.get(backend.device.index) for backend in backends]
+    return [1.0] * len(backends) if None in found else [rate for rate in found if rate is not None]
+
+
+def _times(streamers: Sequence[Streamer]) -> list[float]:
+    """Seconds of compute for a byte of blocks on each device, by blocks of kinds that it has in common with the first.
+
+    One without such counts as being as fast.
+    """
+    kinds = [_seconds_by_kind(streamer) for streamer in streamers]
+    ratios = []
+    for found in kinds:
+        common = [found[kind] / kinds[0][kind] for kind in found.keys() & kinds[0].keys()]
+        ratio = median(common) if common else 1.0
+        ratios.append(1.0 if abs(ratio - 1) < LIKE else ratio)
+    seconds = sum(sum(streamer.profile.block_seconds) for streamer in streamers)
+    weighted = sum(ratio * sum(streamer.outline.unit_bytes) for ratio, streamer in zip(ratios, streamers, strict=True))
+    return [ratio * seconds / weighted for ratio in ratios]
+
+
+def _seconds_by_kind(streamer: Streamer) -> dict[object, float]:
+    """Compute of a block; of those of one class and size all take the same."""
+    blocks = zip(streamer.blocks.blocks, streamer.profile.block_seconds, strict=True)
+    return {
+        (type(block.module), tuple(unit.nbytes for unit in block.units)): seconds
+        for block, seconds in blocks
+        if seconds > 0
+    }

@@ -1,0 +1,233 @@
+"""Blocks of a MODEL on several devices are given out anew: for good reasons, and at once where a device is full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.hooks
+import comfy.model_management as mm
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from placing import Machine, place
+from sampling import MB, sample, sample_with_hook, with_lora
+from weightstream.nodes import shares, status
+from weightstream.nodes.shares import Shares, _times
+from weightstream.streaming import State, VirtualMemory
+from weightstream.streaming.gpus import Link
+
+
+@pytest.fixture
+def announced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    texts: list[str] = []
+    announce = status.announce
+
+    def listen(name: str, text: str, *rest: Any, **options: Any) -> None:
+        texts.append(text)
+        announce(name, text, *rest, **options)
+
+    monkeypatch.setattr(status, "announce", listen)
+    return texts
+
+
+@pytest.fixture
+def split(loaded: Any, machine: Machine) -> Callable[..., tuple[Any, tuple[VirtualMemory, ...]]]:
+    """The tiny FLUX, which takes 38 MB, on virtual devices."""
+
+    def make(*budgets: int, **inputs: Any) -> tuple[Any, tuple[VirtualMemory, ...]]:
+        memories = machine(len(budgets))
+        for memory, budget in zip(memories, budgets, strict=True):
+            memory.budget = budget
+        return place(loaded, **inputs)[0], memories
+
+    return make
+
+
+def blocks_of(model: Any) -> list[int]:
+    return [len(streamer.blocks.blocks) for streamer in model.streamers]
+
+
+# As torch's allocators say it, and libraries under torch.
+FULL = {
+    "cached": torch.OutOfMemoryError("CUDA out of memory. GPU 1 has a total capacity of 1 GiB of which 0 is free"),
+    "driver": torch.OutOfMemoryError("Allocation on device 1 would exceed allowed memory. (out of memory)"),
+    "library": RuntimeError("CUDA error: out of memory"),
+}
+
+
+def fill(model: Any, device: int, words: str = "cached") -> Any:
+    """As if another process took all memory of that GPU: a step there fails, until nothing runs there any more."""
+    block = model.parts[device - 1].streamer.blocks.blocks[0].module
+    part = model.parts[device - 1]
+
+    def fail(*_: object) -> None:
+        if any(block is one.module for one in part.streamer.blocks.blocks):
+            raise FULL[words]
+
+    return block.register_forward_pre_hook(fail)
+
+
+# -- a device that is full ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [0.0, 0.7])
+@pytest.mark.parametrize("budgets", [(16 * MB, 16 * MB), (14 * MB, 14 * MB, 14 * MB)], ids=["two", "three"])
+def test_a_device_that_is_filled_in_mid_run_gets_nothing(
+    split: Callable, native: ModelPatcher, announced: list[str], budgets: tuple[int, ...], lora: float
+) -> None:
+    expected = sample(with_lora(native, lora) if lora else native)
+    model, _ = split(*budgets)
+    model = with_lora(model, lora) if lora else model
+    assert torch.equal(sample(model), expected)
+    before = blocks_of(model)
+    handle = fill(model, 1)
+    for _ in range(2):
+        assert torch.equal(sample(model), expected)
+    assert blocks_of(model)[1] == 0
+    assert sum(blocks_of(model)) == sum(before)
+    assert "virtual:1 is full, so its blocks go to the other devices" in announced
+    assert model.parts[0].loaded_size() == 0
+    handle.remove()
+    # What it would gain from that device seems so for the first time, then for the second.
+    assert torch.equal(sample(model), expected)
+    assert blocks_of(model) == before
+    for _ in range(2):
+        assert torch.equal(sample(model), expected)
+    mm.unload_all_models()
+    assert [streamer.state for streamer in model.streamers] == [State.UNLOADED] * len(budgets)
+
+
+def test_a_device_that_is_filled_between_prompts(split: Callable, native: ModelPatcher, announced: list[str]) -> None:
+    expected = sample(native)
+    model, memories = split(16 * MB, 16 * MB)
+    assert torch.equal(sample(model), expected)
+    mm.unload_all_models()
+    memories[1].budget = MB
+    assert torch.equal(sample(model), expected)
+    assert blocks_of(model)[1] == 0
+    assert "virtual:1 is full, so its blocks go to the other devices" in announced
+
+
+@pytest.mark.parametrize("words", FULL)
+def test_the_full_device_is_found(split: Callable, native: ModelPatcher, words: str) -> None:
+    expected = sample(native)
+    model, _ = split(16 * MB, 16 * MB)
+    handle = fill(model, 1, words)
+    assert torch.equal(sample(model), expected)
+    assert blocks_of(model)[1] == 0
+    handle.remove()
+
+
+@pytest.mark.parametrize("mode", [comfy.hooks.EnumHookMode.MinVram, comfy.hooks.EnumHookMode.MaxSpeed])
+def test_hooks_are_in_the_weights_wherever_they_go(split: Callable, native: ModelPatcher, mode: Any) -> None:
+    expected = sample_with_hook(native, mode), sample(native)
+    model, _ = split(16 * MB, 16 * MB)
+    assert torch.equal(sample_with_hook(model, mode), expected[0])
+    handle = fill(model, 1)
+    assert torch.equal(sample_with_hook(model, mode), expected[0])
+    handle.remove()
+    assert torch.equal(sample(model), expected[1])
+
+
+def test_another_error_is_no_reason(split: Callable) -> None:
+    model, _ = split(16 * MB, 16 * MB)
+    sample(model)
+    before = blocks_of(model)
+
+    def fail(*_: object) -> None:
+        raise ValueError("of a block")
+
+    handle = model.parts[0].streamer.blocks.blocks[0].module.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="of a block"):
+        sample(model)
+    handle.remove()
+    assert blocks_of(model) == before
+
+
+# -- other memory ------------------------------------------------------------------------------------------------------
+
+
+def test_lasting_pressure_changes_shares_and_a_passing_one_does_not(
+    split: Callable, native: ModelPatcher, announced: list[str]
+) -> None:
+    expected = sample(native)
+    model, memories = split(18 * MB, 18 * MB)
+    for _ in range(3):
+        assert torch.equal(sample(model), expected)
+    before = blocks_of(model)
+    mm.unload_all_models()
+    for budgets in ((18, 10), (18, 18), (18, 10)):
+        memories[1].budget = budgets[1] * MB
+        assert torch.equal(sample(model), expected)
+        mm.unload_all_models()
+        assert blocks_of(model) == before
+    assert "memory or speed of its devices has changed" not in announced
+    assert torch.equal(sample(model), expected)
+    assert "memory or speed of its devices has changed" in announced
+    assert blocks_of(model)[1] < before[1]
+    assert torch.equal(sample(model), expected)
+
+
+def test_shares_that_the_user_chose_stay(split: Callable, native: ModelPatcher) -> None:
+    model, memories = split(18 * MB, 18 * MB, split="ratio", ratio="50,50")
+    sample(model)
+    before = blocks_of(model)
+    mm.unload_all_models()
+    memories[1].budget = 12 * MB
+    for _ in range(3):
+        assert torch.equal(sample(model), sample(native))
+    assert blocks_of(model) == before
+
+
+# -- speed and links ---------------------------------------------------------------------------------------------------
+
+
+def streamer(*blocks: tuple[type, int, float]) -> Any:
+    """Blocks by class, bytes and seconds."""
+    return SimpleNamespace(
+        blocks=SimpleNamespace(
+            blocks=[
+                SimpleNamespace(module=kind(), units=[SimpleNamespace(nbytes=nbytes)]) for kind, nbytes, _ in blocks
+            ]
+        ),
+        outline=SimpleNamespace(unit_bytes=tuple(nbytes for _, nbytes, _ in blocks)),
+        profile=SimpleNamespace(block_seconds=tuple(seconds for *_, seconds in blocks)),
+    )
+
+
+class Double:
+    pass
+
+
+class Single:
+    pass
+
+
+def test_devices_are_compared_by_blocks_that_both_have() -> None:
+    ours = streamer((Double, 8, 2.0), (Double, 8, 2.0), (Single, 2, 1.0))
+    slower = streamer((Single, 2, 3.0), (Single, 2, 3.0))
+    as_fast = streamer((Double, 8, 2.1))
+    nothing_in_common = streamer((Single, 3, 100.0))
+    assert _times([ours, as_fast]) == [7.1 / 26] * 2
+    first, second = _times([ours, slower])
+    assert second == pytest.approx(3 * first)
+    assert first * 18 + second * 4 == pytest.approx(5 + 6), "all blocks take what they took"
+    assert len(set(_times([ours, nothing_in_common]))) == 1
+
+
+def test_a_slower_link_gets_less_before_anything_was_measured(split: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = split(14 * MB, 14 * MB)
+    backends = [SimpleNamespace(device=torch.device("cuda", number), budget=None, name="x") for number in range(2)]
+    for one, other, expected in ((Link(4, 16), Link(4, 4), 4.0), (Link(5, 8), Link(4, 16), 1.0)):
+        gpus = [SimpleNamespace(index=number, most_link=link) for number, link in enumerate((one, other))]
+        monkeypatch.setattr(shares, "list_gpus", lambda gpus=gpus: gpus)
+        rates = shares._links(backends)
+        assert rates[0] / rates[1] == pytest.approx(expected, rel=1e-3)
+    gpus[1].most_link = Link(4, None)
+    assert shares._links(backends) == [1.0, 1.0]
+    monkeypatch.setattr(shares, "_links", lambda backends: [4.0, 1.0])
+    monkeypatch.setattr(shares, "_room", lambda backend, settings: 10 * MB)
+    found = Shares(model.streamed.shares._blocks, None).begin(backends, model.settings)
+    assert found.assignment.devices.count(0) > 1.5 * found.assignment.devices.count(1)

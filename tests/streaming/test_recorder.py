@@ -1,0 +1,86 @@
+"""What a recorded step says, with a clock that the test moves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from outlines import make_outline
+from weightstream.streaming.profile import assumed_profile
+from weightstream.streaming.recorder import Recorder
+from weightstream.streaming.timeline import timeline
+
+
+class Clock:
+    """A device that is where the test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def moment(self) -> float:
+        return self.now
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
+    def time_copies(self) -> None:
+        """No copies are timed."""
+
+    def copy_times(self) -> list:
+        return []
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def recorder(clock: Clock) -> Recorder:
+    return Recorder(make_outline([[1], [1], [1]]), clock, SimpleNamespace(sent_bytes=0, busy_seconds=0.0))
+
+
+def wait(recorder: Recorder, clock: Clock, seconds: float) -> None:
+    clock.now += seconds
+    recorder.stalled(lambda: seconds)
+
+
+def record(recorder: Recorder, clock: Clock, gaps: list[float], waits: list[float]) -> None:
+    """Blocks of one second each, behind such gaps of compute, in which others wait for so long."""
+    recorder.begin_step()
+    for block, (gap, waited) in enumerate(zip(gaps, waits, strict=True)):
+        clock.now += gap
+        wait(recorder, clock, waited)
+        recorder.begin_block(block)
+        recorder.begin_unit(block)
+        wait(recorder, clock, 5.0)
+        clock.now += 1.0
+        recorder.end_unit(block)
+        recorder.end_block(block)
+    clock.now += 0.25
+    wait(recorder, clock, 3.0)
+    recorder.end_step()
+
+
+def test_what_others_wait_for_is_no_compute(recorder: Recorder, clock: Clock) -> None:
+    record(recorder, clock, [2.0, 2.0, 2.0], [7.0, 0.0, 11.0])
+    profile = recorder.profile(assumed_profile(recorder._outline), with_times=True)
+    assert profile.block_seconds == (1.0, 1.0, 1.0)
+    assert profile.gap_seconds == (2.0, 2.0, 2.0)
+    assert profile.other_seconds == 6.25
+    assert profile.compute_seconds == 9.25
+
+
+def test_a_unit_is_needed_after_what_comes_before_its_block(recorder: Recorder, clock: Clock) -> None:
+    record(recorder, clock, [1.0, 4.0, 4.0], [0.0] * 3)
+    profile = recorder.profile(assumed_profile(recorder._outline), with_times=True)
+    assert profile.compute_seconds == 12.25
+    # What comes last is as good as first: one step follows another.
+    assert [moment.begin for moment in timeline(recorder._outline, profile)] == [1.25, 6.25, 11.25]
+
+
+def test_a_second_step_begins_anew(recorder: Recorder, clock: Clock) -> None:
+    record(recorder, clock, [9.0, 9.0, 9.0], [1.0, 1.0, 1.0])
+    record(recorder, clock, [2.0, 2.0, 2.0], [0.0] * 3)
+    profile = recorder.profile(assumed_profile(recorder._outline), with_times=True)
+    assert profile.gap_seconds == (2.0, 2.0, 2.0)
