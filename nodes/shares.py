@@ -4,7 +4,7 @@
 Another assignment costs a load: nothing of what a device has is kept. So it must gain much, and must have seemed better
 at the begin of two prompts in a row: memory that is taken now may be free soon. Times and bandwidths that were measured
 count as soon as there are some. A device that has no room for the least that streams there gets nothing at once, in the
-middle of a prompt too, and the step is run again.
+middle of a prompt too, and the step is run again. It gets its share again as it would any other.
 """
 
 from __future__ import annotations
@@ -120,12 +120,14 @@ class Shares:
         """Before the first step of a prompt (Note: when shares change)."""
         rooms = self._rooms(patcher)
         better = self._best(rooms)
+        # Where the user has said how much each gets, what counts is that each takes part again.
+        wished = self._wanted is not None and len(set(better.devices)) > len(set(self.assignment.devices))
         home = replace(rooms[0], nbytes=max(0.0, rooms[0].nbytes - self._blocks.rest.nbytes))
         now, then = (
             step_seconds(assignment.bytes_of(self._sizes, len(rooms)), [home, *rooms[1:]])
             for assignment in (self.assignment, better)
         )
-        self._advised = self._advised + 1 if now - then > GAIN * now else 0
+        self._advised = self._advised + 1 if wished or now - then > GAIN * now else 0
         if self._advised >= PROMPTS:
             status.announce(patcher.streamed.name, "memory or speed of its devices has changed", patcher.node_id)
             self._carry_out(patcher, better, rooms)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..streaming import State, warm_up
+from .devices import obtainable
 from .offload import OffloadSettings
 from .parts import split_blocks
 from .patcher import PARTS, StreamedModelPatcher
@@ -55,9 +57,15 @@ def split_over(
     key = (tuple(devices), None if shares is None else tuple(shares))
     known, split_before = _splits.get(model.model, (None, None))
     if split_before is None or known != key:
+        if isinstance(model, StreamedModelPatcher) and model.streamer.state is State.UNLOADED:
+            model.streamer.close()  # Nobody runs it now, so what is built ahead is built for the split.
         fresh = anew(model, node_id)
         fresh.settings, fresh.node_id = getattr(model, "settings", OffloadSettings()), node_id
         split_before = Split(fresh, split_blocks(fresh, devices, shares))
+        dtype = fresh.model.get_dtype_inference()
+        for streamer in fresh.streamers:
+            warm_up(streamer.backend.device, dtype)
+            streamer.prepare(obtainable(streamer.backend))
         _splits[model.model] = key, split_before
     base = split_before.patcher
     ours = base.clone()

@@ -231,3 +231,17 @@ def test_a_slower_link_gets_less_before_anything_was_measured(split: Callable, m
     monkeypatch.setattr(shares, "_room", lambda backend, settings: 10 * MB)
     found = Shares(model.streamed.shares._blocks, None).begin(backends, model.settings)
     assert found.assignment.devices.count(0) > 1.5 * found.assignment.devices.count(1)
+
+
+def test_shares_that_the_user_chose_come_back(split: Callable, native: ModelPatcher) -> None:
+    expected = sample(native)
+    model, _ = split(60 * MB, 60 * MB, split="equal")
+    sample(model)
+    before = blocks_of(model)
+    handle = fill(model, 1)
+    assert torch.equal(sample(model), expected)
+    assert blocks_of(model) == [sum(before), 0]
+    handle.remove()
+    for _ in range(2):
+        assert torch.equal(sample(model), expected)
+    assert blocks_of(model) == before
