@@ -12,6 +12,7 @@ import torch._dynamo
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+from placing import Machine, place
 from prompts import check_streams, output
 from sampling import MB, sample, with_lora
 
@@ -131,3 +132,21 @@ def test_memory_pressure_under_a_compiled_model(streamed: Load, native: ModelPat
     assert model.partially_unload(model.offload_device, 20 * MB) > 0
     for _ in range(2):
         check_streams(lambda: sample(compiled), model, expected)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "in place of blocks"])
+@pytest.mark.parametrize("budget", [14 * MB, 40 * MB], ids=["it streams", "it fits"])
+def test_compiled_over_two_devices(loaded: Any, machine: Machine, native: ModelPatcher, way: str, budget: int) -> None:
+    """Compiled behind the placement: what crosses between devices is not compiled."""
+    expected, patched = sample(native), sample(with_lora(native, 0.6))
+    machine(2, budget)
+    model = place(loaded, split="equal")[0]
+    compile_it = {**WAYS, "in place of blocks": in_place_of_blocks}[way]
+    compiled, compiled_with_lora = compile_it(model), compile_it(with_lora(model, 0.6))
+    for _ in range(2):
+        assert torch.equal(sample(compiled), expected)
+        assert torch.equal(sample(compiled_with_lora), patched)
+        assert torch.equal(sample(model), expected)
+    assert len(model.streamers) == 2
+    assert [streamer.counters.steps > 0 for streamer in model.streamers] == [True, True]
+    assert graphs() > 0

@@ -10,6 +10,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from placing import Machine, place
 from prompts import check_same, check_streams, conditioning, guided
 from sampling import MB, with_lora
 
@@ -90,3 +91,16 @@ def test_a_step_that_ran_out_of_memory_runs_again_with_all_residuals(
     check_streams(lambda: controlled(model, controlnet), model, expected)
     handle.remove()
     assert next(failures, None) is None
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_residuals_between_blocks_of_several_devices(
+    loaded: Any, machine: Machine, native: ModelPatcher, controlnet: Any, count: int
+) -> None:
+    expected, plain = controlled(native, controlnet), guided(native, steps=4)
+    machine(count, 60 * MB // count)
+    model = place(loaded, split="equal")[0]
+    for _ in range(2):
+        assert torch.equal(controlled(model, controlnet), expected)
+        assert torch.equal(guided(model, steps=4), plain)
+    assert len(model.streamers) == count

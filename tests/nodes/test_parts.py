@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from sampling import MB, MODEL, sample, sample_with_hook, with_lora
-from weightstream.nodes import devices
+from weightstream.nodes import devices, split
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.parts import split_blocks
@@ -230,3 +232,28 @@ def test_blocks_compute_with_weights_on_their_device(split_model: Split, case: s
     for _ in range(2):
         sample(model)
     assert wrong == set()
+
+
+def test_what_streams_is_built_ahead_on_all_devices(incoming: ModelPatcher) -> None:
+    model = over(incoming, 2)
+    for streamer in model.streamers:
+        streamer.site.supply.builder.wait(lambda: None)
+        streamer.site.placement.adopt()
+        assert 0 < streamer.snapshot().pageable_bytes + streamer.snapshot().pinned_bytes <= streamer.model_bytes
+    if isinstance(incoming, StreamedModelPatcher):
+        assert incoming.streamer.snapshot().pageable_bytes == 0, "nobody runs it"
+
+
+def test_a_split_goes_with_the_model_that_came_in(incoming: ModelPatcher) -> None:
+    function, arguments = incoming.cached_patcher_init
+    with torch.inference_mode():
+        source = function(*arguments)
+    model = over(source, 2)
+    sample(model)
+    references = [weakref.ref(one) for one in (source.model, model.model, *model.streamers, model.streamed.boundary)]
+    mm.unload_all_models()
+    del source, model
+    gc.collect()
+    mm.cleanup_models_gc()
+    assert [reference() for reference in references] == [None] * len(references)
+    assert len(split._splits) == 0
