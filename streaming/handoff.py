@@ -1,14 +1,12 @@
 """Activations across a device boundary: a block on another device gets its inputs there, and what it gives comes home.
 
 [Note: what moves]
-Tensors among the arguments move, however deep in lists, tuples and dictionaries. In objects (a dataclass, say, or a
-cache) and in what functions have closed over they move too, but not in those that a dictionary brings along: options
-hold what belongs to anybody. Lists, dictionaries and objects stay the same, because code inside and around blocks
-writes to them: their tensors are exchanged while the block runs. What several blocks on one device get, as rotary
-tables and masks, moves there once in a step: a copy is kept for as long as its original lives, and until the step ends.
-Copies are compared by identity, so it counts on what a model passes to several blocks not being written to between
-them; that no model of the host does so is tested with virtual devices, for which copies are made too. What a block
-gives is :class:`Away`, and comes home when somebody looks at it.
+Tensors among the arguments move, wherever they are held (containers.py). What holds them stays the same object, because
+code inside and around blocks writes to it: its tensors are exchanged while the block runs. What several blocks on one
+device get, as rotary tables and masks, moves there once in a step: a copy is kept for as long as its original lives,
+and until the step ends. Copies are compared by identity, so it counts on what a model passes to several blocks not
+being written to between them; that no model of the host does so is tested with virtual devices, for which copies are
+made too. What a block gives is :class:`Away`, and comes home when somebody looks at it.
 
 [Note: what runs at home]
 Functions that somebody hung into a model, and that a block calls, have tensors and modules of their own, and these are
@@ -21,20 +19,16 @@ others, as those that compute attention, that belong where the block is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .away import Away
+from .containers import Change, Exchange, Function, mapped
 from .links import Links
-
-# What is done to a tensor.
-Change = Callable[[torch.Tensor], torch.Tensor]
-Function = Callable[..., Any]
 
 
 class Boundary:
@@ -94,22 +88,23 @@ class Boundary:
 
     def _end_step(self, output: Any) -> Any:
         self.settle()
-        return _mapped(output, _home)
+        return mapped(output, _home)
 
     def _enter(self, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if device == self.home:
-            visit = _Visit(device, _home)
+            exchange = Exchange(_home)
         else:
-            visit = _Visit(device, partial(self._bring, device=device), self._at_home, partial(self._wrap, device))
-        self._visits.append(visit)
-        return visit.exchange_all(args, kwargs)
+            bring = partial(self._bring, device=device)
+            exchange = Exchange(bring, self._at_home, partial(self._wrap, device))
+        self._visits.append(_Visit(device, exchange))
+        return exchange.all_of(args, kwargs)
 
     def _leave(self, output: Any) -> Any:
         """A block ends; ``output`` is None after an exception."""
         visit = self._visits.pop()
         self.broke_on = visit.device if output is None else None
         self._end(visit)
-        return _mapped(output, self._sending(visit.device))
+        return mapped(output, self._sending(visit.device))
 
     def _end(self, visit: _Visit) -> None:
         visit.end(self._sending(visit.device))
@@ -120,12 +115,12 @@ class Boundary:
     def _call_at_home(self, device: torch.device, function: Function, *args: Any, **kwargs: Any) -> Any:
         """Call what a block on ``device`` calls (Note: what runs at home)."""
         loan = _Loan(device, self.home, self._links)
-        visit = _Visit(self.home, loan.lend)
+        visit = _Visit(self.home, Exchange(loan.lend))
         try:
-            args, kwargs = visit.exchange_all(args, kwargs)
+            args, kwargs = visit.exchange.all_of(args, kwargs)
             output = function(*args, **kwargs)
             loan.copy_back()
-            return _mapped(output, loan.take_back)
+            return mapped(output, loan.take_back)
         finally:
             visit.end(loan.take_back)
 
@@ -210,130 +205,20 @@ class _Loan:
 
 
 class _Visit:
-    """A block that runs: its device is current, and the containers among its arguments hold what is there.
+    """A call on a device: that is current, and what holds tensors among the arguments holds those that are there."""
 
-    Args:
-        device: the device.
-        move: what is made of tensors.
-        names: keys of dictionaries below which functions are changed too.
-        wrap: what is made of those.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        move: Change,
-        names: Collection[str] = (),
-        wrap: Callable[[Function], Function] = lambda function: function,
-    ) -> None:
+    def __init__(self, device: torch.device, exchange: Exchange) -> None:
         self.device = device
-        self._move, self._names, self._wrap = move, names, wrap
-        self._containers: dict[int, _Container] = {}
+        self.exchange = exchange
         self._guard = torch.cuda.device(device) if device.type == "cuda" and torch.cuda.is_available() else None
         if self._guard is not None:
             self._guard.__enter__()
 
-    def exchange_all(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Arguments with their tensors moved; whatever else holds tensors is changed in place until :meth:`end`."""
-        return (
-            tuple(self._exchange(value, own=not isinstance(value, dict)) for value in args),
-            {name: self._exchange(value, own=not isinstance(value, dict)) for name, value in kwargs.items()},
-        )
-
-    def _exchange(self, value: Any, own: bool, named: bool = False) -> Any:
-        """An argument or a part of one, which is ``own`` if no dictionary brought it, ``named`` if below a name."""
-        if isinstance(value, torch.Tensor):
-            return self._move(value)
-        if isinstance(value, tuple):
-            return _tuple_of(value, [self._exchange(item, own, named) for item in value])
-        if named and callable(value) and not isinstance(value, type):
-            return self._wrap(value)
-        before = dict(_items(value)) if own or isinstance(value, (list, dict)) else {}
-        if id(value) not in self._containers and (before or isinstance(value, (list, dict))):
-            now: dict[Any, Any] = {}
-            self._containers[id(value)] = _Container(value, before, now)
-            for key, item in before.items():
-                now[key] = self._exchange(item, own, named or key in self._names)
-                if now[key] is not item:
-                    _put(value, key, now[key])
-        return value
-
     def end(self, change: Change) -> None:
-        """The block is over: what was exchanged is as it was, and ``change`` is made to what the block has put in."""
-        for container in self._containers.values():
-            container.restore(change)
+        """The call is over, or was given up (:meth:`Exchange.undo`)."""
+        self.exchange.undo(change)
         if self._guard is not None:
             self._guard.__exit__(None, None, None)
-
-
-class _Container(NamedTuple):
-    """A list, dictionary or object among a block's arguments: what it held, and what it held while the block ran."""
-
-    value: Any
-    before: dict[Any, Any]
-    now: dict[Any, Any]
-
-    def restore(self, change: Change) -> None:
-        known = {id(item) for item in self.before.values()}
-        back = {id(now): before for now, before in zip(self.now.values(), self.before.values(), strict=True)}
-        for key, item in _items(self.value):
-            if id(item) not in known:
-                _put(self.value, key, back[id(item)] if id(item) in back else _mapped(item, change))
-
-
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Places where tensors may be in a list, a dictionary or an object, or in what a function has closed over."""
-    if isinstance(value, dict):
-        yield from list(value.items())
-    elif isinstance(value, list):
-        yield from enumerate(list(value))
-    elif isinstance(value, FunctionType):
-        for number, cell in enumerate(value.__closure__ or ()):
-            if isinstance(content := _content(cell), (torch.Tensor, tuple, list, FunctionType)):
-                yield number, content
-    elif not isinstance(value, (type, nn.Module)):
-        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
-        for name in names:
-            if isinstance(item := getattr(value, name, None), (torch.Tensor, tuple, list, dict)):
-                yield name, item
-
-
-def _content(cell: CellType) -> Any:
-    """None if nothing was assigned yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
-def _put(value: Any, key: Any, item: Any) -> None:
-    if isinstance(value, (list, dict)):
-        value[key] = item
-    elif isinstance(value, FunctionType):
-        value.__closure__[key].cell_contents = item
-    else:
-        object.__setattr__(value, key, item)  # A dataclass may be frozen.
-
-
-def _tuple_of(kind: tuple, items: list[Any]) -> tuple:
-    if all(new is old for new, old in zip(items, kind, strict=True)):
-        return kind
-    return type(kind)(*items) if hasattr(kind, "_fields") else tuple(items)
-
-
-def _mapped(value: Any, change: Change, seen: set[int] | None = None) -> Any:
-    """``value`` with its tensors changed; whatever holds them stays the same object."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    seen = set() if seen is None else seen
-    if isinstance(value, tuple):
-        return _tuple_of(value, [_mapped(item, change, seen) for item in value])
-    if id(value) not in seen:
-        seen.add(id(value))
-        for key, item in _items(value):
-            if (changed := _mapped(item, change, seen)) is not item:
-                _put(value, key, changed)
-    return value
 
 
 def _home(tensor: torch.Tensor) -> torch.Tensor:
