@@ -73,6 +73,20 @@ class StreamedModelPatcher(ModelPatcher):
         whole.remove_additional_models(PARTS)
         return super(StreamedModelPatcher, whole).deepclone_multigpu(*args, **kwargs)
 
+    def match_multigpu_clones(self) -> None:
+        """Copies for parallel work on other devices have no parts: each has the whole model."""
+        parts = self.parts
+        self.remove_additional_models(PARTS)
+        try:
+            super().match_multigpu_clones()
+        finally:
+            if parts:
+                self.set_additional_models(PARTS, parts)
+
+    def model_patches_models(self) -> list[Any]:
+        """Models that the host loads with this one, also where a node has it load the MODEL alone."""
+        return [*super().model_patches_models(), *self.parts]
+
     @property
     def streamed(self) -> StreamedModel:
         return getattr(self.model, ATTRIBUTE)
@@ -324,7 +338,7 @@ class StreamedModelPatcher(ModelPatcher):
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
         """The original weights and the patches to them, as the host's own loaders have them."""
-        with self._originals():
+        with self.originals():
             patches = super().get_key_patches(filter_prefix)
         dtypes = dtypes_loaded_by_host(self._values)
         for name in patches.keys() & dtypes.keys():
@@ -336,13 +350,14 @@ class StreamedModelPatcher(ModelPatcher):
         self, model: torch.nn.Module | None = None, prefix: str = ""
     ) -> dict[str, torch.Tensor]:
         """The weights as the host saves those of its own loaders."""
-        with self._originals():
+        with self.originals():
             tensors = (self.model if model is None else model).state_dict(prefix=prefix)
         saved = weights_to_save(self, tensors, dtypes_loaded_by_host(self._values))
         return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
 
     @contextmanager
-    def _originals(self) -> Iterator[None]:
+    def originals(self) -> Iterator[None]:
+        """Have the modules hold the weights as loaded, on all devices."""
         with ExitStack() as stack:
             for streamer in self.streamers:
                 stack.enter_context(streamer.originals())

@@ -2,9 +2,10 @@
 
 [Note: when shares change]
 Another assignment costs a load: nothing of what a device has is kept. So it must gain much, and must have seemed better
-at the begin of two prompts in a row: memory that is taken now may be free soon. Times and bandwidths that were measured
+when a sampler began, twice in a row: memory that is taken now may be free soon. Times and bandwidths that were measured
 count as soon as there are some. A device that has no room for the least that streams there gets nothing at once, in the
-middle of a prompt too, and the step is run again. It gets its share again as it would any other.
+middle of a prompt too, and the step is run again, for as long as there is another device. The home then keeps what is
+in no block. A device gets its share again as it would any other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from ..streaming import Backend, BlockSet, Streamer
 from ..streaming.assignment import Assignment, DeviceRoom, Distribution, describe, distribute, step_seconds
-from ..streaming.gpus import list_gpus
+from ..streaming.gpus import best_links
 from . import status
 from .devices import obtainable
 from .offload import OffloadSettings
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Other shares must make a step shorter by this part, so many prompts in a row.
+# Other shares must make a step shorter by this part, so many times in a row.
 GAIN = 0.15
-PROMPTS = 2
+TIMES = 2
 # Devices whose times differ by less are equally fast.
 LIKE = 0.1
 
@@ -102,22 +103,26 @@ class Shares:
         if self.due:
             self.due = False
             self._reconsider(patcher)
+        boundary = patcher.streamed.boundary
+        full: list[StreamedModelPatcher] = []
         while True:
             try:
                 return step()
             except PartFullError as error:
-                full = error.part
+                full.append(error.part)
             except Exception as error:
-                broke_on = patcher.streamed.boundary.broke_on
-                found = (part for part in patcher.parts if part.streamer.backend.is_named(error, broke_on))
-                full = next((part for part in found if part.streamer.blocks.blocks), None)
-                if full is None:
+                found = (one for one in (patcher, *patcher.parts) if one not in full and one.streamer.blocks.blocks)
+                broken = [one for one in found if one.streamer.backend.is_named(error, boundary.broke_on)]
+                full += broken[:1]
+                if not broken or len(full) > len(patcher.parts):
                     raise
+            finally:
+                boundary.settle()  # For an interrupt, which is no Exception, torch runs no hook.
             # Not inside of "except": the error's frames would keep the activations of the failed step alive.
             self._leave_out(patcher, full)
 
     def _reconsider(self, patcher: StreamedModelPatcher) -> None:
-        """Before the first step of a prompt (Note: when shares change)."""
+        """Before the first step after the host has loaded the MODEL (Note: when shares change)."""
         rooms = self._rooms(patcher)
         better = self._best(rooms)
         # Where the user has said how much each gets, what counts is that each takes part again.
@@ -128,19 +133,20 @@ class Shares:
             for assignment in (self.assignment, better)
         )
         self._advised = self._advised + 1 if wished or now - then > GAIN * now else 0
-        if self._advised >= PROMPTS:
+        if self._advised >= TIMES:
             status.announce(patcher.streamed.name, "memory or speed of its devices has changed", patcher.node_id)
             self._carry_out(patcher, better, rooms)
 
-    def _leave_out(self, patcher: StreamedModelPatcher, full: StreamedModelPatcher) -> None:
-        rooms = self._rooms(patcher)
-        rooms[1 + patcher.parts.index(full)] = DeviceRoom(0.0)
-        text = f"{full.streamer.backend.name} is full, so its blocks go to the other devices"
+    def _leave_out(self, patcher: StreamedModelPatcher, full: Sequence[StreamedModelPatcher]) -> None:
+        everybody = [patcher, *patcher.parts]
+        pairs = zip(everybody, self._rooms(patcher), strict=True)
+        rooms = [DeviceRoom(0.0) if one in full else room for one, room in pairs]
+        text = f"{full[-1].streamer.backend.name} is full, so its blocks go to the other devices"
         status.announce(patcher.streamed.name, text, patcher.node_id)
         self._carry_out(patcher, self._best(rooms), rooms)
 
     def _best(self, rooms: Sequence[DeviceRoom]) -> Assignment:
-        found = distribute(self._sizes, self._blocks.rest.nbytes, rooms, self._wanted, keep_home=True)
+        found = distribute(self._sizes, self._blocks.rest.nbytes, rooms, self._wanted, home_is_first=True)
         return replace(found.assignment, devices=tuple(found.devices[place] for place in found.assignment.devices))
 
     def _carry_out(self, patcher: StreamedModelPatcher, assignment: Assignment, rooms: Sequence[DeviceRoom]) -> None:
@@ -154,7 +160,7 @@ class Shares:
             one.size = one.model_size()
         patcher.streamed.place_blocks([one.load_device for one in everybody])
         for one, room in zip(everybody, rooms, strict=True):
-            one.load(one.load_device, room.nbytes)
+            one.load(one.load_device, _made_room(one, room.nbytes))
         patcher.apply_hooks(hooks, force_apply=True)
         self.due = False
         text = self.describe([one.streamer.backend for one in everybody])
@@ -183,12 +189,21 @@ def _room(backend: Backend, settings: OffloadSettings) -> float:
     return room if settings.vram_limit is None else min(room, float(settings.vram_limit))
 
 
+def _made_room(patcher: StreamedModelPatcher, nbytes: float) -> float:
+    """What there is of so many bytes once other models have given way, of which this prompt needs none."""
+    if patcher.streamer.backend.budget is not None or not patcher.streamer.blocks.blocks:
+        return nbytes
+    needed = [loaded for loaded in mm.current_loaded_models if loaded.currently_used]
+    reserve = mm.minimum_inference_memory()
+    mm.free_memory(nbytes + reserve, patcher.load_device, keep_loaded=needed)
+    return min(nbytes, max(0.0, mm.get_free_memory(patcher.load_device) - reserve))
+
+
 def _links(backends: Sequence[Backend]) -> list[float]:
     """Bytes per second that the devices' links are made for; the same for all where it is not known of each."""
     if any(backend.budget is not None for backend in backends):
         return [1.0] * len(backends)
-    known = {gpu.index: gpu.most_link.bytes_per_second for gpu in list_gpus()}
-    found = [known.get(backend.device.index) for backend in backends]
+    found = [link.bytes_per_second for link in best_links([backend.device.index for backend in backends])]
     return [1.0] * len(backends) if None in found else [rate for rate in found if rate is not None]
 
 

@@ -14,10 +14,12 @@ from .devices import obtainable
 from .offload import OffloadSettings
 from .parts import split_blocks
 from .patcher import PARTS, StreamedModelPatcher
-from .takeover import anew, carry_over, check_what_hangs_on
+from .takeover import anew, carry_over, check_what_hangs_on, is_current
 
-# The last split of a model that came in, for as long as that lives: what did not change is not loaded anew.
-_splits: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, Split]] = weakref.WeakKeyDictionary()
+# The last splits of a model that came in, for as long as that lives: what did not change is not loaded anew.
+_splits: weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, Split]] = weakref.WeakKeyDictionary()
+# So many nodes may place one model over other devices.
+MOST_SPLITS = 2
 
 
 class Split(NamedTuple):
@@ -54,25 +56,46 @@ def split_over(
     """
     check_what_hangs_on(model)
     shares = {"auto": None, "equal": [1.0] * len(devices), "ratio": ratio}[split]
-    key = (tuple(devices), None if shares is None else tuple(shares))
-    known, split_before = _splits.get(model.model, (None, None))
-    if split_before is None or known != key:
-        if isinstance(model, StreamedModelPatcher) and model.streamer.state is State.UNLOADED:
-            model.streamer.close()  # Nobody runs it now, so what is built ahead is built for the split.
-        fresh = anew(model, node_id)
-        fresh.settings, fresh.node_id = getattr(model, "settings", OffloadSettings()), node_id
-        split_before = Split(fresh, split_blocks(fresh, devices, shares))
-        dtype = fresh.model.get_dtype_inference()
-        for streamer in fresh.streamers:
-            warm_up(streamer.backend.device, dtype)
-            streamer.prepare(obtainable(streamer.backend))
-        _splits[model.model] = key, split_before
-    base = split_before.patcher
+    base, left_out = _split_of(model, devices, shares, node_id)
     ours = base.clone()
     parts = ours.parts
     carry_over(model, ours)
     ours.load_device = base.load_device
     ours.set_additional_models(PARTS, parts)
     ours.wrap_steps()
-    ours.settings, ours.node_id = base.settings, node_id
-    return Split(ours, split_before.left_out)
+    ours.settings, ours.node_id = _settings_of(model), node_id
+    return Split(ours, left_out)
+
+
+def _split_of(
+    model: ModelPatcher, devices: Sequence[torch.device], shares: Sequence[float] | None, node_id: str | None
+) -> Split:
+    """The split that there is of this model, where it is still like that; else a new one."""
+    known = _splits.setdefault(model.model, {})
+    key = (tuple(devices), None if shares is None else tuple(shares))
+    found = known.pop(key, None)
+    if found is None or not (isinstance(model, StreamedModelPatcher) or is_current(found.patcher, model)):
+        found = _split_anew(model, devices, shares, node_id)
+    known[key] = found
+    for oldest in list(known)[:-MOST_SPLITS]:
+        del known[oldest]
+    return found
+
+
+def _split_anew(
+    model: ModelPatcher, devices: Sequence[torch.device], shares: Sequence[float] | None, node_id: str | None
+) -> Split:
+    if isinstance(model, StreamedModelPatcher) and model.streamer.state is State.UNLOADED:
+        model.streamer.close()  # Nobody runs it now, so what is built ahead is built for the split.
+    fresh = anew(model, node_id)
+    fresh.settings, fresh.node_id = _settings_of(model), node_id
+    left_out = split_blocks(fresh, devices, shares)
+    dtype = fresh.model.get_dtype_inference()
+    for streamer in fresh.streamers:
+        warm_up(streamer.backend.device, dtype)
+        streamer.prepare(obtainable(streamer.backend))
+    return Split(fresh, left_out)
+
+
+def _settings_of(model: ModelPatcher) -> OffloadSettings:
+    return getattr(model, "settings", OffloadSettings())

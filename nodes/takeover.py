@@ -43,7 +43,7 @@ def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | N
     make_backend(patcher.load_device)  # Where there is none nothing need be loaded.
     check_what_hangs_on(patcher)
     twin = _twins.get(patcher.model)
-    if twin is None or not _is_current(twin, patcher):
+    if twin is None or not is_current(twin, patcher):
         twin = _twins[patcher.model] = _stream_twin(patcher, settings, node_id)
     check_limit(settings.vram_limit, twin.streamer, twin.streamed.name)
     ours = carry_over(patcher, twin.clone())
@@ -53,10 +53,10 @@ def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | N
     return ours
 
 
-def _is_current(twin: StreamedModelPatcher, patcher: ModelPatcher) -> bool:
+def is_current(twin: StreamedModelPatcher, patcher: ModelPatcher) -> bool:
     """Whether ``twin`` is still like the model of ``patcher``, in which somebody may have exchanged something."""
     try:
-        with twin.streamer.originals():  # Its own may be patched too, and a file cut short must not be touched.
+        with twin.originals():  # Its own may be patched too, and a file cut short must not be touched.
             # Where the host has patched weights of the other one they say nothing.
             if alike(twin.model, patcher.model, weights=not patcher.backup):
                 return True
@@ -116,7 +116,10 @@ def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
     if patcher.cached_patcher_init is None:
         raise UnsupportedModelError("nothing is known of how it was loaded")
     function, arguments = patcher.cached_patcher_init
-    found = function(*arguments)
+    try:
+        found = function(*arguments)
+    except Exception as error:  # The file may be gone.
+        raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     if not isinstance(found, StreamedModelPatcher):
         raise UnsupportedModelError("it did not stream when it was loaded a second time; the log says why")
     return found

@@ -111,16 +111,18 @@ def distribute(
     rest_bytes: int,
     rooms: Sequence[DeviceRoom],
     shares: Sequence[float] | None = None,
-    keep_home: bool = False,
+    home_is_first: bool = False,
 ) -> Distribution:
     """Give out blocks to the devices that have room for the largest, and leave those out that get none.
 
+    Where none has such room the first has all.
+
     Args:
         block_bytes: sizes of the blocks, in their order; at least one.
-        rest_bytes: what is in no block, for the first device.
+        rest_bytes: what is in no block, for the home.
         rooms: of the devices, in the order of preference.
         shares: as for :func:`assign`.
-        keep_home: the first device takes part whatever room it has, though maybe without a block.
+        home_is_first: the first device is the home also where it gets no block; else the first that gets some is.
 
     Raises:
         ConfigError: shares are not one positive number for each device.
@@ -128,30 +130,24 @@ def distribute(
     if shares is not None:
         _bytes_by_share(1, rooms, shares)
     devices, left_out = list(range(len(rooms))), dict[int, str]()
-    while len(devices) > 1:
-        used = {device: rest_bytes if device == devices[0] else 0 for device in devices}
-        full = [device for device in devices if rooms[device].nbytes < max(block_bytes) + used[device]]
-        if len(full) == len(devices):
-            devices = devices[:1]
-            break
-        if keep_home and devices[0] in full:
-            full.remove(devices[0])
-        if full:
-            room = format_bytes(max(0, rooms[full[0]].nbytes))
-            least = format_bytes(max(block_bytes) + used[full[0]])
-            left_out[full[0]] = f"it has room for {room} of weights, and needs {least} at least"
-            devices.remove(full[0])
+    while devices:
+        home = 0 if home_is_first else devices[0]
+        left = {device: rooms[device].nbytes - (rest_bytes if device == home else 0) for device in devices}
+        full = next((device for device in devices if left[device] < max(block_bytes)), None)
+        if full is None:
+            here = [replace(rooms[device], nbytes=left[device]) for device in devices]
+            assignment = assign(block_bytes, here, shares and [shares[device] for device in devices])
+            idle = [device for place, device in enumerate(devices) if not assignment.blocks_of(place)]
+            if not idle:
+                return Distribution(tuple(devices), assignment, left_out)
+            left_out[idle[0]] = "no block is left for it"
+            devices.remove(idle[0])
             continue
-        here = [replace(rooms[device], nbytes=max(0.0, rooms[device].nbytes - used[device])) for device in devices]
-        assignment = assign(block_bytes, here, shares and [shares[device] for device in devices])
-        idle = [device for place, device in enumerate(devices) if not assignment.blocks_of(place)]
-        if keep_home and devices[0] in idle:
-            idle.remove(devices[0])
-        if not idle:
-            return Distribution(tuple(devices), assignment, left_out)
-        left_out[idle[0]] = "no block is left for it"
-        devices.remove(idle[0])
-    return Distribution(tuple(devices), Assignment((0,) * len(block_bytes), True), left_out)
+        room, least = (format_bytes(max(0, n)) for n in (left[full], max(block_bytes)))
+        left_out[full] = f"it has room for {room} of blocks, and the largest takes {least}"
+        devices.remove(full)
+    left_out.pop(0)
+    return Distribution((0,), Assignment((0,) * len(block_bytes), True), left_out)
 
 
 def _bytes_by_room(total: int, rooms: Sequence[DeviceRoom]) -> list[float]:

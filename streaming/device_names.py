@@ -69,8 +69,8 @@ def in_parts(shares: Sequence[float]) -> tuple[float, ...]:
     return tuple(share / sum(shares) for share in shares)
 
 
-def _one(text: str) -> str | None:
-    name = text.strip().lower()
+def _one(text: object) -> str | None:
+    name = str(text).strip().lower()
     match = re.fullmatch(r"gpu\s*:\s*([0-9]{1,4})", name)
     if match:
         return gpu_name(int(match[1]))

@@ -163,6 +163,12 @@ def list_gpus() -> list[Gpu]:
         return [_describe(index, count, nvml) for index in range(count)]
 
 
+def best_links(indices: Sequence[int]) -> list[Link]:
+    """The best that GPU and slot can do, of each of these GPUs. No context is made on any."""
+    with open_nvml() as nvml:
+        return [nvml.figures(gpu_uuid(torch.cuda.get_device_properties(index))).most_link for index in indices]
+
+
 def _describe(index: int, count: int, nvml: Nvml) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     uuid = gpu_uuid(properties)

@@ -14,6 +14,8 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
+from comfy_extras.nodes_model_merging import ModelSubtract
 from sampling import MB, MODEL, sample, sample_with_hook, with_lora
 from weightstream.nodes import devices, split
 from weightstream.nodes.loader import load_streamed
@@ -22,7 +24,9 @@ from weightstream.nodes.parts import split_blocks
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.split import split_over
-from weightstream.streaming import State, VirtualMemory
+from weightstream.streaming import State, UnsupportedModelError, VirtualMemory
+
+from tools.checkpoints import write_flux
 
 Split = Callable[..., StreamedModelPatcher]
 
@@ -150,6 +154,8 @@ def test_an_interrupt_leaves_nothing_bound(split_model: Split, native: ModelPatc
     with pytest.raises(mm.InterruptProcessingException):
         sample(model)
     handle.remove()
+    boundary = model.streamed.boundary
+    assert (boundary._visits, boundary._moved) == ([], {})
     assert torch.equal(sample(model), expected)
 
 
@@ -257,3 +263,88 @@ def test_a_split_goes_with_the_model_that_came_in(incoming: ModelPatcher) -> Non
     mm.cleanup_models_gc()
     assert [reference() for reference in references] == [None] * len(references)
     assert len(split._splits) == 0
+
+
+@pytest.mark.parametrize("limit", [None, 13 * MB])
+def test_settings_in_front_of_it_hold_and_may_change(
+    incoming: ModelPatcher, native: ModelPatcher, limit: int | None
+) -> None:
+    expected = sample(native)
+    for mode, name in ((Mode.STREAM, "streamed"), (Mode.SYNC, "synchronous"), (Mode.STREAM, "streamed")):
+        changed = over(with_settings(incoming, OffloadSettings(mode=mode, vram_limit=limit)), 2)
+        assert torch.equal(sample(changed), expected)
+        assert modes(changed) == [name] * 2
+        assert max(streamer.device_bytes for streamer in changed.streamers) <= (limit or 14 * MB)
+
+
+def test_two_nodes_may_split_one_model_differently(incoming: ModelPatcher, native: ModelPatcher) -> None:
+    expected = sample(native)
+    first, second = over(incoming, 2, "equal"), over(incoming, 2, "ratio", [3, 2])
+    for _ in range(2):
+        assert over(incoming, 2, "equal").model is first.model
+        assert over(incoming, 2, "ratio", [3, 2]).model is second.model
+        assert torch.equal(sample(first), expected)
+        assert torch.equal(sample(second), expected)
+    third = over(incoming, 2, "ratio", [2, 3])
+    assert over(incoming, 2, "equal").model is not first.model, "the oldest has gone"
+    assert over(incoming, 2, "ratio", [2, 3]).model is third.model
+
+
+def test_a_file_that_is_gone(tmp_path: Path, memories: Callable[..., list[VirtualMemory]]) -> None:
+    memories(60 * MB, 60 * MB)
+    write_flux(tmp_path / "gone.safetensors")
+    with torch.inference_mode():
+        streamed = load_streamed(str(tmp_path / "gone.safetensors"), {})
+        taken_over = with_settings(comfy.sd.load_diffusion_model(str(tmp_path / "gone.safetensors")), OffloadSettings())
+    (tmp_path / "gone.safetensors").rename(tmp_path / "renamed.safetensors")
+    for model in (streamed, taken_over):
+        with pytest.raises(UnsupportedModelError, match=r"it cannot be loaded once more .*Error"):
+            over(model, 2)
+
+
+def test_a_model_that_was_changed_after_it_was_split(
+    models: Path, memories: Callable[..., list[VirtualMemory]]
+) -> None:
+    memories(60 * MB, 60 * MB)
+    with torch.inference_mode():
+        foreign = comfy.sd.load_diffusion_model(str(models / MODEL))
+    before = over(foreign, 2)
+    sample(before)
+    with torch.no_grad():
+        foreign.model.diffusion_model.double_blocks[0].img_mlp[0].weight.data.mul_(1.5)
+    after = over(foreign, 2)
+    assert after.model is not before.model
+    assert torch.equal(sample(after), sample(foreign))
+
+
+# -- nodes that load the MODEL alone -----------------------------------------------------------------------------------
+
+
+def difference(one: ModelPatcher, other: ModelPatcher) -> dict[str, torch.Tensor]:
+    """By the host's node that extracts a LoRA."""
+    with torch.inference_mode():
+        model = ModelSubtract().merge(one, other, 1.0)[0]
+        name = "diffusion_model."
+        return calc_lora_model(model, 4, name, name, {}, LORAType.FULL_DIFF, bias_diff=True)
+
+
+def test_a_lora_that_is_extracted(split_model: Split, native: ModelPatcher, tmp_path: Path) -> None:
+    write_flux(tmp_path / "other.safetensors", seed=5)
+    with torch.inference_mode():
+        other = comfy.sd.load_diffusion_model(str(tmp_path / "other.safetensors"))
+    expected = difference(native, other)
+    mm.unload_all_models()
+    found = difference(split_model(60 * MB, 60 * MB), other)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(found[name].float(), expected[name].float(), atol=1e-2), name
+
+
+def test_parts_have_the_patches_of_the_clone_that_is_loaded_alone(split_model: Split, native: ModelPatcher) -> None:
+    model = split_model(60 * MB, 60 * MB)
+    patched = with_lora(model, 0.7)
+    sample(patched)
+    with torch.inference_mode():
+        mm.load_models_gpu([model])
+    assert [part.streamed.loaded() for part in model.parts] == model.parts
+    assert torch.equal(sample(model), sample(native))

@@ -57,14 +57,18 @@ FULL = {
 }
 
 
+def out_of_memory(device: int) -> Exception:
+    return torch.OutOfMemoryError(f"CUDA out of memory. GPU {device} has a total capacity of 1 GiB of which 0 is free")
+
+
 def fill(model: Any, device: int, words: str = "cached") -> Any:
     """As if another process took all memory of that GPU: a step there fails, until nothing runs there any more."""
-    block = model.parts[device - 1].streamer.blocks.blocks[0].module
-    part = model.parts[device - 1]
+    streamer = model.streamers[device]
+    block = streamer.blocks.blocks[0].module
 
     def fail(*_: object) -> None:
-        if any(block is one.module for one in part.streamer.blocks.blocks):
-            raise FULL[words]
+        if any(block is one.module for one in streamer.blocks.blocks):
+            raise FULL[words] if device == 1 else out_of_memory(device)
 
     return block.register_forward_pre_hook(fail)
 
@@ -108,6 +112,45 @@ def test_a_device_that_is_filled_between_prompts(split: Callable, native: ModelP
     assert torch.equal(sample(model), expected)
     assert blocks_of(model)[1] == 0
     assert "virtual:1 is full, so its blocks go to the other devices" in announced
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_home_is_filled_in_mid_run(split: Callable, native: ModelPatcher, count: int) -> None:
+    expected = sample(native)
+    model, _ = split(*[40 * MB] * count)
+    assert torch.equal(sample(model), expected)
+    before = blocks_of(model)
+    handle = fill(model, 0)
+    for _ in range(2):
+        assert torch.equal(sample(model), expected)
+    assert blocks_of(model)[0] == 0
+    assert model.streamer.snapshot().blocks == 0
+    handle.remove()
+    assert sum(blocks_of(model)) == sum(before)
+    assert torch.equal(sample(with_lora(model, 0.7)), sample(with_lora(native, 0.7)))
+
+
+@pytest.mark.parametrize("full", [(1, 2), (0, 2), (0, 1, 2)])
+def test_several_devices_are_full(split: Callable, native: ModelPatcher, full: tuple[int, ...]) -> None:
+    expected = sample(native)
+    model, _ = split(60 * MB, 60 * MB, 60 * MB)
+    assert torch.equal(sample(model), expected)
+
+    def fail(module: torch.nn.Module, *_: object) -> None:
+        for device in full:
+            if any(module is block.module for block in model.streamers[device].blocks.blocks):
+                raise out_of_memory(device)
+
+    handles = [block.register_forward_pre_hook(fail) for block, _ in model.streamed.placed]
+    if len(full) == 3:
+        with pytest.raises(torch.OutOfMemoryError):
+            sample(model)
+    else:
+        assert torch.equal(sample(model), expected)
+        assert [device for device, count in enumerate(blocks_of(model)) if count == 0] == list(full)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(sample(model), expected)
 
 
 @pytest.mark.parametrize("words", FULL)
@@ -221,11 +264,10 @@ def test_a_slower_link_gets_less_before_anything_was_measured(split: Callable, m
     model, _ = split(14 * MB, 14 * MB)
     backends = [SimpleNamespace(device=torch.device("cuda", number), budget=None, name="x") for number in range(2)]
     for one, other, expected in ((Link(4, 16), Link(4, 4), 4.0), (Link(5, 8), Link(4, 16), 1.0)):
-        gpus = [SimpleNamespace(index=number, most_link=link) for number, link in enumerate((one, other))]
-        monkeypatch.setattr(shares, "list_gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(shares, "best_links", lambda indices, links=(one, other): [links[i] for i in indices])
         rates = shares._links(backends)
         assert rates[0] / rates[1] == pytest.approx(expected, rel=1e-3)
-    gpus[1].most_link = Link(4, None)
+    monkeypatch.setattr(shares, "best_links", lambda indices: [Link(4, 16), Link(4, None)])
     assert shares._links(backends) == [1.0, 1.0]
     monkeypatch.setattr(shares, "_links", lambda backends: [4.0, 1.0])
     monkeypatch.setattr(shares, "_room", lambda backend, settings: 10 * MB)

@@ -110,13 +110,12 @@ def test_a_device_without_room_is_left_out() -> None:
     found = distribute(FLUX, GB, rooms(1, 30, 0.5, 12))
     assert found.devices == (1, 3)
     assert found.left_out == {
-        0: "it has room for 1.0 GB of weights, and needs 1.7 GB at least",
-        2: "it has room for 500 MB of weights, and needs 680 MB at least",
+        0: "it has room for 0 B of blocks, and the largest takes 680 MB",
+        2: "it has room for 500 MB of blocks, and the largest takes 680 MB",
     }
-    kept = distribute(FLUX, GB, rooms(0, 0.5, 30), keep_home=True)
-    assert kept.devices == (0, 2)
-    assert kept.left_out.keys() == {1}
-    assert kept.assignment.blocks_of(0) == []
+    kept = distribute(FLUX, GB, rooms(0, 1.5, 30, 0.5), home_is_first=True)
+    assert kept.devices == (1, 2), "what is in no block is not theirs to hold"
+    assert kept.left_out.keys() == {0, 3}
     nobody = distribute(FLUX, GB, rooms(0.1, 0.2))
     assert (nobody.devices, nobody.assignment.devices) == ((0,), (0,) * len(FLUX))
     few = distribute([GB, GB], 0, rooms(1, 1, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -434,3 +435,44 @@ def test_an_error_in_a_function_leaves_options_as_they_were(error: type[BaseExce
     boundary.settle()
     assert attention == [(Patched, fail)]
     assert options == {"patches": {"attention": attention}, "replace": torch.relu, "left": X}
+
+
+class Current:
+    """Stands for the device that is current."""
+
+    index = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.before, Current.index = Current.index, self.device.index
+
+    def __exit__(self, *_: object) -> None:
+        Current.index = self.before
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_device_that_was_current_is_so_again(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(Current, "index", 0)
+    seen = []
+
+    class Fails(nn.Module):
+        def forward(self) -> int:
+            seen.append(Current.index)
+            if error is not None:
+                raise error
+            return 1
+
+    root = nn.Sequential(Fails())
+    root.forward = lambda: root[0]()
+    boundary = Boundary(torch.device("cuda", 0), Links())
+    boundary.attach(root, [(root[0], torch.device("cuda", 1))])
+    with contextlib.nullcontext() if error is None else pytest.raises(error):
+        root()
+    boundary.settle()  # As who runs steps does: of an interrupt torch tells no hook.
+    assert (seen, Current.index) == ([1], 0)

@@ -1,0 +1,137 @@
+"""Tensors in whatever holds them, as arguments of a block: exchanged for others in place, and back.
+
+Lists and dictionaries are looked into at any depth. So are objects (a dataclass, say, or a cache) and what functions
+have closed over, but not those that a dictionary brings along: options hold what belongs to anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from types import CellType, FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+# What is done to a tensor.
+Change = Callable[[torch.Tensor], torch.Tensor]
+Function = Callable[..., Any]
+
+
+class Exchange:
+    """Arguments of one call, and what they held before it.
+
+    Args:
+        move: what is made of tensors.
+        names: keys of dictionaries below which functions are changed too.
+        wrap: what is made of those.
+    """
+
+    def __init__(
+        self,
+        move: Change,
+        names: Collection[str] = (),
+        wrap: Callable[[Function], Function] = lambda function: function,
+    ) -> None:
+        self._move, self._names, self._wrap = move, names, wrap
+        self._containers: dict[int, _Container] = {}
+
+    def all_of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments with their tensors moved; whatever else holds tensors is changed in place until :meth:`undo`."""
+        return (
+            tuple(self._exchange(value, own=not isinstance(value, dict)) for value in args),
+            {name: self._exchange(value, own=not isinstance(value, dict)) for name, value in kwargs.items()},
+        )
+
+    def _exchange(self, value: Any, own: bool, named: bool = False) -> Any:
+        """An argument or a part of one, which is ``own`` if no dictionary brought it, ``named`` if below a name."""
+        if isinstance(value, torch.Tensor):
+            return self._move(value)
+        if isinstance(value, tuple):
+            return _tuple_of(value, [self._exchange(item, own, named) for item in value])
+        if named and callable(value) and not isinstance(value, type):
+            return self._wrap(value)
+        before = dict(_items(value)) if own or isinstance(value, (list, dict)) else {}
+        if id(value) not in self._containers and (before or isinstance(value, (list, dict))):
+            now: dict[Any, Any] = {}
+            self._containers[id(value)] = _Container(value, before, now)
+            for key, item in before.items():
+                now[key] = self._exchange(item, own, named or key in self._names)
+                if now[key] is not item:
+                    _put(value, key, now[key])
+        return value
+
+    def undo(self, change: Change) -> None:
+        """The call is over: what was exchanged is as it was, and ``change`` is made to what the call has put in."""
+        for container in self._containers.values():
+            container.restore(change)
+
+
+class _Container(NamedTuple):
+    """A list, dictionary or object among a block's arguments: what it held, and what it held while the block ran."""
+
+    value: Any
+    before: dict[Any, Any]
+    now: dict[Any, Any]
+
+    def restore(self, change: Change) -> None:
+        known = {id(item) for item in self.before.values()}
+        back = {id(now): before for now, before in zip(self.now.values(), self.before.values(), strict=True)}
+        for key, item in _items(self.value):
+            if id(item) not in known:
+                _put(self.value, key, back[id(item)] if id(item) in back else mapped(item, change))
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Places where tensors may be in a list, a dictionary or an object, or in what a function has closed over."""
+    if isinstance(value, dict):
+        yield from list(value.items())
+    elif isinstance(value, list):
+        yield from enumerate(list(value))
+    elif isinstance(value, FunctionType):
+        for number, cell in enumerate(value.__closure__ or ()):
+            if isinstance(content := _content(cell), (torch.Tensor, tuple, list, FunctionType)):
+                yield number, content
+    elif not isinstance(value, (type, nn.Module)):
+        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
+        for name in names:
+            if isinstance(item := getattr(value, name, None), (torch.Tensor, tuple, list, dict)):
+                yield name, item
+
+
+def _content(cell: CellType) -> Any:
+    """None if nothing was assigned yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _put(value: Any, key: Any, item: Any) -> None:
+    if isinstance(value, (list, dict)):
+        value[key] = item
+    elif isinstance(value, FunctionType):
+        value.__closure__[key].cell_contents = item
+    else:
+        object.__setattr__(value, key, item)  # A dataclass may be frozen.
+
+
+def _tuple_of(kind: tuple, items: list[Any]) -> tuple:
+    if all(new is old for new, old in zip(items, kind, strict=True)):
+        return kind
+    return type(kind)(*items) if hasattr(kind, "_fields") else tuple(items)
+
+
+def mapped(value: Any, change: Change, seen: set[int] | None = None) -> Any:
+    """``value`` with its tensors changed; whatever holds them stays the same object."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    seen = set() if seen is None else seen
+    if isinstance(value, tuple):
+        return _tuple_of(value, [mapped(item, change, seen) for item in value])
+    if id(value) not in seen:
+        seen.add(id(value))
+        for key, item in _items(value):
+            if (changed := mapped(item, change, seen)) is not item:
+                _put(value, key, changed)
+    return value
