@@ -49,16 +49,18 @@ def blocks_of(model: Any) -> list[int]:
     return [len(streamer.blocks.blocks) for streamer in model.streamers]
 
 
-# As torch's allocators say it, and libraries under torch.
+# How torch's allocators say it, and libraries under torch.
 FULL = {
-    "cached": torch.OutOfMemoryError("CUDA out of memory. GPU 1 has a total capacity of 1 GiB of which 0 is free"),
-    "driver": torch.OutOfMemoryError("Allocation on device 1 would exceed allowed memory. (out of memory)"),
-    "library": RuntimeError("CUDA error: out of memory"),
+    "cached": (torch.OutOfMemoryError, "CUDA out of memory. GPU {} has a total capacity of 1 GiB of which 0 is free"),
+    "driver": (torch.OutOfMemoryError, "Allocation on device {} would exceed allowed memory. (out of memory)"),
+    "library": (RuntimeError, "CUDA error: out of memory"),
 }
 
 
-def out_of_memory(device: int) -> Exception:
-    return torch.OutOfMemoryError(f"CUDA out of memory. GPU {device} has a total capacity of 1 GiB of which 0 is free")
+def out_of_memory(device: int, words: str = "cached") -> Exception:
+    """A new one each time: an error keeps alive what it went through."""
+    kind, text = FULL[words]
+    return kind(text.format(device))
 
 
 def fill(model: Any, device: int, words: str = "cached") -> Any:
@@ -68,7 +70,7 @@ def fill(model: Any, device: int, words: str = "cached") -> Any:
 
     def fail(*_: object) -> None:
         if any(block is one.module for one in streamer.blocks.blocks):
-            raise FULL[words] if device == 1 else out_of_memory(device)
+            raise out_of_memory(device, words)
 
     return block.register_forward_pre_hook(fail)
 
