@@ -10,7 +10,8 @@ from typing import Any
 import comfy.sd
 import torch
 
-from .patcher import StreamedModelPatcher, run_step, shapes_of
+from .patcher import StreamedModelPatcher
+from .steps import run_step, shapes_of
 from .streamed_model import ATTRIBUTE
 
 # What the host calls on a text encoder, each a step: blocks run in it once, or many times where text is generated.

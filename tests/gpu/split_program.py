@@ -57,11 +57,12 @@ def main() -> None:
 
     def take_all(gpu: int) -> subprocess.Popen:
         """Another process that holds all memory of a GPU that is free."""
-        code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'gpu')!r}); import holder; holder.main({gpu})"
+        code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'gpu')!r}); import fill_gpu; fill_gpu.main({gpu})"
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline().strip() == "full"
         return process
 
+    current_gpu = torch.cuda.current_device
     agree: dict[str, bool] = {}
     path = str(Path(models) / MODEL)
     with torch.inference_mode():
@@ -115,6 +116,7 @@ def main() -> None:
                     agree[f"{case}, interrupted"] = False
                 except mm.InterruptProcessingException:
                     handle.remove()
+                agree[f"{case}, the GPU that is current"] = not torch.cuda.is_initialized() or current_gpu() == 0
                 agrees(f"{case}, after an interrupt", sample(model), expected[0.0])
             misses = sum(streamer.counters.misses for streamer in model.streamers)
             agree[f"{case}, no miss"] = misses == 0 or limit == 46

@@ -1,0 +1,85 @@
+"""Steps of streamed models, under their streamers' care (:meth:`streaming.Streamer.run`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import comfy.model_management as mm
+import torch
+
+from ..streaming import State
+from .shares import PartFullError
+
+if TYPE_CHECKING:
+    from .patcher import StreamedModelPatcher
+
+T = TypeVar("T")
+
+
+def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run the model once. The host calls this around each step of a MODEL.
+
+    An interrupt is no ``Exception``, so torch runs no hook for it: the streamer releases here what it hit.
+    """
+    patcher = getattr(executor.class_obj, "current_patcher", None)
+    if not hasattr(patcher, "streamer"):
+        return executor(x, *args, **kwargs)
+    step = partial(
+        run_step,
+        patcher,
+        # Models take what they need out of lists (ControlNet's residuals): a step that is run again needs them whole.
+        lambda: executor(x, *map(_copy_lists, args), **{name: _copy_lists(value) for name, value in kwargs.items()}),
+        shapes_of((x, *args, *kwargs.values())),
+        lambda: int(patcher.memory_required(x.shape)),
+    )
+    shares = patcher.streamed.shares
+    return step() if shares is None else shares.run(patcher, step)
+
+
+def run_step(
+    patcher: StreamedModelPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
+) -> T:
+    """Run ``forward``, one step of the model that ``patcher`` has loaded (:meth:`streaming.Streamer.run`)."""
+    # Reloading takes hooks off, and a reload that fails leaves them off: what is in effect now is what counts.
+    hooks = patcher.current_hooks
+    # Activations are never on a virtual device.
+    virtual = patcher.streamer.backend.budget is not None
+    reload = partial(patcher.reload, hooks=hooks)
+    for part in patcher.parts:
+        forward = partial(_run_part, part, forward, shape, estimate)
+    output = patcher.streamer.run(forward, shape, reload, None if virtual else estimate)
+    patcher.streamed.announce_changes()
+    return output
+
+
+def _run_part(
+    part: StreamedModelPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
+) -> T:
+    """A step on another device, inside of the one on the model's own."""
+    if part.streamer.state is State.UNLOADED:
+        mm.load_models_gpu([part])  # Somebody needed the memory there, or has loaded the MODEL alone.
+        if part.streamer.state is State.UNLOADED:
+            raise PartFullError(part)
+    return run_step(part, forward, shape, estimate)
+
+
+def _copy_lists(value: Any) -> Any:
+    """A list, or a dictionary of lists as ControlNets give it, with lists of its own; anything else as it is."""
+    if type(value) is list:
+        return list(value)
+    if type(value) is dict and all(type(item) is list for item in value.values()):
+        return {key: list(item) for key, item in value.items()}
+    return value
+
+
+def shapes_of(values: Iterable[Any]) -> tuple:
+    """What of a step's arguments its time and memory hang on: the shapes of tensors, also of those in lists."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(tuple(value.shape))
+        elif isinstance(value, (list, tuple)):
+            found.append(shapes_of(value))
+    return tuple(found)
