@@ -21,11 +21,10 @@ from comfy.model_patcher import ModelPatcher
 
 from ..streaming import State, UnsupportedModelError
 from .devices import make_backend, obtainable, same_device, unload
-from .loaded_state import take_off
 from .patcher import StreamedModelPatcher
 from .takeover import carry_over, check_what_hangs_on, give_back
 from .text_encoder import with_patcher
-from .twins import alike, factory_of
+from .twins import factory_of
 
 # The CPU itself: a virtual device has an index.
 CPU = torch.device("cpu")
@@ -131,10 +130,6 @@ def _build(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     except Exception as error:  # The file may be gone, and the loader another pack's.
         raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     unload(built)  # Loaders of text encoders may have loaded it, where they always do.
-    if not alike(built.model, patcher.model):
-        take_off(patcher)  # A clone that is loaded may have changed it for as long as it is.
-        if not alike(built.model, patcher.model):
-            raise UnsupportedModelError("it was changed since it was loaded, and its loader knows nothing of that")
     built.load_device = device
     if hasattr(built, "register_load_device"):  # Dynamic VRAM keeps books for each device.
         built.register_load_device(device)
