@@ -134,7 +134,7 @@ class Boundary:
             return tensor  # What the host keeps elsewhere (on the CPU, say) it wants there.
         key = (id(tensor), device)
         known = self._moved.get(key)
-        if known is None:
+        if known is None or known.gone() is not tensor:
             # The identity is another tensor's when this one is gone, so the copy goes with it.
             gone = weakref.ref(tensor, lambda _, moved=self._moved: moved.pop(key, None))
             known = self._moved[key] = _Moved(gone, self._links.move(tensor, device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from weightstream.streaming.away import Away
-from weightstream.streaming.handoff import Boundary
+from weightstream.streaming.handoff import Boundary, _Moved
 from weightstream.streaming.links import Links
 
 
@@ -147,6 +148,18 @@ def test_copies_go_with_their_originals() -> None:
         block(X.clone(), pair, options={"tables": [pair.cos]})
     gc.collect()
     assert len(boundary._moved) == 2
+
+
+def test_a_copy_of_a_tensor_that_is_gone_is_never_another_ones() -> None:
+    """Also where nobody has told that it is gone, and its identity is in use again."""
+    there = torch.device("cpu", 1)
+    boundary = Boundary(torch.device("cpu", 0), Links())
+    first = boundary._bring(X, there)
+    assert boundary._bring(X, there) is first
+    gone = torch.zeros(1)
+    boundary._moved[id(X), there] = _Moved(weakref.ref(gone), torch.full_like(X, torch.nan))
+    del gone
+    assert torch.equal(boundary._bring(X, there), X)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
