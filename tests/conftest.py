@@ -48,7 +48,7 @@ def _prepare() -> None:
     if not comfyui or not (Path(comfyui) / "comfy").is_dir():
         raise pytest.UsageError("COMFYUI_PATH must name a ComfyUI folder; run the tests with: python3 dev.py test")
     os.environ["WEIGHTSTREAM_VIRTUAL"] = VIRTUAL_DEVICES
-    helpers = [str(ROOT / "tests" / folder) for folder in ("streaming", "nodes")]
+    helpers = [str(ROOT / "tests" / folder) for folder in ("streaming", "nodes", "browser")]
     sys.path[:0] = [comfyui, *helpers]
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
@@ -62,6 +62,7 @@ _prepare()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write docs/families.md anew from what is found")
+    parser.addoption("--write-images", action="store_true", help="write docs/images anew from what the page shows")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,75 @@
+"""A browser, a real ComfyUI that serves its page, and that page in a tab."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import dev
+import pytest
+from chromium import NoBrowser, find_chromium
+from comfy_page import SETTINGS, ComfyPage, write_settings
+from playwright.sync_api import Browser, sync_playwright
+
+from tools import demo
+from tools.host import HeadlessHost
+
+DEVICES = "2x24MB"
+WIDTH, HEIGHT = 1600, 1000
+# Nothing beyond the host is reachable, so no test depends on what is out there.
+ARGUMENTS = ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One for all tests of a file. Its event loop would be in the way of other files' own."""
+    try:
+        program = find_chromium()
+    except NoBrowser as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=["own", "newest"])
+def frontend(request: pytest.FixtureRequest) -> list[str]:
+    """The host's arguments for the page that its ComfyUI asks for, and for the newest that there is."""
+    if request.param == "own":
+        return []
+    try:
+        return ["--front-end-root", os.fspath(dev.newest_frontend())]
+    except dev.SetupError as error:
+        pytest.skip(f"the newest page of ComfyUI is not to be had: {error}")
+
+
+@pytest.fixture(scope="module")
+def host(browser: Browser, frontend: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadlessHost]:
+    """Asks for the browser first: without one nothing has to be started."""
+    environ = {"WEIGHTSTREAM_VIRTUAL": DEVICES, "CUDA_VISIBLE_DEVICES": ""}
+    folder = tmp_path_factory.mktemp("host")
+    host = HeadlessHost(os.environ["COMFYUI_PATH"], folder, cpu=True, page=True, arguments=frontend, environ=environ)
+    host.prepare()
+    write_settings(host, SETTINGS)
+    demo.write_models(host, demo.SIZES["tiny"])
+    with host:
+        yield host
+
+
+@pytest.fixture
+def comfy(browser: Browser, host: HeadlessHost) -> Iterator[ComfyPage]:
+    """The page, opened anew for each test."""
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
+    yield ComfyPage(context.new_page(), host).open()
+    context.close()
