@@ -385,7 +385,7 @@ def _fill_test_tools(python: Path, folder: Path, version: str) -> None:
 
 
 def newest_frontend() -> Path:
-    """A folder for ComfyUI's ``--front-end-root``: the newest page; without network, the newest of those in the cache."""
+    """The newest page, for ComfyUI's ``--front-end-root``; without network, the newest in the cache."""
     python = tool_python()
     with setup_lock():
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Error, Page
+from playwright.sync_api import ConsoleMessage, Locator, Page, Response
 
 from tools import demo
 from tools.host import HeadlessHost
@@ -21,8 +21,18 @@ SETTINGS = {
     "Comfy.VersionCompatibility.DisableWarnings": True,
     # Each test opens its own page: one must not find the graph of another.
     "Comfy.Workflow.Persist": False,
+    "LiteGraph.Node.TooltipDelay": 50,
 }
-READY = "() => window.app?.graph && window.app.extensionManager && window.LiteGraph"
+# While it starts a mask lies over the page, which takes the clicks.
+READY = """() => window.app?.graph && app.extensionManager && !app.extensionManager.spinner
+    && !document.querySelector('.p-blockui-mask')"""
+LOAD_PROMPT = """async prompt => {
+    await app.loadApiJson(prompt, 'test')
+    const widgets = app.graph.nodes.flatMap(node => node.widgets ?? [])
+    for (const widget of widgets.filter(widget => widget.name === 'control_after_generate')) widget.value = 'fixed'
+}"""
+SEARCH_INPUT = "input[role=combobox]:focus"
+EMPTY_PLACE = (800, 500)
 RUN_BUTTON = "[data-testid=queue-button]"
 OURS = "weightstream"
 
@@ -54,9 +64,11 @@ class ComfyPage:
             self.errors.append(f"{message.location.get('url', '')}: {message.text}")
 
     def open(self) -> ComfyPage:
+        """Open the page and take away the graph that it starts with."""
         self.page.goto(self.host.url)
         self.page.wait_for_function(READY)
         self.page.locator(RUN_BUTTON).wait_for()
+        self.clear()
         return self
 
     @property
@@ -65,15 +77,21 @@ class ComfyPage:
 
     # the graph
 
+    def clear(self) -> None:
+        self.page.evaluate("() => app.graph.clear()")
+
+    def search(self, text: str) -> Locator:
+        """Look for a node as a user does, with a double click on the empty graph; what is found."""
+        self.page.mouse.dblclick(*EMPTY_PLACE)
+        self.page.locator(SEARCH_INPUT).fill(text)
+        return self.page.get_by_role("option")
+
     def load_prompt(self, prompt: Mapping[str, Any]) -> None:
-        """Show an API prompt as nodes, as the page does with a file that is dropped on it."""
-        self.page.evaluate("async prompt => { await app.loadApiJson(prompt, 'test') }", prompt)
+        """Show an API prompt as nodes, as the page does with a file that is dropped on it, and keep its seed."""
+        self.page.evaluate(LOAD_PROMPT, as_page_numbers(prompt))
 
     def load_workflow(self, workflow: Mapping[str, Any]) -> None:
         self.page.evaluate("async workflow => { await app.loadGraphData(workflow) }", workflow)
-
-    def clear(self) -> None:
-        self.page.evaluate("() => app.graph.clear()")
 
     def workflow(self) -> dict[str, Any]:
         """What the page saves: the workflow as JSON."""
@@ -99,8 +117,20 @@ class ComfyPage:
         return saved_latent(self.host, self.queue())
 
 
-def _is_queueing(response: Any) -> bool:
+def _is_queueing(response: Response) -> bool:
     return response.request.method == "POST" and response.url.split("?")[0].endswith("/api/prompt")
+
+
+def free(host: HeadlessHost) -> None:
+    """Have the host forget what it has loaded and sampled: it would answer a prompt like one before from its cache."""
+    give_up = time.monotonic() + 30
+    while (streamed := demo.read_status(host)["models"]) and time.monotonic() < give_up:
+        host.free()
+        # A host that is just collecting garbage after a prompt misses what it is told, and must be told again.
+        again = time.monotonic() + 3
+        while demo.read_status(host)["models"] and time.monotonic() < again:
+            time.sleep(0.05)
+    assert not streamed
 
 
 def saved_latent(host: HeadlessHost, prompt_id: str) -> demo.Latent:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import dev
 import pytest
 from chromium import NoBrowser, find_chromium
-from comfy_page import SETTINGS, ComfyPage, write_settings
+from comfy_page import SETTINGS, ComfyPage, free, write_settings
 from playwright.sync_api import Browser, sync_playwright
 
+import dev
 from tools import demo
 from tools.host import HeadlessHost
 
@@ -54,12 +54,17 @@ def frontend(request: pytest.FixtureRequest) -> list[str]:
         pytest.skip(f"the newest page of ComfyUI is not to be had: {error}")
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base folder of one host after the other: its models are written once."""
+    return tmp_path_factory.mktemp("host")
+
+
 @pytest.fixture(scope="module")
-def host(browser: Browser, frontend: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadlessHost]:
+def host(browser: Browser, frontend: list[str], base: Path) -> Iterator[HeadlessHost]:
     """Asks for the browser first: without one nothing has to be started."""
     environ = {"WEIGHTSTREAM_VIRTUAL": DEVICES, "CUDA_VISIBLE_DEVICES": ""}
-    folder = tmp_path_factory.mktemp("host")
-    host = HeadlessHost(os.environ["COMFYUI_PATH"], folder, cpu=True, page=True, arguments=frontend, environ=environ)
+    host = HeadlessHost(os.environ["COMFYUI_PATH"], base, cpu=True, page=True, arguments=frontend, environ=environ)
     host.prepare()
     write_settings(host, SETTINGS)
     demo.write_models(host, demo.SIZES["tiny"])
@@ -67,9 +72,17 @@ def host(browser: Browser, frontend: list[str], tmp_path_factory: pytest.TempPat
         yield host
 
 
-@pytest.fixture
-def comfy(browser: Browser, host: HeadlessHost) -> Iterator[ComfyPage]:
-    """The page, opened anew for each test."""
+@pytest.fixture(scope="module")
+def opened(browser: Browser, host: HeadlessHost) -> Iterator[ComfyPage]:
+    """The page in a tab. Opening it takes longer than most tests."""
     context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
     yield ComfyPage(context.new_page(), host).open()
     context.close()
+
+
+@pytest.fixture
+def comfy(opened: ComfyPage) -> ComfyPage:
+    """The page with an empty graph, and a host that keeps nothing of the tests before."""
+    opened.clear()
+    free(opened.host)
+    return opened

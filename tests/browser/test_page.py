@@ -1,0 +1,111 @@
+"""The pack in ComfyUI's real page: nodes that are found, workflows that are saved, loaded and run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_page import ComfyPage, free, saved_latent
+from playwright.sync_api import expect
+
+from tools import demo
+from tools.host import HeadlessHost
+
+TINY = demo.SIZES["tiny"]
+SEED = 70
+FOUR_GPUS = Path(__file__).parent / "four_gpus.json"
+NODES = {
+    "WeightStreamModelLoader": "Streamed Model Loader",
+    "WeightStreamOffloadSettings": "Async Offload Settings",
+    "WeightStreamGPUPlacement": "GPU Placement",
+}
+ADD_NODE = """id => {
+    const node = LiteGraph.createNode(id)
+    node.pos = [300, 300]
+    app.graph.add(node)
+    return node.title
+}"""
+DRAWN = "() => app.graph.nodes[0].widgets.every(widget => widget.last_y !== undefined)"
+WHERE_IS_WIDGET = """name => {
+    const [node] = app.graph.nodes
+    const widget = node.widgets.find(widget => widget.name === name)
+    const [x, y] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] + widget.last_y + 10])
+    const canvas = app.canvas.canvas.getBoundingClientRect()
+    return [canvas.x + x, canvas.y + y]
+}"""
+
+
+@pytest.fixture(scope="module")
+def expected(host: HeadlessHost) -> demo.Latent:
+    """ComfyUI's own loader, asked by an API prompt; its first sampling in a process is not compared with."""
+    demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, SEED - 1))
+    return demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, SEED)).latent
+
+
+def test_the_page_loads_without_an_error_of_the_pack(comfy: ComfyPage) -> None:
+    assert comfy.our_errors == []
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_a_node_is_found_and_added(comfy: ComfyPage, node_id: str) -> None:
+    comfy.search(NODES[node_id]).filter(has_text=NODES[node_id]).first.click()
+    comfy.page.wait_for_function("() => app.graph.nodes.length === 1")
+    (node,) = comfy.workflow()["nodes"]
+    assert node["type"] == node_id
+    comfy.page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_a_node_shows_its_inputs_and_their_tooltips(comfy: ComfyPage, node_id: str) -> None:
+    info = comfy.host.get(f"/object_info/{node_id}")[node_id]
+    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    assert comfy.page.evaluate(ADD_NODE, node_id) == info["display_name"] == NODES[node_id]
+    (node,) = comfy.workflow()["nodes"]
+    assert {shown["name"] for shown in node["inputs"]} == set(inputs)
+    comfy.page.wait_for_function(DRAWN)
+    for name in [shown["name"] for shown in node["inputs"] if "widget" in shown]:
+        if not (tooltip := inputs[name][1].get("tooltip")):
+            continue
+        x, y = comfy.page.evaluate(WHERE_IS_WIDGET, name)
+        # Two places: it shows once the mouse rests after it has moved.
+        comfy.page.mouse.move(x - 5, y)
+        comfy.page.mouse.move(x, y)
+        expect(comfy.page.locator(".node-tooltip")).to_have_text(tooltip)
+
+
+def test_a_workflow_runs_as_built_as_saved_and_as_prompt(comfy: ComfyPage, expected: demo.Latent) -> None:
+    comfy.load_prompt(demo.api_prompt(TINY, demo.OURS, SEED))
+    workflow, prompt = comfy.workflow(), comfy.prompt()
+    assert comfy.sample() == expected
+
+    free(comfy.host)
+    comfy.open()
+    comfy.load_workflow(workflow)
+    assert comfy.prompt() == prompt
+    assert without_run(comfy.workflow()) == without_run(workflow)
+    assert comfy.sample() == expected
+
+    free(comfy.host)
+    assert saved_latent(comfy.host, comfy.host.submit(prompt)) == expected
+    assert comfy.our_errors == []
+
+
+def without_run(workflow: dict[str, Any]) -> dict[str, Any]:
+    """A saved workflow without what the page counts and measures itself."""
+    return {key: value for key, value in workflow.items() if key not in ("id", "revision", "extra")}
+
+
+def test_a_workflow_of_four_gpus_runs_on_two(comfy: ComfyPage, expected: demo.Latent) -> None:
+    workflow = json.loads(FOUR_GPUS.read_text("utf-8"))
+    comfy.load_workflow(workflow)
+    (placement,) = [node for node in comfy.prompt().values() if node["class_type"] == "WeightStreamGPUPlacement"]
+    assert placement["inputs"]["devices"] == "gpu:3,gpu:1,gpu:0,gpu:2"
+    assert placement["inputs"]["clip_device"] == "gpu:7"
+    assert placement["inputs"]["vae_device"] == "gpu:31"
+    assert comfy.sample() == expected
+    assert "gpu:3, gpu:2, gpu:7, gpu:31 are not there (this machine has gpu:0, gpu:1)" in comfy.host.log
+    expect(comfy.page.get_by_role("dialog")).to_have_count(0)
+    assert comfy.page.evaluate("() => app.lastNodeErrors") in (None, {})
+    assert comfy.our_errors == []
