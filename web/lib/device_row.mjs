@@ -99,6 +99,6 @@ function labelled(label, long, value) {
 function figureRow(first) {
   const value = el("dd", { class: "ws-number" });
   const swatch = el("span", { class: `ws-swatch ws-${first.key}`, "aria-hidden": "true" });
-  const element = el("div", { class: "ws-figure" }, el("dt", {}, swatch, first.label), value);
+  const element = el("div", { class: "ws-figure", title: first.long }, el("dt", {}, swatch, first.label), value);
   return { element, update: (figure) => setText(value, figure.value) };
 }

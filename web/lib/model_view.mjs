@@ -114,10 +114,14 @@ function lastRun(runs, strings) {
     const values = runs.map(field).filter(format.isKnown);
     return values.length > 0 ? Math.max(...values) : null;
   };
+  const copied = sum((run) => run.bytes);
+  const steps = most((run) => run.steps) ?? 0;
+  const step = format.seconds(most((run) => run.step_seconds));
+  if (copied === 0) return strings.lastRunUncopied({ steps, step });
   return strings.lastRun({
-    steps: most((run) => run.steps) ?? 0,
-    step: format.seconds(most((run) => run.step_seconds)),
-    copied: format.bytes(sum((run) => run.bytes)),
+    steps,
+    step,
+    copied: format.bytes(copied),
     rate: format.rate(sum((run) => run.rate)),
     stall: format.milliseconds(most((run) => run.stall_ms_per_block)),
     misses: sum((run) => run.misses) ?? 0,

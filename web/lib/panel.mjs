@@ -67,7 +67,7 @@ function build(root, strings, feed) {
   const legend = el("ul", { class: "ws-list ws-legend", "aria-label": strings.legend });
   for (const part of [...PARTS, "peak"]) {
     const swatch = el("span", { class: `ws-swatch ws-${part}`, "aria-hidden": "true" });
-    legend.append(el("li", {}, swatch, strings[part]));
+    legend.append(el("li", { title: strings[`${part}Long`] }, swatch, strings[part]));
   }
   const deviceNote = el("p", { class: "ws-muted" });
   const host = el("div", { class: "ws-host", role: "group", "aria-label": strings.host });
@@ -136,11 +136,11 @@ function stateLine(strings) {
  */
 function hostRow(first) {
   const bar = simpleBar();
-  const amount = el("span", { class: "ws-number ws-end" });
+  const amount = el("span", { class: "ws-number" });
   const warning = el("span", { class: "ws-badge ws-tone-warning" });
-  const line = el("div", { class: "ws-host-line" }, el("span", {}, first.label), warning, amount);
+  const label = el("span", { class: "ws-host-label" }, first.label, warning);
   return {
-    element: el("div", { class: `ws-host-item ws-host-${first.key}` }, line, bar.element),
+    element: el("div", { class: "ws-host-item" }, label, bar.element, amount),
     update(view) {
       setText(amount, view.amount);
       setOptional(warning, view.warning);

@@ -21,10 +21,11 @@ const MOST_OPEN = 2;
 
 /** The parts of a device's bar, from the left. */
 export const PARTS = /** @type {const} */ (["resident", "staging", "torch", "cache", "other"]);
+const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
 
 /**
  * @typedef {typeof PARTS[number] | "free"} Part
- * @typedef {{key: Part | "peak", label: string, value: string}} Figure
+ * @typedef {{key: Part | "peak", label: string, long: string, value: string}} Figure
  * @typedef {{key: Part, start: number, size: number}} Segment  fractions of the whole bar
  * @typedef {{now: number | null, max: number, text: string, label: string}} Meter
  * @typedef {{key: string, title: string, detail: string, amount: string, meter: Meter, segments: Segment[],
@@ -75,13 +76,13 @@ export function buildView(feed, strings) {
  */
 function stateView(feed, status, near, strings) {
   const [key, tone] = stateOf(feed, status);
-  const text = strings[key];
   const warned = near && feed.link === "live";
+  const text = warned ? `${strings[key]} · ${strings.nearLimit}` : strings[key];
   return {
     key,
     tone: warned && tone !== "error" ? /** @type {Tone} */ ("warning") : tone,
-    text: warned ? `${text}, ${strings.nearLimit}` : text,
-    spoken: [warned ? `${text}, ${strings.nearLimit}` : text, ...spokenNotices(status, strings)].join(". "),
+    text,
+    spoken: [text, ...spokenNotices(status, strings)].join(". "),
   };
 }
 
@@ -124,10 +125,12 @@ function deviceView(device, feed, strings, count) {
   const used = format.isKnown(total) && format.isKnown(free) ? Math.max(0, total - free) : null;
   const detail = [device.name, device.virtual ? strings.virtual : ""].filter(Boolean).join(", ");
   const near = (format.fraction(used, total) ?? 0) >= NEAR_LIMIT;
-  const figures = [
-    ...[...PARTS, /** @type {const} */ ("free")].map((key) => ({ key, label: strings[key], value: format.bytes(device[key]) })),
-    { key: /** @type {const} */ ("peak"), label: strings.peak, value: format.bytes(device.peak) },
-  ];
+  const figures = FIGURES.map((key) => ({
+    key,
+    label: strings[key],
+    long: strings[`${key}Long`],
+    value: format.bytes(device[key]),
+  }));
   const text = [
     used === null ? strings.unknown : strings.used(format.bytes(used), format.bytes(total)),
     near ? strings.nearlyFull : "",
