@@ -1,0 +1,62 @@
+"""What the page is made of, run by node, and how its files are laid out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+WEB = TESTS.parent.parent / "web"
+# The host's own, from where it serves our registration.
+HOST_MODULES = {"../../scripts/app.js", "../../scripts/api.js"}
+IMPORT = re.compile(
+    r"""^\s*(?:import|export)\b[^;]*?\bfrom\s*["']([^"']+)["']|\bimport\s*\(?\s*["']([^"']+)["']""", re.MULTILINE
+)
+SOURCES = sorted([*WEB.rglob("*.js"), *WEB.rglob("*.mjs"), *WEB.rglob("*.css")])
+LONGEST_FILE = 300
+
+
+def node() -> str:
+    """An interpreter for JavaScript: the machine's, or the one that a browser driver brings."""
+    if found := shutil.which("node"):
+        return found
+    try:
+        from playwright._impl._driver import compute_driver_executable
+    except ImportError:
+        pytest.skip("neither node nor playwright, which brings one, is installed")
+    executable = compute_driver_executable()
+    return str(executable[0] if isinstance(executable, tuple) else executable)
+
+
+@pytest.mark.parametrize("file", sorted(TESTS.glob("*.test.mjs")), ids=lambda file: file.name)
+def test_helpers(file: Path) -> None:
+    command = [node(), "--test", "--test-reporter=tap", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^# pass [1-9]", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_the_page_imports_one_file() -> None:
+    assert [file.relative_to(WEB).as_posix() for file in WEB.rglob("*.js")] == ["weightstream.js"]
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(WEB).as_posix())
+def test_imports_stay_within_the_folder(file: Path) -> None:
+    text = file.read_text("utf-8")
+    for one, other in IMPORT.findall(text):
+        target = one or other
+        if file.name == "weightstream.js" and target in HOST_MODULES:
+            continue
+        assert target.startswith("."), f"{file.name} imports {target}, which is neither ours nor the host's"
+        resolved = (file.parent / target).resolve()
+        assert resolved.is_relative_to(WEB.resolve()), f"{file.name} imports {target} from outside"
+        assert resolved.is_file(), f"{file.name} imports {target}, which is not there"
+
+
+def test_files_are_short() -> None:
+    lengths = {file.name: len(file.read_text("utf-8").splitlines()) for file in SOURCES}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}

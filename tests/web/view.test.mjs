@@ -1,0 +1,216 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { stringsFor } from "../../web/lib/strings.mjs";
+import { buildView } from "../../web/lib/view.mjs";
+import { STATES, device, event, feedState, host, model, run, status } from "./states.mjs";
+
+const EN = stringsFor("en");
+
+/** @param {import("../../web/lib/feed.mjs").FeedState} state */
+const view = (state) => buildView(state, EN);
+/** @param {Partial<import("../../web/lib/status.mjs").Device>} changes */
+const viewOf = (changes) => view(feedState(status({ devices: [device(changes)] }))).devices[0];
+
+const EXPECTED = {
+  starting: ["starting", "neutral", "Connecting"],
+  idle: ["idle", "neutral", "Idle"],
+  loading: ["loading", "active", "Loading"],
+  allResident: ["allResident", "good", "All resident"],
+  streaming: ["streaming", "active", "Streaming"],
+  split: ["streaming", "active", "Streaming"],
+  inactive: ["idle", "neutral", "Idle"],
+  fallback: ["idle", "neutral", "Idle"],
+  nearLimit: ["streaming", "warning", "Streaming · near the limit"],
+  noGpu: ["idle", "neutral", "Idle"],
+  unknown: ["idle", "neutral", "Idle"],
+  eight: ["streaming", "active", "Streaming"],
+  stale: ["stale", "warning", "No news"],
+  missing: ["missing", "error", "Not available"],
+  gone: ["gone", "error", "No connection"],
+  newer: ["newer", "error", "Reload this page"],
+};
+
+test("every example has the state that its name says", () => {
+  const found = Object.entries(STATES).map(([name, state]) => {
+    const { key, tone, text } = view(state).state;
+    return [name, [key, tone, text]];
+  });
+  assert.deepEqual(Object.fromEntries(found), EXPECTED);
+});
+
+test("no example shows what is no text, in any language", () => {
+  for (const locale of ["en", "zh"]) {
+    for (const [name, state] of Object.entries(STATES)) {
+      const text = JSON.stringify(buildView(state, stringsFor(locale)));
+      assert.doesNotMatch(text, /undefined|NaN|Infinity|\[object|null [A-Z]/, `${name} in ${locale}`);
+    }
+  }
+});
+
+test("the parts of a bar lie side by side and leave what is free", () => {
+  const { segments } = viewOf({ total: 100, free: 50, resident: 20, staging: 10, torch: 5, cache: 5, other: 10 });
+  assert.deepEqual(segments.map(({ key }) => key), ["resident", "staging", "torch", "cache", "other"]);
+  assert.deepEqual(segments.map(({ size }) => size), [0.2, 0.1, 0.05, 0.05, 0.1]);
+  const ends = segments.map(({ start, size }) => start + size);
+  segments.slice(1).forEach(({ start }, place) => assert.ok(Math.abs(start - ends[place]) < 1e-9));
+});
+
+test("parts of different moments that come to more than all fill the bar in proportion", () => {
+  const { segments } = viewOf({ total: 100, free: 0, resident: 150, staging: 50, torch: 0, cache: 0, other: 0 });
+  assert.deepEqual(segments.slice(0, 2).map(({ size }) => size), [0.75, 0.25]);
+});
+
+test("a part below nothing is nothing", () => {
+  const { segments } = viewOf({ total: 100, free: 90, resident: 10, torch: -5, cache: 0, other: 0 });
+  assert.equal(segments[2].size, 0);
+});
+
+test("a device of unknown or no size has an empty bar and no meter", () => {
+  for (const total of [null, 0]) {
+    const shown = viewOf({ total, free: null, resident: 10, torch: null, cache: null, other: null, peak: 5 });
+    assert.equal(shown.meter.now, null);
+    assert.match(shown.meter.text, /not known/);
+    assert.equal(shown.spark, "");
+    assert.equal(shown.warning, "");
+  }
+  assert.ok(viewOf({ total: null, free: null }).segments.every(({ size }) => size === 0));
+});
+
+test("unknown values are dashes", () => {
+  const shown = viewOf({ copy_rate: null, stalled: null, torch: null, cache: null, other: null, peak: null });
+  assert.equal(shown.copy, "–");
+  assert.equal(shown.stall, "–");
+  assert.equal(shown.peak, null);
+  const dashes = shown.figures.filter(({ value }) => value === "–").map(({ key }) => key);
+  assert.deepEqual(dashes, ["torch", "cache", "other", "peak"]);
+});
+
+test("a meter says in words what the bar shows", () => {
+  const [shown] = view(STATES.streaming).devices;
+  assert.equal(shown.meter.label, "gpu:0, NVIDIA GeForce RTX 4090");
+  assert.equal(shown.meter.max, 25.2e9);
+  assert.equal(Math.round((shown.meter.now ?? 0) / 1e8), 183);
+  assert.match(shown.meter.text, /^18\.3 GB of 25\.2 GB used; Resident blocks 12\.6 GB; Staging 500 MB; .*; Peak 19\.4 GB$/);
+});
+
+test("a device is near its limit from 95 % on", () => {
+  assert.equal(viewOf({ total: 1000, free: 51 }).warning, "");
+  assert.equal(viewOf({ total: 1000, free: 50 }).warning, "nearly full");
+  assert.equal(viewOf({ total: 1000, free: -5 }).warning, "nearly full");
+});
+
+test("page-locked memory is at its limit when no more piece fits, and never where there is none", () => {
+  const warning = (/** @type {Partial<import("../../web/lib/status.mjs").Host>} */ changes) =>
+    view(feedState(status({ host: host(changes) }))).host[1].warning;
+  assert.equal(warning({ pinned: 99, pinned_limit: 100 }), "at its limit");
+  assert.equal(warning({ pinned: 90, pinned_limit: 100 }), "");
+  assert.equal(warning({ pinned: 90, pinned_limit: null }), "");
+  assert.equal(warning({ pinned: 0, pinned_limit: 0 }), "");
+});
+
+test("figures are unfolded for two devices, and folded with a legend for more", () => {
+  assert.deepEqual(view(STATES.split).devices.map(({ open }) => open), [true, true]);
+  assert.equal(view(STATES.split).legend, false);
+  const eight = view(STATES.eight);
+  assert.equal(eight.devices.length, 8);
+  assert.ok(eight.devices.every(({ open }) => !open));
+  assert.equal(eight.legend, true);
+});
+
+test("without a GPU the host is shown, and a sentence", () => {
+  const shown = view(STATES.noGpu);
+  assert.deepEqual(shown.devices, []);
+  assert.match(shown.deviceNote, /^No GPU/);
+  assert.equal(shown.host[0].amount, "26.4 / 67.4 GB");
+});
+
+test("before the first status models are not said to be none", () => {
+  const shown = view(feedState(null, { event: event(status()) }));
+  assert.equal(shown.devices.length, 1);
+  assert.equal(shown.modelNote, "");
+  assert.equal(view(STATES.idle).modelNote, "No streamed model is loaded.");
+});
+
+test("the parts of a split model share a card and its buttons", () => {
+  const [split, encoder] = view(STATES.split).models;
+  assert.deepEqual(split.parts.map((part) => part.device), ["gpu:0", "gpu:1"]);
+  assert.equal(split.pinned, "14.1 GB");
+  assert.match(split.lastRun, /^Last run: 20 steps of 0\.324 s; 448 GB copied at 69\.2 GB\/s; 2\.40 ms waited per block; 0 misses$/);
+  assert.equal(split.freeable, true);
+  assert.equal(encoder.freeable, false);
+  assert.equal(encoder.pinned, "");
+  assert.match(encoder.lastRun, /^Last run: 1 step of/);
+});
+
+test("the step of the ladder comes with its reason, where there is one", () => {
+  const [part] = view(STATES.nearLimit).models[0].parts;
+  assert.equal(part.step, "streams from the file: no more RAM may be page-locked (60.6 GB at most)");
+  assert.equal(view(STATES.allResident).models[0].parts[0].step, "all resident");
+});
+
+test("a step that a later server has is shown as it is called", () => {
+  const later = model({ ladder: /** @type {any} */ ("teleported"), reason: "" });
+  assert.equal(view(feedState(status({ models: [later] }))).models[0].parts[0].step, "teleported");
+});
+
+test("damaged copies are said, and a run that copied nothing", () => {
+  assert.match(view(STATES.nearLimit).models[0].warning, /^1 copy/);
+  assert.equal(view(STATES.streaming).models[0].warning, "");
+  assert.match(view(STATES.allResident).models[0].lastRun, /nothing had to be copied$/);
+});
+
+test("loading has bytes, rate and a part of the whole; an event's is not counted once for each device", () => {
+  const [loading] = view(STATES.loading).models;
+  assert.equal(loading.loading?.text, "8.4 / 23.8 GB, 1.6 GB/s");
+  const parts = [model(), model({ device: "gpu:1" })];
+  const both = status({ models: parts });
+  const live = event(both, { loading: [["1", 3e9, 10e9, null]] });
+  const [split] = view(feedState(both, { event: live })).models;
+  assert.equal(split.loading?.text, "3.0 / 10.0 GB, –");
+  assert.equal(split.loading?.fill, 0.3);
+  const each = parts.map((part) => ({ ...part, loading: { done: 1e9, total: 5e9, rate: 1e9 } }));
+  assert.equal(view(feedState(status({ models: each }))).models[0].loading?.text, "2.0 / 10.0 GB, 2.0 GB/s");
+  const nothing = [model({ loading: { done: 0, total: 0, rate: null } })];
+  assert.equal(view(feedState(status({ models: nothing }))).models[0].loading?.fill, 0);
+});
+
+test("a model that was never run has no last run", () => {
+  const never = model({ last_run: null });
+  assert.equal(view(feedState(status({ models: [never] }))).models[0].lastRun, "");
+  const unknown = model({ last_run: run({ rate: null, step_seconds: null, stall_ms_per_block: null }) });
+  assert.match(view(feedState(status({ models: [unknown] }))).models[0].lastRun, /of –; .* at –; – waited/);
+});
+
+test("notices name the node, and are spoken with the state", () => {
+  const shown = view(STATES.inactive);
+  assert.equal(shown.notices[0].title, "Not streaming: Async Offload Settings (node 7)");
+  assert.match(shown.state.spoken, /^Idle\. Not streaming Async Offload Settings: the model has no list/);
+  const file = status({ notices: [{ node_id: null, name: "a.gguf", kind: "inactive", text: "why" }] });
+  assert.equal(view(feedState(file)).notices[0].title, "Not streaming: a.gguf");
+});
+
+test("two equal notices are two", () => {
+  const one = { node_id: null, name: "a", kind: /** @type {const} */ ("inactive"), text: "why" };
+  const shown = view(feedState(status({ notices: [one, { ...one }] }))).notices;
+  assert.equal(new Set(shown.map(({ key }) => key)).size, 2);
+});
+
+test("old figures stay and are marked; a server without the route shows none", () => {
+  for (const name of ["stale", "gone"]) {
+    const shown = view(STATES[name]);
+    assert.equal(shown.old, true);
+    assert.equal(shown.devices.length, 1);
+    assert.notEqual(shown.banner, "");
+  }
+  const missing = view(feedState(status(), { link: "missing" }));
+  assert.deepEqual(missing.devices, []);
+  assert.deepEqual(missing.host, []);
+  assert.match(missing.banner, /older than this page/);
+});
+
+test("what was known is shown while the page connects again", () => {
+  const shown = view(feedState(status(), { link: "starting" }));
+  assert.equal(shown.banner, "");
+  assert.equal(shown.state.key, "idle");
+});

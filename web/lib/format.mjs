@@ -1,0 +1,107 @@
+/**
+ * Numbers as people read them. Sizes are decimal, as in the server's own sentences; what is not known is a dash.
+ */
+
+export const DASH = "–";
+
+const SIZES = [
+  ["TB", 1e12],
+  ["GB", 1e9],
+  ["MB", 1e6],
+  ["KB", 1e3],
+];
+
+/**
+ * Whether `value` is a number that can be computed with.
+ * @param {unknown} value
+ * @returns {value is number}
+ */
+export function isKnown(value) {
+  return typeof value === "number" && Number.isFinite(value);
+}
+
+/**
+ * `23.8 GB`, `512 MB`, `0 B`.
+ * @param {number | null | undefined} value
+ */
+export function bytes(value) {
+  if (!isKnown(value)) return DASH;
+  const [unit, size] = unitOf(value);
+  return `${digits(value / size, unit)} ${unit}`;
+}
+
+/**
+ * `20.1 / 24.0 GB`: both in the unit of the whole, so that they compare at a glance.
+ * @param {number | null | undefined} part
+ * @param {number | null | undefined} whole
+ */
+export function bytesOf(part, whole) {
+  if (!isKnown(whole)) return isKnown(part) ? bytes(part) : DASH;
+  const [unit, size] = unitOf(whole);
+  return `${isKnown(part) ? digits(part / size, unit) : DASH} / ${digits(whole / size, unit)} ${unit}`;
+}
+
+/**
+ * `25.1 GB/s`.
+ * @param {number | null | undefined} value
+ */
+export function rate(value) {
+  return isKnown(value) ? `${bytes(value)}/s` : DASH;
+}
+
+/**
+ * `3 %` of a fraction; never 0 % of something, nor 100 % of less than all.
+ * @param {number | null | undefined} fraction
+ */
+export function percent(fraction) {
+  if (!isKnown(fraction)) return DASH;
+  if (fraction > 0 && fraction < 0.01) return "<1 %";
+  if (fraction < 1 && fraction > 0.99) return ">99 %";
+  return `${Math.round(fraction * 100)} %`;
+}
+
+/**
+ * `0.324 s`, `12.5 s`.
+ * @param {number | null | undefined} value
+ */
+export function seconds(value) {
+  if (!isKnown(value)) return DASH;
+  return `${value >= 10 ? value.toFixed(1) : value.toFixed(3)} s`;
+}
+
+/**
+ * `0.42 ms`.
+ * @param {number | null | undefined} value
+ */
+export function milliseconds(value) {
+  if (!isKnown(value)) return DASH;
+  return `${value >= 10 ? value.toFixed(0) : value.toFixed(2)} ms`;
+}
+
+/**
+ * A part of a whole between 0 and 1; null where either is not known, 0 of nothing.
+ * @param {number | null | undefined} part
+ * @param {number | null | undefined} whole
+ * @returns {number | null}
+ */
+export function fraction(part, whole) {
+  if (!isKnown(part) || !isKnown(whole)) return null;
+  if (whole <= 0) return 0;
+  return Math.min(1, Math.max(0, part / whole));
+}
+
+/** @param {number} value */
+function unitOf(value) {
+  // 999.95 MB would be shown as 1000.0 MB.
+  return /** @type {[string, number]} */ (SIZES.find(([, size]) => Math.abs(value) >= size * 0.9995) ?? ["B", 1]);
+}
+
+/**
+ * @param {number} value
+ * @param {string} unit
+ */
+function digits(value, unit) {
+  const places = unit === "B" || Math.abs(value) >= 99.95 ? 0 : 1;
+  const text = value.toFixed(places);
+  return text === "-0" || text === "-0.0" ? text.slice(1) : text;
+}

@@ -1,0 +1,164 @@
+/**
+ * The panel, in any element of any page. It shows what a feed says, and nothing while it cannot be seen.
+ */
+
+import { deviceRow } from "./device_row.mjs";
+import { el, setOptional, setShown, setText, syncList } from "./dom.mjs";
+import { simpleBar } from "./meter.mjs";
+import { modelCard } from "./model_card.mjs";
+import { stringsFor } from "./strings.mjs";
+import { PARTS, buildView } from "./view.mjs";
+import { watchVisibility } from "./visibility.mjs";
+
+/** @import { Part } from "./dom.mjs" */
+/** @import { Feed, FeedState } from "./feed.mjs" */
+/** @import { Strings } from "./strings.mjs" */
+/** @import { HostView, NoticeView, View } from "./view.mjs" */
+
+// A value that moves to and fro across a limit would be read out each time.
+const SPEAK_MS = 5_000;
+
+/**
+ * @param {HTMLElement} container
+ * @param {{feed: Feed, locale?: () => string, embedded?: boolean}} options  embedded: inside of a node
+ * @returns {{element: HTMLElement, destroy(): void}}
+ */
+export function mountPanel(container, { feed, locale = () => "en", embedded = false }) {
+  const element = el("section", { class: embedded ? "ws-panel ws-embedded" : "ws-panel", tabindex: "-1" });
+  /** @type {Strings | null} */
+  let strings = null;
+  /** @type {(state: FeedState) => void} */
+  let update = () => {};
+  const viewer = feed.watch((state) => {
+    const wanted = stringsFor(locale());
+    if (wanted !== strings) {
+      strings = wanted;
+      element.replaceChildren();
+      update = build(element, strings, feed);
+    }
+    const focused = element.contains(document.activeElement);
+    update(state);
+    // What had the focus is gone: from here the next Tab goes on in the panel, and not at the page's begin.
+    if (focused && !element.contains(document.activeElement)) element.focus({ preventScroll: true });
+  });
+  container.append(element);
+  const stop = watchVisibility(element, (visible) => viewer.show(visible));
+  return {
+    element,
+    destroy() {
+      stop();
+      viewer.close();
+      element.remove();
+    },
+  };
+}
+
+/**
+ * @param {HTMLElement} root
+ * @param {Strings} strings
+ * @param {Feed} feed
+ * @returns {(state: FeedState) => void}
+ */
+function build(root, strings, feed) {
+  root.setAttribute("aria-label", strings.title);
+  const state = stateLine(strings);
+  const banner = el("p", { class: "ws-note ws-banner" });
+  const devices = el("ul", { class: "ws-list ws-devices", "aria-label": strings.devices });
+  const legend = el("ul", { class: "ws-list ws-legend", "aria-label": strings.legend });
+  for (const part of [...PARTS, "peak"]) {
+    const swatch = el("span", { class: `ws-swatch ws-${part}`, "aria-hidden": "true" });
+    legend.append(el("li", { title: strings[`${part}Long`] }, swatch, strings[part]));
+  }
+  const deviceNote = el("p", { class: "ws-muted" });
+  const host = el("div", { class: "ws-host", role: "group", "aria-label": strings.host });
+  const notices = el("ul", { class: "ws-list ws-notices", "aria-label": strings.notices });
+  const models = el("ul", { class: "ws-list ws-models", "aria-label": strings.models });
+  const modelNote = el("p", { class: "ws-muted" });
+  root.append(state.element, banner, notices, devices, legend, deviceNote, host, models, modelNote);
+
+  const rows = { devices: new Map(), host: new Map(), notices: new Map(), models: new Map() };
+  return (feedState) => {
+    const view = buildView(feedState, strings);
+    root.dataset.state = view.state.key;
+    root.classList.toggle("ws-old", view.old);
+    state.update(view, feedState.now);
+    setOptional(banner, view.banner);
+    banner.className = `ws-note ws-banner ws-tone-${view.state.tone}`;
+    showList(notices, rows.notices, view.notices, noticeRow);
+    showList(devices, rows.devices, view.devices, (device) => deviceRow(device, strings));
+    setShown(legend, view.legend);
+    setOptional(deviceNote, view.deviceNote);
+    showList(host, rows.host, view.host, hostRow);
+    showList(models, rows.models, view.models, (model) => modelCard(model, strings, (id, what) => feed.unload(id, what)));
+    setOptional(modelNote, view.modelNote);
+  };
+}
+
+/**
+ * @template {{key: string}} Item
+ * @param {HTMLElement} parent
+ * @param {Map<string, Part<Item>>} parts
+ * @param {readonly Item[]} items
+ * @param {(item: Item) => Part<Item>} make
+ */
+function showList(parent, parts, items, make) {
+  syncList(parent, parts, items, make);
+  setShown(parent, items.length > 0);
+}
+
+/** @param {Strings} strings */
+function stateLine(strings) {
+  const dot = el("span", { "aria-hidden": "true" });
+  const text = el("span", { class: "ws-state-text" });
+  const spoken = el("span", { class: "ws-spoken", role: "status" });
+  const element = el("div", { class: "ws-head" }, el("span", { class: "ws-title" }, strings.title), dot, text, spoken);
+  let said = -Infinity;
+  return {
+    element,
+    /**
+     * @param {View} view
+     * @param {number} now
+     */
+    update({ state }, now) {
+      dot.className = `ws-dot ws-tone-${state.tone}`;
+      setText(text, state.text);
+      if (spoken.textContent === state.spoken) return;
+      if (state.tone !== "error" && now - said < SPEAK_MS) return;
+      setText(spoken, state.spoken);
+      said = now;
+    },
+  };
+}
+
+/**
+ * @param {HostView} first
+ * @returns {Part<HostView>}
+ */
+function hostRow(first) {
+  const bar = simpleBar();
+  const amount = el("span", { class: "ws-number" });
+  const warning = el("span", { class: "ws-badge ws-tone-warning" });
+  const label = el("span", { class: "ws-host-label" }, first.label, warning);
+  return {
+    element: el("div", { class: "ws-host-item" }, label, bar.element, amount),
+    update(view) {
+      setText(amount, view.amount);
+      setOptional(warning, view.warning);
+      bar.update(view.meter, view.fill);
+    },
+  };
+}
+
+/** @returns {Part<NoticeView>} */
+function noticeRow() {
+  const title = el("strong");
+  const text = el("span");
+  const element = el("li", { class: "ws-note ws-tone-warning" }, title, " ", text);
+  return {
+    element,
+    update(view) {
+      setText(title, view.title);
+      setText(text, view.text);
+    },
+  };
+}

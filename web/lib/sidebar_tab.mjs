@@ -1,0 +1,42 @@
+/**
+ * The panel as a tab of ComfyUI's sidebar.
+ */
+
+import { mountPanel } from "./panel.mjs";
+import { stringsFor } from "./strings.mjs";
+
+const ID = "weightstream";
+const ICON = "pi pi-microchip";
+
+/** @param {{feed: import("./feed.mjs").Feed, locale: () => string}} options */
+export function sidebarTab({ feed, locale }) {
+  const strings = stringsFor(locale());
+  /** @type {Map<HTMLElement, {destroy(): void}>} */
+  const mounted = new Map();
+  return {
+    icon: ICON,
+    entry: {
+      id: ID,
+      type: "custom",
+      icon: ICON,
+      title: strings.title,
+      tooltip: strings.tooltip,
+      /** @param {HTMLElement} container */
+      render(container) {
+        // The host calls this each time that it renders its own part.
+        if (mounted.has(container)) return;
+        container.classList.add("ws-sidebar");
+        mounted.set(container, mountPanel(container, { feed, locale }));
+      },
+      destroy() {
+        for (const panel of mounted.values()) panel.destroy();
+        mounted.clear();
+      },
+    },
+    /** @param {any} app  the host's */
+    open(app) {
+      // There is a command that opens and closes a tab, and none that only opens it.
+      if (mounted.size === 0) app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${ID}`);
+    },
+  };
+}

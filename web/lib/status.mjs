@@ -1,0 +1,104 @@
+/**
+ * What the server sends: its status, and the event that renews the quickly changing part of it.
+ *
+ * @typedef {{device: string, name: string, virtual: boolean, total: number | null, free: number | null,
+ *   resident: number, staging: number, torch: number | null, cache: number | null, other: number | null,
+ *   peak: number | null, copy_rate: number | null, stalled: number | null}} Device
+ * @typedef {{ram_total: number | null, ram_available: number | null, pinned: number | null,
+ *   pinned_limit: number | null}} Host
+ * @typedef {{done: number, total: number, rate: number | null}} Loading
+ * @typedef {{steps: number, bytes: number, rate: number | null, stall_ms_per_block: number | null, misses: number,
+ *   corrupted: number, step_seconds: number | null}} Run
+ * @typedef {"unloaded" | "resident" | "pinned" | "staged" | "synchronous"} Ladder
+ * @typedef {{id: string, name: string, device: string, node_id: string | null, ladder: Ladder, reason: string,
+ *   plan: string, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null}} Model
+ *   one for each model and device; the parts of one model have the same id
+ * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback", text: string}} Notice
+ * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[]}} Status
+ * @typedef {{schema: number, time: number, revision: string, devices: unknown[][], host: (number | null)[],
+ *   loading: [string, number, number, number | null][], running: string[]}} Event
+ */
+
+export const SCHEMA = 1;
+
+const DEVICE_FIELDS = /** @type {const} */ ([
+  "device", "total", "free", "resident", "staging", "torch", "cache", "other", "peak", "copy_rate", "stalled",
+]);
+const HOST_FIELDS = /** @type {const} */ (["ram_total", "ram_available", "pinned", "pinned_limit"]);
+// An event names no more than these; of models behind them it says nothing.
+const MOST_LOADING = 4;
+const MOST_RUNNING = 16;
+/** @type {Host} */
+const NO_HOST = { ram_total: null, ram_available: null, pinned: null, pinned_limit: null };
+
+/**
+ * The status with what a newer event says; null before either has come.
+ * @param {Status | null} status
+ * @param {Event | null} event
+ * @returns {Status | null}
+ */
+export function merge(status, event) {
+  if (event === null || (status !== null && event.time < status.time)) return status;
+  const known = new Map((status?.devices ?? []).map((device) => [device.device, device]));
+  const devices = event.devices.map((row) => {
+    const sample = named(DEVICE_FIELDS, row);
+    return { name: "", virtual: false, ...known.get(sample.device), ...sample };
+  });
+  const loading = new Map(event.loading.map(([id]) => [id, loadingOf(id, event)]));
+  return {
+    schema: event.schema,
+    time: event.time,
+    devices: /** @type {Device[]} */ (devices),
+    host: /** @type {Host} */ ({ ...NO_HOST, ...status?.host, ...named(HOST_FIELDS, event.host) }),
+    models: (status?.models ?? []).map((model) => withEvent(model, event, loading)),
+    notices: status?.notices ?? [],
+  };
+}
+
+/**
+ * @param {Model} model
+ * @param {Event} event
+ * @param {ReadonlyMap<string, Loading | null>} loading  of whole models: the parts of one share it
+ * @returns {Model}
+ */
+function withEvent(model, event, loading) {
+  const unsaid = event.loading.length >= MOST_LOADING ? model.loading : null;
+  return {
+    ...model,
+    running: event.running.includes(model.id) || (event.running.length >= MOST_RUNNING && model.running),
+    loading: loading.get(model.id) ?? unsaid,
+  };
+}
+
+/**
+ * @param {string} id
+ * @param {Event} event
+ */
+function loadingOf(id, event) {
+  const rows = event.loading.filter((row) => row[0] === id);
+  return totalLoading(rows.map(([, done, total, rate]) => ({ done, total, rate })));
+}
+
+/**
+ * Several that load at once as one; null where none does.
+ * @param {readonly Loading[]} rows
+ * @returns {Loading | null}
+ */
+export function totalLoading(rows) {
+  if (rows.length === 0) return null;
+  const rates = rows.map((row) => row.rate).filter((rate) => rate !== null);
+  return {
+    done: rows.reduce((sum, row) => sum + row.done, 0),
+    total: rows.reduce((sum, row) => sum + row.total, 0),
+    rate: rates.length > 0 ? rates.reduce((sum, rate) => sum + rate, 0) : null,
+  };
+}
+
+/**
+ * @param {readonly string[]} names
+ * @param {readonly unknown[]} values
+ * @returns {Record<string, any>}
+ */
+function named(names, values) {
+  return Object.fromEntries(names.map((name, place) => [name, values[place] ?? null]));
+}

@@ -1,0 +1,241 @@
+/**
+ * What the panel shows, as plain values: a function of what the feed knows, without a document.
+ */
+
+import * as format from "./format.mjs";
+import { sparkline } from "./history.mjs";
+import { modelViews } from "./model_view.mjs";
+import { merge } from "./status.mjs";
+
+/** @import { FeedState } from "./feed.mjs" */
+/** @import { ModelView } from "./model_view.mjs" */
+/** @import { Device, Host, Notice, Status } from "./status.mjs" */
+/** @import { Strings } from "./strings.mjs" */
+
+export const NEAR_LIMIT = 0.95;
+// Memory is page-locked in whole pieces, so that a limit is reached when the next piece would go beyond it.
+export const NEAR_PINNED_LIMIT = 0.98;
+export const SPARK = { width: 60, height: 14 };
+// With more devices their figures are folded away until somebody asks for them.
+const MOST_OPEN = 2;
+
+/** The parts of a device's bar, from the left. */
+export const PARTS = /** @type {const} */ (["resident", "staging", "torch", "cache", "other"]);
+const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
+
+/**
+ * @typedef {typeof PARTS[number] | "free"} Part
+ * @typedef {{key: Part | "peak", label: string, long: string, value: string}} Figure
+ * @typedef {{key: Part, start: number, size: number}} Segment  fractions of the whole bar
+ * @typedef {{now: number | null, max: number, text: string, label: string}} Meter
+ * @typedef {{key: string, title: string, detail: string, amount: string, meter: Meter, segments: Segment[],
+ *   peak: number | null, warning: string, copy: string, stall: string, spark: string, figures: Figure[],
+ *   open: boolean}} DeviceView
+ * @typedef {{key: string, label: string, amount: string, fill: number | null, warning: string, meter: Meter}} HostView
+ * @typedef {{key: string, kind: "inactive" | "fallback", title: string, text: string}} NoticeView
+ * @typedef {"neutral" | "active" | "good" | "warning" | "error"} Tone
+ * @typedef {{state: {key: string, tone: Tone, text: string, spoken: string}, banner: string, old: boolean,
+ *   devices: DeviceView[], legend: boolean, deviceNote: string, host: HostView[], models: ModelView[], modelNote: string,
+ *   notices: NoticeView[]}} View
+ */
+
+/**
+ * @param {FeedState} feed
+ * @param {Strings} strings
+ * @returns {View}
+ */
+export function buildView(feed, strings) {
+  const status = merge(feed.status, feed.event);
+  const old = feed.link === "stale" || feed.link === "gone";
+  const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
+  const devices = (usable?.devices ?? []).map((device) => deviceView(device, feed, strings, usable?.devices.length ?? 0));
+  const host = usable ? hostViews(usable.host, strings) : [];
+  const near = [...devices, ...host].some((each) => each.warning !== "");
+  const models = usable ? modelViews(usable.models, strings) : [];
+  return {
+    state: stateView(feed, usable, near, strings),
+    banner: feed.link === "live" || (feed.link === "starting" && status) ? "" : strings[`${feed.link}Text`],
+    old,
+    devices,
+    // Where figures are unfolded they have the colours beside them.
+    legend: devices.some((device) => !device.open),
+    deviceNote: usable && devices.length === 0 ? strings.noDevices : "",
+    host,
+    models,
+    // Without its status the server's models are not known to be none.
+    modelNote: usable && feed.status && models.length === 0 ? strings.noModels : "",
+    notices: (usable?.notices ?? []).map((notice, place) => noticeView(notice, place, strings)),
+  };
+}
+
+/**
+ * @param {FeedState} feed
+ * @param {Status | null} status
+ * @param {boolean} near
+ * @param {Strings} strings
+ */
+function stateView(feed, status, near, strings) {
+  const [key, tone] = stateOf(feed, status);
+  const warned = near && feed.link === "live";
+  const text = warned ? `${strings[key]} · ${strings.nearLimit}` : strings[key];
+  return {
+    key,
+    tone: warned && tone !== "error" ? /** @type {Tone} */ ("warning") : tone,
+    text,
+    spoken: [text, ...spokenNotices(status, strings)].join(". "),
+  };
+}
+
+/**
+ * @param {FeedState} feed
+ * @param {Status | null} status
+ * @returns {[("starting" | "stale" | "missing" | "gone" | "newer" | "idle" | "allResident" | "loading" | "streaming"
+ *   | "running"), Tone]}
+ */
+function stateOf(feed, status) {
+  if (feed.link === "missing" || feed.link === "gone" || feed.link === "newer") return [feed.link, "error"];
+  if (feed.link === "stale") return ["stale", "warning"];
+  if (status === null) return ["starting", "neutral"];
+  const models = status.models.filter((model) => model.ladder !== "unloaded" || model.loading);
+  if (models.some((model) => model.loading)) return ["loading", "active"];
+  const running = models.filter((model) => model.running);
+  if (running.some((model) => model.ladder !== "resident")) return ["streaming", "active"];
+  if (running.length > 0) return ["running", "active"];
+  const resident = models.length > 0 && models.every((model) => model.ladder === "resident");
+  return resident ? ["allResident", "good"] : ["idle", "neutral"];
+}
+
+/**
+ * @param {Status | null} status
+ * @param {Strings} strings
+ */
+function spokenNotices(status, strings) {
+  return (status?.notices ?? []).map((notice) => `${strings[notice.kind] ?? ""} ${notice.name}: ${notice.text}`.trim());
+}
+
+/**
+ * @param {Device} device
+ * @param {FeedState} feed
+ * @param {Strings} strings
+ * @param {number} count
+ * @returns {DeviceView}
+ */
+function deviceView(device, feed, strings, count) {
+  const { total, free } = device;
+  const used = format.isKnown(total) && format.isKnown(free) ? Math.max(0, total - free) : null;
+  const detail = [device.name, device.virtual ? strings.virtual : ""].filter(Boolean).join(", ");
+  const near = (format.fraction(used, total) ?? 0) >= NEAR_LIMIT;
+  const figures = FIGURES.map((key) => ({
+    key,
+    label: strings[key],
+    long: strings[`${key}Long`],
+    value: format.bytes(device[key]),
+  }));
+  const text = [
+    used === null ? strings.unknown : strings.used(format.bytes(used), format.bytes(total)),
+    near ? strings.nearlyFull : "",
+    ...figures.filter(({ key }) => key !== "free").map(({ label, value }) => `${label} ${value === format.DASH ? strings.unknown : value}`),
+  ];
+  return {
+    key: device.device,
+    title: device.device,
+    detail,
+    amount: format.bytesOf(used, total),
+    meter: meter(used, total, text.filter(Boolean).join("; "), [device.device, detail].filter(Boolean).join(", ")),
+    segments: segmentsOf(device),
+    peak: format.fraction(device.peak, total),
+    warning: near ? strings.nearlyFull : "",
+    copy: format.rate(device.copy_rate),
+    stall: format.percent(device.stalled),
+    spark: sparkline(feed.history.get(device.device) ?? [], total, feed.now, SPARK),
+    figures,
+    open: count <= MOST_OPEN,
+  };
+}
+
+/**
+ * The parts of the bar, from the left. Parts that come to more than there is, which samples of different moments do, are
+ * shown in proportion.
+ * @param {Device} device
+ * @returns {Segment[]}
+ */
+function segmentsOf(device) {
+  const sizes = PARTS.map((key) => Math.max(0, device[key] ?? 0));
+  const sum = sizes.reduce((total, size) => total + size, 0);
+  const whole = Math.max(device.total ?? 0, sum);
+  if (!format.isKnown(device.total) || whole <= 0) return PARTS.map((key) => ({ key, start: 0, size: 0 }));
+  let start = 0;
+  return PARTS.map((key, place) => {
+    const size = sizes[place] / whole;
+    start += size;
+    return { key, start: start - size, size };
+  });
+}
+
+/**
+ * @param {Host} host
+ * @param {Strings} strings
+ * @returns {HostView[]}
+ */
+function hostViews(host, strings) {
+  const { ram_total: total, ram_available: available, pinned, pinned_limit: limit } = host;
+  const used = format.isKnown(total) && format.isKnown(available) ? Math.max(0, total - available) : null;
+  const full = format.isKnown(pinned) && pinned > 0 && (format.fraction(pinned, limit) ?? 0) >= NEAR_PINNED_LIMIT;
+  return [
+    hostView("ram", strings.ram, used, total, format.bytesOf(used, total), "", strings),
+    hostView(
+      "pinned",
+      strings.pinned,
+      pinned,
+      limit,
+      format.isKnown(limit) ? format.bytesOf(pinned, limit) : `${format.bytes(pinned)}, ${strings.noLimit}`,
+      full ? strings.atLimit : "",
+      strings,
+    ),
+  ];
+}
+
+/**
+ * @param {string} key
+ * @param {string} label
+ * @param {number | null} used
+ * @param {number | null} total
+ * @param {string} amount
+ * @param {string} warning
+ * @param {Strings} strings
+ * @returns {HostView}
+ */
+function hostView(key, label, used, total, amount, warning, strings) {
+  const fill = format.fraction(used, total);
+  const spoken = fill === null ? strings.unknown : strings.used(format.bytes(used), format.bytes(total));
+  const text = [spoken, warning].filter(Boolean).join("; ");
+  return { key, label, amount, fill, warning, meter: meter(used, total, text, label) };
+}
+
+/**
+ * @param {number | null} now
+ * @param {number | null} max
+ * @param {string} text
+ * @param {string} label
+ * @returns {Meter}
+ */
+function meter(now, max, text, label) {
+  const known = format.isKnown(now) && format.isKnown(max) && max > 0;
+  return { now: known ? Math.min(now, max) : null, max: known ? max : 0, text, label };
+}
+
+/**
+ * @param {Notice} notice
+ * @param {number} place
+ * @param {Strings} strings
+ * @returns {NoticeView}
+ */
+function noticeView(notice, place, strings) {
+  const where = notice.node_id === null ? "" : ` (${strings.node(notice.node_id)})`;
+  return {
+    key: `${notice.node_id}/${notice.name}/${place}`,
+    kind: notice.kind,
+    title: `${strings[notice.kind] ?? ""}: ${notice.name}${where}`,
+    text: notice.text,
+  };
+}

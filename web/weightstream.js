@@ -1,0 +1,49 @@
+/**
+ * What the pack adds to ComfyUI's page: a sidebar tab, a widget on the GPU Placement node, a command and a setting.
+ *
+ * The page imports every `.js` file of this folder, so this is the only one.
+ */
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { createFeed } from "./lib/feed.mjs";
+import { nodeWidgets } from "./lib/node_widgets.mjs";
+import { sidebarTab } from "./lib/sidebar_tab.mjs";
+import { stringsFor } from "./lib/strings.mjs";
+
+const WIDGET_SETTING = "WeightStream.NodeWidget";
+const COMMAND = "WeightStream.ShowVRAM";
+
+const locale = () => String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
+const strings = stringsFor(locale());
+const feed = createFeed(api);
+const tab = sidebarTab({ feed, locale });
+const widgets = nodeWidgets({ app, feed, locale });
+
+document.head.append(
+  Object.assign(document.createElement("link"), {
+    rel: "stylesheet",
+    href: new URL("./weightstream.css", import.meta.url).href,
+  }),
+);
+
+app.registerExtension({
+  name: "WeightStream",
+  settings: [
+    {
+      id: WIDGET_SETTING,
+      category: ["WeightStream", "GPU Placement", "VRAM"],
+      name: strings.widgetSetting,
+      type: "boolean",
+      defaultValue: true,
+      onChange: (/** @type {boolean} */ shown) => widgets.show(shown),
+    },
+  ],
+  commands: [{ id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) }],
+  setup() {
+    app.extensionManager.registerSidebarTab(tab.entry);
+  },
+  nodeCreated(/** @type {any} */ node) {
+    widgets.add(node);
+  },
+});
