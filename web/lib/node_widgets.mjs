@@ -32,9 +32,20 @@ export function nodeWidgets({ app, feed, locale }) {
     attached.set(node, { widget, holder, panel: null });
   }
 
+  /**
+   * Make room at once. The host does so too, but only while it draws, and what it has drawn then is the old size.
+   * @param {any} node
+   */
+  function grow(node) {
+    const height = node.computeSize?.()[1] ?? 0;
+    if (node.size[1] < height) node.setSize([node.size[0], height]);
+    app.canvas?.setDirty?.(true, true);
+  }
+
   /** @param {any} node */
   function open(node) {
     attach(node);
+    grow(node);
     const place = attached.get(node);
     if (place && !place.panel) place.panel = mountPanel(place.holder, { feed, locale, embedded: true });
   }

@@ -65,7 +65,7 @@ function build(root, strings, feed) {
   const banner = el("p", { class: "ws-note ws-banner" });
   const devices = el("ul", { class: "ws-list ws-devices", "aria-label": strings.devices });
   const legend = el("ul", { class: "ws-list ws-legend", "aria-label": strings.legend });
-  for (const part of [...PARTS, "peak"]) {
+  for (const part of /** @type {const} */ ([...PARTS, "peak"])) {
     const swatch = el("span", { class: `ws-swatch ws-${part}`, "aria-hidden": "true" });
     legend.append(el("li", { title: strings[`${part}Long`] }, swatch, strings[part]));
   }

@@ -21,7 +21,8 @@ const MOST_OPEN = 2;
 
 /** The parts of a device's bar, from the left. */
 export const PARTS = /** @type {const} */ (["resident", "staging", "torch", "cache", "other"]);
-const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
+/** A device's figures; each has a text of its name, and a longer one. */
+export const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
 
 /**
  * @typedef {typeof PARTS[number] | "free"} Part
@@ -54,7 +55,7 @@ export function buildView(feed, strings) {
   const models = usable ? modelViews(usable.models, strings) : [];
   return {
     state: stateView(feed, usable, near, strings),
-    banner: feed.link === "live" || (feed.link === "starting" && status) ? "" : strings[`${feed.link}Text`],
+    banner: bannerText(feed, usable, strings),
     old,
     devices,
     // Where figures are unfolded they have the colours beside them.
@@ -84,6 +85,17 @@ function stateView(feed, status, near, strings) {
     text,
     spoken: [text, ...spokenNotices(status, strings)].join(". "),
   };
+}
+
+/**
+ * @param {FeedState} feed
+ * @param {Status | null} status
+ * @param {Strings} strings
+ */
+function bannerText({ link }, status, strings) {
+  if (link === "live" || (link === "starting" && status)) return "";
+  const old = status !== null && (link === "stale" || link === "gone");
+  return old ? `${strings[`${link}Text`]} ${strings.oldText}` : strings[`${link}Text`];
 }
 
 /**
