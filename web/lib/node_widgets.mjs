@@ -6,6 +6,7 @@ import { mountPanel } from "./panel.mjs";
 
 const NODE_TYPES = ["WeightStreamGPUPlacement"];
 const NAME = "weightstream_vram";
+// As in the style sheet, which Nodes 2.0 goes by.
 const MIN_HEIGHT = 200;
 
 /** @param {{app: any, feed: import("./feed.mjs").Feed, locale: () => string}} options */
@@ -20,6 +21,7 @@ export function nodeWidgets({ app, feed, locale }) {
   function attach(node) {
     if (attached.has(node)) return;
     const holder = document.createElement("div");
+    holder.className = "ws-holder";
     const widget = node.addDOMWidget(NAME, NAME, holder, {
       serialize: false,
       // Always the same, so that what the panel shows never changes the size of a node, which is saved.

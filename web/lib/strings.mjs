@@ -80,7 +80,7 @@ const ENGLISH = {
   corrupted: (/** @type {number} */ count) => `${count} ${count === 1 ? "copy" : "copies"} arrived damaged, and came again`,
 
   freeModel: "Free model",
-  freePinned: (/** @type {string} */ size) => `Free page-locked RAM (${size})`,
+  freePinned: (/** @type {string} */ size) => `Free page-locked RAM${size && ` (${size})`}`,
   freeModelOf: (/** @type {string} */ model) => `Free ${model}`,
   freePinnedOf: (/** @type {string} */ model, /** @type {string} */ size) => `Free ${size} of page-locked RAM of ${model}`,
   freeing: "Freeing…",
@@ -163,7 +163,7 @@ const CHINESE = {
   corrupted: (count) => `${count} 次拷贝损坏，已重新拷贝`,
 
   freeModel: "释放模型",
-  freePinned: (size) => `释放锁页内存（${size}）`,
+  freePinned: (size) => `释放锁页内存${size && `（${size}）`}`,
   freeModelOf: (model) => `释放 ${model}`,
   freePinnedOf: (model, size) => `释放 ${model} 的锁页内存 ${size}`,
   freeing: "正在释放…",
