@@ -268,6 +268,14 @@ test("a route that is missing is said, and revives when the server has it", asyn
   assert.notEqual(seen.at(-1)?.status, null);
 });
 
+test("a host that has pages for any address refuses to be posted to where there is no route", async () => {
+  const { server, viewer, link } = started();
+  server.answer = (route) => new Response("", { status: route === ROUTES.watch ? 405 : 404 });
+  viewer.show(true);
+  await settled();
+  assert.equal(link(), "missing");
+});
+
 test("a status of the format before the first numbered one is a missing route", async () => {
   const { server, viewer, link } = started();
   server.status = /** @type {any} */ ({ models: [], virtual_devices: [] });

@@ -173,7 +173,7 @@ export const STATES = {
         model({ name: "qwen_image_bf16.safetensors", running: true, pinned_bytes: 7.2 * GB }),
         model({ name: "qwen_image_bf16.safetensors", device: "gpu:1", running: true, pinned_bytes: 6.9 * GB }),
         model({
-          id: "2", name: "t5xxl_fp16.safetensors", node_id: null, ladder: "unloaded", reason: "", plan: "", pinned_bytes: 0,
+          id: "2", name: "t5xxl_fp16.safetensors", node_id: null, ladder: "unloaded", reason: "", plan: "not loaded", pinned_bytes: 0,
           last_run: run({ steps: 1, bytes: 9.3 * GB, step_seconds: 0.41 }),
         }),
       ],

@@ -109,6 +109,14 @@ test("page-locked memory is at its limit when no more piece fits, and never wher
   assert.equal(warning({ pinned: 0, pinned_limit: 0 }), "");
 });
 
+test("page-locked memory without a limit is no meter, and says so", () => {
+  const [, pinned] = view(feedState(status({ host: host({ pinned: 5e9, pinned_limit: null }) }))).host;
+  assert.equal(pinned.amount, "5.0 GB");
+  assert.equal(pinned.fill, null);
+  assert.equal(pinned.meter.now, null);
+  assert.equal(pinned.meter.text, "5.0 GB; no limit known");
+});
+
 test("figures are unfolded for two devices, and folded with a legend for more", () => {
   assert.deepEqual(view(STATES.split).devices.map(({ open }) => open), [true, true]);
   assert.equal(view(STATES.split).legend, false);
@@ -116,6 +124,9 @@ test("figures are unfolded for two devices, and folded with a legend for more", 
   assert.equal(eight.devices.length, 8);
   assert.ok(eight.devices.every(({ open }) => !open));
   assert.equal(eight.legend, true);
+  const small = buildView(STATES.split, EN, { small: true });
+  assert.ok(small.devices.every(({ open }) => !open));
+  assert.equal(small.legend, true);
 });
 
 test("without a GPU the host is shown, and a sentence", () => {
@@ -140,6 +151,8 @@ test("the parts of a split model share a card and its buttons", () => {
   assert.equal(split.freeable, true);
   assert.equal(encoder.freeable, false);
   assert.equal(encoder.pinned, "");
+  assert.equal(encoder.pinnedText, "Free page-locked RAM");
+  assert.deepEqual(encoder.parts.map(({ step, plan }) => [step, plan]), [["not loaded", ""]]);
   assert.match(encoder.lastRun, /^Last run: 1 step of/);
 });
 
@@ -201,7 +214,8 @@ test("old figures stay and are marked; a server without the route shows none", (
     const shown = view(STATES[name]);
     assert.equal(shown.old, true);
     assert.equal(shown.devices.length, 1);
-    assert.notEqual(shown.banner, "");
+    assert.match(shown.banner, /The figures below are from before\.$/);
+    assert.doesNotMatch(view(feedState(null, { link: /** @type {any} */ (name) })).banner, /figures/, "there are none");
   }
   const missing = view(feedState(status(), { link: "missing" }));
   assert.deepEqual(missing.devices, []);

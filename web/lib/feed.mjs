@@ -177,7 +177,7 @@ class SharedFeed {
     const before = this.#link;
     const answer = await this.#post(ROUTES.watch, { client_id: client }).catch(() => null);
     if (!this.#watched) return;
-    if (!answer?.ok) return this.#setLink(answer?.status === 404 ? "missing" : "gone");
+    if (!answer?.ok) return this.#setLink(linkOf(answer));
     if (before === "missing" || before === "gone") {
       this.#revision = null;
       this.#awaitNews();
@@ -192,7 +192,7 @@ class SharedFeed {
     const revision = this.#event?.revision ?? null;
     try {
       const answer = await this.#server.fetchApi(ROUTES.status);
-      if (!answer.ok) return this.#setLink(answer.status === 404 ? "missing" : "gone");
+      if (!answer.ok) return this.#setLink(linkOf(answer));
       const status = await answer.json();
       // Before it was numbered the format was another one.
       if (!(status.schema >= SCHEMA)) return this.#setLink("missing");
@@ -254,4 +254,14 @@ class SharedFeed {
     const headers = { "Content-Type": "application/json" };
     return this.#server.fetchApi(route, { method: "POST", headers, body: JSON.stringify(body) });
   }
+}
+
+/**
+ * What an answer that is no success says, or that there was none. The host has pages for any address, which can be read
+ * but not posted to: 405 is its word for a route that nobody has made.
+ * @param {Response | null} answer
+ * @returns {Link}
+ */
+function linkOf(answer) {
+  return answer?.status === 404 || answer?.status === 405 ? "missing" : "gone";
 }

@@ -4,6 +4,7 @@
 
 export const DASH = "–";
 
+/** @type {[unit: string, size: number][]} */
 const SIZES = [
   ["TB", 1e12],
   ["GB", 1e9],
@@ -93,7 +94,7 @@ export function fraction(part, whole) {
 /** @param {number} value */
 function unitOf(value) {
   // 999.95 MB would be shown as 1000.0 MB.
-  return /** @type {[string, number]} */ (SIZES.find(([, size]) => Math.abs(value) >= size * 0.9995) ?? ["B", 1]);
+  return SIZES.find(([, size]) => Math.abs(value) >= size * 0.9995) ?? /** @type {const} */ (["B", 1]);
 }
 
 /**

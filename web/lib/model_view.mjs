@@ -43,7 +43,7 @@ export function modelViews(models, strings) {
 function modelView(parts, strings) {
   const [{ id, name, node_id: node }] = parts;
   const pinned = parts.reduce((sum, part) => sum + (part.pinned_bytes ?? 0), 0);
-  const size = format.bytes(pinned);
+  const size = pinned > 0 ? format.bytes(pinned) : "";
   const corrupted = parts.reduce((sum, part) => sum + (part.last_run?.corrupted ?? 0), 0);
   return {
     key: id,
@@ -55,11 +55,11 @@ function modelView(parts, strings) {
     lastRun: lastRun(parts.map((part) => part.last_run).filter((run) => run !== null && run !== undefined), strings),
     warning: corrupted > 0 ? strings.corrupted(corrupted) : "",
     freeable: parts.some((part) => part.ladder !== "unloaded"),
-    pinned: pinned > 0 ? size : "",
+    pinned: size,
     freeText: strings.freeModel,
     freeLabel: strings.freeModelOf(name),
     pinnedText: strings.freePinned(size),
-    pinnedLabel: strings.freePinnedOf(name, size),
+    pinnedLabel: strings.freePinnedOf(name, format.bytes(pinned)),
   };
 }
 
@@ -75,7 +75,8 @@ function partView(part, strings) {
     device: part.device,
     step: part.reason ? strings.because(step, part.reason) : step,
     ladder: part.ladder,
-    plan: part.plan,
+    // Nothing is in effect then, as the step has said.
+    plan: part.ladder === "unloaded" ? "" : part.plan,
   };
 }
 

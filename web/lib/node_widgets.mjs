@@ -6,6 +6,7 @@ import { mountPanel } from "./panel.mjs";
 
 const NODE_TYPES = ["WeightStreamGPUPlacement"];
 const NAME = "weightstream_vram";
+// As in the style sheet, which Nodes 2.0 goes by.
 const MIN_HEIGHT = 200;
 
 /** @param {{app: any, feed: import("./feed.mjs").Feed, locale: () => string}} options */
@@ -20,6 +21,7 @@ export function nodeWidgets({ app, feed, locale }) {
   function attach(node) {
     if (attached.has(node)) return;
     const holder = document.createElement("div");
+    holder.className = "ws-holder";
     const widget = node.addDOMWidget(NAME, NAME, holder, {
       serialize: false,
       // Always the same, so that what the panel shows never changes the size of a node, which is saved.
@@ -32,9 +34,20 @@ export function nodeWidgets({ app, feed, locale }) {
     attached.set(node, { widget, holder, panel: null });
   }
 
+  /**
+   * Make room at once. The host does so too, but only while it draws, and what it has drawn then is the old size.
+   * @param {any} node
+   */
+  function grow(node) {
+    const height = node.computeSize?.()[1] ?? 0;
+    if (node.size[1] < height) node.setSize([node.size[0], height]);
+    app.canvas?.setDirty?.(true, true);
+  }
+
   /** @param {any} node */
   function open(node) {
     attach(node);
+    grow(node);
     const place = attached.get(node);
     if (place && !place.panel) place.panel = mountPanel(place.holder, { feed, locale, embedded: true });
   }

@@ -3,7 +3,7 @@
  */
 
 import { deviceRow } from "./device_row.mjs";
-import { el, setOptional, setShown, setText, syncList } from "./dom.mjs";
+import { el, setAttribute, setOptional, setShown, setText, syncList } from "./dom.mjs";
 import { simpleBar } from "./meter.mjs";
 import { modelCard } from "./model_card.mjs";
 import { stringsFor } from "./strings.mjs";
@@ -34,7 +34,7 @@ export function mountPanel(container, { feed, locale = () => "en", embedded = fa
     if (wanted !== strings) {
       strings = wanted;
       element.replaceChildren();
-      update = build(element, strings, feed);
+      update = build(element, strings, feed, embedded);
     }
     const focused = element.contains(document.activeElement);
     update(state);
@@ -57,15 +57,16 @@ export function mountPanel(container, { feed, locale = () => "en", embedded = fa
  * @param {HTMLElement} root
  * @param {Strings} strings
  * @param {Feed} feed
+ * @param {boolean} small
  * @returns {(state: FeedState) => void}
  */
-function build(root, strings, feed) {
+function build(root, strings, feed, small) {
   root.setAttribute("aria-label", strings.title);
   const state = stateLine(strings);
   const banner = el("p", { class: "ws-note ws-banner" });
   const devices = el("ul", { class: "ws-list ws-devices", "aria-label": strings.devices });
   const legend = el("ul", { class: "ws-list ws-legend", "aria-label": strings.legend });
-  for (const part of [...PARTS, "peak"]) {
+  for (const part of /** @type {const} */ ([...PARTS, "peak"])) {
     const swatch = el("span", { class: `ws-swatch ws-${part}`, "aria-hidden": "true" });
     legend.append(el("li", { title: strings[`${part}Long`] }, swatch, strings[part]));
   }
@@ -78,7 +79,7 @@ function build(root, strings, feed) {
 
   const rows = { devices: new Map(), host: new Map(), notices: new Map(), models: new Map() };
   return (feedState) => {
-    const view = buildView(feedState, strings);
+    const view = buildView(feedState, strings, { small });
     root.dataset.state = view.state.key;
     root.classList.toggle("ws-old", view.old);
     state.update(view, feedState.now);
@@ -142,6 +143,7 @@ function hostRow(first) {
   return {
     element: el("div", { class: "ws-host-item" }, label, bar.element, amount),
     update(view) {
+      setAttribute(bar.element, "title", view.meter.text);
       setText(amount, view.amount);
       setOptional(warning, view.warning);
       bar.update(view.meter, view.fill);

@@ -55,9 +55,10 @@ const ENGLISH = {
   newer: "Reload this page",
   nearLimit: "near the limit",
   startingText: "Waiting for the server's first answer.",
-  staleText: "The server has said nothing for 5 s. The figures below are from before.",
+  staleText: "The server has said nothing for 5 s.",
   missingText: "The server has no such route: its WeightStream is older than this page, or was not loaded. Restart ComfyUI.",
-  goneText: "The server does not answer. The figures below are from before.",
+  goneText: "The server does not answer.",
+  oldText: "The figures below are from before.",
   newerText: "The server's WeightStream is newer than this page. Reload it.",
 
   unloaded: "not loaded",
@@ -79,7 +80,7 @@ const ENGLISH = {
   corrupted: (/** @type {number} */ count) => `${count} ${count === 1 ? "copy" : "copies"} arrived damaged, and came again`,
 
   freeModel: "Free model",
-  freePinned: (/** @type {string} */ size) => `Free page-locked RAM (${size})`,
+  freePinned: (/** @type {string} */ size) => `Free page-locked RAM${size && ` (${size})`}`,
   freeModelOf: (/** @type {string} */ model) => `Free ${model}`,
   freePinnedOf: (/** @type {string} */ model, /** @type {string} */ size) => `Free ${size} of page-locked RAM of ${model}`,
   freeing: "Freeing…",
@@ -139,9 +140,10 @@ const CHINESE = {
   newer: "请刷新页面",
   nearLimit: "接近上限",
   startingText: "正在等待服务器的首次应答。",
-  staleText: "服务器已有 5 秒没有更新，下面是之前的数值。",
+  staleText: "服务器已有 5 秒没有更新。",
   missingText: "服务器没有此接口：其 WeightStream 比本页面旧，或未加载。请重启 ComfyUI。",
-  goneText: "服务器没有应答，下面是之前的数值。",
+  goneText: "服务器没有应答。",
+  oldText: "下面是之前的数值。",
   newerText: "服务器的 WeightStream 比本页面新，请刷新页面。",
 
   unloaded: "未加载",
@@ -161,7 +163,7 @@ const CHINESE = {
   corrupted: (count) => `${count} 次拷贝损坏，已重新拷贝`,
 
   freeModel: "释放模型",
-  freePinned: (size) => `释放锁页内存（${size}）`,
+  freePinned: (size) => `释放锁页内存${size && `（${size}）`}`,
   freeModelOf: (model) => `释放 ${model}`,
   freePinnedOf: (model, size) => `释放 ${model} 的锁页内存 ${size}`,
   freeing: "正在释放…",

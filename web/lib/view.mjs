@@ -21,7 +21,8 @@ const MOST_OPEN = 2;
 
 /** The parts of a device's bar, from the left. */
 export const PARTS = /** @type {const} */ (["resident", "staging", "torch", "cache", "other"]);
-const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
+/** A device's figures; each has a text of its name, and a longer one. */
+export const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
 
 /**
  * @typedef {typeof PARTS[number] | "free"} Part
@@ -42,19 +43,21 @@ const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
 /**
  * @param {FeedState} feed
  * @param {Strings} strings
+ * @param {{small?: boolean}} [options]  small: there is no room for the figures of each device
  * @returns {View}
  */
-export function buildView(feed, strings) {
+export function buildView(feed, strings, { small = false } = {}) {
   const status = merge(feed.status, feed.event);
   const old = feed.link === "stale" || feed.link === "gone";
   const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
-  const devices = (usable?.devices ?? []).map((device) => deviceView(device, feed, strings, usable?.devices.length ?? 0));
+  const open = !small && (usable?.devices.length ?? 0) <= MOST_OPEN;
+  const devices = (usable?.devices ?? []).map((device) => deviceView(device, feed, strings, open));
   const host = usable ? hostViews(usable.host, strings) : [];
   const near = [...devices, ...host].some((each) => each.warning !== "");
   const models = usable ? modelViews(usable.models, strings) : [];
   return {
     state: stateView(feed, usable, near, strings),
-    banner: feed.link === "live" || (feed.link === "starting" && status) ? "" : strings[`${feed.link}Text`],
+    banner: bannerText(feed, usable, strings),
     old,
     devices,
     // Where figures are unfolded they have the colours beside them.
@@ -89,6 +92,17 @@ function stateView(feed, status, near, strings) {
 /**
  * @param {FeedState} feed
  * @param {Status | null} status
+ * @param {Strings} strings
+ */
+function bannerText({ link }, status, strings) {
+  if (link === "live" || (link === "starting" && status)) return "";
+  const old = status !== null && (link === "stale" || link === "gone");
+  return old ? `${strings[`${link}Text`]} ${strings.oldText}` : strings[`${link}Text`];
+}
+
+/**
+ * @param {FeedState} feed
+ * @param {Status | null} status
  * @returns {[("starting" | "stale" | "missing" | "gone" | "newer" | "idle" | "allResident" | "loading" | "streaming"
  *   | "running"), Tone]}
  */
@@ -117,13 +131,13 @@ function spokenNotices(status, strings) {
  * @param {Device} device
  * @param {FeedState} feed
  * @param {Strings} strings
- * @param {number} count
+ * @param {boolean} open
  * @returns {DeviceView}
  */
-function deviceView(device, feed, strings, count) {
+function deviceView(device, feed, strings, open) {
   const { total, free } = device;
   const used = format.isKnown(total) && format.isKnown(free) ? Math.max(0, total - free) : null;
-  const detail = [device.name, device.virtual ? strings.virtual : ""].filter(Boolean).join(", ");
+  const detail = device.name || (device.virtual ? strings.virtual : "");
   const near = (format.fraction(used, total) ?? 0) >= NEAR_LIMIT;
   const figures = FIGURES.map((key) => ({
     key,
@@ -149,7 +163,7 @@ function deviceView(device, feed, strings, count) {
     stall: format.percent(device.stalled),
     spark: sparkline(feed.history.get(device.device) ?? [], total, feed.now, SPARK),
     figures,
-    open: count <= MOST_OPEN,
+    open,
   };
 }
 
@@ -182,16 +196,8 @@ function hostViews(host, strings) {
   const used = format.isKnown(total) && format.isKnown(available) ? Math.max(0, total - available) : null;
   const full = format.isKnown(pinned) && pinned > 0 && (format.fraction(pinned, limit) ?? 0) >= NEAR_PINNED_LIMIT;
   return [
-    hostView("ram", strings.ram, used, total, format.bytesOf(used, total), "", strings),
-    hostView(
-      "pinned",
-      strings.pinned,
-      pinned,
-      limit,
-      format.isKnown(limit) ? format.bytesOf(pinned, limit) : `${format.bytes(pinned)}, ${strings.noLimit}`,
-      full ? strings.atLimit : "",
-      strings,
-    ),
+    hostView("ram", strings.ram, used, total, "", strings),
+    hostView("pinned", strings.pinned, pinned, limit, full ? strings.atLimit : "", strings),
   ];
 }
 
@@ -200,16 +206,16 @@ function hostViews(host, strings) {
  * @param {string} label
  * @param {number | null} used
  * @param {number | null} total
- * @param {string} amount
  * @param {string} warning
  * @param {Strings} strings
  * @returns {HostView}
  */
-function hostView(key, label, used, total, amount, warning, strings) {
+function hostView(key, label, used, total, warning, strings) {
   const fill = format.fraction(used, total);
-  const spoken = fill === null ? strings.unknown : strings.used(format.bytes(used), format.bytes(total));
+  const unknown = format.isKnown(used) ? `${format.bytes(used)}; ${strings.noLimit}` : strings.unknown;
+  const spoken = fill === null ? unknown : strings.used(format.bytes(used), format.bytes(total));
   const text = [spoken, warning].filter(Boolean).join("; ");
-  return { key, label, amount, fill, warning, meter: meter(used, total, text, label) };
+  return { key, label, amount: format.bytesOf(used, total), fill, warning, meter: meter(used, total, text, label) };
 }
 
 /**
