@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Locator, Page, Response
+from playwright.sync_api import ConsoleMessage, Locator, Page, Response, expect
 
 from tools import demo
 from tools.host import HeadlessHost
@@ -33,6 +33,26 @@ LOAD_PROMPT = """async prompt => {
 }"""
 SEARCH_INPUT = "input[role=combobox]:focus"
 EMPTY_PLACE = (800, 500)
+# Once they are drawn there; elements on nodes follow a frame later.
+BRING_INTO_VIEW = """async types => {
+    const nodes = app.graph.nodes.filter(node => types.includes(node.type))
+    const frames = async count => { while (count--) await new Promise(requestAnimationFrame) }
+    const margin = 14
+    const title = LiteGraph.NODE_TITLE_HEIGHT
+    const left = Math.min(...nodes.map(node => node.pos[0])) - margin
+    const top = Math.min(...nodes.map(node => node.pos[1])) - title - 2 * margin
+    const right = Math.max(...nodes.map(node => node.pos[0] + node.size[0])) + margin
+    const bottom = Math.max(...nodes.map(node => node.pos[1] + node.size[1])) + margin
+    const canvas = app.canvas.canvas.getBoundingClientRect()
+    const x = 420, y = 110
+    app.canvas.ds.scale = 1
+    app.canvas.ds.offset = [x - canvas.x - left, y - canvas.y - top]
+    app.canvas.setDirty(true, true)
+    await frames(5)
+    return [x, y, right - left, bottom - top]
+}"""
+SIDEBAR_PANEL = ".ws-sidebar .ws-panel"
+SIDEBAR_BUTTON = "VRAM and streamed models (WeightStream)"
 RUN_BUTTON = "[data-testid=queue-button]"
 OURS = "weightstream"
 
@@ -100,6 +120,30 @@ class ComfyPage:
     def prompt(self) -> dict[str, Any]:
         """What the page would queue: the API prompt."""
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def bring_into_view(self, *types: str) -> dict[str, float]:
+        """Show the nodes of these types at their true size; where on the page they are then."""
+        x, y, width, height = self.page.evaluate(BRING_INTO_VIEW, list(types))
+        return {"x": x, "y": y, "width": width, "height": height}
+
+    # the panel
+
+    def set(self, setting: str, value: Any) -> None:
+        self.page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
+
+    def open_sidebar(self) -> Locator:
+        """The panel in its sidebar tab."""
+        panel = self.page.locator(SIDEBAR_PANEL)
+        if not panel.count():
+            self.page.get_by_role("button", name=SIDEBAR_BUTTON).click()
+        expect(panel).to_be_visible()
+        return panel
+
+    def close_sidebar(self) -> None:
+        panel = self.page.locator(SIDEBAR_PANEL)
+        if panel.count():
+            self.page.get_by_role("button", name=SIDEBAR_BUTTON).click()
+        expect(panel).to_have_count(0)
 
     # running
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chromium import NoBrowser, find_chromium
 from comfy_page import SETTINGS, ComfyPage, free, write_settings
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 import dev
 from tools import demo
 from tools.host import HeadlessHost
 
-DEVICES = "2x24MB"
+# The tiny FLUX (38 MB here) has to stream on one of them, and on both together.
+DEVICES = "2x16MB"
+IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 WIDTH, HEIGHT = 1600, 1000
 # Nothing beyond the host is reachable, so no test depends on what is out there.
 ARGUMENTS = ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
@@ -84,5 +87,19 @@ def opened(browser: Browser, host: HeadlessHost) -> Iterator[ComfyPage]:
 def comfy(opened: ComfyPage) -> ComfyPage:
     """The page with an empty graph, and a host that keeps nothing of the tests before."""
     opened.clear()
+    opened.close_sidebar()
     free(opened.host)
     return opened
+
+
+@pytest.fixture
+def save_picture(request: pytest.FixtureRequest, frontend: list[str]) -> Callable[..., None]:
+    """Takes a picture for the docs, if asked to: one of each, in the page that ComfyUI brings."""
+    if frontend or not request.config.getoption("--write-images"):
+        return lambda *_, **__: None
+
+    def save(shown: Locator | Page, name: str, **options: Any) -> None:
+        IMAGES.mkdir(parents=True, exist_ok=True)
+        shown.screenshot(path=IMAGES / f"{name}.png", animations="disabled", **options)
+
+    return save

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ NODES = {
     "WeightStreamModelLoader": "Streamed Model Loader",
     "WeightStreamOffloadSettings": "Async Offload Settings",
     "WeightStreamGPUPlacement": "GPU Placement",
+    "WeightStreamReport": "Streaming Report",
 }
 ADD_NODE = """id => {
     const node = LiteGraph.createNode(id)
@@ -27,7 +30,17 @@ ADD_NODE = """id => {
     app.graph.add(node)
     return node.title
 }"""
-DRAWN = "() => app.graph.nodes[0].widgets.every(widget => widget.last_y !== undefined)"
+ADD_SIDE_BY_SIDE = """ids => {
+    let x = 0
+    return ids.map(id => {
+        const node = LiteGraph.createNode(id)
+        node.pos = [x, 0]
+        app.graph.add(node)
+        x += node.size[0] + 30
+        return [node.pos[0], node.pos[0] + node.size[0]]
+    })
+}"""
+DRAWN = "() => (app.graph.nodes[0].widgets ?? []).every(widget => widget.last_y !== undefined)"
 WHERE_IS_WIDGET = """name => {
     const [node] = app.graph.nodes
     const widget = node.widgets.find(widget => widget.name === name)
@@ -46,6 +59,9 @@ def expected(host: HeadlessHost) -> demo.Latent:
 
 def test_the_page_loads_without_an_error_of_the_pack(comfy: ComfyPage) -> None:
     assert comfy.our_errors == []
+    known = comfy.host.get("/object_info")
+    ours = {name: info["display_name"] for name, info in known.items() if info["category"].startswith("weightstream")}
+    assert ours == NODES
 
 
 @pytest.mark.parametrize("node_id", NODES)
@@ -109,3 +125,18 @@ def test_a_workflow_of_four_gpus_runs_on_two(comfy: ComfyPage, expected: demo.La
     expect(comfy.page.get_by_role("dialog")).to_have_count(0)
     assert comfy.page.evaluate("() => app.lastNodeErrors") in (None, {})
     assert comfy.our_errors == []
+
+
+def test_the_nodes_look_as_in_the_docs(comfy: ComfyPage, save_picture: Callable[..., None]) -> None:
+    """All nodes of the pack in one picture, none on top of another."""
+    boxes = comfy.page.evaluate(ADD_SIDE_BY_SIDE, list(NODES))
+    for (_, right), (left, _) in itertools.pairwise(boxes):
+        assert right < left
+    clip = comfy.bring_into_view(*NODES)
+    panel = comfy.page.locator(".ws-embedded")
+    expect(panel.locator(".ws-device")).to_have_count(2)
+    save_picture(comfy.page, "nodes", clip=clip)
+    inside = panel.bounding_box()
+    assert inside is not None
+    assert clip["x"] < inside["x"] < inside["x"] + inside["width"] < clip["x"] + clip["width"]
+    assert clip["y"] < inside["y"] < inside["y"] + inside["height"] < clip["y"] + clip["height"]

@@ -1,0 +1,313 @@
+"""The panel in ComfyUI's real page: live figures, the lease, every state that it has, and what axe says of it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_page import ComfyPage
+from playwright.sync_api import Locator, Route, expect
+
+from tools import demo
+from tools.host import HeadlessHost, PromptInterrupted
+
+TINY = demo.SIZES["tiny"]
+SEED = 80
+STATES = Path(__file__).resolve().parents[1] / "web" / "states.mjs"
+STATES_URL = "/weightstream-tests/states.mjs"
+AXE = importlib.resources.files("axe_playwright_python") / "axe.min.js"
+DASH = "\N{EN DASH}"
+FIGURES = {
+    "Resident blocks": "resident",
+    "Staging": "staging",
+    "Other torch": "torch",
+    "torch cache": "cache",
+    "Other": "other",
+    "Free": "free",
+    "Peak": "peak",
+}
+READ_DEVICES = """panel => Object.fromEntries([...panel.querySelectorAll('.ws-device')].map(device => {
+    const text = selector => device.querySelector(selector).textContent
+    const figures = [...device.querySelectorAll('.ws-figure')].map(figure =>
+        [figure.querySelector('dt').textContent, figure.querySelector('dd').textContent])
+    const meter = device.querySelector('[role=meter]')
+    const bar = ['now', 'max'].map(name => Number(meter.getAttribute(`aria-value${name}`)))
+    return [text('.ws-device-name'), { bar, ...Object.fromEntries(figures) }]
+}))"""
+# In place of the live panel, so that it has the width, the colours and the fonts that the page gives it.
+MOUNT_STATE = """async ([url, name]) => {
+    const { STATES, fixedFeed } = await import(url)
+    const { mountPanel } = await import('/extensions/weightstream/lib/panel.mjs')
+    const holder = document.querySelector('.ws-sidebar')
+    window.weightstreamShown?.destroy()
+    for (const panel of holder.children) panel.style.display = 'none'
+    window.weightstreamShown = mountPanel(holder, { feed: fixedFeed(STATES[name]) })
+    window.weightstreamShown.element.dataset.test = name
+}"""
+UNMOUNT_STATE = """() => {
+    window.weightstreamShown?.destroy()
+    delete window.weightstreamShown
+    for (const panel of document.querySelectorAll('.ws-sidebar > *')) panel.style.display = ''
+}"""
+FAULTS = """async selector => (await axe.run(selector, { resultTypes: ['violations'] })).violations
+    .filter(({ impact }) => impact === 'serious' || impact === 'critical')
+    .flatMap(({ id, nodes }) => nodes.map(node => `${id}: ${node.html}: ${node.failureSummary}`))"""
+HEAR_EVENTS = """() => {
+    window.weightstreamHeard = []
+    app.api.addEventListener('weightstream.status', () => window.weightstreamHeard.push(performance.now()))
+}"""
+# Events come once a second.
+SILENT = "() => performance.now() - window.weightstreamHeard.at(-1) > 3000"
+
+# What each state must say.
+TEXTS = {
+    "starting": ["Connecting", "Waiting for the server's first answer."],
+    "idle": ["Idle", "NVIDIA GeForce RTX 4090", "No streamed model is loaded."],
+    "loading": ["Loading", "8.4 / 23.8 GB, 1.6 GB/s", "page-locked copies are made before the second step"],
+    "allResident": ["All resident", "every block is resident", "20 steps of 0.174 s; nothing had to be copied"],
+    "streaming": ["Streaming", "34.4 GB/s", "43 %", "streams from page-locked RAM", "Free page-locked RAM (11.4 GB)"],
+    "split": ["gpu:0", "gpu:1", "qwen_image_bf16.safetensors", "t5xxl_fp16.safetensors", "not loaded"],
+    "inactive": ["Not streaming: Async Offload Settings (node 7)", "no list of blocks that could be streamed"],
+    "fallback": ["Placed differently: GPU Placement (node 9)", "gpu:3 is not there (this machine has gpu:0)"],
+    "nearLimit": ["near the limit", "nearly full", "at its limit", "1 copy arrived damaged", "3 misses"],
+    "noGpu": ["Idle", "No GPU here"],
+    "unknown": [DASH, "no limit known", "copied when needed"],
+    "eight": ["Streaming", *(f"gpu:{place}" for place in range(8))],
+    "stale": ["No news", "The server has said nothing for 5 s."],
+    "missing": ["Not available", "Restart ComfyUI."],
+    "gone": ["No connection", "The server does not answer."],
+    "newer": ["Reload this page", "newer than this page"],
+}
+
+
+@pytest.fixture(scope="module")
+def expected(host: HeadlessHost) -> demo.Latent:
+    """ComfyUI's own loader, without anybody looking; its first sampling in a process is not compared with."""
+    demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, SEED - 1))
+    return demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, SEED)).latent
+
+
+def placed_prompt(steps: int = demo.STEPS) -> dict[str, Any]:
+    """A model on both devices, with the node that shows the panel."""
+    result = copy.deepcopy(demo.api_prompt(TINY, demo.OURS, SEED))
+    inputs = {"model": ["model", 0], "devices": "gpu:0,gpu:1"}
+    result["placement"] = {"class_type": "WeightStreamGPUPlacement", "inputs": inputs}
+    result["lora"]["inputs"]["model"] = ["placement", 0]
+    result["sampler"]["inputs"]["steps"] = steps
+    return result
+
+
+def size(value: int | None) -> str:
+    """As the panel writes it."""
+    if value is None:
+        return DASH
+    for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if value >= bytes_of_one * 0.9995:
+            number = value / bytes_of_one
+            return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.1f} {unit}"
+    return f"{value} B"
+
+
+def devices_of(host: HeadlessHost) -> dict[str, Any]:
+    """What the route says, as the panel shows it."""
+    return {
+        device["device"]: {
+            "bar": [device["total"] - device["free"], device["total"]],
+            **{label: size(device[key]) for label, key in FIGURES.items()},
+        }
+        for device in demo.read_status(host)["devices"]
+    }
+
+
+def expect_figures_of_the_route(panel: Locator, host: HeadlessHost, timeout_s: float = 10.0) -> dict[str, Any]:
+    """Wait until the panel shows what the route says at the same moment, and return that."""
+    give_up = time.monotonic() + timeout_s
+    while True:
+        before, shown, after = devices_of(host), panel.evaluate(READ_DEVICES), devices_of(host)
+        if shown in (before, after):
+            return shown
+        if time.monotonic() > give_up:
+            assert shown == after
+        # The next event comes within a second.
+        panel.page.wait_for_timeout(100)
+
+
+def expect_state(panel: Locator, *texts: str) -> None:
+    """Wait for one of these states; a machine that is busy loads for a while before it samples."""
+    expect(panel.locator(".ws-state-text")).to_have_text(re.compile("|".join(texts)), timeout=60_000)
+
+
+def show_whole(panel: Locator) -> None:
+    """Have a node be as high as what its panel shows."""
+    panel.evaluate("""panel => {
+        const node = app.graph.nodes.find(node => node.type === 'WeightStreamGPUPlacement')
+        node.setSize([Math.max(node.size[0], 320), node.size[1] + panel.scrollHeight - panel.clientHeight])
+    }""")
+
+
+# --- live ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_panel_shows_what_the_route_says(comfy: ComfyPage, expected: demo.Latent) -> None:
+    sidebar = comfy.open_sidebar()
+    expect_state(sidebar, "Idle")
+    comfy.load_prompt(placed_prompt())
+    widget = comfy.page.locator(".ws-embedded")
+    assert comfy.sample() == expected, "the same with the sidebar open"
+    for panel in (sidebar, widget):
+        shown = expect_figures_of_the_route(panel, comfy.host)
+        assert shown.keys() == {"gpu:0", "gpu:1"}
+        for device in shown.values():
+            assert device["Resident blocks"] != "0 B"
+            assert device["Staging"] != "0 B"
+        expect(panel).to_contain_text(f"Last run: {demo.STEPS} steps")
+    assert comfy.our_errors == []
+
+
+def test_the_panel_follows_a_run(comfy: ComfyPage, save_picture: Callable[..., None]) -> None:
+    sidebar = comfy.open_sidebar()
+    comfy.load_prompt(placed_prompt(steps=5000))
+    prompt_id = comfy.queue()
+    try:
+        expect_state(sidebar, r"Streaming\b")
+        expect_figures_of_the_route(sidebar, comfy.host)
+        widget = comfy.page.locator(".ws-embedded")
+        expect_figures_of_the_route(widget, comfy.host)
+        expect(widget.locator(".ws-device").first).to_contain_text("MB/s")
+        show_whole(widget)
+        save_picture(comfy.page, "widget", clip=comfy.bring_into_view("WeightStreamGPUPlacement"))
+    finally:
+        comfy.host.interrupt()
+    with pytest.raises(PromptInterrupted):
+        comfy.host.wait(prompt_id, timeout_s=60)
+    # The host says that the model runs for two more seconds.
+    expect_state(sidebar, r"Idle\b")
+
+
+def test_a_model_is_freed_from_the_panel(comfy: ComfyPage) -> None:
+    sidebar = comfy.open_sidebar()
+    comfy.load_prompt(placed_prompt())
+    comfy.sample()
+    assert any(device["resident"] for device in demo.read_status(comfy.host)["devices"])
+    card = sidebar.locator(".ws-model").filter(has_text="gpu:1")
+    card.get_by_role("button", name=f"Free {demo.UNET}", exact=True).click()
+    expect(card).to_contain_text("Freed ")
+    assert {device["resident"] + device["staging"] for device in demo.read_status(comfy.host)["devices"]} == {0}
+    expect_figures_of_the_route(sidebar, comfy.host)
+
+
+def test_the_node_shows_it_in_dom_rendering_too(comfy: ComfyPage, expected: demo.Latent) -> None:
+    """The page draws nodes on a canvas, or ("Nodes 2.0") makes them of elements."""
+    comfy.set("Comfy.VueNodes.Enabled", True)
+    try:
+        comfy.load_prompt(placed_prompt())
+        widget = comfy.page.locator("[data-node-id] .ws-embedded")
+        expect(widget).to_be_visible()
+        assert comfy.sample() == expected
+        expect_figures_of_the_route(widget, comfy.host)
+        assert comfy.our_errors == []
+    finally:
+        comfy.set("Comfy.VueNodes.Enabled", False)
+
+
+def test_the_widget_is_not_saved_and_can_be_switched_off(comfy: ComfyPage) -> None:
+    comfy.load_prompt(placed_prompt())
+    widget = comfy.page.locator(".ws-embedded")
+    expect(widget).to_be_visible()
+    (node,) = [node for node in comfy.workflow()["nodes"] if node["type"] == "WeightStreamGPUPlacement"]
+    (queued,) = [node for node in comfy.prompt().values() if node["class_type"] == "WeightStreamGPUPlacement"]
+    assert node["widgets_values"] == ["gpu:0,gpu:1", "auto", "", "default", "default", "fallback"]
+    assert not [name for name in queued["inputs"] if "vram" in name]
+    comfy.set("WeightStream.NodeWidget", False)
+    expect(widget).to_have_count(0)
+    comfy.set("WeightStream.NodeWidget", True)
+    expect(widget).to_be_visible()
+
+
+def test_the_server_stops_when_nobody_looks(comfy: ComfyPage) -> None:
+    comfy.page.evaluate(HEAR_EVENTS)
+    comfy.open_sidebar()
+    comfy.page.wait_for_function("() => window.weightstreamHeard.length >= 2")
+    renewals: list[str] = []
+    comfy.close_sidebar()
+    comfy.page.on("request", lambda request: "/weightstream/" in request.url and renewals.append(request.url))
+    # The lease of before lasts up to ten seconds more.
+    comfy.page.wait_for_function(SILENT, timeout=20_000)
+    assert renewals == []
+    heard = comfy.page.evaluate("() => window.weightstreamHeard.length")
+    comfy.open_sidebar()
+    comfy.page.wait_for_function("heard => window.weightstreamHeard.length > heard", arg=heard)
+
+
+def test_a_server_without_the_routes_is_named(comfy: ComfyPage) -> None:
+    comfy.page.route("**/weightstream/v1/**", lambda route: route.fulfill(status=404))
+    try:
+        expect_state(comfy.open_sidebar(), "Not available")
+    finally:
+        comfy.page.unroute("**/weightstream/v1/**")
+    # The next renewal is answered again.
+    expect_state(comfy.open_sidebar(), "Idle")
+
+
+# --- every state -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["dark", "light"])
+def theme(request: pytest.FixtureRequest, comfy: ComfyPage) -> Iterator[str]:
+    comfy.set("Comfy.ColorPalette", request.param)
+    yield request.param
+    comfy.set("Comfy.ColorPalette", "dark")
+
+
+@pytest.fixture
+def show_state(comfy: ComfyPage) -> Iterator[Callable[[str], Locator]]:
+    """Shows one of the panel's states in the sidebar, and gives the panel."""
+
+    def serve(route: Route) -> None:
+        route.fulfill(path=STATES, content_type="text/javascript")
+
+    def show(name: str) -> Locator:
+        comfy.page.evaluate(MOUNT_STATE, [STATES_URL, name])
+        panel = comfy.page.locator(f"[data-test={name}]")
+        expect(panel).to_be_visible()
+        return panel
+
+    comfy.open_sidebar()
+    comfy.page.route(f"**{STATES_URL}", serve)
+    yield show
+    comfy.page.evaluate(UNMOUNT_STATE)
+    comfy.page.unroute(f"**{STATES_URL}")
+
+
+def test_every_state_says_what_it_should(
+    comfy: ComfyPage, theme: str, show_state: Callable[[str], Locator], save_picture: Callable[..., None]
+) -> None:
+    comfy.page.add_script_tag(path=str(AXE))
+    names = comfy.page.evaluate("async url => Object.keys((await import(url)).STATES)", STATES_URL)
+    assert set(names) == set(TEXTS)
+    faults = {}
+    for name in names:
+        panel = show_state(name)
+        for text in TEXTS[name]:
+            expect(panel).to_contain_text(text)
+        faults[name] = comfy.page.evaluate(FAULTS, f"[data-test={name}]")
+        if theme == "dark":
+            save_picture(panel, f"state-{name}")
+        elif name == "streaming":
+            save_picture(panel, f"state-{name}-light")
+    assert faults == {name: [] for name in names}
+
+
+def test_axe_finds_no_fault_in_the_live_panels(comfy: ComfyPage, theme: str) -> None:
+    comfy.load_prompt(placed_prompt())
+    comfy.open_sidebar()
+    comfy.sample()
+    comfy.page.add_script_tag(path=str(AXE))
+    for selector in (".ws-sidebar", ".ws-embedded"):
+        assert comfy.page.evaluate(FAULTS, selector) == []
