@@ -91,7 +91,7 @@ test("a meter says in words what the bar shows", () => {
   assert.equal(shown.meter.label, "gpu:0, NVIDIA GeForce RTX 4090");
   assert.equal(shown.meter.max, 25.2e9);
   assert.equal(Math.round((shown.meter.now ?? 0) / 1e8), 183);
-  assert.match(shown.meter.text, /^18\.3 GB of 25\.2 GB used; Resident blocks 12\.6 GB; Staging 500 MB; .*; Peak 19\.4 GB$/);
+  assert.match(shown.meter.text, /^18\.3 GB of 25\.2 GB used; Resident 12\.6 GB; Staging 500 MB; .*; Peak 19\.4 GB$/);
 });
 
 test("a device is near its limit from 95 % on", () => {

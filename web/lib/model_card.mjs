@@ -27,7 +27,8 @@ export function modelCard(first, strings, unload) {
   const parts = el("ul", { class: "ws-list ws-parts" });
   const lastRun = el("p", { class: "ws-muted" });
   const warning = el("p", { class: "ws-note ws-tone-error" });
-  const answer = el("p", { class: "ws-note", role: "status", hidden: "" });
+  // There from the start: what is put into an element that comes with it is often not read out.
+  const answer = el("p", { class: "ws-note", role: "status" });
   const freeing = { busy: false };
   const free = freeButton("model");
   const pinned = freeButton("pinned");
@@ -61,7 +62,7 @@ export function modelCard(first, strings, unload) {
    */
   function say(text, tone) {
     answer.className = `ws-note ${tone}`;
-    setOptional(answer, text);
+    setText(answer, text);
   }
 
   function showButtons() {

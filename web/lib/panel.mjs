@@ -24,7 +24,9 @@ const SPEAK_MS = 5_000;
  * @returns {{element: HTMLElement, destroy(): void}}
  */
 export function mountPanel(container, { feed, locale = () => "en", embedded = false }) {
-  const element = el("section", { class: embedded ? "ws-panel ws-embedded" : "ws-panel", tabindex: "-1" });
+  const classes = embedded ? "ws-panel ws-embedded" : "ws-panel";
+  // No landmark: a page may have many.
+  const element = el("div", { class: classes, role: "group", tabindex: "-1" });
   /** @type {Strings | null} */
   let strings = null;
   /** @type {(state: FeedState) => void} */

@@ -10,7 +10,7 @@ const ENGLISH = {
   showCommand: "WeightStream: show VRAM",
   widgetSetting: "Show VRAM on the GPU Placement node",
 
-  resident: "Resident blocks",
+  resident: "Resident",
   staging: "Staging",
   torch: "Other torch",
   cache: "torch cache",
@@ -95,7 +95,7 @@ const CHINESE = {
   showCommand: "WeightStream：显示显存",
   widgetSetting: "在 GPU Placement 节点上显示显存",
 
-  resident: "常驻块",
+  resident: "常驻",
   staging: "暂存区",
   torch: "其他 torch",
   cache: "torch 缓存",
