@@ -2,8 +2,8 @@
 
     python tools/pictures.py
 
-writes ``assets/icon.svg``, ``assets/icon.png``, ``assets/banner.png`` and ``example_workflows/*.jpg`` anew. All show the
-same thing: blocks of a model, of which some stay on the GPU and others stream to it. Needs Pillow, which ComfyUI has.
+writes ``assets/icon.svg``, ``assets/icon.png``, ``assets/banner.png`` and ``example_workflows/*.jpg`` anew. All show
+blocks of a model, of which some stay on the GPU and others stream to it. Needs Pillow, which ComfyUI has.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def banner() -> Image.Image:
     return picture(BANNER_SIZE, boxes, words, NIGHT)
 
 
-# -- one picture for each example workflow: GPUs as panels, with what stays and what streams in each ---------------------
+# -- one picture for each example workflow: GPUs as panels, with what stays and what streams in each -------------------
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ POLL_S = 0.2
 DEMO = Workflow(
     TEMPLATE,
     "## WeightStream demo\n\n"
-    "A FLUX with random weights (19 MB), a LoRA, a text encoder and a small VAE: the picture is noise. Press **Run**.\n\n"
+    "A FLUX with random weights (19 MB), a LoRA, a text encoder, a small VAE: the picture is noise. Press **Run**.\n\n"
     "**Streamed Model Loader** says on the node what streams and what stays.\n\n"
     "More workflows, for real models: *Templates*, then *Extensions*, then *weightstream*.",
     {
