@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ TOOLS = Path(__file__).absolute().parent
 sys.path.insert(0, str(TOOLS))
 
 from host import PACK_ROOT, HeadlessHost  # noqa: E402
+from release import version_of  # noqa: E402
 from workflow import Model, Node, ObjectInfo, Workflow, build  # noqa: E402
 
 FOLDER = PACK_ROOT / "example_workflows"
@@ -265,15 +265,9 @@ WAN_LORA = Workflow(
 EXAMPLES = (FLUX_ONE_GPU, FLUX_ENCODER, QWEN_TWO_GPUS, WAN_LORA)
 
 
-def pack_version() -> str:
-    """From pyproject.toml, read without a parser of TOML: Python 3.10 has none."""
-    found = re.search(r'^version = "([^"]+)"', (PACK_ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
-    assert found is not None
-    return found[1]
-
-
 def as_text(workflow: Workflow, info: ObjectInfo) -> str:
-    return json.dumps(build(workflow, info, pack_version()), indent=2, ensure_ascii=False) + "\n"
+    version = version_of((PACK_ROOT / "pyproject.toml").read_text("utf-8"))
+    return json.dumps(build(workflow, info, version), indent=2, ensure_ascii=False) + "\n"
 
 
 def main() -> None:
