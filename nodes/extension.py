@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import devices, status
+from . import devices, routes
 from .gpu_placement import GpuPlacement
 from .loader import StreamedModelLoader
+from .report import StreamingReport
 from .settings import AsyncOffloadSettings
 
 
@@ -15,7 +16,7 @@ class WeightStreamExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         devices.read_environment()
-        status.add_routes()
+        routes.add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [StreamedModelLoader, AsyncOffloadSettings, GpuPlacement]
+        return [StreamedModelLoader, AsyncOffloadSettings, GpuPlacement, StreamingReport]

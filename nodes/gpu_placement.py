@@ -129,8 +129,14 @@ class GpuPlacement(io.ComfyNode):
             clip = placing.place("CLIP", clip, names[0], clip_on)
             vae = placing.place("VAE", vae, names[1], vae_on)
         else:
-            placing.say(f"placement is not available here, {why_no_gpus()}; everything stays where its loader put it")
-        status.announce(NAME, "; ".join(placing.said), node_id)
+            placing.fall_back(
+                f"placement is not available here, {why_no_gpus()}; everything stays where its loader put it"
+            )
+        text = "; ".join(placing.said)
+        status.announce(NAME, text, node_id)
+        status.withdraw_notice(NAME, node_id)
+        if placing.fell_back:
+            status.keep_notice("fallback", NAME, text, node_id, model.model)
         return io.NodeOutput(model, clip, vae)
 
 
@@ -148,15 +154,21 @@ class Placing:
         strict: what is not there is an error.
         node_id: of the node.
         said: for the user, in order.
+        fell_back: something is in another place than was asked.
     """
 
     gpus: Mapping[str, torch.device]
     strict: bool
     node_id: str | None
     said: list[str] = field(default_factory=list)
+    fell_back: bool = False
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+    def fall_back(self, text: str) -> None:
+        self.say(text)
+        self.fell_back = True
 
     def check(self, choice: Choice, *devices: str) -> None:
         """Say which devices are not there.
@@ -171,7 +183,7 @@ class Placing:
         text = not_there(missing, list(self.gpus))
         if self.strict:
             raise ConfigError(f"{text}; choose among these, or set on_missing to fallback")
-        self.say(text)
+        self.fall_back(text)
 
     def place_model(self, model: ModelPatcher, choice: Choice, split: str) -> ModelPatcher:
         """The MODEL on the GPUs that were chosen: on the first where it cannot be split."""
@@ -183,15 +195,15 @@ class Placing:
             try:
                 placed, left_out = split_over(model, devices, split, choice.shares, self.node_id)
             except OneDeviceError as error:
-                self.say(f"MODEL is not split, {error}")
+                self.fall_back(f"MODEL is not split, {error}")
                 return self.place("MODEL", model, choice.names[error.device], model_on)
             except UnsupportedModelError as error:
-                self.say(f"MODEL is not split, {error}")
+                self.fall_back(f"MODEL is not split, {error}")
             else:
                 used = [name for place, name in enumerate(choice.names) if place not in left_out]
                 self.say(f"MODEL on {', '.join(used)}")
                 for place, reason in sorted(left_out.items()):
-                    self.say(f"{choice.names[place]} is left out, {reason}")
+                    self.fall_back(f"{choice.names[place]} is left out, {reason}")
                 return placed
         return self.place("MODEL", model, choice.names[0], model_on)
 
@@ -200,12 +212,12 @@ class Placing:
         if thing is None or name == DEFAULT:
             return thing
         if name != CPU and name not in self.gpus:
-            self.say(f"{what} stays where its loader put it")
+            self.fall_back(f"{what} stays where its loader put it")
             return thing
         try:
             placed = move(thing, torch.device(CPU) if name == CPU else self.gpus[name])
         except UnsupportedModelError as error:
-            self.say(f"{what} stays where its loader put it, {error}")
+            self.fall_back(f"{what} stays where its loader put it, {error}")
             return thing
         self.say(f"{what} on {name}")
         return placed

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import comfy.model_detection
@@ -96,6 +97,15 @@ class StreamedModelLoader(io.ComfyNode):
         return io.NodeOutput(model, *_load_companions(path))
 
 
+def shown_name(path: str) -> str:
+    """The name by which the host lists a file: with the folder in which it lies below one of models, if any."""
+    for folder in chain.from_iterable(map(folder_paths.get_folder_paths, (MODELS, CHECKPOINTS))):
+        with suppress(ValueError):  # Another drive has no common path.
+            if os.path.commonpath([folder, path]) == os.path.normpath(folder):
+                return os.path.relpath(path, folder)
+    return os.path.basename(path)
+
+
 def _model_files() -> list[str]:
     """The files to choose from; of two with one name that of diffusion_models is taken."""
     names = folder_paths.get_filename_list(MODELS)
@@ -124,14 +134,16 @@ def load_streamed(
         CheckpointError: the file is damaged, or holds no model that the host knows.
         BudgetError: ``vram_limit`` has no room for the largest block.
     """
-    name = os.path.basename(path)
+    name = shown_name(path)
     weights = _open(path)
     try:
         settings = OffloadSettings(vram_limit=vram_limit)
         patcher = _load_for_streaming(weights, full_checkpoint, model_options, settings, node_id)
     except UnsupportedModelError as error:
-        status.announce(name, f"not streamed, loaded ComfyUI's own way: {error}", node_id)
+        text = f"not streamed, loaded ComfyUI's own way: {error}"
+        status.announce(name, text, node_id)
         patcher = load_unstreamed(path, model_options, full_checkpoint, disable_dynamic)
+        status.keep_notice("inactive", name, text, node_id, patcher.model)
         if not weights.sharded:
             return patcher  # It has the host's own factory.
     patcher.cached_patcher_init = (load_streamed, (path, model_options, vram_limit, node_id, full_checkpoint))
@@ -145,7 +157,7 @@ def _load_for_streaming(
     warm_up(make_backend(load_device).device, _computing_dtype(weights.tensors))
     with mapped_loading():
         loaded = _load_by_host(weights, full_checkpoint, model_options)
-    model, name = loaded.model, os.path.basename(weights.path)
+    model, name = loaded.model, shown_name(weights.path)
     streamed = make_streamed(model, model.diffusion_model, loaded.load_device, name, weights.locate, settings, node_id)
     streamed.load_by_host = partial(load_unstreamed, weights.path, model_options, full_checkpoint)
     patcher = StreamedModelPatcher(model, loaded.load_device, loaded.offload_device, streamed.streamer.model_bytes)

@@ -157,7 +157,8 @@ def _streamers_of_parts(patcher: StreamedModelPatcher, backends: Sequence[Backen
 def _make_part(patcher: StreamedModelPatcher, device: torch.device, streamer: Streamer) -> PartPatcher:
     name = f"{patcher.streamed.name} on {streamer.backend.name}"
     part = Part()
-    streamed = StreamedModel(name, streamer, patcher.node_id, LoadingBar(None))
+    whole = patcher.streamed
+    streamed = StreamedModel(name, streamer, patcher.node_id, LoadingBar(None), title=whole.title, number=whole.number)
     setattr(part, ATTRIBUTE, streamed)
     status.watch(streamed)
     found = PartPatcher(part, device, patcher.offload_device, streamer.model_bytes)

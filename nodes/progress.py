@@ -13,6 +13,8 @@ from . import status
 
 # Seconds between two texts. The host's bar has a limit of its own.
 TEXT_SECONDS = 0.25
+# Progress that is older is of something that was given up.
+TOLD_SECONDS = 3.0
 
 
 class LoadingBar:
@@ -30,17 +32,27 @@ class LoadingBar:
         self.node_id = node_id
         self._bar: comfy.utils.ProgressBar | None = None
         self._last_text = 0.0
+        self._told: tuple[float, Progress] | None = None
         self.wrote = False
+
+    def progress(self) -> Progress | None:
+        """How far loading is; None when nothing is loaded, or was given up."""
+        told = self._told
+        return told[1] if told is not None and time.monotonic() - told[0] < TOLD_SECONDS else None
 
     def __call__(self, progress: Progress | None) -> None:
         """Show how far it is, if anything is being loaded; raises ComfyUI's interrupt when the user has cancelled."""
         mm.throw_exception_if_processing_interrupted()
-        if progress is None or self.node_id is None:
+        if progress is None:
+            return
+        done = progress.done_bytes >= progress.total_bytes
+        self._told = None if done else (time.monotonic(), progress)
+        if self.node_id is None:
             return
         if self._bar is None:
             self._bar = comfy.utils.ProgressBar(progress.total_bytes, node_id=self.node_id)
         self._bar.update_absolute(progress.done_bytes, progress.total_bytes)
-        if progress.done_bytes >= progress.total_bytes:
+        if done:
             self._end()
         elif time.monotonic() - self._last_text >= TEXT_SECONDS:
             self._last_text = time.monotonic()

@@ -109,16 +109,19 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
         BudgetError: the limit has no room for the largest block.
     """
     streams = isinstance(patcher, StreamedModelPatcher)
+    name = patcher.streamed.name if streams else type(patcher.model).__name__
+    status.withdraw_notice(name, node_id)
     try:
         if settings.mode is Mode.OFF:
             native = patcher_on(give_back(patcher), patcher.load_device) if streams else patcher
-            status.announce(type(patcher.model).__name__, "its weights are moved ComfyUI's own way", node_id)
+            status.announce(name, "its weights are moved ComfyUI's own way", node_id)
             return native
         if not streams:
             return take_over(patcher, settings, node_id)
     except UnsupportedModelError as error:
-        name = patcher.streamed.name if streams else type(patcher.model).__name__
-        status.announce(name, f"left as it is: {error}", node_id)
+        text = f"left as it is: {error}"
+        status.announce(name, text, node_id)
+        status.keep_notice("inactive", name, text, node_id, patcher.model)
         return patcher
     ours = patcher.clone()
     ours.settings, ours.node_id = settings.over(patcher.settings), node_id

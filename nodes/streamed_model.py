@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..streaming import BudgetError, Plan, Streamer, format_bytes, split_model
+from ..streaming import BudgetError, Plan, Streamer, format_bytes, gpu_name, split_model
 from ..streaming.handoff import Boundary
 from . import status
 from .devices import evictable, make_backend, obtainable, pins
@@ -31,7 +32,7 @@ class StreamedModel:
     """Everything about the streaming of one loaded model, shared by all patchers of it.
 
     Attributes:
-        name: the checkpoint's file name.
+        name: the checkpoint's file name, with the device behind it for a part on another one (parts.py).
         streamer: moves the weights.
         node_id: the node where the effective plan is shown; None outside of a prompt.
         bar: shows on it how far loading is.
@@ -41,6 +42,8 @@ class StreamedModel:
         boundary: between devices, of a model whose blocks run on several (parts.py).
         shares: which blocks run where, of such a model.
         placed: its blocks, and where they run.
+        title: the checkpoint's file name.
+        number: tells models of a process apart; a part has the one of its whole model.
     """
 
     name: str
@@ -53,10 +56,20 @@ class StreamedModel:
     boundary: Boundary | None = None
     shares: Shares | None = None
     placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()
+    title: str = ""
+    number: int = field(default_factory=count(1).__next__)
     _native: ModelPatcher | None = None
     _told_of_hooks: bool = False
     _announced: object = None
     _shown: tuple[Plan | None, bool, bool] = (None, False, False)
+
+    def __post_init__(self) -> None:
+        self.title = self.title or self.name
+
+    @property
+    def gpu(self) -> str:
+        """The name of its device, as nodes have it."""
+        return gpu_name(self.streamer.backend.device.index or 0)
 
     @property
     def turns(self) -> bool:

@@ -23,6 +23,7 @@ from .errors import (
     CorruptionError,
     DeviceMemoryError,
     RingExhaustedError,
+    ServerError,
     StreamingError,
     UnsupportedModelError,
 )
@@ -41,6 +42,7 @@ from .state import State
 from .streamer import Streamer
 from .supply import Progress
 from .telemetry import Counters, Snapshot, StallListener
+from .vram import Vram, VramReader, open_vram_reader
 
 __all__ = [
     "Backend",
@@ -74,6 +76,7 @@ __all__ = [
     "RingExhaustedError",
     "Schedule",
     "Segment",
+    "ServerError",
     "Snapshot",
     "StallListener",
     "State",
@@ -84,6 +87,8 @@ __all__ = [
     "UnsupportedModelError",
     "VirtualDevices",
     "VirtualMemory",
+    "Vram",
+    "VramReader",
     "assumed_profile",
     "find_blocks",
     "format_bytes",
@@ -93,6 +98,7 @@ __all__ = [
     "list_gpus",
     "make_plan",
     "minimum_bytes",
+    "open_vram_reader",
     "parse_device",
     "parse_gpus",
     "parse_shares",

@@ -8,7 +8,8 @@ StreamingError
 |   `-- CheckpointChangedError  the file was changed after it was opened
 |-- CorruptionError        what arrived on the device is not what was sent, time and again
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
-`-- RingExhaustedError     more segments are needed at once than the ring has slots
+|-- RingExhaustedError     more segments are needed at once than the ring has slots
+`-- ServerError            no ComfyUI with this pack answers
 """
 
 
@@ -54,3 +55,7 @@ class DeviceMemoryError(StreamingError):
 
 class RingExhaustedError(StreamingError):
     """More segments are needed at once than the ring has slots."""
+
+
+class ServerError(StreamingError):
+    """No ComfyUI with this pack answers; the message names the address."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from .backend import Backend
 from .config import StreamingConfig, format_bytes
 from .placement import Placement
@@ -11,7 +9,7 @@ from .plan import Plan
 from .profile import Profile
 from .state import Standing, State
 from .supply import Supply
-from .telemetry import Counters, Snapshot
+from .telemetry import Activity, Snapshot
 
 
 def explain(now: Standing, placement: Placement, supply: Supply, building: bool, finding: str) -> str:
@@ -42,8 +40,7 @@ def take_snapshot(
     backend: Backend,
     config: StreamingConfig,
     profile: Profile,
-    step_seconds: float | None,
-    counters: Counters,
+    activity: Activity,
     building: bool,
     finding: str,
 ) -> Snapshot:
@@ -77,8 +74,11 @@ def take_snapshot(
         predicted_step_seconds=forecast.seconds if forecast is not None else None,
         compute_seconds=profile.compute_seconds if profile.measured else None,
         bandwidth_bytes_per_second=profile.bandwidth if profile.measured else None,
-        step_seconds=step_seconds,
-        counters=replace(counters),
+        step_seconds=activity.step_seconds,
+        busy=activity.busy,
+        idle_seconds=activity.idle_seconds,
+        counters=activity.counters,
+        run=activity.run,
     )
 
 

@@ -37,7 +37,7 @@ from .spread import order_of_residency
 from .state import Standing, State
 from .steps import Steps
 from .supply import Watch
-from .telemetry import Counters, Snapshot, StallListener
+from .telemetry import Activity, Counters, Snapshot, StallListener
 from .verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class Streamer:
         self.backend = backend
         self.config = config
         self.counters = Counters()
+        self._run_began = Counters()
         self.plan: Plan | None = None
         self._root = weakref.ref(root)
         self._guard = threading.RLock()
@@ -279,6 +280,8 @@ class Streamer:
         What could not be page-locked before may be possible now.
         """
         self._planner.begin_prompt()
+        self._run_began = replace(self.counters)
+        self.counters.runs += 1
         if self.plan is not None:
             self.site.retry_building(self.plan)
 
@@ -465,6 +468,10 @@ class Streamer:
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         now = self.standing  # Once: another thread may load or unload meanwhile.
-        told = (self.config, self.profile, self.site.meters.step.seconds, self.counters, self.building)
-        told = (*told, self._verifier.finding)
+        told = (self.config, self.profile, self._activity(), self.building, self._verifier.finding)
         return take_snapshot(now, self.site.placement, self.site.supply, self.backend, *told)
+
+    def _activity(self) -> Activity:
+        counters, idle_seconds = replace(self.counters), time.monotonic() - self.last_used
+        step_seconds, run = self.site.meters.step.seconds, counters.since(self._run_began)
+        return Activity(self._depth > 0, idle_seconds, step_seconds, counters, run)

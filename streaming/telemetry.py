@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from typing import NamedTuple
 
 from .backend import Backend, Moment, Stall
 
@@ -20,6 +21,7 @@ class Counters:
     """Totals since the model was loaded.
 
     Attributes:
+        runs: times that somebody got it ready to run.
         steps: whole forwards.
         copies, streamed_bytes: segments copied to the device, ahead or late, and their bytes.
         hits, misses: segments that were in a slot, or on their way to one, when they were needed; and not.
@@ -27,6 +29,7 @@ class Counters:
         corrupted: copies that were not what was sent; 0 where nobody looks (verify.py).
     """
 
+    runs: int = 0
     steps: int = 0
     copies: int = 0
     streamed_bytes: int = 0
@@ -35,6 +38,27 @@ class Counters:
     stalls: int = 0
     stall_seconds: float = 0.0
     corrupted: int = 0
+
+    def since(self, before: Counters) -> Counters:
+        """What was counted after ``before``, a copy of these."""
+        return Counters(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+
+class Activity(NamedTuple):
+    """What a model does and has done, at one moment.
+
+    Attributes:
+        busy: whether it runs a step, or is being loaded.
+        idle_seconds: since it was loaded or began a step.
+        step_seconds: how long the last step took; None before the first.
+        counters, run: totals, and of them what came since somebody got the model ready to run the last time.
+    """
+
+    busy: bool
+    idle_seconds: float
+    step_seconds: float | None
+    counters: Counters
+    run: Counters
 
 
 # Told of each wait for a copy.
@@ -136,6 +160,7 @@ class Snapshot:
         limited_by: ``compute`` or ``bus``; empty before a step was measured.
         predicted_step_seconds, step_seconds: what the plan expects of a step, and what the last one took.
         compute_seconds, bandwidth_bytes_per_second: as measured: a step with everything resident, and the bus.
+        busy, idle_seconds, counters, run: as :class:`Activity` has them.
     """
 
     device: str
@@ -163,7 +188,10 @@ class Snapshot:
     step_seconds: float | None
     compute_seconds: float | None
     bandwidth_bytes_per_second: float | None
+    busy: bool
+    idle_seconds: float
     counters: Counters
+    run: Counters
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, ready for JSON."""

@@ -194,7 +194,7 @@ class Soak:
             on_gpu + sum(memory.allocated for memory in self._devices.virtual_devices()),
             pins.used + int(mm.TOTAL_PINNED_MEMORY),
             pins.locked,
-            len(self._status.status()["models"]),
+            len(self._status.watched()),
             # Drivers and systems have threads of their own, which come and go.
             process.num_threads() if sys.platform == "linux" and not on_gpu else threading.active_count(),
             process.num_fds() if hasattr(process, "num_fds") else len(process.open_files()),

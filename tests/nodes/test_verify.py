@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from sampling import MB, sample, settle, with_lora
-from weightstream.nodes import devices, status
+from weightstream.nodes import devices, routes
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.streaming import ConfigError
 from weightstream.streaming.backend import Event, Pair
@@ -76,7 +76,7 @@ def test_a_damaged_copy_is_found_and_the_latents_are_the_hosts(
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2
     assert all("a copy of diffusion_model." in error and "_blocks." in error for error in errors)
-    shown = [entry for entry in status.status()["models"] if entry["mode"] == "synchronous"]
+    shown = [entry for entry in routes.full_status()["models"] if entry["mode"] == "synchronous"]
     assert [entry["counters"]["corrupted"] for entry in shown] == [2]
     assert "copies are synchronous since one of diffusion_model." in shown[0]["explain"]
     announced = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]

@@ -1,0 +1,104 @@
+"""The node "Streaming Report": what streaming did, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..streaming import format_bytes, open_vram_reader
+from . import status
+from .patcher import StreamedModelPatcher
+from .usage import sampler
+from .watching import SCHEMA
+
+
+class StreamingReport(io.ComfyNode):
+    """Tells how a MODEL streams and what its last run did: plan, bytes, GB/s, waits, and how VRAM is used.
+
+    It tells of what has run before it: connect to trigger what the sampler gives. The history of an API prompt has the
+    same figures.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WeightStreamReport",
+            display_name="Streaming Report",
+            category="weightstream",
+            description=cls.__doc__,
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL to tell of."),
+                io.AnyType.Input(
+                    "trigger",
+                    optional=True,
+                    tooltip="Anything: the report is made when it is there, as a sampler's LATENT.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("text", tooltip="For people."),
+                io.String.Output("json", tooltip="For programs: entries of the status route."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs: Any) -> float:
+        """Never the same twice: figures change while inputs do not."""
+        return time.time()
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, trigger: Any = None) -> io.NodeOutput:
+        report = make_report(model)
+        text = as_text(report)
+        if (node_id := cls.hidden.unique_id if cls.hidden is not None else None) is not None:
+            status.show(text, node_id)
+        return io.NodeOutput(text, json.dumps(report, indent=2), ui={"text": [text], "weightstream": [report]})
+
+
+def make_report(model: ModelPatcher) -> dict[str, Any]:
+    """The entries of the status route for this MODEL, one for each of its devices, and for the devices and notices."""
+    with open_vram_reader() as reader:
+        usage = sampler.sample(reader)
+    entries = []
+    if isinstance(model, StreamedModelPatcher):
+        entries = status.describe_models([model.streamed, *(part.streamed for part in model.parts)])
+    return {
+        "schema": SCHEMA,
+        "streams": bool(entries),
+        "model": entries[0]["name"] if entries else type(model.model).__name__,
+        **usage.as_dict(),
+        "models": entries,
+        "notices": status.describe_notices(),
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people: a paragraph for each device."""
+    if not report["streams"]:
+        return "\n".join(
+            [f"{report['model']} does not stream: ComfyUI moves its weights", *map(_notice, report["notices"])]
+        )
+    lines = [report["model"], *(line for entry in report["models"] for line in _lines(entry))]
+    return "\n".join([*lines, *map(_notice, report["notices"])])
+
+
+def _notice(notice: dict[str, Any]) -> str:
+    return f"{notice['name']}: {notice['text']}"
+
+
+def _lines(entry: dict[str, Any]) -> list[str]:
+    reason = f" ({entry['reason']})" if entry["reason"] else ""
+    lines = [f"{entry['device']}: {entry['ladder']}{reason}", f"  plan: {entry['plan']}"]
+    run = entry["last_run"]
+    if run is None:
+        return [*lines, "  nothing has run yet"]
+    rate = "" if run["rate"] is None else f" at {format_bytes(run['rate'])}/s"
+    step = "" if run["step_seconds"] is None else f", the last one in {run['step_seconds']:.3f} s"
+    lines.append(f"  last run: {run['steps']} steps{step}; {format_bytes(run['bytes'])} copied{rate}")
+    stalls = f"  waited {run['stall_ms_per_block']:.3f} ms a block and step; {run['misses']} copies came late"
+    return [*lines, stalls + (f"; {run['corrupted']} were corrupted" if run["corrupted"] else "")]
