@@ -74,6 +74,10 @@ def text(column: int, clip: tuple[str, int], words: str, title: str) -> Node:
     return Node("CLIPTextEncode", column, {"text": words}, {"clip": clip}, title=f"CLIP Text Encode ({title})")
 
 
+def report(column: int, model: str, sampler: str) -> Node:
+    return Node("WeightStreamReport", column, {}, {"model": (model, 0), "trigger": (sampler, 0)})
+
+
 def note(what: str, *models: Model) -> str:
     """``what``, and where the files go."""
     files = "\n".join(f"- `models/{model.directory}`: [{model.name}]({model.url})" for model in models)
@@ -106,7 +110,8 @@ FLUX_ONE_GPU = Workflow(
     note(
         "## FLUX.1-dev on one small GPU\n\n"
         "**Streamed Model Loader** keeps in VRAM what fits; the rest (of 23.8 GB) streams from RAM while the GPU "
-        "computes. After the second step the node says how long a step takes, and what limits it.\n\n"
+        "computes. After the second step the node says how long a step takes, and what limits it; **Streaming Report** "
+        "tells of the whole run.\n\n"
         "`vram_limit_gb` = 0 uses what ComfyUI offers. Set it to leave room for something else.\n\n"
         "The LoRA is bypassed: with it (Ctrl+B on the node) 8 steps are enough. It is computed once, when the model "
         "is loaded, and costs nothing per step.",
@@ -122,6 +127,7 @@ FLUX_ONE_GPU = Workflow(
         "vae": vae(1, FLUX_VAE),
         "lora": lora(2, FLUX_LORA, "model", 0.125, bypassed=True),
         **flux_end(("lora", 0), ("clip", 0), ("vae", 0), 2),
+        "report": report(4, "lora", "sampler"),
     },
 )
 

@@ -40,7 +40,7 @@ from demo import (  # noqa: E402
     working_folder,
     write_models,
 )
-from examples import as_text, text  # noqa: E402
+from examples import as_text, report, text  # noqa: E402
 from host import PACK_NAME, HeadlessHost, HostError  # noqa: E402
 from workflow import Node, Workflow  # noqa: E402
 
@@ -56,7 +56,7 @@ DEMO = Workflow(
     TEMPLATE,
     "## WeightStream demo\n\n"
     "A FLUX with random weights (19 MB), a LoRA, a text encoder, a small VAE: the picture is noise. Press **Run**.\n\n"
-    "**Streamed Model Loader** says on the node what streams and what stays.\n\n"
+    "**Streamed Model Loader** says on the node what streams and what stays; **Streaming Report** tells of the run.\n\n"
     "More workflows, for real models: *Templates*, then *Extensions*, then *weightstream*.",
     {
         "model": Node(OURS, 1, {"unet_name": UNET}),
@@ -73,6 +73,7 @@ DEMO = Workflow(
         ),
         "decoded": Node("VAEDecode", 3, {}, {"samples": ("sampler", 0), "vae": ("vae", 0)}),
         "save": Node("PreviewImage", 4, {}, {"images": ("decoded", 0)}),
+        "report": report(4, "lora", "sampler"),
     },
 )
 

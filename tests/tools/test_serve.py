@@ -117,6 +117,7 @@ def test_a_page_with_a_workflow_that_runs(server: Server, tmp_path: Path) -> Non
     entry = finished(url, get(f"{url}/prompt", {"prompt": as_prompt(DEMO, info)})["prompt_id"])
     assert entry["status"]["status_str"] == "success", entry["status"]
     assert entry["outputs"]["save"]["images"]
+    assert "streamed in" in entry["outputs"]["report"]["text"][0]
 
     listed = get(f"{url}/workflow_templates")["weightstream"]
     assert set(listed) == {TEMPLATE, *(example.name for example in EXAMPLES)}
