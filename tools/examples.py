@@ -132,7 +132,7 @@ FLUX_ONE_GPU = Workflow(
 )
 
 FLUX_ENCODER = Workflow(
-    "flux1-dev_text_encoder_on_second_gpu",
+    "flux1-dev_encoder_on_gpu1",
     note(
         "## The text encoder on the second GPU\n\n"
         "**GPU Placement** puts the text encoder (T5, 9.8 GB) on `gpu:1`, and the MODEL on `gpu:0`. So neither has to "
