@@ -189,7 +189,7 @@ QWEN_TWO_GPUS = Workflow(
         "sampler": Node(
             "KSampler",
             4,
-            {"seed": 20250607, "steps": 20, "cfg": 2.5, "sampler_name": "euler", "scheduler": "simple"},
+            {"seed": 20250607, "steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple"},
             {
                 "model": ("shift", 0),
                 "positive": ("positive", 0),

@@ -60,6 +60,17 @@ def test_english_is_what_the_schemas_say(schemas: dict[str, Any]) -> None:
     assert read("en", "nodeDefs.json") == schemas
 
 
+def test_commands_and_settings_are_those_of_the_page() -> None:
+    """Their ids without dots, as the page asks for them, and its own English texts."""
+    scripts = "".join(path.read_text("utf-8") for path in (LOCALES.parent / "web").rglob("*.*js"))
+    if not scripts:
+        pytest.skip("no page is here")
+    for name in ("commands.json", "settings.json"):
+        for key, texts in read("en", name).items():
+            assert f'"{key.replace("_", ".")}"' in scripts, key
+            assert all(f'"{text}"' in scripts for text in texts.values()), texts
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_languages_have_the_same_texts(language: str) -> None:
     assert {path.name for path in (LOCALES / language).iterdir()} <= FILES
