@@ -274,14 +274,17 @@ class Streamer:
         """Whether torch.compile runs the steps of later plans (hooks.py, Note: compiled models)."""
         self._planner.expect_compiled(compiled)
 
+    def begin_run(self) -> None:
+        """The host is about to load the model, for steps that are counted apart from those before."""
+        self._run_began = replace(self.counters)
+        self.counters.runs += 1
+
     def begin_prompt(self) -> None:
         """The host has loaded the model, and may have tidied the device up: what torch keeps now says nothing.
 
         What could not be page-locked before may be possible now.
         """
         self._planner.begin_prompt()
-        self._run_began = replace(self.counters)
-        self.counters.runs += 1
         if self.plan is not None:
             self.site.retry_building(self.plan)
 

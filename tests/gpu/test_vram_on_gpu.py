@@ -1,0 +1,40 @@
+"""What is read of a real GPU's memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from weightstream.streaming import open_vram_reader
+
+pytestmark = pytest.mark.gpu
+
+NO_CONTEXT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from streaming import open_vram_reader
+torch.cuda.init()
+with open_vram_reader() as reader:
+    figures = reader.read(0)
+assert not torch._C._cuda_hasPrimaryContext(0), "a context was made"
+assert figures.total > 0 and figures.allocated == 0
+"""
+
+
+def test_what_torch_has_is_known() -> None:
+    with open_vram_reader() as reader:
+        before = reader.read(0)
+        memory = torch.empty(256 << 20, dtype=torch.uint8, device="cuda:0")
+        after = reader.read(0)
+    assert after.allocated - before.allocated == memory.nbytes
+    assert after.reserved >= after.allocated
+    assert after.total > after.free > 0
+    assert before.free is None or before.free - after.free <= (512 << 20)
+
+
+def test_reading_makes_no_context(pytestconfig: pytest.Config) -> None:
+    program = [sys.executable, "-c", NO_CONTEXT, str(pytestconfig.rootpath)]
+    result = subprocess.run(program, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,58 @@
+"""The node Streaming Report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from sampling import MB, MODEL, sample
+from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.split import split_over
+
+Load = Callable[..., StreamedModelPatcher]
+
+
+@pytest.fixture
+def node(nodes_of_pack: dict[str, type]) -> Any:
+    return nodes_of_pack["WeightStreamReport"]
+
+
+def test_it_tells_of_plan_and_last_run(node: Any, streamed: Load) -> None:
+    model = streamed(24 * MB)
+    sample(model, steps=3)
+    result = node.execute(model)
+    text, told = result.args[0], json.loads(result.args[1])
+    (entry,) = told["models"]
+    run = entry["last_run"]
+    assert text.splitlines()[0] == MODEL
+    assert f"plan: {entry['plan']}" in text
+    assert f"last run: {run['steps']} steps" in text
+    assert (run["steps"], run["misses"]) == (3, entry["counters"]["misses"])
+    assert run["bytes"] == entry["counters"]["streamed_bytes"] > 0
+    assert result.ui == {"text": [text], "weightstream": [told]}
+
+
+def test_before_a_run_it_says_so(node: Any, streamed: Load) -> None:
+    assert "nothing has run yet" in node.execute(streamed(24 * MB)).args[0]
+
+
+def test_of_a_split_model_it_tells_of_each_device(node: Any, loaded: StreamedModelPatcher) -> None:
+    ours, _ = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None)
+    sample(ours)
+    text, told = node.execute(ours).args
+    assert [line.split(":")[:2] for line in text.splitlines() if line.startswith("gpu")] == [["gpu", "0"], ["gpu", "1"]]
+    assert len(json.loads(told)["models"]) == 2
+
+
+def test_a_model_that_does_not_stream(node: Any, foreign: ModelPatcher) -> None:
+    text, told = node.execute(foreign).args
+    assert text.startswith("Flux does not stream: ComfyUI moves its weights")
+    assert json.loads(told)["streams"] is False
+
+
+def test_it_is_made_anew_each_time(node: Any) -> None:
+    assert node.fingerprint_inputs() != node.fingerprint_inputs()
