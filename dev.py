@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One command for everything: demo, tests, environment, bundle.
+"""One command for everything: demo, server, tests, environment, bundle.
 
 Each command makes what it needs first: a ComfyUI and an interpreter that can run it. Which ComfyUI:
 
@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -420,14 +421,25 @@ def _page_in(folder: Path) -> Path:
 
 
 def call(host: Host, command: Sequence[str | os.PathLike[str]]) -> int:
+    """Run a command to its end, which is its own to bring about: Ctrl-C reaches it too, and it may have to clean up."""
     environ = {**os.environ, "COMFYUI_PATH": os.fspath(host.path)}
-    return subprocess.run(list(map(os.fspath, command)), cwd=ROOT, env=environ, check=False).returncode
+    process = subprocess.Popen(list(map(os.fspath, command)), cwd=ROOT, env=environ)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return process.wait()
 
 
 def demo(rest: Sequence[str]) -> int:
     host = find_host()
     say(f"ComfyUI {host.version} in {host.path}")
     return call(host, [host.python, ROOT / "tools" / "demo.py", *rest])
+
+
+def serve(rest: Sequence[str]) -> int:
+    host = find_host()
+    say(f"ComfyUI {host.version} in {host.path}")
+    return call(host, [host.python, ROOT / "tools" / "serve.py", *rest])
 
 
 def test(rest: Sequence[str]) -> int:
@@ -452,17 +464,20 @@ def bundle(folder: Path, python_version: str) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own options, and the rest, which pytest or the demo read."""
-    parser = argparse.ArgumentParser(prog="dev.py", description="Demo, tests, environment and bundle of WeightStream.")
+    """The command's own options, and the rest, which pytest, the demo or the server read."""
+    what = "Demo, server, tests, environment and bundle of WeightStream."
+    parser = argparse.ArgumentParser(prog="dev.py", description=what)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = "stream a real FLUX in a real ComfyUI and compare the results; --help shows its options"
     commands.add_parser("demo", help=show, add_help=False)
+    show = "start ComfyUI with the pack, small models and workflows, for the browser; --help shows its options"
+    commands.add_parser("serve", help=show, add_help=False)
     commands.add_parser("test", help="run the tests; everything after it goes to pytest", add_help=False)
     commands.add_parser("env", help="print the interpreter and the ComfyUI that are used, as JSON")
     pack = commands.add_parser("bundle", help="pack ComfyUI and its wheels for a Linux GPU machine without network")
     pack.add_argument("folder", metavar="DIR", type=Path)
     pack.add_argument("--python", default="3.12", metavar="X.Y", help="the Python of that machine (default: 3.12)")
-    if argv[:1] in (["test"], ["demo"]):
+    if argv[:1] in (["test"], ["demo"], ["serve"]):
         # Here and not in argparse, which would take their own options for its own.
         return parser.parse_args(argv[:1]), list(argv[1:])
     return parser.parse_args(argv), []
@@ -476,6 +491,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if args.command == "demo":
             return demo(rest)
+        if args.command == "serve":
+            return serve(rest)
         if args.command == "test":
             return test(rest)
         if args.command == "bundle":

@@ -41,9 +41,9 @@ class GpuPlacement(io.ComfyNode):
             description=cls.__doc__,
             # All but the first are optional: the host lists required inputs before optional ones.
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip", optional=True),
-                io.Vae.Input("vae", optional=True),
+                io.Model.Input("model", tooltip="Any MODEL. Connect the node directly behind its loader."),
+                io.Clip.Input("clip", optional=True, tooltip="A text encoder that clip_device is for."),
+                io.Vae.Input("vae", optional=True, tooltip="A VAE that vae_device is for."),
                 io.String.Input(
                     "devices",
                     default="",
@@ -70,7 +70,11 @@ class GpuPlacement(io.ComfyNode):
                     tooltip="Where a GPU is not there: use those that are, and say so, or stop.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The MODEL, on the GPUs that were chosen."),
+                io.Clip.Output(tooltip="The CLIP, on clip_device."),
+                io.Vae.Output(tooltip="The VAE, on vae_device."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

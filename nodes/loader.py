@@ -56,8 +56,17 @@ class StreamedModelLoader(io.ComfyNode):
             category="weightstream",
             description=cls.__doc__,
             inputs=[
-                io.Combo.Input("unet_name", options=_model_files()),
-                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), advanced=True),
+                io.Combo.Input(
+                    "unet_name",
+                    options=_model_files(),
+                    tooltip="A file of models/diffusion_models or models/checkpoints.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    advanced=True,
+                    tooltip="As in Load Diffusion Model. default leaves it to ComfyUI.",
+                ),
                 io.Float.Input(
                     "vram_limit_gb",
                     default=0.0,
@@ -68,7 +77,11 @@ class StreamedModelLoader(io.ComfyNode):
                     tooltip="VRAM for the model's weights, in GiB. 0 uses what ComfyUI offers.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The diffusion model, streamed."),
+                io.Clip.Output(tooltip="The text encoder, from a file of models/checkpoints alone."),
+                io.Vae.Output(tooltip="The VAE, from a file of models/checkpoints alone."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -35,7 +35,7 @@ class AsyncOffloadSettings(io.ComfyNode):
             category="weightstream",
             description=cls.__doc__,
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="Any MODEL. Connect the node directly behind its loader."),
                 io.Combo.Input(
                     "mode",
                     options=[mode.value for mode in Mode],
@@ -65,7 +65,10 @@ class AsyncOffloadSettings(io.ComfyNode):
                 _gib("reserve_vram_gb", "VRAM that stays free beside what a step needs, in GiB. 0 is automatic."),
                 io.Clip.Input("clip", optional=True, tooltip="A text encoder that shall stream the same way."),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The MODEL, streamed as chosen; as it came in where it cannot stream."),
+                io.Clip.Output(tooltip="The CLIP, streamed as chosen; nothing where none is connected."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

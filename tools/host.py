@@ -90,7 +90,7 @@ class HeadlessHost:
 
     ``base`` is the host's base folder (models, outputs, custom nodes) and is kept. ``arguments`` go to ``main.py`` as
     they are; ``environ`` is added to the environment, and a value of None removes a variable. ``page``: serve ComfyUI's
-    real page, for tests in a browser.
+    real page, for a browser. ``port``: where it listens; 0 takes one that is free.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class HeadlessHost:
         environ: Mapping[str, str | None] | None = None,
         pack: bool = True,
         page: bool = False,
+        port: int = 0,
         start_timeout_s: float = 180.0,
     ) -> None:
         self.comfyui = Path(comfyui).absolute()
@@ -114,7 +115,8 @@ class HeadlessHost:
         self.pack = pack
         self.page = page
         self.start_timeout_s = start_timeout_s
-        self.port = 0
+        self.wanted_port = port
+        self.port = port
         self.log_path = self.base / "comfyui.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -148,7 +150,7 @@ class HeadlessHost:
 
     def start(self) -> None:
         """Start the process and return when it answers."""
-        self.port = free_port()
+        self.port = self.wanted_port or free_port()
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
                 self._command(),
@@ -232,6 +234,10 @@ class HeadlessHost:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     @property
     def log(self) -> str:

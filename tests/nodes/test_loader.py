@@ -24,6 +24,7 @@ from weightstream.nodes.gpu_placement import GpuPlacement
 from weightstream.nodes.loader import CheckpointError, StreamedModelLoader, load_streamed
 from weightstream.nodes.offload import OffloadSettings, host_config
 from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.report import StreamingReport
 from weightstream.nodes.settings import AsyncOffloadSettings
 from weightstream.streaming import BudgetError, ConfigError, CpuBackend, CudaBackend, VirtualMemory, blocks
 
@@ -55,6 +56,7 @@ def test_the_pack_registers_the_node(nodes_of_pack: dict[str, type]) -> None:
         "WeightStreamModelLoader": StreamedModelLoader,
         "WeightStreamOffloadSettings": AsyncOffloadSettings,
         "WeightStreamGPUPlacement": GpuPlacement,
+        "WeightStreamReport": StreamingReport,
     }
 
 

@@ -140,7 +140,7 @@ test("what is hidden, or destroyed, ends it all", async () => {
   }
 });
 
-test("a lease that is being renewed while the panel is hidden starts no timer", async () => {
+test("an answer or an event that comes when the panel is hidden starts nothing", async () => {
   const { server, clock, viewer } = started();
   let open = () => {};
   server.gate = new Promise((resolve) => (open = resolve));
@@ -148,8 +148,10 @@ test("a lease that is being renewed while the panel is hidden starts no timer", 
   viewer.show(false);
   open();
   await clock.pass(60_000);
+  server.send();
+  await clock.pass(60_000);
   assert.equal(clock.timers.size, 0);
-  assert.equal(server.count(ROUTES.watch), 1);
+  assert.deepEqual(server.asked.map(({ route }) => route), [ROUTES.status, ROUTES.watch]);
 });
 
 test("several panels share one lease, and only those that are seen are told", async () => {
@@ -236,6 +238,14 @@ test("five seconds without an event are stale, and an event ends that", async ()
   assert.notEqual(seen.at(-1)?.status, null, "what was known is kept");
   server.send();
   assert.equal(link(), "live");
+});
+
+test("a server that answers and sends no events stays stale", async () => {
+  const { server, clock, viewer, link } = started();
+  viewer.show(true);
+  await clock.pass(STALE_MS + 5 * RENEW_MS);
+  assert.equal(link(), "stale");
+  assert.ok(server.count(ROUTES.status) > 3, "and is asked for its status instead");
 });
 
 test("time in which nobody looked is not stale", async () => {

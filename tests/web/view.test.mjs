@@ -97,7 +97,9 @@ test("a meter says in words what the bar shows", () => {
 test("a device is near its limit from 95 % on", () => {
   assert.equal(viewOf({ total: 1000, free: 51 }).warning, "");
   assert.equal(viewOf({ total: 1000, free: 50 }).warning, "nearly full");
-  assert.equal(viewOf({ total: 1000, free: -5 }).warning, "nearly full");
+  const over = viewOf({ total: 1000, free: -5 });
+  assert.equal(over.warning, "nearly full");
+  assert.equal(over.meter.now, 1000, "a meter's value is within its range");
 });
 
 test("page-locked memory is at its limit when no more piece fits, and never where there is none", () => {

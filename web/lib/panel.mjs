@@ -27,6 +27,8 @@ export function mountPanel(container, { feed, locale = () => "en", embedded = fa
   const classes = embedded ? "ws-panel ws-embedded" : "ws-panel";
   // No landmark: a page may have many.
   const element = el("div", { class: classes, role: "group", tabindex: "-1" });
+  // Nodes 2.0 zooms with the wheel wherever it is turned, but for what says this and has the focus.
+  if (embedded) element.dataset.captureWheel = "true";
   /** @type {Strings | null} */
   let strings = null;
   /** @type {(state: FeedState) => void} */

@@ -194,7 +194,7 @@ function segmentsOf(device) {
 function hostViews(host, strings) {
   const { ram_total: total, ram_available: available, pinned, pinned_limit: limit } = host;
   const used = format.isKnown(total) && format.isKnown(available) ? Math.max(0, total - available) : null;
-  const full = format.isKnown(pinned) && pinned > 0 && (format.fraction(pinned, limit) ?? 0) >= NEAR_PINNED_LIMIT;
+  const full = (format.fraction(pinned, limit) ?? 0) >= NEAR_PINNED_LIMIT;
   return [
     hostView("ram", strings.ram, used, total, "", strings),
     hostView("pinned", strings.pinned, pinned, limit, full ? strings.atLimit : "", strings),

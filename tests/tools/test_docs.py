@@ -1,0 +1,69 @@
+"""What the documents quote is said by the pack, and where they link to is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+TROUBLES = ROOT / "docs" / "troubleshooting.md"
+# What is made with a browser comes with the page.
+PICTURES = {"docs/images/widget.png", "docs/images/nodes.png"}
+
+
+def texts() -> Iterator[str]:
+    """Every text in the code; … stands for what is put in."""
+    for folder in ("nodes", "streaming"):
+        for path in (ROOT / folder).glob("*.py"):
+            for found in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(found, ast.JoinedStr):
+                    parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in found.values)
+                    yield "".join(parts)
+                elif isinstance(found, ast.Constant) and isinstance(found.value, str):
+                    yield re.sub(r"%(?:\.\d)?[sdf]", "…", found.value)
+
+
+def quoted() -> list[str]:
+    """The code in the first column of the tables, and of the paragraph that lists texts."""
+    text = TROUBLES.read_text("utf-8").split("## The page")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return [quote for row in rows for quote in re.findall(r"`([^`]+)`", row)]
+
+
+def fragments(text: str) -> list[str]:
+    """What is always the same in it."""
+    return [part.strip() for part in re.split(r"\s*…[\s,;:()]*", text) if len(part.strip()) > 3]
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    return [" ".join(text.split()) for text in texts()]
+
+
+@pytest.mark.parametrize("quote", quoted())
+def test_a_quoted_line_is_said(quote: str, said: list[str]) -> None:
+    assert fragments(quote)
+    assert any(all(part in text for part in fragments(quote)) for text in said), quote
+
+
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8")):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        if path.relative_to(ROOT).as_posix() in PICTURES:
+            continue
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
