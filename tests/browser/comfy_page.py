@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Locator, Page, Response, expect
+from playwright.sync_api import ConsoleMessage, Locator, Page, Response, TimeoutError, expect
 
 from tools import demo
 from tools.host import HeadlessHost
 
+WIDTH, HEIGHT = 1600, 1000
 # A user who has been here before: no tour, no templates over the graph, no news of releases.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -33,6 +35,8 @@ LOAD_PROMPT = """async prompt => {
 }"""
 SEARCH_INPUT = "input[role=combobox]:focus"
 EMPTY_PLACE = (800, 500)
+# The canvas takes no double click while it is busy with what was added before.
+SEARCH_TRIES = 5
 # Once they are drawn there; elements on nodes follow a frame later.
 BRING_INTO_VIEW = """async types => {
     const nodes = app.graph.nodes.filter(node => types.includes(node.type))
@@ -44,7 +48,7 @@ BRING_INTO_VIEW = """async types => {
     const right = Math.max(...nodes.map(node => node.pos[0] + node.size[0])) + margin
     const bottom = Math.max(...nodes.map(node => node.pos[1] + node.size[1])) + margin
     const canvas = app.canvas.canvas.getBoundingClientRect()
-    const x = 420, y = 110
+    const x = 420, y = 180
     app.canvas.ds.scale = 1
     app.canvas.ds.offset = [x - canvas.x - left, y - canvas.y - top]
     app.canvas.setDirty(true, true)
@@ -98,12 +102,18 @@ class ComfyPage:
     # the graph
 
     def clear(self) -> None:
-        self.page.evaluate("() => app.graph.clear()")
+        """An empty graph, looked at as at first."""
+        self.page.evaluate("() => { app.graph.clear(); app.canvas.ds.reset(); app.canvas.setDirty(true, true) }")
 
     def search(self, text: str) -> Locator:
         """Look for a node as a user does, with a double click on the empty graph; what is found."""
-        self.page.mouse.dblclick(*EMPTY_PLACE)
-        self.page.locator(SEARCH_INPUT).fill(text)
+        search = self.page.locator(SEARCH_INPUT)
+        for _ in range(SEARCH_TRIES):
+            self.page.mouse.dblclick(*EMPTY_PLACE)
+            with contextlib.suppress(TimeoutError):
+                search.wait_for(timeout=2_000)
+                break
+        search.fill(text)
         return self.page.get_by_role("option")
 
     def load_prompt(self, prompt: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chromium import NoBrowser, find_chromium
-from comfy_page import SETTINGS, ComfyPage, free, write_settings
+from comfy_page import HEIGHT, SETTINGS, WIDTH, ComfyPage, free, write_settings
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 import dev
@@ -19,7 +19,6 @@ from tools.host import HeadlessHost
 # The tiny FLUX (38 MB here) has to stream on one of them, and on both together.
 DEVICES = "2x16MB"
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
-WIDTH, HEIGHT = 1600, 1000
 # Nothing beyond the host is reachable, so no test depends on what is out there.
 ARGUMENTS = ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
 

@@ -18,6 +18,7 @@ from tools.host import HeadlessHost
 TINY = demo.SIZES["tiny"]
 SEED = 70
 FOUR_GPUS = Path(__file__).parent / "four_gpus.json"
+EXAMPLES = sorted(file.stem for file in (Path(__file__).resolve().parents[2] / "example_workflows").glob("*.json"))
 NODES = {
     "WeightStreamModelLoader": "Streamed Model Loader",
     "WeightStreamOffloadSettings": "Async Offload Settings",
@@ -30,13 +31,18 @@ ADD_NODE = """id => {
     app.graph.add(node)
     return node.title
 }"""
-ADD_SIDE_BY_SIDE = """ids => {
+ADD_IN_A_ROW = """ids => {
     let x = 0
+    let before = null
     return ids.map(id => {
         const node = LiteGraph.createNode(id)
         node.pos = [x, 0]
         app.graph.add(node)
-        x += node.size[0] + 30
+        // Wide enough for its title, which is cut on a node without widgets.
+        node.setSize([Math.max(node.size[0], 240), node.size[1]])
+        before?.connect(0, node, 0)
+        before = node
+        x += node.size[0] + 50
         return [node.pos[0], node.pos[0] + node.size[0]]
     })
 }"""
@@ -66,11 +72,13 @@ def test_the_page_loads_without_an_error_of_the_pack(comfy: ComfyPage) -> None:
 
 @pytest.mark.parametrize("node_id", NODES)
 def test_a_node_is_found_and_added(comfy: ComfyPage, node_id: str) -> None:
-    comfy.search(NODES[node_id]).filter(has_text=NODES[node_id]).first.click()
+    found = comfy.search(NODES[node_id])
+    found.filter(has_text=NODES[node_id]).first.click()
     comfy.page.wait_for_function("() => app.graph.nodes.length === 1")
     (node,) = comfy.workflow()["nodes"]
     assert node["type"] == node_id
     comfy.page.keyboard.press("Escape")
+    expect(found).to_have_count(0)
 
 
 @pytest.mark.parametrize("node_id", NODES)
@@ -127,9 +135,22 @@ def test_a_workflow_of_four_gpus_runs_on_two(comfy: ComfyPage, expected: demo.La
     assert comfy.our_errors == []
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_workflow_opens(comfy: ComfyPage, name: str) -> None:
+    workflow = comfy.page.evaluate(
+        "async name => await (await fetch(`/api/workflow_templates/weightstream/${name}.json`)).json()", name
+    )
+    comfy.load_workflow(workflow)
+    shown = comfy.workflow()["nodes"]
+    assert sorted(node["type"] for node in shown) == sorted(node["type"] for node in workflow["nodes"])
+    assert any(node["type"] in NODES for node in shown)
+    assert comfy.page.evaluate("() => app.graph.nodes.filter(node => node.has_errors).map(node => node.type)") == []
+    assert comfy.our_errors == []
+
+
 def test_the_nodes_look_as_in_the_docs(comfy: ComfyPage, save_picture: Callable[..., None]) -> None:
     """All nodes of the pack in one picture, none on top of another."""
-    boxes = comfy.page.evaluate(ADD_SIDE_BY_SIDE, list(NODES))
+    boxes = comfy.page.evaluate(ADD_IN_A_ROW, list(NODES))
     for (_, right), (left, _) in itertools.pairwise(boxes):
         assert right < left
     clip = comfy.bring_into_view(*NODES)

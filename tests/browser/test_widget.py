@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_page import ComfyPage
+from comfy_page import HEIGHT, WIDTH, ComfyPage
 from playwright.sync_api import Locator, Route, expect
 
 from tools import demo
@@ -146,10 +146,19 @@ def expect_state(panel: Locator, *texts: str) -> None:
 
 
 def show_whole(panel: Locator) -> None:
-    """Have a node be as high as what its panel shows."""
-    panel.evaluate("""panel => {
+    """Put the node aside, and have it be as high as what its panel shows."""
+    panel.evaluate("""async panel => {
         const node = app.graph.nodes.find(node => node.type === 'WeightStreamGPUPlacement')
-        node.setSize([Math.max(node.size[0], 320), node.size[1] + panel.scrollHeight - panel.clientHeight])
+        node.pos = [node.pos[0], node.pos[1] - 3000]
+        app.canvas.ds.offset[1] += 3000
+        node.setSize([320, node.size[1]])
+        // What the node has beside the panel takes a share of what is added.
+        for (let missing = 1; missing > 0; ) {
+            app.canvas.setDirty(true, true)
+            for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame)
+            missing = panel.scrollHeight - panel.clientHeight
+            if (missing > 0) node.setSize([320, node.size[1] + missing])
+        }
     }""")
 
 
@@ -180,12 +189,19 @@ def test_the_panel_follows_a_run(comfy: ComfyPage, save_picture: Callable[..., N
         expect_state(sidebar, r"Streaming\b")
         widget = comfy.page.locator(".ws-embedded")
         expect(widget.locator(".ws-device").first).to_contain_text("MB/s")
+        comfy.page.set_viewport_size({"width": WIDTH, "height": 2 * HEIGHT})
+        comfy.bring_into_view("WeightStreamGPUPlacement")
         show_whole(widget)
-        save_picture(comfy.page, "widget", clip=comfy.bring_into_view("WeightStreamGPUPlacement"))
+        clip, inside = comfy.bring_into_view("WeightStreamGPUPlacement"), widget.bounding_box()
+        assert inside is not None
+        # The plan stands below the panel too, as text of the host.
+        clip["height"] = inside["y"] + inside["height"] + 14 - clip["y"]
+        save_picture(comfy.page, "widget", clip=clip)
         for panel in (sidebar, widget):
             expect_figures_of_the_route(panel, comfy.host)
     finally:
         comfy.host.interrupt()
+        comfy.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
     with pytest.raises(PromptInterrupted):
         comfy.host.wait(prompt_id, timeout_s=60)
     # The host says that the model runs for two more seconds.
