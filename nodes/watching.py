@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from .usage import DeviceUsage, HostUsage, sampler
 
 if TYPE_CHECKING:
     from server import PromptServer
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 EVENT = "weightstream.status"
@@ -87,6 +90,7 @@ class Watch:
         self._leases[client_id] = time.monotonic() + LEASE_SECONDS
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._send())
+            self._task.add_done_callback(_tell_of_failure)
         return True
 
     @property
@@ -112,3 +116,9 @@ class Watch:
             if until > now and client_id in self._server.sockets
         }
         return list(self._leases)
+
+
+def _tell_of_failure(task: asyncio.Task[None]) -> None:
+    """Pages see that nothing comes any more; with their next renewal it is tried again."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("[WeightStream] the use of devices cannot be read: %s", error, exc_info=error)

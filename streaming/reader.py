@@ -102,7 +102,8 @@ class Reader:
     @property
     def ring_bytes(self) -> int:
         """Host memory of the ring; 0 while there is none."""
-        return self._ring.nbytes if self._ring is not None else 0
+        ring = self._ring  # Once: a status is asked for on other threads.
+        return ring.nbytes if ring is not None else 0
 
     def transfer(
         self, parts: Sequence[Load | Move], after: Event | None, fine: bool = False, background: bool = False

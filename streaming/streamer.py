@@ -470,9 +470,10 @@ class Streamer:
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
-        now = self.standing  # Once: another thread may load or unload meanwhile.
-        told = (self.config, self.profile, self._activity(), self.building, self._verifier.finding)
-        return take_snapshot(now, self.site.placement, self.site.supply, self.backend, *told)
+        # Once, and in this order: another thread may load or unload meanwhile, and a plan is gone before its site is.
+        site, now = self.site, self.standing
+        told = (self.config, self.profile, self._activity(), site.building, self._verifier.finding)
+        return take_snapshot(now, site.placement, site.supply, site.backend, *told)
 
     def _activity(self) -> Activity:
         counters, idle_seconds = replace(self.counters), time.monotonic() - self.last_used

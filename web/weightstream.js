@@ -20,15 +20,8 @@ const feed = createFeed(api);
 const tab = sidebarTab({ feed, locale });
 const widgets = nodeWidgets({ app, feed, locale });
 
-document.head.append(
-  Object.assign(document.createElement("link"), {
-    rel: "stylesheet",
-    href: new URL("./weightstream.css", import.meta.url).href,
-  }),
-);
-
 app.registerExtension({
-  name: "WeightStream",
+  name: "weightstream.vram",
   settings: [
     {
       id: WIDGET_SETTING,

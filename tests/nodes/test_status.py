@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import weakref
@@ -307,3 +308,64 @@ def test_a_virtual_device_that_is_full_is_all_used(virtual_device: Callable[[int
     virtual_device(24 * MB).take(24 * MB)
     (device,) = full_status()["devices"]
     assert (device["free"], device["torch"]) == (0, 24 * MB)
+
+
+# -- leases ------------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """The host's server, as far as a watch uses it, with one page."""
+
+    def __init__(self) -> None:
+        self.sockets: dict[str, object] = {"page": object()}
+        self.sent: list[tuple[str, str]] = []
+
+    def send_sync(self, event: str, data: Any, client_id: str) -> None:
+        self.sent.append((event, client_id))
+
+
+def test_a_page_that_is_gone_gets_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "INTERVAL_SECONDS", 0.01)
+
+    async def watch() -> None:
+        server = Server()
+        leases: Any = watching.Watch(server)  # type: ignore[arg-type]
+        assert leases.renew("page")
+        while not server.sent:
+            await asyncio.sleep(0.01)
+        server.sockets.clear()
+        while leases.active:
+            await asyncio.sleep(0.01)
+        assert not leases.renew("page")
+        assert set(server.sent) == {("weightstream.status", "page")}
+
+    asyncio.run(watch())
+
+
+def test_a_sample_that_fails_is_told_of_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = [RuntimeError("the GPU has fallen off the bus")]
+    make_event = watching.make_event
+
+    def fail_once(reader: VramReader) -> dict[str, Any]:
+        if failures:
+            raise failures.pop()
+        return make_event(reader)
+
+    monkeypatch.setattr(watching, "make_event", fail_once)
+
+    async def watch() -> None:
+        server = Server()
+        leases: Any = watching.Watch(server)  # type: ignore[arg-type]
+        leases.renew("page")
+        while leases.active:
+            await asyncio.sleep(0.01)
+        leases.renew("page")
+        while not server.sent:
+            await asyncio.sleep(0.01)
+        server.sockets.clear()
+        monkeypatch.setattr(watching, "INTERVAL_SECONDS", 0.0)
+
+    asyncio.run(watch())
+    assert "the use of devices cannot be read: the GPU has fallen off the bus" in caplog.text

@@ -154,6 +154,21 @@ test("an answer or an event that comes when the panel is hidden starts nothing",
   assert.deepEqual(server.asked.map(({ route }) => route), [ROUTES.status, ROUTES.watch]);
 });
 
+test("a renewal that is answered when the panel is hidden asks for no status", async () => {
+  const { server, clock, viewer } = started();
+  viewer.show(true);
+  await settled();
+  let open = () => {};
+  server.gate = new Promise((resolve) => (open = resolve));
+  await clock.pass(RENEW_MS);
+  viewer.show(false);
+  const fetched = server.count(ROUTES.status);
+  open();
+  await settled();
+  assert.equal(server.count(ROUTES.watch), 2);
+  assert.equal(server.count(ROUTES.status), fetched);
+});
+
 test("several panels share one lease, and only those that are seen are told", async () => {
   const { server, clock, feed, seen, viewer } = started();
   /** @type {unknown[]} */

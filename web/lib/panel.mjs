@@ -15,6 +15,7 @@ import { watchVisibility } from "./visibility.mjs";
 /** @import { Strings } from "./strings.mjs" */
 /** @import { HostView, NoticeView, View } from "./view.mjs" */
 
+const STYLES = new URL("../weightstream.css", import.meta.url).href;
 // A value that moves to and fro across a limit would be read out each time.
 const SPEAK_MS = 5_000;
 
@@ -45,7 +46,9 @@ export function mountPanel(container, { feed, locale = () => "en", embedded = fa
     // What had the focus is gone: from here the next Tab goes on in the panel, and not at the page's begin.
     if (focused && !element.contains(document.activeElement)) element.focus({ preventScroll: true });
   });
-  container.append(element);
+  // In the panel's own place: other packs' elements share the page's head.
+  const style = el("link", { rel: "stylesheet", href: STYLES });
+  container.append(element, style);
   const stop = watchVisibility(element, (visible) => viewer.show(visible));
   return {
     element,
@@ -53,6 +56,7 @@ export function mountPanel(container, { feed, locale = () => "en", embedded = fa
       stop();
       viewer.close();
       element.remove();
+      style.remove();
     },
   };
 }

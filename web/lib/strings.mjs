@@ -93,7 +93,7 @@ const CHINESE = {
   title: "WeightStream",
   tooltip: "显存与流式模型（WeightStream）",
   showCommand: "WeightStream：显示显存",
-  widgetSetting: "在 GPU Placement 节点上显示显存",
+  widgetSetting: "在“GPU 分配”节点上显示显存",
 
   resident: "常驻",
   staging: "暂存区",

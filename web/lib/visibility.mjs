@@ -21,9 +21,9 @@ export function watchVisibility(element, listener) {
     tell();
   });
   observer.observe(element);
-  document.addEventListener("visibilitychange", tell);
+  window.addEventListener("visibilitychange", tell);
   return () => {
     observer.disconnect();
-    document.removeEventListener("visibilitychange", tell);
+    window.removeEventListener("visibilitychange", tell);
   };
 }
