@@ -48,7 +48,7 @@ BRING_INTO_VIEW = """async types => {
     const right = Math.max(...nodes.map(node => node.pos[0] + node.size[0])) + margin
     const bottom = Math.max(...nodes.map(node => node.pos[1] + node.size[1])) + margin
     const canvas = app.canvas.canvas.getBoundingClientRect()
-    const x = 420, y = 180
+    const x = 380, y = 180
     app.canvas.ds.scale = 1
     app.canvas.ds.offset = [x - canvas.x - left, y - canvas.y - top]
     app.canvas.setDirty(true, true)
