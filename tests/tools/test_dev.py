@@ -89,21 +89,3 @@ def test_an_archive_cannot_write_outside(dev: ModuleType, tmp_path: Path, name: 
 
 def test_the_cache_can_be_moved(dev: ModuleType, tmp_path: Path) -> None:
     assert dev.cache_dir({"WEIGHTSTREAM_CACHE": str(tmp_path / "elsewhere")}) == tmp_path / "elsewhere"
-
-
-def test_without_network_the_newest_page_that_was_fetched_is_used(
-    dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreachable(python: Path) -> Path:
-        raise dev.SetupError("no network")
-
-    monkeypatch.setenv("WEIGHTSTREAM_CACHE", str(tmp_path))
-    monkeypatch.setattr(dev, "tool_python", lambda: Path(sys.executable))
-    monkeypatch.setattr(dev, "_fetch_frontend", unreachable)
-    with pytest.raises(dev.SetupError, match="no network"):
-        dev.newest_frontend()
-    for version in ("1.9.3", "1.47.12", "1.58.1"):
-        (tmp_path / f"frontend-{version}").mkdir()
-    for version in ("1.9.3", "1.47.12"):
-        dev.mark_ready(tmp_path / f"frontend-{version}")
-    assert dev.newest_frontend() == tmp_path / "frontend-1.47.12" / "comfyui_frontend_package" / "static"

@@ -19,7 +19,7 @@ export function sidebarTab({ feed, locale }) {
       id: ID,
       type: "custom",
       icon: ICON,
-      title: strings.title,
+      title: strings.tab,
       tooltip: strings.tooltip,
       /** @param {HTMLElement} container */
       render(container) {

@@ -6,6 +6,7 @@
 
 const ENGLISH = {
   title: "WeightStream",
+  tab: "VRAM",
   tooltip: "VRAM and streamed models (WeightStream)",
   showCommand: "WeightStream: show VRAM",
   widgetSetting: "Show VRAM on the GPU Placement node",
@@ -91,6 +92,7 @@ const ENGLISH = {
 /** @type {Strings} */
 const CHINESE = {
   title: "WeightStream",
+  tab: "显存",
   tooltip: "显存与流式模型（WeightStream）",
   showCommand: "WeightStream：显示显存",
   widgetSetting: "在“GPU 分配”节点上显示显存",
