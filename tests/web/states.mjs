@@ -249,14 +249,14 @@ export const STATES = {
   unknown: feedState(
     status({
       devices: [
-        device({ name: "AMD Radeon RX 7900 XTX", total: 25.7 * GB, resident: 2 * GB, other: null, copy_rate: null, stalled: null }),
+        device({ name: "AMD Radeon RX 7900 XTX", total: 25.7 * GB, resident: 2 * GB, staging: 0.5 * GB, other: null, copy_rate: null, stalled: null }),
         device({ device: "gpu:1", name: "AMD Radeon RX 7900 XTX", total: 25.7 * GB, torch: 0, cache: 0, other: null, copy_rate: null, stalled: null }),
       ],
       host: host({ pinned_limit: null }),
       models: [
         model({
           ladder: "synchronous", reason: "its settings ask for it", pinned_bytes: 0, limited_by: "",
-          plan: "21.8 GB a step streamed in 84 segments, from 57 of 57 blocks; 2.0 GB on the device: 1.5 GB of blocks resident, "
+          plan: "21.8 GB a step streamed in 84 segments, from 57 of 57 blocks; 2.5 GB on the device: 1.5 GB of blocks resident, "
             + "500 MB outside of blocks, 500 MB staging; 0 B from page-locked memory, 21.8 GB staged from the file or pageable "
             + "memory (page-locking is switched off)",
           resident_bytes: 1.5 * GB, streamed_block_bytes: 21.8 * GB,
