@@ -15,6 +15,7 @@ from ..streaming.device_names import CPU, DEFAULT
 from . import status
 from .components import clip_on, model_on, vae_on
 from .gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
+from .notices import keep_notice, withdraw_notice
 from .parts import OneDeviceError
 from .split import split_over
 
@@ -134,9 +135,9 @@ class GpuPlacement(io.ComfyNode):
             )
         text = "; ".join(placing.said)
         status.announce(NAME, text, node_id)
-        status.withdraw_notice(NAME, node_id)
+        withdraw_notice(NAME, node_id)
         if placing.fell_back:
-            status.keep_notice("fallback", NAME, text, node_id, model.model)
+            keep_notice("fallback", NAME, text, node_id, model.model)
         return io.NodeOutput(model, clip, vae)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import comfy.model_detection
@@ -24,6 +22,8 @@ from ..streaming import Checkpoint, CheckpointError, UnsupportedModelError, warm
 from . import status
 from .devices import make_backend
 from .mapped import SAFETENSORS_ENDINGS, mapped_loading
+from .names import shown_name
+from .notices import keep_notice
 from .offload import GIB, OffloadSettings
 from .patcher import StreamedModelPatcher
 from .streamed_model import make_streamed
@@ -97,15 +97,6 @@ class StreamedModelLoader(io.ComfyNode):
         return io.NodeOutput(model, *_load_companions(path))
 
 
-def shown_name(path: str) -> str:
-    """The name by which the host lists a file: with the folder in which it lies below one of models, if any."""
-    for folder in chain.from_iterable(map(folder_paths.get_folder_paths, (MODELS, CHECKPOINTS))):
-        with suppress(ValueError):  # Another drive has no common path.
-            if os.path.commonpath([folder, path]) == os.path.normpath(folder):
-                return os.path.relpath(path, folder)
-    return os.path.basename(path)
-
-
 def _model_files() -> list[str]:
     """The files to choose from; of two with one name that of diffusion_models is taken."""
     names = folder_paths.get_filename_list(MODELS)
@@ -143,7 +134,7 @@ def load_streamed(
         text = f"not streamed, loaded ComfyUI's own way: {error}"
         status.announce(name, text, node_id)
         patcher = load_unstreamed(path, model_options, full_checkpoint, disable_dynamic)
-        status.keep_notice("inactive", name, text, node_id, patcher.model)
+        keep_notice("inactive", name, text, node_id, patcher.model)
         if not weights.sharded:
             return patcher  # It has the host's own factory.
     patcher.cached_patcher_init = (load_streamed, (path, model_options, vram_limit, node_id, full_checkpoint))

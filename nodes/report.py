@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..streaming import format_bytes, open_vram_reader
+from ..streaming import open_vram_reader
+from ..streaming.server_status import describe_model as entry_as_text
 from . import status
+from .description import describe_models
+from .notices import describe_notices
 from .patcher import StreamedModelPatcher
 from .usage import sampler
 from .watching import SCHEMA
@@ -49,7 +51,7 @@ class StreamingReport(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **kwargs: Any) -> float:
         """Never the same twice: figures change while inputs do not."""
-        return time.time()
+        return float("nan")
 
     @classmethod
     def execute(cls, model: ModelPatcher, trigger: Any = None) -> io.NodeOutput:
@@ -66,39 +68,20 @@ def make_report(model: ModelPatcher) -> dict[str, Any]:
         usage = sampler.sample(reader)
     entries = []
     if isinstance(model, StreamedModelPatcher):
-        entries = status.describe_models([model.streamed, *(part.streamed for part in model.parts)])
+        entries = describe_models([model.streamed, *(part.streamed for part in model.parts)], ended=True)
     return {
         "schema": SCHEMA,
         "streams": bool(entries),
         "model": entries[0]["name"] if entries else type(model.model).__name__,
         **usage.as_dict(),
         "models": entries,
-        "notices": status.describe_notices(),
+        "notices": describe_notices(),
     }
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people: a paragraph for each device."""
+    """The report for people: some lines for each device."""
+    notices = [f"{notice['name']}: {notice['text']}" for notice in report["notices"]]
     if not report["streams"]:
-        return "\n".join(
-            [f"{report['model']} does not stream: ComfyUI moves its weights", *map(_notice, report["notices"])]
-        )
-    lines = [report["model"], *(line for entry in report["models"] for line in _lines(entry))]
-    return "\n".join([*lines, *map(_notice, report["notices"])])
-
-
-def _notice(notice: dict[str, Any]) -> str:
-    return f"{notice['name']}: {notice['text']}"
-
-
-def _lines(entry: dict[str, Any]) -> list[str]:
-    reason = f" ({entry['reason']})" if entry["reason"] else ""
-    lines = [f"{entry['device']}: {entry['ladder']}{reason}", f"  plan: {entry['plan']}"]
-    run = entry["last_run"]
-    if run is None:
-        return [*lines, "  nothing has run yet"]
-    rate = "" if run["rate"] is None else f" at {format_bytes(run['rate'])}/s"
-    step = "" if run["step_seconds"] is None else f", the last one in {run['step_seconds']:.3f} s"
-    lines.append(f"  last run: {run['steps']} steps{step}; {format_bytes(run['bytes'])} copied{rate}")
-    stalls = f"  waited {run['stall_ms_per_block']:.3f} ms a block and step; {run['misses']} copies came late"
-    return [*lines, stalls + (f"; {run['corrupted']} were corrupted" if run["corrupted"] else "")]
+        return "\n".join([f"{report['model']} does not stream: ComfyUI moves its weights", *notices])
+    return "\n".join([*(line for entry in report["models"] for line in entry_as_text(entry)), *notices])

@@ -3,22 +3,26 @@
 [Note: who may unload]
 Models are loaded and run by the host's worker, in one thread. A route that took one off the device meanwhile would pull
 memory from under it. So it holds the lock with which the worker takes a prompt from the queue, and goes away where one
-is running. What is left is the host's own "Free model and node cache" in the moment in which the worker carries it out:
-while that is still waiting, nothing is unloaded here either.
+is running. The host's page waits for that lock too, but to let go of device memory takes no time. Unlocking RAM does,
+and needs no such lock: each model has one of its own, which is held while it is loaded or runs, and gives nothing then.
+What is left is the host's own "Free model and node cache" in the moment in which the worker carries it out: while that
+is still waiting, nothing is unloaded here either.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comfy.model_management as mm
 from aiohttp import web
 
 from ..streaming import open_vram_reader
 from . import status
+from .description import describe_models
 from .devices import unload
+from .gpus import visible_gpus, why_no_gpus
+from .notices import describe_notices
 from .patcher import StreamedModelPatcher
 from .usage import sampler
 from .version import VERSION
@@ -47,37 +51,47 @@ def full_status() -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "version": VERSION,
-        "time": time.time(),
+        "time": now.time,
         **now.as_dict(),
-        "models": status.describe_models(status.watched()),
-        "notices": status.describe_notices(),
+        "why_no_devices": None if visible_gpus() else why_no_gpus(),
+        "models": describe_models(status.watched()),
+        "notices": describe_notices(),
     }
 
 
-def free(models: list[StreamedModel], what: str) -> dict[str, int]:
-    """Take models off their devices, or free their page-locked memory; gives the bytes that came free, of each kind."""
-    before = _held(models)
-    if what == PINNED:
-        for model in models:
-            model.streamer.give_up_masters(model.streamer.snapshot().pinned_bytes)
-    else:
-        for loaded in list(mm.current_loaded_models):
-            if isinstance(patcher := loaded.model, StreamedModelPatcher) and patcher.streamed in models:
-                unload(patcher)
-    after = _held(models)
-    return {"freed_device": before[0] - after[0], "freed_pinned": before[1] - after[1]}
-
-
-def _held(models: list[StreamedModel]) -> tuple[int, int]:
-    snapshots = [model.streamer.snapshot() for model in models]
-    return sum(snapshot.device_bytes for snapshot in snapshots), sum(snapshot.pinned_bytes for snapshot in snapshots)
-
-
-def free_between_prompts(server: PromptServer, models: list[StreamedModel], what: str) -> dict[str, int]:
-    """:func:`free`, while no prompt runs (Note: who may unload).
+def free(server: PromptServer, models: list[StreamedModel], what: str) -> dict[str, int]:
+    """Take models off their devices, or free their page-locked memory; gives the bytes that came free, of each kind.
 
     Raises:
-        BusyError: one does.
+        BusyError: they are in use (Note: who may unload).
+    """
+    before = _held(models)
+    if what == PINNED:
+        unlock(models)
+    else:
+        unload_between_prompts(server, models)
+    after = _held(models)
+    return {"freed_device": before.device - after.device, "freed_pinned": before.pinned - after.pinned}
+
+
+def unlock(models: list[StreamedModel]) -> None:
+    """Free the page-locked memory of models.
+
+    Raises:
+        BusyError: they give none of what they have.
+    """
+    had = _held(models).pinned
+    for model in models:
+        model.streamer.give_up_masters(model.streamer.snapshot().pinned_bytes)
+    if had and _held(models).pinned == had:
+        raise BusyError("it is in use; interrupt the prompt, or try again when it is done")
+
+
+def unload_between_prompts(server: PromptServer, models: list[StreamedModel]) -> None:
+    """Take models off their devices.
+
+    Raises:
+        BusyError: a prompt runs.
     """
     queue = server.prompt_queue
     with queue.mutex:
@@ -85,7 +99,24 @@ def free_between_prompts(server: PromptServer, models: list[StreamedModel], what
             raise BusyError("a prompt is running; interrupt it, or try again when it is done")
         if queue.flags:
             raise BusyError("ComfyUI is about to free models itself; try again in a moment")
-        return free(models, what)
+        take_off(models)
+
+
+def take_off(models: list[StreamedModel]) -> None:
+    """Have the host take these models off their devices."""
+    for loaded in list(mm.current_loaded_models):
+        if isinstance(patcher := loaded.model, StreamedModelPatcher) and patcher.streamed in models:
+            unload(patcher)
+
+
+class _Held(NamedTuple):
+    device: int
+    pinned: int
+
+
+def _held(models: list[StreamedModel]) -> _Held:
+    snapshots = [model.streamer.snapshot() for model in models]
+    return _Held(sum(each.device_bytes for each in snapshots), sum(each.pinned_bytes for each in snapshots))
 
 
 def add_routes() -> None:
@@ -111,11 +142,12 @@ def add_routes() -> None:
         body = await _body(request)
         if body.get("what") not in (MODEL, PINNED):
             return _refused(400, f'what must be "{MODEL}" or "{PINNED}"')
-        models = [model for model in status.watched() if str(model.number) == body.get("model")]
+        wanted = str(body.get("model"))
+        models = [model for model in status.watched() if str(model.number) == wanted]
         if not models:
-            return _refused(404, f"there is no model {body.get('model')!r}; it may be gone already")
+            return _refused(404, f"there is no model {wanted}; it may be gone already")
         try:
-            return web.json_response(await asyncio.to_thread(free_between_prompts, server, models, body["what"]))
+            return web.json_response(await asyncio.to_thread(free, server, models, body["what"]))
         except BusyError as error:
             return _refused(409, str(error))
 
@@ -124,7 +156,7 @@ async def _body(request: web.Request) -> dict[str, Any]:
     """The JSON object that was sent; an empty one where it is something else."""
     try:
         body = await request.json()
-    except ValueError:
+    except (ValueError, LookupError, RecursionError):  # No JSON, an encoding that nobody knows, nested without end.
         return {}
     return body if isinstance(body, dict) else {}
 

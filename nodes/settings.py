@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..streaming import UnsupportedModelError
 from . import status
 from .components import patcher_on
+from .notices import keep_notice, withdraw_notice
 from .offload import GIB, Mode, OffloadSettings
 from .patcher import StreamedModelPatcher
 from .streamed_model import check_limit
@@ -110,7 +111,7 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
     """
     streams = isinstance(patcher, StreamedModelPatcher)
     name = patcher.streamed.name if streams else type(patcher.model).__name__
-    status.withdraw_notice(name, node_id)
+    withdraw_notice(name, node_id)
     try:
         if settings.mode is Mode.OFF:
             native = patcher_on(give_back(patcher), patcher.load_device) if streams else patcher
@@ -121,7 +122,7 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
     except UnsupportedModelError as error:
         text = f"left as it is: {error}"
         status.announce(name, text, node_id)
-        status.keep_notice("inactive", name, text, node_id, patcher.model)
+        keep_notice("inactive", name, text, node_id, patcher.model)
         return patcher
     ours = patcher.clone()
     ours.settings, ours.node_id = settings.over(patcher.settings), node_id

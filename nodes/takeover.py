@@ -7,7 +7,6 @@ first model it cannot be (references.py).
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from ..streaming import CheckpointError, UnsupportedModelError
 from .devices import make_backend, unload
 from .loaded_state import take_off
+from .names import shown_name
 from .offload import OffloadSettings
 from .patcher import PARTS, StreamedModelPatcher
 from .references import refers_to
@@ -161,7 +161,7 @@ def _name_of(patcher: ModelPatcher) -> str:
     for argument in arguments:
         paths = argument if isinstance(argument, (list, tuple)) else [argument]
         if paths and all(isinstance(path, str) and path.lower().endswith(_ENDINGS) for path in paths):
-            return " + ".join(os.path.basename(path) for path in paths)
+            return " + ".join(map(shown_name, paths))
     return type(patcher.model).__name__
 
 

@@ -8,12 +8,13 @@ rates.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -23,12 +24,11 @@ from . import status
 from .devices import pins, virtual_devices
 from .gpus import visible_gpus
 
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
-
-# Rates are of at least so long, and nothing is told of a time that is longer than the other.
+# Rates are of at least so long. After a longer time than the other without samples they begin anew.
 SHORTEST_SECONDS = 0.5
 LONGEST_SECONDS = 5.0
+# A minute of them, or more: two steps seldom take longer.
+MOST_SAMPLES = 120
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class DeviceUsage:
         resident, staging: streamed models: weights that stay; slots through which the others pass.
         torch, cache: what else torch has given out; what it keeps for its next allocations.
         other: other processes, contexts of drivers, models with ComfyUI's dynamic VRAM.
-        peak: the most that was seen in use since the last run began.
-        copy_rate: bytes per second that were copied to it since the sample before.
+        peak: the most that was seen in use since the last run began. Nobody samples while nobody looks; but torch keeps
+            what activations took, so that a sample after the run sees that too.
+        copy_rate: bytes per second that were copied to it of late.
         stalled: the part of that time for which compute waited for copies, at most 1.
     """
 
@@ -89,10 +90,10 @@ class Sample(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """What a model has copied, in bytes, and waited, in seconds, since it was made."""
+    """What a model has copied to a device, in bytes, and waited for, in seconds, since it was made."""
 
-    copied: int
-    stalled: float
+    copied: int = 0
+    stalled: float = 0.0
 
 
 class _Rates(NamedTuple):
@@ -100,65 +101,75 @@ class _Rates(NamedTuple):
     stalled: float | None = None
 
 
+# A model on a device: its number, and the device's name. Not the model: who watches must not keep it alive.
+_Key = tuple[int, str]
+
+
 class Sampler:
-    """Takes samples, on any thread, and keeps what the next one is compared with."""
+    """Takes samples, on any thread, and keeps what later ones are compared with."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._moment: float | None = None
-        # Weakly: who watches must not keep models alive.
-        self._done: weakref.WeakKeyDictionary[StreamedModel, _Done] = weakref.WeakKeyDictionary()
-        self._rates: dict[str, _Rates] = {}
-        self._runs: dict[str, int] = {}
+        self._history: deque[tuple[float, dict[_Key, _Done]]] = deque(maxlen=MOST_SAMPLES)
+        self._runs: dict[_Key, int] = {}
         self._peaks: dict[str, int] = {}
 
     def sample(self, reader: VramReader) -> Sample:
         """How things stand now."""
         with self._lock:
-            models = {model: model.streamer.snapshot() for model in status.watched()}
-            self._measure(models)
-            devices = [self._usage(name, device, models, reader) for name, device in visible_gpus().items()]
+            models = {(model.number, model.gpu): model.streamer.snapshot() for model in status.watched()}
+            now = time.monotonic()
+            self._remember(now, models)
+            devices = [self._usage(name, device, models, now, reader) for name, device in visible_gpus().items()]
+            self._runs = {key: snapshot.counters.runs for key, snapshot in models.items()}
             return Sample(time.time(), tuple(devices), _host_usage())
 
-    def _measure(self, models: Mapping[StreamedModel, Snapshot]) -> None:
-        """Take the rates of all devices anew, unless that was just done."""
-        now = time.monotonic()
-        elapsed = None if self._moment is None else now - self._moment
-        if elapsed is not None and elapsed < SHORTEST_SECONDS:
-            return
-        known = elapsed is not None and elapsed <= LONGEST_SECONDS
-        self._moment = now
-        totals: dict[str, _Done] = {}
-        for model, snapshot in models.items():
-            done = _Done(snapshot.counters.streamed_bytes, snapshot.counters.stall_seconds)
-            then, total = self._done.get(model, _Done(0, 0.0)), totals.get(model.gpu, _Done(0, 0.0))
-            self._done[model] = done
-            totals[model.gpu] = _Done(
-                total.copied + done.copied - then.copied, total.stalled + done.stalled - then.stalled
-            )
-        idle = dict.fromkeys(visible_gpus(), _Done(0, 0.0))
-        self._rates = {
-            name: _Rates(total.copied / elapsed, min(1.0, total.stalled / elapsed)) if known else _Rates()
-            for name, total in (idle | totals).items()
-        }
+    def _remember(self, now: float, models: Mapping[_Key, Snapshot]) -> None:
+        last = self._history[-1][0] if self._history else -math.inf
+        if now - last > LONGEST_SECONDS:
+            self._history.clear()
+        if now - last >= SHORTEST_SECONDS:
+            counted = {key: snapshot.counters for key, snapshot in models.items()}
+            done = {key: _Done(counters.streamed_bytes, counters.stall_seconds) for key, counters in counted.items()}
+            self._history.append((now, done))
+
+    def _rates(self, device: str, models: Mapping[_Key, Snapshot], now: float) -> _Rates:
+        """Over the last second, or over two steps where those take longer: copies are counted when they are queued."""
+        ours = {key: snapshot for key, snapshot in models.items() if key[1] == device}
+        steps = [snapshot.step_seconds or 0.0 for snapshot in ours.values() if snapshot.busy]
+        since = now - max([1.0, *(2 * seconds for seconds in steps)])
+        before = next((sample for sample in reversed(self._history) if sample[0] <= since), None)
+        if before is None and self._history and now - self._history[0][0] >= SHORTEST_SECONDS:
+            before = self._history[0]
+        if before is None:
+            return _Rates()
+        moment, done = before
+        then = {key: done.get(key, _Done()) for key in ours}
+        copied = sum(snapshot.counters.streamed_bytes - then[key].copied for key, snapshot in ours.items())
+        stalled = sum(snapshot.counters.stall_seconds - then[key].stalled for key, snapshot in ours.items())
+        return _Rates(copied / (now - moment), min(1.0, stalled / (now - moment)))
 
     def _usage(
-        self, name: str, device: torch.device, models: Mapping[StreamedModel, Snapshot], reader: VramReader
+        self,
+        name: str,
+        device: torch.device,
+        models: Mapping[_Key, Snapshot],
+        now: float,
+        reader: VramReader,
     ) -> DeviceUsage:
-        ours = [snapshot for model, snapshot in models.items() if model.gpu == name]
-        usage = _memory(name, device, ours, reader)
-        peak = self._peak(name, sum(snapshot.counters.runs for snapshot in ours), usage.used)
-        return replace(usage, peak=peak, **self._rates.get(name, _Rates())._asdict())
+        ours = {key: snapshot for key, snapshot in models.items() if key[1] == name}
+        usage = _memory(name, device, list(ours.values()), reader)
+        begun = any(snapshot.counters.runs > self._runs.get(key, 0) for key, snapshot in ours.items())
+        return replace(usage, peak=self._peak(usage, begun), **self._rates(name, models, now)._asdict())
 
-    def _peak(self, device: str, runs: int, used: int | None) -> int | None:
-        """The most that was in use since the last run on ``device`` began."""
-        if used is None:
+    def _peak(self, usage: DeviceUsage, begun: bool) -> int | None:
+        """The most that was seen in use of a device since a run on it has ``begun``."""
+        if usage.used is None:
             return None
-        if self._runs.get(device) != runs:
-            self._runs[device] = runs
-            self._peaks.pop(device, None)
-        self._peaks[device] = max(used, self._peaks.get(device, 0))
-        return self._peaks[device]
+        if begun:
+            self._peaks.pop(usage.device, None)
+        self._peaks[usage.device] = max(usage.used, self._peaks.get(usage.device, 0))
+        return self._peaks[usage.device]
 
 
 sampler = Sampler()

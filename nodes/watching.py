@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..streaming import VramReader, open_vram_reader
 from . import status
+from .description import describe_models
+from .notices import describe_notices
 from .usage import DeviceUsage, HostUsage, sampler
 
 if TYPE_CHECKING:
@@ -35,13 +37,13 @@ DEVICE_FIELDS += ("copy_rate", "stalled")
 HOST_FIELDS = ("ram_total", "ram_available", "pinned", "pinned_limit")
 
 # What of a model's entry moves all the time, or is in the event already.
-STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan")
+STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", "last_run", "pinned_bytes")
 
 
 def make_event(reader: VramReader) -> dict[str, Any]:
     """How things stand, in few words."""
     now = sampler.sample(reader)
-    models = status.describe_models(status.watched())
+    models = describe_models(status.watched())
     loading = [[model["id"], *model["loading"].values()] for model in models if model["loading"] is not None]
     running = [model["id"] for model in models if model["running"]]
     return {
@@ -70,8 +72,7 @@ def _revision(models: list[dict[str, Any]], devices: tuple[DeviceUsage, ...]) ->
     """Another one when anything has changed that the event leaves out."""
     told: list[Any] = [[device.device, device.name] for device in devices]
     told += [[model[name] for name in STEADY_FIELDS] for model in models]
-    told += [[model["id"], None if model["running"] else model["last_run"]] for model in models]
-    told += status.describe_notices()
+    told += describe_notices()
     return f"{zlib.crc32(json.dumps(told).encode()):08x}"
 
 

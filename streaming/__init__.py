@@ -41,7 +41,7 @@ from .segments import Segment
 from .state import State
 from .streamer import Streamer
 from .supply import Progress
-from .telemetry import Counters, Snapshot, StallListener
+from .telemetry import Counters, Run, Snapshot, StallListener
 from .vram import Vram, VramReader, open_vram_reader
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "Progress",
     "Residency",
     "RingExhaustedError",
+    "Run",
     "Schedule",
     "Segment",
     "ServerError",

@@ -106,18 +106,20 @@ class Nvml:
 
     def figures(self, uuid: str | None) -> Figures:
         """What is known of the GPU with this UUID."""
-        if self._library is None or uuid is None:
-            return Figures()
-        handle = self._ask("nvmlDeviceGetHandleByUUID", uuid)
+        handle = self._find(uuid)
         if handle is None:
             return Figures()
-        memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
-        return Figures(
-            None if memory is None else int(memory.total),
-            None if memory is None else int(memory.free),
-            self._link("Curr", handle),
-            self._link("Max", handle),
-        )
+        return Figures(*self.memory(uuid), self._link("Curr", handle), self._link("Max", handle))
+
+    def memory(self, uuid: str | None) -> tuple[int | None, int | None]:
+        """All bytes of that GPU, and those that are free; None where it is not known."""
+        handle = self._find(uuid)
+        memory = None if handle is None else self._ask("nvmlDeviceGetMemoryInfo", handle)
+        return (None, None) if memory is None else (int(memory.total), int(memory.free))
+
+    def _find(self, uuid: str | None) -> Any:
+        known = self._library is not None and uuid is not None
+        return self._ask("nvmlDeviceGetHandleByUUID", uuid) if known else None
 
     def _link(self, which: str, handle: Any) -> Link:
         generation = self._ask(f"nvmlDeviceGet{which}PcieLinkGeneration", handle)

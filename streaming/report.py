@@ -79,6 +79,7 @@ def take_snapshot(
         idle_seconds=activity.idle_seconds,
         counters=activity.counters,
         run=activity.run,
+        last_run=activity.last_run,
     )
 
 

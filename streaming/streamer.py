@@ -37,7 +37,7 @@ from .spread import order_of_residency
 from .state import Standing, State
 from .steps import Steps
 from .supply import Watch
-from .telemetry import Activity, Counters, Snapshot, StallListener
+from .telemetry import Activity, Counters, Run, Snapshot, StallListener
 from .verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class Streamer:
         self.config = config
         self.counters = Counters()
         self._run_began = Counters()
+        self._last_run: Run | None = None
         self.plan: Plan | None = None
         self._root = weakref.ref(root)
         self._guard = threading.RLock()
@@ -276,7 +277,11 @@ class Streamer:
 
     def begin_run(self) -> None:
         """The host is about to load the model, for steps that are counted apart from those before."""
+        self.site.meters.stalls.collect()  # Those of the last step belong to the run before.
+        if (run := self._run()).counters.steps:
+            self._last_run = run
         self._run_began = replace(self.counters)
+        self.site.meters.step.begin_run()
         self.counters.runs += 1
 
     def begin_prompt(self) -> None:
@@ -476,6 +481,11 @@ class Streamer:
         return take_snapshot(now, site.placement, site.supply, site.backend, *told)
 
     def _activity(self) -> Activity:
-        counters, idle_seconds = replace(self.counters), time.monotonic() - self.last_used
-        step_seconds, run = self.site.meters.step.seconds, counters.since(self._run_began)
-        return Activity(self._depth > 0, idle_seconds, step_seconds, counters, run)
+        times, run = self.site.meters.step.times(), self._run()
+        idle_seconds = time.monotonic() - self.last_used
+        busy = self._depth > 0 or times.computing
+        return Activity(busy, idle_seconds, times.last, replace(self.counters), run, self._last_run)
+
+    def _run(self) -> Run:
+        began = self._run_began  # First: counters that were counted before it would be less than nothing.
+        return Run(self.counters.since(began), self.site.meters.step.times().average)

@@ -44,21 +44,36 @@ class Counters:
         return Counters(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
+@dataclass(frozen=True)
+class Run:
+    """What came since somebody got a model ready to run.
+
+    Attributes:
+        counters: of these steps.
+        step_seconds: how long one took on average, of those that were timed; None without any.
+    """
+
+    counters: Counters
+    step_seconds: float | None
+
+
 class Activity(NamedTuple):
     """What a model does and has done, at one moment.
 
     Attributes:
-        busy: whether it runs a step, or is being loaded.
+        busy: whether it runs a step, or is being loaded, or its device still computes one.
         idle_seconds: since it was loaded or began a step.
         step_seconds: how long the last step took; None before the first.
-        counters, run: totals, and of them what came since somebody got the model ready to run the last time.
+        counters: totals.
+        run, last_run: the run that is on or has ended last, and the one before in which there were steps.
     """
 
     busy: bool
     idle_seconds: float
     step_seconds: float | None
     counters: Counters
-    run: Counters
+    run: Run
+    last_run: Run | None
 
 
 # Told of each wait for a copy.
@@ -98,18 +113,32 @@ class StallMeter:
         self._pending.clear()
 
 
-class StepMeter:
-    """How long the last whole step took on the device, read when it is over and without waiting for it.
+class StepTimes(NamedTuple):
+    """How long steps took, in seconds, and whether the device still computes one; None where nothing was timed."""
 
-    Attributes:
-        seconds: None before the first.
+    last: float | None
+    average: float | None
+    computing: bool
+
+
+class StepMeter:
+    """How long steps take on the device, known when they are over and without waiting for them.
+
+    Where the host is ahead of the device by more than a step some are not timed. Only the thread that runs the model
+    may use it, but for :meth:`times`.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._begin: Moment | None = None
         self._pending: tuple[Moment, Moment] | None = None
-        self.seconds: float | None = None
+        self._last: float | None = None
+        # Of this run: steps that were timed, and their seconds.
+        self._timed = (0, 0.0)
+
+    def begin_run(self) -> None:
+        """Steps from now on are averaged anew."""
+        self._pending, self._timed = None, (0, 0.0)
 
     def begin(self) -> None:
         self._collect()
@@ -121,7 +150,19 @@ class StepMeter:
 
     def _collect(self) -> None:
         if self._pending is not None and (seconds := self._backend.seconds(*self._pending)) is not None:
-            self.seconds, self._pending = seconds, None
+            count, total = self._timed
+            # In this order, for who reads: a step may be missing for a moment, but is never there twice.
+            self._pending = None
+            self._last, self._timed = seconds, (count + 1, total + seconds)
+
+    def times(self) -> StepTimes:
+        """As far as it is known, on any thread."""
+        last, (count, total) = self._last, self._timed
+        pending = self._pending
+        seconds = self._backend.seconds(*pending) if pending is not None else None
+        if seconds is not None:
+            last, count, total = seconds, count + 1, total + seconds
+        return StepTimes(last, total / count if count else None, pending is not None and seconds is None)
 
 
 class Meters:
@@ -130,7 +171,7 @@ class Meters:
     Attributes:
         counters: totals, which other threads may read.
         stalls: waits for copies.
-        step: the time of the last step.
+        step: the times of steps.
     """
 
     def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StallListener]) -> None:
@@ -160,7 +201,7 @@ class Snapshot:
         limited_by: ``compute`` or ``bus``; empty before a step was measured.
         predicted_step_seconds, step_seconds: what the plan expects of a step, and what the last one took.
         compute_seconds, bandwidth_bytes_per_second: as measured: a step with everything resident, and the bus.
-        busy, idle_seconds, counters, run: as :class:`Activity` has them.
+        busy, idle_seconds, counters, run, last_run: as :class:`Activity` has them.
     """
 
     device: str
@@ -191,7 +232,8 @@ class Snapshot:
     busy: bool
     idle_seconds: float
     counters: Counters
-    run: Counters
+    run: Run
+    last_run: Run | None
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, ready for JSON."""

@@ -39,7 +39,7 @@ class VramReader:
     def read(self, index: int) -> Vram:
         """The memory of the device that torch gives this number."""
         properties = torch.cuda.get_device_properties(index)
-        total, free, *_ = self._nvml.figures(gpu_uuid(properties))
+        total, free = self._nvml.memory(gpu_uuid(properties))
         if free is None and torch._C._cuda_hasPrimaryContext(index):
             free, total = torch.cuda.mem_get_info(index)
         statistics = torch.cuda.memory_stats(index)

@@ -59,7 +59,8 @@ DEMO = Workflow(
     "**Streamed Model Loader** says on the node what streams and what stays; **Streaming Report** tells of the run.\n\n"
     "More workflows, for real models: *Templates*, then *Extensions*, then *weightstream*.",
     {
-        "model": Node(OURS, 1, {"unet_name": UNET}),
+        # So that a part of it streams on any GPU.
+        "model": Node(OURS, 1, {"unet_name": UNET, "vram_limit_gb": SIZES["tiny"].gpu_limit_gb}),
         "clip": Node("CLIPLoader", 1, {"clip_name": CLIP, "type": "stable_diffusion"}),
         "vae": Node("VAELoader", 1, {"vae_name": VAE}),
         "lora": Node("LoraLoaderModelOnly", 2, {"lora_name": LORA, "strength_model": 0.8}, {"model": ("model", 0)}),

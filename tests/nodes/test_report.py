@@ -28,7 +28,7 @@ def test_it_tells_of_plan_and_last_run(node: Any, streamed: Load) -> None:
     text, told = result.args[0], json.loads(result.args[1])
     (entry,) = told["models"]
     run = entry["last_run"]
-    assert text.splitlines()[0] == MODEL
+    assert text.splitlines()[0].startswith(f"{MODEL} on gpu:0: {entry['ladder']}")
     assert f"plan: {entry['plan']}" in text
     assert f"last run: {run['steps']} steps" in text
     assert (run["steps"], run["misses"]) == (3, entry["counters"]["misses"])
@@ -37,14 +37,14 @@ def test_it_tells_of_plan_and_last_run(node: Any, streamed: Load) -> None:
 
 
 def test_before_a_run_it_says_so(node: Any, streamed: Load) -> None:
-    assert "nothing has run yet" in node.execute(streamed(24 * MB)).args[0]
+    assert "no run has ended yet" in node.execute(streamed(24 * MB)).args[0]
 
 
 def test_of_a_split_model_it_tells_of_each_device(node: Any, loaded: StreamedModelPatcher) -> None:
     ours, _ = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None)
     sample(ours)
     text, told = node.execute(ours).args
-    assert [line.split(":")[:2] for line in text.splitlines() if line.startswith("gpu")] == [["gpu", "0"], ["gpu", "1"]]
+    assert [name for name in ("on gpu:0: ", "on gpu:1: ") if name in text] == ["on gpu:0: ", "on gpu:1: "]
     assert len(json.loads(told)["models"]) == 2
 
 

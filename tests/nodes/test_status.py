@@ -17,16 +17,17 @@ import pytest
 import torch
 from placing import Machine
 from sampling import MB, MODEL, sample, settle
-from weightstream.nodes import devices, routes, status, usage, watching
-from weightstream.nodes.loader import load_streamed, shown_name
+from weightstream.nodes import description, devices, routes, status, usage, watching
+from weightstream.nodes.description import ladder_step
+from weightstream.nodes.loader import load_streamed
+from weightstream.nodes.names import shown_name, without_folders
+from weightstream.nodes.notices import keep_notice, withdraw_notice
 from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.routes import MODEL as ALL
-from weightstream.nodes.routes import PINNED, full_status
+from weightstream.nodes.routes import full_status
 from weightstream.nodes.split import split_over
-from weightstream.nodes.status import ladder_step
 from weightstream.nodes.usage import DeviceUsage, Sampler
 from weightstream.nodes.version import VERSION
-from weightstream.streaming import Snapshot, VirtualMemory, VramReader
+from weightstream.streaming import Snapshot, Streamer, VirtualMemory, VramReader, format_bytes
 from weightstream.streaming.gpus import Nvml
 
 ROOT = Path(status.__file__).parent.parent
@@ -95,11 +96,31 @@ def test_rates_are_what_was_copied_between_two_samples(streamed: Load, monkeypat
     assert device.copy_rate == copied.streamed_bytes / 2
     assert device.stalled == min(1.0, copied.stall_seconds / 2)
     watcher.now += 0.1
-    assert watcher.device().copy_rate == device.copy_rate, "too short a time for a rate of its own"
+    assert watcher.device().copy_rate == pytest.approx(copied.streamed_bytes / 2.1), (
+        "too short a time to be told of alone"
+    )
     watcher.now += 1
     assert watcher.device().copy_rate == 0
     watcher.now += 60
     assert watcher.device().copy_rate is None, "nobody looked for a minute"
+
+
+def test_rates_of_long_steps_are_over_two_of_them(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = streamed(24 * MB)
+    settle(model)
+    watcher, snapshot = Watcher(monkeypatch), Streamer.snapshot
+
+    def long_step(streamer: Streamer) -> Snapshot:
+        return replace(snapshot(streamer), busy=True, step_seconds=4.0)
+
+    monkeypatch.setattr(Streamer, "snapshot", long_step)
+    rates = []
+    for second in range(12):
+        if second % 4 == 0:
+            model.streamer.counters.streamed_bytes += 4000  # Queued at once, at the begin of a step.
+        rates.append(watcher.device().copy_rate)
+        watcher.now += 1
+    assert rates[8:] == [1000.0] * 4
 
 
 def test_the_peak_is_that_of_the_last_run(streamed: Load) -> None:
@@ -132,8 +153,7 @@ def test_an_event_of_eight_devices_is_small(machine: Machine, models: Path, monk
     with torch.inference_mode():
         loaded = [load_streamed(str(models / MODEL), {}) for _ in range(3)]
     rates = dict.fromkeys((f"gpu:{index}" for index in range(8)), usage._Rates(55_123_456_789.123, 0.123456))
-    monkeypatch.setattr(usage.sampler, "_rates", rates)
-    monkeypatch.setattr(Sampler, "_measure", lambda self, models: None)
+    monkeypatch.setattr(Sampler, "_rates", lambda self, device, *_: rates[device])
     for memory in devices.virtual_devices():
         memory.allocated = 123_456_789_012
     event = watching.make_event(READER)
@@ -150,7 +170,7 @@ def test_an_event_of_eight_devices_is_small(machine: Machine, models: Path, monk
 def test_without_a_gpu_there_are_no_devices(machine: Machine) -> None:
     machine(0)
     now = full_status()
-    assert now["devices"] == []
+    assert (now["devices"], now["why_no_devices"]) == ([], "there is no GPU")
     assert now["host"]["ram_total"] > 0
     json.dumps(watching.make_event(READER))
 
@@ -163,7 +183,8 @@ def test_the_ladder(streamed: Load) -> None:
     assert entry_of(model)["ladder"] == "unloaded"
     settle(model)
     now = model.streamer.snapshot()
-    assert ladder_step(now) == ("pinned", "")
+    kept, whole = (format_bytes(nbytes) for nbytes in (now.device_bytes - now.staging_bytes, model.model_size()))
+    assert ladder_step(now) == ("pinned", f"{kept} of {whole} stay in VRAM")
     steps: list[tuple[Snapshot, tuple[str, str]]] = [
         (replace(now, staged_bytes=5, note="the limit is reached"), ("staged", "the limit is reached")),
         (replace(now, staged_bytes=5, building=True), ("staged", "page-locked copies are still being made")),
@@ -175,18 +196,35 @@ def test_the_ladder(streamed: Load) -> None:
     assert [ladder_step(each) for each, _ in steps] == [expected for _, expected in steps]
 
 
-def test_the_last_run_is_not_all_runs(streamed: Load) -> None:
+def test_the_last_run_is_not_all_runs(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamed(24 * MB)
     assert entry_of(model)["last_run"] is None
     sample(model, steps=3)
     first = entry_of(model)
     sample(model, steps=2)
+    running = entry_of(model)
+    monkeypatch.setattr(description, "RUNNING_SECONDS", 0)
     second = entry_of(model)
-    assert (first["last_run"]["steps"], second["last_run"]["steps"]) == (3, 2)
+    assert (first["last_run"], running["running"], second["running"]) == (None, True, False)
+    assert running["last_run"]["steps"] == 3, "of the run that has ended"
+    assert second["last_run"]["steps"] == 2
     assert second["counters"]["steps"] == 5
     copied = second["counters"]["streamed_bytes"] - first["counters"]["streamed_bytes"]
     assert second["last_run"]["bytes"] == copied > 0
-    assert second["running"]
+
+
+def test_a_run_of_one_step_has_times_of_its_own(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(description, "RUNNING_SECONDS", 0)
+    model = streamed(24 * MB)
+    before = None
+    for steps in (6, 1, 1):
+        sample(model, steps=steps)
+        entry = entry_of(model)
+        seconds = entry["last_run"]["step_seconds"]
+        if steps == 1:
+            assert seconds == entry["step_seconds"] != before
+        before = entry["step_seconds"]
+        assert entry["last_run"]["rate"] == pytest.approx(entry["last_run"]["bytes"] / steps / seconds)
 
 
 def test_parts_of_a_split_model_are_told_as_one_model(loaded: StreamedModelPatcher) -> None:
@@ -195,7 +233,7 @@ def test_parts_of_a_split_model_are_told_as_one_model(loaded: StreamedModelPatch
     entries = [each for each in full_status()["models"] if each["id"] == str(ours.streamed.number)]
     assert [each["device"] for each in entries] == ["gpu:0", "gpu:1"]
     assert {each["name"] for each in entries} == {MODEL}
-    assert all(each["last_run"]["steps"] == 3 for each in entries)
+    assert all(each["run"]["counters"]["steps"] == 3 for each in entries)
     assert all(parts_of(device) == device["total"] for device in full_status()["devices"])
 
 
@@ -208,6 +246,12 @@ def test_a_file_is_named_as_the_host_lists_it(models: Path, tmp_path: Path) -> N
     assert not shown_name(str(Path(folder + "-too") / "one.safetensors")).startswith("..")
 
 
+def test_texts_name_no_folder(models: Path, tmp_path: Path) -> None:
+    text = f"{models / 'flux' / 'one.safetensors'}: truncated; {tmp_path / 'x.bin'} and /usr are left"
+    assert without_folders(text).startswith(f"{Path('flux', 'one.safetensors')}: truncated; ")
+    assert str(tmp_path.parent.parent) not in without_folders(text)
+
+
 def test_everything_can_be_sent(streamed: Load) -> None:
     model = streamed(24 * MB)
     sample(model)
@@ -217,16 +261,18 @@ def test_everything_can_be_sent(streamed: Load) -> None:
     assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
-def test_the_revision_changes_with_what_events_leave_out(streamed: Load) -> None:
+def test_the_revision_changes_with_what_events_leave_out(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(description, "RUNNING_SECONDS", 0)
     model = streamed(24 * MB)
+    model.streamer.finish_building()
     one = watching.make_event(READER)["revision"]
     assert watching.make_event(READER)["revision"] == one
     sample(model)
     two = watching.make_event(READER)["revision"]
     assert two != one
-    status.keep_notice("inactive", "x", "because", None, model.model)
+    keep_notice("inactive", "x", "because", None, model.model)
     assert watching.make_event(READER)["revision"] != two
-    status.withdraw_notice("x", None)
+    withdraw_notice("x", None)
     assert watching.make_event(READER)["revision"] == two
 
 
@@ -265,17 +311,17 @@ def test_a_placement_that_is_another_is_told_of_until_it_is_not(
 def test_the_oldest_notices_are_forgotten(streamed: Load) -> None:
     about = streamed(24 * MB)
     for number in range(30):
-        status.keep_notice("inactive", f"file {number}", "because", None, about.model)
+        keep_notice("inactive", f"file {number}", "because", None, about.model)
     names = [notice["name"] for notice in full_status()["notices"]]
     assert names == [f"file {number}" for number in range(14, 30)]
     for name in names:
-        status.withdraw_notice(name, None)
+        withdraw_notice(name, None)
 
 
 # -- unloading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", [ALL, PINNED])
+@pytest.mark.parametrize("what", ["device", "pinned"])
 def test_one_model_is_unloaded_and_runs_again(machine: Machine, models: Path, what: str) -> None:
     machine(1, 48 * MB)
     with torch.inference_mode():
@@ -284,22 +330,34 @@ def test_one_model_is_unloaded_and_runs_again(machine: Machine, models: Path, wh
     for model in (one, two):
         settle(model)
     before, other = entry_of(one), entry_of(two)
-    freed = routes.free([one.streamed], what)
+    (routes.take_off if what == "device" else routes.unlock)([one.streamed])
+    after = entry_of(one)
     assert entry_of(two)["device_bytes"] == other["device_bytes"]
     assert entry_of(two)["pinned_bytes"] == other["pinned_bytes"]
-    if what == ALL:
-        assert freed == {"freed_device": before["device_bytes"], "freed_pinned": 0}
-        assert entry_of(one)["ladder"] == "unloaded"
+    if what == "device":
+        assert (after["device_bytes"], after["ladder"]) == (0, "unloaded")
+        assert after["pinned_bytes"] == before["pinned_bytes"]
     else:
-        assert freed["freed_pinned"] == before["pinned_bytes"] > 0
+        assert (before["pinned_bytes"] > 0, after["pinned_bytes"]) == (True, 0)
     assert torch.equal(sample(one), expected)
+
+
+def test_page_locked_memory_that_is_in_use_stays(streamed: Load) -> None:
+    model = streamed(24 * MB)
+    settle(model)
+    model.streamer.lend_masters()
+    with pytest.raises(routes.BusyError, match="it is in use"):
+        routes.unlock([model.streamed])
+    model.streamer.take_masters_back()
+    routes.unlock([model.streamed])
+    assert entry_of(model)["pinned_bytes"] == 0
 
 
 def test_all_parts_of_a_split_model_are_unloaded(loaded: StreamedModelPatcher) -> None:
     ours, _ = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None)
     expected = sample(ours)
     models = [model for model in status.watched() if model.number == ours.streamed.number]
-    assert routes.free(models, ALL)["freed_device"] > 0
+    routes.take_off(models)
     assert [memory.allocated for memory in devices.virtual_devices()] == [0, 0]
     assert torch.equal(sample(ours), expected)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 from weightstream import streaming
 
 from tools import demo
-from tools.host import HeadlessHost, PromptRejected
+from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptRejected
 
 TINY = demo.SIZES["tiny"]
 STATUS, WATCH, UNLOAD = (f"/weightstream/v1/{name}" for name in ("status", "watch", "unload"))
@@ -50,8 +52,8 @@ async def post(session: aiohttp.ClientSession, path: str, body: Any) -> tuple[in
         return answer.status, await answer.json()
 
 
-async def events(page: aiohttp.ClientWebSocketResponse, seconds: float) -> list[tuple[float, str]]:
-    """Our events of the next so many seconds: when they came, and their text."""
+async def events(page: aiohttp.ClientWebSocketResponse, seconds: float) -> list[str]:
+    """The texts of our events of the next so many seconds."""
     found, end = [], time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         try:
@@ -59,7 +61,7 @@ async def events(page: aiohttp.ClientWebSocketResponse, seconds: float) -> list[
         except asyncio.TimeoutError:
             break
         if message.type == aiohttp.WSMsgType.TEXT and json.loads(message.data)["type"] == EVENT:
-            found.append((time.monotonic(), message.data))
+            found.append(message.data)
     return found
 
 
@@ -83,13 +85,13 @@ def test_who_asks_gets_events_for_as_long_as_the_lease_lasts(host: HeadlessHost)
             assert await events(page, 1.5) == [], "nobody has asked"
             code, answer = await post(session, WATCH, {"client_id": "page"})
             assert code == 200
-            got = await events(page, answer["seconds"] + 3)
-            assert answer["seconds"] - 4 <= len(got) <= answer["seconds"] + 1
-            assert got[-1][0] - got[0][0] <= answer["seconds"] + 0.5, "the lease has ended"
-            gaps = [later[0] - earlier[0] for earlier, later in itertools.pairwise(got)]
-            assert min(gaps) > 0.9, "at most one a second"
-            assert max(len(text) for _, text in got) <= 2048
-            event = json.loads(got[-1][1])["data"]
+            got = await events(page, answer["seconds"])
+            assert len(got) >= 2
+            assert max(map(len, got)) <= 2048
+            # The last one may have been on its way.
+            await events(page, 2.5)
+            assert await events(page, 3) == [], "the lease has ended"
+            event = json.loads(got[-1])["data"]
             now = host.get(STATUS)
             names = ("device", "total", "free", "resident", "staging", "torch", "cache", "other", "peak")
             assert [row[:9] for row in event["devices"]] == [
@@ -135,18 +137,19 @@ def test_what_cannot_be_unloaded_says_why(host: HeadlessHost) -> None:
     (model,) = host.get(STATUS)["models"]
     gone, bad, worse = asyncio.run(ask({"model": "999", "what": "model"}, {"model": model["id"], "what": "all"}, 3))
     assert gone[0] == 404
-    assert "there is no model '999'" in gone[1]["error"]
+    assert "there is no model 999" in gone[1]["error"]
     assert bad[0] == worse[0] == 400
     prompt_id = host.submit(prompt(6, steps=3000))
     give_up = time.monotonic() + 60
-    while not host.get(STATUS)["models"][0]["running"] and time.monotonic() < give_up:
+    steps = model["counters"]["steps"]
+    while host.get(STATUS)["models"][0]["counters"]["steps"] == steps:
+        assert time.monotonic() < give_up, "the prompt does not run"
         time.sleep(0.05)
     [(code, answer)] = asyncio.run(ask({"model": model["id"], "what": "model"}))
     host.interrupt()
     assert (code, answer["error"]) == (409, "a prompt is running; interrupt it, or try again when it is done")
-    give_up = time.monotonic() + 60
-    while prompt_id not in host.get(f"/history/{prompt_id}") and time.monotonic() < give_up:
-        time.sleep(0.05)
+    with pytest.raises(PromptInterrupted):
+        host.wait(prompt_id, timeout_s=60)
 
 
 def test_the_command_prints_the_status_of_a_server(host: HeadlessHost) -> None:
@@ -161,10 +164,74 @@ def test_the_command_prints_the_status_of_a_server(host: HeadlessHost) -> None:
     )
 
 
+def test_a_damaged_file_is_named_without_its_folder(host: HeadlessHost) -> None:
+    """A second load fails, and the node that asked for it passes the MODEL through with the reason."""
+    path = host.models("diffusion_models") / "sub" / "bad.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((host.models("diffusion_models") / demo.UNET).read_bytes())
+    damaged = prompt(8)
+    damaged["model"]["inputs"]["unet_name"] = os.path.join("sub", "bad.safetensors")
+    host.run(damaged)
+    # Another file in its place: the one that is loaded stays whole.
+    junk = path.with_suffix(".junk")
+    junk.write_bytes(b"no safetensors file at all")
+    os.replace(junk, path)
+    inputs = {"model": ["model", 0], "devices": "gpu:0,gpu:1"}
+    damaged["placement"] = {"class_type": "WeightStreamGPUPlacement", "inputs": inputs}
+    damaged["lora"]["inputs"]["model"] = ["placement", 0]
+    with contextlib.suppress(PromptFailed):
+        host.run(damaged)
+    text = json.dumps(host.get(STATUS))
+    assert os.path.join("sub", "bad.safetensors") in json.loads(json.dumps(text))
+    assert "CheckpointError" in text
+    assert str(host.base) not in text
+    (notice,) = host.get(STATUS)["notices"]
+    assert notice["kind"] == "fallback"
+    # The next prompt has no such node.
+    host.run(prompt(9))
+    assert host.get(STATUS)["notices"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [(b'{"a": ' * 100_000, {}), (b"{}", {"Content-Type": "application/json; charset=of-nobody"}), (b"\xff", {})],
+)
+def test_what_is_no_json_is_refused(host: HeadlessHost, body: bytes, headers: dict[str, str]) -> None:
+    async def ask() -> int:
+        async with (
+            aiohttp.ClientSession(host.url) as session,
+            session.post(UNLOAD, data=body, headers=headers) as answer,
+        ):
+            return answer.status
+
+    assert asyncio.run(ask()) == 400
+    assert "Traceback" not in host.log
+
+
 def test_the_command_where_nobody_answers() -> None:
     result = command("status", "--url", "http://127.0.0.1:9")
     assert result.returncode == 2
     assert "http://127.0.0.1:9: no ComfyUI answers" in result.stderr
+    assert "http://127.0.0.1:9: no ComfyUI answers" in command("status", "--url", "127.0.0.1:9").stderr
+    assert command("status", "--url", "127.0.0.1:port").returncode == 2
+
+
+@pytest.mark.parametrize("answer", [b'{"models": []}', b'{"schema": 2}', b"[1]", b"<html>", b""])
+def test_the_command_where_somebody_else_answers(answer: bytes) -> None:
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.handle_request).start()
+        result = command("status", "--url", f"http://127.0.0.1:{server.server_port}")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from weightstream.streaming import Vram, VramReader
-from weightstream.streaming.gpus import Figures
 
 GB = 10**9
 
@@ -16,12 +15,12 @@ GB = 10**9
 class Library:
     """NVML that knows a figure, or nothing."""
 
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
+    def __init__(self, total: int | None = None, free: int | None = None) -> None:
+        self._memory = total, free
 
-    def figures(self, uuid: str | None) -> Figures:
+    def memory(self, uuid: str | None) -> tuple[int | None, int | None]:
         assert uuid == "GPU-0af1"
-        return self._figures
+        return self._memory
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def has_context(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
 
 def test_nvml_is_asked_first(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     has_context(monkeypatch, True)
-    reader: Any = VramReader(Library(Figures(25 * GB, 9 * GB)))
+    reader: Any = VramReader(Library(25 * GB, 9 * GB))
     assert reader.read(1) == Vram(25 * GB, 9 * GB, 3 * GB, 4 * GB)
     assert asked == []
 
@@ -57,6 +56,6 @@ def test_without_nvml_a_gpu_without_context_gets_none(
     asked: list[int], monkeypatch: pytest.MonkeyPatch, context: bool
 ) -> None:
     has_context(monkeypatch, context)
-    reader: Any = VramReader(Library(Figures()))
+    reader: Any = VramReader(Library())
     assert reader.read(1) == Vram(24 * GB, 10 * GB if context else None, 3 * GB, 4 * GB)
     assert asked == ([1] if context else [])
