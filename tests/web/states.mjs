@@ -245,11 +245,11 @@ export const STATES = {
     }),
   ),
   noGpu: feedState(status({ devices: [], why_no_devices: "there is no GPU" })),
-  // A driver that does not tell what is free, and models before their second step.
+  // The first sample, before the first step has ended; of a GPU that nobody has used the driver does not tell what is free.
   unknown: feedState(
     status({
       devices: [
-        device({ name: "AMD Radeon RX 7900 XTX", total: 25.7 * GB, resident: 2 * GB, staging: 0.5 * GB, other: null, copy_rate: null, stalled: null }),
+        device({ name: "AMD Radeon RX 7900 XTX", total: 25.7 * GB, resident: 2 * GB, staging: 0.5 * GB, peak: 4.1 * GB, copy_rate: null, stalled: null }),
         device({ device: "gpu:1", name: "AMD Radeon RX 7900 XTX", total: 25.7 * GB, torch: 0, cache: 0, other: null, copy_rate: null, stalled: null }),
       ],
       host: host({ pinned_limit: null }),
