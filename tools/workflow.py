@@ -24,6 +24,8 @@ BYPASSED = 4
 FORMAT_VERSION = 0.4
 COLUMN_WIDTH, COLUMN_GAP, ROW_GAP = 340, 60, 70
 TITLE_HEIGHT, SLOT_HEIGHT, WIDGET_HEIGHT, TEXT_HEIGHT = 30, 20, 26, 120
+# What the page puts on nodes beyond their widgets.
+PANEL_HEIGHTS = {"WeightStreamGPUPlacement": 240}
 NAMESPACE = uuid.UUID("5a1a9d3c-1c6e-4f0e-9a5d-0b6f2f6d7a10")
 
 
@@ -186,7 +188,8 @@ def _height(node: Node, info: Mapping[str, Any]) -> int:
     texts = sum(bool(options.get("multiline")) for options in widgets)
     slots = max(len(_sockets(info)), len(info["output"]))
     controls = len(widget_values(node, info)) - texts
-    return TITLE_HEIGHT + slots * SLOT_HEIGHT + controls * WIDGET_HEIGHT + texts * TEXT_HEIGHT
+    height = TITLE_HEIGHT + slots * SLOT_HEIGHT + controls * WIDGET_HEIGHT + texts * TEXT_HEIGHT
+    return height + PANEL_HEIGHTS.get(node.kind, 0)
 
 
 def _note(text: str) -> dict[str, Any]:

@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 TROUBLES = ROOT / "docs" / "troubleshooting.md"
+PAGE_TEXTS = ROOT / "web" / "lib" / "strings.mjs"
+# Stands for what is not known.
+DASH = "\N{EN DASH}"
 # What is made with a browser comes with the page.
 PICTURES = {"docs/images/widget.png", "docs/images/nodes.png"}
 
@@ -28,9 +31,9 @@ def texts() -> Iterator[str]:
                     yield re.sub(r"%(?:\.\d)?[sdf]", "…", found.value)
 
 
-def quoted() -> list[str]:
-    """The code in the first column of the tables, and of the paragraph that lists texts."""
-    text = TROUBLES.read_text("utf-8").split("## The page")[0]
+def quoted(of_the_page: bool) -> list[str]:
+    """The code in the first column of the tables: lines of the server, or words of the page."""
+    text = TROUBLES.read_text("utf-8").split("## The page")[of_the_page]
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     return [quote for row in rows for quote in re.findall(r"`([^`]+)`", row)]
 
@@ -45,10 +48,16 @@ def said() -> list[str]:
     return [" ".join(text.split()) for text in texts()]
 
 
-@pytest.mark.parametrize("quote", quoted())
+@pytest.mark.parametrize("quote", quoted(of_the_page=False))
 def test_a_quoted_line_is_said(quote: str, said: list[str]) -> None:
     assert fragments(quote)
     assert any(all(part in text for part in fragments(quote)) for text in said), quote
+
+
+@pytest.mark.parametrize("quote", quoted(of_the_page=True))
+def test_a_quoted_word_is_shown(quote: str) -> None:
+    english = PAGE_TEXTS.read_text("utf-8").split("const CHINESE")[0]
+    assert quote == DASH or quote in english
 
 
 def anchors(path: Path) -> set[str]:

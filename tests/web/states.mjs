@@ -10,7 +10,7 @@ const GB = 1e9;
 export const NOW = 1_764_320_000_000;
 
 /**
- * A device, of which `free` is what the parts leave.
+ * A device, of which `free` is what the parts leave; not known where a part is not.
  * @param {Partial<Device>} [changes]
  * @returns {Device}
  */
@@ -21,7 +21,7 @@ export function device(changes = {}) {
     copy_rate: 0, stalled: 0, ...changes,
   };
   const used = all.resident + all.staging + (all.torch ?? 0) + (all.cache ?? 0) + (all.other ?? 0);
-  return { free: all.total === null ? null : all.total - used, ...all };
+  return { free: all.total === null || all.other === null ? null : all.total - used, ...all };
 }
 
 /**
@@ -31,10 +31,12 @@ export function device(changes = {}) {
 export function model(changes = {}) {
   return {
     id: "1", name: "flux1-dev.safetensors", device: "gpu:0", node_id: "4", ladder: "pinned",
-    reason: "the model needs 23.8 GB, and 16.0 GB are there for it",
-    plan: "11.2 GB a step streamed in 84 segments, from 57 of 57 blocks; a step in 0.324 s, limited by the bus (0.177 s of "
-      + "compute); 8.6 GB more VRAM would make it 0.178 s",
-    running: false, loading: null, last_run: run(), pinned_bytes: 11.4 * GB, ...changes,
+    reason: "12.6 GB of 23.8 GB stay in VRAM",
+    plan: "11.2 GB a step streamed in 84 segments, from 57 of 57 blocks; 13.1 GB on the device: 12.1 GB of blocks resident, "
+      + "500 MB outside of blocks, 500 MB staging; a step in 0.324 s, limited by the bus (0.177 s of compute); 8.6 GB more "
+      + "VRAM would make it 0.178 s; 11.2 GB from page-locked memory",
+    running: false, loading: null, last_run: run(), pinned_bytes: 11.4 * GB, resident_bytes: 12.1 * GB,
+    rest_bytes: 0.5 * GB, streamed_block_bytes: 11.2 * GB, limited_by: "bus", ...changes,
   };
 }
 
@@ -55,7 +57,7 @@ export function run(changes = {}) {
  */
 export function status(changes = {}) {
   return {
-    schema: 1, time: NOW / 1000, devices: [device()], host: host(), models: [], notices: [], ...changes,
+    schema: 1, time: NOW / 1000, devices: [device()], host: host(), models: [], notices: [], why_no_devices: null, ...changes,
   };
 }
 
@@ -84,7 +86,7 @@ export function event(from, changes = {}) {
     ]),
     host: [from.host.ram_total, from.host.ram_available, from.host.pinned, from.host.pinned_limit],
     loading: from.models.flatMap(({ id, loading }) => (loading ? [[id, loading.done, loading.total, loading.rate]] : [])),
-    running: from.models.filter((each) => each.running).map(({ id }) => id),
+    running: [...new Set(from.models.filter((each) => each.running).map(({ id }) => id))],
     ...changes,
   };
 }
@@ -115,6 +117,12 @@ function historyOf(shown) {
   );
 }
 
+/** What is left of a model that was given to other GPUs. */
+const UNLOADED = model({
+  ladder: "unloaded", reason: "", plan: "not loaded", last_run: null, pinned_bytes: 0, resident_bytes: 0, rest_bytes: 0,
+  streamed_block_bytes: 0, limited_by: "",
+});
+
 const STREAMING_DEVICE = device({
   resident: 12.6 * GB, staging: 0.5 * GB, torch: 2.9 * GB, cache: 1.2 * GB, peak: 19.4 * GB, copy_rate: 34.4 * GB,
   stalled: 0.43,
@@ -136,15 +144,19 @@ const EIGHT = Array.from({ length: 8 }, (_, place) =>
 /** @type {Record<string, FeedState>} */
 export const STATES = {
   starting: feedState(null, { link: "starting" }),
-  idle: feedState(status()),
+  // The model that was given to other GPUs is left out.
+  idle: feedState(status({ models: [UNLOADED] })),
   loading: feedState(
     status({
       devices: [device({ resident: 6.1 * GB, staging: 0.4 * GB, copy_rate: 1.6 * GB, stalled: 0.91 })],
       host: host({ pinned: 2.1 * GB }),
       models: [
         model({
-          running: true, plan: "", last_run: null, reason: "page-locked copies are made before the second step",
-          ladder: "staged", pinned_bytes: 2.1 * GB, loading: { done: 8.4 * GB, total: 23.8 * GB, rate: 1.6 * GB },
+          running: true, last_run: null, ladder: "staged", reason: "page-locked copies are still being made",
+          plan: "11.2 GB a step streamed in 84 segments, from 57 of 57 blocks; 13.1 GB on the device: 12.1 GB of blocks "
+            + "resident, 500 MB outside of blocks, 500 MB staging; 2.1 GB from page-locked memory, 9.1 GB from the file until "
+            + "they are page-locked too",
+          pinned_bytes: 2.1 * GB, limited_by: "", loading: { done: 8.4 * GB, total: 23.8 * GB, rate: 1.6 * GB },
         }),
       ],
     }),
@@ -155,7 +167,8 @@ export const STATES = {
       models: [
         model({
           ladder: "resident", reason: "", pinned_bytes: 0,
-          plan: "the whole model fits: every block is resident, and nothing has to stream",
+          plan: "all 57 blocks resident (23.8 GB on the device), nothing streamed; a step in 0.174 s, limited by compute",
+          resident_bytes: 23.3 * GB, streamed_block_bytes: 0, limited_by: "compute",
           last_run: run({ bytes: 0, rate: null, stall_ms_per_block: 0, step_seconds: 0.174 }),
         }),
       ],
@@ -168,12 +181,19 @@ export const STATES = {
         STREAMING_DEVICE,
         device({ device: "gpu:1", resident: 14.2 * GB, staging: 0.5 * GB, peak: 17 * GB, copy_rate: 21.9 * GB, stalled: 0.04 }),
       ],
-      host: host({ pinned: 14.1 * GB, ram_available: 25.1 * GB }),
+      host: host({ pinned: 18.8 * GB, ram_available: 20.4 * GB }),
       models: [
         model({ name: "qwen_image_bf16.safetensors", running: true, pinned_bytes: 7.2 * GB }),
-        model({ name: "qwen_image_bf16.safetensors", device: "gpu:1", running: true, pinned_bytes: 6.9 * GB }),
         model({
-          id: "2", name: "t5xxl_fp16.safetensors", node_id: null, ladder: "unloaded", reason: "", plan: "not loaded", pinned_bytes: 0,
+          name: "qwen_image_bf16.safetensors", device: "gpu:1", running: true, pinned_bytes: 6.9 * GB,
+          resident_bytes: 13.7 * GB, streamed_block_bytes: 6.9 * GB, reason: "14.2 GB of 21.1 GB stay in VRAM",
+          plan: "6.9 GB a step streamed in 30 segments, from 30 of 30 blocks; 14.7 GB on the device: 13.7 GB of blocks "
+            + "resident, 500 MB outside of blocks, 500 MB staging; a step in 0.318 s, limited by compute (streaming is free); "
+            + "6.9 GB from page-locked memory",
+          limited_by: "compute", last_run: run({ bytes: 138 * GB, rate: 21.7 * GB, stall_ms_per_block: 0.2 }),
+        }),
+        model({
+          ...UNLOADED, id: "2", name: "t5xxl_fp16.safetensors", node_id: null, pinned_bytes: 4.7 * GB,
           last_run: run({ steps: 1, bytes: 9.3 * GB, step_seconds: 0.41 }),
         }),
       ],
@@ -183,8 +203,8 @@ export const STATES = {
     status({
       notices: [
         {
-          node_id: "7", name: "Async Offload Settings", kind: "inactive",
-          text: "the model has no list of blocks that could be streamed; it is loaded ComfyUI's own way",
+          node_id: "7", name: "Flux", kind: "inactive",
+          text: "left as it is: ComfyUI was told to keep models in VRAM (--highvram or --gpu-only)",
         },
       ],
     }),
@@ -204,29 +224,43 @@ export const STATES = {
   nearLimit: feedState(
     status({
       devices: [
-        device({ resident: 16.4 * GB, staging: 0.5 * GB, torch: 5.6 * GB, cache: 0.6 * GB, peak: 24.9 * GB, copy_rate: 24.8 * GB, stalled: 0.004 }),
+        device({
+          resident: 1.2 * GB, staging: 0.5 * GB, torch: 5.6 * GB, cache: 0.6 * GB, other: 17.0 * GB, peak: 25.0 * GB,
+          copy_rate: 24.8 * GB, stalled: 0.62,
+        }),
       ],
       host: host({ pinned: 60.2 * GB, ram_available: 3.1 * GB }),
       models: [
         model({
-          running: true, ladder: "staged", reason: "no more RAM may be page-locked (60.6 GB at most)",
-          last_run: run({ corrupted: 1, misses: 3 }), pinned_bytes: 60.2 * GB,
+          name: "flux2-dev.safetensors", running: true, ladder: "staged",
+          reason: "the limit of 60.6 GB page-locked memory is reached",
+          plan: "63.2 GB a step streamed in 112 segments, from 56 of 56 blocks; 1.7 GB on the device: 700 MB of blocks "
+            + "resident, 500 MB outside of blocks, 500 MB staging; a step in 2.55 s, limited by the bus (0.977 s of compute); "
+            + "39.1 GB more VRAM would make it 0.98 s; 60.2 GB from page-locked memory, 3.0 GB staged from the file or "
+            + "pageable memory (the limit of 60.6 GB page-locked memory is reached)",
+          resident_bytes: 0.7 * GB, streamed_block_bytes: 63.2 * GB, pinned_bytes: 60.2 * GB,
+          last_run: run({ bytes: 1264 * GB, rate: 24.7 * GB, stall_ms_per_block: 28.1, corrupted: 1, misses: 3, step_seconds: 2.56 }),
         }),
       ],
     }),
   ),
-  noGpu: feedState(status({ devices: [] })),
+  noGpu: feedState(status({ devices: [], why_no_devices: "there is no GPU" })),
+  // The first sample, before the first step has ended; of a GPU that nobody has used the driver does not tell what is free.
   unknown: feedState(
     status({
       devices: [
-        device({ name: "", total: null, torch: null, cache: null, other: null, copy_rate: null, stalled: null }),
-        device({ device: "gpu:1", name: "Intel Arc B580", total: 12.2 * GB, free: 8 * GB, resident: 2 * GB, torch: null, cache: null, other: null, copy_rate: null, stalled: null }),
+        device({ name: "AMD Radeon RX 7900 XTX", total: 25.7 * GB, resident: 2 * GB, staging: 0.5 * GB, peak: 4.1 * GB, copy_rate: null, stalled: null }),
+        device({ device: "gpu:1", name: "AMD Radeon RX 7900 XTX", total: 25.7 * GB, torch: 0, cache: 0, other: null, copy_rate: null, stalled: null }),
       ],
-      host: { ram_total: 67.4 * GB, ram_available: null, pinned: 0, pinned_limit: null },
+      host: host({ pinned_limit: null }),
       models: [
         model({
-          plan: "", ladder: "synchronous", reason: "", pinned_bytes: null,
-          last_run: run({ rate: null, stall_ms_per_block: null, step_seconds: null }),
+          ladder: "synchronous", reason: "its settings ask for it", pinned_bytes: 0, limited_by: "",
+          plan: "21.8 GB a step streamed in 84 segments, from 57 of 57 blocks; 2.5 GB on the device: 1.5 GB of blocks resident, "
+            + "500 MB outside of blocks, 500 MB staging; 0 B from page-locked memory, 21.8 GB staged from the file or pageable "
+            + "memory (page-locking is switched off)",
+          resident_bytes: 1.5 * GB, streamed_block_bytes: 21.8 * GB,
+          last_run: run({ steps: 1, bytes: 21.8 * GB, rate: null, step_seconds: null }),
         }),
       ],
     }),
@@ -234,8 +268,17 @@ export const STATES = {
   eight: feedState(
     status({
       devices: EIGHT,
-      host: host({ ram_total: 2164 * GB, ram_available: 1710 * GB, pinned: 311 * GB, pinned_limit: 1947 * GB }),
-      models: [model({ running: true })],
+      host: host({ ram_total: 2164 * GB, ram_available: 1710 * GB, pinned: 8 * 38.2 * GB, pinned_limit: 1947 * GB }),
+      models: EIGHT.map(({ device: name, resident }, place) =>
+        model({
+          name: "hunyuan_image_3_bf16.safetensors", device: name, running: true, pinned_bytes: 38.2 * GB,
+          reason: `${(resident / GB).toFixed(1)} GB of ${(resident / GB + 38.2).toFixed(1)} GB stay in VRAM`,
+          plan: `38.2 GB a step streamed in 8 segments, from 4 of 4 blocks; a step in ${(3 + place / 100).toFixed(2)} s, limited by `
+            + "compute (streaming is free); 38.2 GB from page-locked memory",
+          resident_bytes: resident - 0.5 * GB, streamed_block_bytes: 38.2 * GB, limited_by: "compute",
+          last_run: run({ bytes: 764 * GB, rate: 12.7 * GB, stall_ms_per_block: 0.1 * place, step_seconds: 3 + place / 100 }),
+        }),
+      ),
     }),
   ),
   stale: feedState(STREAMING, { link: "stale" }),

@@ -83,7 +83,7 @@ test("unknown values are dashes", () => {
   assert.equal(shown.stall, "–");
   assert.equal(shown.peak, null);
   const dashes = shown.figures.filter(({ value }) => value === "–").map(({ key }) => key);
-  assert.deepEqual(dashes, ["torch", "cache", "other", "peak"]);
+  assert.deepEqual(dashes, ["torch", "cache", "other", "free", "peak"]);
 });
 
 test("a meter says in words what the bar shows", () => {
@@ -94,11 +94,16 @@ test("a meter says in words what the bar shows", () => {
   assert.match(shown.meter.text, /^18\.3 GB of 25\.2 GB used; Resident 12\.6 GB; Staging 500 MB; .*; Peak 19\.4 GB$/);
 });
 
-test("a device is near its limit from 95 % on", () => {
-  assert.equal(viewOf({ total: 1000, free: 51 }).warning, "");
-  assert.equal(viewOf({ total: 1000, free: 50 }).warning, "nearly full");
-  const over = viewOf({ total: 1000, free: -5 });
-  assert.equal(over.warning, "nearly full");
+test("a device is near its limit when 90 % are held by what cannot be given up", () => {
+  const free = { total: 1000, resident: 0, cache: 0 };
+  assert.equal(viewOf({ ...free, free: 101 }).warning, "");
+  assert.equal(viewOf({ ...free, free: 100 }).warning, "little room left");
+  assert.equal(viewOf({ ...free, free: 0, resident: 101 }).warning, "", "resident weights give way");
+  assert.equal(viewOf({ ...free, free: 0, cache: 101 }).warning, "", "so does torch's cache");
+  assert.equal(viewOf({ ...free, free: 40, resident: 30, cache: 30 }).warning, "little room left");
+  const over = viewOf({ ...free, free: -5 });
+  assert.equal(over.warning, "little room left");
+  assert.match(over.meter.text, /cannot be given up/);
   assert.equal(over.meter.now, 1000, "a meter's value is within its range");
 });
 
@@ -131,10 +136,17 @@ test("figures are unfolded for two devices, and folded with a legend for more", 
   assert.equal(small.legend, true);
 });
 
-test("without a GPU the host is shown, and a sentence", () => {
+test("without a device the host is shown, and why", () => {
   const shown = view(STATES.noGpu);
   assert.deepEqual(shown.devices, []);
-  assert.match(shown.deviceNote, /^No GPU/);
+  assert.equal(shown.deviceNote, "No device to stream to: there is no GPU. Models run ComfyUI's own way.");
+  const neutral = "No device to stream to. Models run ComfyUI's own way.";
+  for (const why of [null, undefined]) {
+    assert.equal(view(feedState(status({ devices: [], why_no_devices: why }))).deviceNote, neutral);
+  }
+  const reason = "it needs CUDA or ROCm, and ComfyUI runs on mps";
+  const mps = status({ devices: [], why_no_devices: reason });
+  assert.match(view(feedState(mps, { event: event(mps) })).deviceNote, new RegExp(reason), "an event does not tell it again");
   assert.equal(shown.host[0].amount, "26.4 / 67.4 GB");
 });
 
@@ -149,19 +161,59 @@ test("the parts of a split model share a card and its buttons", () => {
   const [split, encoder] = view(STATES.split).models;
   assert.deepEqual(split.parts.map((part) => part.device), ["gpu:0", "gpu:1"]);
   assert.equal(split.pinned, "14.1 GB");
-  assert.match(split.lastRun, /^Last run: 20 steps of 0\.324 s; 448 GB copied at 69\.2 GB\/s; 2\.40 ms waited per block; 0 misses$/);
+  assert.match(split.lastRun, /^Last run: 20 steps of 0\.324 s; 362 GB copied at 56\.3 GB\/s on average; 2\.40 ms waited per block; 0 misses$/);
   assert.equal(split.freeable, true);
   assert.equal(encoder.freeable, false);
-  assert.equal(encoder.pinned, "");
-  assert.equal(encoder.pinnedText, "Free page-locked RAM");
+  assert.equal(encoder.pinned, "4.7 GB");
+  assert.equal(encoder.pinnedText, "Free page-locked RAM (4.7 GB)");
   assert.deepEqual(encoder.parts.map(({ step, plan }) => [step, plan]), [["not loaded", ""]]);
   assert.match(encoder.lastRun, /^Last run: 1 step of/);
 });
 
 test("the step of the ladder comes with its reason, where there is one", () => {
   const [part] = view(STATES.nearLimit).models[0].parts;
-  assert.equal(part.step, "streams from the file: no more RAM may be page-locked (60.6 GB at most)");
+  assert.equal(part.step, "streams from the file: the limit of 60.6 GB page-locked memory is reached");
   assert.equal(view(STATES.allResident).models[0].parts[0].step, "all resident");
+});
+
+test("a model of which nothing is there is left out, and kept for who asks", () => {
+  const gone = model({ ladder: "unloaded", pinned_bytes: 0, last_run: run() });
+  const shown = status({ models: [gone, model({ id: "2" })] });
+  assert.deepEqual(view(feedState(shown)).models.map(({ key }) => key), ["2"]);
+  assert.deepEqual(buildView(feedState(shown), EN, { keep: (id) => id === "1" }).models.map(({ key }) => key), ["1", "2"]);
+  const alone = view(feedState(status({ models: [gone] })));
+  assert.deepEqual(alone.models, []);
+  assert.equal(alone.modelNote, "No streamed model is loaded.");
+  const coming = { ...gone, loading: { done: 0, total: 5, rate: null } };
+  assert.deepEqual(view(feedState(status({ models: [coming] }))).briefs.map(({ text }) => text), ["flux1-dev: Loading"]);
+  const parts = [gone, model({ device: "gpu:1" })];
+  assert.equal(view(feedState(status({ models: parts }))).models[0].parts.length, 2, "a model stays whole");
+});
+
+test("each loaded model has a line, and what does not stream", () => {
+  const lines = (/** @type {string} */ name) => view(STATES[name]).briefs.map(({ text }) => text);
+  assert.deepEqual(lines("streaming"), ["flux1-dev: streams from page-locked RAM, 12.6 GB of 23.8 GB stay in VRAM"]);
+  assert.deepEqual(lines("allResident"), ["flux1-dev: all resident"]);
+  assert.deepEqual(lines("split"), ["qwen_image_bf16: streams from page-locked RAM, 26.8 GB of 44.9 GB stay in VRAM"]);
+  assert.deepEqual(lines("eight").length, 1);
+  assert.deepEqual(lines("inactive"), ["Not streaming: Flux (node 7)"]);
+  assert.deepEqual(lines("idle"), []);
+  const parts = [model(), model({ device: "gpu:1", ladder: "staged", reason: "host memory is nearly full" })];
+  const [{ text }] = view(feedState(status({ models: parts }))).briefs;
+  assert.equal(text, "flux1-dev: streams from the file, host memory is nearly full", "the worst of its parts");
+});
+
+test("a card begins with what is copied in a step and what limits it", () => {
+  const summary = (/** @type {string} */ name) => view(STATES[name]).models[0].summary;
+  assert.match(summary("streaming"), /^Each step copies 11\.2 GB, .* more VRAM makes it faster\.$/);
+  assert.match(summary("split"), /^Each step copies 18\.1 GB, .* more VRAM makes it faster\.$/, "one part waits for its bus");
+  assert.match(summary("eight"), /^Each step copies 306 GB .* makes nothing faster\.$/);
+  assert.match(summary("loading"), /not measured yet\.$/);
+  assert.match(summary("unknown"), /does not compute meanwhile\.$/);
+  assert.match(summary("allResident"), /nothing has to be copied\.$/);
+  assert.equal(view(STATES.split).models[1].summary, "");
+  const early = model({ streamed_block_bytes: undefined });
+  assert.equal(view(feedState(status({ models: [early] }))).models[0].summary, "");
 });
 
 test("a step that a later server has is shown as it is called", () => {
@@ -194,13 +246,13 @@ test("a model that was never run has no last run", () => {
   const never = model({ last_run: null });
   assert.equal(view(feedState(status({ models: [never] }))).models[0].lastRun, "");
   const unknown = model({ last_run: run({ rate: null, step_seconds: null, stall_ms_per_block: null }) });
-  assert.match(view(feedState(status({ models: [unknown] }))).models[0].lastRun, /of –; .* at –; – waited/);
+  assert.match(view(feedState(status({ models: [unknown] }))).models[0].lastRun, /of –; .* at – on average; – waited/);
 });
 
 test("notices name the node, and are spoken with the state", () => {
   const shown = view(STATES.inactive);
-  assert.equal(shown.notices[0].title, "Not streaming: Async Offload Settings (node 7)");
-  assert.match(shown.state.spoken, /^Idle\. Not streaming Async Offload Settings: the model has no list/);
+  assert.equal(shown.notices[0].title, "Not streaming: Flux (node 7)");
+  assert.match(shown.state.spoken, /^Idle\. Not streaming Flux: left as it is: /);
   const file = status({ notices: [{ node_id: null, name: "a.gguf", kind: "inactive", text: "why" }] });
   assert.equal(view(feedState(file)).notices[0].title, "Not streaming: a.gguf");
 });

@@ -15,9 +15,10 @@ let made = 0;
 /**
  * @param {DeviceView} first
  * @param {Strings} strings
+ * @param {boolean} compact  one line, with all but name, bar and amount folded away
  * @returns {Part<DeviceView>}
  */
-export function deviceRow(first, strings) {
+export function deviceRow(first, strings, compact) {
   const id = `ws-device-${++made}`;
   const title = el("span", { class: "ws-device-name" });
   const detail = el("span", { class: "ws-muted ws-ellipsis" });
@@ -27,8 +28,7 @@ export function deviceRow(first, strings) {
     { type: "button", class: "ws-fold", "aria-controls": id },
     el("span", { class: "ws-chevron", "aria-hidden": "true" }),
     title,
-    detail,
-    amount,
+    ...(compact ? [] : [detail, amount]),
   );
   const bar = stackedBar();
   const line = svg("path", { fill: "none", "vector-effect": "non-scaling-stroke" });
@@ -36,17 +36,19 @@ export function deviceRow(first, strings) {
   const spark = svg("svg", { ...box, preserveAspectRatio: "none" }, line);
   const copy = el("span", { class: "ws-number" });
   const stall = el("span", { class: "ws-number" });
-  const warning = el("span", { class: "ws-badge ws-tone-warning ws-end" });
+  const warning = el("span", { class: "ws-badge ws-tone-warning ws-end", title: strings.nearlyFullLong });
   const rates = el(
     "div",
     { class: "ws-rates" },
+    ...(compact ? [detail] : []),
     spark,
     labelled(strings.copy, strings.copyLong, copy),
     labelled(strings.stall, strings.stallLong, stall),
-    warning,
+    ...(compact ? [] : [warning]),
   );
   const figures = el("dl", { class: "ws-figures", id });
-  const element = el("li", { class: "ws-device" }, button, bar.element, rates, figures);
+  const top = compact ? [el("div", { class: "ws-device-line" }, button, bar.element, warning, amount)] : [button, bar.element];
+  const element = el("li", { class: "ws-device" }, ...top, rates, figures);
 
   /** What the user has chosen; until then the view says. @type {boolean | null} */
   let chosen = null;
@@ -54,6 +56,7 @@ export function deviceRow(first, strings) {
   const fold = () => {
     setAttribute(button, "aria-expanded", String(open));
     setShown(figures, open);
+    setShown(rates, open || !compact);
   };
   button.addEventListener("click", () => {
     chosen = open = !open;
@@ -75,7 +78,7 @@ export function deviceRow(first, strings) {
       setAttribute(spark, "data-empty", view.spark === "" ? "" : null);
       setText(copy, view.copy);
       setText(stall, view.stall);
-      setOptional(warning, view.warning);
+      setOptional(warning, compact && view.warning ? "!" : view.warning);
       element.classList.toggle("ws-near", view.warning !== "");
       if (open) syncList(figures, rows, view.figures, figureRow);
     },

@@ -25,6 +25,7 @@ export function modelCard(first, strings, unload) {
   const amount = el("span", { class: "ws-number" });
   const loading = el("div", { class: "ws-loading" }, bar.element, amount);
   const parts = el("ul", { class: "ws-list ws-parts" });
+  const summary = el("p", { class: "ws-summary" });
   const lastRun = el("p", { class: "ws-muted" });
   const warning = el("p", { class: "ws-note ws-tone-error" });
   // There from the start: what is put into an element that comes with it is often not read out.
@@ -34,7 +35,7 @@ export function modelCard(first, strings, unload) {
   const pinned = freeButton("pinned");
   const buttons = el("div", { class: "ws-buttons" }, free, pinned);
   const head = el("div", { class: "ws-model-head" }, running, name, where);
-  const element = el("li", { class: "ws-model" }, head, loading, parts, lastRun, warning, buttons, answer);
+  const element = el("li", { class: "ws-model" }, head, summary, loading, parts, lastRun, warning, buttons, answer);
   /** @type {Map<string, Part<PartView>>} */
   const rows = new Map();
   let view = first;
@@ -91,6 +92,7 @@ export function modelCard(first, strings, unload) {
         bar.update({ now: fill, max: 1, text, label }, fill);
         setText(amount, text);
       }
+      setOptional(summary, view.summary);
       syncList(parts, rows, view.parts, partRow);
       setOptional(lastRun, view.lastRun);
       setOptional(warning, view.warning);

@@ -12,7 +12,7 @@ import { totalLoading } from "./status.mjs";
  * @typedef {{key: string, device: string, step: string, ladder: Ladder, plan: string}} PartView
  * @typedef {{fill: number | null, amount: string, text: string, label: string}} LoadingView
  * @typedef {{key: string, name: string, where: string, running: boolean, parts: PartView[], loading: LoadingView | null,
- *   lastRun: string, warning: string, freeable: boolean, pinned: string, freeText: string, freeLabel: string,
+ *   summary: string, brief: string, lastRun: string, warning: string, freeable: boolean, pinned: string, freeText: string, freeLabel: string,
  *   pinnedText: string, pinnedLabel: string}} ModelView
  */
 
@@ -25,14 +25,32 @@ const STEPS = {
   synchronous: "ladderSynchronous",
 };
 
+// The steps, the worst first.
+const WORST = /** @type {const} */ (["synchronous", "staged", "pinned", "resident", "unloaded"]);
+const EXTENSION = /\.(safetensors|sft|gguf|ckpt|pth|pt|bin)$/i;
+
 /**
  * @param {readonly Model[]} models
  * @param {Strings} strings
+ * @param {(id: string) => boolean} [keep]  whether a model is shown though nothing of it is loaded
  * @returns {ModelView[]}
  */
-export function modelViews(models, strings) {
-  const ids = [...new Set(models.map((model) => model.id))];
+export function modelViews(models, strings, keep = () => false) {
+  const ids = [...new Set(models.filter((model) => isThere(model) || keep(model.id)).map((model) => model.id))];
   return ids.map((id) => modelView(models.filter((model) => model.id === id), strings));
+}
+
+/**
+ * Whether there is something of it to free, or is coming. A model that was given to other GPUs lives on without either.
+ * @param {Model} model
+ */
+function isThere(model) {
+  return isLoaded(model) || (model.pinned_bytes ?? 0) > 0;
+}
+
+/** @param {Model} model */
+function isLoaded({ ladder, loading }) {
+  return ladder !== "unloaded" || (loading !== null && loading !== undefined);
 }
 
 /**
@@ -52,6 +70,8 @@ function modelView(parts, strings) {
     running: parts.some((part) => part.running),
     parts: parts.map((part) => partView(part, strings)),
     loading: loadingView(parts, strings),
+    summary: summary(parts, strings),
+    brief: brief(parts, strings),
     lastRun: lastRun(parts.map((part) => part.last_run).filter((run) => run !== null && run !== undefined), strings),
     warning: corrupted > 0 ? strings.corrupted(corrupted) : "",
     freeable: parts.some((part) => part.ladder !== "unloaded"),
@@ -61,6 +81,64 @@ function modelView(parts, strings) {
     pinnedText: strings.freePinned(size),
     pinnedLabel: strings.freePinnedOf(name, format.bytes(pinned)),
   };
+}
+
+/**
+ * What is copied in a step, and what limits it, in a sentence; "" where that is not known.
+ * @param {readonly Model[]} parts
+ * @param {Strings} strings
+ */
+function summary(parts, strings) {
+  const loaded = parts.filter((part) => part.ladder !== "unloaded");
+  if (loaded.length === 0) return "";
+  if (loaded.every((part) => part.ladder === "resident")) return strings.summaryResident;
+  const streamed = sumOf(loaded, (part) => part.streamed_block_bytes);
+  if (streamed === null) return "";
+  const copied = format.bytes(streamed);
+  if (loaded.some((part) => part.ladder === "synchronous")) return strings.summarySynchronous(copied);
+  if (loaded.some((part) => part.limited_by === "bus")) return strings.summaryBus(copied);
+  return loaded.every((part) => part.limited_by) ? strings.summaryCompute(copied) : strings.summaryUnmeasured(copied);
+}
+
+/**
+ * The model in a line, for where there is little room: how weights come at worst, and why; "" where none is loaded.
+ * @param {readonly Model[]} parts
+ * @param {Strings} strings
+ */
+function brief(parts, strings) {
+  const loaded = parts.filter(isLoaded);
+  if (loaded.length === 0) return "";
+  const worst = WORST.find((ladder) => loaded.some((part) => part.ladder === ladder)) ?? loaded[0].ladder;
+  const name = parts[0].name.replace(EXTENSION, "");
+  if (worst === "unloaded") return strings.because(name, strings.loading);
+  const step = strings[STEPS[worst]] ?? worst;
+  const reason = briefReason(loaded.filter((part) => part.ladder === worst), worst, strings);
+  return strings.because(name, reason ? strings.and(step, reason) : step);
+}
+
+/**
+ * @param {readonly Model[]} parts  with the same step
+ * @param {Ladder} ladder
+ * @param {Strings} strings
+ */
+function briefReason(parts, ladder, strings) {
+  const reasons = new Set(parts.map((part) => part.reason));
+  if (reasons.size === 1) return parts[0].reason;
+  const kept = sumOf(parts, (part) => (part.resident_bytes ?? NaN) + (part.rest_bytes ?? 0));
+  const streamed = sumOf(parts, (part) => part.streamed_block_bytes);
+  if (ladder !== "pinned" || kept === null || streamed === null) return "";
+  return strings.stay(format.bytes(kept), format.bytes(kept + streamed));
+}
+
+/**
+ * The sum of what is known; null where nothing is.
+ * @template Item
+ * @param {readonly Item[]} items
+ * @param {(item: Item) => number | null | undefined} field
+ */
+function sumOf(items, field) {
+  const values = items.map(field).filter(format.isKnown);
+  return values.length > 0 ? values.reduce((total, value) => total + value, 0) : null;
 }
 
 /**
@@ -107,15 +185,11 @@ function loadingView(parts, strings) {
  */
 function lastRun(runs, strings) {
   if (runs.length === 0) return "";
-  const sum = (/** @type {(run: Run) => number | null} */ field) => {
-    const values = runs.map(field).filter(format.isKnown);
-    return values.length > 0 ? values.reduce((total, value) => total + value, 0) : null;
-  };
   const most = (/** @type {(run: Run) => number | null} */ field) => {
     const values = runs.map(field).filter(format.isKnown);
     return values.length > 0 ? Math.max(...values) : null;
   };
-  const copied = sum((run) => run.bytes);
+  const copied = sumOf(runs, (run) => run.bytes);
   const steps = most((run) => run.steps) ?? 0;
   const step = format.seconds(most((run) => run.step_seconds));
   if (copied === 0) return strings.lastRunUncopied({ steps, step });
@@ -123,8 +197,8 @@ function lastRun(runs, strings) {
     steps,
     step,
     copied: format.bytes(copied),
-    rate: format.rate(sum((run) => run.rate)),
+    rate: format.rate(sumOf(runs, (run) => run.rate)),
     stall: format.milliseconds(most((run) => run.stall_ms_per_block)),
-    misses: sum((run) => run.misses) ?? 0,
+    misses: sumOf(runs, (run) => run.misses) ?? 0,
   });
 }

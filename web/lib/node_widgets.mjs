@@ -7,7 +7,7 @@ import { mountPanel } from "./panel.mjs";
 const NODE_TYPES = ["WeightStreamGPUPlacement"];
 const NAME = "weightstream_vram";
 // As in the style sheet, which Nodes 2.0 goes by.
-const MIN_HEIGHT = 200;
+const MIN_HEIGHT = 240;
 
 /** @param {{app: any, feed: import("./feed.mjs").Feed, locale: () => string}} options */
 export function nodeWidgets({ app, feed, locale }) {

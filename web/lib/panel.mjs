@@ -13,11 +13,13 @@ import { watchVisibility } from "./visibility.mjs";
 /** @import { Part } from "./dom.mjs" */
 /** @import { Feed, FeedState } from "./feed.mjs" */
 /** @import { Strings } from "./strings.mjs" */
-/** @import { HostView, NoticeView, View } from "./view.mjs" */
+/** @import { BriefView, HostView, NoticeView, View } from "./view.mjs" */
 
 const STYLES = new URL("../weightstream.css", import.meta.url).href;
 // A value that moves to and fro across a limit would be read out each time.
 const SPEAK_MS = 5_000;
+// So long the card of a model that was freed here says so, though nothing of it is loaded.
+const FREED_MS = 20_000;
 
 /**
  * @param {HTMLElement} container
@@ -81,24 +83,42 @@ function build(root, strings, feed, small) {
   const deviceNote = el("p", { class: "ws-muted" });
   const host = el("div", { class: "ws-host", role: "group", "aria-label": strings.host });
   const notices = el("ul", { class: "ws-list ws-notices", "aria-label": strings.notices });
+  const briefs = el("ul", { class: "ws-list ws-briefs", "aria-label": strings.briefs });
   const models = el("ul", { class: "ws-list ws-models", "aria-label": strings.models });
   const modelNote = el("p", { class: "ws-muted" });
-  root.append(state.element, banner, notices, devices, legend, deviceNote, host, models, modelNote);
+  const deviceParts = [devices, deviceNote, legend];
+  // In a node the first lines are all that is seen without scrolling.
+  const order = small ? [briefs, ...deviceParts, notices] : [notices, ...deviceParts];
+  root.append(state.element, banner, ...order, host, models, modelNote);
 
-  const rows = { devices: new Map(), host: new Map(), notices: new Map(), models: new Map() };
+  const rows = { devices: new Map(), host: new Map(), notices: new Map(), models: new Map(), briefs: new Map() };
+  /** When each was freed here. @type {Map<string, number>} */
+  const freed = new Map();
+  let now = 0;
+  /** @type {Feed["unload"]} */
+  const unload = async (id, what) => {
+    freed.set(id, Infinity);
+    try {
+      return await feed.unload(id, what);
+    } finally {
+      freed.set(id, now);
+    }
+  };
   return (feedState) => {
-    const view = buildView(feedState, strings, { small });
+    now = feedState.now;
+    const view = buildView(feedState, strings, { small, keep: (id) => now - (freed.get(id) ?? -Infinity) < FREED_MS });
     root.dataset.state = view.state.key;
     root.classList.toggle("ws-old", view.old);
     state.update(view, feedState.now);
     setOptional(banner, view.banner);
     banner.className = `ws-note ws-banner ws-tone-${view.state.tone}`;
     showList(notices, rows.notices, view.notices, noticeRow);
-    showList(devices, rows.devices, view.devices, (device) => deviceRow(device, strings));
+    if (small) showList(briefs, rows.briefs, view.briefs, briefRow);
+    showList(devices, rows.devices, view.devices, (device) => deviceRow(device, strings, small));
     setShown(legend, view.legend);
     setOptional(deviceNote, view.deviceNote);
     showList(host, rows.host, view.host, hostRow);
-    showList(models, rows.models, view.models, (model) => modelCard(model, strings, (id, what) => feed.unload(id, what)));
+    showList(models, rows.models, view.models, (model) => modelCard(model, strings, unload));
     setOptional(modelNote, view.modelNote);
   };
 }
@@ -155,6 +175,21 @@ function hostRow(first) {
       setText(amount, view.amount);
       setOptional(warning, view.warning);
       bar.update(view.meter, view.fill);
+    },
+  };
+}
+
+/** @returns {Part<BriefView>} */
+function briefRow() {
+  const dot = el("span", { "aria-hidden": "true" });
+  const text = el("span", { class: "ws-brief-text" });
+  const element = el("li", { class: "ws-brief" }, dot, text);
+  return {
+    element,
+    update(view) {
+      dot.className = `ws-dot ws-tone-${view.tone}`;
+      setText(text, view.text);
+      setAttribute(element, "title", view.text);
     },
   };
 }

@@ -8,13 +8,15 @@
  *   pinned_limit: number | null}} Host
  * @typedef {{done: number, total: number, rate: number | null}} Loading
  * @typedef {{steps: number, bytes: number, rate: number | null, stall_ms_per_block: number | null, misses: number,
- *   corrupted: number, step_seconds: number | null}} Run
+ *   corrupted: number, step_seconds: number | null}} Run  rate and step_seconds are means of the run
  * @typedef {"unloaded" | "resident" | "pinned" | "staged" | "synchronous"} Ladder
  * @typedef {{id: string, name: string, device: string, node_id: string | null, ladder: Ladder, reason: string,
- *   plan: string, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null}} Model
- *   one for each model and device; the parts of one model have the same id
+ *   plan: string, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null,
+ *   resident_bytes?: number, rest_bytes?: number, streamed_block_bytes?: number, limited_by?: "bus" | "compute" | ""}} Model
+ *   one for each model and device; the parts of one model have the same id. last_run is of the last one that ended
  * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback", text: string}} Notice
- * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[]}} Status
+ * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[],
+ *   why_no_devices?: string | null}} Status
  * @typedef {{schema: number, time: number, revision: string, devices: unknown[][], host: (number | null)[],
  *   loading: [string, number, number, number | null][], running: string[]}} Event
  */
@@ -52,6 +54,7 @@ export function merge(status, event) {
     host: /** @type {Host} */ ({ ...NO_HOST, ...status?.host, ...named(HOST_FIELDS, event.host) }),
     models: (status?.models ?? []).map((model) => withEvent(model, event, loading)),
     notices: status?.notices ?? [],
+    why_no_devices: status?.why_no_devices ?? null,
   };
 }
 

@@ -12,7 +12,8 @@ import { merge } from "./status.mjs";
 /** @import { Device, Host, Notice, Status } from "./status.mjs" */
 /** @import { Strings } from "./strings.mjs" */
 
-export const NEAR_LIMIT = 0.95;
+// Of what streamed models give up at once, their resident weights, and of torch's cache a device is full on purpose.
+export const NEAR_LIMIT = 0.9;
 // Memory is page-locked in whole pieces, so that a limit is reached when the next piece would go beyond it.
 export const NEAR_PINNED_LIMIT = 0.98;
 export const SPARK = { width: 60, height: 14 };
@@ -34,19 +35,21 @@ export const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
  *   open: boolean}} DeviceView
  * @typedef {{key: string, label: string, amount: string, fill: number | null, warning: string, meter: Meter}} HostView
  * @typedef {{key: string, kind: "inactive" | "fallback", title: string, text: string}} NoticeView
+ * @typedef {{key: string, text: string, tone: Tone}} BriefView  a line of what is loaded, or was to stream and does not
  * @typedef {"neutral" | "active" | "good" | "warning" | "error"} Tone
  * @typedef {{state: {key: string, tone: Tone, text: string, spoken: string}, banner: string, old: boolean,
  *   devices: DeviceView[], legend: boolean, deviceNote: string, host: HostView[], models: ModelView[], modelNote: string,
- *   notices: NoticeView[]}} View
+ *   briefs: BriefView[], notices: NoticeView[]}} View
  */
 
 /**
  * @param {FeedState} feed
  * @param {Strings} strings
- * @param {{small?: boolean}} [options]  small: there is no room for the figures of each device
+ * @param {{small?: boolean, keep?: (id: string) => boolean}} [options]  small: there is no room for the figures of each
+ *   device; keep: whether a model is shown though nothing of it is loaded
  * @returns {View}
  */
-export function buildView(feed, strings, { small = false } = {}) {
+export function buildView(feed, strings, { small = false, keep = () => false } = {}) {
   const status = merge(feed.status, feed.event);
   const old = feed.link === "stale" || feed.link === "gone";
   const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
@@ -54,7 +57,8 @@ export function buildView(feed, strings, { small = false } = {}) {
   const devices = (usable?.devices ?? []).map((device) => deviceView(device, feed, strings, open));
   const host = usable ? hostViews(usable.host, strings) : [];
   const near = [...devices, ...host].some((each) => each.warning !== "");
-  const models = usable ? modelViews(usable.models, strings) : [];
+  const models = usable ? modelViews(usable.models, strings, keep) : [];
+  const notices = (usable?.notices ?? []).map((notice, place) => noticeView(notice, place, strings));
   return {
     state: stateView(feed, usable, near, strings),
     banner: bannerText(feed, usable, strings),
@@ -62,12 +66,13 @@ export function buildView(feed, strings, { small = false } = {}) {
     devices,
     // Where figures are unfolded they have the colours beside them.
     legend: devices.some((device) => !device.open),
-    deviceNote: usable && devices.length === 0 ? strings.noDevices : "",
+    deviceNote: usable && devices.length === 0 ? strings.noDevices(usable.why_no_devices ?? "") : "",
     host,
     models,
     // Without its status the server's models are not known to be none.
     modelNote: usable && feed.status && models.length === 0 ? strings.noModels : "",
-    notices: (usable?.notices ?? []).map((notice, place) => noticeView(notice, place, strings)),
+    briefs: briefViews(models, notices),
+    notices,
   };
 }
 
@@ -138,7 +143,7 @@ function deviceView(device, feed, strings, open) {
   const { total, free } = device;
   const used = format.isKnown(total) && format.isKnown(free) ? Math.max(0, total - free) : null;
   const detail = device.name || (device.virtual ? strings.virtual : "");
-  const near = (format.fraction(used, total) ?? 0) >= NEAR_LIMIT;
+  const near = (format.fraction(keptBytes(device), total) ?? 0) >= NEAR_LIMIT;
   const figures = FIGURES.map((key) => ({
     key,
     label: strings[key],
@@ -147,7 +152,7 @@ function deviceView(device, feed, strings, open) {
   }));
   const text = [
     used === null ? strings.unknown : strings.used(format.bytes(used), format.bytes(total)),
-    near ? strings.nearlyFull : "",
+    near ? strings.nearlyFullLong : "",
     ...figures.filter(({ key }) => key !== "free").map(({ label, value }) => `${label} ${value === format.DASH ? strings.unknown : value}`),
   ];
   return {
@@ -165,6 +170,28 @@ function deviceView(device, feed, strings, open) {
     figures,
     open,
   };
+}
+
+/**
+ * What nobody gives up to a model that needs it: slots, activations, other models and programs.
+ * @param {Device} device
+ */
+function keptBytes({ total, free, resident, cache }) {
+  return format.isKnown(total) && format.isKnown(free) && format.isKnown(cache) ? total - free - resident - cache : null;
+}
+
+/**
+ * @param {readonly ModelView[]} models
+ * @param {readonly NoticeView[]} notices
+ * @returns {BriefView[]}
+ */
+function briefViews(models, notices) {
+  const loaded = models.filter((model) => model.brief !== "");
+  const inactive = notices.filter((notice) => notice.kind === "inactive");
+  return [
+    ...loaded.map(({ key, brief, running }) => ({ key: `model/${key}`, text: brief, tone: /** @type {Tone} */ (running ? "active" : "neutral") })),
+    ...inactive.map(({ key, title }) => ({ key: `notice/${key}`, text: title, tone: /** @type {Tone} */ ("warning") })),
+  ];
 }
 
 /**
