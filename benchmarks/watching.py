@@ -16,11 +16,13 @@ import statistics
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import report
 from run import RESULTS, describe_machine
 
@@ -33,6 +35,8 @@ PAGE = "watching"
 WATCH_ROUTE = "/weightstream/v1/watch"
 # As often as the widget does.
 RENEW_SECONDS = 4.0
+IDLE_SECONDS = 30.0
+SHOWN = ("ratio", "seconds", "seconds_watched", "cpu_share", "cpu_share_watched", "events", "event_bytes")
 
 
 @contextlib.contextmanager
@@ -77,6 +81,15 @@ def run_seconds(host: HeadlessHost, size: demo.Size, seed: int, steps: int) -> f
     return (messages["execution_success"]["timestamp"] - messages["execution_start"]["timestamp"]) / 1000
 
 
+def cpu_share(host: HeadlessHost) -> float:
+    """The part of one core that the host takes while it has nothing to do."""
+    process = psutil.Process(host.pid)
+    before = process.cpu_times()
+    time.sleep(IDLE_SECONDS)
+    after = process.cpu_times()
+    return (after.user + after.system - before.user - before.system) / IDLE_SECONDS
+
+
 def measure(host: HeadlessHost, size: demo.Size, pairs: int, steps: int) -> dict[str, Any]:
     alone, with_page, events = [], [], []
     for seed in range(3):
@@ -91,12 +104,17 @@ def measure(host: HeadlessHost, size: demo.Size, pairs: int, steps: int) -> dict
                 alone.append(run_seconds(host, size, 1001 + 2 * pair, steps))
     ratios = [one / other for one, other in zip(with_page, alone, strict=True)]
     spread = [first / second for first, second in zip(alone[::2], alone[1::2], strict=False)]
+    idle = cpu_share(host)
+    with watched(host):
+        idle_watched = cpu_share(host)
     return {
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "ratios_of_two_unwatched": spread,
         "seconds": statistics.median(alone),
         "seconds_watched": statistics.median(with_page),
+        "cpu_share": idle,
+        "cpu_share_watched": idle_watched,
         "events": len(events),
         "event_bytes": max(events),
     }
@@ -122,7 +140,7 @@ def main() -> None:
             result = measure(host, size, args.pairs, args.steps)
     result |= {"machine": describe_machine(), "size": args.size, "steps": args.steps, "virtual": machine.cpu}
     report.write_json(args.out / "watching.json", result)
-    print(json.dumps({name: result[name] for name in ("ratio", "seconds", "seconds_watched", "events", "event_bytes")}))
+    print(json.dumps({name: result[name] for name in SHOWN}))
 
 
 if __name__ == "__main__":

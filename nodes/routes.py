@@ -3,15 +3,18 @@
 [Note: who may unload]
 Models are loaded and run by the host's worker, in one thread. A route that took one off the device meanwhile would pull
 memory from under it. So it holds the lock with which the worker takes a prompt from the queue, and goes away where one
-is running. The host's page waits for that lock too, but to let go of device memory takes no time. Unlocking RAM does,
-and needs no such lock: each model has one of its own, which is held while it is loaded or runs, and gives nothing then.
-What is left is the host's own "Free model and node cache" in the moment in which the worker carries it out: while that
-is still waiting, nothing is unloaded here either.
+runs. The host's page waits for that lock too. To let go of device memory takes no time; to unlock RAM does, so that is
+done in pieces, and others have the lock between them. What is left is the host's own "Free model and node cache" in the
+moment in which the worker carries it out: while that is still waiting, nothing is unloaded here either.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comfy.model_management as mm
@@ -38,6 +41,9 @@ WATCH_ROUTE = "/weightstream/v1/watch"
 UNLOAD_ROUTE = "/weightstream/v1/unload"
 
 MODEL, PINNED = "model", "pinned"
+UNLOCKED_AT_ONCE = 1 << 30
+
+BetweenPrompts = Callable[[], AbstractContextManager[None]]
 
 
 class BusyError(Exception):
@@ -59,47 +65,48 @@ def full_status() -> dict[str, Any]:
     }
 
 
-def free(server: PromptServer, models: list[StreamedModel], what: str) -> dict[str, int]:
+def free(models: list[StreamedModel], what: str, between_prompts: BetweenPrompts) -> dict[str, int]:
     """Take models off their devices, or free their page-locked memory; gives the bytes that came free, of each kind.
 
+    Args:
+        models: the parts of one.
+        what: :data:`MODEL` or :data:`PINNED`.
+        between_prompts: while it lasts no prompt runs (Note: who may unload).
+
     Raises:
-        BusyError: they are in use (Note: who may unload).
+        BusyError: they are in use.
     """
     before = _held(models)
     if what == PINNED:
-        unlock(models)
+        unlock(models, between_prompts)
     else:
-        unload_between_prompts(server, models)
+        with between_prompts():
+            take_off(models)
     after = _held(models)
     return {"freed_device": before.device - after.device, "freed_pinned": before.pinned - after.pinned}
 
 
-def unlock(models: list[StreamedModel]) -> None:
-    """Free the page-locked memory of models.
+def unlock(models: list[StreamedModel], between_prompts: BetweenPrompts) -> None:
+    """Free the page-locked memory of models, as far as nobody begins to use it.
 
     Raises:
         BusyError: they give none of what they have.
     """
-    had = _held(models).pinned
+    freed, had = 0, _held(models).pinned
     for model in models:
-        model.streamer.give_up_masters(model.streamer.snapshot().pinned_bytes)
-    if had and _held(models).pinned == had:
+        while left := model.streamer.snapshot().pinned_bytes:
+            try:
+                with between_prompts():
+                    piece = model.streamer.give_up_masters(min(left, UNLOCKED_AT_ONCE))
+            except BusyError:
+                if not freed:
+                    raise
+                return
+            freed += piece
+            if not piece:
+                break
+    if had and not freed:
         raise BusyError("it is in use; interrupt the prompt, or try again when it is done")
-
-
-def unload_between_prompts(server: PromptServer, models: list[StreamedModel]) -> None:
-    """Take models off their devices.
-
-    Raises:
-        BusyError: a prompt runs.
-    """
-    queue = server.prompt_queue
-    with queue.mutex:
-        if queue.currently_running:
-            raise BusyError("a prompt is running; interrupt it, or try again when it is done")
-        if queue.flags:
-            raise BusyError("ComfyUI is about to free models itself; try again in a moment")
-        take_off(models)
 
 
 def take_off(models: list[StreamedModel]) -> None:
@@ -107,6 +114,22 @@ def take_off(models: list[StreamedModel]) -> None:
     for loaded in list(mm.current_loaded_models):
         if isinstance(patcher := loaded.model, StreamedModelPatcher) and patcher.streamed in models:
             unload(patcher)
+
+
+@contextlib.contextmanager
+def idle(server: PromptServer) -> Iterator[None]:
+    """While this lasts the host's worker begins no prompt.
+
+    Raises:
+        BusyError: one runs.
+    """
+    queue = server.prompt_queue
+    with queue.mutex:
+        if queue.currently_running:
+            raise BusyError("a prompt is running; interrupt it, or try again when it is done")
+        if queue.flags:
+            raise BusyError("ComfyUI is about to free models itself; try again in a moment")
+        yield
 
 
 class _Held(NamedTuple):
@@ -147,7 +170,7 @@ def add_routes() -> None:
         if not models:
             return _refused(404, f"there is no model {wanted}; it may be gone already")
         try:
-            return web.json_response(await asyncio.to_thread(free, server, models, body["what"]))
+            return web.json_response(await asyncio.to_thread(free, models, body["what"], partial(idle, server)))
         except BusyError as error:
             return _refused(409, str(error))
 

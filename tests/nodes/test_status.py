@@ -6,7 +6,8 @@ import asyncio
 import gc
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,7 +322,7 @@ def test_the_oldest_notices_are_forgotten(streamed: Load) -> None:
 # -- unloading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["device", "pinned"])
+@pytest.mark.parametrize("what", [routes.MODEL, routes.PINNED])
 def test_one_model_is_unloaded_and_runs_again(machine: Machine, models: Path, what: str) -> None:
     machine(1, 48 * MB)
     with torch.inference_mode():
@@ -330,15 +331,17 @@ def test_one_model_is_unloaded_and_runs_again(machine: Machine, models: Path, wh
     for model in (one, two):
         settle(model)
     before, other = entry_of(one), entry_of(two)
-    (routes.take_off if what == "device" else routes.unlock)([one.streamed])
+    freed = routes.free([one.streamed], what, nullcontext)
     after = entry_of(one)
     assert entry_of(two)["device_bytes"] == other["device_bytes"]
     assert entry_of(two)["pinned_bytes"] == other["pinned_bytes"]
-    if what == "device":
+    if what == routes.MODEL:
+        assert freed == {"freed_device": before["device_bytes"], "freed_pinned": 0}
         assert (after["device_bytes"], after["ladder"]) == (0, "unloaded")
         assert after["pinned_bytes"] == before["pinned_bytes"]
     else:
-        assert (before["pinned_bytes"] > 0, after["pinned_bytes"]) == (True, 0)
+        assert freed["freed_pinned"] == before["pinned_bytes"] > 0
+        assert after["pinned_bytes"] == 0
     assert torch.equal(sample(one), expected)
 
 
@@ -347,10 +350,31 @@ def test_page_locked_memory_that_is_in_use_stays(streamed: Load) -> None:
     settle(model)
     model.streamer.lend_masters()
     with pytest.raises(routes.BusyError, match="it is in use"):
-        routes.unlock([model.streamed])
+        routes.unlock([model.streamed], nullcontext)
     model.streamer.take_masters_back()
-    routes.unlock([model.streamed])
+    routes.unlock([model.streamed], nullcontext)
     assert entry_of(model)["pinned_bytes"] == 0
+
+
+def test_unlocking_ends_when_a_prompt_begins(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "UNLOCKED_AT_ONCE", 1)
+    model = streamed(24 * MB)
+    settle(model)
+    expected, before = sample(model), entry_of(model)["pinned_bytes"]
+    pauses = [True, True]
+
+    @contextmanager
+    def between_prompts() -> Iterator[None]:
+        if not pauses:
+            raise routes.BusyError("a prompt is running")
+        pauses.pop()
+        yield
+
+    freed = routes.free([model.streamed], routes.PINNED, between_prompts)
+    assert 0 < freed["freed_pinned"] < before
+    with pytest.raises(routes.BusyError):
+        routes.free([model.streamed], routes.PINNED, between_prompts)
+    assert torch.equal(sample(model), expected)
 
 
 def test_all_parts_of_a_split_model_are_unloaded(loaded: StreamedModelPatcher) -> None:
