@@ -9,7 +9,7 @@ import pytest
 import torch
 from weightstream.streaming import open_vram_reader
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 NO_CONTEXT = """
 import sys, torch

@@ -29,13 +29,20 @@ WAIT_S = 180
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+# Who runs these tests in the background may have Ctrl-C ignored, and a program's children inherit that.
+WITH_CTRL_C = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
 class Server:
     """``dev.py serve`` in a process group of its own, as a terminal would start it."""
 
     def __init__(self, *arguments: str) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "dev.py"), "serve", *arguments],
+            [sys.executable, "-c", WITH_CTRL_C, str(ROOT / "dev.py"), "serve", *arguments],
             env={**os.environ, "WEIGHTSTREAM_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
