@@ -87,7 +87,7 @@ def cpu_share(host: HeadlessHost) -> float:
     before = process.cpu_times()
     time.sleep(IDLE_SECONDS)
     after = process.cpu_times()
-    return (after.user + after.system - before.user - before.system) / IDLE_SECONDS
+    return round((after.user + after.system - before.user - before.system) / IDLE_SECONDS, 6)
 
 
 def measure(host: HeadlessHost, size: demo.Size, pairs: int, steps: int) -> dict[str, Any]:
