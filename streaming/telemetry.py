@@ -138,6 +138,7 @@ class StepMeter:
 
     def begin_run(self) -> None:
         """Steps from now on are averaged anew."""
+        self._collect()
         self._pending, self._timed = None, (0, 0.0)
 
     def begin(self) -> None:

@@ -84,6 +84,11 @@ def note(what: str, *models: Model) -> str:
     return f"{what}\n\n**Files**\n\n{files}"
 
 
+def flux_begin() -> dict[str, Node]:
+    """Model, text encoders and VAE."""
+    return {"model": streamed(1, FLUX), "clip": flux_clip(1), "vae": vae(1, FLUX_VAE)}
+
+
 def flux_end(model: tuple[str, int], clip: tuple[str, int], decoder: tuple[str, int], first: int) -> dict[str, Node]:
     """From the prompt to the picture, as FLUX.1-dev wants it."""
     words = "A lighthouse on a cliff above a calm sea, early morning, thin fog between the rocks"
@@ -122,9 +127,7 @@ FLUX_ONE_GPU = Workflow(
         FLUX_VAE,
     ),
     {
-        "model": streamed(1, FLUX),
-        "clip": flux_clip(1),
-        "vae": vae(1, FLUX_VAE),
+        **flux_begin(),
         "lora": lora(2, FLUX_LORA, "model", 0.125, bypassed=True),
         **flux_end(("lora", 0), ("clip", 0), ("vae", 0), 2),
         "report": report(4, "lora", "sampler"),
@@ -145,9 +148,7 @@ FLUX_ENCODER = Workflow(
         FLUX_VAE,
     ),
     {
-        "model": streamed(1, FLUX),
-        "clip": flux_clip(1),
-        "vae": vae(1, FLUX_VAE),
+        **flux_begin(),
         "placement": Node(
             "WeightStreamGPUPlacement",
             2,
