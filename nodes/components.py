@@ -115,7 +115,7 @@ def _built_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     if built is None or not same_device(built.load_device, device):
         built = _built[patcher.model] = _build(patcher, device)
     moved = carry_over(patcher, built.clone())
-    moved.load_device = device
+    moved.load_device, moved.offload_device = device, patcher.offload_device
     return moved
 
 

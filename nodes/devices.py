@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import comfy.memory_management
 import comfy.model_management as mm
-import comfy_aimdo.model_vbar
 import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -27,6 +26,8 @@ from ..streaming import (
     parse_virtual_devices,
 )
 from ..streaming.config import VIRTUAL_VARIABLE
+from . import hosts
+from .contracts import check_host
 
 logger = logging.getLogger(__name__)
 
@@ -96,20 +97,21 @@ def make_backend(device: torch.device) -> Backend:
     """The backend for the device that the host loads the model to.
 
     Raises:
-        UnsupportedModelError: nothing streams to this device; the message says why.
+        UnsupportedModelError: nothing streams to this device, or on this ComfyUI; the message says why.
         ConfigError: ``WEIGHTSTREAM_VIRTUAL`` is malformed.
     """
     read_environment()
+    check_host()
     if mm.is_device_cuda(device):
         if mm.vram_state == mm.VRAMState.HIGH_VRAM:
             raise UnsupportedModelError("ComfyUI was told to keep models in VRAM (--highvram or --gpu-only)")
-        return CudaBackend(device)
+        return CudaBackend(device, hosts.record)
     if mm.is_device_cpu(device):
         if _virtual.error is not None:
             raise _virtual.error
         index = device.index or 0
         if index < len(_virtual.devices):
-            return CpuBackend(_virtual.devices[index], device)
+            return CpuBackend(_virtual.devices[index], device, hosts.record)
         raise UnsupportedModelError("there is no GPU, so there is nothing to stream to")
     raise UnsupportedModelError(f"streaming needs a CUDA or ROCm device, and this is {device.type}")
 
@@ -131,14 +133,15 @@ RESERVED_SHARE = 0.1
 
 
 def _pin_limit() -> int | None:
-    """Bytes that may be page-locked in all: ComfyUI's limit (90 % of the RAM, 40 % on Windows), and the same part of
-    what a control group allows. What the system then really allows is found by trying (PinBudget)."""
+    """Bytes that may be page-locked in all: ComfyUI's limit, a share of the RAM that it has counted, and the same share
+    of what a control group allows, where ComfyUI has not counted that already. What the system then really allows is
+    found by trying (PinBudget)."""
     if mm.MAX_PINNED_MEMORY <= 0:
         return None
-    limit = int(mm.MAX_PINNED_MEMORY)
-    if (group := group_memory()) is not None:
-        limit = min(limit, int(mm.MAX_PINNED_MEMORY / psutil.virtual_memory().total * group.total))
-    return limit
+    limit, counted = float(mm.MAX_PINNED_MEMORY), hosts.counted_ram()
+    if (group := group_memory()) is not None and group.total < counted:
+        limit *= group.total / counted
+    return int(limit)
 
 
 def spare_ram() -> int:
@@ -163,7 +166,7 @@ def evictable(device: torch.device) -> int:
     """Bytes of VRAM that models with dynamic VRAM hold and give up when somebody allocates."""
     if not comfy.memory_management.aimdo_enabled or device.type != "cuda":
         return 0
-    return int(comfy_aimdo.model_vbar.vbars_analyze(device.index))
+    return hosts.evictable(device)
 
 
 def unload(patcher: ModelPatcher) -> None:

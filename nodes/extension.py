@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import devices, routes
+from . import contracts, devices, routes
 from .gpu_placement import GpuPlacement
 from .loader import StreamedModelLoader
 from .report import StreamingReport
@@ -15,6 +15,7 @@ class WeightStreamExtension(ComfyExtension):
     """The nodes of the pack."""
 
     async def on_load(self) -> None:
+        contracts.announce_host()
         devices.read_environment()
         routes.add_routes()
 

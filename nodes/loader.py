@@ -21,7 +21,8 @@ from comfy_api.latest import io
 from ..streaming import Checkpoint, CheckpointError, UnsupportedModelError, warm_up
 from . import status
 from .devices import make_backend
-from .mapped import SAFETENSORS_ENDINGS, mapped_loading
+from .hosts import made_with
+from .mapped import SAFETENSORS_ENDINGS, mapped_loading, opened
 from .names import shown_name
 from .notices import keep_notice
 from .offload import GIB, OffloadSettings
@@ -109,7 +110,7 @@ def load_streamed(
     vram_limit: int | None = None,
     node_id: str | None = None,
     full_checkpoint: bool = False,
-    disable_dynamic: bool = False,
+    **options: Any,
 ) -> ModelPatcher:
     """Load the diffusion model at ``path`` for streaming, or the host's way where it cannot stream, and say so.
 
@@ -119,7 +120,8 @@ def load_streamed(
         vram_limit: bytes of VRAM for weights; None takes what the host offers.
         node_id: where to show progress and plan.
         full_checkpoint: the file holds text encoders and VAE too, which stay where they are.
-        disable_dynamic: for callers who want a patcher without dynamic VRAM; a streamed one never has it.
+        options: what the host passes when it wants the same model once more, for its own loaders (``disable_dynamic``:
+            a patcher without dynamic VRAM, which a streamed one never has).
 
     Raises:
         CheckpointError: the file is damaged, or holds no model that the host knows.
@@ -133,7 +135,7 @@ def load_streamed(
     except UnsupportedModelError as error:
         text = f"not streamed, loaded ComfyUI's own way: {error}"
         status.announce(name, text, node_id)
-        patcher = load_unstreamed(path, model_options, full_checkpoint, disable_dynamic)
+        patcher = load_unstreamed(path, model_options, full_checkpoint, **options)
         keep_notice("inactive", name, text, node_id, patcher.model)
         if not weights.sharded:
             return patcher  # It has the host's own factory.
@@ -151,7 +153,7 @@ def _load_for_streaming(
     model, name = loaded.model, shown_name(weights.path)
     streamed = make_streamed(model, model.diffusion_model, loaded.load_device, name, weights.locate, settings, node_id)
     streamed.load_by_host = partial(load_unstreamed, weights.path, model_options, full_checkpoint)
-    patcher = StreamedModelPatcher(model, loaded.load_device, loaded.offload_device, streamed.streamer.model_bytes)
+    patcher = StreamedModelPatcher(model, **{**made_with(loaded), "size": streamed.streamer.model_bytes})
     patcher.settings, patcher.node_id = settings, node_id
     return patcher
 
@@ -183,7 +185,7 @@ def _open(path: str) -> _Weights:
     if _is_safetensors(path):
         checkpoint = Checkpoint.open(path)
         files = tuple(file.path for file in checkpoint.files)
-        return _Weights(path, checkpoint.state_dict(), checkpoint.metadata, checkpoint.locate, files)
+        return _Weights(path, opened(checkpoint), checkpoint.metadata, checkpoint.locate, files)
     with _named_errors(path):
         tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     return _Weights(path, tensors, metadata, lambda tensor: None, (path,))
@@ -219,12 +221,10 @@ def _is_bare(tensors: dict[str, torch.Tensor]) -> bool:
     return not any(name.startswith(prefix) for name in tensors)
 
 
-def _load_by_host(
-    weights: _Weights, full_checkpoint: bool, model_options: dict, disable_dynamic: bool = False
-) -> ModelPatcher:
+def _load_by_host(weights: _Weights, full_checkpoint: bool, model_options: dict, **options: Any) -> ModelPatcher:
     """What Load Diffusion Model and Load Checkpoint do with the tensors of their file."""
     tensors = dict(weights.tensors)  # The host takes out what it has used.
-    options = {"model_options": model_options, "metadata": weights.metadata, "disable_dynamic": disable_dynamic}
+    options = {"model_options": model_options, "metadata": weights.metadata, **options}
     with _named_errors(weights.path):
         if full_checkpoint:
             found = comfy.sd.load_state_dict_guess_config(tensors, output_vae=False, output_clip=False, **options)
@@ -239,16 +239,14 @@ def _load_by_host(
     return model
 
 
-def load_unstreamed(
-    path: str, model_options: dict, full_checkpoint: bool, disable_dynamic: bool = False
-) -> ModelPatcher:
+def load_unstreamed(path: str, model_options: dict, full_checkpoint: bool, **options: Any) -> ModelPatcher:
     """As if our loader did not exist; of a model in several files the host has no way of its own."""
     if _is_safetensors(path):
         weights = _open(path)
         if weights.sharded:
-            return _load_by_host(weights, full_checkpoint, model_options, disable_dynamic)
+            return _load_by_host(weights, full_checkpoint, model_options, **options)
         (path,) = weights.files
-    options = {"model_options": model_options, "disable_dynamic": disable_dynamic}
+    options = {"model_options": model_options, **options}
     with _named_errors(path):
         if full_checkpoint:
             return comfy.sd.load_checkpoint_guess_config_model_only(path, **options)

@@ -22,6 +22,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import Checkpoint, CheckpointFile
+from .hosts import mark_as_loaded
 
 SAFETENSORS_ENDINGS = (".safetensors", ".sft")
 
@@ -42,6 +43,14 @@ class MappedFiles:
         """The part of a file that ``tensor`` maps; None where it is in memory alone."""
         found = (checkpoint.locate(tensor) for checkpoint in self._checkpoints)
         return next((source for source in found if source is not None), None)
+
+
+def opened(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, with what the host leaves on those of the files that it has opened itself."""
+    tensors = dict(checkpoint.state_dict())
+    for file in checkpoint.files:
+        mark_as_loaded({name: tensors[name] for name in file.entries}, file.path)
+    return tensors
 
 
 class MappedModelPatcher(ModelPatcher):
@@ -97,7 +106,7 @@ def _opening(files: MappedFiles, load: Callable[..., Any]) -> Callable[..., Any]
         if not ours or (device is not None and device.type != "cpu"):
             return load(*args, **kwargs)
         checkpoint = files.open(path)
-        tensors = dict(checkpoint.state_dict())
+        tensors = opened(checkpoint)
         return (tensors, checkpoint.metadata or None) if call.arguments["return_metadata"] else tensors
 
     return choice

@@ -19,7 +19,7 @@ import torch
 from ..streaming import Backend, BudgetError, Plan, StallListener, Streamer, UnsupportedModelError
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
-from . import status
+from . import hosts, status
 from .devices import evictable, make_backend, pins, same_device
 from .offload import host_config
 from .patcher import PARTS, StreamedModelPatcher
@@ -138,7 +138,7 @@ def split_blocks(
     pairs = zip(devices[1:], streamers[1:], strict=True)
     patcher.set_additional_models(PARTS, [_make_part(patcher, device, streamer) for device, streamer in pairs])
     patcher.size = patcher.model_size()
-    streamed.boundary = Boundary(devices[0], links, TRANSFORMER_PATCHES)
+    streamed.boundary = Boundary(devices[0], links, TRANSFORMER_PATCHES, hosts.record)
     streamed.place_blocks(devices)
     return found.left_out
 
@@ -161,6 +161,7 @@ def _make_part(patcher: StreamedModelPatcher, device: torch.device, streamer: St
     streamed = StreamedModel(name, streamer, patcher.node_id, LoadingBar(None), title=whole.title, number=whole.number)
     setattr(part, ATTRIBUTE, streamed)
     status.watch(streamed)
-    found = PartPatcher(part, device, patcher.offload_device, streamer.model_bytes)
+    made = {**hosts.made_with(patcher), "load_device": device, "size": streamer.model_bytes}
+    found = PartPatcher(part, **made)
     found.settings, found.owner = patcher.settings, weakref.ref(patcher)
     return found

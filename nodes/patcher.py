@@ -12,12 +12,13 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher, wipe_lowvram_weight
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..streaming import Plan, Streamer, format_bytes
+from . import hosts
 from .devices import make_backend, same_device, unload
+from .hosts import COMPILE_KEY, wipe_lowvram_weight
 from .offload import OffloadSettings, host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
 from .steps import run_streamed
@@ -39,15 +40,8 @@ class StreamedModelPatcher(ModelPatcher):
         node_id: the node that shows what is in effect when this one is loaded.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        load_device: torch.device,
-        offload_device: torch.device,
-        size: int = 0,
-        weight_inplace_update: bool = False,
-    ) -> None:
-        super().__init__(model, load_device, offload_device, size, weight_inplace_update)
+    def __init__(self, model: torch.nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
         self.settings = OffloadSettings()
         self.node_id: str | None = None
         self.wrap_steps()
@@ -70,12 +64,12 @@ class StreamedModelPatcher(ModelPatcher):
         whole.remove_additional_models(PARTS)
         return super(StreamedModelPatcher, whole).deepclone_multigpu(*args, **kwargs)
 
-    def match_multigpu_clones(self) -> None:
+    def match_multigpu_clones(self, *args: Any, **options: Any) -> None:
         """Copies for parallel work on other devices have no parts: each has the whole model."""
         parts = self.parts
         self.remove_additional_models(PARTS)
         try:
-            super().match_multigpu_clones()
+            super().match_multigpu_clones(*args, **options)
         finally:
             if parts:
                 self.set_additional_models(PARTS, parts)
@@ -114,13 +108,11 @@ class StreamedModelPatcher(ModelPatcher):
 
     # -- loading -------------------------------------------------------------------------------------------------
 
-    def partially_load(
-        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
-    ) -> float:
+    def partially_load(self, device_to: torch.device, extra_memory: float = 0, *_: Any, **__: Any) -> float:
         """Make the model ready to run with ``extra_memory`` bytes more on the device than it has (fewer if negative).
 
-        Gives the bytes that were taken in addition. Weights always carry their patches, so ``force_patch_weights``
-        asks for nothing more.
+        Gives the bytes that were taken in addition. What else the host asks for is about its own ways of loading:
+        weights always carry their patches here.
         """
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
@@ -140,6 +132,7 @@ class StreamedModelPatcher(ModelPatcher):
         lowvram_model_memory: float = 0,
         force_patch_weights: bool = False,
         full_load: bool = False,
+        **_: Any,
     ) -> None:
         """Place the weights within ``lowvram_model_memory`` bytes; ``full_load`` sets no limit."""
         with self.use_ejected():
@@ -167,9 +160,7 @@ class StreamedModelPatcher(ModelPatcher):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
-    def partially_unload(
-        self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
-    ) -> float:
+    def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *_: Any, **__: Any) -> float:
         """Give up weights until ``memory_to_free`` bytes are free, and give what was freed.
 
         Nothing is made in their place now: what the model needs instead is made when it is loaded again. Where less
@@ -181,7 +172,9 @@ class StreamedModelPatcher(ModelPatcher):
             self._tell_host(self.load_device)
         return freed
 
-    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+    def unpatch_model(
+        self, device_to: torch.device | None = None, unpatch_weights: bool = True, **options: Any
+    ) -> None:
         """Restore object patches and, with ``unpatch_weights``, take all weights off the device."""
         if unpatch_weights:
             self.unpatch_hooks()
@@ -195,7 +188,7 @@ class StreamedModelPatcher(ModelPatcher):
             self._move_object_patches(device_to)
             self._tell_host(device_to)
             self.model.current_weight_patches_uuid = None
-        super().unpatch_model(device_to=None, unpatch_weights=False)
+        super().unpatch_model(device_to=None, unpatch_weights=False, **options)
 
     @property
     def _turns(self) -> bool:
@@ -223,7 +216,7 @@ class StreamedModelPatcher(ModelPatcher):
         A smaller picture of the memory would make the host run them one by one, and each of them would stream.
         """
         spare = self.streamer.device_bytes - self.streamer.minimum_bytes
-        return super().get_free_memory(device) + max(0, spare)
+        return super().get_free_memory(device) + max(0, spare) + hosts.record.held_bytes(device)
 
     def _plan(self, offered: float) -> Plan:
         """The plan for what the host offers; the one in effect while another would gain little."""
@@ -334,10 +327,10 @@ class StreamedModelPatcher(ModelPatcher):
 
     # -- weights that others read or write -----------------------------------------------------------------------
 
-    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
+    def get_key_patches(self, *args: Any, **options: Any) -> dict[str, list]:
         """The original weights and the patches to them, as the host's own loaders have them."""
         with self.originals():
-            patches = super().get_key_patches(filter_prefix)
+            patches = super().get_key_patches(*args, **options)
         dtypes = dtypes_loaded_by_host(self._values)
         for name in patches.keys() & dtypes.keys():
             weight, convert = patches[name][0]
@@ -345,7 +338,7 @@ class StreamedModelPatcher(ModelPatcher):
         return patches
 
     def model_state_dict_for_saving(
-        self, model: torch.nn.Module | None = None, prefix: str = ""
+        self, model: torch.nn.Module | None = None, prefix: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
         """The weights as the host saves those of its own loaders."""
         with self.originals():
@@ -365,12 +358,12 @@ class StreamedModelPatcher(ModelPatcher):
     def _values(self) -> list[Any]:
         return [value for streamer in self.streamers for value in streamer.blocks.values]
 
-    def patch_hooks(self, hooks: Any) -> None:
+    def patch_hooks(self, hooks: Any, *args: Any, **options: Any) -> None:
         if hooks is not None and (names := self._names_patched_by(hooks)):
             for streamer in self.streamers:
                 streamer.make_masters(names)  # Hooks write into the weights, and the file is not theirs.
         try:
-            super().patch_hooks(hooks)
+            super().patch_hooks(hooks, *args, **options)
         finally:
             if self.hook_backup:
                 self.streamed.tell_of_hooks()
@@ -381,9 +374,9 @@ class StreamedModelPatcher(ModelPatcher):
     def _names_patched_by(self, hooks: Any) -> set[str]:
         return {*self.get_combined_hook_patches(hooks), *self.cached_hook_patches.get(hooks, ())}
 
-    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+    def unpatch_hooks(self, *args: Any, **options: Any) -> None:
         written = bool(self.hook_backup)
-        super().unpatch_hooks(whitelist_keys_set)
+        super().unpatch_hooks(*args, **options)
         for streamer in self.streamers:
             if written:
                 streamer.invalidate()

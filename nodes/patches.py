@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import comfy.float
 import comfy.lora
@@ -25,10 +25,9 @@ import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from comfy.model_patcher import LazyCastingParam
-from comfy.quant_ops import QuantizedTensor
 
 from ..streaming import UnsupportedModelError
+from .hosts import LazyCastingParam, QuantizedTensor
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -179,9 +178,9 @@ class _SavedPatches:
         self._patcher = patcher
         self._originals = originals
 
-    def patch_weight_to_device(self, name: str, device_to: torch.device, return_weight: bool) -> torch.Tensor:
+    def patch_weight_to_device(self, name: str, *args: Any, **options: Any) -> torch.Tensor:
         with _weight_in_place(self._patcher.model, name, self._originals[name]):
-            return self._patcher.patch_weight_to_device(name, device_to=device_to, return_weight=return_weight)
+            return self._patcher.patch_weight_to_device(name, *args, **options)
 
 
 def _is_patched_by_its_layer(weight: torch.Tensor) -> bool:

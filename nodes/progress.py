@@ -6,10 +6,10 @@ import time
 
 import comfy.model_management as mm
 import comfy.utils
-from comfy_execution.progress import get_progress_state
 
 from ..streaming import Progress, format_bytes
 from . import status
+from .hosts import get_progress_state
 
 # Seconds between two texts. The host's bar has a limit of its own.
 TEXT_SECONDS = 0.25

@@ -60,7 +60,7 @@ def split_over(
     ours = base.clone()
     parts = ours.parts
     carry_over(model, ours)
-    ours.load_device = base.load_device
+    ours.offload_device = model.offload_device
     ours.set_additional_models(PARTS, parts)
     ours.wrap_steps()
     ours.settings, ours.node_id = _settings_of(model), node_id

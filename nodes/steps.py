@@ -10,6 +10,7 @@ import comfy.model_management as mm
 import torch
 
 from ..streaming import State
+from .hosts import end_recordings
 from .shares import PartFullError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def run_step(
     """Run ``forward``, one step of the model that ``patcher`` has loaded (:meth:`streaming.Streamer.run`)."""
     # Reloading takes hooks off, and a reload that fails leaves them off: what is in effect now is what counts.
     hooks = patcher.current_hooks
+    forward = partial(_leaving_nothing_open, forward)
     # Activations are never on a virtual device.
     virtual = patcher.streamer.backend.budget is not None
     reload = partial(patcher.reload, hooks=hooks)
@@ -52,6 +54,16 @@ def run_step(
     output = patcher.streamer.run(forward, shape, reload, None if virtual else estimate)
     patcher.streamed.announce_changes()
     return output
+
+
+def _leaving_nothing_open(forward: Callable[[], T]) -> T:
+    """Run ``forward``. If it fails nothing of the host's recordings is left open: memory is taken, or it runs again,
+    right behind this."""
+    try:
+        return forward()
+    except BaseException:
+        end_recordings()
+        raise
 
 
 def _run_part(

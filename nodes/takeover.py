@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..streaming import CheckpointError, UnsupportedModelError
 from .devices import make_backend, unload
+from .hosts import made_with, what_is_of_the_model
 from .loaded_state import take_off
 from .names import shown_name
 from .offload import OffloadSettings
@@ -25,9 +26,8 @@ from .streamed_model import ATTRIBUTE, check_limit, make_streamed
 from .text_encoder import step_of_text_encoder
 from .twins import CANNOT_BE_CARRIED, alike, functions_of, make_twin
 
-# What belongs to a patcher's model and device, and not to its use.
-OF_THE_MODEL = {"model", "backup", "backup_buffers", "object_patches_backup", "pinned", "size", "hook_backup"}
-OF_THE_MODEL |= {"cached_patcher_init", "clone_base_uuid", "parent", "settings", "node_id"}
+# Attributes of our own patchers, which those of the host do not have.
+OURS = {"settings", "node_id"}
 
 # The streamed twin of a model that came in, for as long as that lives: settings that change do not load it anew.
 _twins: weakref.WeakKeyDictionary[torch.nn.Module, StreamedModelPatcher] = weakref.WeakKeyDictionary()
@@ -48,6 +48,7 @@ def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | N
     check_limit(settings.vram_limit, twin.streamer, twin.streamed.name)
     ours = carry_over(patcher, twin.clone())
     ours.wrap_steps()
+    ours.load_device, ours.offload_device = patcher.load_device, patcher.offload_device
     ours.settings, ours.node_id = settings, node_id
     ours.streamed.origin = weakref.ref(patcher)
     return ours
@@ -83,9 +84,7 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
             unload(loaded)  # What a clone that is loaded has injected goes with it.
         if functions_of(patcher.model) != functions_of(theirs.model):
             raise UnsupportedModelError(f"a function that was put on one of its modules {CANNOT_BE_CARRIED}")
-    home = theirs.load_device, theirs.offload_device
     carry_over(patcher, theirs)
-    theirs.load_device, theirs.offload_device = home
     theirs.remove_additional_models(PARTS)
     theirs.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
     return theirs
@@ -97,7 +96,7 @@ def check_what_hangs_on(patcher: ModelPatcher) -> None:
         raise UnsupportedModelError("it runs on several GPUs at once; put this node in front of what splits it")
     root = getattr(patcher.model, "diffusion_model", patcher.model)
     modules = {id(patcher.model), *map(id, root.modules())}
-    carried = {name: value for name, value in vars(patcher).items() if name not in OF_THE_MODEL}
+    carried = _use_of(patcher)
     carried["additional_models"] = {key: value for key, value in patcher.additional_models.items() if key != PARTS}
     found = [name for name, value in carried.items() if refers_to([value], modules)]
     if found:
@@ -126,15 +125,23 @@ def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
 
 
 def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
-    """Have ``target`` do with its model what ``source`` does with the one that it has."""
-    model, backups = target.model, ({}, {}, {}, set())
+    """Have ``target`` do with its model, on its device, what ``source`` does with the one that it has."""
+    model, shared = target.get_clone_model_override()
+    # Empty ones: a patcher that goes lets go of what it has pinned, and ``state`` goes at once.
+    override = (model, tuple(type(each)() for each in shared))
     try:
-        state = source.clone(disable_dynamic=True, model_override=(model, backups))
+        state = source.clone(disable_dynamic=True, model_override=override)
     except TypeError as error:  # A patcher of another pack, with a clone of its own.
         raise UnsupportedModelError(f"its {type(source).__name__} cannot be rebuilt ({error})") from error
-    vars(target).update({name: value for name, value in vars(state).items() if name not in OF_THE_MODEL})
+    vars(target).update(_use_of(state))
     target.size = target.model_size()
     return target
+
+
+def _use_of(patcher: ModelPatcher) -> dict[str, object]:
+    """What a patcher has for its use of its model (hosts.py, Note: of the model, or of its use)."""
+    of_the_model = what_is_of_the_model(patcher) | OURS
+    return {name: value for name, value in vars(patcher).items() if name not in of_the_model}
 
 
 def _stream_twin(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | None) -> StreamedModelPatcher:
@@ -142,14 +149,14 @@ def _stream_twin(patcher: ModelPatcher, settings: OffloadSettings, node_id: str 
     root = model.diffusion_model if hasattr(model, "diffusion_model") else step_of_text_encoder(model)
     streamed = make_streamed(model, root, patcher.load_device, _name_of(patcher), locate, settings, node_id)
     streamed.load_by_host = factory
-    twin = StreamedModelPatcher(model, patcher.load_device, patcher.offload_device, streamed.streamer.model_bytes)
+    twin = StreamedModelPatcher(model, **{**made_with(patcher), "size": streamed.streamer.model_bytes})
     if factory is not None:
         twin.cached_patcher_init = (_take_over_anew, (factory, settings, node_id))
     return twin
 
 
 def _take_over_anew(
-    factory: Callable[[], ModelPatcher], settings: OffloadSettings, node_id: str | None, disable_dynamic: bool = False
+    factory: Callable[[], ModelPatcher], settings: OffloadSettings, node_id: str | None, **_: object
 ) -> StreamedModelPatcher:
     """For nodes of the host that want the same model once more. A streamed patcher is never dynamic."""
     return _stream_twin(factory(), settings, node_id)

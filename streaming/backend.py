@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .allocation_record import NO_RECORD, AllocationRecord
 from .errors import DeviceMemoryError
 
 # An event is opaque above this file: a torch.cuda.Event or a Future.
@@ -79,14 +80,16 @@ class Backend(ABC):
         device: where tensors live.
         name: for people; virtual devices are told apart by it.
         allocated, peak: bytes that this backend has handed out, now and at most.
+        record: of allocations in steps, which ours must not be part of.
     """
 
     # Bytes of a fine piece (Note: copies take turns); None where copies are never cut.
     fine_bytes: int | None = 8 * 1024**2
 
-    def __init__(self, device: torch.device, name: str) -> None:
+    def __init__(self, device: torch.device, name: str, record: AllocationRecord = NO_RECORD) -> None:
         self.device = device
         self.name = name
+        self.record = record
         self.allocated = 0
         self.peak = 0
         self._live: dict[int, int] = {}
@@ -123,7 +126,8 @@ class Backend(ABC):
             DeviceMemoryError: a virtual device's budget is exceeded.
             torch.OutOfMemoryError: the GPU has no room.
         """
-        buffer = self._empty(nbytes)
+        with self.record.paused():  # A slot or a resident stays longer than the step.
+            buffer = self._empty(nbytes)
         self._live[buffer.data_ptr()] = nbytes
         self.allocated += nbytes
         self.peak = max(self.peak, self.allocated)

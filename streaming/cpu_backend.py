@@ -12,6 +12,7 @@ from concurrent.futures import wait as wait_for_futures
 
 import torch
 
+from .allocation_record import NO_RECORD, AllocationRecord
 from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes
 from .config import format_bytes
 from .errors import DeviceMemoryError
@@ -67,12 +68,18 @@ class CpuBackend(Backend):
     Args:
         memory: of the device.
         device: by which name torch and callers know it: several virtual devices are CPUs with different indices.
+        record: see :class:`Backend`.
     """
 
     fine_bytes = None
 
-    def __init__(self, memory: VirtualMemory, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
-        super().__init__(device, memory.name)
+    def __init__(
+        self,
+        memory: VirtualMemory,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        record: AllocationRecord = NO_RECORD,
+    ) -> None:
+        super().__init__(device, memory.name, record)
         self.store = memory
 
     @property

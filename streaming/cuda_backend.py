@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .allocation_record import NO_RECORD, AllocationRecord
 from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes
 from .config import format_bytes
 
@@ -19,9 +20,9 @@ HOST_REGISTER_PORTABLE = 1
 class CudaBackend(Backend):
     """A CUDA device. Nothing here blocks the host but :meth:`synchronize` and :meth:`finish`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, record: AllocationRecord = NO_RECORD) -> None:
         index = device.index if device.index is not None else torch.cuda.current_device()
-        super().__init__(torch.device("cuda", index), f"cuda:{index}")
+        super().__init__(torch.device("cuda", index), f"cuda:{index}", record)
 
     def _create_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
@@ -52,7 +53,8 @@ class CudaBackend(Backend):
     def memory(self) -> DeviceMemory:
         stats = torch.cuda.memory_stats(self.device)
         cached = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
-        return DeviceMemory(torch.cuda.mem_get_info(self.device)[0], max(0, cached))
+        held = self.record.held_bytes(self.device)
+        return DeviceMemory(torch.cuda.mem_get_info(self.device)[0], max(0, cached) + held)
 
     def trim(self) -> None:
         with torch.cuda.device(self.device):
@@ -109,7 +111,8 @@ class CudaBackend(Backend):
         # A failed (un)register stays behind as the thread's last error and would be raised by the next kernel
         # launch, wherever that is. Launch one here and let it take the error.
         try:
-            torch.ones(1, device=self.device).add_(1)
+            with self.record.paused():
+                torch.ones(1, device=self.device).add_(1)
             torch.cuda.synchronize(self.device)
         except RuntimeError as error:
             logger.debug("drained a CUDA error that was reported already: %s", error)

@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .away import Away
+from .allocation_record import NO_RECORD, AllocationRecord
+from .away import Away, Move
 from .containers import Change, Exchange, Function, mapped
 from .links import Links
 
@@ -38,16 +40,24 @@ class Boundary:
         home: where the model's inputs and outputs are, and everything that is in no block.
         links: copies between devices.
         at_home: names in dictionaries among blocks' arguments; functions below them are called at home.
+        record: of the allocations at home, of which those of other devices must not be part.
 
     Attributes:
         broke_on: the device of the block that an exception has ended last, if none has run since.
     """
 
-    def __init__(self, home: torch.device, links: Links, at_home: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        home: torch.device,
+        links: Links,
+        at_home: Collection[str] = (),
+        record: AllocationRecord = NO_RECORD,
+    ) -> None:
         self.home = home
         self._at_home = frozenset(at_home)
         self._call = _calls(weakref.ref(self))
         self._links = links
+        self._record = record
         self.broke_on: torch.device | None = None
         self._moved: dict[tuple[int, torch.device], _Moved] = {}
         self._visits: list[_Visit] = []
@@ -96,7 +106,7 @@ class Boundary:
         else:
             bring = partial(self._bring, device=device)
             exchange = Exchange(bring, self._at_home, partial(self._wrap, device))
-        self._visits.append(_Visit(device, exchange))
+        self._visits.append(_Visit(device, exchange, nullcontext() if device == self.home else self._record.paused()))
         return exchange.all_of(args, kwargs)
 
     def _leave(self, output: Any) -> Any:
@@ -114,8 +124,8 @@ class Boundary:
 
     def _call_at_home(self, device: torch.device, function: Function, *args: Any, **kwargs: Any) -> Any:
         """Call what a block on ``device`` calls (Note: what runs at home)."""
-        loan = _Loan(device, self.home, self._links)
-        visit = _Visit(self.home, Exchange(loan.lend))
+        loan = _Loan(device, self.home, self._move)
+        visit = _Visit(self.home, Exchange(loan.lend), self._record.paused())
         try:
             args, kwargs = visit.exchange.all_of(args, kwargs)
             output = function(*args, **kwargs)
@@ -137,7 +147,7 @@ class Boundary:
         if known is None or known.gone() is not tensor:
             # The identity is another tensor's when this one is gone, so the copy goes with it.
             gone = weakref.ref(tensor, lambda _, moved=self._moved: moved.pop(key, None))
-            known = self._moved[key] = _Moved(gone, self._links.move(tensor, device))
+            known = self._moved[key] = _Moved(gone, self._move(tensor, device))
         return known.copy
 
     def _sending(self, device: torch.device) -> Change:
@@ -146,9 +156,14 @@ class Boundary:
         def send(tensor: torch.Tensor) -> torch.Tensor:
             if device == self.home or isinstance(tensor, Away) or not _may_be_on(tensor, device):
                 return tensor
-            return Away(tensor, device, self.home, self._links.move)
+            return Away(tensor, device, self.home, self._move)
 
         return send
+
+    def _move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A copy of ``tensor`` on ``device``. Which steps make one hangs on who looks at a tensor."""
+        with self._record.paused():
+            return self._links.move(tensor, device)
 
 
 def _may_be_on(tensor: torch.Tensor, device: torch.device) -> bool:
@@ -166,8 +181,8 @@ class _Moved(NamedTuple):
 class _Loan:
     """A block's tensors that a function at home is given."""
 
-    def __init__(self, place: torch.device, home: torch.device, links: Links) -> None:
-        self._place, self._home, self._links = place, home, links
+    def __init__(self, place: torch.device, home: torch.device, move: Move) -> None:
+        self._place, self._home, self._move = place, home, move
         self._lent: dict[int, Away] = {}
         self._owned: dict[int, torch.Tensor] = {}
         self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []
@@ -184,7 +199,7 @@ class _Loan:
         """Have tensors of the block hold what was written to their copies."""
         for tensor, copy, version in self._copies:
             if copy._version != version:
-                tensor.copy_(self._links.move(copy, self._place))
+                tensor.copy_(self._move(copy, self._place))
 
     def take_back(self, tensor: torch.Tensor) -> torch.Tensor:
         """What the block gets for a tensor that the function has given."""
@@ -192,33 +207,38 @@ class _Loan:
             return self._owned[id(tensor)]
         if isinstance(tensor, Away):
             return tensor.on(self._place)
-        return self._links.move(tensor, self._place) if _may_be_on(tensor, self._home) else tensor
+        return self._move(tensor, self._place) if _may_be_on(tensor, self._home) else tensor
 
     def _copy(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         with (
             torch.inference_mode(False),
             torch.no_grad(),
         ):  # Of others, torch does not count how often they are written to.
-            copy = self._links.move(tensor, device)
+            copy = self._move(tensor, device)
         self._copies.append((tensor, copy, copy._version))
         return copy
 
 
 class _Visit:
-    """A call on a device: that is current, and what holds tensors among the arguments holds those that are there."""
+    """A call on a device: that is current, and what holds tensors among the arguments holds those that are there.
 
-    def __init__(self, device: torch.device, exchange: Exchange) -> None:
+    ``meanwhile`` lasts as long as the call.
+    """
+
+    def __init__(self, device: torch.device, exchange: Exchange, meanwhile: AbstractContextManager[None]) -> None:
         self.device = device
         self.exchange = exchange
-        self._guard = torch.cuda.device(device) if device.type == "cuda" and torch.cuda.is_available() else None
-        if self._guard is not None:
-            self._guard.__enter__()
+        self._guards = ExitStack()
+        self._guards.enter_context(meanwhile)
+        if device.type == "cuda" and torch.cuda.is_available():
+            self._guards.enter_context(torch.cuda.device(device))
 
     def end(self, change: Change) -> None:
         """The call is over, or was given up (:meth:`Exchange.undo`)."""
-        self.exchange.undo(change)
-        if self._guard is not None:
-            self._guard.__exit__(None, None, None)
+        try:
+            self.exchange.undo(change)
+        finally:
+            self._guards.close()
 
 
 def _home(tensor: torch.Tensor) -> torch.Tensor:

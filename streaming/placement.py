@@ -221,7 +221,8 @@ class Placement:
 
     def _check(self, copies: UnitCopies) -> None:
         try:
-            self._verifier.check_resident(copies)
+            with self._backend.record.paused():  # It may have arrived in the middle of a step.
+                self._verifier.check_resident(copies)
         except BaseException:
             copies.drop_resident(self._backend)  # Nobody may take it for a good one.
             raise

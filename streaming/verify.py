@@ -160,7 +160,8 @@ class _VerifiedLane(Lane):
     def _wait(self, number: int, entry: Entry) -> None:
         super()._wait(number, entry)
         buffer = self._ring.slots[entry.slot].buffer
-        self._verifier.check(f"segment {number}", places_in(buffer, self._copies[number]))
+        with self._backend.record.paused():  # The sums are in some steps and not in others.
+            self._verifier.check(f"segment {number}", places_in(buffer, self._copies[number]))
 
 
 def _parts(place: torch.Tensor, copies: UnitCopies) -> Iterator[_Part]:
