@@ -20,6 +20,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import State, UnsupportedModelError
+from .contracts import check_host
 from .devices import make_backend, obtainable, same_device, unload
 from .patcher import StreamedModelPatcher
 from .takeover import carry_over, check_what_hangs_on, give_back
@@ -83,6 +84,7 @@ def patcher_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     Raises:
         UnsupportedModelError: nobody knows how; the message says why.
     """
+    check_host()
     if isinstance(patcher, StreamedModelPatcher) and device == CPU:
         patcher = give_back(patcher)  # Nothing streams to where it is.
     if same_device(patcher.load_device, device):

@@ -114,7 +114,7 @@ def announce_host() -> None:
         logger.warning("[WeightStream] models are loaded ComfyUI's own way: %s", describe(broken))
     elif hosts.is_newer_than_known():
         logger.info(
-            "[WeightStream] ComfyUI %s is newer than those that were tried; all that is asked holds", hosts.VERSION
+            "[WeightStream] ComfyUI %s is newer than those that were tried; what was asked holds", hosts.VERSION
         )
 
 

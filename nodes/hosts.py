@@ -21,8 +21,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +34,8 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_version import __version__ as VERSION
 
 from ..streaming.allocation_record import AllocationRecord
+
+logger = logging.getLogger(__name__)
 
 # The newest ComfyUI whose whole source was read, and with which everything was tried.
 NEWEST_KNOWN = (0, 33)
@@ -162,13 +166,16 @@ class HostRecord(AllocationRecord):
     def paused(self) -> Iterator[None]:
         # The host's pause is a switch: the end of one inside of another would switch the record on too early.
         depth = getattr(self._thread, "depth", 0)
-        pause = getattr(_prefetch, "pause_malloc_graph", contextlib.nullcontext)
+        pause = getattr(_prefetch, "pause_malloc_graph", contextlib.nullcontext)()
+        if not depth:
+            _switch(pause.__enter__)
         self._thread.depth = depth + 1
         try:
-            with contextlib.nullcontext() if depth else pause():
-                yield
+            yield
         finally:
             self._thread.depth = depth
+            if not depth:
+                _switch(partial(pause.__exit__, None, None, None))
 
     def held_bytes(self, device: torch.device) -> int:
         # Of this thread alone: another one may be taking its record down.
@@ -176,6 +183,15 @@ class HostRecord(AllocationRecord):
         if graph is None or graph._stream.device != device:
             return 0
         return int(graph.physical_bytes)
+
+
+def _switch(record: Callable[[], Any]) -> None:
+    """Pause or resume. A record that has failed (memory ran out in it) can do neither, and records nothing; the error
+    that says why is on its way, and must not be hidden by this one."""
+    try:
+        record()
+    except RuntimeError as error:
+        logger.debug("ComfyUI's record of allocations has failed already: %s", error)
 
 
 record = HostRecord()

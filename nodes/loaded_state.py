@@ -17,10 +17,12 @@ from ..streaming import UnsupportedModelError
 from .devices import unload
 from .references import reachable
 
-# What dynamic VRAM sets when a model is loaded or run, in ComfyUI 0.30 to 0.33. None of it is needed by another loader.
+# What dynamic VRAM sets when a model is loaded or run, in all versions of ComfyUI that were read, 0.30 to 0.40. None
+# of it is needed by another loader.
 ON_MODELS = {"dynamic_vbars", "dynamic_pins", "dynamic_patchers"}
 ON_MODULES = {"_v", "_v_signature", "_v_weight", "_v_bias", "_v_block_faulted", "_prefetch", "_pins", "_pin_state"}
 ON_MODULES |= {"_comfy_graph", "_resident_bank", "weight_lowvram_function", "bias_lowvram_function"}
+ON_MODULES |= {"_v_block", "_comfy_cross_step_state"}
 
 
 def take_off(patcher: ModelPatcher) -> None:

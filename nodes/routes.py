@@ -21,7 +21,8 @@ import comfy.model_management as mm
 from aiohttp import web
 
 from ..streaming import open_vram_reader
-from . import status
+from . import hosts, status
+from .contracts import broken_contracts
 from .description import describe_models
 from .devices import unload
 from .gpus import visible_gpus, why_no_gpus
@@ -59,6 +60,7 @@ def full_status() -> dict[str, Any]:
         "version": VERSION,
         "time": now.time,
         **now.as_dict(),
+        "comfyui": {"version": hosts.VERSION, "broken": list(broken_contracts())},
         "why_no_devices": None if visible_gpus() else why_no_gpus(),
         "models": describe_models(status.watched()),
         "notices": describe_notices(),

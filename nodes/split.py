@@ -10,6 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import State, warm_up
+from .contracts import check_host
 from .devices import obtainable
 from .offload import OffloadSettings
 from .parts import split_blocks
@@ -54,6 +55,7 @@ def split_over(
         OneDeviceError: only one of the devices can take blocks.
         UnsupportedModelError: it cannot be split; the message says why.
     """
+    check_host()
     check_what_hangs_on(model)
     shares = {"auto": None, "equal": [1.0] * len(devices), "ratio": ratio}[split]
     base, left_out = _split_of(model, devices, shares, node_id)

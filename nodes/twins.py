@@ -39,6 +39,7 @@ ABOUT_LOADING = {"device", "training", "seed_key", "comfy_cast_weights", "prev_c
 ABOUT_LOADING |= {"comfy_force_cast_weights", "comfy_patched_weights", "lowvram_patch_counter", "model_lowvram"}
 ABOUT_LOADING |= {"model_loaded_weight_memory", "model_offload_buffer_memory", "current_weight_patches_uuid"}
 ABOUT_LOADING |= {"weight_function", "bias_function", "can_assign_sd", "manual_cast_dtype", "latent_shapes"}
+ABOUT_LOADING |= {"execution_device"}
 SETTINGS = (bool, int, float, str, type(None), torch.dtype)
 
 Factory = Callable[..., ModelPatcher]

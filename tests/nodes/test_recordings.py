@@ -1,0 +1,194 @@
+"""Steps in which the host records allocations: what is ours stays out of the record, and a step that fails leaves none
+open."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from recording import HELD_BYTES, Recorder, recorder  # noqa: F401
+from sampling import MB, sample, with_lora
+from weightstream.nodes import hosts
+from weightstream.nodes.parts import split_blocks
+from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.streaming import CpuBackend, VirtualMemory
+
+Load = Callable[..., StreamedModelPatcher]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def record(recorder: Recorder) -> Recorder:  # noqa: F811
+    return recorder
+
+
+def test_what_a_backend_allocates_is_not_recorded(record: Recorder) -> None:
+    backend = CpuBackend(VirtualMemory(MB), record=hosts.record)
+    record.begin(CPU)
+    slot = backend.allocate(1024)
+    others = torch.zeros(3)
+    record.end()
+    assert slot.nbytes == 1024
+    assert len(record.rogues) == 1
+    assert "(3,)" in record.rogues[0], "the stand-in notices what stays"
+    del others
+
+
+def test_a_pause_inside_of_a_pause_does_not_end_it(record: Recorder) -> None:
+    record.begin(CPU)
+    with hosts.record.paused():
+        with hosts.record.paused():
+            pass
+        kept = torch.zeros(2)
+    recorded = torch.zeros(5)
+    record.end()
+    assert [what.rpartition(" ")[2] for what in record.rogues] == ["(5,)"]
+    del kept, recorded
+
+
+def test_a_record_that_has_failed_hides_no_error(record: Recorder) -> None:
+    record.begin(CPU)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"), hosts.record.paused():
+        record.records[threading.get_ident()].failed = True  # As after memory ran out in it.
+        raise torch.OutOfMemoryError("no room")
+    with hosts.record.paused():
+        pass
+    record.clean_up()
+
+
+def test_only_the_record_of_this_thread_counts(record: Recorder) -> None:
+    record.begin(CPU)
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(hosts.record.held_bytes(CPU)))
+    thread.start()
+    thread.join()
+    assert found == [0]
+    assert hosts.record.held_bytes(CPU) == HELD_BYTES
+    assert hosts.record.held_bytes(torch.device("cuda", 1)) == 0
+    record.end()
+    assert hosts.record.held_bytes(CPU) == HELD_BYTES, "it is kept for the next step"
+    record.clean_up()
+    assert hosts.record.held_bytes(CPU) == 0
+
+
+def test_what_a_record_holds_counts_as_memory_for_the_next_step(streamed: Load, record: Recorder) -> None:
+    model = streamed(24 * MB)
+    before = model.get_free_memory(CPU)
+    record.begin(CPU)
+    record.end()
+    now = model.get_free_memory(CPU)
+    assert now - before == pytest.approx(HELD_BYTES, abs=64 * MB), "the machine's free memory changes by itself, too"
+    assert now - ModelPatcher.get_free_memory(model, CPU) >= HELD_BYTES
+    record.clean_up()
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_record_around_blocks_has_nothing_of_ours(
+    streamed: Load, native: ModelPatcher, record: Recorder, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    expected = sample(native)
+    with record.around_blocks(native.model.diffusion_model, CPU):
+        assert torch.equal(sample(native), expected)
+        theirs = len(record.rogues), record.kept[-1].allocated
+    if verify:
+        monkeypatch.setenv("WEIGHTSTREAM_VERIFY", "1")
+    model = streamed(24 * MB)
+    for _ in range(2):
+        with record.around_blocks(model.model.diffusion_model, CPU):
+            before = len(record.rogues)
+            assert torch.equal(sample(model), expected)
+            ours = len(record.rogues) - before, record.kept[-1].allocated
+        assert ours == theirs
+    assert record.escaped == []
+    assert model.streamer.counters.steps == 6
+    assert model.status()["mode"] != "resident"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_step_that_fails_leaves_no_record_open(
+    streamed: Load, native: ModelPatcher, record: Recorder, failing: int, lora: bool
+) -> None:
+    expected = sample(with_lora(native, 0.7) if lora else native)
+    model = streamed(24 * MB)
+    use = with_lora(model, 0.7) if lora else model
+    sample(use)
+    model.streamer.backend.store.budget *= 2  # So that there is something to give up.
+    calls, hit = iter(range(1000)), []
+
+    def fail(*_: Any) -> None:
+        if next(calls) == failing:
+            hit.append(record.cleaned)
+            raise torch.OutOfMemoryError("no room")
+
+    handle = model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(fail)
+    try:
+        with record.around_blocks(model.model.diffusion_model, CPU):
+            # A second root would raise: the step that runs again begins its record anew.
+            assert torch.equal(sample(use), expected)
+    finally:
+        handle.remove()
+    assert hit == [0]
+    assert len(record.kept) == 2, "the failed step's record was given up, and a new one begun"
+    assert record.escaped == []
+
+
+def test_an_interrupt_leaves_no_record_open(streamed: Load, record: Recorder) -> None:
+    model = streamed(24 * MB)
+    sample(model)
+
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupt
+
+    handle = model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(interrupt)
+    with record.around_blocks(model.model.diffusion_model, CPU):
+        with pytest.raises(Interrupt):
+            sample(model)
+        handle.remove()
+        assert record.records == {}
+        sample(model)
+
+
+def test_what_runs_on_another_device_is_not_recorded(
+    models: Any, machine: Any, native: ModelPatcher, record: Recorder
+) -> None:
+    """Streams are told apart by their handle alone, and the default one of each GPU has the same: what is recorded of
+    the second GPU would get memory of the first."""
+    from sampling import MODEL
+    from weightstream.nodes.loader import load_streamed
+
+    expected = sample(native)
+    machine(2, 64 * MB)
+    with torch.inference_mode():
+        model = load_streamed(str(models / MODEL), {})
+        split_blocks(model, [torch.device("cpu", 0), torch.device("cpu", 1)], None)
+    away = {block for block, device in model.streamed.placed if device.index == 1}
+    assert 0 < len(away) < len(model.streamed.placed)
+    inside: list[int] = []
+    counted: dict[torch.nn.Module, int] = {}
+
+    def enter(block: torch.nn.Module, *_: Any) -> None:
+        counted[block] = record.kept[-1].allocated
+
+    def leave(block: torch.nn.Module, *_: Any) -> None:
+        inside.append(record.kept[-1].allocated - counted[block])
+
+    sample(model)  # The hooks come behind ours.
+    handles = [block.register_forward_pre_hook(enter) for block in away]
+    handles += [block.register_forward_hook(leave) for block in away]
+    try:
+        with record.around_blocks(model.model.diffusion_model, CPU):
+            assert torch.equal(sample(model), expected)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert inside == [0] * 3 * len(away)
+    assert record.kept[-1].allocated > 0, "blocks at home are recorded"
+    assert record.escaped == []
