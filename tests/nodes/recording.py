@@ -1,13 +1,14 @@
 """A strict stand-in for the record of allocations that newer hosts keep of a step (ComfyUI 0.35, aimdo 0.5 and newer).
 
-It has the rules of the real one as far as a CPU can have them, and is put in place of it, or where a host has none. What
-the recording thread allocates between two calls is followed by torch's dispatch mode. An allocation that outlives the
-record is a *rogue*. One that is freed while the record pauses has *escaped*: the real one does not recognise it, and the
-process aborts.
+It has the rules of the real one as far as a CPU can have them, and is put in place of it, or where a host has none.
+What the recording thread allocates between two calls is followed by torch's dispatch mode. An allocation that outlives
+the record is a *rogue*. One that is freed while the record pauses has *escaped*: the real one does not recognise it,
+and the process aborts.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class StrictRecord:
     """
 
     physical_bytes = HELD_BYTES
+    _comfy_cuda_graph_modules = ()
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.Stream(device) if device.type == "cuda" else _Stream(device)
@@ -77,6 +79,15 @@ class StrictRecord:
     def end(self) -> None:
         self._check()
         self._stop()
+
+    def iterate(self, name: str | None = None) -> bool:
+        """Scopes within a record are not told apart here."""
+        self._check()
+        return False
+
+    @property
+    def rogue_count(self) -> int:
+        return len(self.rogues)
 
     def abort(self) -> None:
         if self._watch is not None:
@@ -175,11 +186,13 @@ class Recorder:
     @contextmanager
     def around_blocks(self, flux: torch.nn.Module, device: torch.device) -> Iterator[None]:
         """Record what FLUX's blocks allocate: from the module that runs just before them to the one behind them. As in
-        the host nothing ends the record where a block raises."""
-        handles = [
-            flux.pe_embedder.register_forward_hook(lambda *_: self.begin(device)),
-            flux.final_layer.register_forward_pre_hook(lambda *_: self.end()),
-        ]
+        the host nothing ends the record where a block raises. A host that records FLUX itself does so meanwhile."""
+        handles = []
+        if "malloc_graph" not in inspect.getsource(type(flux).forward_orig):
+            handles = [
+                flux.pe_embedder.register_forward_hook(lambda *_: self.begin(device)),
+                flux.final_layer.register_forward_pre_hook(lambda *_: self.end()),
+            ]
         try:
             yield
         finally:

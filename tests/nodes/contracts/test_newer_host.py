@@ -93,13 +93,12 @@ def test_models_are_loaded_the_hosts_own_way_with_the_reason(
     with caplog.at_level(logging.INFO):
         model = streamed(24 * MB)
     assert not isinstance(model, StreamedModelPatcher)
-    reason = (
-        "ComfyUI 0.99.0 is not as this version of WeightStream knows it (ModelPatcher.will_be_there_no_more is gone)"
-    )
+    found = "ModelPatcher.will_be_there_no_more is gone"
+    reason = f"ComfyUI 0.99.0 is not as this version of WeightStream knows it ({found})"
     assert f"not streamed, loaded ComfyUI's own way: {reason}; update WeightStream" in caplog.text
     assert torch.equal(sample(model), sample(native))
     status = full_status()
-    assert status["comfyui"]["broken"] == ["ModelPatcher.will_be_there_no_more is gone"]
+    assert status["comfyui"]["broken"] == [found]
     assert any(reason in notice["text"] for notice in status["notices"])
 
 

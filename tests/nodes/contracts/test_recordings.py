@@ -52,9 +52,14 @@ def test_a_pause_inside_of_a_pause_does_not_end_it(record: Recorder) -> None:
 
 def test_a_record_that_has_failed_hides_no_error(record: Recorder) -> None:
     record.begin(CPU)
-    with pytest.raises(torch.OutOfMemoryError, match="no room"), hosts.record.paused():
-        record.records[threading.get_ident()].failed = True  # As after memory ran out in it.
-        raise torch.OutOfMemoryError("no room")
+
+    def run_out() -> None:
+        with hosts.record.paused():
+            record.records[threading.get_ident()].failed = True
+            raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        run_out()
     with hosts.record.paused():
         pass
     record.clean_up()
