@@ -71,8 +71,15 @@ def pytest_report_header() -> str:
     from comfyui_version import __version__
 
     chosen = os.environ.get("WEIGHTSTREAM_HOST_CHOSEN", "COMFYUI_PATH")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "comfy-aimdo", "comfy-kitchen")]
-    return f"host: ComfyUI {__version__} in {os.environ['COMFYUI_PATH']} ({chosen}), {', '.join(versions)}"
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "comfy-aimdo", "comfy-kitchen"))
+    return f"host: ComfyUI {__version__} in {os.environ['COMFYUI_PATH']} ({chosen}), {versions}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 @pytest.fixture(scope="session")
