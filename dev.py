@@ -320,9 +320,16 @@ def find_comfyui() -> tuple[Path, Path | None, str]:
 # --- the interpreter -------------------------------------------------------------------------------------------------
 
 
+def torch_pins(comfyui: Path) -> list[str]:
+    """The pins of what that ComfyUI asks for: newer ones run without torchaudio, and so do their users."""
+    asked = set(re.findall(r"^[\w-]+", (comfyui / "requirements.txt").read_text("utf-8"), re.MULTILINE))
+    return [pin for pin in TORCH_PINS if pin.partition("==")[0] in asked]
+
+
 def environment_key(comfyui: Path) -> str:
     """A hash of everything that decides what the environment holds."""
-    parts = [(comfyui / "requirements.txt").read_text("utf-8"), DEV_REQUIREMENTS.read_text("utf-8"), *TORCH_PINS]
+    requirements = (comfyui / "requirements.txt").read_text("utf-8")
+    parts = [requirements, DEV_REQUIREMENTS.read_text("utf-8"), *torch_pins(comfyui)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -338,7 +345,7 @@ def host_environment(comfyui: Path) -> Path:
 
 def _fill_environment(venv: Path, comfyui: Path) -> None:
     make_venv(venv, "the virtual environment")
-    install = pip(venv_python(venv), "install", *TORCH_PINS, "-r", comfyui / "requirements.txt")
+    install = pip(venv_python(venv), "install", *torch_pins(comfyui), "-r", comfyui / "requirements.txt")
     install += ["-r", DEV_REQUIREMENTS]
     run_step(
         "installing torch and ComfyUI's requirements (several GB, once; minutes)",

@@ -88,6 +88,19 @@ def test_the_surrounding_comfyui_is_found(dev: ModuleType, tmp_path: Path, monke
     assert dev.own_python(tmp_path / "ComfyUI") == own
 
 
+def test_what_a_host_does_not_ask_for_is_not_installed(dev: ModuleType, tmp_path: Path) -> None:
+    requirements = tmp_path / "requirements.txt"
+    keys = set()
+    for text, expected in (
+        ("torch\ntorchsde\ntorchvision\ntorchaudio\nnumpy>=1.25.0\n", list(dev.TORCH_PINS)),
+        ("torch>=2.8  # newer\ntorchvision\n#torchaudio\n", [dev.TORCH_PINS[0], dev.TORCH_PINS[1]]),
+    ):
+        requirements.write_text(text, "utf-8")
+        assert dev.torch_pins(tmp_path) == expected
+        keys.add(dev.environment_key(tmp_path))
+    assert len(keys) == 2
+
+
 def test_another_archive_is_refused(dev: ModuleType, tmp_path: Path) -> None:
     archive = tmp_path / "comfy.tar.gz"
     archive.write_bytes(b"something else")
