@@ -58,14 +58,14 @@ def failures(report: Path) -> dict[str, str]:
 def summary(ref: str, contracts: Path, suite: Path) -> str:
     """Markdown: which contracts ComfyUI ``ref`` breaks, and which other tests fail with it."""
     text, told = [f"### ComfyUI {ref}", ""], set()
-    for what, report in (("contracts of the host", contracts), ("tests", suite)):
+    for what, report in (("Contracts of the host", contracts), ("Tests", suite)):
         if not report.is_file():
-            text += [f"The {what} did not run to their end.", ""]
+            text += [f"{what} did not run to their end.", ""]
             continue
         found = {name: reason for name, reason in failures(report).items() if name not in told}
         told.update(found)
         if found:
-            text += [f"{len(found)} {what} failed:", ""]
+            text += [f"{what} that failed: {len(found)}", ""]
             lines = [f"- `{name}`: `{reason}`" for name, reason in found.items()]
             text += lines[:MOST_TOLD]
             text += [f"- and {len(lines) - MOST_TOLD} more"] if len(lines) > MOST_TOLD else []

@@ -48,7 +48,7 @@ def test_env_prints_json_and_nothing_else() -> None:
 
 def test_the_tests_say_which_host_they_run_in() -> None:
     arguments = ("--collect-only", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_hosts.py")))
-    result = run("test", *arguments, WEIGHTSTREAM_PYTHON=sys.executable)
+    result = run("test", *arguments, WEIGHTSTREAM_PYTHON=sys.executable, PYTEST_ADDOPTS="")
     assert result.returncode == 0, result.stdout + result.stderr
     host = Path(os.environ["COMFYUI_PATH"])
     version = re.search(r'__version__ = "(.+)"', (host / "comfyui_version.py").read_text("utf-8"))

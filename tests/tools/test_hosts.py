@@ -86,16 +86,20 @@ def test_the_summary_names_broken_contracts_once_and_then_the_rest(hosts: Module
     suite = junit(tmp_path / "all.xml", broken | {"test_lora": "`wrong`"})
     text = hosts.summary("v0.46.1", contracts, suite)
     assert text.startswith("### ComfyUI v0.46.1\n")
-    assert "1 contracts of the host failed:" in text
+    assert "Contracts of the host that failed: 1\n" in text
     assert text.count("test_clone") == 1
     assert "- `tests.nodes.test_clone`: `TypeError: got 'fast_disk'`" in text
-    assert text.index("test_clone") < text.index("1 tests failed:") < text.index("- `tests.nodes.test_lora`: `'wrong'`")
+    assert (
+        text.index("test_clone")
+        < text.index("Tests that failed: 1\n")
+        < text.index("- `tests.nodes.test_lora`: `'wrong'`")
+    )
     assert "test_fine" not in text
 
 
 def test_a_report_that_is_not_there_is_said(hosts: ModuleType, tmp_path: Path) -> None:
     text = hosts.summary("master", tmp_path / "none.xml", junit(tmp_path / "all.xml", {}))
-    assert "The contracts of the host did not run to their end." in text
+    assert "Contracts of the host did not run to their end." in text
     assert "failed" not in text
 
 
