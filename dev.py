@@ -55,6 +55,8 @@ TORCH_PINS = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 USE_YOUR_OWN = "set COMFYUI_PATH to a ComfyUI folder that you have"
 COMFYUI_MARKS = ("main.py", "comfyui_version.py", "requirements.txt")
 OLDEST_PYTHON = (3, 10)
+# Tells the tests which of the three ways led to their ComfyUI.
+HOST_CHOSEN = "WEIGHTSTREAM_HOST_CHOSEN"
 
 # Runs a module with more folders on its path. PYTHONPATH would do, but embedded interpreters ignore it. The folders may
 # have a numpy, which a test tool asks for: torch's own is imported first.
@@ -70,15 +72,22 @@ class SetupError(Exception):
 
 @dataclass(frozen=True)
 class Host:
-    """A ComfyUI and the interpreter that runs it. ``owned``: it is the user's, and nothing is installed into it."""
+    """A ComfyUI and the interpreter that runs it. ``owned``: it is the user's, and nothing is installed into it.
+
+    ``chosen`` says why it is this ComfyUI, in a word or two.
+    """
 
     path: Path
     python: Path
     owned: bool
+    chosen: str = "pinned"
 
     @property
     def version(self) -> str:
         return comfyui_version(self.path)
+
+    def __str__(self) -> str:
+        return f"ComfyUI {self.version} in {self.path} ({self.chosen})"
 
 
 def say(text: str) -> None:
@@ -290,8 +299,8 @@ def _unpack_comfyui(archive: Path, target: Path) -> None:
         raise SetupError(f"{archive.name} holds no ComfyUI\n{USE_YOUR_OWN}")
 
 
-def find_comfyui() -> tuple[Path, Path | None]:
-    """The ComfyUI to use, and the interpreter that comes with it (None: one is made)."""
+def find_comfyui() -> tuple[Path, Path | None, str]:
+    """The ComfyUI to use, the interpreter that comes with it (None: one is made), and why it is this one."""
     chosen = os.environ.get("WEIGHTSTREAM_PYTHON")
     if chosen and not (chosen := shutil.which(chosen)):
         advice = "set it to an interpreter's path, or unset it"
@@ -302,18 +311,25 @@ def find_comfyui() -> tuple[Path, Path | None]:
         if not is_comfyui(folder):
             missing = ", ".join(mark for mark in COMFYUI_MARKS if not (folder / mark).is_file())
             raise SetupError(f"COMFYUI_PATH={given} is no ComfyUI: {missing} missing there\ncorrect it, or unset it")
-        return folder, python
+        return folder, python, "COMFYUI_PATH"
     if (around := surrounding_comfyui()) is not None:
-        return around, python or own_python(around)
-    return pinned_comfyui(), python
+        return around, python or own_python(around), "around this pack"
+    return pinned_comfyui(), python, "pinned"
 
 
 # --- the interpreter -------------------------------------------------------------------------------------------------
 
 
+def torch_pins(comfyui: Path) -> list[str]:
+    """The pins of what that ComfyUI asks for: newer ones run without torchaudio, and so do their users."""
+    asked = set(re.findall(r"^[\w-]+", (comfyui / "requirements.txt").read_text("utf-8"), re.MULTILINE))
+    return [pin for pin in TORCH_PINS if pin.partition("==")[0] in asked]
+
+
 def environment_key(comfyui: Path) -> str:
     """A hash of everything that decides what the environment holds."""
-    parts = [(comfyui / "requirements.txt").read_text("utf-8"), DEV_REQUIREMENTS.read_text("utf-8"), *TORCH_PINS]
+    requirements = (comfyui / "requirements.txt").read_text("utf-8")
+    parts = [requirements, DEV_REQUIREMENTS.read_text("utf-8"), *torch_pins(comfyui)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -329,7 +345,7 @@ def host_environment(comfyui: Path) -> Path:
 
 def _fill_environment(venv: Path, comfyui: Path) -> None:
     make_venv(venv, "the virtual environment")
-    install = pip(venv_python(venv), "install", *TORCH_PINS, "-r", comfyui / "requirements.txt")
+    install = pip(venv_python(venv), "install", *torch_pins(comfyui), "-r", comfyui / "requirements.txt")
     install += ["-r", DEV_REQUIREMENTS]
     run_step(
         "installing torch and ComfyUI's requirements (several GB, once; minutes)",
@@ -345,15 +361,15 @@ def can_import(python: Path, *modules: str) -> bool:
 
 
 def find_host() -> Host:
-    comfyui, python = find_comfyui()
+    comfyui, python, chosen = find_comfyui()
     if python is None:
-        return Host(comfyui, host_environment(comfyui), owned=False)
+        return Host(comfyui, host_environment(comfyui), False, chosen)
     if lacking := [name for name in ("torch", "safetensors", "comfy_aimdo") if not can_import(python, name)]:
         raise SetupError(
             f"{python} cannot import {', '.join(lacking)}, so it is not what runs the ComfyUI in {comfyui}\n"
             "run dev.py with the interpreter that runs that ComfyUI, or set WEIGHTSTREAM_PYTHON to it"
         )
-    return Host(comfyui, python, owned=True)
+    return Host(comfyui, python, True, chosen)
 
 
 def test_tools(host: Host) -> list[str]:
@@ -388,7 +404,7 @@ def _fill_test_tools(python: Path, folder: Path, version: str) -> None:
 
 def call(host: Host, command: Sequence[str | os.PathLike[str]]) -> int:
     """Run a command to its end, which is its own to bring about: Ctrl-C reaches it too, and it may have to clean up."""
-    environ = {**os.environ, "COMFYUI_PATH": os.fspath(host.path)}
+    environ = {**os.environ, "COMFYUI_PATH": os.fspath(host.path), HOST_CHOSEN: host.chosen}
     process = subprocess.Popen(list(map(os.fspath, command)), cwd=ROOT, env=environ)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
@@ -398,18 +414,19 @@ def call(host: Host, command: Sequence[str | os.PathLike[str]]) -> int:
 
 def demo(rest: Sequence[str]) -> int:
     host = find_host()
-    say(f"ComfyUI {host.version} in {host.path}")
+    say(str(host))
     return call(host, [host.python, ROOT / "tools" / "demo.py", *rest])
 
 
 def serve(rest: Sequence[str]) -> int:
     host = find_host()
-    say(f"ComfyUI {host.version} in {host.path}")
+    say(str(host))
     return call(host, [host.python, ROOT / "tools" / "serve.py", *rest])
 
 
 def test(rest: Sequence[str]) -> int:
     host = find_host()
+    say(str(host))
     rest = rest or ["--numprocesses", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
     if extra := test_tools(host):
         return call(host, [host.python, "-c", RUN_WITH_PATH, json.dumps(extra), "pytest", *rest])
@@ -423,7 +440,7 @@ def env() -> int:
 
 
 def bundle(folder: Path, python_version: str) -> int:
-    comfyui, _ = find_comfyui()
+    comfyui, _, _ = find_comfyui()
     script = ROOT / "tools" / "bundle.py"
     command = [tool_python(), script, folder.absolute(), "--comfyui", comfyui, "--python", python_version]
     return subprocess.run(list(map(os.fspath, command)), check=False).returncode

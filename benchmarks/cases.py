@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 GB = 1_000_000_000
 STREAMED_LIMIT_GB = 0.85  # FLUX-dev's weights outside of blocks and its largest block take 0.81 GB: little stays
@@ -45,6 +46,28 @@ TINY_MODELS = {FLUX_DEV: FLUX_TINY, QWEN_IMAGE: QWEN_IMAGE_TINY, WAN: WAN_TINY, 
 
 DYNAMIC_CONTENDERS = ("weightstream", "comfy-dynamic")
 COMFY_CONTENDERS = (*DYNAMIC_CONTENDERS, "comfy-static")
+
+
+class FastDisk(NamedTuple):
+    """A contender that is another one with ComfyUI's reading from a fast disk forced on or off.
+
+    Attributes:
+        base: who it is otherwise.
+        option: of ComfyUI's command line; a ComfyUI without it does not offer this contender.
+        native: the contender that is ComfyUI's own loader with the same option.
+    """
+
+    base: str
+    option: str
+    native: str
+
+
+FAST_DISK = {
+    "weightstream-fast-disk": FastDisk("weightstream", "--fast-disk", "comfy-fast-disk"),
+    "comfy-fast-disk": FastDisk("comfy-dynamic", "--fast-disk", "comfy-fast-disk"),
+    "weightstream-no-fast-disk": FastDisk("weightstream", "--disable-fast-disk", "comfy-no-fast-disk"),
+    "comfy-no-fast-disk": FastDisk("comfy-dynamic", "--disable-fast-disk", "comfy-no-fast-disk"),
+}
 PEERS = ("diffusers-block", "diffusers-leaf", "mmgp")
 TWO_GPU_CONTENDERS = ("weightstream", "weightstream-one-gpu", "comfy-dynamic")
 LIMITS = ("resident", "h2d")
@@ -116,9 +139,9 @@ CASES = {
     for case in (
         Case("flux-1024-streamed", FLUX_DEV, 1024, 1024, stream_all=True, contenders=COMFY_CONTENDERS + PEERS),
         Case("flux-1024-6gb", FLUX_DEV, 1024, 1024, free_gb=6),
-        Case("flux-1024-8gb", FLUX_DEV, 1024, 1024, free_gb=8, contenders=COMFY_CONTENDERS),
+        Case("flux-1024-8gb", FLUX_DEV, 1024, 1024, free_gb=8, contenders=(*COMFY_CONTENDERS, *FAST_DISK)),
         Case("flux-1024-12gb", FLUX_DEV, 1024, 1024, free_gb=12, contenders=COMFY_CONTENDERS),
-        Case("flux-1024-16gb", FLUX_DEV, 1024, 1024, free_gb=16, contenders=COMFY_CONTENDERS),
+        Case("flux-1024-16gb", FLUX_DEV, 1024, 1024, free_gb=16, contenders=(*COMFY_CONTENDERS, *FAST_DISK)),
         Case("flux-1024-20gb", FLUX_DEV, 1024, 1024, free_gb=20, contenders=COMFY_CONTENDERS),
         Case("flux-1024-20gb-whole", FLUX_DEV, 1024, 1024, free_gb=20, compiled="whole"),
         Case("flux-1024-20gb-blocks", FLUX_DEV, 1024, 1024, free_gb=20, compiled="blocks"),

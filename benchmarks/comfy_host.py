@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import host_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,15 +72,18 @@ def _enable_dynamic_vram(args: Any) -> None:
 def end_of_node() -> None:
     """What ComfyUI's executor does after every node when dynamic VRAM is on."""
     import comfy.memory_management
-    import comfy.model_management
 
     if comfy.memory_management.aimdo_enabled:
-        import comfy.model_prefetch
-        import comfy_aimdo.model_vbar
+        for call in _calls_at_end_of_node():
+            call()
 
-        comfy.model_management.reset_cast_buffers()
-        comfy.model_prefetch.cleanup_prefetch_queues()
-        comfy_aimdo.model_vbar.vbars_reset_watermark_limits()
+
+@functools.cache
+def _calls_at_end_of_node() -> tuple[Callable[[], None], ...]:
+    import comfyui_version
+
+    names = [name.rpartition(".") for name in host_versions.end_of_node(Path(comfyui_version.__file__).parent)]
+    return tuple(getattr(importlib.import_module(module), function) for module, _, function in names)
 
 
 def load_pack(node_id: str, name: str = "weightstream_pack") -> type:

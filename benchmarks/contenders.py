@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy_host
-from cases import GB, Case
+from cases import FAST_DISK, GB, Case
 
 WARM_UP_STEPS = 3
 SEED = 20
@@ -37,20 +37,30 @@ class Job:
     steps: int
     free_bytes: int
 
+    @property
+    def base(self) -> str:
+        """The contender without what is forced of ComfyUI's fast disk."""
+        return FAST_DISK[self.contender].base if self.contender in FAST_DISK else self.contender
+
 
 # ----------------------------------------------------------------------------------------------------- ComfyUI
 
 
 def comfy_flags(job: Job) -> list[str]:
     """The ComfyUI command line of a contender; dynamic VRAM is ComfyUI's default."""
+    forced = [FAST_DISK[job.contender].option] if job.contender in FAST_DISK else []
+    return memory_flags(job) + forced
+
+
+def memory_flags(job: Job) -> list[str]:
     if job.case.tiny:
         return ["--cpu"]
-    if job.contender == "resident":
+    if job.base == "resident":
         return ["--highvram"]
-    if job.contender in ("comfy-static", "weightstream-static"):
-        everything_streamed = job.case.stream_all and job.contender == "comfy-static"
+    if job.base in ("comfy-static", "weightstream-static"):
+        everything_streamed = job.case.stream_all and job.base == "comfy-static"
         return ["--novram"] if everything_streamed else ["--disable-dynamic-vram"]
-    if job.contender == "comfy-dynamic" and job.case.stream_all:
+    if job.base == "comfy-dynamic" and job.case.stream_all:
         # Dynamic VRAM has no switch for "keep nothing"; a headroom of all but 3 GB comes nearest.
         return ["--vram-headroom", f"{max(0.0, job.free_bytes / 1024**3 - 3):.2f}"]
     return []
@@ -152,6 +162,8 @@ def measure_comfy(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
         "load_s": warm_up.first_mark_s - started,
         **step_figures(clock, job),
         **weight_figures(model, plan),
+        # What ComfyUI decided of the file's disk; versions that decide nothing have no such attribute.
+        "fast_disk": getattr(model, "fast_disk", None),
         "latent_sha256": hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest(),
         "latent_finite": bool(torch.isfinite(latent).all()),
     }
@@ -262,6 +274,7 @@ NAMES = (
     "weightstream-one-gpu",
     "comfy-dynamic",
     "comfy-static",
+    *FAST_DISK,
     "diffusers-block",
     "diffusers-leaf",
     "mmgp",

@@ -24,7 +24,17 @@ from pathlib import Path
 import numpy as np
 import report
 from cases import CASES, GB
-from run import HERE, RESULTS, describe_machine, ensure_checkpoint, hold_back_vram, keep_log, last_lines
+from run import (
+    HERE,
+    RESULTS,
+    child_environment,
+    describe_machine,
+    ensure_checkpoint,
+    hold_back_vram,
+    keep_log,
+    last_lines,
+    settle_paths,
+)
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 GROUPS = Path("/sys/fs/cgroup")
@@ -89,19 +99,24 @@ def main() -> None:
     args = parse_args()
     table = rows(args.case)
     names = args.rows or list(table)
-    checkpoint = ensure_checkpoint(CASES[args.case].model, args.work)
+    cases = {name: CASES[row.case].shrunk() if args.tiny else CASES[row.case] for name, row in table.items()}
+    checkpoint = ensure_checkpoint(cases[names[0]].model, args.work)
     results = {"machine": describe_machine(), "checkpoint_bytes": checkpoint.stat().st_size, "rows": {}}
-    results["read"] = measure_reads(checkpoint, cold=any(table[name].cold for name in names))
+    memory = MEMORY_BYTES >> (6 if args.tiny else 0)
+    results["read"] = measure_reads(checkpoint, any(table[name].cold for name in names), memory)
     print(json.dumps(results["read"]), flush=True)
     for name in names:
-        with hold_back_vram(CASES[table[name].case].free_gb) as holder:
-            result = run_row(name, table[name], checkpoint, args, holder.settled_free_bytes())
+        with hold_back_vram(1, cases[name].free_gb) as holder:
+            environment = child_environment(cases[name])
+            result = run_row(name, table[name], checkpoint, args, holder.settled_free_bytes(), environment)
         results["rows"][name] = result
         print(f"{name}: {say(result)}", flush=True)
         report.write_json(args.out / "loading.json", results)
 
 
-def run_row(name: str, row: Row, checkpoint: Path, args: argparse.Namespace, free_bytes: int) -> dict:
+def run_row(
+    name: str, row: Row, checkpoint: Path, args: argparse.Namespace, free_bytes: int, environment: dict[str, str]
+) -> dict:
     """One child; its figures, or ``{"error": last lines}``."""
     if row.cold and not drop_caches():
         return {"error": [f"cannot write to {DROP_CACHES}"]}
@@ -110,12 +125,12 @@ def run_row(name: str, row: Row, checkpoint: Path, args: argparse.Namespace, fre
     size = checkpoint.stat().st_size
     job = {"checkpoint": str(checkpoint), "comfyui": str(args.comfyui), "free_bytes": free_bytes}
     job |= {"case": row.case, "contender": row.contender, "steps": row.steps, "settings": row.settings}
-    job |= {"pin_limit": None if row.pin_share is None else int(row.pin_share * size)}
+    job |= {"tiny": args.tiny, "pin_limit": None if row.pin_share is None else int(row.pin_share * size)}
     with tempfile.TemporaryDirectory() as scratch, ram_limit(row.ram_share, size) as group:
         out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
         command = [sys.executable, str(HERE / "loading_worker.py"), json.dumps(job), str(out)]
         with open(log, "w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=group)
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, preexec_fn=group)
             peak = watch_memory(process, time.monotonic() + args.timeout)
         if args.logs:
             keep_log(log, args.logs / f"{name}.log")
@@ -183,8 +198,8 @@ def read_through(path: Path, threads: int, chunk: int) -> float:
         return size / (time.perf_counter() - started)
 
 
-def measure_reads(path: Path, cold: bool) -> dict[str, float]:
-    """Bytes per second of plain reads: what no loader can beat."""
+def measure_reads(path: Path, cold: bool, memory: int) -> dict[str, float]:
+    """Bytes per second of plain reads, and of copies within ``memory`` bytes: what no loader can beat."""
     found = {}
     if cold and drop_caches():
         found["cold_1_thread"] = read_through(path, 1, 16 * MB)
@@ -193,14 +208,14 @@ def measure_reads(path: Path, cold: bool) -> dict[str, float]:
     read_through(path, 16, 16 * MB)
     found["cached_8_threads"] = read_through(path, 8, 8 * MB)
     found["cached_16_threads"] = read_through(path, 16, 16 * MB)
-    found["memory_8_threads"] = copy_memory(8, 16 * MB)
-    found["memory_16_threads"] = copy_memory(16, 16 * MB)
+    found["memory_8_threads"] = copy_memory(8, 16 * MB, memory)
+    found["memory_16_threads"] = copy_memory(16, 16 * MB, memory)
     return found
 
 
-def copy_memory(threads: int, chunk: int) -> float:
+def copy_memory(threads: int, chunk: int, memory: int) -> float:
     """Copy host memory through a ring of chunks, two for each thread; gives bytes per second, the best of three."""
-    source = np.ones(MEMORY_BYTES, np.uint8)
+    source = np.ones(memory, np.uint8)
     ring = [np.ones(chunk, np.uint8) for _ in range(2 * threads)]
 
     def copy(number: int) -> None:
@@ -240,7 +255,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
     parser.add_argument("--logs", type=Path, help="folder that keeps what the rows print")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one row")
-    return parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="try the script on a CPU; the figures mean nothing")
+    return settle_paths(parser)
 
 
 if __name__ == "__main__":

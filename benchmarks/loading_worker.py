@@ -23,8 +23,9 @@ STEADY_STEPS = 8
 
 def main() -> None:
     wanted, out = json.loads(sys.argv[1]), Path(sys.argv[2])  # Now: ComfyUI reads sys.argv too.
+    case = CASES[wanted["case"]]
     job = Job(
-        CASES[wanted["case"]],
+        case.shrunk() if wanted["tiny"] else case,
         wanted["contender"],
         Path(wanted["checkpoint"]),
         Path(wanted["comfyui"]),
@@ -49,8 +50,9 @@ def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[s
     if ours:
         comfy_host.load_pack("WeightStreamModelLoader")  # As ComfyUI imports it at its start.
         adjust(settings, pin_limit)
-    torch.cuda.init()
-    torch.ones(1, device="cuda")
+    if torch.cuda.is_available():
+        torch.cuda.init()
+        torch.ones(1, device="cuda")
     with torch.inference_mode():
         own_memory = anonymous_bytes()
         logging.info("the loader starts")

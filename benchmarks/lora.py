@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import report
-from cases import CASES, GB, Model
+from cases import CASES, GB, Case, Model
 from run import (
     HERE,
     RESULTS,
@@ -25,10 +25,12 @@ from run import (
     keep_log,
     last_lines,
     run_child,
+    settle_paths,
 )
 
 RANK = 32
 LORA = Model("flux-dev-lora-random", "flux-lora", ("--size", "dev", "--rank", str(RANK)), context=(0, 0))
+LORA_TINY = Model("flux-tiny-lora-random", "flux-lora", ("--size", "tiny", "--rank", str(RANK)), context=(0, 0))
 
 # Who is measured, whose loader that is, and whether the whole card is free: the last one's pictures are the right ones.
 WHO = {
@@ -40,29 +42,30 @@ WHO = {
 
 def main() -> None:
     args = parse_args()
-    case = CASES[args.case]
+    case = CASES[args.case].shrunk() if args.tiny else CASES[args.case]
+    lora = LORA_TINY if args.tiny else LORA
     # The small one first: to make a file others may be deleted.
-    files = {"lora": ensure_checkpoint(LORA, args.work), "checkpoint": ensure_checkpoint(case.model, args.work)}
+    files = {"lora": ensure_checkpoint(lora, args.work), "checkpoint": ensure_checkpoint(case.model, args.work)}
     results = {"machine": describe_machine(), "case": case.name, "rank": RANK, "rows": {}}
     results |= {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
     for who in args.who or WHO:
         contender, whole_card = WHO[who]
-        with hold_back_vram(None if whole_card else case.free_gb) as holder:
-            job = {"case": case.name, "contender": contender, "comfyui": str(args.comfyui)}
+        with hold_back_vram(1, None if whole_card else case.free_gb) as holder:
+            job = {"case": case.name, "tiny": case.tiny, "contender": contender, "comfyui": str(args.comfyui)}
             job |= {"free_bytes": holder.settled_free_bytes(), **{name: str(path) for name, path in files.items()}}
-            results["rows"][who] = run_row(who, job, args)
+            results["rows"][who] = run_row(who, job, case, args)
         report.write_json(args.out / "lora.json", results)
     right = results["rows"].get("comfy-whole-card", {})
     for who, row in results["rows"].items():
         print(f"{who}: {say(row, right)}", flush=True)
 
 
-def run_row(who: str, job: dict, args: argparse.Namespace) -> dict:
+def run_row(who: str, job: dict, case: Case, args: argparse.Namespace) -> dict:
     """One child; its figures, or ``{"error": [how it ended, its last lines ...]}``."""
     with tempfile.TemporaryDirectory() as scratch:
         out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
         command = [sys.executable, str(HERE / "lora_worker.py"), json.dumps(job), str(out)]
-        failure = run_child(command, child_environment(CASES[args.case]), log, args.timeout)
+        failure = run_child(command, child_environment(case), log, args.timeout)
         if args.logs:
             keep_log(log, args.logs / f"lora.{who}.log")
         return json.loads(out.read_text()) if out.exists() else {"error": [failure, *last_lines(log)]}
@@ -96,7 +99,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
     parser.add_argument("--logs", type=Path, help="folder that keeps what the rows print")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for one row")
-    return parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="try the script on a CPU; the figures mean nothing")
+    return settle_paths(parser)
 
 
 if __name__ == "__main__":

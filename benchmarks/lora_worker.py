@@ -24,8 +24,9 @@ PROMPTS = {"before": None, "LoRA 0.8": 0.8, "again": 0.8, "strength 0.5": 0.5, "
 
 def main() -> None:
     wanted, out = json.loads(sys.argv[1]), Path(sys.argv[2])  # Now: ComfyUI reads sys.argv too.
+    case = CASES[wanted["case"]]
     job = Job(
-        CASES[wanted["case"]],
+        case.shrunk() if wanted["tiny"] else case,
         wanted["contender"],
         Path(wanted["checkpoint"]),
         Path(wanted["comfyui"]),

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, GB, Case
+from cases import CASES, FAST_DISK, GB, Case
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-OURS = ("weightstream", "weightstream-static")
+OURS = ("weightstream", "weightstream-static", "weightstream-no-fast-disk", "weightstream-fast-disk")
 COLUMNS = (
     "case",
     "who",
@@ -31,7 +31,7 @@ def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str
     A contender's floor is max(compute with everything resident, the bytes that it streams per step / H2D bandwidth).
     """
     resident, h2d = limits.get("resident", {}), limits.get("h2d", {})
-    runs = {name: annotate(run, resident, h2d, runs.get("comfy-dynamic", {})) for name, run in runs.items()}
+    runs = {name: annotate(run, resident, h2d, runs.get(native_of(name), {})) for name, run in runs.items()}
     ours = next((runs[name] for name in OURS if "step_s" in runs.get(name, {})), {})
     return {
         "case": case.name,
@@ -54,6 +54,11 @@ def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str
         "limits": limits,
         "runs": runs,
     }
+
+
+def native_of(contender: str) -> str:
+    """Whose time a contender's is compared to: ComfyUI's own with dynamic VRAM, and with the same of the fast disk."""
+    return FAST_DISK[contender].native if contender in FAST_DISK else "comfy-dynamic"
 
 
 def annotate(run: dict, resident: dict, h2d: dict, dynamic: dict) -> dict:

@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import report
-from cases import CASES, DEFAULT_STEPS, GB, LIMITS, TINY_MODELS, Case, Model
+from cases import CASES, DEFAULT_STEPS, FAST_DISK, GB, LIMITS, TINY_MODELS, Case, Model
 from contenders import NAMES
+from host_versions import lacking_option
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -55,15 +56,28 @@ def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, 
     """Measure one case; the file is written anew after each contender, so that a break loses one run."""
     checkpoint = ensure_checkpoint(case.model, args.work)
     names = args.contenders or [*LIMITS, *case.contenders]
+    not_offered = {name: reason for name in names if (reason := why_not_offered(name, args.comfyui))}
+    for name, reason in not_offered.items():
+        print(f"{case.name}: {name} is not offered: {reason}", flush=True)
+    names = [name for name in names if name not in not_offered]
     case_limits = measure_limits(case, names, checkpoint, args, limits, deadline)
     runs: dict[str, dict] = {}
+
+    def write() -> None:
+        result = report.summarize(case, machine, case_limits, runs) | {"not_offered": not_offered}
+        report.write_json(args.out / f"{case.name}.json", result)
+
     with hold_back_vram(case.gpus, case.free_gb) as holder:
         for name in names:
             if name in LIMITS:
                 continue
             runs[name] = run_contender(case, name, checkpoint, args, holder, deadline)
-            report.write_json(args.out / f"{case.name}.json", report.summarize(case, machine, case_limits, runs))
-    report.write_json(args.out / f"{case.name}.json", report.summarize(case, machine, case_limits, runs))
+            write()
+    write()
+
+
+def why_not_offered(contender: str, comfyui: Path) -> str | None:
+    return lacking_option(comfyui, FAST_DISK[contender].option) if contender in FAST_DISK else None
 
 
 def measure_limits(
@@ -267,11 +281,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no contender is started")
     parser.add_argument("--logs", type=Path, help="folder that keeps what the contenders print")
     parser.add_argument("--tiny", action="store_true", help="try the scripts on a CPU; the figures mean nothing")
+    args = settle_paths(parser)
+    if unknown := set(args.contenders or ()) - set(NAMES):
+        parser.error(f"unknown contenders {sorted(unknown)}: choose from {', '.join(NAMES)}")
+    return args
+
+
+def settle_paths(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line. The ComfyUI must be there, and what a tiny run finds is no result."""
     args = parser.parse_args()
     if not args.comfyui or not (args.comfyui / "comfy").is_dir():
         parser.error(f"no ComfyUI in {args.comfyui}: set COMFYUI_PATH or give --comfyui")
-    if unknown := set(args.contenders or ()) - set(NAMES):
-        parser.error(f"unknown contenders {sorted(unknown)}: choose from {', '.join(NAMES)}")
     if args.tiny and args.out.resolve() == RESULTS:
         args.out = args.work / "tiny-results"
     return args

@@ -24,6 +24,7 @@ from typing import Any
 import aiohttp
 import psutil
 import report
+from host_versions import versions_of
 from run import RESULTS, describe_machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -81,16 +82,16 @@ def run_seconds(host: HeadlessHost, size: demo.Size, seed: int, steps: int) -> f
     return (messages["execution_success"]["timestamp"] - messages["execution_start"]["timestamp"]) / 1000
 
 
-def cpu_share(host: HeadlessHost) -> float:
+def cpu_share(host: HeadlessHost, seconds: float) -> float:
     """The part of one core that the host takes while it has nothing to do."""
     process = psutil.Process(host.pid)
     before = process.cpu_times()
-    time.sleep(IDLE_SECONDS)
+    time.sleep(seconds)
     after = process.cpu_times()
-    return round((after.user + after.system - before.user - before.system) / IDLE_SECONDS, 6)
+    return round((after.user + after.system - before.user - before.system) / seconds, 6)
 
 
-def measure(host: HeadlessHost, size: demo.Size, pairs: int, steps: int) -> dict[str, Any]:
+def measure(host: HeadlessHost, size: demo.Size, pairs: int, steps: int, idle_s: float) -> dict[str, Any]:
     alone, with_page, events = [], [], []
     for seed in range(3):
         run_seconds(host, size, seed, steps)
@@ -104,9 +105,9 @@ def measure(host: HeadlessHost, size: demo.Size, pairs: int, steps: int) -> dict
                 alone.append(run_seconds(host, size, 1001 + 2 * pair, steps))
     ratios = [one / other for one, other in zip(with_page, alone, strict=True)]
     spread = [first / second for first, second in zip(alone[::2], alone[1::2], strict=False)]
-    idle = cpu_share(host)
+    idle = cpu_share(host, idle_s)
     with watched(host):
-        idle_watched = cpu_share(host)
+        idle_watched = cpu_share(host, idle_s)
     return {
         "ratio": statistics.median(ratios),
         "ratios": ratios,
@@ -124,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--idle", type=float, default=IDLE_SECONDS, help="seconds of doing nothing that are measured")
     parser.add_argument("--size", choices=sorted(demo.SIZES), default="tiny")
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -137,8 +139,14 @@ def main() -> None:
         host.prepare()
         demo.write_models(host, size)
         with host:
-            result = measure(host, size, args.pairs, args.steps)
-    result |= {"machine": describe_machine(), "size": args.size, "steps": args.steps, "virtual": machine.cpu}
+            result = measure(host, size, args.pairs, args.steps, args.idle)
+    result |= {
+        "machine": describe_machine(),
+        "versions": versions_of(args.comfyui),
+        "size": args.size,
+        "steps": args.steps,
+        "virtual": machine.cpu,
+    }
     report.write_json(args.out / "watching.json", result)
     print(json.dumps({name: result[name] for name in SHOWN}))
 

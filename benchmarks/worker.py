@@ -12,6 +12,7 @@ from typing import Any
 
 from cases import CASES
 from contenders import NAMES, Job, measure
+from host_versions import PACKAGES
 
 
 def parse_job() -> tuple[Job, Path]:
@@ -33,7 +34,7 @@ def parse_job() -> tuple[Job, Path]:
 def versions() -> dict[str, Any]:
     """What this process ran on; read after the run, so that asking changes nothing."""
     found = {"python": sys.version.split()[0]}
-    for name in ("torch", "comfy-aimdo", "diffusers", "mmgp"):
+    for name in (*PACKAGES, "diffusers", "mmgp"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -8,6 +8,7 @@ the location of its file, under the name ``weightstream``.
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -63,6 +64,22 @@ _prepare()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write docs/families.md anew from what is found")
     parser.addoption("--write-images", action="store_true", help="write docs/images anew from what the page shows")
+
+
+def pytest_report_header() -> str:
+    """The host that the tests run in. dev.py says why it is this one; without dev.py it can only be COMFYUI_PATH."""
+    from comfyui_version import __version__
+
+    chosen = os.environ.get("WEIGHTSTREAM_HOST_CHOSEN", "COMFYUI_PATH")
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "comfy-aimdo", "comfy-kitchen"))
+    return f"host: ComfyUI {__version__} in {os.environ['COMFYUI_PATH']} ({chosen}), {versions}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -44,6 +46,21 @@ def test_env_prints_json_and_nothing_else() -> None:
     assert facts["comfyui_version"].count(".") == 2
 
 
+def test_the_tests_say_which_host_they_run_in() -> None:
+    arguments = ("--collect-only", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_hosts.py")))
+    result = run("test", *arguments, WEIGHTSTREAM_PYTHON=sys.executable, PYTEST_ADDOPTS="")
+    assert result.returncode == 0, result.stdout + result.stderr
+    host = Path(os.environ["COMFYUI_PATH"])
+    version = re.search(r'__version__ = "(.+)"', (host / "comfyui_version.py").read_text("utf-8"))
+    assert version is not None
+    said = f"ComfyUI {version[1]} in {host} (COMFYUI_PATH)"
+    assert f"[dev] {said}\n" in result.stderr
+    header = next(line for line in result.stdout.splitlines() if line.startswith("host: "))
+    assert header.startswith(f"host: {said}, torch ")
+    for package in ("torch", "comfy-aimdo", "comfy-kitchen"):
+        assert f"{package} {importlib.metadata.version(package)}" in header
+
+
 @pytest.mark.parametrize("command", ["env", "test", "demo"])
 def test_a_wrong_path_is_explained_without_a_traceback(command: str, tmp_path: Path) -> None:
     result = run(command, COMFYUI_PATH=str(tmp_path))
@@ -61,11 +78,27 @@ def test_the_surrounding_comfyui_is_found(dev: ModuleType, tmp_path: Path, monke
     for name in dev.COMFYUI_MARKS:
         (tmp_path / "ComfyUI" / name).touch()
     assert dev.surrounding_comfyui() == tmp_path / "ComfyUI"
+    monkeypatch.delenv("COMFYUI_PATH")
+    monkeypatch.delenv("WEIGHTSTREAM_PYTHON", raising=False)
+    assert dev.find_comfyui() == (tmp_path / "ComfyUI", Path(sys.executable), "around this pack")
     assert dev.own_python(tmp_path / "ComfyUI") == Path(sys.executable)
     own = dev.venv_python(tmp_path / "ComfyUI" / ".venv")
     own.parent.mkdir(parents=True)
     own.touch()
     assert dev.own_python(tmp_path / "ComfyUI") == own
+
+
+def test_what_a_host_does_not_ask_for_is_not_installed(dev: ModuleType, tmp_path: Path) -> None:
+    requirements = tmp_path / "requirements.txt"
+    keys = set()
+    for text, expected in (
+        ("torch\ntorchsde\ntorchvision\ntorchaudio\nnumpy>=1.25.0\n", list(dev.TORCH_PINS)),
+        ("torch>=2.8  # newer\ntorchvision\n#torchaudio\n", [dev.TORCH_PINS[0], dev.TORCH_PINS[1]]),
+    ):
+        requirements.write_text(text, "utf-8")
+        assert dev.torch_pins(tmp_path) == expected
+        keys.add(dev.environment_key(tmp_path))
+    assert len(keys) == 2
 
 
 def test_another_archive_is_refused(dev: ModuleType, tmp_path: Path) -> None:
