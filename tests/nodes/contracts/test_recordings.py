@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management as mm
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -80,15 +81,26 @@ def test_only_the_record_of_this_thread_counts(record: Recorder) -> None:
     assert hosts.record.held_bytes(CPU) == 0
 
 
-def test_what_a_record_holds_counts_as_memory_for_the_next_step(streamed: Load, record: Recorder) -> None:
+def test_what_a_record_holds_counts_as_memory_for_the_next_step(
+    streamed: Load, record: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = streamed(24 * MB)
+    monkeypatch.setattr(mm, "get_free_memory", lambda *_: 100 * MB)
     before = model.get_free_memory(CPU)
     record.begin(CPU)
     record.end()
-    now = model.get_free_memory(CPU)
-    assert now - before == pytest.approx(HELD_BYTES, abs=64 * MB), "the machine's free memory changes by itself, too"
-    assert now - ModelPatcher.get_free_memory(model, CPU) >= HELD_BYTES
+    assert model.get_free_memory(CPU) - before == HELD_BYTES
     record.clean_up()
+    assert model.get_free_memory(CPU) == before
+
+
+def _recorded(record: Recorder, model: ModelPatcher, expected: torch.Tensor) -> tuple[int, int]:
+    """How many allocations of a run were recorded, and how many of these stayed."""
+    record.clean_up()
+    before = len(record.rogues)
+    with record.around_blocks(model.model.diffusion_model, CPU):
+        assert torch.equal(sample(model), expected)
+        return record.kept[-1].allocated, len(record.rogues) - before
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -96,18 +108,12 @@ def test_a_record_around_blocks_has_nothing_of_ours(
     streamed: Load, native: ModelPatcher, record: Recorder, monkeypatch: pytest.MonkeyPatch, verify: bool
 ) -> None:
     expected = sample(native)
-    with record.around_blocks(native.model.diffusion_model, CPU):
-        assert torch.equal(sample(native), expected)
-        theirs = len(record.rogues), record.kept[-1].allocated
+    theirs = _recorded(record, native, expected)
     if verify:
         monkeypatch.setenv("WEIGHTSTREAM_VERIFY", "1")
     model = streamed(24 * MB)
     for _ in range(2):
-        with record.around_blocks(model.model.diffusion_model, CPU):
-            before = len(record.rogues)
-            assert torch.equal(sample(model), expected)
-            ours = len(record.rogues) - before, record.kept[-1].allocated
-        assert ours == theirs
+        assert _recorded(record, model, expected) == theirs
     assert record.escaped == []
     assert model.streamer.counters.steps == 6
     assert model.status()["mode"] != "resident"
