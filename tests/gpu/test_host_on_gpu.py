@@ -34,3 +34,8 @@ def test_a_model_of_the_hosts_loader_through_the_settings(differences: Differenc
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_quantised_weights_with_and_without_lora(differences: Differences, flags: list[str]) -> None:
     assert differences("quantised_program.py", flags) == []
+
+
+@pytest.mark.parametrize("flags", [FLAGS["dynamic"]], ids=["dynamic"])
+def test_steps_whose_allocations_the_host_records(differences: Differences, flags: list[str]) -> None:
+    assert differences("recordings_program.py", flags) == []

@@ -1,0 +1,152 @@
+"""Steps in which ComfyUI records allocations ("Comfy compiler", 0.35 and newer), natively and streamed, in one process:
+prints which latents agree, and how many breaks and rogue allocations each had, as JSON in the last line.
+
+    python recordings_program.py COMFYUI FOLDER [host flags]
+
+FOLDER is not used. As host_program.py. A host without records runs the same steps without them, and the line says so.
+With --cpu, and WEIGHTSTREAM_VIRTUAL=1x100MB, it runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+# FLUX is recorded by hooks where the host does not do it; the others are those whose forward the host records itself.
+FAMILIES = ("Flux", "MiniMaxH3", "LTXAV")
+RUNS = 3
+
+
+class Counts(logging.Handler):
+    """Adds up what the host says of its records when it ends them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaks = self.rogues = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.search(r"graph breaks: (\d+), rogues: (\d+)", record.getMessage()):
+            self.breaks += int(found[1])
+            self.rogues += int(found[2])
+
+    def take(self) -> list[int]:
+        taken = [self.breaks, self.rogues]
+        self.breaks = self.rogues = 0
+        return taken
+
+
+def main() -> None:
+    comfyui, _, *flags = sys.argv[1:]
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
+    import comfy_host
+
+    comfy_host.start(Path(comfyui), flags)
+    comfy_host.load_pack("WeightStreamModelLoader", "weightstream")  # As the modules of the test suite know it.
+    import comfy.model_management as mm
+    import comfy.model_patcher
+    import comfy.model_prefetch
+    import torch
+    from families import FAMILIES as KNOWN
+    from family_models import build_tiny, sample
+    from weightstream.nodes.devices import make_backend
+    from weightstream.nodes.offload import OffloadSettings
+    from weightstream.nodes.patcher import StreamedModelPatcher
+    from weightstream.nodes.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
+    from weightstream.streaming import Streamer, StreamingConfig, split_model
+
+    gpu, cpu = mm.get_torch_device(), torch.device("cpu")
+    counts = Counts()
+    logging.getLogger().addHandler(counts)
+    logging.getLogger().setLevel(logging.INFO)
+    records = gpu.type == "cuda" and hasattr(comfy.model_prefetch, "malloc_graph_begin")
+
+    def record(model: Any) -> list[Any]:
+        """Hooks that record FLUX's blocks, on a host that keeps records and not of FLUX."""
+        inner = model.model.diffusion_model
+        source = Path(sys.modules[type(inner).__module__].__file__).read_text("utf-8")
+        if not records or not hasattr(inner, "pe_embedder") or "malloc_graph" in source:
+            return []
+        return [
+            inner.pe_embedder.register_forward_hook(lambda *_: comfy.model_prefetch.malloc_graph_begin(gpu)),
+            inner.final_layer.register_forward_pre_hook(lambda *_: comfy.model_prefetch.malloc_graph_end()),
+        ]
+
+    def run(model: Any, family: Any) -> tuple[list[torch.Tensor], list[int]]:
+        """Latents of some prompts, each ended as the executor ends a node, and the counts of the last one."""
+        hooks, latents, last = record(model), [], [0, 0]
+        try:
+            for _ in range(RUNS):
+                counts.take()
+                latents.append(sample(model, family))
+                comfy_host.end_of_node()
+                last = counts.take()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return latents, last
+
+    def streamed(name: str, model: torch.nn.Module, share: float) -> StreamedModelPatcher:
+        """With room for what streams needs, and a share of the rest."""
+        blocks = split_model(model, model_dtype, minimum_share=0)
+        streamer = Streamer(model.diffusion_model, blocks, make_backend(gpu), StreamingConfig())
+        setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, lambda progress: None))
+        patcher = StreamedModelPatcher(model, gpu, cpu, streamer.model_bytes)
+        least = streamer.minimum_bytes
+        patcher.settings = OffloadSettings(vram_limit=int(least + share * (streamer.model_bytes - least)))
+        return patcher
+
+    def run_out_once(model: Any) -> list[str]:
+        """Have the last block ask for more memory than there is, once, in the middle of a step."""
+        hit: list[str] = []
+
+        def ask(*_: Any) -> None:
+            if hit:
+                return
+            hit.append("ran out")
+            if gpu.type == "cuda":
+                torch.empty(1 << 44, dtype=torch.uint8, device=gpu)
+            raise torch.OutOfMemoryError("no room")
+
+        list(model.streamer.blocks.blocks)[-1].module.register_forward_pre_hook(ask)
+        return hit
+
+    agree: dict[str, bool] = {}
+    found: dict[str, dict[str, list[int]]] = {}
+    for name in (each for each in FAMILIES if each in KNOWN):
+        family = KNOWN[name]
+        native = comfy.model_patcher.CoreModelPatcher(build_tiny(name, family), gpu, cpu)
+        latents, theirs = run(native, family)
+        expected = latents[-1]
+        if not torch.equal(latents[-2], expected):
+            agree[f"{name}: ComfyUI's own latents agree from run to run"] = False
+        found[name] = {"native": theirs}
+        mm.unload_all_models()
+        del native
+        for way in ("plain", "verified", "out of memory"):
+            os.environ["WEIGHTSTREAM_VERIFY"] = "1" if way == "verified" else ""
+            model = streamed(name, build_tiny(name, family), 0.5 if way == "out of memory" else 0.1)
+            hit = run_out_once(model) if way == "out of memory" else []
+            latents, ours = run(model, family)
+            found[name][way] = ours
+            agree[f"{name}, {way}"] = all(torch.equal(each, expected) for each in latents)
+            agree[f"{name}, {way}: streamed"] = model.streamer.counters.streamed_bytes > 0
+            agree[f"{name}, {way}: no more breaks and rogues than native"] = all(
+                mine <= own for mine, own in zip(ours, theirs, strict=True)
+            )
+            if way == "out of memory":
+                agree[f"{name}, {way}: it did"] = bool(hit)
+            mm.unload_all_models()
+            del model
+            print(name, way, "native", theirs, "ours", ours, file=sys.stderr, flush=True)
+    device = mm.get_torch_device_name(gpu)
+    print(json.dumps({"device": device, "records": records, "breaks_and_rogues": found, "agree": agree}))
+
+
+if __name__ == "__main__":
+    main()
