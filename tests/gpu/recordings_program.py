@@ -49,9 +49,9 @@ def main() -> None:
     comfy_host.start(Path(comfyui), flags)
     comfy_host.load_pack("WeightStreamModelLoader", "weightstream")  # As the modules of the test suite know it.
     import comfy.model_management as mm
-    import comfy.model_patcher
     import comfy.model_prefetch
     import torch
+    from comfy.model_patcher import ModelPatcher
     from families import FAMILIES as KNOWN
     from family_models import build_tiny, sample
     from weightstream.nodes.devices import make_backend
@@ -120,7 +120,7 @@ def main() -> None:
     found: dict[str, dict[str, list[int]]] = {}
     for name in (each for each in FAMILIES if each in KNOWN):
         family = KNOWN[name]
-        native = comfy.model_patcher.CoreModelPatcher(build_tiny(name, family), gpu, cpu)
+        native = ModelPatcher(build_tiny(name, family), gpu, cpu)
         latents, theirs = run(native, family)
         expected = latents[-1]
         if not torch.equal(latents[-2], expected):
