@@ -28,6 +28,7 @@ from torch import nn
 
 from .away import Away
 from .containers import Change, Exchange, Function, mapped
+from .entries import Entries
 from .links import Links
 
 
@@ -51,7 +52,7 @@ class Boundary:
         self.broke_on: torch.device | None = None
         self._moved: dict[tuple[int, torch.device], _Moved] = {}
         self._visits: list[_Visit] = []
-        self._handles: list[Any] = []
+        self._entries = Entries()
 
     def attach(self, root: nn.Module, blocks: Sequence[tuple[nn.Module, torch.device]]) -> None:
         """Hook ``blocks`` that run on these devices, and ``root``, whose forward is one step.
@@ -60,26 +61,22 @@ class Boundary:
         """
         self.detach()
         who = weakref.ref(self)
-        hooks = [(root, _begins(who, Boundary._begin_step), _ends(who, Boundary._end_step))]
+        begins, ends = _begins(who, Boundary._begin_step), _ends(who, Boundary._end_step)
+        self._entries.watch(root, begins, ends, methods=False)
         for module, device in blocks:
-            hooks.append((module, _enters(who, device), _ends(who, Boundary._leave)))
-        for module, begins, ends in hooks:
-            hidden = torch.compiler.disable(begins), torch.compiler.disable(ends)  # hooks.py, Note: compiled models
-            self._handles.append(module.register_forward_pre_hook(hidden[0], prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(hidden[1], always_call=True))
+            self._entries.watch(module, _enters(who, device), _ends(who, Boundary._leave))
 
     def detach(self) -> None:
         """Blocks run where they are called."""
         self.settle()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._entries.remove()
 
     def settle(self) -> None:
         """Undo what an exception or an interrupt left behind. Harmless when there is nothing."""
         while self._visits:
             self._end(self._visits.pop())
         self._moved.clear()
+        self._entries.settle()
 
     # -- what hooks tell -----------------------------------------------------------------------------------------
 

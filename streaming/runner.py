@@ -80,6 +80,8 @@ class Runner:
                 elif _is_of_another_device(error) and _streams_parts(streamer.plan):
                     remedy = partial(self._stream_whole_blocks, streamer, reload)
                 else:
+                    if _is_of_another_device(error):
+                        self._say_what_did_not_run(streamer)
                     raise
                 reason = str(error).partition("\n")[0]
             finally:
@@ -166,6 +168,18 @@ class Runner:
         self._planner.stream_whole_blocks()
         assert streamer.plan is not None
         streamer.load_within(self._planner.plan_within(streamer.plan.budget), reload)
+
+    def _say_what_did_not_run(self, streamer: Streamer) -> None:
+        """Nothing helps. Perhaps somebody reads the weights of a block without calling anything of it."""
+        idle = self.recorder.idle if self.recorder is not None else []
+        if idle:
+            logger.warning(
+                "%d of %d blocks had not begun when a tensor in host memory was read (%s). If the model reads weights "
+                "of blocks without calling them or their layers, it cannot stream: set mode to off",
+                len(idle),
+                streamer.outline.blocks,
+                streamer.blocks.blocks[idle[0]].name,
+            )
 
 
 def _is_of_another_device(error: Exception) -> bool:
