@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from statistics import median
 from typing import NamedTuple
 
@@ -12,6 +14,9 @@ from .reader import Reader
 
 # Shorter copies say more about starting a copy than about the bus.
 LEAST_TIMED_BYTES = 4 * 1024**2
+
+# A block that runs more than this part of its bytes twice in a row streams as a whole.
+MOSTLY_TWICE = 0.5
 
 
 class _Mark(NamedTuple):
@@ -96,10 +101,10 @@ class Recorder:
         return self._alone - {block for block, _ in self._runs}
 
     @property
-    def idle(self) -> list[int]:
-        """Blocks of which nothing has run yet."""
-        ran = self._alone | {block for block, _ in self._runs}
-        return [block for block in range(self._outline.blocks) if block not in ran]
+    def not_entered(self) -> list[int]:
+        """Blocks that nobody has entered yet."""
+        entered = {block for block, _ in self._runs}
+        return [block for block in range(self._outline.blocks) if block not in entered]
 
     def begin_step(self) -> None:
         self._begin, self._end = self._backend.moment(), None
@@ -292,12 +297,24 @@ class Recorder:
     def _units_alone_in(self, block: int) -> list[tuple[int, int]]:
         """Units of a block that run by themselves, in the order of its fullest run, and how often they run in one.
 
-        A block that is entered by several methods need not run the same units in each.
+        A block that is entered by several methods need not run the same units in each. One that runs most of them twice
+        in a row gives none: in parts each would be copied twice, and as a whole it is still there for the second time.
         """
+        if self._bytes_run_twice(block) > MOSTLY_TWICE * self._outline.block_bytes(block):
+            return []
         runs = sorted((run for number, run in self._runs if number == block), key=lambda run: -len(run.runs))
         outer = set().union(*(run.outer for run in runs))
         units = dict.fromkeys(unit for run in runs for unit in run.runs if unit not in outer)
         return [(unit, max(run.runs.get(unit, 0) for run in runs)) for unit in units]
+
+    def _bytes_run_twice(self, block: int) -> int:
+        """Bytes of the units that run in several runs of a block with no other block between them."""
+        found: set[int] = set()
+        for number, runs in groupby(self._runs, lambda run: run[0]):
+            if number == block:
+                ran = Counter(unit for _, run in runs for unit in run.runs)
+                found |= {unit for unit, times in ran.items() if times > 1}
+        return sum(self._outline.unit_bytes[unit] for unit in found)
 
 
 def _summed(one: dict[int, float], other: dict[int, float]) -> dict[int, float]:

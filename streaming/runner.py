@@ -81,7 +81,7 @@ class Runner:
                     remedy = partial(self._stream_whole_blocks, streamer, reload)
                 else:
                     if _is_of_another_device(error):
-                        self._say_what_did_not_run(streamer)
+                        self._say_what_was_not_entered(streamer)
                     raise
                 reason = str(error).partition("\n")[0]
             finally:
@@ -169,16 +169,17 @@ class Runner:
         assert streamer.plan is not None
         streamer.load_within(self._planner.plan_within(streamer.plan.budget), reload)
 
-    def _say_what_did_not_run(self, streamer: Streamer) -> None:
-        """Nothing helps. Perhaps somebody reads the weights of a block without calling anything of it."""
-        idle = self.recorder.idle if self.recorder is not None else []
-        if idle:
+    def _say_what_was_not_entered(self, streamer: Streamer) -> None:
+        """Nothing helps. Perhaps somebody reads the weights of a block without entering it or a layer of it."""
+        blocks = self.recorder.not_entered if self.recorder is not None else []
+        if blocks:
             logger.warning(
-                "%d of %d blocks had not begun when a tensor in host memory was read (%s). If the model reads weights "
-                "of blocks without calling them or their layers, it cannot stream: set mode to off",
-                len(idle),
+                "a tensor on another device was read, and %d of %d blocks had not been entered (%s). If the model "
+                "reads weights of blocks without calling anything of them, it cannot stream: try one GPU, or set mode "
+                "to off",
+                len(blocks),
                 streamer.outline.blocks,
-                streamer.blocks.blocks[idle[0]].name,
+                streamer.blocks.blocks[blocks[0]].name,
             )
 
 

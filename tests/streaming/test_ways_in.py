@@ -11,6 +11,7 @@ import torch
 from models import Layer, Transformer, X, make_streamer
 from race import NumberedBlock, NumberedModel, RaceBackend
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from weightstream.streaming import Streamer, StreamingConfig, split_model
 from weightstream.streaming.by_units import ByUnits
 from weightstream.streaming.handoff import Boundary
@@ -122,6 +123,33 @@ def test_it_streams_in_parts_and_ahead_from_the_third_step_on(kind: str, blocks_
     assert torch.equal(model(X), expected)
 
 
+class Twice(ByMethods):
+    """All layers of a block run twice in a row."""
+
+    def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
+        x = self.input(x)
+        for index in range(len(self.blocks)) if order is None else order:
+            block = self.blocks[index]
+            x = block.generate(block.generate(x, block.keys(x)), block.keys(x))
+        return self.output(x)
+
+
+def test_a_block_that_runs_twice_in_a_row_is_copied_once() -> None:
+    model = make(Twice)
+    expected = model(X)
+    streamer = make_streamer(model, budget=3 * 35_840)
+    streamer.load(streamer.plan_for(3 * 35_840))
+    copied = []
+    for _ in range(6):
+        before = streamer.counters.streamed_bytes
+        assert torch.equal(run(streamer, model), expected)
+        copied.append(streamer.counters.streamed_bytes - before)
+    plan = streamer.plan
+    assert plan.learned
+    assert plan.segments
+    assert copied[4:] == [plan.streamed_bytes] * 2, "parts are copied twice in a step"
+
+
 def test_blocks_that_nobody_enters_are_told_of_and_others_are_not() -> None:
     model = make(KINDS["layers of some"])
     streamer = make_streamer(model)
@@ -219,6 +247,23 @@ def test_a_method_outside_of_a_step_computes_with_its_weights_and_teaches_nothin
     assert streamer.profile.block_order[0] == 0
     streamer.unload()
     assert all(map(torch.equal, model.blocks[3].keys(X), keys))
+
+
+def test_weights_that_are_read_without_entering_anything_are_told_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU torch refuses them; the log says what it may be."""
+    model = make(LayerByLayer)
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("Expected all tensors to be on the same device, but found at least two")
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RuntimeError, match="same device"):
+        streamer.run(lambda: model(X))
+    assert "6 of 6 blocks had not been entered (blocks.0)" in caplog.text
 
 
 # -- what is in which slot ------------------------------------------------------------------------------------------
@@ -320,6 +365,88 @@ def test_methods_stream_on_two_devices() -> None:
         streamer.unload()
     boundary.detach()
     assert not any("keys" in vars(block) for block in model.blocks)
+
+
+class Small(nn.Module):
+    """A block on a device; whoever computes with its layers needs nothing else of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8, device=device)
+        self.mlp = nn.Sequential(nn.Linear(8, 16, device=device), nn.GELU(), nn.Linear(16, 8, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm(x)) * 0.5
+
+
+class Spread(nn.Module):
+    """Some blocks are called, of others the layers: ``whole`` has the numbers of the former."""
+
+    def __init__(self, devices: list[torch.device], whole: set[int]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(map(Small, devices))
+        self.whole = whole
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x) if number in self.whole else x + block.mlp(block.norm(x)) * 0.5
+        return x
+
+
+def hooked(module: nn.Module) -> int:
+    return sum(len(one._forward_pre_hooks) for one in module.modules())
+
+
+@pytest.mark.parametrize("whole", [set(), {0, 3}, set(range(6))], ids=["none", "some", "all"])
+def test_layers_of_blocks_that_nobody_enters_run_where_they_are(whole: set[int]) -> None:
+    """On fake GPUs, where no operation mixes two; and what is watched for that is watched once."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        devices = [torch.device("cuda", index % 3) for index in range(6)]
+        model, links = Spread(devices, whole), CountingLinks()
+        links.is_sound = lambda source, target: True  # type: ignore[method-assign]
+        boundary = Boundary(devices[0], links)
+        for _ in range(2):
+            boundary.attach(model, list(zip(model.blocks, devices, strict=True)))
+            for _ in range(3):
+                output = model(torch.randn(2, 3, 8, device=devices[0]))
+                assert output.device == devices[0]
+                alone = [n for n, block in enumerate(model.blocks) if hooked(block) > 1]
+                assert alone == [n for n in range(6) if n % 3 and n not in whole]
+            boundary.detach()
+        assert hooked(model) == 0
+
+
+@pytest.mark.parametrize("error", [Stop, ValueError])
+def test_an_error_in_a_layer_of_a_block_that_nobody_enters(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(LayerByLayer)
+    expected, links = model(X), CountingLinks()
+    devices = [torch.device("cpu", index % 2) for index in range(6)]
+    boundary = Boundary(devices[0], links)
+    boundary.attach(model, list(zip(model.blocks, devices, strict=True)))
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    for layer in (model.blocks[3].mlp[1], model.blocks[1].out):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "forward", fail)
+            with pytest.raises(error):
+                model(X)
+        boundary.settle()
+        before = links.moves
+        assert torch.equal(model(X), expected)
+        assert links.moves > before
+    boundary.detach()
+
+
+def test_a_model_that_is_compiled_is_watched_at_its_blocks_alone() -> None:
+    model = make(LayerByLayer)
+    boundary = Boundary(torch.device("cpu", 0), CountingLinks())
+    boundary.attach(model, [(block, torch.device("cpu", 1)) for block in model.blocks], compiled=True)
+    assert all(hooked(block) == 1 for block in model.blocks)
+    boundary.detach()
 
 
 # -- decisions -------------------------------------------------------------------------------------------------------
