@@ -48,7 +48,7 @@ def test_what_others_have_put_on_a_module_is_seen_and_what_is_ours_is_not(block:
     watch(entries, block)
     assert functions_of(block) == {}
     entries.remove()
-    block.other = replacement  # type: ignore[method-assign]
+    block.other = replacement
     before = functions_of(block)
     watch(entries, block)
     assert functions_of(block) == before == {"": {"other": (__name__, "replacement")}}

@@ -164,7 +164,7 @@ def test_an_error_leaves_no_entry_behind(
     block: Block, told: Told, entries: Entries, error: type[BaseException], way: str
 ) -> None:
     if way == "call":
-        block._attend = lambda x: block.fail(error())  # type: ignore[method-assign]
+        block._attend = lambda x: block.fail(error())
     with pytest.raises(error):
         block.fail(error()) if way == "method" else block(X)
     assert told.take() == (["in", "failed"] if error is ValueError else ["in"])
@@ -206,7 +206,7 @@ def test_arguments_and_outputs_may_be_exchanged(block: Block, way: str) -> None:
 @pytest.mark.parametrize("bound", [True, False])
 def test_what_somebody_has_put_in_place_of_a_method_is_called(block: Block, told: Told, bound: bool) -> None:
     function = (lambda self, x: self.layer(x) * 5).__get__(block) if bound else (lambda x: block.layer(x) * 5)
-    block.by_method = function  # type: ignore[method-assign]
+    block.by_method = function
     entries = Entries()
     entries.watch(block, told.begins, told.ends)
     assert torch.equal(block.by_method(X), block.layer(X) * 5)
@@ -219,7 +219,7 @@ def test_what_somebody_has_put_in_place_of_a_method_is_called(block: Block, told
 def test_what_somebody_puts_there_meanwhile_stays(block: Block, told: Told, entries: Entries) -> None:
     """It calls what it has found there, which is ours; and later that is put back."""
     found = block.by_method
-    block.by_method = lambda x: found(x) + 1  # type: ignore[method-assign]
+    block.by_method = lambda x: found(x) + 1
     expected = block.layer(X) + 1
     assert torch.equal(block.by_method(X), expected)
     assert told.take() == ONCE
@@ -230,7 +230,7 @@ def test_what_somebody_puts_there_meanwhile_stays(block: Block, told: Told, entr
     assert torch.equal(block.by_method(X), expected)
     assert told.take() == ONCE
     again.remove()
-    block.by_method = found  # type: ignore[method-assign]
+    block.by_method = found
     assert torch.equal(block.by_method(X), block.layer(X))
     assert told.take() == []
     again.watch(block, told.begins, told.ends)
