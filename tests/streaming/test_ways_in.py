@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from models import Layer, Transformer, X, make_streamer
 from race import NumberedBlock, NumberedModel, RaceBackend
 from torch import nn
@@ -264,6 +265,32 @@ def test_weights_that_are_read_without_entering_anything_are_told_of(
     with pytest.raises(RuntimeError, match="same device"):
         streamer.run(lambda: model(X))
     assert "6 of 6 blocks had not been entered (blocks.0)" in caplog.text
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("told", [False, True], ids=["nobody said so", "expected"])
+def test_compiled_models_enter_blocks_by_methods_too(told: bool) -> None:
+    model = make(ByMethods)
+    expected = model(X)
+    streamer = make_streamer(model, adaptive=False)
+    streamer.expect_compiled(told)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    compiled = torch.compile(model, backend="eager")
+    misses = []
+    for _ in range(5):
+        output = streamer.run(lambda: compiled(X), shape=tuple(X.shape), reload=streamer.load)
+        assert torch.equal(output, expected)
+        misses.append(streamer.counters.misses)
+    assert streamer.counters.hits > 0
+    assert misses[2:] == [misses[2]] * 3
+    assert streamer.never_entered == []
 
 
 # -- what is in which slot ------------------------------------------------------------------------------------------
