@@ -147,7 +147,7 @@ class StreamedModelPatcher(ModelPatcher):
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             if self.streamed.boundary is not None:
-                self.streamed.boundary.attach(self.streamer.root, self.streamed.placed)
+                self.streamed.boundary.attach(self.streamer.root, self.streamed.placed, self._is_compiled())
             self._move_object_patches(device_to)
             patches = self._host_patches()
             self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))

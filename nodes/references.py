@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..streaming.entries import Method
+
 # More than anything that is meant to be looked through; what is not looked at may refer to anything.
 MOST_OBJECTS = 200_000
 
@@ -56,6 +58,9 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, types.MethodType):
         yield value.__self__
         yield value.__func__
+    elif isinstance(value, Method):
+        yield value.module
+        yield value.instead_of
     elif isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, ModelPatcher):

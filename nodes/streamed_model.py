@@ -61,7 +61,7 @@ class StreamedModel:
     _native: ModelPatcher | None = None
     _told_of_hooks: bool = False
     _announced: object = None
-    _shown: tuple[Plan | None, bool, bool] = (None, False, False)
+    _shown: tuple[Plan | None, bool, bool, int] = (None, False, False, 0)
 
     def __post_init__(self) -> None:
         self.title = self.title or self.name
@@ -86,17 +86,18 @@ class StreamedModel:
     def announce_changes(self) -> None:
         """After a step: announce what it has changed or measured, and that everything is page-locked now."""
         plan, *shown = self._shown
-        now = [self.streamer.building, self.streamer.config.synchronous]
+        now = [self.streamer.building, self.streamer.config.synchronous, len(self.streamer.never_entered)]
         if self.streamer.plan is not plan or now != shown or self.bar.wrote:
             self.announce()
 
     def announce(self) -> None:
         """Say which plan is in effect; in the log only when it is another than before."""
         plan, building = self.streamer.plan, self.streamer.building
-        synchronous = self.streamer.config.synchronous
-        now = (plan, building, synchronous, self.streamer.state, plan is not None and plan.forecast is not None)
+        synchronous, never_entered = self.streamer.config.synchronous, len(self.streamer.never_entered)
+        timed = plan is not None and plan.forecast is not None
+        now = (plan, building, synchronous, self.streamer.state, timed, never_entered)
         status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
-        self._announced, self._shown = now, (plan, building, synchronous)
+        self._announced, self._shown = now, (plan, building, synchronous, never_entered)
         self.bar.wrote = False
 
     def tell_of_hooks(self) -> None:

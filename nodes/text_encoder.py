@@ -46,7 +46,7 @@ def _as_step(model: Callable[[], torch.nn.Module | None], name: str, step: Step)
             return forward()
         return run_step(patcher, forward, (name, shapes_of(args), _lengths(args)), None)
 
-    run.is_step = True
+    run.instead_of = None  # twins.py: of others there is nothing here.
     return run
 
 

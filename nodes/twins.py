@@ -114,9 +114,15 @@ def functions_of(model: torch.nn.Module) -> dict[str, dict[str, tuple[str, str]]
 
 
 def _functions(module: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    functions = {name: value for name, value in vars(module).items() if callable(value) and not isinstance(value, type)}
-    own = functions.keys() - ON_MODULES
-    return {name: _name(functions[name]) for name in own if not getattr(functions[name], "is_step", False)}
+    return {name: _name(value) for name, value in _put_on(module) if not isinstance(value, type)}
+
+
+def _put_on(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Callable things that somebody has put on this one instance, by their names; what is ours is what lies beneath."""
+    for name, value in vars(module).items():
+        theirs = getattr(value, "instead_of", value) if name not in ON_MODULES else None
+        if callable(theirs):
+            yield name, theirs
 
 
 def _settings(module: torch.nn.Module) -> dict[str, Any]:
@@ -236,8 +242,7 @@ def _copy_without_weights(patcher: ModelPatcher) -> torch.nn.Module:
 
 def _plain_functions(module: torch.nn.Module, modules: Collection[int]) -> list[Any]:
     """Functions on this one instance, but no methods of modules: those are bound anew when the modules are copied."""
-    values = [value for name, value in vars(module).items() if name not in ON_MODULES]
-    functions = [value for value in values if callable(value) and not isinstance(value, (type, torch.nn.Module))]
+    functions = [value for _, value in _put_on(module) if not isinstance(value, (type, torch.nn.Module))]
     return [one for one in functions if id(getattr(one, "__self__", None)) not in modules]
 
 

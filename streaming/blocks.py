@@ -140,7 +140,7 @@ def find_blocks(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """Names and modules of the layers in lists below ``root``, in the order of definition.
 
     [Note: what is a block]
-    A block must be called as a module, or nothing tells when its weights are needed. What cannot be called (a
+    A block must be entered as a module, or little tells when its weights are needed. What cannot be called (a
     ``ModuleList``, a ``ModuleDict``, any module without a ``forward``) and a ``Sequential``, whose callers may run its
     children one by one, is a container; a block is the first module below a container that is none. Two exceptions:
 

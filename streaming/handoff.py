@@ -8,6 +8,14 @@ and until the step ends. Copies are compared by identity, so it counts on what a
 being written to between them; that no model of the host does so is tested with virtual devices, for which copies are
 made too. What a block gives is :class:`Away`, and comes home when somebody looks at it.
 
+[Note: blocks that nobody enters]
+Some code runs the layers of a block one by one (by_units.py). Which do, nobody can tell beforehand, and a layer that is
+given a tensor of another device is an error already in the first step. So until a block has been entered in a step the
+modules in it are watched too: the outermost that is entered while no block is gets its inputs where it is. From then on
+its block is all that counts. What the model computes between such layers runs at home; if it reads the block's own
+weights there, they are on the other device, and only one device will do. Models that are compiled are left alone,
+because their blocks would be cut up.
+
 [Note: what runs at home]
 Functions that somebody hung into a model, and that a block calls, have tensors and modules of their own, and these are
 at home. So a block on another device gets such a function wrapped: it is called at home, with tensors that are
@@ -30,6 +38,7 @@ from torch import nn
 from .allocation_record import NO_RECORD, AllocationRecord
 from .away import Away, Move
 from .containers import Change, Exchange, Function, mapped
+from .entries import Entries
 from .links import Links
 
 
@@ -61,35 +70,42 @@ class Boundary:
         self.broke_on: torch.device | None = None
         self._moved: dict[tuple[int, torch.device], _Moved] = {}
         self._visits: list[_Visit] = []
-        self._handles: list[Any] = []
+        self._entries = Entries()
+        self._parts: dict[nn.Module, Entries] = {}
+        self._alone: nn.Module | None = None
+        self._entered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def attach(self, root: nn.Module, blocks: Sequence[tuple[nn.Module, torch.device]]) -> None:
-        """Hook ``blocks`` that run on these devices, and ``root``, whose forward is one step.
+    def attach(self, root: nn.Module, blocks: Sequence[tuple[nn.Module, torch.device]], compiled: bool = False) -> None:
+        """Watch ``blocks`` that run on these devices, and ``root``, whose forward is one step.
 
-        The hooks refer to the boundary weakly. They begin before and end after all that are there.
+        The hooks refer to the boundary weakly. They begin before and end after all that are there. ``compiled``: steps
+        run compiled.
         """
         self.detach()
         who = weakref.ref(self)
-        hooks = [(root, _begins(who, Boundary._begin_step), _ends(who, Boundary._end_step))]
+        begins, ends = _begins(who, Boundary._begin_step), _ends(who, Boundary._end_step)
+        self._entries.watch(root, begins, ends, methods=False)
         for module, device in blocks:
-            hooks.append((module, _enters(who, device), _ends(who, Boundary._leave)))
-        for module, begins, ends in hooks:
-            hidden = torch.compiler.disable(begins), torch.compiler.disable(ends)  # hooks.py, Note: compiled models
-            self._handles.append(module.register_forward_pre_hook(hidden[0], prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(hidden[1], always_call=True))
+            if device != self.home and not compiled and module not in self._entered:
+                self._parts[module] = _watch_parts(who, module, device)
+            self._entries.watch(module, _enters(who, device), _ends(who, Boundary._leave))
 
     def detach(self) -> None:
         """Blocks run where they are called."""
         self.settle()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._entries.remove()
+        for entries in self._parts.values():
+            entries.remove()
+        self._parts.clear()
 
     def settle(self) -> None:
         """Undo what an exception or an interrupt left behind. Harmless when there is nothing."""
         while self._visits:
             self._end(self._visits.pop())
         self._moved.clear()
+        self._alone = None
+        for entries in (self._entries, *self._parts.values()):
+            entries.settle()
 
     # -- what hooks tell -----------------------------------------------------------------------------------------
 
@@ -98,7 +114,29 @@ class Boundary:
 
     def _end_step(self, output: Any) -> Any:
         self.settle()
+        for block in [block for block in self._parts if block in self._entered]:
+            self._parts.pop(block).remove()
         return mapped(output, _home)
+
+    def _enter_block(
+        self, module: nn.Module, device: torch.device, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        if module in self._parts:
+            self._entered.add(module)
+        return self._enter(device, args, kwargs)
+
+    def _enter_part(self, module: nn.Module, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A module in a block begins (Note: blocks that nobody enters)."""
+        if self._visits:
+            return None
+        self._alone = module
+        return self._enter(device, args, kwargs)
+
+    def _leave_part(self, module: nn.Module, output: Any) -> Any:
+        if self._alone is not module or not self._visits:
+            return None
+        self._alone = None
+        return self._leave(output)
 
     def _enter(self, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if device == self.home:
@@ -259,9 +297,27 @@ def _begins(who: Reference, what: Callable[[Boundary], None]) -> Callable[..., N
 def _enters(who: Reference, device: torch.device) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         boundary = who()
-        return None if boundary is None else boundary._enter(device, args, kwargs)
+        return None if boundary is None else boundary._enter_block(module, device, args, kwargs)
 
     return hook
+
+
+def _watch_parts(who: Reference, block: nn.Module, device: torch.device) -> Entries:
+    """Have the modules in ``block`` told of, for as long as nobody has entered the block itself."""
+
+    def begins(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        boundary = who()
+        return None if boundary is None else boundary._enter_part(module, device, args, kwargs)
+
+    def ends(module: nn.Module, args: object, output: Any) -> Any:
+        boundary = who()
+        return None if boundary is None else boundary._leave_part(module, output)
+
+    entries = Entries()
+    for module in block.modules():
+        if module is not block:
+            entries.watch(module, begins, ends, methods=any(True for _ in module.children()))
+    return entries
 
 
 def _ends(who: Reference, what: Callable[[Boundary, Any], Any]) -> Callable[..., Any]:

@@ -1,7 +1,10 @@
-"""Forward hooks that tell when a step, a block and a unit begin and end.
+"""Tells when a step, a block and a unit begin and end.
 
-torch runs hooks marked ``always_call`` after an ``Exception`` too, but not after an interrupt of another kind (a
-``BaseException``): who listens must be able to settle what such a one left behind.
+Blocks are entered by any method of theirs (entries.py), and so are units that consist of several modules. A layer runs
+by its call; its other methods are about loading.
+
+After an ``Exception`` ends are told too, but not after an interrupt of another kind (a ``BaseException``): who listens
+must be able to settle what such a one left behind.
 
 [Note: compiled models]
 torch.compile would trace through hooks: what they do to streams, threads and clocks is no part of a graph, and what
@@ -15,10 +18,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import nn
+
+from .entries import Entries
 
 
 class Listener(Protocol):
@@ -42,26 +46,20 @@ def attach(
     blocks: Iterable[tuple[int, nn.Module]],
     units: Iterable[tuple[int, nn.Module]],
     listener: Listener,
-) -> list[Any]:
-    """Hook ``root``, the numbered ``blocks`` and ``units``, referring to the listener weakly; gives handles to remove.
+) -> Entries:
+    """Watch ``root``, the numbered ``blocks`` and ``units``, referring to the listener weakly, until it is removed.
 
     A unit that raises is not told to have ended: the end of its block says so.
     """
     who = weakref.ref(listener)
-    handles = _hook(root, _step_begins(who), _step_ends(who), always_call=True)
+    entries = Entries()
+    entries.watch(root, _step_begins(who), _step_ends(who), methods=False)
     for number, module in blocks:
-        handles += _hook(module, _block_begins(who, number), _block_ends(who, number), always_call=True)
+        entries.watch(module, _block_begins(who, number), _block_ends(who, number))
     for number, module in units:
-        handles += _hook(module, _unit_begins(who, number), _unit_ends(who, number), always_call=False)
-    return handles
-
-
-def _hook(module: nn.Module, begins: Callable[..., None], ends: Callable[..., None], always_call: bool) -> list[Any]:
-    hidden_begins, hidden_ends = torch.compiler.disable(begins), torch.compiler.disable(ends)  # Note: compiled models
-    return [
-        module.register_forward_pre_hook(hidden_begins, prepend=True),
-        module.register_forward_hook(hidden_ends, always_call=always_call),
-    ]
+        has_parts = any(True for _ in module.children())
+        entries.watch(module, _unit_begins(who, number), _unit_ends(who, number), always_ends=False, methods=has_parts)
+    return entries
 
 
 # One closure for each event, and no common dispatcher: they run hundreds of times in every step.
@@ -69,7 +67,7 @@ Reference = Callable[[], "Listener | None"]
 
 
 def _step_begins(who: Reference) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object) -> None:
+    def hook(module: nn.Module, args: object, kwargs: object) -> None:
         if (listener := who()) is not None:
             listener.begin_step()
 
@@ -85,7 +83,7 @@ def _step_ends(who: Reference) -> Callable[..., None]:
 
 
 def _block_begins(who: Reference, block: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object) -> None:
+    def hook(module: nn.Module, args: object, kwargs: object) -> None:
         if (listener := who()) is not None:
             listener.enter_block(block)
 
@@ -101,7 +99,7 @@ def _block_ends(who: Reference, block: int) -> Callable[..., None]:
 
 
 def _unit_begins(who: Reference, unit: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object) -> None:
+    def hook(module: nn.Module, args: object, kwargs: object) -> None:
         if (listener := who()) is not None:
             listener.enter_unit(unit)
 

@@ -49,10 +49,12 @@ class Planner:
     Attributes:
         profile: what is known of the next step.
         compiled: whether steps run compiled (hooks.py, Note: compiled models).
+        by_units: blocks that nobody enters though their units run (by_units.py).
     """
 
     def __init__(self, outline: Outline, config: StreamingConfig) -> None:
         self.compiled = False
+        self.by_units: frozenset[int] = frozenset()
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
         self._config = config
@@ -163,6 +165,9 @@ class Planner:
 
     def learn(self, recorder: Recorder) -> None:
         """Keep what ``recorder`` has seen of a whole step, which is over."""
+        if recorder.never_entered:
+            self.by_units |= recorder.never_entered
+            return  # In the step that comes next these are entered: it is measured anew.
         regime = self._residency.current
         regime.timed = regime.steps > 1
         profile = recorder.profile(self.profile, with_times=regime.timed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from statistics import median
 from typing import NamedTuple
 
@@ -12,6 +14,9 @@ from .reader import Reader
 
 # Shorter copies say more about starting a copy than about the bus.
 LEAST_TIMED_BYTES = 4 * 1024**2
+
+# A block that runs more than this part of its bytes twice in a row streams as a whole.
+MOSTLY_TWICE = 0.5
 
 
 class _Mark(NamedTuple):
@@ -56,9 +61,13 @@ class _BlockTime(NamedTuple):
     hold: dict[int, float]
     work: dict[int, float]
 
+    def and_then(self, later: _BlockTime) -> _BlockTime:
+        """Of a block that runs more than once in a step."""
+        return _BlockTime(self.seconds + later.seconds, _summed(self.hold, later.hold), _summed(self.work, later.work))
+
 
 class Recorder:
-    """The events of one step, told by the streamer; afterwards a :class:`Profile`.
+    """The events of one step, told by the streamer; afterwards a :class:`Profile`. What is outside of it is left out.
 
     Args:
         outline: the model.
@@ -77,12 +86,25 @@ class Recorder:
         self._runs: list[tuple[int, _BlockRun]] = []
         self._open: list[tuple[int, _BlockRun]] = []
         self._gap: _Gap | None = None
+        self._running = False
+        self._alone: set[int] = set()
         backend.time_copies()
 
     @property
     def complete(self) -> bool:
         """Whether a whole step was recorded, and blocks ran in it: a cache may have answered in their place."""
-        return self._end is not None and bool(self._runs)
+        return self._end is not None and bool(self._runs or self._alone)
+
+    @property
+    def never_entered(self) -> set[int]:
+        """Blocks of which units ran in the step, though nobody has entered the block."""
+        return self._alone - {block for block, _ in self._runs}
+
+    @property
+    def not_entered(self) -> list[int]:
+        """Blocks that nobody has entered yet."""
+        entered = {block for block, _ in self._runs}
+        return [block for block in range(self._outline.blocks) if block not in entered]
 
     def begin_step(self) -> None:
         self._begin, self._end = self._backend.moment(), None
@@ -90,9 +112,12 @@ class Recorder:
         self._gap = _Gap(self._begin, [])
         self._runs.clear()
         self._open.clear()
+        self._alone.clear()
+        self._running = True
 
     def end_step(self) -> None:
         self._end = self._backend.moment()
+        self._running = False
         before, now = self._staged_before, self._staged_so_far()
         self._staged = _Staged(now.nbytes - before.nbytes, now.seconds - before.seconds)
 
@@ -100,6 +125,8 @@ class Recorder:
         return _Staged(self._reader.sent_bytes, self._reader.busy_seconds)
 
     def begin_block(self, block: int) -> None:
+        if not self._running:
+            return
         run = _BlockRun(self._backend.moment(), self._gap)
         self._gap = None  # A block inside of another one has none before it.
         self._runs.append((block, run))
@@ -117,6 +144,8 @@ class Recorder:
     def begin_unit(self, unit: int) -> None:
         run = self._run_of(unit)
         if run is None:
+            if self._running:
+                self._alone.add(self._outline.unit_block[unit])
             return
         run.runs[unit] = run.runs.get(unit, 0) + 1
         # Whatever runs inside another unit may come before that one reads its weights: keep the outer one.
@@ -158,8 +187,7 @@ class Recorder:
         for block, run in self._runs:
             if run.end is not None:
                 time = self._block_time(run)
-                earlier = times[block].seconds if block in times else 0.0
-                times[block] = time._replace(seconds=time.seconds + earlier)
+                times[block] = times[block].and_then(time) if block in times else time
         spent = [times[block].seconds if block in times else None for block in range(self._outline.blocks)]
         gaps = self._gap_times()
         after = self._gap_time(self._gap, self._end) if self._gap is not None else 0.0
@@ -255,8 +283,8 @@ class Recorder:
         outline = self._outline
         shown: dict[int, list[tuple[int, int]]] = {}
         of_block: dict[int, tuple[tuple[int, int], ...]] = {}
-        for block, run in self._runs:
-            found = [(unit, count) for unit, count in run.runs.items() if unit not in run.outer]
+        for block in dict.fromkeys(block for block, _ in self._runs):
+            found = self._units_alone_in(block)
             of_block[block] = tuple(found)
             first = min(outline.block_units[block], default=0)
             shown[outline.block_kind[block]] = [(unit - first, count) for unit, count in found]
@@ -265,3 +293,29 @@ class Recorder:
                 first = min(outline.block_units[block], default=0)
                 of_block[block] = tuple((first + unit, count) for unit, count in shown.get(kind, []))
         return tuple(of_block[block] for block in range(outline.blocks))
+
+    def _units_alone_in(self, block: int) -> list[tuple[int, int]]:
+        """Units of a block that run by themselves, in the order of its fullest run, and how often they run in one.
+
+        A block that is entered by several methods need not run the same units in each. One that runs most of them twice
+        in a row gives none: in parts each would be copied twice, and as a whole it is still there for the second time.
+        """
+        if self._bytes_run_twice(block) > MOSTLY_TWICE * self._outline.block_bytes(block):
+            return []
+        runs = sorted((run for number, run in self._runs if number == block), key=lambda run: -len(run.runs))
+        outer = set().union(*(run.outer for run in runs))
+        units = dict.fromkeys(unit for run in runs for unit in run.runs if unit not in outer)
+        return [(unit, max(run.runs.get(unit, 0) for run in runs)) for unit in units]
+
+    def _bytes_run_twice(self, block: int) -> int:
+        """Bytes of the units that run in several runs of a block with no other block between them."""
+        found: set[int] = set()
+        for number, runs in groupby(self._runs, lambda run: run[0]):
+            if number == block:
+                ran = Counter(unit for _, run in runs for unit in run.runs)
+                found |= {unit for unit, times in ran.items() if times > 1}
+        return sum(self._outline.unit_bytes[unit] for unit in found)
+
+
+def _summed(one: dict[int, float], other: dict[int, float]) -> dict[int, float]:
+    return {unit: one.get(unit, 0.0) + other.get(unit, 0.0) for unit in {**one, **other}}

@@ -15,7 +15,7 @@ from .telemetry import Activity, Snapshot
 def explain(now: Standing, placement: Placement, supply: Supply, building: bool, finding: str) -> str:
     """The plan in effect and where what it streams comes from, in a line.
 
-    ``building``: master copies are still to come. ``finding``: why copies are synchronous now.
+    ``building``: master copies are still to come. ``finding``: why copies are synchronous, or when blocks begin.
     """
     text = _explain(now, placement, supply, building)
     return f"{text}; {finding}" if finding else text

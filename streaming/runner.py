@@ -80,6 +80,8 @@ class Runner:
                 elif _is_of_another_device(error) and _streams_parts(streamer.plan):
                     remedy = partial(self._stream_whole_blocks, streamer, reload)
                 else:
+                    if _is_of_another_device(error):
+                        self._say_what_was_not_entered(streamer)
                     raise
                 reason = str(error).partition("\n")[0]
             finally:
@@ -166,6 +168,19 @@ class Runner:
         self._planner.stream_whole_blocks()
         assert streamer.plan is not None
         streamer.load_within(self._planner.plan_within(streamer.plan.budget), reload)
+
+    def _say_what_was_not_entered(self, streamer: Streamer) -> None:
+        """Nothing helps. Perhaps somebody reads the weights of a block without entering it or a layer of it."""
+        blocks = self.recorder.not_entered if self.recorder is not None else []
+        if blocks:
+            logger.warning(
+                "a tensor on another device was read, and %d of %d blocks had not been entered (%s). If the model "
+                "reads weights of blocks without calling anything of them, it cannot stream: try one GPU, or set mode "
+                "to off",
+                len(blocks),
+                streamer.outline.blocks,
+                streamer.blocks.blocks[blocks[0]].name,
+            )
 
 
 def _is_of_another_device(error: Exception) -> bool:

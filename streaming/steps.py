@@ -1,17 +1,19 @@
 """What happens while a step runs: hooks tell it, and it is passed on to residents, lane, recorder and meters.
 
-A block's residents arrive, if they are still on their way, before its weights are bound to slots.
+A block's residents arrive, if they are still on their way, before its weights are bound to slots. Blocks that nobody
+enters are entered by their units (by_units.py).
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from typing import Any
 
 from torch import nn
 
 from .blocks import BlockSet
+from .by_units import ByUnits
+from .entries import Entries
 from .errors import StreamingError
 from .hooks import attach
 from .plan import Plan
@@ -45,7 +47,8 @@ class Steps:
         self._planner = planner
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None
-        self._handles: list[Any] = []
+        self._by_units: ByUnits | None = None
+        self._entries = Entries()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -62,10 +65,12 @@ class Steps:
             arriving = set(self._site.placement.arriving)
             block_numbers = arriving | set(self._site.lane.streamed_blocks if self._site.lane is not None else ())
             unit_numbers = plan.streamed | {unit for block in arriving for unit in self._units_of(block)}
-        if self._planner.compiled:
-            unit_numbers = set()  # A hook inside of a block would cut its graph up.
+        by_units = self._planner.by_units
+        if self._planner.compiled:  # A hook inside of a block would cut its graph up.
+            unit_numbers = {unit for unit in unit_numbers if self._outline.unit_block[unit] in by_units}
+        self._by_units = ByUnits(by_units) if by_units else None
         modules = [(unit, units[unit].module) for unit in sorted(unit_numbers)]
-        self._handles = attach(
+        self._entries = attach(
             root,
             [(block, blocks[block].module) for block in sorted(block_numbers)],
             [(unit, module) for unit, module in modules if module is not None],
@@ -77,10 +82,14 @@ class Steps:
 
     def detach(self) -> None:
         """No step tells anything any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._plan = self._recorder = None
+        self._entries.remove()
+        self._plan = self._recorder = self._by_units = None
+
+    def settle(self) -> None:
+        """Nobody is inside of a block any more, whatever an exception or an interrupt has left behind."""
+        self._entries.settle()
+        if self._by_units is not None:
+            self._by_units.settle()
 
     # -- what hooks tell -----------------------------------------------------------------------------------------
 
@@ -91,6 +100,7 @@ class Steps:
                 "the model has given up weights since the last step; use Streamer.run, or load it anew"
             )
         self.last_used = time.monotonic()
+        self.settle()
         self._site.meters.step.begin()
         if self._site.lane is not None:
             self._site.lane.begin_step()
@@ -99,6 +109,8 @@ class Steps:
 
     def end_step(self, completed: bool) -> None:
         """A forward of the root ends; ``completed`` is false when it raised."""
+        if completed:
+            self._end_others(None)
         self._site.meters.step.end(completed)
         if completed:
             self._site.meters.counters.steps += 1
@@ -117,20 +129,21 @@ class Steps:
             self._site.placement.complete()
 
     def enter_block(self, block: int) -> None:
-        if self._site.placement.arriving:
-            self._site.placement.arrive(block)
-        if self._site.lane is not None:
-            self._site.lane.enter_block(block)
-        if self._recorder is not None:
-            self._recorder.begin_block(block)
+        if self._by_units is not None:
+            self._end_others(block)
+            self._by_units.begin_block(block)
+        self._enter(block)
 
     def leave_block(self, block: int) -> None:
-        if self._recorder is not None:
-            self._recorder.end_block(block)
-        if self._site.lane is not None:
-            self._site.lane.leave_block(block)
+        self._leave(block)
+        if self._by_units is not None:
+            self._by_units.end_block(block)
 
     def enter_unit(self, unit: int) -> None:
+        if self._by_units is not None:
+            self._end_others(block := self._outline.unit_block[unit])
+            if self._by_units.begin_unit(block):
+                self._enter(block)
         if self._site.placement.arriving:
             self._site.placement.arrive(self._outline.unit_block[unit])  # It may run outside of its block.
         lane = self._site.lane
@@ -145,3 +158,27 @@ class Steps:
         lane = self._site.lane
         if lane is not None and (number := lane.segment_of.get(unit)) is not None:
             lane.leave(number)
+        if self._by_units is not None:
+            self._by_units.end_unit(self._outline.unit_block[unit])
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def _enter(self, block: int) -> None:
+        if self._site.placement.arriving:
+            self._site.placement.arrive(block)
+        if self._site.lane is not None:
+            self._site.lane.enter_block(block)
+        if self._recorder is not None:
+            self._recorder.begin_block(block)
+
+    def _leave(self, block: int) -> None:
+        if self._recorder is not None:
+            self._recorder.end_block(block)
+        if self._site.lane is not None:
+            self._site.lane.leave_block(block)
+
+    def _end_others(self, block: int | None) -> None:
+        """End blocks that are entered by their units, because ``block`` begins, or the step ends."""
+        if self._by_units is not None:
+            for one in self._by_units.ended_by(block):
+                self._leave(one)

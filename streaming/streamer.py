@@ -440,6 +440,7 @@ class Streamer:
 
     def settle(self) -> None:
         """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
+        self._steps.settle()
         self.site.settle()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -469,15 +470,27 @@ class Streamer:
 
     # -- telling -------------------------------------------------------------------------------------------------
 
+    @property
+    def never_entered(self) -> list[str]:
+        """Names of blocks that nobody enters though their units run (by_units.py)."""
+        return [self.blocks.blocks[block].name for block in sorted(self._planner.by_units)]
+
+    @property
+    def _findings(self) -> str:
+        """What of the model and its copies turned out to be other than expected."""
+        names = self.never_entered
+        by_units = f"nobody calls {len(names)} of its blocks ({names[0]}), so layers in them tell when" if names else ""
+        return "; ".join(filter(None, (self._verifier.finding, by_units)))
+
     def explain(self) -> str:
         """The plan in effect and where what it streams comes from, in a line."""
-        return explain(self.standing, self.site.placement, self.site.supply, self.building, self._verifier.finding)
+        return explain(self.standing, self.site.placement, self.site.supply, self.building, self._findings)
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         # Once, and in this order: another thread may load or unload meanwhile, and a plan is gone before its site is.
         site, now = self.site, self.standing
-        told = (self.config, self.profile, self._activity(), site.building, self._verifier.finding)
+        told = (self.config, self.profile, self._activity(), site.building, self._findings)
         return take_snapshot(now, site.placement, site.supply, site.backend, *told)
 
     def _activity(self) -> Activity:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import comfy.supported_models
+import comfyui_version
+from family import Family
 from image_families import IMAGES
+from newer_families import NEWER, WAYS
 from unet_families import UNETS
 from video_families import VIDEOS
 
-FAMILIES = {**UNETS, **IMAGES, **VIDEOS}
+HOST_VERSION = comfyui_version.__version__
+# The newest ComfyUI whose list of models was read. Later ones may have families that nobody here has seen.
+NEWEST_KNOWN = "0.33"
+
+# Every family that is known, whether this host has it or not.
+KNOWN: dict[str, Family] = {**UNETS, **IMAGES, **VIDEOS, **NEWER}
 
 # What the host lists among its models, but does not sample with.
 OTHERS = {
@@ -15,3 +24,34 @@ OTHERS = {
     "SAM31": "finds outlines: nothing is sampled",
     "DepthAnything3": "estimates depth: nothing is sampled",
 }
+OTHERS_SINCE = "0.30"
+
+NAMES = [model.__name__ for model in comfy.supported_models.models]
+
+# Those that this host has; tests run them.
+FAMILIES = {name: family for name, family in KNOWN.items() if name in NAMES}
+LACKING = {name: family for name, family in KNOWN.items() if name not in NAMES}
+# Each family, and its other uses: what the host calls it, and how to make and run it.
+USES = {name: (name, family) for name, family in FAMILIES.items()}
+USES |= {f"{name}, {way}": (name, family) for way, (name, family) in WAYS.items() if name in FAMILIES}
+
+
+def release(version: str) -> tuple[int, int]:
+    """A version of ComfyUI without what comes behind its second number."""
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
+def missing(host_version: str, names: list[str]) -> list[str]:
+    """Families that a host of this version should have, and that are not among its ``names``."""
+    return [name for name in KNOWN if name not in names and release(KNOWN[name].since) <= release(host_version)]
+
+
+def strangers(names: list[str]) -> list[str]:
+    """Those of a host's ``names`` that nobody here knows."""
+    return [name for name in names if name not in KNOWN and name not in OTHERS]
+
+
+def is_known(host_version: str) -> bool:
+    """Whether the list of models of a host of this version was read."""
+    return release(host_version) <= release(NEWEST_KNOWN)

@@ -22,6 +22,9 @@ class Family:
         latent: shapes of what is sampled, one or several; by default a small one of the model's format.
         conditioners: names of the number embedders that it brings.
         weights: shapes of tensors that the host takes from the checkpoint to build the model.
+        narrow: sizes that the host has in its code, and what they are in the tiny version.
+        narrow_parts: full names of the host's classes that are given such sizes, beside layers.
+        since: the first of the tested versions of ComfyUI that has it.
     """
 
     size: dict[str, Any]
@@ -32,6 +35,9 @@ class Family:
     latent: tuple[tuple[int, ...], ...] = ()
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     conditioners: tuple[str, ...] = ()
+    narrow: dict[int, int] = field(default_factory=dict)
+    narrow_parts: tuple[str, ...] = ()
+    since: str = "0.30"
 
 
 POOLED = {"pooled_output": (1, 64)}

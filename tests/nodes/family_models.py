@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.ops
 import comfy.sample
 import comfy.supported_models
+import comfy.supported_models_base
+import pytest
 import torch
 from comfy.ldm.audio.embedders import NumberConditioner
 from comfy.model_patcher import ModelPatcher
@@ -65,15 +69,47 @@ def build(name: str, family: Family) -> torch.nn.Module:
 
 def build_tiny(name: str, family: Family) -> torch.nn.Module:
     """A small version with random weights, the same each time."""
-    with torch.random.fork_rng(), _WithValues():
+    return make_tiny(lambda: _build(name, family, family.tiny, torch.float32), family)
+
+
+def make_tiny(make: Callable[[], torch.nn.Module], family: Family) -> torch.nn.Module:
+    """What ``make`` makes, with random weights, the same each time."""
+    with torch.random.fork_rng(), _WithValues(), _narrow(family):
         torch.manual_seed(0)
-        model = _build(name, family, family.tiny, torch.float32)
+        model = make()
         _fill(model)
     return model
 
 
+@contextmanager
+def _narrow(family: Family) -> Iterator[None]:
+    """Layers, and the parts that the family names, are given other sizes than the host's code has."""
+
+    def narrowed(kind: type) -> type:
+        def build(self: Any, *sizes: Any, **named: Any) -> None:
+            kind.__init__(self, *(family.narrow.get(size, size) for size in sizes), **named)
+
+        return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+
+    operations = comfy.ops.disable_weight_init
+    layers = [(operations, name) for name in ("Linear", "Conv1d")] if family.narrow else []
+    paths = [name.rpartition(".") for name in family.narrow_parts]
+    parts = [(importlib.import_module(path), name) for path, _, name in paths]
+    with pytest.MonkeyPatch.context() as patch:
+        for holder, name in (*layers, *parts):
+            patch.setattr(holder, name, narrowed(getattr(holder, name)))
+        yield
+
+
 def _build(name: str, family: Family, smaller: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
-    config = getattr(comfy.supported_models, name)(dict(family.size))
+    return build_config(getattr(comfy.supported_models, name), family, smaller, dtype)
+
+
+def build_config(
+    kind: type[comfy.supported_models_base.BASE], family: Family, smaller: dict[str, Any], dtype: torch.dtype
+) -> torch.nn.Module:
+    """The model of an entry of the host's list, which may be one that is not on it."""
+    config = kind(dict(family.size))
     config.unet_config.update(smaller)
     config.set_inference_dtype(dtype, None)
     with torch.inference_mode(False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,12 @@ PATH = Path(__file__).resolve().parent.parent.parent / "docs" / "families.md"
 
 HEADER = """# Model families
 
-Every entry of ComfyUI 0.30's list of models (`comfy.supported_models.models`), under its name there. The table is what
+Every entry of ComfyUI's list of models (`comfy.supported_models.models`), under its name there. The table is what
 `tests/nodes/test_families.py` finds; the test fails when it finds anything else, and
-`python3 dev.py test tests/nodes/test_families.py --write-table` writes the table anew.
+`python3 dev.py test tests/nodes/test_families.py --write-table` writes anew what the ComfyUI at hand has. A model that
+is not here streams as others do, if it has a list of layers.
+
+- **Since**: the first of the tested versions of ComfyUI, 0.30 and 0.33, that has it. An older one cannot test it.
 
 - **Size**, **blocks**, **largest** and **in blocks** are those of a published model of the family in bf16, which
   ComfyUI's own classes build without memory for its weights. Only what is in blocks can stream; the rest stays on the
@@ -20,8 +24,8 @@ Every entry of ComfyUI 0.30's list of models (`comfy.supported_models.models`), 
   streamed with the least memory that works, gives the same latents to the bit as without the pack, twice. The second
   time no kernel was given a streamed weight outside of its block's run, which on a GPU would be an error.
 
-| Family | Size | Blocks | Largest | In blocks | Identical |
-|---|---|---|---|---|---|
+| Family | Since | Size | Blocks | Largest | In blocks | Identical |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -30,28 +34,47 @@ class Row:
     """A line of the table, as it is printed.
 
     Attributes:
+        since: the first of the tested versions of the host that has it.
         cells: of a family that streams size, blocks, largest block and share of bytes in blocks; else empty.
         identical: "yes", or why it is not streamed.
     """
 
+    since: str
     cells: tuple[str, str, str, str]
     identical: str
 
     @classmethod
-    def unstreamed(cls, reason: str) -> Row:
-        return cls(("", "", "", ""), f"not streamed: {reason}")
+    def unstreamed(cls, since: str, reason: str) -> Row:
+        return cls(since, ("", "", "", ""), f"not streamed: {reason}")
 
 
 def read() -> dict[str, Row]:
-    rows = {}
+    return {name: Row(since, tuple(cells), identical) for name, since, *cells, identical in _lines()}
+
+
+def names() -> list[str]:
+    """As they are there, each as often as it is there."""
+    return [name for name, *_ in _lines()]
+
+
+def _lines() -> Iterator[list[str]]:
     for line in PATH.read_text(encoding="utf-8").splitlines() if PATH.exists() else ():
         name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| ") and name != "Family":
-            rows[name] = Row(tuple(cells[:4]), cells[4])
-    return rows
+            yield [name, *cells]
+
+
+def in_order(host: list[str], committed: list[str]) -> list[str]:
+    """``committed`` names, and those that only the host has, each in front of the one that follows it there."""
+    order = list(committed)
+    for name, follower in reversed(list(zip(host, [*host[1:], None], strict=True))):
+        if name not in order:
+            order.insert(order.index(follower) if follower is not None else len(order), name)
+    return order
 
 
 def write(rows: dict[str, Row], order: list[str]) -> None:
     """Write the rows in the given order; those of other names are dropped."""
-    lines = [f"| {' | '.join((name, *rows[name].cells, rows[name].identical))} |\n" for name in order if name in rows]
+    found = [(name, rows[name]) for name in order if name in rows]
+    lines = [f"| {' | '.join((name, row.since, *row.cells, row.identical))} |\n" for name, row in found]
     PATH.write_text(HEADER + "".join(lines), encoding="utf-8")

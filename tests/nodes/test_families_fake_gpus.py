@@ -19,7 +19,7 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from families import FAMILIES
+from families import FAMILIES, USES
 from family import Family
 from family_models import build_tiny, latent_shape, sample, whole
 from placed import MixedDevicesError, Placed, PlacedMode
@@ -50,13 +50,27 @@ WITH_VALUES = {
     "SeedVR2": "the sizes of windows",
     "ACEStep15": "whether the text is empty",
     "Hunyuan3Dv2_1": "how many tokens each expert gets",
+    **{f"Trellis2, {way}": "where voxels are" for way in ("small shape", "shape", "texture", "texture alone")},
 }
-# Blocks that do not run here: for references that are not given, for text of another width, and for training.
+# Models of which one runs in each stage, with four blocks when they are tiny.
+TRELLIS = ("structure_model", "img2shape_512", "img2shape", "shape2txt")
+
+
+def idle_trellis(runs: str) -> set[str]:
+    return {f"{model}.blocks.{number}" for model in TRELLIS if model != runs for number in range(4)}
+
+
+# Blocks that do not run here: for references that are not given, for text of another width, in other stages, and for
+# training.
 IDLE = {
     "Omnigen2": {"ref_image_refiner.0", "ref_image_refiner.1"},
     "Boogu": {"ref_image_refiner.0", "ref_image_refiner.1"},
     "MiniMaxH3": {"token_refiner.blocks.0", "token_refiner.blocks.1"},
     "ACEStep": {"projectors.0.4", "projectors.1.4"},
+    "Trellis2": idle_trellis("structure_model"),
+    "Trellis2, small shape": idle_trellis("img2shape_512"),
+    "Trellis2, shape": idle_trellis("img2shape"),
+    "Trellis2, texture": idle_trellis("shape2txt"),
 }
 # Of these blocks cannot be replaced: the host calls them with an argument that they do not have.
 UNREPLACEABLE = ("Kandinsky5", "Kandinsky5Image")
@@ -64,7 +78,7 @@ UNREPLACEABLE = ("Kandinsky5", "Kandinsky5Image")
 UNPATCHED = {
     *("Stable_Cascade_B", "PixArtAlpha", "PixArtSigma", "PixelDiTT2I", "PiD", "HiDream", "Omnigen2", "Boogu"),
     *("Ideogram4", "ErnieImage", "CosmosT2V", "CosmosI2V", "CogVideoX_T2V", "CogVideoX_I2V", "CogVideoX_Inpaint"),
-    *("ACEStep", "ACEStep15", "TripoSplat"),
+    *("ACEStep", "ACEStep15", "TripoSplat", "MiniMaxMusic3", "Trellis2"),
 }
 
 
@@ -204,9 +218,10 @@ def patched_by(points: Points, family: str, replace: bool) -> Callable[[Any, dic
     return call
 
 
-def run(name: str, values: bool = False, replace: bool = True) -> Points:
+def run(use: str, values: bool = False, replace: bool = True) -> Points:
     """One step plain and one with patches and residuals."""
-    family, points, idle = FAMILIES[name], Points(HOME), IDLE.get(name, set())
+    name, family = USES[use]
+    points, idle = Points(HOME), IDLE.get(use, set())
     model = build_tiny(name, family)
     with gpus(values):
         setup = split(model, values)
@@ -216,9 +231,10 @@ def run(name: str, values: bool = False, replace: bool = True) -> Points:
     return points
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_no_operation_mixes_devices(name: str) -> None:
-    points = run(name, values=name in WITH_VALUES, replace=name not in UNREPLACEABLE)
+@pytest.mark.parametrize("use", USES)
+def test_no_operation_mixes_devices(use: str) -> None:
+    name, _ = USES[use]
+    points = run(use, values=use in WITH_VALUES, replace=name not in UNREPLACEABLE)
     assert points.used == points.asked
     assert bool(points.used) == (name not in {*UNPATCHED, *UNREPLACEABLE})
 
@@ -233,10 +249,10 @@ def test_nothing_fake_is_left_for_the_next_model() -> None:
     assert torch.equal(sample(whole(model), family), expected)
 
 
-@pytest.mark.parametrize("name", WITH_VALUES)
-def test_values_are_read(name: str) -> None:
+@pytest.mark.parametrize("use", [use for use in WITH_VALUES if use in USES])
+def test_values_are_read(use: str) -> None:
     with pytest.raises(RuntimeError, match=r"^aten\.\w+\.default$|not supported for tensor subclasses"):
-        run(name)
+        run(use)
 
 
 @pytest.mark.parametrize("name", UNREPLACEABLE)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import comfy.model_management as mm
 import pytest
 import torch
-from families import FAMILIES
-from family_models import build_tiny, sample, whole
+import unknown_family
+from families import USES
+from family import Family
+from family_models import build_tiny, make_tiny, sample, whole
 from weightstream.nodes.streamed_model import model_dtype
 from weightstream.streaming import split_model
 from weightstream.streaming.handoff import Boundary
@@ -31,10 +33,17 @@ class CountingLinks(Links):
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_runs_on_two_devices(name: str) -> None:
-    family = FAMILIES[name]
-    model = build_tiny(name, family)
+@pytest.mark.parametrize("use", USES)
+def test_a_family_runs_on_two_devices(use: str) -> None:
+    name, family = USES[use]
+    check(build_tiny(name, family), family)
+
+
+def test_a_family_that_nobody_knows_runs_on_two_devices() -> None:
+    check(make_tiny(unknown_family.build, unknown_family.FAMILY), unknown_family.FAMILY)
+
+
+def check(model: torch.nn.Module, family: Family) -> None:
     expected = sample(whole(model), family)
     links = CountingLinks()
     boundary = Boundary(HOME, links)

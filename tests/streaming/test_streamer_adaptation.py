@@ -77,7 +77,7 @@ def test_one_shape_has_one_plan_from_the_third_step_on() -> None:
         plans.append(streamer.plan)
     assert all(plan == plans[2] for plan in plans[2:])
     assert plans[2].device_bytes > plans[0].device_bytes, "memory that nobody needed was not used"
-    assert len(streamer._steps._handles) == 2 + 2 * len({s.block for s in plans[2].segments}) + 2 * len(
+    assert len(streamer._steps._entries._handles) == 2 + 2 * len({s.block for s in plans[2].segments}) + 2 * len(
         plans[2].streamed
     )
 

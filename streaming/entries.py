@@ -1,0 +1,252 @@
+"""Tells when modules are entered and left: by a call, or by any other method of theirs.
+
+[Note: entries]
+A model mostly calls its blocks, and torch has hooks for that. Some models call other methods of theirs
+(``block.forward_pose(...)``), of which torch tells nobody. So while a module is watched, :class:`Method` stands on it
+in the place of each method that its class defines: all above ``nn.Module``, since nobody knows which of them compute.
+Each calls what it stands for: what somebody has put on the module under that name, or what its class has at the time.
+It is taken off again, and one that somebody has kept passes calls on.
+
+What is entered already is not entered again: a forward that calls methods of its own, or a method that calls the
+module, is one entry, and told once. So only what comes from outside costs more than a look.
+
+Classes are left as they are, because other models have modules of them too. So is the module's own class, because many
+look at it. ``forward`` is left alone: torch's hooks are around it, and compilers and other packs exchange it. Who calls
+``block.forward(...)`` enters nothing (by_units.py, Note: entered by its units).
+
+torch.compile traces through :class:`Method` where the module has been entered already, and so sees nothing of it. Who
+enters is hidden from it, as hooks are (hooks.py, Note: compiled models).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+# Told before: (module, args, kwargs), and may give other arguments.
+Begins = Callable[[nn.Module, tuple, dict[str, Any]], "tuple[tuple, dict[str, Any]] | None"]
+
+# A method that comes back at once and computes later is no entry.
+LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+class Ends(Protocol):
+    """Told after, and may give another output. After an exception the output is None; never else."""
+
+    def __call__(self, module: nn.Module, args: object, output: Any) -> Any: ...
+
+
+class Entries:
+    """What one listener is told of several modules."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._doors: list[_Door] = []
+
+    def watch(
+        self, module: nn.Module, begins: Begins, ends: Ends, always_ends: bool = True, methods: bool = True
+    ) -> None:
+        """Tell when ``module`` is entered and left; before and after all who are told already.
+
+        Args:
+            module: what is entered.
+            begins: is told before.
+            ends: is told after.
+            always_ends: after an ``Exception`` too. After a ``BaseException`` nobody is told, as torch has it:
+                :meth:`settle`.
+            methods: not only by a call.
+        """
+        names = entry_methods(type(module)) if methods else ()
+        if names:
+            door = _Door(begins, ends, always_ends)
+            self._doors.append(door)
+            begins, ends, always_ends = door.enter, door.leave, True
+        hidden_begins, hidden_ends = torch.compiler.disable(begins), torch.compiler.disable(ends)
+        self._handles.append(module.register_forward_pre_hook(hidden_begins, prepend=True, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(hidden_ends, always_call=always_ends))
+        self._handles += [Method.put(module, name, door, hidden_begins, hidden_ends) for name in names]
+
+    def settle(self) -> None:
+        """Nobody is inside of a module any more, whatever an interrupt has left behind."""
+        for door in self._doors:
+            door.inside, door.depth = False, 0
+
+    def remove(self) -> None:
+        """Nobody is told any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._doors.clear()
+
+
+class _Door:
+    """Of entries into one module, those that come from outside.
+
+    Attributes:
+        inside: whether it has been entered. (A plain value, because torch.compile reads it.)
+        depth: calls that have begun and not ended, and a method around them.
+    """
+
+    def __init__(self, begins: Begins, ends: Ends, always_ends: bool) -> None:
+        self.inside = False
+        self.depth = 0
+        self._begins, self._ends, self._always_ends = begins, ends, always_ends
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.depth += 1
+        if self.depth > 1:
+            return None
+        self.inside = True
+        return self._begins(module, args, kwargs)
+
+    def leave(self, module: nn.Module, args: object, output: Any) -> Any:
+        if self.depth == 0:
+            return None  # Settled meanwhile, or never entered: who is told before has failed.
+        self.depth -= 1
+        if self.depth > 0:
+            return None
+        self.inside = False
+        return self._ends(module, args, output) if output is not None or self._always_ends else None
+
+
+class Method:
+    """Stands on a module for one of its methods (Note: entries), which it is like in all that others may ask of it.
+
+    Args:
+        module: the module, which is referred to weakly: it holds this.
+        name: of the method.
+        instead_of: what was on the module under this name; None where there was only what its class has.
+    """
+
+    def __init__(self, module: nn.Module, name: str, instead_of: Any) -> None:
+        self._module = weakref.ref(module)
+        self._name = name
+        self._beneath = instead_of
+        self._door: _Door | None = None
+        self._enter: Callable[..., Any] = _nothing
+        self._leave: Callable[..., Any] = _nothing
+
+    @classmethod
+    def put(
+        cls, module: nn.Module, name: str, door: _Door, enter: Callable[..., Any], leave: Callable[..., Any]
+    ) -> Method:
+        """Have it on ``module`` until :meth:`remove`."""
+        method = cls(module, name, _in_use(vars(module).get(name)))
+        method._door, method._enter, method._leave = door, enter, leave
+        vars(module)[name] = method
+        return method
+
+    def remove(self) -> None:
+        """Have on the module what was there before; where somebody has put something else there that stays."""
+        self._door, self._enter, self._leave = None, _nothing, _nothing
+        module = self.module
+        if module is not None and vars(module).get(self._name) is self:
+            beneath = _in_use(self._beneath)
+            if beneath is None:
+                del vars(module)[self._name]
+            else:
+                vars(module)[self._name] = beneath
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module; None if it does not exist any more."""
+        return self._module()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anybody is told."""
+        return self._door is not None
+
+    @property
+    def instead_of(self) -> Any:
+        """What others have put on the module under this name; None where they have put nothing there."""
+        return getattr(self._beneath, "instead_of", self._beneath)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        door = self._door
+        if door is None or door.inside:
+            return self._call(args, kwargs)
+        module, output = self.__self__, None
+        try:
+            args, kwargs = self._enter(module, args, kwargs) or (args, kwargs)
+            output = self._call(args, kwargs)
+        except Exception:
+            self._leave(module, args, None)
+            raise
+        except BaseException:
+            door.inside, door.depth = False, 0
+            raise
+        changed = self._leave(module, args, () if output is None else output)  # None is what an exception gives.
+        return output if changed is None or output is None else changed
+
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        beneath = self._beneath
+        if beneath is None:
+            module = self._module()
+            if module is not None:
+                return getattr(type(module), self._name)(module, *args, **kwargs)
+            return self.__func__(self.__self__, *args, **kwargs)  # Says so.
+        if isinstance(beneath, Method) and not beneath.in_use:
+            self._beneath = _in_use(beneath)  # Or they would become more with each time that one is put.
+            return self._call(args, kwargs)
+        return beneath(*args, **kwargs)
+
+    # -- like a method -------------------------------------------------------------------------------------------
+
+    @property
+    def __self__(self) -> nn.Module:
+        module = self.module
+        if module is None:
+            raise ReferenceError(f"the module whose {self._name} this is does not exist any more")
+        return module
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return getattr(type(self.__self__), self._name)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.instead_of or MethodType(self.__func__, self.__self__))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and not name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.instead_of or self.__func__, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Method:
+        """That of a copy of the module tells nobody."""
+        return Method(copy.deepcopy(self.__self__, memo), self._name, copy.deepcopy(self.instead_of, memo))
+
+
+def _nothing(*args: Any) -> None:
+    """Nobody is told."""
+
+
+def _in_use(value: Any) -> Any:
+    """What is beneath those of us that tell nobody."""
+    while isinstance(value, Method) and not value.in_use:
+        value = value._beneath
+    return value
+
+
+def entry_methods(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the methods by which a module of this class may be entered, beside its call."""
+    return tuple(_entry_methods(kind))
+
+
+def _entry_methods(kind: type[nn.Module]) -> Iterator[str]:
+    for one in kind.__mro__:
+        if one in (nn.Module, object):
+            continue
+        for name, value in vars(one).items():
+            if name.startswith("__") or hasattr(nn.Module, name) or not isinstance(value, FunctionType):
+                continue
+            if getattr(kind, name) is value and not value.__code__.co_flags & LATER:
+                yield name
