@@ -258,6 +258,8 @@ def test_handles_of_dynamic_vram_are_not_copied(path: Path, foreign: ModelPatche
     foreign.model.dynamic_vbars, foreign.model.dynamic_patchers = {torch.device("cuda"): Handle()}, {1}
     layer._v, layer._pin_state, layer._v_signature = (Handle(), 0, 1), pins, None
     layer.weight_lowvram_function, layer.comfy_cast_weights = LowVramPatch("", {}), True
+    foreign.model.diffusion_model.double_blocks[0]._v_block = (Handle(), 0, 2)
+    foreign.model.diffusion_model._comfy_cross_step_state = {"key": (1,), "static": [torch.zeros(1)]}
     model = stream(foreign)
     ours = model.model.diffusion_model.double_blocks[0].img_mlp[0]
     assert not (vars(ours).keys() | vars(model.model).keys()) & (ON_MODELS | ON_MODULES | {"comfy_cast_weights"})

@@ -76,6 +76,19 @@ def test_the_host_finds_no_leak(clip: comfy.sd.CLIP) -> None:
     assert not any(loaded.is_dead() for loaded in mm.current_loaded_models)
 
 
+def test_an_encoder_that_has_run_before_is_no_other_model(
+    clip: comfy.sd.CLIP, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ComfyUI writes to it on which device it runs."""
+    expected = encode(clip, PROMPTS[0])
+    with caplog.at_level("INFO"):
+        ours = stream(clip)
+    assert isinstance(ours.patcher, StreamedModelPatcher)
+    assert "another model" not in caplog.text
+    assert_same(encode(ours, PROMPTS[0]), expected)
+    assert stream(clip).cond_stage_model is ours.cond_stage_model
+
+
 def test_patches_on_an_encoder(clip: comfy.sd.CLIP) -> None:
     patches = random_patches(clip)
     plain = encode(clip, PROMPTS[0])

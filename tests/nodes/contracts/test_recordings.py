@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.model_prefetch as prefetch
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from recording import HELD_BYTES, Recorder, recorder  # noqa: F401
+from recording import HELD_BYTES, Recorder, StrictRecord, recorder  # noqa: F401
 from sampling import MB, sample, with_lora
 from weightstream.nodes import hosts
 from weightstream.nodes.parts import split_blocks
@@ -203,3 +204,36 @@ def test_what_runs_on_another_device_is_not_recorded(
     assert inside == [0] * 3 * len(away)
     assert record.kept[-1].allocated > 0, "blocks at home are recorded"
     assert record.escaped == []
+
+
+def test_the_hosts_clean_up_empties_its_queues_and_ends_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own function, with our stand-in in the place of a record where it keeps any."""
+    keeps_records = hasattr(prefetch, "MALLOC_GRAPHS")
+    monkeypatch.setattr(prefetch, "PREFETCH_QUEUES", [[None, None]])
+    record = StrictRecord(CPU)
+    if keeps_records:
+        monkeypatch.setitem(prefetch.MALLOC_GRAPHS, threading.get_ident(), record)
+        record.begin()
+    hosts.end_recordings()
+    assert prefetch.PREFETCH_QUEUES == []
+    if keeps_records:
+        assert threading.get_ident() not in prefetch.MALLOC_GRAPHS
+        assert not record._comfy_active
+        assert hosts.record.held_bytes(CPU) == 0
+
+
+@pytest.mark.skipif(
+    not hasattr(prefetch, "pause_malloc_graph"), reason="this ComfyUI keeps no records (0.35 and newer)"
+)
+def test_the_hosts_pause_switches_the_record_that_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    switched: list[str] = []
+    record = StrictRecord(CPU)
+    record.pause = lambda sync=False: switched.append("pause")
+    record.resume = lambda sync=False: switched.append("resume")
+    monkeypatch.setitem(prefetch.MALLOC_GRAPHS, threading.get_ident(), record)
+    with prefetch.pause_malloc_graph():
+        assert switched == [], "it is not open"
+    record._comfy_active = True
+    with prefetch.pause_malloc_graph():
+        assert switched == ["pause"]
+    assert switched == ["pause", "resume"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,3 +115,16 @@ def test_a_bar_can_be_shown_on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     [(args, options)] = told
     assert args[:2] == (3, 10)
     assert options["node_id"] == "7"
+
+
+USED_BY_THE_PAGE = ("registerSidebarTab", "extensionManager", "registerExtension", "fetchApi", "addDOMWidget")
+
+
+def test_the_page_has_what_our_script_uses() -> None:
+    """Its package, as it is installed; what it does with them is tested in a browser (tests/browser)."""
+    package = importlib.util.find_spec("comfyui_frontend_package")
+    assert package is not None
+    folder = Path(package.origin).parent / "static"
+    assert {"app.js", "api.js"} <= {path.name for path in (folder / "scripts").glob("*.js")}
+    text = "".join(path.read_text("utf-8") for path in folder.rglob("*.js"))
+    assert [name for name in USED_BY_THE_PAGE if name not in text] == []
