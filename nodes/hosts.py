@@ -38,7 +38,7 @@ from ..streaming.allocation_record import AllocationRecord
 logger = logging.getLogger(__name__)
 
 # The newest ComfyUI whose whole source was read, and with which everything was tried.
-NEWEST_KNOWN = (0, 33)
+NEWEST_KNOWN = "0.33"
 
 # Where a model came from, whose clone a patcher is, and what hooks have put aside of its weights.
 ORIGIN = frozenset({"cached_patcher_init", "clone_base_uuid", "parent", "hook_backup"})
@@ -80,11 +80,11 @@ _prefetch = _module("comfy.model_prefetch") or _Gone
 
 def is_newer_than_known() -> bool:
     """Whether this ComfyUI is newer than the newest that was tried."""
-    return _numbers(VERSION) > NEWEST_KNOWN
+    return release(VERSION) > release(NEWEST_KNOWN)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """``(0, 33)`` of 0.33.1; an unknown form counts as the newest that there can be."""
+def release(version: str) -> tuple[int, ...]:
+    """``(0, 33)`` of 0.33.1; a version of another form counts as the newest that there can be."""
     parts = version.split(".")[:2]
     return tuple(map(int, parts)) if len(parts) == 2 and all(part.isdecimal() for part in parts) else (1 << 30,)
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import comfy.supported_models
-import comfyui_version
 from family import Family
 from image_families import IMAGES
 from newer_families import NEWER, WAYS
 from unet_families import UNETS
 from video_families import VIDEOS
-
-HOST_VERSION = comfyui_version.__version__
-# The newest ComfyUI whose list of models was read. Later ones may have families that nobody here has seen.
-NEWEST_KNOWN = "0.33"
+from weightstream.nodes.hosts import NEWEST_KNOWN, release
 
 # Every family that is known, whether this host has it or not.
 KNOWN: dict[str, Family] = {**UNETS, **IMAGES, **VIDEOS, **NEWER}
@@ -36,12 +32,6 @@ USES = {name: (name, family) for name, family in FAMILIES.items()}
 USES |= {f"{name}, {way}": (name, family) for way, (name, family) in WAYS.items() if name in FAMILIES}
 
 
-def release(version: str) -> tuple[int, int]:
-    """A version of ComfyUI without what comes behind its second number."""
-    major, minor, *_ = version.split(".")
-    return int(major), int(minor)
-
-
 def missing(host_version: str, names: list[str]) -> list[str]:
     """Families that a host of this version should have, and that are not among its ``names``."""
     return [name for name in KNOWN if name not in names and release(KNOWN[name].since) <= release(host_version)]
@@ -53,5 +43,5 @@ def strangers(names: list[str]) -> list[str]:
 
 
 def is_known(host_version: str) -> bool:
-    """Whether the list of models of a host of this version was read."""
+    """Whether the list of models of a host of this version was read. Later ones may have some that nobody has seen."""
     return release(host_version) <= release(NEWEST_KNOWN)
