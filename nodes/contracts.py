@@ -13,12 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
-import comfy.lora
-import comfy.model_management as mm
-import comfy.model_patcher
-import comfy.patcher_extension
-import comfy.sd
-import comfy.utils
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import UnsupportedModelError
@@ -61,25 +55,55 @@ PATCHER_METHODS = {
     "deepclone_multigpu": (),
     "match_multigpu_clones": (),
 }
-MANAGEMENT = {
-    "free_memory": ("memory_required", "device", "keep_loaded"),
-    "load_models_gpu": ("models",),
-    "get_free_memory": ("dev",),
-    "get_total_memory": ("dev",),
-    "minimum_inference_memory": (),
-    "free_pins": ("size",),
-    "unet_manual_cast": ("weight_dtype", "inference_device"),
-    "get_torch_device": (),
-    "is_device_cpu": ("device",),
-    "is_device_cuda": ("device",),
-    "throw_exception_if_processing_interrupted": (),
-}
-LOADERS = {
-    "load_diffusion_model": ("model_options", "disable_dynamic"),
-    "load_diffusion_model_state_dict": ("sd", "model_options", "metadata", "disable_dynamic"),
-    "load_state_dict_guess_config": ("sd", "output_vae", "output_clip", "metadata", "model_options", "disable_dynamic"),
-    "load_checkpoint_guess_config": ("output_vae", "output_clip", "output_model", "embedding_directory"),
-    "load_checkpoint_guess_config_model_only": ("model_options", "disable_dynamic"),
+# Names of the host's modules, and the arguments by which functions among them are told what to do.
+MODULES: dict[str, dict[str, tuple[str, ...]]] = {
+    "comfy.model_management": {
+        "current_loaded_models": (),
+        "free_memory": ("memory_required", "device", "keep_loaded"),
+        "free_pins": ("size",),
+        "get_all_torch_devices": (),
+        "get_free_memory": ("dev",),
+        "get_torch_device": (),
+        "get_total_memory": ("dev",),
+        "is_device_cpu": ("device",),
+        "is_device_cuda": ("device",),
+        "load_models_gpu": ("models",),
+        "MAX_PINNED_MEMORY": (),
+        "minimum_inference_memory": (),
+        "NUM_STREAMS": (),
+        "throw_exception_if_processing_interrupted": (),
+        "TOTAL_PINNED_MEMORY": (),
+        "unet_manual_cast": ("weight_dtype", "inference_device"),
+        "vram_state": (),
+        "VRAMState": (),
+    },
+    "comfy.sd": {
+        "CLIP": (),
+        "load_checkpoint_guess_config": ("output_vae", "output_clip", "output_model", "embedding_directory"),
+        "load_checkpoint_guess_config_model_only": ("model_options", "disable_dynamic"),
+        "load_diffusion_model": ("model_options", "disable_dynamic"),
+        "load_diffusion_model_state_dict": ("sd", "model_options", "metadata", "disable_dynamic"),
+        "load_state_dict_guess_config": (
+            *("sd", "output_vae", "output_clip", "metadata", "model_options", "disable_dynamic"),
+        ),
+        "VAE": (),
+    },
+    "comfy.utils": {
+        "get_attr": ("obj", "attr"),
+        "load_torch_file": ("ckpt", "device", "return_metadata"),
+        "PROGRESS_BAR_HOOK": (),
+        "ProgressBar": ("total", "node_id"),
+        "resolve_attr": ("obj", "attr"),
+        "string_to_seed": (),
+    },
+    "comfy.float": {"stochastic_rounding": ("dtype", "seed")},
+    "comfy.lora": {
+        "calculate_shape": ("patches", "weight", "key"),
+        "calculate_weight": ("patches", "weight", "key", "intermediate_dtype"),
+    },
+    "comfy.memory_management": {"aimdo_enabled": ()},
+    "comfy.model_detection": {"unet_prefix_from_state_dict": ()},
+    "comfy.model_patcher": {"CoreModelPatcher": ()},
 }
 
 
@@ -121,28 +145,21 @@ def announce_host() -> None:
 def _broken() -> Iterator[str]:
     yield from (f"{name} is gone" for name in hosts.missing)
     yield from _lacking("ModelPatcher", ModelPatcher, PATCHER_METHODS)
-    yield from _lacking("model_management", mm, MANAGEMENT)
-    yield from _lacking("sd", comfy.sd, LOADERS)
-    yield from _lacking("utils", comfy.utils, {"load_torch_file": ("ckpt", "device", "return_metadata")})
-    yield from _lacking("lora", comfy.lora, {"calculate_weight": ("patches", "weight", "key", "intermediate_dtype")})
-    for holder, name in ((mm, "current_loaded_models"), (mm, "MAX_PINNED_MEMORY"), (mm, "TOTAL_PINNED_MEMORY")):
-        if not hasattr(holder, name):
-            yield f"model_management.{name} is gone"
-    for name in ("APPLY_MODEL", "ON_LOAD"):
-        kinds = comfy.patcher_extension
-        if not (hasattr(kinds.WrappersMP, name) or hasattr(kinds.CallbacksMP, name)):
-            yield f"patcher_extension has no {name}"
-    if not issubclass(comfy.model_patcher.CoreModelPatcher, ModelPatcher):
-        yield "CoreModelPatcher is no ModelPatcher"
+    for name, wanted in MODULES.items():
+        yield from _lacking(name.removeprefix("comfy."), hosts.module_of_host(name), wanted)
+    if not hasattr(hosts.WrappersMP, "APPLY_MODEL"):
+        yield "WrappersMP.APPLY_MODEL is gone"
+    if not hasattr(hosts.CallbacksMP, "ON_LOAD"):
+        yield "CallbacksMP.ON_LOAD is gone"
+    yield from hosts.broken_files()
     yield from hosts.broken_recordings()
 
 
-def _lacking(where: str, holder: Any, functions: dict[str, tuple[str, ...]]) -> Iterator[str]:
-    for name, arguments in functions.items():
-        function = getattr(holder, name, None)
-        if function is None:
+def _lacking(where: str, holder: Any, wanted: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    for name, arguments in wanted.items():
+        if not hasattr(holder, name):
             yield f"{where}.{name} is gone"
-        elif lacking := [one for one in arguments if not _takes(function, one)]:
+        elif lacking := [one for one in arguments if not _takes(getattr(holder, name), one)]:
             yield f"{where}.{name} takes no {' or '.join(lacking)}"
 
 

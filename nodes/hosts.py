@@ -8,7 +8,8 @@ A patcher carries what belongs to its model (the file's disk policy, since 0.37)
 (patches, options, hooks). The host shows which is which: what belongs to the model is an argument of the constructor of
 its own classes, or is what all patchers of one model share (``get_clone_model_override``). So an attribute that is
 named like such an argument belongs to the model, whatever a newer host calls it, and everything else is use. Only what
-says where a model came from is told to no constructor, and is named here.
+says where a model came from is told to no constructor, and is named here (:data:`ORIGIN`). A newer host may have more
+of that kind: a test lists all attributes of a patcher, and fails for one that is none of these.
 
 [Note: names that are borrowed]
 Some names of the host are no part of what it offers to packs. Were they imported where they are used, one that is gone
@@ -19,10 +20,12 @@ gone is :data:`missing`, contracts.py says so, and models are loaded the host's 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import ModuleType
@@ -43,11 +46,14 @@ NEWEST_KNOWN = "0.33"
 # Where a model came from, whose clone a patcher is, and what hooks have put aside of its weights.
 ORIGIN = frozenset({"cached_patcher_init", "clone_base_uuid", "parent", "hook_backup"})
 
+# What many attributes may hold that have nothing to do with each other.
+CONSTANTS = (type(None), bool, int, float, str, tuple, frozenset)
+
 # Names that this host lacks (Note: names that are borrowed).
 missing: list[str] = []
 
 
-def _module(name: str) -> ModuleType | None:
+def module_of_host(name: str) -> ModuleType | None:
     """A module that some versions have."""
     try:
         return importlib.import_module(name)
@@ -59,7 +65,7 @@ def _module(name: str) -> ModuleType | None:
 
 def _borrowed(module: str, name: str, stand_in: Any) -> Any:
     """What the host has under this name; ``stand_in``, which nobody runs, where it is gone."""
-    found = getattr(_module(module), name, None)
+    found = getattr(module_of_host(module), name, None)
     if found is None:
         missing.append(f"{module}.{name}")
     return stand_in if found is None else found
@@ -72,10 +78,12 @@ class _Gone:
 wipe_lowvram_weight = _borrowed("comfy.model_patcher", "wipe_lowvram_weight", None)
 LazyCastingParam = _borrowed("comfy.model_patcher", "LazyCastingParam", _Gone)
 QuantizedTensor = _borrowed("comfy.quant_ops", "QuantizedTensor", _Gone)
+CallbacksMP = _borrowed("comfy.patcher_extension", "CallbacksMP", _Gone)
+WrappersMP = _borrowed("comfy.patcher_extension", "WrappersMP", _Gone)
 COMPILE_KEY = _borrowed("comfy_api.torch_helpers.torch_compile", "COMPILE_KEY", "")
 get_progress_state = _borrowed("comfy_execution.progress", "get_progress_state", None)
 _vbars_analyze = _borrowed("comfy_aimdo.model_vbar", "vbars_analyze", None)
-_prefetch = _module("comfy.model_prefetch") or _Gone
+_prefetch = module_of_host("comfy.model_prefetch") or _Gone
 
 
 def is_newer_than_known() -> bool:
@@ -112,19 +120,29 @@ def _constructor_arguments(kind: type) -> set[str]:
 def _shared(patcher: ModelPatcher) -> set[str]:
     """The attributes of which all patchers of one model have the same."""
     model, others = patcher.get_clone_model_override()
-    wanted = {id(model), *map(id, others)}
+    wanted = {id(model), *(id(other) for other in others if not isinstance(other, CONSTANTS))}
     return {name for name, value in vars(patcher).items() if id(value) in wanted}
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
+# Since this release the host leaves a file's path on its tensors.
+MARKS_SINCE = (0, 37)
+
+
 def mark_as_loaded(tensors: Mapping[str, torch.Tensor], path: str) -> None:
     """Leave on tensors of a file that we have opened what the host's own loader leaves on them: since 0.37 the file's
     path, by which it decides whether to read from the disk in every step."""
-    storage = _module("comfy.storage")
-    if storage is not None:
-        storage.annotate_state_dict(tensors, path)
+    annotate = getattr(module_of_host("comfy.storage"), "annotate_state_dict", None)
+    if annotate is not None:
+        annotate(tensors, path)
+
+
+def broken_files() -> Iterator[str]:
+    """What is lacking to mark files as the host does, where it marks them."""
+    if release(VERSION) >= MARKS_SINCE and not hasattr(module_of_host("comfy.storage"), "annotate_state_dict"):
+        yield "storage.annotate_state_dict is gone"
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -142,47 +160,51 @@ def evictable(device: torch.device) -> int:
 
 # -- records of allocations (0.35 and newer) -------------------------------------------------------------------------
 
-
-def end_recordings() -> None:
-    """After a step that failed: nothing that the host has begun in it (records of allocations, prefetching) goes on."""
-    _prefetch.cleanup_prefetch_queues()
+# Since this release the host records allocations.
+RECORDS_SINCE = (0, 35)
 
 
 def broken_recordings() -> Iterator[str]:
     """What is lacking to keep our allocations out of the host's records, where it keeps some."""
     if not hasattr(_prefetch, "cleanup_prefetch_queues"):
         yield "model_prefetch.cleanup_prefetch_queues is gone"
-    if hasattr(_prefetch, "malloc_graph_begin") and not hasattr(_prefetch, "pause_malloc_graph"):
-        yield "model_prefetch.pause_malloc_graph is gone"
+    if not (hasattr(_prefetch, "malloc_graph_begin") or release(VERSION) >= RECORDS_SINCE):
+        return
+    for name in ("malloc_graph_begin", "pause_malloc_graph", "MALLOC_GRAPHS"):
+        if not hasattr(_prefetch, name):
+            yield f"model_prefetch.{name} is gone"
+    kind = _kind_of_records()
+    if not all(hasattr(kind, name) for name in ("pause", "resume", "physical_bytes")):
+        yield "malloc_graph.MallocGraph is another"
+
+
+def end_recordings() -> None:
+    """After a step that failed: nothing that the host has begun in it (records of allocations, prefetching) goes on."""
+    try:
+        _prefetch.cleanup_prefetch_queues()
+    except RuntimeError as error:  # The step's own error says why, and must not be hidden by this one.
+        logger.warning("ComfyUI could not end its record of allocations: %s", error)
 
 
 class HostRecord(AllocationRecord):
     """The host's record of this thread's allocations. One for the process."""
 
-    def __init__(self) -> None:
-        self._thread = threading.local()
-
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        # The host's pause is a switch: the end of one inside of another would switch the record on too early.
-        depth = getattr(self._thread, "depth", 0)
         pause = getattr(_prefetch, "pause_malloc_graph", contextlib.nullcontext)()
-        if not depth:
-            _switch(pause.__enter__)
-        self._thread.depth = depth + 1
+        _switch(pause.__enter__)
         try:
             yield
         finally:
-            self._thread.depth = depth
-            if not depth:
-                _switch(partial(pause.__exit__, None, None, None))
+            _switch(partial(pause.__exit__, None, None, None))
 
     def held_bytes(self, device: torch.device) -> int:
         # Of this thread alone: another one may be taking its record down.
         graph = getattr(_prefetch, "MALLOC_GRAPHS", {}).get(threading.get_ident())
-        if graph is None or graph._stream.device != device:
+        # Another device's record (or one that does not say whose it is) holds nothing of this one.
+        if getattr(getattr(graph, "_stream", None), "device", None) != device:
             return 0
-        return int(graph.physical_bytes)
+        return int(getattr(graph, "physical_bytes", 0))
 
 
 def _switch(record: Callable[[], Any]) -> None:
@@ -195,3 +217,65 @@ def _switch(record: Callable[[], Any]) -> None:
 
 
 record = HostRecord()
+
+
+def _kind_of_records() -> type | None:
+    return getattr(module_of_host("comfy_aimdo.malloc_graph"), "MallocGraph", None)
+
+
+class _Nesting:
+    """Has pauses of records nest while it is in use (Note: pauses nest).
+
+    [Note: pauses nest]
+    The host's pause of a record is a switch: the end of an inner pause would switch the record on in the middle of the
+    outer one. Ours meet others in both ways: kernels of comfy-kitchen pause inside of a block that runs on another
+    device, where we pause; and some models pause around blocks, where we pause for checksums. So for the length of a
+    step of ours, and for as long as any thread is in one, the two methods of the record's class count. Who pauses and
+    resumes in pairs, as all do, is given the same as before. The host offers nothing else: it does not tell whether a
+    record is paused.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._restore: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1 and (kind := _kind_of_records()) is not None:
+                self._restore = _count_pauses(kind)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._restore()
+                self._restore = lambda: None
+
+
+nesting_pauses = _Nesting()
+
+
+def _count_pauses(kind: Any) -> Callable[[], None]:
+    """Have the methods of this class count; gives what puts the original ones back."""
+    pause, resume = kind.pause, kind.resume
+    depths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(pause)
+    def counted_pause(graph: Any, *args: Any, **options: Any) -> None:
+        pause(graph, *args, **options)
+        depths[graph] = depths.get(graph, 0) + 1
+
+    @functools.wraps(resume)
+    def counted_resume(graph: Any, *args: Any, **options: Any) -> None:
+        depths[graph] = max(0, depths.get(graph, 0) - 1)
+        resume(graph, *args, **options)
+        if depths[graph]:
+            pause(graph)  # The outer pause goes on. Nothing is allocated between the two.
+
+    def restore() -> None:
+        kind.pause, kind.resume = pause, resume
+
+    kind.pause, kind.resume = counted_pause, counted_resume
+    return restore

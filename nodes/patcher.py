@@ -13,12 +13,11 @@ import comfy.model_management as mm
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..streaming import Plan, Streamer, format_bytes
 from . import hosts
 from .devices import make_backend, same_device, unload
-from .hosts import COMPILE_KEY, wipe_lowvram_weight
+from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
 from .offload import OffloadSettings, host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
 from .steps import run_streamed

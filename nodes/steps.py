@@ -10,7 +10,7 @@ import comfy.model_management as mm
 import torch
 
 from ..streaming import State
-from .hosts import end_recordings
+from .hosts import end_recordings, nesting_pauses
 from .shares import PartFullError
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def _leaving_nothing_open(forward: Callable[[], T]) -> T:
     """Run ``forward``. If it fails nothing of the host's recordings is left open: memory is taken, or it runs again,
     right behind this."""
     try:
-        return forward()
+        with nesting_pauses:
+            return forward()
     except BaseException:
         end_recordings()
         raise

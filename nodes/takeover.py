@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 
 from ..streaming import CheckpointError, UnsupportedModelError
 from .devices import make_backend, unload
-from .hosts import made_with, what_is_of_the_model
+from .hosts import WrappersMP, made_with, what_is_of_the_model
 from .loaded_state import take_off
 from .names import shown_name
 from .offload import OffloadSettings

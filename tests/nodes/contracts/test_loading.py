@@ -151,7 +151,7 @@ def test_a_file_gives_its_tensors_and_its_metadata(models: Path) -> None:
 @pytest.fixture
 def annotating(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that leaves a file's path on the storages of its tensors, as 0.37 and newer do."""
-    if hosts._module("comfy.storage") is None:
+    if hosts.module_of_host("comfy.storage") is None:
         monkeypatch.setitem(sys.modules, "comfy.storage", _Storage)
 
 
@@ -172,7 +172,7 @@ def test_files_that_we_map_say_where_they_came_from_as_the_hosts_own_do(models: 
     assert set(_paths(_open(path).tensors).values()) == {path}
     with mapped_loading():
         assert set(_paths(comfy.utils.load_torch_file(path)).values()) == {path}
-    if not isinstance(hosts._module("comfy.storage"), type):
+    if not isinstance(hosts.module_of_host("comfy.storage"), type):
         assert set(_paths(comfy.utils.load_torch_file(path)).values()) == {path}, "the host's own"
 
 

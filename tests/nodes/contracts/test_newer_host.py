@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import logging
 import sys
@@ -16,9 +17,12 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import torch_compile
+from recording import RecordingHost, recording_host  # noqa: F401
 from sampling import MB, MODEL, sample
 from weightstream.nodes import contracts, hosts
+from weightstream.nodes.components import patcher_on
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.offload import OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
@@ -42,6 +46,20 @@ def test_nothing_is_broken_on_this_host() -> None:
     assert full_status()["comfyui"] == {"version": hosts.VERSION, "broken": []}
 
 
+def test_every_name_of_the_host_that_we_use_is_asked_for() -> None:
+    """By its full name, as ``mm.free_memory``: what is imported by name fails at the start, or is borrowed."""
+    used: set[tuple[str, str]] = set()
+    for path in (ROOT / "nodes").glob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        imports = [each for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names]
+        modules = {each.asname or each.name: each.name for each in imports if each.name.startswith("comfy.")}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and (module := modules.get(ast.unparse(node.value))) is not None:
+                used.add((module, node.attr))
+    assert len(used) > 20
+    assert used - {(module, name) for module, names in contracts.MODULES.items() for name in names} == set()
+
+
 Change = Callable[[pytest.MonkeyPatch], Any]
 CHANGES: dict[str, tuple[Change, str]] = {
     "a method of patchers": (
@@ -57,12 +75,9 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda patch: patch.setattr(comfy.sd, "load_diffusion_model_state_dict", lambda sd: None),
         "sd.load_diffusion_model_state_dict takes no model_options or metadata or disable_dynamic",
     ),
-    "recordings without a pause": (
-        lambda patch: (
-            patch.setattr(comfy.model_prefetch, "malloc_graph_begin", lambda device: None, raising=False),
-            patch.delattr(comfy.model_prefetch, "pause_malloc_graph", raising=False),
-        ),
-        "model_prefetch.pause_malloc_graph is gone",
+    "a kind of wrappers": (
+        lambda patch: patch.delattr(WrappersMP, "APPLY_MODEL"),
+        "WrappersMP.APPLY_MODEL is gone",
     ),
     "the clean-up": (
         lambda patch: patch.delattr(comfy.model_prefetch, "cleanup_prefetch_queues"),
@@ -79,11 +94,55 @@ def test_what_is_broken_is_found_and_named(monkeypatch: pytest.MonkeyPatch, chan
     assert expected in found
 
 
+@pytest.mark.parametrize(
+    ("gone", "expected"),
+    [
+        ("malloc_graph_begin", "model_prefetch.malloc_graph_begin is gone"),
+        ("pause_malloc_graph", "model_prefetch.pause_malloc_graph is gone"),
+        ("MALLOC_GRAPHS", "model_prefetch.MALLOC_GRAPHS is gone"),
+    ],
+)
+def test_a_host_of_that_age_must_keep_its_records_as_we_know_them(
+    recording_host: RecordingHost,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    gone: str,
+    expected: str,
+) -> None:
+    """Else they would be kept under other names, with what is ours in them."""
+    monkeypatch.setattr(hosts, "VERSION", "0.36.0")
+    assert contracts.broken_contracts() == ()
+    contracts.broken_contracts.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.delattr(comfy.model_prefetch, gone)
+        assert contracts.broken_contracts() == (expected,)
+        contracts.broken_contracts.cache_clear()
+        patch.setattr(hosts, "VERSION", "0.33.0")
+        # An older one keeps none.
+        assert contracts.broken_contracts() == (() if gone == "malloc_graph_begin" else (expected,))
+
+
+def test_files_are_loaded_where_nobody_marks_them_any_more(
+    streamed: Callable[..., Any], native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "comfy.storage", ModuleType("comfy.storage"))
+    expected = sample(native)
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "VERSION", "0.30.0")
+        assert torch.equal(sample(streamed(24 * MB)), expected)
+    contracts.broken_contracts.cache_clear()
+    monkeypatch.setattr(hosts, "VERSION", "0.99.0")
+    monkeypatch.setattr(hosts, "broken_recordings", lambda: iter(()))
+    assert contracts.broken_contracts() == ("storage.annotate_state_dict is gone",)
+    assert torch.equal(sample(streamed(24 * MB)), expected), "ComfyUI's own way"
+
+
 @pytest.fixture
 def strange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer host, whose patchers cannot do something that is asked of them."""
     monkeypatch.setattr(hosts, "VERSION", "0.99.0")
     monkeypatch.setitem(contracts.PATCHER_METHODS, "will_be_there_no_more", ())
+    for asked_by_age in ("broken_files", "broken_recordings"):
+        monkeypatch.setattr(hosts, asked_by_age, lambda: iter(()))
 
 
 @pytest.mark.usefixtures("strange")
@@ -106,6 +165,8 @@ def test_models_are_loaded_the_hosts_own_way_with_the_reason(
 def test_what_comes_in_is_left_as_it_is(foreign: ModelPatcher, machine: Any) -> None:
     machine(2)
     assert with_settings(foreign, OffloadSettings()) is foreign
+    with pytest.raises(UnsupportedModelError, match=r"ComfyUI 0\.99\.0 is not as"):
+        patcher_on(foreign, torch.device("cpu", 1))
     with pytest.raises(UnsupportedModelError, match=r"ComfyUI 0\.99\.0 is not as"):
         split_over(foreign, [torch.device("cpu", 0), torch.device("cpu", 1)], "auto", None, None)
 

@@ -258,7 +258,7 @@ def test_injections_are_out_while_weights_are_placed() -> None:
 
 
 @pytest.mark.skipif(
-    not hasattr(hosts._module("comfy.configurable"), "ConfigurableModule"),
+    not hasattr(hosts.module_of_host("comfy.configurable"), "ConfigurableModule"),
     reason="this ComfyUI has no patches of configurations (0.35 and newer have)",
 )
 def test_patches_of_configurations_become_object_patches() -> None:

@@ -3,6 +3,7 @@ open."""
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import comfy.model_prefetch as prefetch
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from recording import HELD_BYTES, Recorder, StrictRecord, recorder  # noqa: F401
+from recording import FAILED, HELD_BYTES, RecordingHost, StrictRecord, recording_host  # noqa: F401
 from sampling import MB, sample, with_lora
 from weightstream.nodes import hosts
 from weightstream.nodes.parts import split_blocks
@@ -21,54 +22,97 @@ from weightstream.streaming import CpuBackend, VirtualMemory
 
 Load = Callable[..., StreamedModelPatcher]
 CPU = torch.device("cpu")
+KEEPS_RECORDS = hosts.release(hosts.VERSION) >= hosts.RECORDS_SINCE
 
 
 @pytest.fixture
-def record(recorder: Recorder) -> Recorder:  # noqa: F811
-    return recorder
+def host(recording_host: RecordingHost) -> RecordingHost:  # noqa: F811
+    return recording_host
 
 
-def test_what_a_backend_allocates_is_not_recorded(record: Recorder) -> None:
+def test_what_a_backend_allocates_is_not_recorded(host: RecordingHost) -> None:
     backend = CpuBackend(VirtualMemory(MB), record=hosts.record)
-    record.begin(CPU)
+    host.begin()
     slot = backend.allocate(1024)
     others = torch.zeros(3)
-    record.end()
+    host.end()
     assert slot.nbytes == 1024
-    assert len(record.rogues) == 1
-    assert "(3,)" in record.rogues[0], "the stand-in notices what stays"
+    assert len(host.rogues) == 1
+    assert "(3,)" in host.rogues[0], "the stand-in notices what stays"
     del others
 
 
-def test_a_pause_inside_of_a_pause_does_not_end_it(record: Recorder) -> None:
-    record.begin(CPU)
-    with hosts.record.paused():
-        with hosts.record.paused():
-            pass
-        kept = torch.zeros(2)
-    recorded = torch.zeros(5)
-    record.end()
-    assert [what.rpartition(" ")[2] for what in record.rogues] == ["(5,)"]
+@pytest.mark.parametrize("outer", ["ours", "the host's"])
+@pytest.mark.parametrize("inner", ["ours", "the host's"])
+def test_pauses_nest_in_a_step(host: RecordingHost, outer: str, inner: str) -> None:
+    """The host's is a switch, and its kernels pause inside of blocks that run while we pause."""
+    pauses = {"ours": hosts.record.paused, "the host's": host.pause}
+    with hosts.nesting_pauses:
+        host.begin()
+        with pauses[outer]():
+            with pauses[inner]():
+                pass
+            kept = torch.zeros(2)
+        recorded = torch.zeros(5)
+        host.end()
+    assert [what.rpartition(" ")[2] for what in host.rogues] == ["(5,)"]
     del kept, recorded
 
 
-def test_a_record_that_has_failed_hides_no_error(record: Recorder) -> None:
-    record.begin(CPU)
+def test_methods_of_the_host_are_as_they_were_behind_a_step(host: RecordingHost, streamed: Load) -> None:
+    before = StrictRecord.pause, StrictRecord.resume
+    seen: list[bool] = []
+    model = streamed(24 * MB)
+    model.model.diffusion_model.register_forward_pre_hook(
+        lambda *_: seen.append((StrictRecord.pause, StrictRecord.resume) == before)
+    )
+    sample(model)
+    with hosts.nesting_pauses, hosts.nesting_pauses:
+        assert StrictRecord.pause is not before[0]
+    assert seen == [False] * 3
+    assert (StrictRecord.pause, StrictRecord.resume) == before
 
+
+def test_a_record_that_has_failed_hides_no_error(host: RecordingHost) -> None:
     def run_out() -> None:
         with hosts.record.paused():
-            record.records[threading.get_ident()].failed = True
+            host.kept[-1].failed = "memory ran out in it"
             raise torch.OutOfMemoryError("no room")
 
+    host.begin()
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         run_out()
     with hosts.record.paused():
         pass
-    record.clean_up()
 
 
-def test_only_the_record_of_this_thread_counts(record: Recorder) -> None:
-    record.begin(CPU)
+def test_a_clean_up_that_fails_hides_no_error(
+    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = sample(native)
+    model = streamed(24 * MB)
+    sample(model)
+    model.streamer.backend.store.budget *= 2
+
+    def clean_up() -> None:
+        raise RuntimeError(FAILED)
+
+    monkeypatch.setattr(prefetch, "cleanup_prefetch_queues", clean_up)
+    hit: list[int] = []
+
+    def fail(*_: Any) -> None:
+        if not hit:
+            hit.append(1)
+            raise torch.OutOfMemoryError("no room")
+
+    model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(fail)
+    assert torch.equal(sample(model), expected)
+    assert hit
+    assert f"could not end its record of allocations: {FAILED}" in caplog.text
+
+
+def test_only_the_record_of_this_thread_counts(host: RecordingHost) -> None:
+    host.begin()
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(hosts.record.held_bytes(CPU)))
     thread.start()
@@ -76,46 +120,46 @@ def test_only_the_record_of_this_thread_counts(record: Recorder) -> None:
     assert found == [0]
     assert hosts.record.held_bytes(CPU) == HELD_BYTES
     assert hosts.record.held_bytes(torch.device("cuda", 1)) == 0
-    record.end()
+    host.end()
     assert hosts.record.held_bytes(CPU) == HELD_BYTES, "it is kept for the next step"
-    record.clean_up()
+    host.clean_up()
     assert hosts.record.held_bytes(CPU) == 0
 
 
 def test_what_a_record_holds_counts_as_memory_for_the_next_step(
-    streamed: Load, record: Recorder, monkeypatch: pytest.MonkeyPatch
+    streamed: Load, host: RecordingHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = streamed(24 * MB)
     monkeypatch.setattr(mm, "get_free_memory", lambda *_: 100 * MB)
     before = model.get_free_memory(CPU)
-    record.begin(CPU)
-    record.end()
+    host.begin()
+    host.end()
     assert model.get_free_memory(CPU) - before == HELD_BYTES
-    record.clean_up()
+    host.clean_up()
     assert model.get_free_memory(CPU) == before
 
 
-def _recorded(record: Recorder, model: ModelPatcher, expected: torch.Tensor) -> tuple[int, int]:
+def _recorded(host: RecordingHost, model: ModelPatcher, expected: torch.Tensor) -> tuple[int, int]:
     """How many allocations of a run were recorded, and how many of these stayed."""
-    record.clean_up()
-    before = len(record.rogues)
-    with record.around_blocks(model.model.diffusion_model, CPU):
+    host.clean_up()
+    before = len(host.rogues)
+    with host.around_blocks(model.model.diffusion_model):
         assert torch.equal(sample(model), expected)
-        return record.kept[-1].allocated, len(record.rogues) - before
+        return host.kept[-1].allocated, len(host.rogues) - before
 
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_record_around_blocks_has_nothing_of_ours(
-    streamed: Load, native: ModelPatcher, record: Recorder, monkeypatch: pytest.MonkeyPatch, verify: bool
+    streamed: Load, native: ModelPatcher, host: RecordingHost, monkeypatch: pytest.MonkeyPatch, verify: bool
 ) -> None:
     expected = sample(native)
-    theirs = _recorded(record, native, expected)
+    theirs = _recorded(host, native, expected)
     if verify:
         monkeypatch.setenv("WEIGHTSTREAM_VERIFY", "1")
     model = streamed(24 * MB)
     for _ in range(2):
-        assert _recorded(record, model, expected) == theirs
-    assert record.escaped == []
+        assert _recorded(host, model, expected) == theirs
+    assert host.escaped == []
     assert model.streamer.counters.steps == 6
     assert model.status()["mode"] != "resident"
 
@@ -123,7 +167,7 @@ def test_a_record_around_blocks_has_nothing_of_ours(
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_step_that_fails_leaves_no_record_open(
-    streamed: Load, native: ModelPatcher, record: Recorder, failing: int, lora: bool
+    streamed: Load, native: ModelPatcher, host: RecordingHost, failing: int, lora: bool
 ) -> None:
     expected = sample(with_lora(native, 0.7) if lora else native)
     model = streamed(24 * MB)
@@ -134,22 +178,22 @@ def test_a_step_that_fails_leaves_no_record_open(
 
     def fail(*_: Any) -> None:
         if next(calls) == failing:
-            hit.append(record.cleaned)
+            hit.append(host.cleaned)
             raise torch.OutOfMemoryError("no room")
 
     handle = model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(fail)
     try:
-        with record.around_blocks(model.model.diffusion_model, CPU):
+        with host.around_blocks(model.model.diffusion_model):
             # A second root would raise: the step that runs again begins its record anew.
             assert torch.equal(sample(use), expected)
     finally:
         handle.remove()
     assert hit == [0]
-    assert len(record.kept) == 2, "the failed step's record was given up, and a new one begun"
-    assert record.escaped == []
+    assert len(host.kept) == 2, "the failed step's record was given up, and a new one begun"
+    assert host.escaped == []
 
 
-def test_an_interrupt_leaves_no_record_open(streamed: Load, record: Recorder) -> None:
+def test_an_interrupt_leaves_no_record_open(streamed: Load, host: RecordingHost) -> None:
     model = streamed(24 * MB)
     sample(model)
 
@@ -160,16 +204,16 @@ def test_an_interrupt_leaves_no_record_open(streamed: Load, record: Recorder) ->
         raise Interrupt
 
     handle = model.model.diffusion_model.single_blocks[0].register_forward_pre_hook(interrupt)
-    with record.around_blocks(model.model.diffusion_model, CPU):
+    with host.around_blocks(model.model.diffusion_model):
         with pytest.raises(Interrupt):
             sample(model)
         handle.remove()
-        assert record.records == {}
+        assert host.records == {}
         sample(model)
 
 
 def test_what_runs_on_another_device_is_not_recorded(
-    models: Any, machine: Any, native: ModelPatcher, record: Recorder
+    models: Any, machine: Any, native: ModelPatcher, host: RecordingHost
 ) -> None:
     """Streams are told apart by their handle alone, and the default one of each GPU has the same: what is recorded of
     the second GPU would get memory of the first."""
@@ -187,36 +231,35 @@ def test_what_runs_on_another_device_is_not_recorded(
     counted: dict[torch.nn.Module, int] = {}
 
     def enter(block: torch.nn.Module, *_: Any) -> None:
-        counted[block] = record.kept[-1].allocated
+        counted[block] = host.kept[-1].allocated
 
     def leave(block: torch.nn.Module, *_: Any) -> None:
-        inside.append(record.kept[-1].allocated - counted[block])
+        inside.append(host.kept[-1].allocated - counted[block])
 
     sample(model)  # The hooks come behind ours.
     handles = [block.register_forward_pre_hook(enter) for block in away]
     handles += [block.register_forward_hook(leave) for block in away]
     try:
-        with record.around_blocks(model.model.diffusion_model, CPU):
+        with host.around_blocks(model.model.diffusion_model):
             assert torch.equal(sample(model), expected)
     finally:
         for handle in handles:
             handle.remove()
     assert inside == [0] * 3 * len(away)
-    assert record.kept[-1].allocated > 0, "blocks at home are recorded"
-    assert record.escaped == []
+    assert host.kept[-1].allocated > 0, "blocks at home are recorded"
+    assert host.escaped == []
 
 
 def test_the_hosts_clean_up_empties_its_queues_and_ends_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own function, with our stand-in in the place of a record where it keeps any."""
-    keeps_records = hasattr(prefetch, "MALLOC_GRAPHS")
     monkeypatch.setattr(prefetch, "PREFETCH_QUEUES", [[None, None]])
-    record = StrictRecord(CPU)
-    if keeps_records:
+    if KEEPS_RECORDS:
+        record = StrictRecord()
+        record._comfy_active = True
         monkeypatch.setitem(prefetch.MALLOC_GRAPHS, threading.get_ident(), record)
-        record.begin()
     hosts.end_recordings()
     assert prefetch.PREFETCH_QUEUES == []
-    if keeps_records:
+    if KEEPS_RECORDS:
         assert threading.get_ident() not in prefetch.MALLOC_GRAPHS
         assert not record._comfy_active
         assert hosts.record.held_bytes(CPU) == 0
@@ -227,7 +270,8 @@ def test_the_hosts_clean_up_empties_its_queues_and_ends_its_record(monkeypatch: 
 )
 def test_the_hosts_pause_switches_the_record_that_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     switched: list[str] = []
-    record = StrictRecord(CPU)
+    record = StrictRecord()
+    record.abort()
     record.pause = lambda sync=False: switched.append("pause")
     record.resume = lambda sync=False: switched.append("resume")
     monkeypatch.setitem(prefetch.MALLOC_GRAPHS, threading.get_ident(), record)
@@ -237,3 +281,17 @@ def test_the_hosts_pause_switches_the_record_that_is_open(monkeypatch: pytest.Mo
     with prefetch.pause_malloc_graph():
         assert switched == ["pause"]
     assert switched == ["pause", "resume"]
+
+
+@pytest.mark.skipif(not KEEPS_RECORDS, reason=f"ComfyUI {hosts.VERSION} keeps no records (0.35 and newer do)")
+def test_the_hosts_record_has_the_interface_of_the_stand_in() -> None:
+    from comfy_aimdo.malloc_graph import MallocGraph
+
+    theirs = {name: value for name, value in vars(MallocGraph).items() if not name.startswith("_")}
+    ours = {name: value for name, value in vars(StrictRecord).items() if not name.startswith("_")}
+    shared = theirs.keys() & ours.keys()
+    assert {"push", "pop", "abort", "pause", "resume", "iterate", "physical_bytes", "rogue_count"} <= shared
+    for name in ("push", "pause", "resume", "iterate"):
+        assert list(inspect.signature(theirs[name]).parameters) == list(inspect.signature(ours[name]).parameters)
+    assert "_stream" in inspect.getsource(MallocGraph.__init__)
+    assert inspect.signature(prefetch.malloc_graph_begin).parameters.keys() == {"device"}
