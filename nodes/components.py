@@ -90,7 +90,7 @@ def patcher_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     if same_device(patcher.load_device, device):
         return patcher
     moved = _streamed_on(patcher, device) if isinstance(patcher, StreamedModelPatcher) else _built_on(patcher, device)
-    if device == CPU or patcher.offload_device == patcher.load_device:  # The latter is --gpu-only.
+    if device == CPU or patcher.offload_device == patcher.load_device != CPU:  # The latter is --gpu-only.
         moved.offload_device = device
     moved.remove_additional_models(PARALLEL)
     for models in moved.additional_models.values():

@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from comfy.model_patcher import ModelPatcher
 
@@ -20,97 +20,109 @@ from . import hosts
 
 logger = logging.getLogger(__name__)
 
-# Methods of a patcher that we call or take the place of, and the arguments by which they are told what to do.
-PATCHER_METHODS = {
-    "clone": ("disable_dynamic", "model_override"),
-    "get_clone_model_override": (),
-    "model_size": (),
-    "loaded_size": (),
-    "get_free_memory": ("device",),
-    "memory_required": ("input_shape",),
-    "partially_load": ("device_to", "extra_memory"),
-    "partially_unload": ("device_to", "memory_to_free"),
-    "load": ("device_to", "lowvram_model_memory", "full_load"),
-    "detach": (),
-    "patch_model": ("load_weights",),
-    "unpatch_model": ("device_to", "unpatch_weights"),
-    "patch_weight_to_device": ("key", "device_to", "return_weight"),
-    "use_ejected": ("skip_and_inject_on_exit_only",),
-    "patch_hooks": ("hooks",),
-    "unpatch_hooks": (),
-    "apply_hooks": ("hooks", "force_apply"),
-    "get_combined_hook_patches": ("hooks",),
-    "get_key_patches": (),
-    "model_state_dict_for_saving": (),
-    "model_patches_models": (),
-    "set_additional_models": ("key", "models"),
-    "remove_additional_models": ("key",),
-    "get_additional_models_with_key": ("key",),
-    "add_wrapper_with_key": ("wrapper_type", "key", "wrapper"),
-    "remove_wrappers_with_key": ("wrapper_type", "key"),
-    "get_wrappers": ("wrapper_type", "key"),
-    "get_all_callbacks": ("call_type",),
-    "is_clone": ("other",),
-    "is_dynamic": (),
-    "deepclone_multigpu": (),
-    "match_multigpu_clones": (),
+
+class Call(NamedTuple):
+    """How we call a function of the host: so many arguments by place, and these by name."""
+
+    places: int
+    names: tuple[str, ...] = ()
+
+
+# What is not called by us, or is no function: it must be there.
+THERE = None
+
+Wanted = dict[str, "Call | None"]
+
+# Methods of a patcher, without ``self``.
+PATCHER_METHODS: Wanted = {
+    "add_wrapper_with_key": Call(3),
+    "apply_hooks": Call(1, ("force_apply",)),
+    "clone": Call(0, ("disable_dynamic", "model_override")),
+    "detach": THERE,
+    "get_additional_models_with_key": Call(1),
+    "get_all_callbacks": Call(1),
+    "get_clone_model_override": Call(0),
+    "get_combined_hook_patches": Call(1),
+    "get_free_memory": Call(1),
+    "get_key_patches": THERE,
+    "get_model_object": Call(1),
+    "get_wrappers": Call(2),
+    "is_clone": Call(1),
+    "is_dynamic": Call(0),
+    "load": THERE,
+    "loaded_size": THERE,
+    "memory_required": Call(1),
+    "model_patches_models": Call(0),
+    "model_size": Call(0),
+    "model_state_dict_for_saving": THERE,
+    "partially_load": THERE,
+    "partially_unload": THERE,
+    "patch_hooks": Call(1),
+    "patch_model": Call(0, ("load_weights",)),
+    "patch_weight_to_device": Call(1, ("device_to", "return_weight")),
+    "remove_additional_models": Call(1),
+    "remove_wrappers_with_key": Call(2),
+    "set_additional_models": Call(2),
+    "unpatch_hooks": Call(0),
+    "unpatch_model": Call(0, ("device_to", "unpatch_weights")),
+    "use_ejected": Call(0, ("skip_and_inject_on_exit_only",)),
 }
-# Names of the host's modules, and the arguments by which functions among them are told what to do.
-MODULES: dict[str, dict[str, tuple[str, ...]]] = {
+# Names of the host's modules.
+MODULES: dict[str, Wanted] = {
     "comfy.model_management": {
-        "current_loaded_models": (),
-        "free_memory": ("memory_required", "device", "keep_loaded"),
-        "free_pins": ("size",),
-        "get_all_torch_devices": (),
-        "get_free_memory": ("dev",),
-        "get_torch_device": (),
-        "get_total_memory": ("dev",),
-        "is_device_cpu": ("device",),
-        "is_device_cuda": ("device",),
-        "load_models_gpu": ("models",),
-        "MAX_PINNED_MEMORY": (),
-        "minimum_inference_memory": (),
-        "NUM_STREAMS": (),
-        "throw_exception_if_processing_interrupted": (),
-        "TOTAL_PINNED_MEMORY": (),
-        "unet_manual_cast": ("weight_dtype", "inference_device"),
-        "vram_state": (),
-        "VRAMState": (),
+        "current_loaded_models": THERE,
+        "free_memory": Call(2, ("keep_loaded",)),
+        "free_pins": Call(1),
+        "get_all_torch_devices": Call(0),
+        "get_free_memory": Call(1),
+        "get_torch_device": Call(0),
+        "get_total_memory": Call(1),
+        "is_device_cpu": Call(1),
+        "is_device_cuda": Call(1),
+        "load_models_gpu": Call(1),
+        "MAX_PINNED_MEMORY": THERE,
+        "minimum_inference_memory": Call(0),
+        "NUM_STREAMS": THERE,
+        "throw_exception_if_processing_interrupted": Call(0),
+        "TOTAL_PINNED_MEMORY": THERE,
+        "unet_manual_cast": Call(2),
+        "vram_state": THERE,
+        "VRAMState": THERE,
     },
     "comfy.sd": {
-        "CLIP": (),
-        "load_checkpoint_guess_config": ("output_vae", "output_clip", "output_model", "embedding_directory"),
-        "load_checkpoint_guess_config_model_only": ("model_options", "disable_dynamic"),
-        "load_diffusion_model": ("model_options", "disable_dynamic"),
-        "load_diffusion_model_state_dict": ("sd", "model_options", "metadata", "disable_dynamic"),
-        "load_state_dict_guess_config": (
-            *("sd", "output_vae", "output_clip", "metadata", "model_options", "disable_dynamic"),
+        "CLIP": THERE,
+        "load_checkpoint_guess_config": Call(1, ("output_vae", "output_clip", "output_model", "embedding_directory")),
+        "load_checkpoint_guess_config_model_only": Call(1, ("model_options", "disable_dynamic")),
+        "load_diffusion_model": Call(1, ("model_options", "disable_dynamic")),
+        "load_diffusion_model_state_dict": Call(1, ("model_options", "metadata", "disable_dynamic")),
+        "load_state_dict_guess_config": Call(
+            1, ("output_vae", "output_clip", "model_options", "metadata", "disable_dynamic")
         ),
-        "VAE": (),
+        "VAE": THERE,
     },
     "comfy.utils": {
-        "get_attr": ("obj", "attr"),
-        "load_torch_file": ("ckpt", "device", "return_metadata"),
-        "PROGRESS_BAR_HOOK": (),
-        "ProgressBar": ("total", "node_id"),
-        "resolve_attr": ("obj", "attr"),
-        "string_to_seed": (),
+        "get_attr": Call(2),
+        "load_torch_file": Call(1, ("return_metadata",)),
+        "PROGRESS_BAR_HOOK": THERE,
+        "ProgressBar": Call(1, ("node_id",)),
+        "resolve_attr": Call(2),
+        "string_to_seed": Call(1),
     },
-    "comfy.float": {"stochastic_rounding": ("dtype", "seed")},
-    "comfy.lora": {
-        "calculate_shape": ("patches", "weight", "key"),
-        "calculate_weight": ("patches", "weight", "key", "intermediate_dtype"),
-    },
-    "comfy.memory_management": {"aimdo_enabled": ()},
-    "comfy.model_detection": {"unet_prefix_from_state_dict": ()},
-    "comfy.model_patcher": {"CoreModelPatcher": ()},
+    "comfy.float": {"stochastic_rounding": Call(2, ("seed",))},
+    "comfy.lora": {"calculate_shape": Call(3), "calculate_weight": Call(3, ("intermediate_dtype",))},
+    "comfy.memory_management": {"aimdo_enabled": THERE},
+    "comfy.model_detection": {"unet_prefix_from_state_dict": Call(1)},
+    "comfy.model_patcher": {"CoreModelPatcher": THERE},
 }
 
 
 @lru_cache(maxsize=1)
 def broken_contracts() -> tuple[str, ...]:
     """What this host does not have as we need it, for people; nothing of one that we know."""
-    return tuple(_broken())
+    try:
+        return tuple(_broken())
+    except Exception as error:  # Whatever other packs have put in the place of what is asked.
+        return (f"asking failed with {type(error).__name__}: {error}",)
 
 
 def check_host() -> None:
@@ -144,7 +156,7 @@ def announce_host() -> None:
 
 def _broken() -> Iterator[str]:
     yield from (f"{name} is gone" for name in hosts.missing)
-    yield from _lacking("ModelPatcher", ModelPatcher, PATCHER_METHODS)
+    yield from _lacking("ModelPatcher", ModelPatcher, PATCHER_METHODS, before=1)
     for name, wanted in MODULES.items():
         yield from _lacking(name.removeprefix("comfy."), hosts.module_of_host(name), wanted)
     if not hasattr(hosts.WrappersMP, "APPLY_MODEL"):
@@ -155,18 +167,28 @@ def _broken() -> Iterator[str]:
     yield from hosts.broken_recordings()
 
 
-def _lacking(where: str, holder: Any, wanted: dict[str, tuple[str, ...]]) -> Iterator[str]:
-    for name, arguments in wanted.items():
+def _lacking(where: str, holder: Any, wanted: Wanted, before: int = 0) -> Iterator[str]:
+    """What of ``wanted`` is not there or cannot be called as we do, with so many arguments ``before`` ours."""
+    for name, call in wanted.items():
         if not hasattr(holder, name):
             yield f"{where}.{name} is gone"
-        elif lacking := [one for one in arguments if not _takes(getattr(holder, name), one)]:
-            yield f"{where}.{name} takes no {' or '.join(lacking)}"
+        elif call is not None and not _takes(getattr(holder, name), before + call.places, call.names):
+            yield f"{where}.{name} cannot be called with {_describe(call)}"
 
 
-def _takes(function: Callable[..., Any], argument: str) -> bool:
-    """Whether it can be given this argument by name. What says nothing of its arguments is trusted."""
+def _takes(function: Callable[..., Any], places: int, names: tuple[str, ...]) -> bool:
+    """Whether it can be called like this. What says nothing of its arguments is trusted."""
     try:
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
         return True
-    return argument in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    try:
+        signature.bind(*[None] * places, **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
+
+
+def _describe(call: Call) -> str:
+    given = [f"{call.places} argument{'' if call.places == 1 else 's'}"] if call.places else []
+    return " and ".join(given + list(call.names)) or "no arguments"

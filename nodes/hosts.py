@@ -27,6 +27,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 # The newest ComfyUI whose whole source was read, and with which everything was tried.
 NEWEST_KNOWN = "0.33"
 
+# With what a patcher is made, in all versions.
+ARGUMENTS = frozenset({"model", "load_device", "offload_device", "size", "weight_inplace_update"})
+
 # Where a model came from, whose clone a patcher is, and what hooks have put aside of its weights.
 ORIGIN = frozenset({"cached_patcher_init", "clone_base_uuid", "parent", "hook_backup"})
 
@@ -54,19 +58,18 @@ missing: list[str] = []
 
 
 def module_of_host(name: str) -> ModuleType | None:
-    """A module that some versions have."""
+    """A module that some versions have; None where it is not there, or cannot be imported."""
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise  # It is there, and something that it needs is not.
+    except ImportError as error:
+        logger.debug("%s cannot be imported: %s", name, error)
         return None
 
 
-def _borrowed(module: str, name: str, stand_in: Any) -> Any:
-    """What the host has under this name; ``stand_in``, which nobody runs, where it is gone."""
+def _borrowed(module: str, name: str, stand_in: Any, needed: bool = True) -> Any:
+    """What the host has under this name; ``stand_in`` where it is gone, which nobody runs if the name is ``needed``."""
     found = getattr(module_of_host(module), name, None)
-    if found is None:
+    if found is None and needed:
         missing.append(f"{module}.{name}")
     return stand_in if found is None else found
 
@@ -80,8 +83,8 @@ LazyCastingParam = _borrowed("comfy.model_patcher", "LazyCastingParam", _Gone)
 QuantizedTensor = _borrowed("comfy.quant_ops", "QuantizedTensor", _Gone)
 CallbacksMP = _borrowed("comfy.patcher_extension", "CallbacksMP", _Gone)
 WrappersMP = _borrowed("comfy.patcher_extension", "WrappersMP", _Gone)
-COMPILE_KEY = _borrowed("comfy_api.torch_helpers.torch_compile", "COMPILE_KEY", "")
-get_progress_state = _borrowed("comfy_execution.progress", "get_progress_state", None)
+COMPILE_KEY = _borrowed("comfy_api.torch_helpers.torch_compile", "COMPILE_KEY", "torch.compile", needed=False)
+get_progress_state = _borrowed("comfy_execution.progress", "get_progress_state", None, needed=False)
 _vbars_analyze = _borrowed("comfy_aimdo.model_vbar", "vbars_analyze", None)
 _prefetch = module_of_host("comfy.model_prefetch") or _Gone
 
@@ -112,14 +115,17 @@ def what_is_of_the_model(patcher: ModelPatcher) -> set[str]:
 
 
 def _constructor_arguments(kind: type) -> set[str]:
+    """The names of what a patcher of this class is made with; those that all versions know also where another pack's
+    function stands in the constructor's place and does not tell."""
     own = [one for one in kind.__mro__ if issubclass(one, ModelPatcher) and one.__module__ == ModelPatcher.__module__]
     found = [parameter for one in own for parameter in inspect.signature(one.__init__).parameters.values()]
-    return {one.name for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)} - {"self"}
+    named = {one.name for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    return ARGUMENTS | named - {"self"}
 
 
 def _shared(patcher: ModelPatcher) -> set[str]:
     """The attributes of which all patchers of one model have the same."""
-    model, others = patcher.get_clone_model_override()
+    model, others, *_ = patcher.get_clone_model_override()
     wanted = {id(model), *(id(other) for other in others if not isinstance(other, CONSTANTS))}
     return {name for name, value in vars(patcher).items() if id(value) in wanted}
 
@@ -179,9 +185,15 @@ def broken_recordings() -> Iterator[str]:
 
 
 def end_recordings() -> None:
-    """After a step that failed: nothing that the host has begun in it (records of allocations, prefetching) goes on."""
+    """After a step that failed: no record of this thread that the host has begun in it goes on."""
+    if hasattr(_prefetch, "cleanup_malloc_graph"):
+        end = _prefetch.cleanup_malloc_graph
+    elif hasattr(_prefetch, "malloc_graph_begin"):
+        end = _prefetch.cleanup_prefetch_queues
+    else:
+        return
     try:
-        _prefetch.cleanup_prefetch_queues()
+        end()
     except RuntimeError as error:  # The step's own error says why, and must not be hidden by this one.
         logger.warning("ComfyUI could not end its record of allocations: %s", error)
 
@@ -198,13 +210,20 @@ class HostRecord(AllocationRecord):
         finally:
             _switch(partial(pause.__exit__, None, None, None))
 
+    def resumed(self) -> AbstractContextManager[None]:
+        return nesting_pauses.suspended(self._graph())
+
     def held_bytes(self, device: torch.device) -> int:
-        # Of this thread alone: another one may be taking its record down.
-        graph = getattr(_prefetch, "MALLOC_GRAPHS", {}).get(threading.get_ident())
+        graph = self._graph()
         # Another device's record (or one that does not say whose it is) holds nothing of this one.
         if getattr(getattr(graph, "_stream", None), "device", None) != device:
             return 0
         return int(getattr(graph, "physical_bytes", 0))
+
+    @staticmethod
+    def _graph() -> Any:
+        """That of this thread alone: another one may be taking its own down."""
+        return getattr(_prefetch, "MALLOC_GRAPHS", {}).get(threading.get_ident())
 
 
 def _switch(record: Callable[[], Any]) -> None:
@@ -238,44 +257,56 @@ class _Nesting:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._restore: Callable[[], None] = lambda: None
+        self._kind: Any = None
+        self._originals: tuple[Any, Any] = (None, None)
+        self._depths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> None:
         with self._lock:
             self._users += 1
             if self._users == 1 and (kind := _kind_of_records()) is not None:
-                self._restore = _count_pauses(kind)
+                self._kind, self._originals = kind, (kind.pause, kind.resume)
+                kind.pause, kind.resume = self._counting(*self._originals)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0:
-                self._restore()
-                self._restore = lambda: None
+            if self._users == 0 and self._kind is not None:
+                self._kind.pause, self._kind.resume = self._originals
+                self._kind = None
+
+    def _counting(self, pause: Callable[..., None], resume: Callable[..., None]) -> tuple[Any, Any]:
+        depths = self._depths
+
+        @functools.wraps(pause)
+        def counted_pause(graph: Any, *args: Any, **options: Any) -> None:
+            pause(graph, *args, **options)
+            depths[graph] = depths.get(graph, 0) + 1
+
+        @functools.wraps(resume)
+        def counted_resume(graph: Any, *args: Any, **options: Any) -> None:
+            depths[graph] = max(0, depths.get(graph, 0) - 1)
+            resume(graph, *args, **options)
+            if depths[graph]:
+                pause(graph)  # The outer pause goes on. Nothing is allocated between the two.
+
+        return counted_pause, counted_resume
+
+    @contextlib.contextmanager
+    def suspended(self, graph: Any) -> Iterator[None]:
+        """While it lasts ``graph`` records, whoever has paused it."""
+        depth = self._depths.get(graph, 0) if graph is not None else 0
+        if not depth:
+            yield
+            return
+        pause, resume = self._originals
+        self._depths[graph] = 0
+        _switch(partial(resume, graph))
+        try:
+            yield
+        finally:
+            self._depths[graph] = depth
+            _switch(partial(pause, graph))
 
 
 nesting_pauses = _Nesting()
-
-
-def _count_pauses(kind: Any) -> Callable[[], None]:
-    """Have the methods of this class count; gives what puts the original ones back."""
-    pause, resume = kind.pause, kind.resume
-    depths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-
-    @functools.wraps(pause)
-    def counted_pause(graph: Any, *args: Any, **options: Any) -> None:
-        pause(graph, *args, **options)
-        depths[graph] = depths.get(graph, 0) + 1
-
-    @functools.wraps(resume)
-    def counted_resume(graph: Any, *args: Any, **options: Any) -> None:
-        depths[graph] = max(0, depths.get(graph, 0) - 1)
-        resume(graph, *args, **options)
-        if depths[graph]:
-            pause(graph)  # The outer pause goes on. Nothing is allocated between the two.
-
-    def restore() -> None:
-        kind.pause, kind.resume = pause, resume
-
-    kind.pause, kind.resume = counted_pause, counted_resume
-    return restore

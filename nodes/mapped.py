@@ -101,12 +101,12 @@ def _opening(files: MappedFiles, load: Callable[..., Any]) -> Callable[..., Any]
     def choice(*args: object, **kwargs: object) -> Any:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        path, device = call.arguments["ckpt"], call.arguments["device"]
+        (path, *_), device = call.args, call.arguments.get("device")
         ours = threading.get_ident() == caller and path.lower().endswith(SAFETENSORS_ENDINGS)
         if not ours or (device is not None and device.type != "cpu"):
             return load(*args, **kwargs)
         checkpoint = files.open(path)
         tensors = opened(checkpoint)
-        return (tensors, checkpoint.metadata or None) if call.arguments["return_metadata"] else tensors
+        return (tensors, checkpoint.metadata or None) if call.arguments.get("return_metadata") else tensors
 
     return choice

@@ -62,7 +62,7 @@ class LoadingBar:
     def _end(self) -> None:
         """The node ran long ago: without this the page would show it as running on."""
         self._bar = None
-        if comfy.utils.PROGRESS_BAR_HOOK is not None:
+        if comfy.utils.PROGRESS_BAR_HOOK is not None and get_progress_state is not None:
             get_progress_state().finish_progress(self.node_id)
 
 

@@ -125,12 +125,12 @@ def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
 
 def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
     """Have ``target`` do with its model, on its device, what ``source`` does with the one that it has."""
-    model, shared = target.get_clone_model_override()
-    # Empty ones: a patcher that goes lets go of what it has pinned, and ``state`` goes at once.
-    override = (model, tuple(type(each)() for each in shared))
     try:
+        model, shared, *more = target.get_clone_model_override()
+        # Empty ones: a patcher that goes lets go of what it has pinned, and ``state`` goes at once.
+        override = (model, tuple(type(each)() for each in shared), *more)
         state = source.clone(disable_dynamic=True, model_override=override)
-    except TypeError as error:  # A patcher of another pack, with a clone of its own.
+    except (TypeError, ValueError) as error:  # A patcher of another pack, with a clone of its own.
         raise UnsupportedModelError(f"its {type(source).__name__} cannot be rebuilt ({error})") from error
     vars(target).update(_use_of(state))
     target.size = target.model_size()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 import comfy.sd
@@ -30,24 +30,32 @@ def step_of_text_encoder(model: torch.nn.Module) -> Step:
     step = Step()
     for name in CALLS:
         if hasattr(model, name):
-            setattr(model, name, _as_step(weakref.ref(model), name, step))
+            setattr(model, name, StepCall(model, name, step))
     return step
 
 
-def _as_step(model: Callable[[], torch.nn.Module | None], name: str, step: Step) -> Callable[..., Any]:
-    call = getattr(type(model()), name)
+class StepCall:
+    """Stands on an encoder for one of :data:`CALLS`, and runs it as a step.
 
-    @wraps(call)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        encoder = model()
-        forward = lambda: step(lambda: call(encoder, *args, **kwargs))  # noqa: E731
+    Args:
+        encoder: the encoder, which is referred to weakly: it holds this.
+        name: of the method.
+        step: the root of steps.
+    """
+
+    def __init__(self, encoder: torch.nn.Module, name: str, step: Step) -> None:
+        self._encoder = weakref.ref(encoder)
+        self._name, self._step = name, step
+        self._call = getattr(type(encoder), name)
+        update_wrapper(self, self._call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encoder = self._encoder()
+        forward = lambda: self._step(lambda: self._call(encoder, *args, **kwargs))  # noqa: E731
         patcher = getattr(encoder, ATTRIBUTE).loaded()
         if not isinstance(patcher, StreamedModelPatcher):
             return forward()
-        return run_step(patcher, forward, (name, shapes_of(args), _lengths(args)), None)
-
-    run.instead_of = None  # twins.py: of others there is nothing here.
-    return run
+        return run_step(patcher, forward, (self._name, shapes_of(args), _lengths(args)), None)
 
 
 def _lengths(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -23,10 +23,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import UnsupportedModelError, take_apart
+from ..streaming.entries import Method
 from .devices import unload
 from .loaded_state import ON_MODULES, forget, left_by_host, take_off
 from .mapped import mapped_loading
 from .references import refers_to
+from .text_encoder import StepCall
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +122,10 @@ def _functions(module: torch.nn.Module) -> dict[str, tuple[str, str]]:
 def _put_on(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Callable things that somebody has put on this one instance, by their names; what is ours is what lies beneath."""
     for name, value in vars(module).items():
-        theirs = getattr(value, "instead_of", value) if name not in ON_MODULES else None
-        if callable(theirs):
-            yield name, theirs
+        if isinstance(value, Method):
+            value = value.instead_of
+        if callable(value) and name not in ON_MODULES and not isinstance(value, StepCall):
+            yield name, value
 
 
 def _settings(module: torch.nn.Module) -> dict[str, Any]:

@@ -6,7 +6,8 @@ the next time on gives out the same addresses in the same order. An allocation t
 is made in one step and not in the next, breaks it. One on another GPU is worse: streams are told apart by their handle,
 and the default stream of every GPU has the same, so a tensor of the second GPU would get memory of the first. So what
 is allocated here while a step runs (slots, residents, sums that are compared, activations that change devices), and
-everything that a block on another device does, is done while the record pauses.
+everything that a block on another device does, is done while the record pauses. Functions that such a block calls at
+home are recorded as ever: what they have allocated in a record before, and free now, must be known to it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ class AllocationRecord:
 
     def paused(self) -> AbstractContextManager[None]:
         """While it lasts, what this thread allocates is not recorded."""
+        return contextlib.nullcontext()
+
+    def resumed(self) -> AbstractContextManager[None]:
+        """While it lasts, what this thread allocates is recorded though somebody around pauses; as if nobody did."""
         return contextlib.nullcontext()
 
     def held_bytes(self, device: torch.device) -> int:

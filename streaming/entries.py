@@ -16,6 +16,9 @@ look at it. ``forward`` is left alone: torch's hooks are around it, and compiler
 
 torch.compile traces through :class:`Method` where the module has been entered already, and so sees nothing of it. Who
 enters is hidden from it, as hooks are (hooks.py, Note: compiled models).
+
+A method may give weights of its module, or views of them, which are used when the module has been left; so it gives
+copies. A shallow copy of a module that is watched has the :class:`Method` of the original, and runs that.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ from torch import nn
 
 # Told before: (module, args, kwargs), and may give other arguments.
 Begins = Callable[[nn.Module, tuple, dict[str, Any]], "tuple[tuple, dict[str, Any]] | None"]
+
+# Tensors that say where their values are.
+PLAIN = (torch.Tensor, nn.Parameter)
 
 # A method that comes back at once and computes later is no entry.
 LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -176,7 +182,7 @@ class Method:
         module, output = self.__self__, None
         try:
             args, kwargs = self._enter(module, args, kwargs) or (args, kwargs)
-            output = self._call(args, kwargs)
+            output = _apart(self._call(args, kwargs), module)
         except Exception:
             self._leave(module, args, None)
             raise
@@ -223,6 +229,26 @@ class Method:
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         """That of a copy of the module tells nobody."""
         return Method(copy.deepcopy(self.__self__, memo), self._name, copy.deepcopy(self.instead_of, memo))
+
+
+@torch.compiler.disable
+def _apart(output: Any, module: nn.Module) -> Any:
+    """``output`` with copies of what is the module's own: its weights are there only until it is left."""
+    if output is None:
+        return None
+    own = [*module.parameters(), *module.buffers()]
+    addresses = {each.untyped_storage().data_ptr() for each in own if type(each) in PLAIN}
+
+    def apart(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            mine = type(value) in PLAIN and value.untyped_storage().data_ptr() in addresses
+            return value.detach().clone() if mine or any(value is each for each in own) else value
+        if type(value) in (tuple, list):
+            parts = [apart(part) for part in value]
+            return value if all(new is old for new, old in zip(parts, value, strict=True)) else type(value)(parts)
+        return value
+
+    return apart(output)
 
 
 def _nothing(*args: Any) -> None:

@@ -149,6 +149,8 @@ class Boundary:
 
     def _leave(self, output: Any) -> Any:
         """A block ends; ``output`` is None after an exception."""
+        if not self._visits:
+            return None  # A step inside of the block has settled all of them.
         visit = self._visits.pop()
         self.broke_on = visit.device if output is None else None
         self._end(visit)
@@ -163,7 +165,7 @@ class Boundary:
     def _call_at_home(self, device: torch.device, function: Function, *args: Any, **kwargs: Any) -> Any:
         """Call what a block on ``device`` calls (Note: what runs at home)."""
         loan = _Loan(device, self.home, self._move)
-        visit = _Visit(self.home, Exchange(loan.lend), self._record.paused())
+        visit = _Visit(self.home, Exchange(loan.lend), self._record.resumed())
         try:
             args, kwargs = visit.exchange.all_of(args, kwargs)
             output = function(*args, **kwargs)

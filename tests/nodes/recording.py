@@ -171,7 +171,7 @@ class RecordingHost:
     Attributes:
         records: by thread; one that was cleaned up is gone.
         kept: all that there were.
-        cleaned: how many times everything was cleaned up.
+        cleaned: how many times a record was ended from outside.
         own: whether the functions are the host's own.
     """
 
@@ -196,11 +196,16 @@ class RecordingHost:
         self.records: dict[int, StrictRecord] = {}
         monkeypatch.setattr(comfy.model_prefetch, "MALLOC_GRAPHS", self.records, raising=False)
 
+        self._all = clean_up
+        if not self.own:
+            monkeypatch.setattr(comfy.model_prefetch, "cleanup_malloc_graph", self._clean_up, raising=False)
+        clean_up_one = comfy.model_prefetch.cleanup_malloc_graph
+
         def counted() -> None:
             self.cleaned += 1
-            clean_up()
+            clean_up_one()
 
-        monkeypatch.setattr(comfy.model_prefetch, "cleanup_prefetch_queues", counted)
+        monkeypatch.setattr(comfy.model_prefetch, "cleanup_malloc_graph", counted)
 
     # -- what a test asks -----------------------------------------------------------------------------------------
 
@@ -214,7 +219,7 @@ class RecordingHost:
         return comfy.model_prefetch.pause_malloc_graph()
 
     def clean_up(self) -> None:
-        comfy.model_prefetch.cleanup_prefetch_queues()
+        self._all()
 
     @property
     def rogues(self) -> list[str]:

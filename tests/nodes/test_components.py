@@ -70,7 +70,9 @@ def test_models_that_belong_to_it_come_along(loaded: Any, foreign: ModelPatcher)
 
 def test_where_weights_wait_for_their_turn(foreign: ModelPatcher, vae: comfy.sd.VAE, machine: Machine) -> None:
     machine(2)
-    assert foreign.offload_device == foreign.load_device, "as with --gpu-only"
+    assert foreign.offload_device == foreign.load_device == CPU
+    assert place(foreign, devices="gpu:1")[0].offload_device == CPU, "its loader has put it on the CPU"
+    foreign.offload_device = foreign.load_device = torch.device("cpu", 0)  # As a GPU with --gpu-only.
     assert place(foreign, devices="gpu:1")[0].offload_device == SECOND
     foreign.offload_device = torch.device("meta")
     assert place(foreign, devices="gpu:1")[0].offload_device == torch.device("meta")

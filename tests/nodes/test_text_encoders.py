@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from text_encoders import FAMILIES, PROMPTS, Family, encode, load, random_patche
 from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
+from weightstream.nodes.takeover import give_back
 from weightstream.nodes.text_encoder import with_patcher
-from weightstream.streaming import VirtualMemory
+from weightstream.streaming import UnsupportedModelError, VirtualMemory
 
 Device = Callable[[int], VirtualMemory]
 
@@ -87,6 +89,23 @@ def test_an_encoder_that_has_run_before_is_no_other_model(
     assert "another model" not in caplog.text
     assert_same(encode(ours, PROMPTS[0]), expected)
     assert stream(clip).cond_stage_model is ours.cond_stage_model
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_function_that_somebody_puts_around_a_call_is_not_lost(clip: comfy.sd.CLIP, alike: bool) -> None:
+    ours = stream(clip)
+    model = ours.cond_stage_model
+    call = model.encode_token_weights
+
+    def theirs(*args: Any, **options: Any) -> Any:
+        output = call(*args, **options)
+        return (output[0] * 2, *output[1:])
+
+    model.encode_token_weights = functools.wraps(call)(theirs) if alike else theirs
+    with pytest.raises(UnsupportedModelError, match="a function that was put on one of its modules"):
+        give_back(ours.patcher)
+    model.encode_token_weights = call
+    assert_same(encode(with_patcher(ours, give_back(ours.patcher)), PROMPTS[0]), encode(clip, PROMPTS[0]))
 
 
 def test_patches_on_an_encoder(clip: comfy.sd.CLIP) -> None:

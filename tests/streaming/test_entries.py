@@ -347,3 +347,42 @@ def test_methods_are_hidden_from_the_compiler(by_method: bool) -> None:
     assert torch.equal(compiled(X, by_method), expected)
     assert told.take() == []
     assert graphs() <= 2
+
+
+class Giving(Block):
+    """Its methods give weights of its own, and what is not."""
+
+    def weight(self) -> Any:
+        return self.layer.weight
+
+    def view(self) -> Any:
+        return self.layer.weight.mT[1:]
+
+    def several(self) -> Any:
+        return (self.layer.bias, [self.layer.weight[0], 3])
+
+    def other(self, x: Any) -> Any:
+        return [x, (x,)]
+
+
+def test_weights_that_a_method_gives_are_copies() -> None:
+    """They may be on the device only until the module is left."""
+    block, entries = Giving().requires_grad_(False), Entries()
+    plain = block.weight(), block.view(), *block.several()
+    entries.watch(block, lambda *_: None, lambda *_: None)
+    given = block.weight(), block.view(), *block.several()
+    block.layer.weight.data.zero_()
+    block.layer.bias.data.zero_()
+    assert given[0].data_ptr() != block.layer.weight.data_ptr()
+    assert given[0].abs().sum() > 0
+    assert torch.equal(given[0].mT[1:], given[1])
+    assert torch.equal(given[3][0], given[0][0])
+    assert given[2].abs().sum() > 0
+    assert given[3][1] == 3
+    assert plain[0].abs().sum() == 0
+    x = torch.ones(2)
+    found = block.other(x)
+    assert found[0] is x
+    assert found[1][0] is x
+    entries.remove()
+    assert block.weight() is block.layer.weight

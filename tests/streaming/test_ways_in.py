@@ -151,6 +151,35 @@ def test_a_block_that_runs_twice_in_a_row_is_copied_once() -> None:
     assert copied[4:] == [plan.streamed_bytes] * 2, "parts are copied twice in a step"
 
 
+class ReadsTables(Transformer):
+    """Takes a table out of each block before any of them runs."""
+
+    class Block(Layer):
+        def table(self) -> torch.Tensor:
+            return self.out.weight.mT
+
+    def __init__(self, depth: int = 6, width: int = 32) -> None:
+        super().__init__(depth, width)
+        self.blocks = nn.ModuleList(self.Block(width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
+        x = self.input(x)
+        tables = [block.table() for block in self.blocks]
+        for block, table in zip(self.blocks, tables, strict=True):
+            x = block(x) + table.sum()
+        return self.output(x)
+
+
+def test_weights_that_a_method_gives_are_right_when_its_slot_is_anothers() -> None:
+    model = make(ReadsTables)
+    expected = model(X)
+    streamer = make_streamer(model)
+    streamer.backend.store.budget = streamer.minimum_bytes
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    assert all(torch.equal(run(streamer, model), expected) for _ in range(6))
+    assert streamer.counters.streamed_bytes > 0
+
+
 def test_blocks_that_nobody_enters_are_told_of_and_others_are_not() -> None:
     model = make(KINDS["layers of some"])
     streamer = make_streamer(model)

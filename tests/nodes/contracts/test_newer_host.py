@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import logging
 import sys
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.model_prefetch
 import comfy.sd
 import pytest
@@ -68,12 +70,12 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "an argument of a method": (
         lambda patch: patch.setattr(ModelPatcher, "clone", lambda self, other: self),
-        "ModelPatcher.clone takes no disable_dynamic or model_override",
+        "ModelPatcher.clone cannot be called with disable_dynamic and model_override",
     ),
     "a function": (lambda patch: patch.delattr(mm, "minimum_inference_memory"), "minimum_inference_memory is gone"),
     "an argument of a loader": (
         lambda patch: patch.setattr(comfy.sd, "load_diffusion_model_state_dict", lambda sd: None),
-        "sd.load_diffusion_model_state_dict takes no model_options or metadata or disable_dynamic",
+        "load_diffusion_model_state_dict cannot be called with 1 argument and model_options and metadata and",
     ),
     "a kind of wrappers": (
         lambda patch: patch.delattr(WrappersMP, "APPLY_MODEL"),
@@ -82,6 +84,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "the clean-up": (
         lambda patch: patch.delattr(comfy.model_prefetch, "cleanup_prefetch_queues"),
         "model_prefetch.cleanup_prefetch_queues is gone",
+    ),
+    "what cannot even be asked": (
+        lambda patch: patch.setattr(hosts, "broken_files", lambda: 1 / 0),
+        "asking failed with ZeroDivisionError",
     ),
 }
 
@@ -92,6 +98,45 @@ def test_what_is_broken_is_found_and_named(monkeypatch: pytest.MonkeyPatch, chan
         change(patch)
         [found] = contracts.broken_contracts()
     assert expected in found
+
+
+def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **options: function(*args, **options)
+
+
+def _by_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: function(*args)
+
+
+WRAPPED: dict[str, tuple[Any, str, Callable[[Callable[..., Any]], Any]]] = {
+    "a method": (ModelPatcher, "clone", _plainly),
+    "by functools.wraps": (
+        ModelPatcher,
+        "unpatch_model",
+        lambda function: functools.wraps(function)(_plainly(function)),
+    ),
+    "by place, as we call it": (mm, "get_free_memory", _by_place),
+    "with other names": (mm, "is_device_cpu", lambda function: lambda dev: function(dev)),
+    "by a partial": (mm, "free_pins", functools.partial),
+    "a constructor": (ModelPatcher, "__init__", _plainly),
+}
+
+
+@pytest.mark.parametrize(("holder", "name", "wrap"), WRAPPED.values(), ids=WRAPPED)
+def test_what_other_packs_have_wrapped_is_not_broken(
+    streamed: Callable[..., Any],
+    native: ModelPatcher,
+    monkeypatch: pytest.MonkeyPatch,
+    holder: Any,
+    name: str,
+    wrap: Callable[[Callable[..., Any]], Any],
+) -> None:
+    expected = sample(native)
+    monkeypatch.setattr(holder, name, wrap(getattr(holder, name)))
+    assert contracts.broken_contracts() == ()
+    model = streamed(24 * MB)
+    assert isinstance(model, StreamedModelPatcher)
+    assert torch.equal(sample(with_settings(model, OffloadSettings(vram_limit=14 * MB)).clone()), expected)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +268,13 @@ def test_the_pack_starts_where_a_name_that_it_borrows_is_gone(
     monkeypatch: pytest.MonkeyPatch, loaded_anew: Callable[[], ModuleType], models: Path, native: ModelPatcher
 ) -> None:
     """Else workflows would miss their nodes."""
-    monkeypatch.delattr(torch_compile, "COMPILE_KEY")
+    monkeypatch.delattr(torch_compile, "COMPILE_KEY")  # Without this one models stream.
+    monkeypatch.delattr(comfy.model_patcher, "LazyCastingParam")
     monkeypatch.setitem(sys.modules, "comfy_aimdo.model_vbar", None)
     extension = loaded_anew()
     loader = sys.modules["weightstream_anew.nodes.loader"]
     assert sys.modules["weightstream_anew.nodes.contracts"].broken_contracts() == (
-        "comfy_api.torch_helpers.torch_compile.COMPILE_KEY is gone",
+        "comfy.model_patcher.LazyCastingParam is gone",
         "comfy_aimdo.model_vbar.vbars_analyze is gone",
     )
     assert extension.StreamedModelLoader.GET_SCHEMA().node_id == "WeightStreamModelLoader"

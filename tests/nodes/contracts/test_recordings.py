@@ -6,6 +6,8 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management as mm
@@ -14,8 +16,9 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from recording import FAILED, HELD_BYTES, RecordingHost, StrictRecord, recording_host  # noqa: F401
-from sampling import MB, sample, with_lora
+from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes import hosts
+from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.parts import split_blocks
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.streaming import CpuBackend, VirtualMemory
@@ -87,7 +90,10 @@ def test_a_record_that_has_failed_hides_no_error(host: RecordingHost) -> None:
 
 
 def test_a_clean_up_that_fails_hides_no_error(
-    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    streamed: Load,
+    native: ModelPatcher,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = sample(native)
     model = streamed(24 * MB)
@@ -97,7 +103,7 @@ def test_a_clean_up_that_fails_hides_no_error(
     def clean_up() -> None:
         raise RuntimeError(FAILED)
 
-    monkeypatch.setattr(prefetch, "cleanup_prefetch_queues", clean_up)
+    monkeypatch.setattr(hosts, "_prefetch", SimpleNamespace(cleanup_malloc_graph=clean_up))
     hit: list[int] = []
 
     def fail(*_: Any) -> None:
@@ -213,13 +219,10 @@ def test_an_interrupt_leaves_no_record_open(streamed: Load, host: RecordingHost)
 
 
 def test_what_runs_on_another_device_is_not_recorded(
-    models: Any, machine: Any, native: ModelPatcher, host: RecordingHost
+    models: Path, machine: Any, native: ModelPatcher, host: RecordingHost
 ) -> None:
     """Streams are told apart by their handle alone, and the default one of each GPU has the same: what is recorded of
     the second GPU would get memory of the first."""
-    from sampling import MODEL
-    from weightstream.nodes.loader import load_streamed
-
     expected = sample(native)
     machine(2, 64 * MB)
     with torch.inference_mode():
@@ -250,14 +253,45 @@ def test_what_runs_on_another_device_is_not_recorded(
     assert host.escaped == []
 
 
+def test_what_a_block_elsewhere_calls_at_home_is_recorded(
+    models: Path, machine: Any, native: ModelPatcher, host: RecordingHost
+) -> None:
+    """It frees what it has allocated in the record before, which the record must see."""
+
+    def keeping(model: ModelPatcher) -> ModelPatcher:
+        model, kept = model.clone(), {}
+
+        def patch(out: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            kept["last"] = out * 1.0
+            return out
+
+        model.set_model_attn1_output_patch(patch)
+        return model
+
+    expected = sample(keeping(native))
+    machine(2, 64 * MB)
+    with torch.inference_mode():
+        model = load_streamed(str(models / MODEL), {})
+        split_blocks(model, [torch.device("cpu", 0), torch.device("cpu", 1)], None)
+    patched = keeping(model)
+    sample(patched)
+    with host.around_blocks(model.model.diffusion_model):
+        assert torch.equal(sample(patched), expected)
+        assert host.kept[-1].failed == ""
+    assert host.escaped == []
+
+
 def test_the_hosts_clean_up_empties_its_queues_and_ends_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own function, with our stand-in in the place of a record where it keeps any."""
-    monkeypatch.setattr(prefetch, "PREFETCH_QUEUES", [[None, None]])
+    queue = [None, None]
+    monkeypatch.setattr(prefetch, "PREFETCH_QUEUES", [queue])
     if KEEPS_RECORDS:
         record = StrictRecord()
         record._comfy_active = True
         monkeypatch.setitem(prefetch.MALLOC_GRAPHS, threading.get_ident(), record)
     hosts.end_recordings()
+    assert [queue] == prefetch.PREFETCH_QUEUES, "another thread's, or another model's, goes on"
+    prefetch.cleanup_prefetch_queues()
     assert prefetch.PREFETCH_QUEUES == []
     if KEEPS_RECORDS:
         assert threading.get_ident() not in prefetch.MALLOC_GRAPHS
