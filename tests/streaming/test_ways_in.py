@@ -152,11 +152,18 @@ def test_a_block_that_runs_twice_in_a_row_is_copied_once() -> None:
 
 
 class ReadsTables(Transformer):
-    """Takes a table out of each block before any of them runs."""
+    """Takes a table out of each block before any of them runs. Blocks read their layers' weights themselves."""
 
-    class Block(Layer):
-        def table(self) -> torch.Tensor:
-            return self.out.weight.mT
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.inner, self.outer, self.table = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 64)
+
+        def give(self) -> torch.Tensor:
+            return self.table.weight.mT
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.tanh(x @ self.inner.weight) @ self.outer.weight
 
     def __init__(self, depth: int = 6, width: int = 32) -> None:
         super().__init__(depth, width)
@@ -164,9 +171,9 @@ class ReadsTables(Transformer):
 
     def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
         x = self.input(x)
-        tables = [block.table() for block in self.blocks]
+        tables = [block.give() for block in self.blocks]
         for block, table in zip(self.blocks, tables, strict=True):
-            x = block(x) + table.sum()
+            x = block(x + torch.tanh(x @ table @ table.mT))
         return self.output(x)
 
 
