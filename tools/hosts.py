@@ -1,7 +1,7 @@
 """Which releases of ComfyUI the daily run tests, and what it found there.
 
     git ls-remote --tags URL | python tools/hosts.py releases    ->  refs=["v0.30.0", ..., "master"]
-    python tools/hosts.py summary v0.40.1 contracts.xml all.xml  ->  Markdown: the broken contracts, the failed tests
+    python tools/hosts.py summary v0.40.1 FOLDER                 ->  Markdown: the broken contracts, the failed tests
 
 ``.github/workflows/hosts.yml`` calls both. Only the standard library is used here.
 """
@@ -44,33 +44,45 @@ def releases(lines: Iterable[str], oldest: Version) -> list[str]:
     return [f"v{major}.{minor}.{patch}" for major, minor, patch in sorted({oldest, *last_patches.values()})]
 
 
-def failures(report: Path) -> dict[str, str]:
-    """The tests of a JUnit report that failed, each with the first line of why."""
+def outcomes(report: Path, *kinds: str) -> dict[str, str]:
+    """The tests of a JUnit report that ended as one of ``kinds``, each with the first line of why."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        for outcome in (*case.iter("failure"), *case.iter("error")):
+        for outcome in (each for kind in kinds for each in case.iter(kind)):
             reason = outcome.get("message", "").strip().splitlines() or ["no reason given"]
             name = ".".join(filter(None, (case.get("classname"), case.get("name"))))
             found.setdefault(name, reason[0][:MOST_CHARACTERS].replace("`", "'"))
     return found
 
 
-def summary(ref: str, contracts: Path, suite: Path) -> str:
-    """Markdown: which contracts ComfyUI ``ref`` breaks, and which other tests fail with it."""
+def summary(ref: str, reports: Path, environment: str) -> str:
+    """Markdown: which contracts ComfyUI ``ref`` breaks or was not asked for, and which other tests fail with it.
+
+    Args:
+        ref: the release or branch.
+        reports: the folder of contracts.xml and all.xml.
+        environment: how the step that makes the interpreter ended, as GitHub says it.
+    """
     text, told = [f"### ComfyUI {ref}", ""], set()
-    for what, report in (("Contracts of the host", contracts), ("Tests", suite)):
+    if environment != "success":
+        return "\n".join([*text, f"Its environment could not be made ({environment}): nothing was tested."])
+    for what, name in (("Contracts of the host", "contracts.xml"), ("Tests", "all.xml")):
+        report = reports / name
         if not report.is_file():
             text += [f"{what} did not run to their end.", ""]
             continue
-        found = {name: reason for name, reason in failures(report).items() if name not in told}
-        told.update(found)
-        if found:
-            text += [f"{what} that failed: {len(found)}", ""]
-            lines = [f"- `{name}`: `{reason}`" for name, reason in found.items()]
-            text += lines[:MOST_TOLD]
-            text += [f"- and {len(lines) - MOST_TOLD} more"] if len(lines) > MOST_TOLD else []
-            text += [""]
+        failed = {name: why for name, why in outcomes(report, "failure", "error").items() if name not in told}
+        told.update(failed)
+        text += _listed(f"{what} that failed", failed)
+        if name == "contracts.xml":
+            text += _listed(f"{what} that were not asked for", outcomes(report, "skipped"))
     return "\n".join(text)
+
+
+def _listed(what: str, found: dict[str, str]) -> list[str]:
+    lines = [f"- `{name}`: `{reason}`" for name, reason in found.items()]
+    more = [f"- and {len(lines) - MOST_TOLD} more"] if len(lines) > MOST_TOLD else []
+    return [f"{what}: {len(found)}", "", *lines[:MOST_TOLD], *more, ""] if found else []
 
 
 def main() -> None:
@@ -79,11 +91,11 @@ def main() -> None:
     commands.add_parser("releases", help="tags on standard input, a matrix on standard output")
     tell = commands.add_parser("summary", help="what JUnit reports say, as Markdown")
     tell.add_argument("ref")
-    tell.add_argument("contracts", type=Path)
-    tell.add_argument("suite", type=Path)
+    tell.add_argument("reports", type=Path)
+    tell.add_argument("--environment", default="success")
     args = parser.parse_args()
     if args.command == "summary":
-        print(summary(args.ref, args.contracts, args.suite))
+        print(summary(args.ref, args.reports, args.environment))
         return
     oldest = oldest_supported((ROOT / "pyproject.toml").read_text("utf-8"))
     found = releases(sys.stdin, oldest)

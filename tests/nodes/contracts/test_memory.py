@@ -10,6 +10,7 @@ import comfy.model_management as mm
 import psutil
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from sampling import MB
 from small_patcher import CPU, small_patcher
 from weightstream.nodes import devices, hosts
@@ -45,10 +46,27 @@ def test_the_limit_of_page_locked_memory_is_a_share_of_what_was_counted(
     assert devices._pin_limit() == pytest.approx(expected, abs=8)
 
 
-def test_page_locked_memory_is_counted_and_given_up_on_request() -> None:
+def test_page_locked_memory_is_counted_and_given_up_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mm.TOTAL_PINNED_MEMORY == 0
     assert mm.MAX_PINNED_MEMORY <= 0, "none is page-locked on a CPU"
-    mm.free_pins(1)
+    asked: list[float] = []
+
+    class Pinned(ModelPatcher):
+        """Holds page-locked memory, as one with dynamic VRAM does."""
+
+        def is_dynamic(self) -> bool:
+            return True
+
+        def partially_unload_ram(self, size: float, **_: Any) -> float:
+            asked.append(size)
+            return size
+
+    model = small_patcher(Pinned)
+    model.model.dynamic_pins = {CPU: {"active": False, "current_prompt": False}}
+    monkeypatch.setattr(mm, "current_loaded_models", [mm.LoadedModel(model)])
+    mm.free_pins(50)
+    assert asked
+    assert asked[0] >= 50
 
 
 def test_free_memory_is_in_bytes_and_of_the_device_that_is_asked_for() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.hooks
+import comfy.model_management as mm
 import comfy.model_patcher
 import pytest
 import torch
@@ -80,9 +81,10 @@ def test_every_attribute_of_a_patcher_is_of_its_model_or_of_its_use() -> None:
 
 
 def test_a_patcher_keeps_the_arguments_of_its_constructor() -> None:
-    for kind in (ModelPatcher, comfy.model_patcher.ModelPatcherDynamic):
-        arguments = set(inspect.signature(kind.__init__).parameters) - {"self"}
-        assert arguments <= set(vars(small_patcher()))
+    own = set(inspect.signature(ModelPatcher.__init__).parameters) - {"self"}
+    assert own <= set(vars(small_patcher()))
+    dynamic = set(inspect.signature(comfy.model_patcher.ModelPatcherDynamic.__init__).parameters) - {"self"}
+    assert dynamic <= own, "a model that is dynamic is cloned as one that is not"
 
 
 @pytest.fixture
@@ -156,12 +158,49 @@ def test_a_streamed_model_passes_on_what_it_is_given(streamed: Load, machine: An
     assert torch.equal(sample(clone), plain)
 
 
-def test_what_a_newer_host_passes_besides_is_taken(streamed: Load, native: ModelPatcher) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.partially_load(CPU, 20 * MB, force_patch_weights=False, unheard=1),
+        lambda model: model.partially_unload(CPU, MB, unheard=1),
+        lambda model: model.load(CPU, 20 * MB, unheard=1),
+        lambda model: model.model_state_dict_for_saving(unheard=1),
+    ],
+)
+def test_what_a_newer_host_passes_besides_is_taken(
+    streamed: Load, native: ModelPatcher, call: Callable[[StreamedModelPatcher], Any]
+) -> None:
+    """Of methods that do the host's work in our own way."""
     model = streamed(24 * MB)
-    assert model.partially_load(CPU, 20 * MB, force_patch_weights=False, unheard=1) > 0
-    assert model.partially_unload(CPU, MB, unheard=1) >= 0
-    assert torch.equal(sample(model), sample(native))
-    model.detach()
+    expected = sample(native)
+    assert torch.equal(sample(model), expected)
+    call(model)
+    assert torch.equal(sample(model), expected)
+
+
+PASSED_ON = {
+    "unpatch_model": lambda model, **more: model.unpatch_model(None, False, **more),
+    "patch_hooks": lambda model, **more: model.patch_hooks(None, **more),
+    "unpatch_hooks": lambda model, **more: model.unpatch_hooks(**more),
+    "get_key_patches": lambda model, **more: model.get_key_patches(**more),
+    "match_multigpu_clones": lambda model, **more: model.match_multigpu_clones(**more),
+}
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_what_a_newer_host_passes_besides_is_passed_on(
+    streamed: Load, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of methods behind which the host's own does its part."""
+    model, original, got = streamed(24 * MB), getattr(ModelPatcher, name), []
+
+    def newer(self: Any, *args: Any, unheard: int = 0, **options: Any) -> Any:
+        got.append(unheard)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(ModelPatcher, name, newer)
+    PASSED_ON[name](model, unheard=7)
+    assert 7 in got
 
 
 def test_a_dynamic_patcher_says_so_and_its_factory_gives_one_that_is_not(models: Path) -> None:
@@ -286,10 +325,16 @@ def test_a_model_that_is_placed_elsewhere_keeps_its_use(models: Path, machine: A
     assert moved.model is not theirs.model
     assert moved.patches.keys() == changed.patches.keys() != set()
     assert moved.model_options["transformer_options"]["test"] == 7
-    assert moved.load_device == CPU
+    assert (moved.load_device, moved.offload_device) == (CPU, CPU)
     assert moved.pinned is not theirs.pinned
 
 
 def test_a_module_may_be_any() -> None:
     """The host's patcher asks nothing of a model that :class:`SmallModel` has not."""
-    assert small_patcher().model_size() == sum(each.nbytes for each in SmallModel().parameters())
+    patcher = small_patcher()
+    assert patcher.model_size() == sum(each.nbytes for each in SmallModel().parameters())
+    mm.load_models_gpu([patcher])
+    assert patcher.loaded_size() == patcher.model_size()
+    assert torch.equal(patcher.model.first(torch.eye(4)), SmallModel().first(torch.eye(4)))
+    mm.unload_all_models()
+    assert mm.current_loaded_models == []
