@@ -3,100 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch._dynamo
-from models import Layer, Transformer, X, make_streamer
+from models import Transformer, X, make_streamer
 from race import NumberedBlock, NumberedModel, RaceBackend
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from ways_in import KINDS, ByMethods, LayerByLayer, Stop, make, run
 from weightstream.streaming import Streamer, StreamingConfig, split_model
 from weightstream.streaming.by_units import ByUnits
-from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.links import Links
-
-
-class Stop(BaseException):
-    """Like the host's interrupt: no ``Exception``."""
-
-
-class TwoWays(Layer):
-    """Never called: one method gives what the other needs, and runs only a part of the layers."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("nobody calls this")
-
-    def keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _, k, v = self._split(x)
-        return k, v
-
-    def generate(self, x: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor], *, scale: float = 1.0) -> torch.Tensor:
-        q, _, _ = self._split(x)
-        x = x + self.out(nn.functional.scaled_dot_product_attention(q, *keys)) * self.scale * scale
-        return x + self.mlp(x)
-
-    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.qkv(self.norm(x)).chunk(3, dim=-1)
-
-
-class ByMethods(Transformer):
-    """Its blocks are entered twice in a step, by methods."""
-
-    def __init__(self, depth: int = 6, width: int = 32) -> None:
-        super().__init__(depth, width)
-        self.blocks = nn.ModuleList(TwoWays(width) for _ in range(depth))
-
-    def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
-        x = self.input(x)
-        for index in range(len(self.blocks)) if order is None else order:
-            x = self.blocks[index].generate(x, self.blocks[index].keys(x), scale=0.5)
-        return self.output(x)
-
-
-class LayerByLayer(Transformer):
-    """Calls the layers of its blocks one by one, but for those of ``whole`` blocks.
-
-    Attributes:
-        fails: is called in the middle of the block ``fails_in``.
-    """
-
-    def __init__(self, depth: int = 6, width: int = 32, whole: tuple[int, ...] = ()) -> None:
-        super().__init__(depth, width)
-        self.whole = whole
-        self.fails_in = -1
-
-    def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
-        x = self.input(x)
-        for index in range(len(self.blocks)) if order is None else order:
-            block = self.blocks[index]
-            if index in self.whole:
-                x = block(x)
-                continue
-            q, k, v = block.qkv(block.norm(x)).chunk(3, dim=-1)
-            if index == self.fails_in:
-                raise Stop
-            x = x + block.out(nn.functional.scaled_dot_product_attention(q, k, v)) * block.scale
-            x = x + block.mlp(x)
-        return self.output(x)
-
-
-def make(kind: Callable[..., Transformer], **arguments: Any) -> Transformer:
-    torch.manual_seed(0)
-    return kind(**arguments).requires_grad_(False).eval()
-
-
-def run(streamer: Streamer, model: Transformer, order: list[int] | None = None) -> torch.Tensor:
-    return streamer.run(lambda: model(X, order), shape=tuple(X.shape), reload=streamer.load)
-
-
-KINDS = {
-    "methods": ByMethods,
-    "layers": LayerByLayer,
-    "layers of some": lambda **sizes: LayerByLayer(whole=(1, 4), **sizes),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -388,131 +305,6 @@ def test_every_access_to_a_slot_is_ordered(ways: tuple[str, ...], learned: bool)
 
 
 # -- several devices -------------------------------------------------------------------------------------------------
-
-
-class CountingLinks(Links):
-    def __init__(self) -> None:
-        super().__init__()
-        self.moves = 0
-
-    def move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        self.moves += 1
-        return super().move(tensor, device)
-
-
-def test_what_methods_are_given_and_give_crosses_between_devices() -> None:
-    model, links = make(ByMethods), CountingLinks()
-    expected = model(X)
-    devices = [torch.device("cpu", index % 2) for index in range(6)]
-    boundary = Boundary(devices[0], links)
-    boundary.attach(model, list(zip(model.blocks, devices, strict=True)))
-    for _ in range(2):
-        assert torch.equal(model(X), expected)
-    # In each step: to each of three blocks once, what both methods get, and home, what the second one gives.
-    assert links.moves == 2 * (3 + 3)
-    boundary.detach()
-    assert not any("keys" in vars(block) for block in model.blocks)
-
-
-def test_methods_stream_on_two_devices() -> None:
-    model = make(ByMethods)
-    expected = model(X)
-    devices = [torch.device("cpu", index % 2) for index in range(6)]
-    boundary = Boundary(devices[0], CountingLinks())
-    streamer = make_streamer(model)
-    for _ in range(3):
-        streamer.load(streamer.plan_for(streamer.minimum_bytes))
-        boundary.attach(model, list(zip(model.blocks, devices, strict=True)))
-        for _ in range(3):
-            assert torch.equal(run(streamer, model), expected)
-        streamer.unload()
-    boundary.detach()
-    assert not any("keys" in vars(block) for block in model.blocks)
-
-
-class Small(nn.Module):
-    """A block on a device; whoever computes with its layers needs nothing else of it."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8, device=device)
-        self.mlp = nn.Sequential(nn.Linear(8, 16, device=device), nn.GELU(), nn.Linear(16, 8, device=device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mlp(self.norm(x)) * 0.5
-
-
-class Spread(nn.Module):
-    """Some blocks are called, of others the layers: ``whole`` has the numbers of the former."""
-
-    def __init__(self, devices: list[torch.device], whole: set[int]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(map(Small, devices))
-        self.whole = whole
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for number, block in enumerate(self.blocks):
-            x = block(x) if number in self.whole else x + block.mlp(block.norm(x)) * 0.5
-        return x
-
-
-def hooked(module: nn.Module) -> int:
-    return sum(len(one._forward_pre_hooks) for one in module.modules())
-
-
-@pytest.mark.parametrize("whole", [set(), {0, 3}, set(range(6))], ids=["none", "some", "all"])
-def test_layers_of_blocks_that_nobody_enters_run_where_they_are(whole: set[int]) -> None:
-    """On fake GPUs, where no operation mixes two; and what is watched for that is watched once."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        devices = [torch.device("cuda", index % 3) for index in range(6)]
-        model, links = Spread(devices, whole), CountingLinks()
-        links.is_sound = lambda source, target: True
-        boundary = Boundary(devices[0], links)
-        for _ in range(2):
-            boundary.attach(model, list(zip(model.blocks, devices, strict=True)))
-            for _ in range(3):
-                output = model(torch.randn(2, 3, 8, device=devices[0]))
-                assert output.device == devices[0]
-                alone = [n for n, block in enumerate(model.blocks) if hooked(block) > 1]
-                assert alone == [n for n in range(6) if n % 3 and n not in whole]
-            boundary.detach()
-        assert hooked(model) == 0
-
-
-@pytest.mark.parametrize("error", [Stop, ValueError])
-def test_an_error_in_a_layer_of_a_block_that_nobody_enters(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make(LayerByLayer)
-    expected, links = model(X), CountingLinks()
-    devices = [torch.device("cpu", index % 2) for index in range(6)]
-    boundary = Boundary(devices[0], links)
-    boundary.attach(model, list(zip(model.blocks, devices, strict=True)))
-
-    def fail(x: torch.Tensor) -> torch.Tensor:
-        raise error
-
-    for layer in (model.blocks[3].mlp[1], model.blocks[1].out):
-        with monkeypatch.context() as patch:
-            patch.setattr(layer, "forward", fail)
-            with pytest.raises(error):
-                model(X)
-        boundary.settle()
-        before = links.moves
-        assert torch.equal(model(X), expected)
-        assert links.moves > before
-    boundary.detach()
-
-
-def test_a_model_that_is_compiled_is_watched_at_its_blocks_alone() -> None:
-    model = make(LayerByLayer)
-    boundary = Boundary(torch.device("cpu", 0), CountingLinks())
-    boundary.attach(model, [(block, torch.device("cpu", 1)) for block in model.blocks], compiled=True)
-    assert all(hooked(block) == 1 for block in model.blocks)
-    boundary.detach()
-
-
-# -- decisions -------------------------------------------------------------------------------------------------------
 
 
 def test_a_block_begins_with_its_first_unit_and_ends_with_anothers() -> None:
