@@ -16,7 +16,8 @@
  *   one for each model and device; the parts of one model have the same id. last_run is of the last one that ended
  * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback", text: string}} Notice
  * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[],
- *   why_no_devices?: string | null}} Status
+ *   comfyui?: {version: string, broken: string[]}, why_no_devices?: string | null}} Status
+ *   comfyui.broken says what of ComfyUI is not as the pack knows it; nothing streams then, and notices say so
  * @typedef {{schema: number, time: number, revision: string, devices: unknown[][], host: (number | null)[],
  *   loading: [string, number, number, number | null][], running: string[]}} Event
  */
