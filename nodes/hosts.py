@@ -259,6 +259,7 @@ class _Nesting:
         self._users = 0
         self._kind: Any = None
         self._originals: tuple[Any, Any] = (None, None)
+        self._counting: tuple[Any, Any] = (None, None)
         self._depths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> None:
@@ -266,16 +267,19 @@ class _Nesting:
             self._users += 1
             if self._users == 1 and (kind := _kind_of_records()) is not None:
                 self._kind, self._originals = kind, (kind.pause, kind.resume)
-                kind.pause, kind.resume = self._counting(*self._originals)
+                kind.pause, kind.resume = self._counting = self._count(*self._originals)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0 and self._kind is not None:
-                self._kind.pause, self._kind.resume = self._originals
+            kind = self._kind
+            # What somebody else has put around ours meanwhile stays: to count does no harm.
+            if self._users == 0 and kind is not None and (kind.pause, kind.resume) == self._counting:
+                kind.pause, kind.resume = self._originals
+            if self._users == 0:
                 self._kind = None
 
-    def _counting(self, pause: Callable[..., None], resume: Callable[..., None]) -> tuple[Any, Any]:
+    def _count(self, pause: Callable[..., None], resume: Callable[..., None]) -> tuple[Any, Any]:
         depths = self._depths
 
         @functools.wraps(pause)
