@@ -136,8 +136,8 @@ def _pin_limit() -> int | None:
     """Bytes that may be page-locked in all: ComfyUI's limit, a share of the RAM that it has counted, and the same share
     of what a control group allows, where ComfyUI has not counted that already. What the system then really allows is
     found by trying (PinBudget)."""
-    if mm.MAX_PINNED_MEMORY <= 0:
-        return None
+    if getattr(mm, "MAX_PINNED_MEMORY", 0) <= 0 or not hasattr(mm, "get_total_memory"):
+        return None  # Where they are gone nothing streams (contracts.py); the pack starts all the same.
     limit, counted = float(mm.MAX_PINNED_MEMORY), hosts.counted_ram()
     if (group := group_memory()) is not None and group.total < counted:
         limit *= group.total / counted

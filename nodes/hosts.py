@@ -35,13 +35,12 @@ from typing import Any
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfyui_version import __version__ as VERSION
 
 from ..streaming.allocation_record import AllocationRecord
 
 logger = logging.getLogger(__name__)
 
-# The newest ComfyUI whose whole source was read, and with which everything was tried.
+# The newest ComfyUI in which the whole suite was run by us.
 NEWEST_KNOWN = "0.33"
 
 # With what a patcher is made, in all versions.
@@ -61,13 +60,17 @@ def module_of_host(name: str) -> ModuleType | None:
     """A module that some versions have; None where it is not there, or cannot be imported."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # Whatever a module does when it is imported.
         logger.debug("%s cannot be imported: %s", name, error)
         return None
 
 
+VERSION: str = getattr(module_of_host("comfyui_version"), "__version__", "unknown")
+
+
 def _borrowed(module: str, name: str, stand_in: Any, needed: bool = True) -> Any:
-    """What the host has under this name; ``stand_in`` where it is gone, which nobody runs if the name is ``needed``."""
+    """What the host has under this name, else ``stand_in``. Where a ``needed`` name is gone nothing streams, so its
+    stand-in is never run."""
     found = getattr(module_of_host(module), name, None)
     if found is None and needed:
         missing.append(f"{module}.{name}")
@@ -194,12 +197,12 @@ def end_recordings() -> None:
         return
     try:
         end()
-    except RuntimeError as error:  # The step's own error says why, and must not be hidden by this one.
+    except Exception as error:  # The step's own error says why, and must not be hidden by this one.
         logger.warning("ComfyUI could not end its record of allocations: %s", error)
 
 
 class HostRecord(AllocationRecord):
-    """The host's record of this thread's allocations. One for the process."""
+    """The host's record of what the calling thread allocates. One object serves all threads."""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -249,9 +252,9 @@ class _Nesting:
     The host's pause of a record is a switch: the end of an inner pause would switch the record on in the middle of the
     outer one. Ours meet others in both ways: kernels of comfy-kitchen pause inside of a block that runs on another
     device, where we pause; and some models pause around blocks, where we pause for checksums. So for the length of a
-    step of ours, and for as long as any thread is in one, the two methods of the record's class count. Who pauses and
-    resumes in pairs, as all do, is given the same as before. The host offers nothing else: it does not tell whether a
-    record is paused.
+    step of ours, and for as long as any thread is in one, the two methods of the record's class count. Who is the only
+    one to pause, and resumes what it has paused, notices nothing. A pause that began before the step is not counted.
+    The host offers nothing else: it does not tell whether a record is paused.
     """
 
     def __init__(self) -> None:
@@ -264,20 +267,28 @@ class _Nesting:
 
     def __enter__(self) -> None:
         with self._lock:
+            if self._users == 0 and hasattr(_prefetch, "malloc_graph_begin"):
+                self._begin(_kind_of_records())
             self._users += 1
-            if self._users == 1 and (kind := _kind_of_records()) is not None:
-                self._kind, self._originals = kind, (kind.pause, kind.resume)
-                kind.pause, kind.resume = self._counting = self._count(*self._originals)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
-            kind = self._kind
-            # What somebody else has put around ours meanwhile stays: to count does no harm.
-            if self._users == 0 and kind is not None and (kind.pause, kind.resume) == self._counting:
-                kind.pause, kind.resume = self._originals
-            if self._users == 0:
-                self._kind = None
+            if self._users == 0 and self._kind is not None:
+                self._end()
+
+    def _begin(self, kind: Any) -> None:
+        if not (hasattr(kind, "pause") and hasattr(kind, "resume")):
+            return
+        self._depths = weakref.WeakKeyDictionary()
+        self._kind, self._originals = kind, (kind.pause, kind.resume)
+        kind.pause, kind.resume = self._counting = self._count(*self._originals)
+
+    def _end(self) -> None:
+        if (self._kind.pause, self._kind.resume) == self._counting:
+            self._kind.pause, self._kind.resume = self._originals
+        # What somebody else has put around ours meanwhile stays; from now on ours pass calls on.
+        self._kind, self._depths = None, weakref.WeakKeyDictionary()
 
     def _count(self, pause: Callable[..., None], resume: Callable[..., None]) -> tuple[Any, Any]:
         depths = self._depths
@@ -285,12 +296,15 @@ class _Nesting:
         @functools.wraps(pause)
         def counted_pause(graph: Any, *args: Any, **options: Any) -> None:
             pause(graph, *args, **options)
-            depths[graph] = depths.get(graph, 0) + 1
+            if self._depths is depths:
+                depths[graph] = depths.get(graph, 0) + 1
 
         @functools.wraps(resume)
         def counted_resume(graph: Any, *args: Any, **options: Any) -> None:
-            depths[graph] = max(0, depths.get(graph, 0) - 1)
             resume(graph, *args, **options)
+            if self._depths is not depths:
+                return  # Of an earlier step, beneath what somebody has put around it.
+            depths[graph] = max(0, depths.get(graph, 0) - 1)
             if depths[graph]:
                 pause(graph)  # The outer pause goes on. Nothing is allocated between the two.
 

@@ -51,6 +51,8 @@ class StepCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         encoder = self._encoder()
+        if encoder is None:
+            raise ReferenceError(f"the encoder whose {self._name} this is does not exist any more")
         forward = lambda: self._step(lambda: self._call(encoder, *args, **kwargs))  # noqa: E731
         patcher = getattr(encoder, ATTRIBUTE).loaded()
         if not isinstance(patcher, StreamedModelPatcher):

@@ -69,7 +69,9 @@ class Entries:
                 :meth:`settle`.
             methods: not only by a call.
         """
-        names = entry_methods(type(module)) if methods else ()
+        found = entry_methods(type(module)) if methods else ()
+        # Not what somebody has put something else in the place of.
+        names = [name for name in found if callable(vars(module).get(name, _nothing))]
         if names:
             door = _Door(begins, ends, always_ends)
             self._doors.append(door)
@@ -233,7 +235,8 @@ class Method:
 
 @torch.compiler.disable
 def _apart(output: Any, module: nn.Module) -> Any:
-    """``output`` with copies of what is the module's own: its weights are there only until it is left."""
+    """``output`` with copies of what is the module's own, also in tuples, lists and dictionaries: its weights are there
+    only until it is left. Who writes to what it was given writes to the copy."""
     if output is None:
         return None
     own = [*module.parameters(), *module.buffers()]
@@ -246,6 +249,9 @@ def _apart(output: Any, module: nn.Module) -> Any:
         if type(value) in (tuple, list):
             parts = [apart(part) for part in value]
             return value if all(new is old for new, old in zip(parts, value, strict=True)) else type(value)(parts)
+        if type(value) is dict:
+            parts = {name: apart(part) for name, part in value.items()}
+            return value if all(parts[name] is old for name, old in value.items()) else parts
         return value
 
     return apart(output)

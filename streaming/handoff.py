@@ -167,10 +167,7 @@ class Boundary:
         loan = _Loan(device, self.home, self._move)
         visit = _Visit(self.home, Exchange(loan.lend), self._record.resumed())
         try:
-            args, kwargs = visit.exchange.all_of(args, kwargs)
-            output = function(*args, **kwargs)
-            loan.copy_back()
-            return mapped(output, loan.take_back)
+            return _visited(visit, loan, function, args, kwargs)
         finally:
             visit.end(loan.take_back)
 
@@ -279,6 +276,15 @@ class _Visit:
             self.exchange.undo(change)
         finally:
             self._guards.close()
+
+
+def _visited(visit: _Visit, loan: _Loan, function: Function, args: Any, kwargs: Any) -> Any:
+    """What ``function`` gives at home, for the block that calls it. By itself, so that what was made at home goes with
+    this frame, before the record pauses again."""
+    args, kwargs = visit.exchange.all_of(args, kwargs)
+    output = function(*args, **kwargs)
+    loan.copy_back()
+    return mapped(output, loan.take_back)
 
 
 def _home(tensor: torch.Tensor) -> torch.Tensor:

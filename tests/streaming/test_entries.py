@@ -359,7 +359,7 @@ class Giving(Block):
         return self.layer.weight.mT[1:]
 
     def several(self) -> Any:
-        return (self.layer.bias, [self.layer.weight[0], 3])
+        return (self.layer.bias, [self.layer.weight[0], 3], {"bias": self.layer.bias})
 
     def other(self, x: Any) -> Any:
         return [x, (x,)]
@@ -379,6 +379,7 @@ def test_weights_that_a_method_gives_are_copies() -> None:
     assert torch.equal(given[3][0], given[0][0])
     assert given[2].abs().sum() > 0
     assert given[3][1] == 3
+    assert torch.equal(given[4]["bias"], given[2])
     assert plain[0].abs().sum() == 0
     x = torch.ones(2)
     found = block.other(x)
@@ -386,3 +387,12 @@ def test_weights_that_a_method_gives_are_copies() -> None:
     assert found[1][0] is x
     entries.remove()
     assert block.weight() is block.layer.weight
+
+
+def test_a_method_in_whose_place_is_something_else_is_left_alone() -> None:
+    block, entries = Block(), Entries()
+    block.by_method = None
+    entries.watch(block, lambda *_: None, lambda *_: None)
+    assert block.by_method is None
+    entries.remove()
+    assert block.by_method is None

@@ -271,8 +271,14 @@ def test_the_pack_starts_where_a_name_that_it_borrows_is_gone(
     monkeypatch.delattr(torch_compile, "COMPILE_KEY")  # Without this one models stream.
     monkeypatch.delattr(comfy.model_patcher, "LazyCastingParam")
     monkeypatch.setitem(sys.modules, "comfy_aimdo.model_vbar", None)
-    extension = loaded_anew()
-    loader = sys.modules["weightstream_anew.nodes.loader"]
+    monkeypatch.setitem(sys.modules, "comfyui_version", None)
+    with monkeypatch.context() as patch:
+        patch.delattr(mm, "MAX_PINNED_MEMORY")
+        extension = loaded_anew()
+    loader, found = (sys.modules[f"weightstream_anew.nodes.{name}"] for name in ("loader", "hosts"))
+    assert found.VERSION == "unknown"
+    for asked_by_age in ("broken_files", "broken_recordings"):
+        monkeypatch.setattr(found, asked_by_age, lambda: iter(()))
     assert sys.modules["weightstream_anew.nodes.contracts"].broken_contracts() == (
         "comfy.model_patcher.LazyCastingParam is gone",
         "comfy_aimdo.model_vbar.vbars_analyze is gone",

@@ -76,6 +76,35 @@ def test_methods_of_the_host_are_as_they_were_behind_a_step(host: RecordingHost,
     assert (StrictRecord.pause, StrictRecord.resume) == before
 
 
+def test_what_somebody_puts_around_the_counting_meanwhile_stays(host: RecordingHost) -> None:
+    original = StrictRecord.pause, StrictRecord.resume
+    called: list[str] = []
+
+    def around(method: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(graph: StrictRecord, *args: Any, **options: Any) -> None:
+            called.append("theirs")
+            method(graph, *args, **options)
+
+        return wrapper
+
+    try:
+        with hosts.nesting_pauses:
+            theirs = StrictRecord.pause, StrictRecord.resume = around(StrictRecord.pause), around(StrictRecord.resume)
+        assert (StrictRecord.pause, StrictRecord.resume) == theirs
+        for _ in range(2):
+            with hosts.nesting_pauses:
+                host.begin()
+                with host.pause():
+                    with hosts.record.paused():
+                        pass
+                    assert host.kept[-1].paused
+                assert not host.kept[-1].paused
+                host.end()
+        assert called
+    finally:
+        StrictRecord.pause, StrictRecord.resume = original
+
+
 def test_a_record_that_has_failed_hides_no_error(host: RecordingHost) -> None:
     def run_out() -> None:
         with hosts.record.paused():
@@ -253,8 +282,9 @@ def test_what_runs_on_another_device_is_not_recorded(
     assert host.escaped == []
 
 
+@pytest.mark.parametrize("gives", ["what it got", "a tensor of its own"])
 def test_what_a_block_elsewhere_calls_at_home_is_recorded(
-    models: Path, machine: Any, native: ModelPatcher, host: RecordingHost
+    models: Path, machine: Any, native: ModelPatcher, host: RecordingHost, gives: str
 ) -> None:
     """It frees what it has allocated in the record before, which the record must see."""
 
@@ -263,7 +293,7 @@ def test_what_a_block_elsewhere_calls_at_home_is_recorded(
 
         def patch(out: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             kept["last"] = out * 1.0
-            return out
+            return out if gives == "what it got" else out * 1.0
 
         model.set_model_attn1_output_patch(patch)
         return model
