@@ -163,7 +163,6 @@ def _broken() -> Iterator[str]:
         yield "WrappersMP.APPLY_MODEL is gone"
     if not hasattr(hosts.CallbacksMP, "ON_LOAD"):
         yield "CallbacksMP.ON_LOAD is gone"
-    yield from hosts.broken_files()
     yield from hosts.broken_recordings()
 
 

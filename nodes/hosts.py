@@ -136,22 +136,12 @@ def _shared(patcher: ModelPatcher) -> set[str]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-# Since this release the host leaves a file's path on its tensors.
-MARKS_SINCE = (0, 37)
-
-
 def mark_as_loaded(tensors: Mapping[str, torch.Tensor], path: str) -> None:
     """Leave on tensors of a file that we have opened what the host's own loader leaves on them: since 0.37 the file's
     path, by which it decides whether to read from the disk in every step."""
     annotate = getattr(module_of_host("comfy.storage"), "annotate_state_dict", None)
     if annotate is not None:
         annotate(tensors, path)
-
-
-def broken_files() -> Iterator[str]:
-    """What is lacking to mark files as the host does, where it marks them."""
-    if release(VERSION) >= MARKS_SINCE and not hasattr(module_of_host("comfy.storage"), "annotate_state_dict"):
-        yield "storage.annotate_state_dict is gone"
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -174,17 +164,15 @@ RECORDS_SINCE = (0, 35)
 
 
 def broken_recordings() -> Iterator[str]:
-    """What is lacking to keep our allocations out of the host's records, where it keeps some."""
-    if not hasattr(_prefetch, "cleanup_prefetch_queues"):
-        yield "model_prefetch.cleanup_prefetch_queues is gone"
-    if not (hasattr(_prefetch, "malloc_graph_begin") or release(VERSION) >= RECORDS_SINCE):
-        return
-    for name in ("malloc_graph_begin", "pause_malloc_graph", "MALLOC_GRAPHS"):
-        if not hasattr(_prefetch, name):
-            yield f"model_prefetch.{name} is gone"
-    kind = _kind_of_records()
-    if not all(hasattr(kind, name) for name in ("pause", "resume", "physical_bytes")):
-        yield "malloc_graph.MallocGraph is another"
+    """What is lacking to keep our allocations out of the host's records, where it keeps some. A name without which less
+    is known (what a record holds) is none of it."""
+    records = hasattr(_prefetch, "malloc_graph_begin")
+    if not records and release(VERSION) >= RECORDS_SINCE:
+        yield "model_prefetch.malloc_graph_begin is gone"  # They may be kept under another name.
+    if records and not hasattr(_prefetch, "pause_malloc_graph"):
+        yield "model_prefetch.pause_malloc_graph is gone"
+    if records and not (hasattr(_prefetch, "cleanup_malloc_graph") or hasattr(_prefetch, "cleanup_prefetch_queues")):
+        yield "model_prefetch.cleanup_malloc_graph is gone"
 
 
 def end_recordings() -> None:

@@ -9,27 +9,17 @@ import comfy.model_management as mm
 import pytest
 import torch
 import unknown_family
+from counting_links import CountingLinks
 from families import USES
 from family import Family
 from family_models import build_tiny, make_tiny, sample, whole
 from weightstream.nodes.streamed_model import model_dtype
 from weightstream.streaming import split_model
 from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.links import Links
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HOME, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
-
-
-class CountingLinks(Links):
-    def __init__(self) -> None:
-        super().__init__()
-        self.moves = 0
-
-    def move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        self.moves += 1
-        return super().move(tensor, device)
 
 
 @pytest.mark.filterwarnings("default")

@@ -5,22 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
+from counting_links import CountingLinks
 from models import X, make_streamer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ways_in import ByMethods, LayerByLayer, Stop, make, run
 from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.links import Links
-
-
-class CountingLinks(Links):
-    def __init__(self) -> None:
-        super().__init__()
-        self.moves = 0
-
-    def move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        self.moves += 1
-        return super().move(tensor, device)
 
 
 def test_what_methods_are_given_and_give_crosses_between_devices() -> None:

@@ -21,7 +21,7 @@ from weightstream.nodes import hosts
 from weightstream.nodes.loader import _open
 from weightstream.nodes.mapped import mapped_loading
 
-MARKS_FILES = hosts.release(hosts.VERSION) >= hosts.MARKS_SINCE
+MARKS_FILES = hosts.release(hosts.VERSION) >= (0, 37)
 
 
 class Told(ModelPatcher):

@@ -81,12 +81,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda patch: patch.delattr(WrappersMP, "APPLY_MODEL"),
         "WrappersMP.APPLY_MODEL is gone",
     ),
-    "the clean-up": (
-        lambda patch: patch.delattr(comfy.model_prefetch, "cleanup_prefetch_queues"),
-        "model_prefetch.cleanup_prefetch_queues is gone",
-    ),
     "what cannot even be asked": (
-        lambda patch: patch.setattr(hosts, "broken_files", lambda: 1 / 0),
+        lambda patch: patch.setattr(hosts, "broken_recordings", lambda: 1 / 0),
         "asking failed with ZeroDivisionError",
     ),
 }
@@ -142,43 +138,42 @@ def test_what_other_packs_have_wrapped_is_not_broken(
 @pytest.mark.parametrize(
     ("gone", "expected"),
     [
-        ("malloc_graph_begin", "model_prefetch.malloc_graph_begin is gone"),
-        ("pause_malloc_graph", "model_prefetch.pause_malloc_graph is gone"),
-        ("MALLOC_GRAPHS", "model_prefetch.MALLOC_GRAPHS is gone"),
+        (["malloc_graph_begin"], ("model_prefetch.malloc_graph_begin is gone",)),
+        (["pause_malloc_graph"], ("model_prefetch.pause_malloc_graph is gone",)),
+        (["cleanup_malloc_graph", "cleanup_prefetch_queues"], ("model_prefetch.cleanup_malloc_graph is gone",)),
+        (["cleanup_malloc_graph"], ()),
+        (["MALLOC_GRAPHS"], ()),
     ],
 )
 def test_a_host_of_that_age_must_keep_its_records_as_we_know_them(
     recording_host: RecordingHost,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
-    gone: str,
-    expected: str,
+    gone: list[str],
+    expected: tuple[str, ...],
 ) -> None:
     """Else they would be kept under other names, with what is ours in them."""
     monkeypatch.setattr(hosts, "VERSION", "0.36.0")
     assert contracts.broken_contracts() == ()
     contracts.broken_contracts.cache_clear()
     with monkeypatch.context() as patch:
-        patch.delattr(comfy.model_prefetch, gone)
-        assert contracts.broken_contracts() == (expected,)
+        for name in gone:
+            patch.delattr(comfy.model_prefetch, name)
+        assert contracts.broken_contracts() == expected
         contracts.broken_contracts.cache_clear()
         patch.setattr(hosts, "VERSION", "0.33.0")
         # An older one keeps none.
-        assert contracts.broken_contracts() == (() if gone == "malloc_graph_begin" else (expected,))
+        assert contracts.broken_contracts() == (() if gone == ["malloc_graph_begin"] else expected)
 
 
 def test_files_are_loaded_where_nobody_marks_them_any_more(
     streamed: Callable[..., Any], native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The marks are for the host's own way of loading: without them models stream."""
     monkeypatch.setitem(sys.modules, "comfy.storage", ModuleType("comfy.storage"))
     expected = sample(native)
-    with monkeypatch.context() as patch:
-        patch.setattr(hosts, "VERSION", "0.30.0")
-        assert torch.equal(sample(streamed(24 * MB)), expected)
-    contracts.broken_contracts.cache_clear()
-    monkeypatch.setattr(hosts, "VERSION", "0.99.0")
-    monkeypatch.setattr(hosts, "broken_recordings", lambda: iter(()))
-    assert contracts.broken_contracts() == ("storage.annotate_state_dict is gone",)
-    assert torch.equal(sample(streamed(24 * MB)), expected), "ComfyUI's own way"
+    model = streamed(24 * MB)
+    assert isinstance(model, StreamedModelPatcher)
+    assert torch.equal(sample(model), expected)
 
 
 @pytest.fixture
@@ -186,8 +181,7 @@ def strange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer host, whose patchers cannot do something that is asked of them."""
     monkeypatch.setattr(hosts, "VERSION", "0.99.0")
     monkeypatch.setitem(contracts.PATCHER_METHODS, "will_be_there_no_more", ())
-    for asked_by_age in ("broken_files", "broken_recordings"):
-        monkeypatch.setattr(hosts, asked_by_age, lambda: iter(()))
+    monkeypatch.setattr(hosts, "broken_recordings", lambda: iter(()))
 
 
 @pytest.mark.usefixtures("strange")
@@ -277,8 +271,7 @@ def test_the_pack_starts_where_a_name_that_it_borrows_is_gone(
         extension = loaded_anew()
     loader, found = (sys.modules[f"weightstream_anew.nodes.{name}"] for name in ("loader", "hosts"))
     assert found.VERSION == "unknown"
-    for asked_by_age in ("broken_files", "broken_recordings"):
-        monkeypatch.setattr(found, asked_by_age, lambda: iter(()))
+    monkeypatch.setattr(found, "broken_recordings", lambda: iter(()))
     assert sys.modules["weightstream_anew.nodes.contracts"].broken_contracts() == (
         "comfy.model_patcher.LazyCastingParam is gone",
         "comfy_aimdo.model_vbar.vbars_analyze is gone",
