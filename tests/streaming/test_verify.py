@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import SETTINGS, Doubled, PinningBackend, Stored, X, make_transformer
-from weightstream.streaming import CorruptionError, State, Streamer, StreamingConfig, split_model, verify
+from weightstream.streaming import CorruptionError, State, Streamer, StreamingConfig, cpu_backend, split_model, verify
 from weightstream.streaming.backend import Event, Pair
 from weightstream.streaming.lane import Lane
 from weightstream.streaming.verify import Verifier
@@ -284,8 +285,12 @@ def test_synchronous_copies_stay_until_the_model_is_loaded_anew() -> None:
     assert "copies are synchronous" in made.streamer.explain()
 
 
-def test_an_undamaged_model_streams_as_ever() -> None:
-    """The same copies in the same order, with and without: only the sums come on top."""
+def test_an_undamaged_model_streams_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same copies in the same order, with and without: only the sums come on top.
+
+    Time stands still, because what a step has measured decides what is streamed from then on.
+    """
+    monkeypatch.setattr(cpu_backend, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     seen = []
     for on in (False, True):
         made = Made(verify=on)
