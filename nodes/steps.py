@@ -12,6 +12,7 @@ import torch
 from ..streaming import State
 from .hosts import end_recordings, nesting_pauses
 from .shares import PartFullError
+from .step_state import RepeatableStep, StepState
 
 if TYPE_CHECKING:
     from .patcher import StreamedModelPatcher
@@ -30,13 +31,28 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
     step = partial(
         run_step,
         patcher,
-        # Models take what they need out of lists (ControlNet's residuals): a step that is run again needs them whole.
-        lambda: executor(x, *map(_copy_lists, args), **{name: _copy_lists(value) for name, value in kwargs.items()}),
+        repeatable(patcher, lambda: executor(x, *args, **kwargs), _roots_of(executor, x, args, kwargs)),
         shapes_of((x, *args, *kwargs.values())),
         lambda: int(patcher.memory_required(x.shape)),
     )
     shares = patcher.streamed.shares
     return step() if shares is None else shares.run(patcher, step)
+
+
+def _roots_of(executor: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the code of a step gets, by names for people."""
+    given = (*args, *kwargs.values())
+    options = next((value for value in given if isinstance(value, dict) and "wrappers" in value), {})
+    named = {f"transformer_options[{name!r}]": value for name, value in options.items()}
+    return {**named, "its input": x, "its arguments": given, "a wrapper": getattr(executor, "wrappers", None)}
+
+
+def repeatable(patcher: StreamedModelPatcher, forward: Callable[[], T], roots: dict[str, Any]) -> RepeatableStep[T]:
+    """A step of ``patcher`` that may be called again when it has failed; ``roots`` is what it can get hold of."""
+    devices = [patcher.load_device, *(part.load_device for part in patcher.parts)]
+    modules = patcher.streamed.step_modules(getattr(patcher.model, "diffusion_model", patcher.model))
+    with patcher.streamer.backend.record.paused():
+        return RepeatableStep(forward, StepState(roots, modules, devices))
 
 
 def run_step(
@@ -76,15 +92,6 @@ def _run_part(
         if part.streamer.state is State.UNLOADED:
             raise PartFullError(part)
     return run_step(part, forward, shape, estimate)
-
-
-def _copy_lists(value: Any) -> Any:
-    """A list, or a dictionary of lists as ControlNets give it, with lists of its own; anything else as it is."""
-    if type(value) is list:
-        return list(value)
-    if type(value) is dict and all(type(item) is list for item in value.values()):
-        return {key: list(item) for key, item in value.items()}
-    return value
 
 
 def shapes_of(values: Iterable[Any]) -> tuple:

@@ -17,6 +17,7 @@ from .devices import evictable, make_backend, obtainable, pins
 from .offload import GIB, OffloadSettings, host_config
 from .progress import LoadingBar
 from .shares import Shares
+from .step_state import StepModules
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -59,6 +60,7 @@ class StreamedModel:
     title: str = ""
     number: int = field(default_factory=count(1).__next__)
     _native: ModelPatcher | None = None
+    _step_modules: tuple[int, StepModules] | None = None
     _told_of_hooks: bool = False
     _announced: object = None
     _shown: tuple[Plan | None, bool, bool, int] = (None, False, False, 0)
@@ -82,6 +84,13 @@ class StreamedModel:
         assert self.shares is not None
         self.boundary.detach()
         self.placed = self.shares.placed_on(devices)
+
+    def step_modules(self, root: torch.nn.Module) -> StepModules:
+        """The modules that run in steps, since the host has loaded the model for them; below ``root``."""
+        run = self.streamer.counters.runs
+        if self._step_modules is None or self._step_modules[0] != run:
+            self._step_modules = run, StepModules(root)
+        return self._step_modules[1]
 
     def announce_changes(self) -> None:
         """After a step: announce what it has changed or measured, and that everything is page-locked now."""

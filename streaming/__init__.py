@@ -24,6 +24,7 @@ from .errors import (
     DeviceMemoryError,
     RingExhaustedError,
     ServerError,
+    StepNotRepeatedError,
     StreamingError,
     UnsupportedModelError,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "Snapshot",
     "StallListener",
     "State",
+    "StepNotRepeatedError",
     "Streamer",
     "StreamingConfig",
     "StreamingError",

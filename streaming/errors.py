@@ -8,6 +8,7 @@ StreamingError
 |   `-- CheckpointChangedError  the file was changed after it was opened
 |-- CorruptionError        what arrived on the device is not what was sent, time and again
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
+|-- StepNotRepeatedError   a step failed and has changed what it began with
 |-- RingExhaustedError     more segments are needed at once than the ring has slots
 `-- ServerError            no ComfyUI with this pack answers
 """
@@ -51,6 +52,10 @@ class CorruptionError(StreamingError):
 
 class DeviceMemoryError(StreamingError):
     """A virtual device has no room left for an allocation."""
+
+
+class StepNotRepeatedError(StreamingError):
+    """A step that failed would have to run again, and has changed what it began with; the message says what."""
 
 
 class RingExhaustedError(StreamingError):

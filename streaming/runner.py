@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from .backend import is_out_of_memory
 from .config import format_bytes
 from .plan import Plan
 from .planner import Planner
@@ -181,6 +182,11 @@ class Runner:
                 streamer.outline.blocks,
                 streamer.blocks.blocks[blocks[0]].name,
             )
+
+
+def may_be_mended(error: Exception) -> bool:
+    """Whether a step that failed so may be run again, when something has been done about it."""
+    return is_out_of_memory(error) or _is_of_another_device(error)
 
 
 def _is_of_another_device(error: Exception) -> bool:

@@ -1,0 +1,138 @@
+"""What is in the memory of tensors that a step can write to, and where random generators stand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..streaming import format_bytes
+from ..streaming.backend import is_out_of_memory
+
+# Of a tensor of so many bytes there is a copy, as long as all copies of a step take no more than the second.
+SMALL_BYTES = 8 << 20
+COPIES_BYTES = 64 << 20
+
+# So many sums make a fingerprint, each of as many words in a row, so that what was only moved shows too.
+SUMS = 4096
+
+
+class _View(NamedTuple):
+    """A tensor, and which part of which memory it showed."""
+
+    tensor: torch.Tensor
+    storage: torch.UntypedStorage
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _View:
+        return cls(tensor, tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """From its first to its last byte, as uint8: elements may lie apart, or be one and the same."""
+        size = self.tensor.element_size()
+        elements = 1 + sum((count - 1) * step for count, step in zip(self.shape, self.stride, strict=True))
+        empty = torch.empty(0, dtype=torch.uint8, device=self.tensor.device)
+        return empty.set_(self.storage, self.offset * size, (elements * size,), (1,))
+
+    def put_back(self) -> None:
+        now = _View.of(self.tensor)
+        if now[2:] != self[2:] or now.storage.data_ptr() != self.storage.data_ptr():
+            self.tensor.set_(*self[1:])
+
+
+class Memory:
+    """The contents of tensors: a copy of small ones, a fingerprint of large ones.
+
+    Args:
+        devices: on others large tensors are taken to be unchanged.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = set(devices)
+        self._views: list[_View] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._fingerprints: list[tuple[torch.Tensor, torch.Tensor | None, str]] = []
+        self._seen: set[tuple[int, int]] = set()
+        self._copied = 0
+
+    def keep(self, tensor: torch.Tensor, name: str) -> None:
+        """Keep what is in ``tensor``, which ``name`` leads to. Weights and other kinds of tensors are left out."""
+        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return
+        view = _View.of(tensor)
+        self._views.append(view)
+        if tensor.numel() == 0:
+            return
+        memory = view.memory
+        place = (memory.data_ptr(), memory.nbytes)
+        if place in self._seen:
+            return
+        self._seen.add(place)
+        small = memory.nbytes <= SMALL_BYTES and self._copied + memory.nbytes <= COPIES_BYTES
+        if small and (copy := _if_there_is_room(memory.clone)) is not None:
+            self._copied += memory.nbytes
+            self._copies.append((memory, copy))
+        elif tensor.device in self._devices:
+            self._fingerprints.append((memory, _if_there_is_room(lambda: fingerprint(memory)), name))
+
+    def put_back(self) -> None:
+        """Write the copies back. Takes no memory of the device, which may be full."""
+        for view in self._views:
+            view.put_back()
+        for memory, copy in self._copies:
+            # Memory that maps a file is not written to without need.
+            if memory.device.type != "cpu" or not torch.equal(memory, copy):
+                memory.copy_(copy)
+
+    def changed(self) -> str:
+        """What was written to and cannot be put back; empty where there is nothing. Waits for the devices."""
+        for memory, before, name in self._fingerprints:
+            if before is None or not torch.equal(fingerprint(memory), before):
+                return f"a tensor of {format_bytes(memory.nbytes)} that {name} leads to was written to"
+        return ""
+
+
+def _if_there_is_room(make: Any) -> torch.Tensor | None:
+    try:
+        return make()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def fingerprint(memory: torch.Tensor) -> torch.Tensor:
+    """Sums of uint8 ``memory``: :data:`SUMS` of 32-bit words, and one of what is left behind them."""
+    whole = memory.nbytes // (4 * SUMS) * (4 * SUMS)
+    sums = memory[:whole].view(torch.int32).view(SUMS, -1).sum(1, dtype=torch.int64)
+    return torch.cat((sums, memory[whole:].sum(dtype=torch.int64).view(1)))
+
+
+class Generators:
+    """Where the random generators of the process stand: Python's, NumPy's, and torch's for the CPU and ``devices``."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        others = (device for device in devices if device.type != "cpu")
+        self._others = [(device, _module(device).get_rng_state(device)) for device in others]
+
+    def put_back(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others:
+            _module(device).set_rng_state(state, device)
+
+
+def _module(device: torch.device) -> Any:
+    """``torch.cuda`` or its like."""
+    return torch.get_device_module(device)
