@@ -13,10 +13,11 @@ import collections
 import functools
 import inspect
 import itertools
+import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import comfy.sd
@@ -89,17 +90,25 @@ def _package(value: type | types.FunctionType) -> str:
 
 
 def _refill_dict(value: dict, kept: dict) -> None:
-    value.clear()
-    value.update(kept)
+    if not (_same(value.keys(), kept.keys()) and _same(value.values(), kept.values())):
+        value.clear()
+        value.update(kept)
 
 
 def _refill_list(value: list, kept: list) -> None:
-    value[:] = kept
+    if not _same(value, kept):
+        value[:] = kept
 
 
 def _refill(value: Any, kept: Any) -> None:
-    value.clear()
-    (value.update if isinstance(value, set) else value.extend)(kept)
+    if not _same(value, kept):
+        value.clear()
+        (value.update if isinstance(value, set) else value.extend)(kept)
+
+
+def _same(one: Collection[Any], other: Collection[Any]) -> bool:
+    """What nobody has changed is not written to: other threads may be reading it."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _keep_of_array(value: np.ndarray) -> np.ndarray | None:
@@ -127,7 +136,11 @@ def _put_back_of_function(function: types.FunctionType, kept: tuple) -> None:
         elif _content(cell) is not _MISSING:
             del cell.cell_contents
     _refill_dict(vars(function), attributes)
-    function.__globals__.update(variables)
+    _refill_variables(function.__globals__, variables)
+
+
+def _refill_variables(variables: dict[str, Any], kept: dict[str, Any]) -> None:
+    variables.update({name: value for name, value in kept.items() if variables.get(name, _MISSING) is not value})
 
 
 def _parts_of_function(function: types.FunctionType) -> Iterator[Any]:
