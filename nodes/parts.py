@@ -80,7 +80,8 @@ class PartPatcher(StreamedModelPatcher):
         return self._owner.streamed.turns
 
     def _host_patches(self) -> HostPatches:
-        return HostPatches(self._owner, self.streamer.blocks.values, self.load_device)
+        owner = self._owner
+        return HostPatches(owner, self.streamer.blocks.values, self.load_device, owner.streamed.kind)
 
     @property
     def _owner(self) -> StreamedModelPatcher:

@@ -200,7 +200,7 @@ class StreamedModelPatcher(ModelPatcher):
         return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in self.object_patches.values())
 
     def _host_patches(self) -> HostPatches:
-        return HostPatches(self, self.streamer.blocks.values)
+        return HostPatches(self, self.streamer.blocks.values, kind=self.streamed.kind)
 
     def reload(self, plan: Plan, hooks: Any) -> None:
         """Carry ``plan`` out between two steps, with this MODEL's patches and ``hooks`` in effect."""

@@ -9,6 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..streaming import BudgetError, Plan, Streamer, format_bytes, gpu_name, split_model
 from ..streaming.handoff import Boundary
@@ -20,8 +21,6 @@ from .shares import Shares
 from .step_state import StepModules
 
 if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-
     from .patcher import StreamedModelPatcher
 
 # Where the shared model keeps the one object that holds everything about its streaming.
@@ -38,6 +37,7 @@ class StreamedModel:
         node_id: the node where the effective plan is shown; None outside of a prompt.
         bar: shows on it how far loading is.
         load_by_host: loads the same model ComfyUI's own way; None where nobody can.
+        kind: the class of the patcher that the model came with; its way of patching weights is kept (patches.py).
         origin: gives the patcher that came in, of a model that another node has loaded.
         loaded: the patcher whose patches are in the weights.
         boundary: between devices, of a model whose blocks run on several (parts.py).
@@ -52,6 +52,7 @@ class StreamedModel:
     node_id: str | None
     bar: LoadingBar
     load_by_host: Callable[[], ModelPatcher] | None = None
+    kind: type[ModelPatcher] = ModelPatcher
     origin: Callable[[], ModelPatcher | None] = lambda: None
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
     boundary: Boundary | None = None

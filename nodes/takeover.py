@@ -147,7 +147,7 @@ def _stream_twin(patcher: ModelPatcher, settings: OffloadSettings, node_id: str 
     model, locate, factory = make_twin(patcher)
     root = model.diffusion_model if hasattr(model, "diffusion_model") else step_of_text_encoder(model)
     streamed = make_streamed(model, root, patcher.load_device, _name_of(patcher), locate, settings, node_id)
-    streamed.load_by_host = factory
+    streamed.load_by_host, streamed.kind = factory, type(patcher)
     twin = StreamedModelPatcher(model, **{**made_with(patcher), "size": streamed.streamer.model_bytes})
     if factory is not None:
         twin.cached_patcher_init = (_take_over_anew, (factory, settings, node_id))
