@@ -22,6 +22,7 @@ from comfy.model_patcher import ModelPatcher
 from ..streaming import State, UnsupportedModelError
 from .contracts import check_host
 from .devices import make_backend, obtainable, same_device, unload
+from .generators import generators_kept
 from .patcher import StreamedModelPatcher
 from .takeover import carry_over, check_what_hangs_on, give_back
 from .text_encoder import with_patcher
@@ -128,7 +129,8 @@ def _build(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
         raise UnsupportedModelError("its loader has not left word how to load it once more")
     options: dict[str, Any] = {"disable_dynamic": True} if mm.is_device_cpu(device) and patcher.is_dynamic() else {}
     try:
-        built = factory(**options)
+        with generators_kept():
+            built = factory(**options)
     except Exception as error:  # The file may be gone, and the loader another pack's.
         raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     unload(built)  # Loaders of text encoders may have loaded it, where they always do.

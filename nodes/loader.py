@@ -21,6 +21,7 @@ from comfy_api.latest import io
 from ..streaming import Checkpoint, CheckpointError, UnsupportedModelError, warm_up
 from . import status
 from .devices import make_backend
+from .generators import GeneratorStates
 from .hosts import made_with
 from .mapped import SAFETENSORS_ENDINGS, mapped_loading, opened
 from .names import shown_name
@@ -129,12 +130,14 @@ def load_streamed(
     """
     name = shown_name(path)
     weights = _open(path)
+    generators = GeneratorStates()
     try:
         settings = OffloadSettings(vram_limit=vram_limit)
         patcher = _load_for_streaming(weights, full_checkpoint, model_options, settings, node_id)
     except UnsupportedModelError as error:
         text = f"not streamed, loaded ComfyUI's own way: {error}"
         status.announce(name, text, node_id)
+        generators.restore()
         patcher = load_unstreamed(path, model_options, full_checkpoint, **options)
         keep_notice("inactive", name, text, node_id, patcher.model)
         if not weights.sharded:

@@ -15,6 +15,7 @@ from ..streaming import BudgetError, Plan, Streamer, format_bytes, gpu_name, spl
 from ..streaming.handoff import Boundary
 from . import status
 from .devices import evictable, make_backend, obtainable, pins
+from .generators import generators_kept
 from .offload import GIB, OffloadSettings, host_config
 from .progress import LoadingBar
 from .shares import Shares
@@ -134,8 +135,11 @@ class StreamedModel:
         """
         if self._native is not None:
             return self._native.clone()
-        native = self.load_by_host() if self.load_by_host is not None else None
-        if native is not None and native.is_dynamic():
+        if self.load_by_host is None:
+            return None
+        with generators_kept():
+            native = self.load_by_host()
+        if native.is_dynamic():
             self._native = native
         return native
 

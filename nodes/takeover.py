@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..streaming import CheckpointError, UnsupportedModelError
 from .devices import make_backend, unload
+from .generators import generators_kept
 from .hosts import WrappersMP, made_with, what_is_of_the_model
 from .loaded_state import take_off
 from .names import shown_name
@@ -115,7 +116,8 @@ def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
         raise UnsupportedModelError("nothing is known of how it was loaded")
     function, arguments = patcher.cached_patcher_init
     try:
-        found = function(*arguments)
+        with generators_kept():
+            found = function(*arguments)
     except Exception as error:  # The file may be gone.
         raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     if not isinstance(found, StreamedModelPatcher):

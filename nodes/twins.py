@@ -25,6 +25,7 @@ from comfy.model_patcher import ModelPatcher
 from ..streaming import UnsupportedModelError, take_apart
 from ..streaming.entries import Method
 from .devices import unload
+from .generators import generators_kept
 from .loaded_state import ON_MODULES, forget, left_by_host, take_off
 from .mapped import mapped_loading
 from .references import refers_to
@@ -193,7 +194,7 @@ def _call(function: Callable[..., Any], arguments: tuple, index: int | None = No
 def _build(factory: Factory) -> Twin | None:
     """What the factory makes; None where it makes nothing."""
     try:
-        with mapped_loading() as files:
+        with mapped_loading() as files, generators_kept():
             patcher = factory()
             unload(patcher)  # Loaders of text encoders may have loaded it.
             return Twin(patcher.model, files.locate, factory)
