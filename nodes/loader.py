@@ -174,7 +174,7 @@ class _Weights:
 
     path: str
     tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str] | None
+    metadata: dict[str, Any] | None
     locate: Callable[[torch.Tensor], Any]
     files: tuple[str, ...]
 

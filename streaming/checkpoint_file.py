@@ -20,6 +20,7 @@ import warnings
 import weakref
 from dataclasses import dataclass
 from io import FileIO
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ class CheckpointFile:
 
     Attributes:
         nbytes: size of the file.
-        metadata: the texts that the header carries.
+        metadata: what the header carries beside the tensors, mostly texts.
         entries: the tensors by name, in the order of the file.
     """
 
@@ -102,7 +103,7 @@ class CheckpointFile:
         self._lock = threading.Lock()
         self._mapping: mmap.mmap | None = None
         self._address = 0
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
         try:
             self._stat = self._source.stat()

@@ -1,4 +1,4 @@
-"""The generators that a process has for everybody: what our nodes do leaves them as the host's own nodes alone would."""
+"""The generators that a process has for everybody: our nodes leave them as the host's own nodes alone would."""
 
 from __future__ import annotations
 
