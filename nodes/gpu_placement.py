@@ -14,6 +14,7 @@ from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_devi
 from ..streaming.device_names import CPU, DEFAULT
 from . import status
 from .components import clip_on, model_on, vae_on
+from .contents import count_outdated
 from .gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
 from .notices import keep_notice, withdraw_notice
 from .parts import OneDeviceError
@@ -103,9 +104,9 @@ class GpuPlacement(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, **kwargs: Any) -> tuple[str, ...]:
-        """The node runs again when GPUs have come or gone."""
-        return tuple(visible_gpus())
+    def fingerprint_inputs(cls, **_: Any) -> tuple[str | int, ...]:
+        """The node runs again when GPUs have come or gone, and when a model's file was changed."""
+        return (*visible_gpus(), count_outdated())
 
     @classmethod
     def execute(

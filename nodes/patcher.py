@@ -140,6 +140,7 @@ class StreamedModelPatcher(ModelPatcher):
                 # A clone for another GPU, or back from it.
                 self.streamer.move_to(make_backend(device_to))
             self.streamed.show_on(self.node_id)
+            self.streamer.refresh()
             self.streamer.begin_run()
             self.streamer.configure(host_config(self.settings, self.streamer.backend, self._turns))
             self.streamer.expect_compiled(self._is_compiled())

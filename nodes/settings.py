@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..streaming import UnsupportedModelError
 from . import status
 from .components import patcher_on
+from .contents import count_outdated
 from .notices import keep_notice, withdraw_notice
 from .offload import GIB, Mode, OffloadSettings
 from .patcher import StreamedModelPatcher
@@ -72,6 +73,11 @@ class AsyncOffloadSettings(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        """The node runs again when a model's file was changed."""
+        return count_outdated()
 
     @classmethod
     def execute(

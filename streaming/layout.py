@@ -29,14 +29,28 @@ class Place:
     is_parameter: bool
 
 
+class SourceFile(Protocol):
+    """A file that holds tensors.
+
+    Attributes:
+        touches: how often somebody has set its time of change, and perhaps more.
+    """
+
+    touches: int
+
+    def check_unchanged(self) -> None:
+        """Raise unless the contents are still those that were there when the model was loaded."""
+
+
 class Source(Protocol):
     """Where a tensor's bytes can be read from again: a part of a file."""
 
+    @property
+    def file(self) -> SourceFile:
+        """The file."""
+
     def read_into(self, target: memoryview, start: int = 0) -> None:
         """Read ``len(target)`` bytes from byte ``start`` of the tensor on."""
-
-    def check(self) -> None:
-        """Raise unless the bytes are still those that were there when the model was loaded."""
 
     def forget(self, start: int, nbytes: int) -> None:
         """Nobody will read these bytes again soon: the system need not keep them in memory."""

@@ -34,6 +34,8 @@ class Placement:
         self._copies = [UnitCopies(unit) for unit in blocks.units]
         self._rest = UnitCopies(blocks.rest)
         self._arriving: dict[int, list[UnitCopies]] = {}
+        specs = [spec for copies in (*self._copies, self._rest) for spec in copies.unit.layout.specs]
+        self._files = [*{id(spec.source.file): spec.source.file for spec in specs if spec.source is not None}.values()]
 
     def copies(self, unit: int) -> UnitCopies:
         return self._copies[unit]
@@ -78,12 +80,11 @@ class Placement:
         """Bytes that ``plan`` streams from page-locked master copies."""
         return sum(self._copies[unit].unit.nbytes for unit in plan.streamed if self._copies[unit].pinned)
 
-    def check_sources(self) -> None:
-        """Raise if a file is not the one that was loaded any more."""
-        for copies in (*self._copies, self._rest):
-            for spec in copies.unit.layout.specs:
-                if spec.source is not None:
-                    spec.source.check()
+    def check_sources(self) -> int:
+        """Raise if a file is not the one that was loaded any more; gives how often files were touched."""
+        for file in self._files:
+            file.check_unchanged()
+        return sum(file.touches for file in self._files)
 
     def unread_bytes(self, plan: Plan) -> int:
         """Bytes that ``plan`` needs on the device and that are in no copy yet."""

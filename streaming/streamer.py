@@ -86,6 +86,7 @@ class Streamer:
         self._guard = threading.RLock()
         self._depth = 0
         self._lent = False
+        self._touches = 0
         self._steps_before = 0
         self._pins = pins
         self._evictable = evictable
@@ -275,6 +276,22 @@ class Streamer:
         """Whether torch.compile runs the steps of later plans (hooks.py, Note: compiled models)."""
         self._planner.expect_compiled(compiled)
 
+    def refresh(self) -> None:
+        """Before the model is loaded: where somebody has touched its files since then, no copy of before is used.
+
+        Raises:
+            CheckpointChangedError: a file has other contents than when the model was loaded.
+        """
+        with self._occupied():
+            touches = self.check_files()
+            if touches != self._touches:
+                self._touches = touches
+                self.close()
+
+    def check_files(self) -> int:
+        """Raise if a file has other contents than when the model was loaded; gives how often files were touched."""
+        return self.site.placement.check_sources()
+
     def begin_run(self) -> None:
         """The host is about to load the model, for steps that are counted apart from those before."""
         self.site.meters.stalls.collect()  # Those of the last step belong to the run before.
@@ -376,7 +393,7 @@ class Streamer:
     def originals(self) -> Iterator[None]:
         """Point the modules at the weights as loaded, for code that reads them; not while a block runs."""
         self.settle()
-        self.site.placement.check_sources()
+        self.check_files()
         self.site.placement.bind_originals()
         try:
             yield
