@@ -1,10 +1,10 @@
 """Proves the order of accesses to memory, instead of hoping to hit a bad moment.
 
-Who accesses memory is an agent: a stream of a device, or a thread of the host. Each has a vector clock: how much of what
-every agent has done is over, for certain, when it does something now. An event carries such a clock, and a wait joins
-it into the one of the agent that waits. Two accesses to the same bytes, at least one of them a write, race unless the
-agent of the later one has seen the earlier. That holds for every possible timing at once, so one run of a program is
-enough.
+Who accesses memory is an agent: a stream of a device, or a thread of the host. Each has a vector clock: how much of
+what every agent has done is over, for certain, when it does something now. An event carries such a clock, and a wait
+joins it into the one of the agent that waits. Two accesses to the same bytes, at least one of them a write, race unless
+the agent of the later one has seen the earlier. That holds for every possible timing at once, so one run of a program
+is enough.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Accesses:
 
     @contextmanager
     def written_by_host(self, memory: torch.Tensor) -> Iterator[None]:
-        """This thread writes to host memory. Which threads wait for it nobody knows here, so no copy reads meanwhile."""
+        """This thread writes to host memory, which nobody reads meanwhile. Threads that wait for it are not known."""
         span = span_of(memory)
         self.end(threading.current_thread(), span, "overwrites memory before the copy out of it is done")
         with self._lock:
@@ -162,7 +162,7 @@ class Accesses:
         for past in self._past:
             if (
                 past.overlaps(span)
-                and (writes, past.writes) in RACES
+                and (writes or past.writes)
                 and past.agent != agent
                 and clock.get(past.agent, 0) < past.tick
             ):

@@ -208,7 +208,7 @@ class FakeCuda:
         self.emptied.append(self.current_device())
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
-        return {key: value for key, value in self.stats.items()} if self._index(device) == 1 else {}
+        return dict(self.stats) if self._index(device) == 1 else {}
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return self.free_bytes[self._index(device)], 1 << 40

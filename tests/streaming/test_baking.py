@@ -53,7 +53,9 @@ def numbered(model: NumberedModel, doubled: set[str]) -> None:
         model.get_submodule(name.removesuffix(".weight")).number = 2 * number if name in doubled else number
 
 
-def change_patches(backend: Any, kernels: Any, streamed: list[int], slots: int, copy_streams: int, **settings: Any) -> None:
+def change_patches(
+    backend: Any, kernels: Any, streamed: list[int], slots: int, copy_streams: int, **settings: Any
+) -> None:
     """Load with patches, others and none, with all of a block's units streamed or resident, and run steps between."""
     model = NumberedModel(BLOCKS, kernels)
     config = StreamingConfig(copy_streams, slots, segment_bytes=0, adaptive=False, thrifty=False, **settings)
@@ -89,7 +91,7 @@ def test_every_access_is_ordered_on_cuda(cuda: FakeCuda, pin_memory: bool) -> No
 @pytest.mark.parametrize(
     ("method", "instead", "race"),
     [
-        ("mark", lambda: {}, "overwrites|may be overtaken"),
+        ("mark", dict, "overwrites|may be overtaken"),
         ("wait", lambda event: lambda: 0.0, "before the write into it is done"),
     ],
     ids=["mark", "wait"],

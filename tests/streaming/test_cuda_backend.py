@@ -159,7 +159,9 @@ def test_nothing_of_a_step_makes_the_host_wait(machine: Machine) -> None:
 def test_copies_are_timed_from_their_begin_to_their_end_on_their_stream(machine: Machine) -> None:
     machine.copy()
     machine.backend.time_copies()
-    machine.backend.copy([(machine.slot[:64], machine.masters[0][:64]), (machine.slot[64:80], machine.masters[0][64:80])], None)
+    machine.backend.copy(
+        [(machine.slot[:64], machine.masters[0][:64]), (machine.slot[64:80], machine.masters[0][64:80])], None
+    )
     machine.copy(1)
     first, second = machine.backend.copy_times()
     assert (first.nbytes, second.nbytes) == (80, BYTES)
