@@ -6,8 +6,8 @@
     python3 dev.py mutants "slot waits"          those whose name has these words
     python3 dev.py mutants --list
 
-mutant_table.py says what is planted. A mutant that lives is a test that is missing: whoever changes waits, marks, orders
-or page-locking asks here whether the tests would still notice. Leaves with 1 if any lives.
+mutants.txt says what is planted. A mutant that lives is a test that is missing: whoever changes waits, marks, orders or
+page-locking asks here whether the tests would still notice. Leaves with 1 if any lives.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Again(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        self.count += "running it again" in message or "runs again" in message
+        self.count += "running it again" in message or message.startswith("a step runs again")
 
 
 class Soak:

@@ -139,7 +139,7 @@ class FakeCuda:
         free_bytes: of each device.
         stats: of torch's allocator.
         refuses: says whether so many bytes cannot be page-locked.
-        late_errors: an error is raised by who waits, and not by the next launch.
+        late_errors: a thread's last error is raised when it waits, and not by its next launch.
         faults: of what nobody could be told.
     """
 
@@ -202,7 +202,8 @@ class FakeCuda:
         for stream in streams:
             self.wait_on_host(self.accesses.seen_by(stream))
         self.accesses.end_of(streams)
-        self.raise_error()
+        if self.late_errors:
+            self.raise_error()
 
     def empty_cache(self) -> None:
         self.emptied.append(self.current_device())

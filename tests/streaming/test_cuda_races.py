@@ -12,6 +12,9 @@ from fake_cuda import FakeCuda, cuda
 from models import hand_plan, learn, units_of
 from race import NumberedModel
 from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming.arena import Arena
+from weightstream.streaming.reader import Reader
+from weightstream.streaming.transfer import Move
 
 __all__ = ["cuda"]
 
@@ -104,3 +107,33 @@ def test_what_is_measured_is_measured_without_waiting(cuda: FakeCuda) -> None:
     assert streamer.profile.learned
     assert streamer.snapshot().step_seconds > 0
     streamer.close()
+
+
+def test_the_ring_is_unlocked_when_no_copy_reads_it(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residents have come through it, what streams has master copies already, and nobody has waited for the device."""
+    cuda.accesses.watch_reader(monkeypatch)
+    model, streamer = make(cuda, 4, 2)
+    plan = hand_plan(streamer, units_of(streamer, [1, 3]), 2)
+    streamer.site.prepare(plan, streamer)
+    streamer.site.supply.builder.wait(lambda: None)
+    streamer.load(plan)
+    assert streamer.reader.ring_bytes > 0
+    cuda.host_waits = 0
+    streamer.arrive_all()
+    assert cuda.host_waits == 0, "residents are queued, and perhaps not there"
+    streamer.load(plan)
+    assert streamer.reader.ring_bytes == 0
+    assert model([0, 1, 2, 3]) == [0, 1, 2, 3]
+    streamer.close()
+
+
+def test_a_reader_that_is_closed_waits_for_its_copies(cuda: FakeCuda) -> None:
+    backend = CudaBackend(DEVICE)
+    backend.open(1)
+    reader = Reader(backend, Arena(backend), 1, UNIT, 2)
+    target, source = backend.allocate(4 * UNIT), torch.ones(4 * UNIT, dtype=torch.uint8)
+    reader.wait(reader.transfer([Move(source, target, False)], backend.mark()), lambda: None)
+    reader.close()
+    assert cuda.registered == {}
+    assert target.tolist() == [1] * 4 * UNIT
+    backend.close()

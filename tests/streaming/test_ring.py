@@ -1,0 +1,24 @@
+"""Slots of one device: all of them or none, and nothing stays behind."""
+
+from __future__ import annotations
+
+import pytest
+from weightstream.streaming import CpuBackend, DeviceMemoryError, VirtualMemory
+from weightstream.streaming.ring import Ring
+
+
+def test_a_ring_that_does_not_fit_takes_nothing() -> None:
+    backend = CpuBackend(VirtualMemory(3 * 512))
+    with pytest.raises(DeviceMemoryError):
+        Ring(backend, 4, 512)
+    assert backend.allocated == backend.store.allocated == 0
+
+
+def test_a_ring_is_given_back() -> None:
+    backend = CpuBackend(VirtualMemory(3 * 512))
+    for _ in range(2):
+        ring = Ring(backend, 3, 512)
+        assert backend.allocated == 3 * 512
+        ring.release()
+        ring.release()
+    assert backend.allocated == backend.store.allocated == 0
