@@ -88,6 +88,36 @@ def test_every_access_is_ordered_on_cuda(cuda: FakeCuda, pin_memory: bool) -> No
         change_patches(backend, Kernels(cuda), streamed, slots, copy_streams, pin_memory=pin_memory)
 
 
+class Broken(DoubledOnDevice):
+    """Fails when some weights are patched, with copies of them and of others under way."""
+
+    def __init__(self, names: set[str], kernels: RaceBackend, after: int) -> None:
+        super().__init__(names, kernels)
+        self._after = after
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        if len(self.computed) == self._after:
+            raise RuntimeError("no such adapter")
+        return super().compute(name, original)
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_what_a_failure_leaves_under_way_is_waited_for(slots: int, after: int) -> None:
+    backend = RaceBackend()
+    model = NumberedModel(BLOCKS, backend)
+    config = StreamingConfig(2, slots, segment_bytes=0, adaptive=False, thrifty=False)
+    streamer = Streamer(model, split_model(model), backend, config)
+    plan = hand_plan(streamer, range(3 * BLOCKS), slots)
+    with pytest.raises(RuntimeError, match="no such adapter"):
+        streamer.load(plan, Broken(set(WEIGHTS), backend, after))
+    assert backend.allocated == 0
+    numbered(model, set(WEIGHTS))
+    streamer.load(plan, DoubledOnDevice(set(WEIGHTS), backend))
+    assert model(EVERYTHING) == EVERYTHING
+    streamer.close()
+
+
 @pytest.mark.parametrize(
     ("method", "instead", "race"),
     [

@@ -140,6 +140,16 @@ def test_copies_go_round_on_streams_of_their_own_device(machine: Machine) -> Non
     assert machine.cuda.current_device() == 0, "what was current is so again"
 
 
+def test_there_are_as_many_copy_streams_as_were_asked_for_last(machine: Machine) -> None:
+    compute = machine.cuda.current_stream(SECOND)
+    for count, different in ((3, 3), (1, 1), (2, 2), (0, 1)):
+        machine.backend.synchronize()
+        machine.backend.open(count)
+        streams = {machine.copy(number % 2).stream for number in range(6)}
+        assert len(streams) == different
+        assert (compute in streams) is (count == 0)
+
+
 def test_nothing_of_a_step_makes_the_host_wait(machine: Machine) -> None:
     machine.backend.time_copies()
     for number in (0, 1):
