@@ -2,11 +2,10 @@
 
     python soak_program.py COMFYUI FOLDER PROMPTS SEED DEVICES [host flags]
 
-FOLDER is empty, for files. PROMPTS is 1-200, or 17-17 for prompt 17 alone, which needs none of those before it. On one
-or two devices: GPUs, or with --cpu those of WEIGHTSTREAM_VIRTUAL (2x14MB streams). WEIGHTSTREAM_SOAK_FAULTS names the
+FOLDER is empty, for files. PROMPTS is 1-200, or 17-17 for prompt 17 alone. On one or two devices: GPUs, or with --cpu those of WEIGHTSTREAM_VIRTUAL (2x14MB streams). WEIGHTSTREAM_SOAK_FAULTS names the
 kinds of faults (soak_cases.py), with commas between; all by default, none if it is empty. Prints a table, and in the
-last line JSON: how the prompts ended, what they had, what happened in them, how many steps ran again, and each failure
-with what it takes to ask for it alone.
+last line JSON: how the prompts ended, what they had, what happened in them, how many steps ran again, and each failure with
+the prompts that it takes to see it again: it alone, where a model that has run nothing before fails too.
 """
 
 from __future__ import annotations
@@ -67,14 +66,26 @@ class Soak:
         self.ended[how] += 1
         if how.startswith("failed"):
             self._models.forget()
+            self._tell_whether_alone(prompt)
         elif how != "same":
             self._try(prompt._replace(faults=()), "behind it: ")
+
+    def _tell_whether_alone(self, prompt: Prompt) -> None:
+        """It has failed: say which prompts it takes to see that again."""
+        failure, many = self.failures[-1], len(self.failures)
+        alone = self._try(prompt).startswith("failed")
+        del self.failures[many:]
+        first = prompt.number if alone else 1
+        failure["replay"] = f"PROMPTS {first}-{prompt.number} SEED {self._seed} DEVICES {self._devices}"
+        print(f"  again with: {failure['replay']}", file=sys.stderr, flush=True)
+        self._models.forget()
 
     def _try(self, prompt: Prompt, when: str = "") -> str:
         import comfy.model_management as mm
         import torch
         from soak_faults import planted
 
+        mm.cleanup_models_gc()
         hit: Counter[str] = Counter()
         expected = self._reference(prompt.picture)
         try:
@@ -104,9 +115,8 @@ class Soak:
         if isinstance(why, BaseException):
             traceback.print_exception(why)
         said = f"{when}{text}"
-        replay = f"PROMPTS {prompt.number}-{prompt.number} SEED {self._seed} DEVICES {self._devices}"
-        self.failures.append({"why": said, "happened": dict(hit), "prompt": str(prompt), "replay": replay})
-        print(f"prompt {prompt.number}: {said}\n  {prompt}\n  {replay}", file=sys.stderr, flush=True)
+        self.failures.append({"why": said, "happened": dict(hit), "prompt": str(prompt)})
+        print(f"prompt {prompt.number}: {said}\n  {prompt}", file=sys.stderr, flush=True)
         return "failed: another latent" if isinstance(why, float) else "failed: an error"
 
     def _reference(self, picture: Picture) -> torch.Tensor:

@@ -156,3 +156,13 @@ def test_the_garbage_collector_may_run_on_a_copy_thread() -> None:
     del model, streamer
     worker.submit(gc.collect).result(timeout=30)
     assert reference() is None
+
+
+def test_memory_that_was_given_up_is_in_no_module() -> None:
+    """A module that pointed at it still would keep it."""
+    model, backend = make_transformer(), WatchedBackend()
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig(slots=2))
+    streamer.load(streamer.plan_for(10**9))
+    before = backend.alive
+    assert streamer.give_way(1 << 40) > 0
+    assert backend.alive == backend.allocated < before
