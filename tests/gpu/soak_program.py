@@ -2,10 +2,11 @@
 
     python soak_program.py COMFYUI FOLDER PROMPTS SEED DEVICES [host flags]
 
-FOLDER is empty, for files. PROMPTS is 1-200, or 17-17 for prompt 17 alone. On one or two devices: GPUs, or with --cpu those of WEIGHTSTREAM_VIRTUAL (2x14MB streams). WEIGHTSTREAM_SOAK_FAULTS names the
-kinds of faults (soak_cases.py), with commas between; all by default, none if it is empty. Prints a table, and in the
-last line JSON: how the prompts ended, what they had, what happened in them, how many steps ran again, and each failure with
-the prompts that it takes to see it again: it alone, where a model that has run nothing before fails too.
+FOLDER is empty, for files. PROMPTS is 1-200, or 17-17 for prompt 17 alone. On one or two devices: GPUs, or with --cpu
+those of WEIGHTSTREAM_VIRTUAL (2x14MB streams). WEIGHTSTREAM_SOAK_FAULTS names the kinds of faults (soak_cases.py), with
+commas between; all by default, none if it is empty. Prints a table, and in the last line JSON: how the prompts ended,
+what they had, what happened in them, how many steps ran again, and each failure with the prompts that it takes to see
+it again: it alone, where a model that has run nothing before fails too.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def test_a_mutant_is_planted_and_dies() -> None:
 def test_what_no_test_notices_lives_and_leaves_no_trace(tmp_path: Path) -> None:
     copy, file = Copy(tmp_path), "streaming/ring.py"
     before = (copy.root / file).read_bytes()
-    line = '"""Reusable staging memory on the device: a few slots, each guarded by two events."""'
-    mutant = Mutant(file, "untested", (line,), ("1 / 1",), ("tests/streaming/test_config.py",))
+    line = "        self.slots.clear()"
+    mutant = Mutant(file, "untested", (line,), (line, line), ("tests/streaming/test_config.py",))
     result = copy.try_out(mutant)
     assert result.outcome is Outcome.LIVES, result.told
     assert (copy.root / file).read_bytes() == before
