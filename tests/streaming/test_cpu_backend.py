@@ -17,6 +17,7 @@ def test_a_copy_waits_for_the_one_before_on_another_stream() -> None:
         backend._streams[0].submit(time.sleep, 0.02)  # The first of two begins late.
         backend.copy([(target, torch.full((64,), number, dtype=torch.uint8))], None)
         backend.wait(backend.copy([(target, torch.full((64,), 10 * number, dtype=torch.uint8))], None))
+        backend.synchronize()
         assert target.tolist() == [10 * number] * 64
 
 
