@@ -34,6 +34,8 @@ links = Links()
 
 # Where the host's transformer options hold the functions of patches. It moves what they hold to the MODEL's device.
 TRANSFORMER_PATCHES = ("patches", "patches_replace")
+# What it holds there for the sampler and for steps, and no block looks at.
+AROUND_STEPS = ("wrappers", "callbacks")
 
 
 class Part(torch.nn.Module):
@@ -138,7 +140,7 @@ def split_blocks(
     pairs = zip(devices[1:], streamers[1:], strict=True)
     patcher.set_additional_models(PARTS, [_make_part(patcher, device, streamer) for device, streamer in pairs])
     patcher.size = patcher.model_size()
-    streamed.boundary = Boundary(devices[0], links, TRANSFORMER_PATCHES, hosts.record)
+    streamed.boundary = Boundary(devices[0], links, TRANSFORMER_PATCHES, hosts.record, AROUND_STEPS)
     streamed.place_blocks(devices)
     return found.left_out
 

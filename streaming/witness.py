@@ -1,0 +1,88 @@
+"""Tells which memory at home is read and written to by whom nobody watches: what a model computes between its blocks.
+
+[Note: the witness between blocks]
+Between blocks a model computes next to nothing, and patches may compute anything. A mode of torch's dispatcher sees
+each operation there, whoever asks for it, for some microseconds each. Within blocks it would cost as much for thousands
+of them, so it is taken off while one runs. Others may have put modes of theirs on top of it meanwhile: then it stays,
+which is slow but right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
+
+from .away import Away
+
+# Told of a tensor, and whether it is written to.
+Touched = Callable[[torch.Tensor, bool], None]
+
+
+class Witness(TorchDispatchMode):
+    """Tells of the tensors of each operation, before it runs, for as long as it is on."""
+
+    def __init__(self, touched: Touched) -> None:
+        super().__init__()
+        self._touched = touched
+        self._is_on = False
+
+    def on(self) -> bool:
+        """Whether it was off before."""
+        was_off, self._is_on = not self._is_on, True
+        if was_off:
+            _push_mode(self)
+        return was_off
+
+    def off(self) -> bool:
+        """Take it off for a while. Whether it was on, and nobody has put another mode on top of it."""
+        if not self._is_on or _get_current_dispatch_mode() is not self:
+            return False
+        _pop_mode()
+        self._is_on = False
+        return True
+
+    def remove(self) -> None:
+        """Take it off for good, wherever it is."""
+        if not self._is_on:
+            return
+        above = []
+        while (mode := _get_current_dispatch_mode()) is not None:
+            _pop_mode()
+            if mode is self:
+                break
+            above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
+        self._is_on = False
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = _written_by(operation)
+        for place, value in (*enumerate(args), *kwargs.items()):
+            for tensor in _tensors(value):
+                self._touched(tensor, place in written)
+        return operation(*args, **kwargs)
+
+
+@functools.cache
+def _written_by(operation: Any) -> frozenset[int | str]:
+    """Places and names of the arguments that an operation writes to."""
+    arguments = operation._schema.arguments
+    return frozenset(
+        key
+        for place, argument in enumerate(arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for key in (place, argument.name)
+    )
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return () if isinstance(value, Away) else (value,)
+    if isinstance(value, (list, tuple)):
+        return [item for item in value if isinstance(item, torch.Tensor) and not isinstance(item, Away)]
+    return ()
