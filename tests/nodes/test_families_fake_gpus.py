@@ -27,10 +27,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformer_patches import Points
-from weightstream.nodes.parts import TRANSFORMER_PATCHES
+from weightstream.nodes.parts import AROUND_STEPS, TRANSFORMER_PATCHES
 from weightstream.nodes.streamed_model import model_dtype
-from weightstream.streaming import split_model
+from weightstream.streaming import handoff, split_model
 from weightstream.streaming.away import Away
+from weightstream.streaming.entries import Entries
 from weightstream.streaming.handoff import Boundary
 from weightstream.streaming.links import Links
 
@@ -122,9 +123,10 @@ def split(model: nn.Module, values: bool) -> Setup:
     owners = {module: place for block, place in places.items() for module in block.modules()}
     for module in model.modules():
         move(module, owners.get(module, HOME), values)
-    boundary = Boundary(HOME, SoundLinks(), TRANSFORMER_PATCHES)
+    boundary = Boundary(HOME, SoundLinks(), TRANSFORMER_PATCHES, ignored=AROUND_STEPS)
+    ran = {block: watch(block) for block in blocks}
     boundary.attach(model.diffusion_model, list(places.items()))
-    return Setup(model, places, {block: watch(block) for block in blocks}, boundary)
+    return Setup(model, places, ran, boundary)
 
 
 def watch(block: nn.Module) -> set[torch.device]:
@@ -136,7 +138,7 @@ def watch(block: nn.Module) -> set[torch.device]:
 
     for module in block.modules():
         if module._parameters:
-            module.register_forward_hook(see, prepend=True)
+            Entries().watch(module, lambda *_: None, see, methods=False)  # As what watches is no stranger.
     return seen
 
 
@@ -231,8 +233,13 @@ def run(use: str, values: bool = False, replace: bool = True) -> Points:
     return points
 
 
+def no_meeting(*_: Any) -> None:
+    raise AssertionError("something of home would be brought to a block while it runs")
+
+
 @pytest.mark.parametrize("use", USES)
-def test_no_operation_mixes_devices(use: str) -> None:
+def test_no_operation_mixes_devices(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handoff, "Meeting", no_meeting)
     name, _ = USES[use]
     points = run(use, values=use in WITH_VALUES, replace=name not in UNREPLACEABLE)
     assert points.used == points.asked
