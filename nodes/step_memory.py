@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..streaming import format_bytes
+from ..streaming.away import Away
 from ..streaming.backend import is_out_of_memory
 
 # Of a tensor of so many bytes there is a copy, as long as all copies of a step take no more than the second.
@@ -57,6 +58,7 @@ class Memory:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = set(devices)
         self._views: list[_View] = []
+        self._away: list[tuple[Away, Any]] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._fingerprints: list[tuple[torch.Tensor, torch.Tensor | None, str]] = []
         self._seen: set[tuple[int, int]] = set()
@@ -64,6 +66,9 @@ class Memory:
 
     def keep(self, tensor: torch.Tensor, name: str) -> None:
         """Keep what is in ``tensor``, which ``name`` leads to. Weights and other kinds of tensors are left out."""
+        if isinstance(tensor, Away):  # A block on another device has made it.
+            self._away.append((tensor, tensor.standing))
+            tensor = tensor.on(tensor.place)
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
             return
         view = _View.of(tensor)
@@ -84,6 +89,8 @@ class Memory:
 
     def put_back(self) -> None:
         """Write the copies back. Takes no memory of the device, which may be full."""
+        for away, standing in self._away:
+            away.standing = standing
         for view in self._views:
             view.put_back()
         for memory, copy in self._copies:

@@ -70,6 +70,15 @@ class Away(torch.Tensor):
         """The device on which it is: home, once it has come there."""
         return self._place
 
+    @property
+    def standing(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.device]:
+        """What it stands for, which it can be made to stand for again."""
+        return self._there, self._here, self._place
+
+    @standing.setter
+    def standing(self, before: tuple[torch.Tensor | None, torch.Tensor | None, torch.device]) -> None:
+        self._there, self._here, self._place = before
+
     def stands_for(self, tensor: torch.Tensor) -> bool:
         """Whether it is this very tensor, and has not come home."""
         return self._there is tensor

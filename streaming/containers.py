@@ -75,7 +75,7 @@ class Exchange:
         before = dict(_items(value)) if own or holds else {}
         if before or holds:
             self._exchange_in(value, before, own, named, later or isinstance(value, dict))
-        else:
+        elif not (own and isinstance(value, FunctionType)):
             self.has_strangers = True
         return value
 
@@ -95,20 +95,6 @@ class Exchange:
         for container in self._containers.values():
             container.restore(change)
 
-    def places_of(self, item: Any) -> list[Place]:
-        """Where ``item`` was, and is, in what was exchanged."""
-        return [
-            Place(container, key)
-            for container in self._containers.values()
-            for key, before in container.before.items()
-            if before is item and dict(_items(container.value)).get(key) is item
-        ]
-
-    def put(self, place: Place, item: Any) -> None:
-        """Have another thing there than before the call."""
-        place.container.before.pop(place.key, None)
-        _put(place.container.value, place.key, item)
-
 
 class _Container(NamedTuple):
     """A list, dictionary or object among a block's arguments: what it held, and what it held while the block ran."""
@@ -123,13 +109,6 @@ class _Container(NamedTuple):
         for key, item in _items(self.value):
             if id(item) not in known:
                 _put(self.value, key, back[id(item)] if id(item) in back else mapped(item, change))
-
-
-class Place(NamedTuple):
-    """Where something is held."""
-
-    container: _Container
-    key: Any
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

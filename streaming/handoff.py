@@ -114,6 +114,14 @@ class Boundary:
             entries.remove()
         self._parts.clear()
 
+    def out_of_reach(self) -> list[nn.Module]:
+        """Blocks that hold what others have put into them, where that can run at home alone: steps run compiled, and
+        a mode that brings its tensors to another device would be compiled too."""
+        if not self._is_compiled:
+            return []
+        self._strangers.look()
+        return self._strangers.found
+
     def settle(self) -> None:
         """Undo what an exception or an interrupt left behind. Harmless when there is nothing."""
         self._witness.remove()
@@ -196,10 +204,8 @@ class Boundary:
         call = self._visits.pop()
         self.broke_on = call.visit.device if output is None else None
         call.visit.end(self._sending(call.guest))
-        written = call.guest.note_writes()
+        call.guest.note_writes()
         output = mapped(output, self._sending(call.guest, apart=not self._in_step))
-        if output is not None:
-            call.guest.leave_there(call.visit.exchange, written, self._sending(call.guest))
         if not self._in_step:
             self._mirrors.all_come_home()
             self._mirrors.clear()

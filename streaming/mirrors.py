@@ -80,11 +80,6 @@ class Mirror:
         tensor = self._tensor()
         return self.view.again() if tensor is None else tensor
 
-    def is_shared(self) -> bool:
-        """Whether other tensors may be views of its memory."""
-        tensor = self._tensor()
-        return tensor is None or _users(tensor) != _ALONE
-
     def copy_on(self, device: torch.device) -> torch.Tensor | None:
         """What is known to be like the tensor, or newer."""
         tensor = self._tensor()
@@ -193,13 +188,13 @@ class Mirrors:
         alias = mirror.alias()
         return tensor if alias is None else alias, mirror
 
-    def written(self, device: torch.device, given: list[Mirror]) -> list[Mirror]:
-        """After a block on ``device`` that was given these: those that it has written to."""
+    def written(self, device: torch.device, given: list[Mirror]) -> None:
+        """A block on ``device``, which was given these, may have written to them."""
         if device == self._home:
             for mirror in given:
                 if mirror.is_written_at_home():
                     mirror.memory.forget_copies()
-            return []
+            return
         self._forget_what_is_gone()
         found = [mirror for mirror in given if device in mirror.copies and mirror.copies[device].is_written]
         for mirror in found:
@@ -210,7 +205,6 @@ class Mirrors:
             mirror.copies = {device: Copy(newest, newest._version)}
             mirror.newest = device
             self._newer[mirror.memory.weak.cdata] = mirror.memory
-        return found
 
     def touched(self, tensor: torch.Tensor, writes: bool) -> None:
         """Somebody at home reads ``tensor`` now, or writes to it."""
@@ -240,11 +234,6 @@ class Mirrors:
                 mirror.keep(device, copy)
         if memory.is_gone:
             memory.forget_copies()
-
-    def stays_there(self, mirror: Mirror) -> None:
-        """Nobody has the original any more."""
-        mirror.newest = None
-        mirror.copies.clear()
 
     def clear(self) -> None:
         """Forget all copies."""
@@ -313,15 +302,6 @@ def counted() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _users(tensor: torch.Tensor) -> int:
-    """How many use its memory, the one who asks included."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-# Of a tensor that nobody has a view of.
-_ALONE = _users(torch.empty(1))
 
 
 def _version(tensor: torch.Tensor) -> int:

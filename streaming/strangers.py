@@ -40,6 +40,11 @@ class Strangers:
         """A step begins."""
         self._now = self._always | {block for block, modules in self._blocks if _are_strange(modules)}
 
+    @property
+    def found(self) -> list[nn.Module]:
+        """Blocks that held any."""
+        return [block for block, _ in self._blocks if block in self._now]
+
     def are_in(self, block: nn.Module) -> bool:
         """Whether the block held any when the step began."""
         return block in self._now

@@ -4,11 +4,6 @@
 Options, and whatever else a dictionary brings, hold what is for anybody: the caches of all layers, say, of which a
 block uses its own. So what is in a dictionary stands for the original on the block's device (:class:`Away`, the other
 way round) and goes there when somebody looks. What is passed by itself, or in lists and objects, goes at once.
-
-[Note: what stays where it was written]
-A block writes to tensors that a dictionary or a list keeps for it from step to step. If nobody else has such a tensor,
-it need not come home: what stands for it is kept in its place, and its memory at home is free. Nobody tells who has a
-tensor, so it is let go of, and if it is still there afterwards it is put back.
 """
 
 from __future__ import annotations
@@ -110,13 +105,13 @@ class Guest:
         """Whether it is a copy of a tensor at home."""
         return self.device != self.home and id(tensor) in self._copies
 
-    def note_writes(self) -> list[Mirror]:
-        """The tensors of home to which the block has written."""
+    def note_writes(self) -> None:
+        """See what the block has written to."""
         for key, (away, copy) in self._crossed.items():
             if copy.is_written and not away.stands_for(copy.tensor):
                 away.is_now(copy.tensor, self.device)
                 self._crossed[key] = (away, Copy(copy.tensor, copy.tensor._version))
-        return self._mirrors.written(self.device, [mirror for mirror, _ in self._copies.values()])
+        self._mirrors.written(self.device, [mirror for mirror, _ in self._copies.values()])
 
     def renew(self) -> None:
         """Have copies hold what somebody at home has written meanwhile."""
@@ -132,20 +127,6 @@ class Guest:
         self._copies.clear()
         self._crossed.clear()
         self.meeting = None
-
-    def leave_there(self, exchange: Exchange, written: list[Mirror], send: Change) -> None:
-        """After what was exchanged is back (Note: what stays where it was written)."""
-        for mirror in written:
-            places = exchange.places_of(mirror.alive)
-            if len(places) != 1 or mirror.is_shared():
-                continue
-            copy = mirror.copies[self.device].tensor
-            self._given.clear()
-            exchange.put(places[0], send(copy))
-            if (original := mirror.alive) is None:
-                self._mirrors.stays_there(mirror)
-            else:
-                exchange.put(places[0], original)
 
     def _give_at_home(self, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, Away):

@@ -50,6 +50,9 @@ WITH_VALUES = {
     "MiniMaxH3": "where a grid begins and ends",
     "SeedVR2": "the sizes of windows",
     "ACEStep15": "whether the text is empty",
+    "ACEStep15, timbre": "whether the text is empty",
+    "Omnigen2, reference": "whether a mask hides something",
+    "Boogu, a reference": "whether a mask hides something",
     "Hunyuan3Dv2_1": "how many tokens each expert gets",
     **{f"Trellis2, {way}": "where voxels are" for way in ("small shape", "shape", "texture", "texture alone")},
 }
@@ -220,6 +223,25 @@ def patched_by(points: Points, family: str, replace: bool) -> Callable[[Any, dic
     return call
 
 
+def by_frames(model: nn.Module) -> Callable[[Any, dict[str, Any]], torch.Tensor]:
+    """Gives a model caches that blocks write to, as the host's sampler of one frame after another does."""
+    root = model.diffusion_model
+
+    def call(apply: Any, args: dict[str, Any]) -> torch.Tensor:
+        x, options = args["input"], args["c"]["transformer_options"]
+        batch, _, frames, height, width = x.shape
+        caches = root.init_kv_caches(batch, frames * height * width // 4, HOME, x.dtype)
+        state = {"kv_caches": caches, "crossattn_caches": root.init_crossattn_caches(batch, HOME, x.dtype)}
+        found = []
+        for frame in range(frames):
+            options["ar_state"] = state | {"start_frame": frame}
+            found.append(apply(x[:, :, frame : frame + 1], args["timestep"], **args["c"]))
+        assert devices([[cache["k"], cache["v"]] for cache in caches]) == {HOME}
+        return torch.cat(found, 2)
+
+    return call
+
+
 def run(use: str, values: bool = False, replace: bool = True) -> Points:
     """One step plain and one with patches and residuals."""
     name, family = USES[use]
@@ -227,7 +249,7 @@ def run(use: str, values: bool = False, replace: bool = True) -> Points:
     model = build_tiny(name, family)
     with gpus(values):
         setup = split(model, values)
-        check(setup, denoise(model, family), idle)
+        check(setup, denoise(model, family, by_frames(model) if family.sampler else None), idle)
         check(setup, denoise(model, family, patched_by(points, name, replace)), idle)
         setup.boundary.detach()
     return points

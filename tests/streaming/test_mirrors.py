@@ -5,7 +5,6 @@ Virtual devices: a tensor on another one is a copy, so what is not handed on is 
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 from counting_links import CountingLinks
 from torch import nn
-from weightstream.streaming.away import Away
 from weightstream.streaming.handoff import Boundary
 from weightstream.streaming.mirrors import Mirrors
 
@@ -261,48 +259,6 @@ def test_a_tensor_and_a_view_of_it_in_one_call(split: str) -> None:
         return {"whole": whole, "window": whole[:, 1:3]}
 
     check(act, one_after_another, make, split)
-
-
-def test_a_cache_lives_where_its_block_runs() -> None:
-    """It moves there once, and home when somebody looks."""
-
-    def act(number: int, x: torch.Tensor, held: Any) -> torch.Tensor:
-        held["caches"][number][:, number % 4] = x[:, 0]
-        return x + held["caches"][number]
-
-    model, links = Model(act, one_after_another), CountingLinks()
-    boundary = Boundary(HOME, links)
-    boundary.attach(model, [(block, SECOND) for block in model.blocks])
-    held = {"caches": [ramp(2, 4) for _ in range(6)]}
-    model(ramp(2, 4), held)
-    assert all(type(cache) is Away for cache in held["caches"])
-    gc.collect()
-    before = links.moves
-    model(ramp(2, 4), held)
-    assert links.moves == before + 2, "x, there and back"
-    expected = Model(act, one_after_another)
-    plain = {"caches": [ramp(2, 4) for _ in range(6)]}
-    for _ in range(2):
-        expected(ramp(2, 4), plain)
-    assert all(torch.equal(*pair) for pair in zip(held["caches"], plain["caches"], strict=True))
-    boundary.detach()
-
-
-def test_a_cache_that_somebody_else_has_too_comes_home() -> None:
-    def act(number: int, x: torch.Tensor, held: Any) -> torch.Tensor:
-        held["cache"].add_(1)
-        held["other"].add_(1)
-        return x
-
-    model = Model(act, one_after_another)
-    boundary = Boundary(HOME, CountingLinks())
-    boundary.attach(model, [(block, SECOND) for block in model.blocks])
-    cache, whole = ramp(2, 4), ramp(2, 4)
-    held = {"cache": cache, "other": whole[:1]}
-    model(ramp(2, 4), held)
-    assert held["cache"] is cache
-    assert torch.equal(cache, ramp(2, 4) + 6)
-    assert torch.equal(whole[:1], ramp(2, 4)[:1] + 6)
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------
