@@ -124,11 +124,11 @@ class Boundary:
 
     def settle(self) -> None:
         """Undo what an exception or an interrupt left behind. Harmless when there is nothing."""
-        self._witness.remove()
         while self._visits:
             call = self._visits.pop()
             call.visit.end(self._sending(call.guest))
             call.guest.leave()
+        self._witness.remove()
         self._mirrors.clear()
         self._sent.clear()
         self._in_step = False
@@ -178,7 +178,7 @@ class Boundary:
     def _enter(
         self, device: torch.device, args: tuple, kwargs: dict[str, Any], strange: bool
     ) -> tuple[tuple, dict[str, Any]]:
-        guest = Guest(device, self.home, self._mirrors, self._move)
+        guest = Guest(device, self.home, self._mirrors, self._move, self._is_compiled)
         if device == self.home:
             self._mirrors.all_come_home()  # A block may have the original from anywhere.
             wrap = self._wrap_watched if self._in_step else _unchanged
@@ -191,7 +191,8 @@ class Boundary:
         self._visits.append(_Call(visit, guest))
         args, kwargs = visit.exchange.all_of(args, kwargs)
         if not (strange or visit.exchange.has_strangers):
-            self._witness.off()
+            if self._witness.off():
+                visit.afterwards(self._witness.on)
         elif device != self.home and self.home.type != "cpu" and not self._is_compiled:
             meeting = guest.meeting = Meeting(device, self.home, self._move, guest.note_writes, guest.renew)
             visit.meanwhile(meeting)

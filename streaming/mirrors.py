@@ -14,7 +14,8 @@ known of each copy whether it is like the original, or newer; and a copy that ma
 - What is written at home outside of blocks, and who looks there, a mode of torch's dispatcher tells (witness.py).
 
 Where that mode cannot be, as in steps that run compiled and where a block is called without its model, nothing is
-taken for granted: what was written comes home at once, and each block gets copies of its own.
+taken for granted: what was written comes home at once, and each block gets copies of its own. A compiled block is
+compiled once more for tensors that are not of inference mode; so there it gets none other, on other devices than home.
 
 Tensors may be views of one memory. What is written to one makes the copies of all others old, and of two that a block
 gets, one of which is a view of the other, so are the copies. Kernels that write past
@@ -99,9 +100,7 @@ class Mirror:
         if tensor is None or type(tensor) not in PLAIN or not tensor.is_inference():
             return None
         if self._alias is None:
-            with counted():
-                alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+            alias = alias_counted(tensor)
             self._alias = Copy(alias, alias._version)
         return self._alias.tensor
 
@@ -292,6 +291,13 @@ def moved_counted(move: Move, tensor: torch.Tensor, device: torch.device) -> tor
     """A copy on ``device`` of which torch counts how often it is written to."""
     with counted():
         return move(tensor, device)
+
+
+def alias_counted(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of ``tensor`` as one of which torch counts how often it is written to."""
+    with counted():
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 @contextmanager

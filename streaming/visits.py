@@ -8,6 +8,7 @@ way round) and goes there when somebody looks. What is passed by itself, or in l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from .away import Away, Move, may_be_on
 from .containers import Change, Exchange, Function, mapped
 from .meeting import Meeting
-from .mirrors import Copy, Mirror, Mirrors, moved_counted
+from .mirrors import Copy, Mirror, Mirrors, alias_counted, moved_counted
 
 
 class Visit:
@@ -43,6 +44,10 @@ class Visit:
         """Have ``guard`` last as long as the call."""
         self._guards.enter_context(guard)
 
+    def afterwards(self, act: Callable[[], Any]) -> None:
+        """Have ``act`` done when the call is over."""
+        self._guards.callback(act)
+
     def end(self, change: Change) -> None:
         """The call is over, or was given up (:meth:`Exchange.undo`)."""
         try:
@@ -59,14 +64,17 @@ class Guest:
         home: where the tensors of the model are.
         mirrors: of the step.
         move: gives a copy of a tensor on a device.
+        uniform: on other devices it gets no tensors of inference mode.
 
     Attributes:
         meeting: brings what it is not given.
     """
 
-    def __init__(self, device: torch.device, home: torch.device, mirrors: Mirrors, move: Move) -> None:
+    def __init__(
+        self, device: torch.device, home: torch.device, mirrors: Mirrors, move: Move, uniform: bool = False
+    ) -> None:
         self.device, self.home = device, home
-        self._mirrors, self._move = mirrors, move
+        self._mirrors, self._move, self._is_uniform = mirrors, move, uniform
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._copies: dict[int, tuple[Mirror, torch.Tensor]] = {}
         self._crossed: dict[int, tuple[Away, Copy]] = {}
@@ -82,6 +90,8 @@ class Guest:
             return self._give_at_home(tensor)
         if not isinstance(tensor, Away) and not may_be_on(tensor, self.home):
             return tensor  # What the host keeps elsewhere (on the CPU, say) it wants there.
+        if tensor.layout != torch.strided:
+            return self._lend(tensor, self._move(tensor, self.device))  # Nobody writes to a part of it.
         return self._bring(tensor)
 
     def give_later(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +164,8 @@ class Guest:
     def _cross(self, away: Away) -> torch.Tensor:
         """What is on a device, straight from there."""
         if away.place == self.device:
-            return away.on(self.device)
+            there = away.on(self.device)
+            return alias_counted(there) if self._is_uniform and there.is_inference() else there
         if id(away) not in self._crossed:
             there = away.on(away.place)
             copy = moved_counted(self._move, there, self.device)

@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from .away import Away
 
@@ -49,15 +55,16 @@ class Witness(TorchDispatchMode):
         """Take it off for good, wherever it is."""
         if not self._is_on:
             return
+        self._is_on = False
+        if self not in _get_current_dispatch_mode_stack():
+            return  # Somebody has taken it off in the place of a mode of theirs.
         above = []
-        while (mode := _get_current_dispatch_mode()) is not None:
+        while (mode := _get_current_dispatch_mode()) is not self:
             _pop_mode()
-            if mode is self:
-                break
             above.append(mode)
+        _pop_mode()
         for mode in reversed(above):
             _push_mode(mode)
-        self._is_on = False
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,7 +78,7 @@ class Witness(TorchDispatchMode):
 @functools.cache
 def _written_by(operation: Any) -> frozenset[int | str]:
     """Places and names of the arguments that an operation writes to."""
-    arguments = operation._schema.arguments
+    arguments = operation._schema.arguments if isinstance(operation, torch._ops.OpOverload) else ()
     return frozenset(
         key
         for place, argument in enumerate(arguments)
