@@ -141,11 +141,13 @@ class Boundary:
     def _begin_step(self) -> None:
         self.settle()
         self._strangers.look()
+        self._witness.begin()
         self._in_step = not self._is_compiled
 
     def _end_step(self, output: Any) -> Any:
         """A step ends; ``output`` is None after an exception, and then nothing comes home."""
         if output is not None:
+            self._witness.off()
             output = mapped(output, _home)
             self._mirrors.all_come_home()
         self.settle()

@@ -3,8 +3,9 @@
 [Note: the witness between blocks]
 Between blocks a model computes next to nothing, and patches may compute anything. A mode of torch's dispatcher sees
 each operation there, whoever asks for it, for some microseconds each. Within blocks it would cost as much for thousands
-of them, so it is taken off while one runs. Others may have put modes of theirs on top of it meanwhile: then it stays,
-which is slow but right.
+of them, so it is taken off while one runs. Others may put modes of theirs around blocks in a step, and take them off in
+the order of a stack, whatever is on top. So it is put beneath all that have come since the step began, and is taken off
+for a block only where nothing is on top of it; else it stays, which is slow but right.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import (
 )
 
 from .away import Away
+from .errors import StreamingError
 
 # Told of a tensor, and whether it is written to.
 Touched = Callable[[torch.Tensor, bool], None]
@@ -35,17 +37,40 @@ class Witness(TorchDispatchMode):
         super().__init__()
         self._touched = touched
         self._is_on = False
+        self._beneath: list[Any] | None = None
+
+    def begin(self) -> None:
+        """A step begins, and so does whatever lasts no longer than it."""
+        self._beneath = _get_current_dispatch_mode_stack()
 
     def on(self) -> bool:
         """Whether it was off before."""
-        was_off, self._is_on = not self._is_on, True
-        if was_off:
-            _push_mode(self)
-        return was_off
+        if self._is_on:
+            return False
+        above = []
+        while self._beneath is not None and len(now := _get_current_dispatch_mode_stack()) > len(self._beneath):
+            _pop_mode()
+            above.append(now[-1])
+        for mode in (self, *reversed(above)):
+            _push_mode(mode)
+        self._is_on = True
+        return True
 
     def off(self) -> bool:
-        """Take it off for a while. Whether it was on, and nobody has put another mode on top of it."""
-        if not self._is_on or _get_current_dispatch_mode() is not self:
+        """Take it off for a while. Whether it was on, and nobody has put another mode on top of it.
+
+        Raises:
+            StreamingError: somebody else has taken it off.
+        """
+        if not self._is_on:
+            return False
+        if self not in (now := _get_current_dispatch_mode_stack()):
+            self._is_on = False
+            raise StreamingError(
+                "a mode of torch's dispatcher that was put on before a step was taken off in it, and so nobody has "
+                "seen what was written between blocks on several devices; run the model on one, or without that mode"
+            )
+        if now[-1] is not self:
             return False
         _pop_mode()
         self._is_on = False
@@ -53,6 +78,7 @@ class Witness(TorchDispatchMode):
 
     def remove(self) -> None:
         """Take it off for good, wherever it is."""
+        self._beneath = None
         if not self._is_on:
             return
         self._is_on = False

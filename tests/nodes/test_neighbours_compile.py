@@ -138,12 +138,10 @@ def test_memory_pressure_under_a_compiled_model(streamed: Load, native: ModelPat
 
 @pytest.mark.parametrize("way", [*WAYS, "in place of blocks"])
 @pytest.mark.parametrize("budget", [14 * MB, 40 * MB], ids=["it streams", "it fits"])
-def test_compiled_over_two_devices(
-    loaded: Any, machine: Machine, native: ModelPatcher, way: str, budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# Each function is compiled for each device, which here shows in the kind of tensors alone.
+@torch._dynamo.config.patch(cache_size_limit=16)
+def test_compiled_over_two_devices(loaded: Any, machine: Machine, native: ModelPatcher, way: str, budget: int) -> None:
     """Compiled behind the placement: what crosses between devices is not compiled."""
-    # Each function is compiled for each device, which here shows in the kind of tensors alone.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2 * torch._dynamo.config.recompile_limit)
     expected, patched = sample(native), sample(with_lora(native, 0.6))
     machine(2, budget)
     model = place(loaded, split="equal")[0]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from weightstream.streaming.entries import Entries
+from weightstream.streaming.errors import StreamingError
 from weightstream.streaming.handoff import Boundary
 from weightstream.streaming.links import Links
 from weightstream.streaming.strangers import Strangers
@@ -64,9 +65,24 @@ def test_modes_of_others_stay(witness: Witness, seen: list) -> None:
             witness.remove()
             assert _get_current_dispatch_mode_stack() == [below, above]
     assert seen == [((3,), False)]
+
+
+def test_it_is_beneath_what_has_come_since_the_step_began(witness: Witness, seen: list) -> None:
+    with Other() as before:
+        witness.begin()
+        with Other() as since:
+            witness.on()
+            assert _get_current_dispatch_mode_stack() == [before, witness, since]
+            assert not witness.off()
+        assert witness.off()
+        assert _get_current_dispatch_mode_stack() == [before]
+
+
+def test_somebody_who_takes_it_off_is_told(witness: Witness) -> None:
     witness.on()
     torch.utils._python_dispatch._pop_mode()
-    witness.remove()
+    with pytest.raises(StreamingError, match="nobody has seen what was written between blocks"):
+        witness.off()
     assert witness.on()
 
 
