@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..streaming import Backend, BudgetError, Plan, StallListener, Streamer, UnsupportedModelError
+from ..streaming import Backend, BudgetError, StallListener, Streamer, UnsupportedModelError
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
 from . import hosts, status
@@ -68,12 +68,14 @@ class PartPatcher(StreamedModelPatcher):
         clone.owner = self.owner
         return clone
 
-    def reload(self, plan: Plan, hooks: Any) -> None:
-        """As for a whole MODEL; hooks are the owner's."""
-        owner, hooks = self._owner, self._owner.current_hooks
-        owner.unpatch_hooks()
-        super().reload(plan, None)
-        owner.apply_hooks(hooks, force_apply=True)
+    def unpatch_hooks(self, *args: Any, **options: Any) -> None:
+        """Those of the MODEL are in the weights here too (hooked.py, Note: hooks and weights that move)."""
+        if self.hooked is not self:
+            self.hooked.unpatch_hooks(*args, **options)
+
+    @property
+    def hooked(self) -> StreamedModelPatcher:
+        return self.owner() or self
 
     @property
     def _turns(self) -> bool:

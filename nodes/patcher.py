@@ -12,15 +12,15 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
 
-from ..streaming import Plan, Streamer, format_bytes
+from ..streaming import Plan, State, Streamer, format_bytes
 from . import hosts
 from .devices import make_backend, same_device, unload
+from .hooked import HookedPatcher
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
 from .offload import OffloadSettings, host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
-from .steps import run_streamed
+from .steps import load_again, load_when_called, run_streamed
 from .streamed_model import ATTRIBUTE, StreamedModel
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 PARTS = "weightstream_parts"
 
 
-class StreamedModelPatcher(ModelPatcher):
+class StreamedModelPatcher(HookedPatcher):
     """A :class:`ModelPatcher` that never moves weights itself: its streamer does.
 
     The base class keeps what is not about weights: patches, clones, hooks, callbacks, injections, object patches.
@@ -84,6 +84,11 @@ class StreamedModelPatcher(ModelPatcher):
     @property
     def streamer(self) -> Streamer:
         return self.streamed.streamer
+
+    @property
+    def hooked(self) -> StreamedModelPatcher:
+        """Whose hooks are in the weights here, and whose patches."""
+        return self
 
     @property
     def parts(self) -> list[Any]:
@@ -177,6 +182,8 @@ class StreamedModelPatcher(ModelPatcher):
         """Restore object patches and, with ``unpatch_weights``, take all weights off the device."""
         if unpatch_weights:
             self.unpatch_hooks()
+            if self.streamer.state is not State.UNLOADED:
+                self.streamed.guard(load_when_called(self.hooked))
             self.streamer.unload()
             if self.streamed.boundary is not None:
                 self.streamed.boundary.detach()
@@ -202,12 +209,17 @@ class StreamedModelPatcher(ModelPatcher):
     def _host_patches(self) -> HostPatches:
         return HostPatches(self, self.streamer.blocks.values)
 
-    def reload(self, plan: Plan, hooks: Any) -> None:
-        """Carry ``plan`` out between two steps, with this MODEL's patches and ``hooks`` in effect."""
+    def reload(self, plan: Plan) -> None:
+        """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.
+
+        What somebody has unloaded meanwhile is for the host to load, or it would not know of it.
+        """
+        known = (loaded.model is self for loaded in mm.current_loaded_models)
+        if self.streamer.state is State.UNLOADED and not any(known):
+            return load_again(self)
         self.unpatch_hooks()
         self.streamer.load(plan, self._host_patches())
         self._tell_host(self.load_device)
-        self.apply_hooks(hooks, force_apply=True)
 
     def get_free_memory(self, device: torch.device) -> int:
         """What a step may take, with all that the model could give up: prompts then share a step where the host can.
@@ -356,31 +368,6 @@ class StreamedModelPatcher(ModelPatcher):
     @property
     def _values(self) -> list[Any]:
         return [value for streamer in self.streamers for value in streamer.blocks.values]
-
-    def patch_hooks(self, hooks: Any, *args: Any, **options: Any) -> None:
-        if hooks is not None and (names := self._names_patched_by(hooks)):
-            for streamer in self.streamers:
-                streamer.make_masters(names)  # Hooks write into the weights, and the file is not theirs.
-        try:
-            super().patch_hooks(hooks, *args, **options)
-        finally:
-            if self.hook_backup:
-                self.streamed.tell_of_hooks()
-                for streamer in self.streamers:
-                    streamer.lend_masters()
-                    streamer.invalidate()  # Hooks write into the weights.
-
-    def _names_patched_by(self, hooks: Any) -> set[str]:
-        return {*self.get_combined_hook_patches(hooks), *self.cached_hook_patches.get(hooks, ())}
-
-    def unpatch_hooks(self, *args: Any, **options: Any) -> None:
-        written = bool(self.hook_backup)
-        super().unpatch_hooks(*args, **options)
-        for streamer in self.streamers:
-            if written:
-                streamer.invalidate()
-            if not self.hook_backup:
-                streamer.take_masters_back()
 
 
 def _move(holder: dict[str, torch.Tensor | None], device: torch.device) -> None:

@@ -151,7 +151,6 @@ class Shares:
 
     def _carry_out(self, patcher: StreamedModelPatcher, assignment: Assignment, rooms: Sequence[DeviceRoom]) -> None:
         """Have the blocks where ``assignment`` has them, loaded, with the patches of ``patcher``."""
-        hooks = patcher.current_hooks
         patcher.unpatch_hooks()
         self.assignment, self._advised = assignment, 0
         everybody = [patcher, *patcher.parts]
@@ -161,7 +160,6 @@ class Shares:
         patcher.streamed.place_blocks([one.load_device for one in everybody])
         for one, room in zip(everybody, rooms, strict=True):
             one.load(one.load_device, _made_room(one, room.nbytes))
-        patcher.apply_hooks(hooks, force_apply=True)
         self.due = False
         text = self.describe([one.streamer.backend for one in everybody])
         status.announce(patcher.streamed.name, text, patcher.node_id)

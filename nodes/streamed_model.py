@@ -9,6 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..streaming import BudgetError, Plan, Streamer, format_bytes, gpu_name, split_model
 from ..streaming.handoff import Boundary
@@ -40,6 +41,7 @@ class StreamedModel:
         load_by_host: loads the same model ComfyUI's own way; None where nobody can.
         origin: gives the patcher that came in, of a model that another node has loaded.
         loaded: the patcher whose patches are in the weights.
+        hooks: the group of the host's hooks that is in the weights too (hooked.py).
         boundary: between devices, of a model whose blocks run on several (parts.py).
         shares: which blocks run where, of such a model.
         placed: its blocks, and where they run.
@@ -54,6 +56,7 @@ class StreamedModel:
     load_by_host: Callable[[], ModelPatcher] | None = None
     origin: Callable[[], ModelPatcher | None] = lambda: None
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
+    hooks: Any = None
     boundary: Boundary | None = None
     shares: Shares | None = None
     placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()
@@ -61,6 +64,7 @@ class StreamedModel:
     number: int = field(default_factory=count(1).__next__)
     _native: ModelPatcher | None = None
     _step_modules: tuple[int, StepModules] | None = None
+    _guard: RemovableHandle | None = None
     _told_of_hooks: bool = False
     _announced: object = None
     _shown: tuple[Plan | None, bool, bool, int] = (None, False, False, 0)
@@ -121,6 +125,13 @@ class StreamedModel:
     def set_loaded(self, patcher: StreamedModelPatcher) -> None:
         """``patcher`` has put its patches into the weights; its node shows what is in effect."""
         self.loaded = weakref.ref(patcher)
+        self.guard(None)
+
+    def guard(self, handle: RemovableHandle | None) -> None:
+        """While it is unloaded ``handle`` sees to calls of its root; None where nobody must."""
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = handle
 
     def show_on(self, node_id: str | None) -> None:
         """From now on this node shows plan and progress."""

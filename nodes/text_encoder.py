@@ -11,7 +11,7 @@ import comfy.sd
 import torch
 
 from .patcher import StreamedModelPatcher
-from .steps import repeatable, run_step, shapes_of
+from .steps import ensure_loaded, in_effect, repeatable, run_step, shapes_of
 from .streamed_model import ATTRIBUTE
 
 # What the host calls on a text encoder, each a step: blocks run in it once, or many times where text is generated.
@@ -57,7 +57,8 @@ class StepCall:
         patcher = getattr(encoder, ATTRIBUTE).loaded()
         if not isinstance(patcher, StreamedModelPatcher):
             return forward()
-        forward = repeatable(patcher, forward, {"what is encoded": (args, kwargs)})
+        ensure_loaded(patcher)
+        forward = repeatable(patcher, in_effect(patcher, forward), {"what is encoded": (args, kwargs)})
         return run_step(patcher, forward, (self._name, shapes_of(args), _lengths(args)), None)
 
 

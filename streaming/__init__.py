@@ -27,6 +27,7 @@ from .errors import (
     StepNotRepeatedError,
     StreamingError,
     UnsupportedModelError,
+    WeightsMovedError,
 )
 from .forms import take_apart
 from .gpus import Gpu, list_gpus
@@ -92,6 +93,7 @@ __all__ = [
     "VirtualMemory",
     "Vram",
     "VramReader",
+    "WeightsMovedError",
     "assumed_profile",
     "find_blocks",
     "format_bytes",

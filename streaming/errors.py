@@ -9,6 +9,7 @@ StreamingError
 |-- CorruptionError        what arrived on the device is not what was sent, time and again
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
 |-- StepNotRepeatedError   a step failed and has changed what it began with
+|-- WeightsMovedError      weights went off the device while a step ran that needed them
 |-- RingExhaustedError     more segments are needed at once than the ring has slots
 `-- ServerError            no ComfyUI with this pack answers
 """
@@ -56,6 +57,10 @@ class DeviceMemoryError(StreamingError):
 
 class StepNotRepeatedError(StreamingError):
     """A step that failed would have to run again, and has changed what it began with; the message says what."""
+
+
+class WeightsMovedError(StreamingError):
+    """Weights went off the device while a step ran that needed them, so what it has computed may be wrong."""
 
 
 class RingExhaustedError(StreamingError):

@@ -165,6 +165,12 @@ class Placement:
         if self._rest.resident is not None:
             yield self._rest.resident
 
+    def bare(self, names: Collection[str]) -> set[str]:
+        """Those of these tensors of which there is the original alone."""
+        units = [copies.unit for copies in (*self._copies, self._rest) if copies.resident is None and not copies.master]
+        values = (value for unit in units for value in unit.layout.values)
+        return {name for value in values for name in value.names if name in names}
+
     def make_masters(self, names: Collection[str]) -> None:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""
         bare = [copies for copies in self._copies if copies.resident is None and copies.master is None]

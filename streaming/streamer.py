@@ -61,6 +61,9 @@ class Streamer:
         watch: is told how far loading is, and may cancel it.
         listeners: are told when compute waits for a copy. The streamers of a model on several devices share them: what
             one waits for lies between the blocks of the others.
+
+    Attributes:
+        moves: how often weights were loaded, given up or unloaded.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Streamer:
         self.backend = backend
         self.config = config
         self.counters = Counters()
+        self.moves = 0
         self._run_began = Counters()
         self._last_run: Run | None = None
         self.plan: Plan | None = None
@@ -185,6 +189,7 @@ class Streamer:
         if self._is_as_wished(plan, patches):
             self.site.put_away(plan)
             return self.keep(plan)
+        self.moves += 1
         try:
             self.site.halt()
             self.site.drop_lane()
@@ -300,6 +305,7 @@ class Streamer:
         """
         if self.state is State.UNLOADED or self.plan is None or nbytes <= 0:
             return 0
+        self.moves += 1
         resident = set(self.plan.resident)
         order = reversed(order_of_residency(self.outline, self.profile))
         freed = self.site.give_way(nbytes, [unit for unit in order if unit in resident])
@@ -317,6 +323,7 @@ class Streamer:
 
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
+        self.moves += 1
         self.site.halt()
         self._runner.finish(self)
         self._planner.begin_prompt()
@@ -359,6 +366,10 @@ class Streamer:
         """Somebody will write to these tensors where the modules point, which must not be what was loaded."""
         if self.state is not State.UNLOADED and self.plan is not None:
             self.site.make_masters(names)
+
+    def bare(self, names: Collection[str]) -> set[str]:
+        """Those of these tensors of which there is the original alone."""
+        return self.site.placement.bare(names)
 
     def lend_masters(self) -> None:
         """Somebody has written to master copies: they stay until :meth:`take_masters_back`."""
@@ -437,6 +448,10 @@ class Streamer:
         """Hear of what is streamed, and of everything while a step is measured."""
         assert self.plan is not None
         self._steps.attach(self.plan, self._runner.recorder)
+
+    def begin_step(self) -> None:
+        """A forward of the root has begun before there were hooks to tell of it."""
+        self._steps.begin_step()
 
     def settle(self) -> None:
         """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
