@@ -99,7 +99,7 @@ def originals_stay(model: StreamedModelPatcher) -> Iterator[None]:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(torch.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _loaded_parts(model: StreamedModelPatcher) -> list[PartPatcher]:
