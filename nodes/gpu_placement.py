@@ -13,11 +13,12 @@ from comfy_api.latest import io
 from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
 from ..streaming.device_names import CPU, DEFAULT
 from . import status
-from .components import clip_on, model_on, vae_on
+from .components import clip_on, model_on
 from .gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
 from .notices import keep_notice, withdraw_notice
 from .parts import OneDeviceError
 from .split import split_over
+from .vae import vae_on
 
 NAME = "GPU Placement"
 # The same on every machine: a workflow of another one must load here.

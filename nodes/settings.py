@@ -114,7 +114,7 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
     withdraw_notice(name, node_id)
     try:
         if settings.mode is Mode.OFF:
-            native = patcher_on(give_back(patcher), patcher.load_device) if streams else patcher
+            native = patcher_on(give_back(patcher), patcher.load_device, may_stream=False) if streams else patcher
             status.announce(name, "its weights are moved ComfyUI's own way", node_id)
             return native
         if not streams:

@@ -76,7 +76,7 @@ def _split_of(
     known = _splits.setdefault(model.model, {})
     key = (tuple(devices), None if shares is None else tuple(shares))
     found = known.pop(key, None)
-    if found is None or not (isinstance(model, StreamedModelPatcher) or is_current(found.patcher, model)):
+    if found is None or not is_current(found.patcher, model):
         found = _split_anew(model, devices, shares, node_id)
     known[key] = found
     for oldest in list(known)[:-MOST_SPLITS]:

@@ -14,6 +14,7 @@ from ..streaming import BudgetError, Plan, Streamer, format_bytes, gpu_name, spl
 from ..streaming.handoff import Boundary
 from . import status
 from .devices import evictable, make_backend, obtainable, pins
+from .noted_dtypes import noted_dtype
 from .offload import GIB, OffloadSettings, host_config
 from .progress import LoadingBar
 from .shares import Shares
@@ -194,4 +195,4 @@ def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
 
 def model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
     """The dtype that the host built this tensor with, which a file's tensor that was only mapped may not have."""
-    return getattr(module, f"{attribute}_comfy_model_dtype", None) or tensor.dtype
+    return noted_dtype(module, attribute) or tensor.dtype

@@ -11,6 +11,7 @@ import comfy.sd
 import torch
 
 from .patcher import StreamedModelPatcher
+from .references import carry_functions
 from .steps import repeatable, run_step, shapes_of
 from .streamed_model import ATTRIBUTE
 
@@ -73,8 +74,15 @@ def _lengths(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def with_patcher(clip: comfy.sd.CLIP, patcher: Any) -> comfy.sd.CLIP:
-    """``clip`` with another patcher, and its model."""
+    """``clip`` with another patcher, and its model.
+
+    Raises:
+        UnsupportedModelError: somebody has put a function on it that refers to it.
+    """
     twin = clip.clone()
+    # The host's own clone leaves behind what others have put on it.
+    vars(twin).update({name: value for name, value in vars(clip).items() if name not in vars(twin)})
+    carry_functions(clip, twin, clip.cond_stage_model)
     twin.patcher = patcher
     twin.cond_stage_model = patcher.model
     return twin

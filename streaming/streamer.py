@@ -384,6 +384,10 @@ class Streamer:
             if self.state is not State.UNLOADED:
                 self.site.placement.bind()
 
+    def check_sources(self) -> None:
+        """Raise where a file that weights are read from is another now, or was cut short."""
+        self.site.placement.check_sources()
+
     def move_to(self, backend: Backend) -> None:
         """Stream to another device from the next load on."""
         self.unload()

@@ -1,0 +1,101 @@
+"""A VAE on another device than its loader chose.
+
+[Note: a VAE of its own]
+On another GPU a VAE is built once more, as a MODEL is (components.py). On the CPU it cannot be: with dynamic VRAM the
+host's VAE has weights in the dtype of its file, which are cast when they are copied to a GPU, and nothing casts them
+on a CPU (and the host's factory of a VAE gives none without dynamic VRAM). There, and where its loader gives another
+VAE than the one that came in, it gets weights of its own: a VAE is small. They are those of the file where that has
+more digits and nothing was changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..streaming import UnsupportedModelError
+from .components import CPU, NotAgainError, built_on
+from .contracts import check_host
+from .copies import copy_with_weights
+from .devices import same_device
+from .hosts import made_with
+from .noted_dtypes import change_dtypes
+from .references import carry_functions
+from .takeover import carry_over, check_what_hangs_on
+from .twins import build_like, factory_of, lasting_difference
+
+logger = logging.getLogger(__name__)
+
+# What was made for another device, by the model that came in, with the dtype in which it computes.
+_made: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.dtype, ModelPatcher]] = weakref.WeakKeyDictionary()
+
+
+def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
+    """A VAE like ``vae`` on ``device``, computing in what ComfyUI computes in there.
+
+    Raises:
+        UnsupportedModelError: it cannot be moved; the message says why.
+    """
+    patcher = getattr(vae, "patcher", None)
+    if patcher is None:
+        raise UnsupportedModelError("it has no weights")
+    check_host()
+    if same_device(patcher.load_device, device):
+        return vae
+    if vae.first_stage_model is not patcher.model:
+        raise UnsupportedModelError("somebody has put another model into it, which nobody loads")
+    moved = copy.copy(vae)
+    carry_functions(vae, moved, patcher.model)
+    moved.vae_dtype = _dtype_on(vae, device)
+    moved.patcher = _patcher_on(vae, device, moved.vae_dtype)
+    moved.first_stage_model, moved.device = moved.patcher.model, device
+    return moved
+
+
+def _dtype_on(vae: comfy.sd.VAE, device: torch.device) -> torch.dtype:
+    """What ComfyUI chooses for the device, where it has chosen for the first one too."""
+    allowed = vae.working_dtypes
+    chosen = vae.vae_dtype == mm.vae_dtype(vae.patcher.load_device, allowed)
+    return mm.vae_dtype(device, allowed) if chosen else vae.vae_dtype
+
+
+def _patcher_on(vae: comfy.sd.VAE, device: torch.device, dtype: torch.dtype) -> ModelPatcher:
+    patcher = vae.patcher
+    if device != CPU and dtype == vae.vae_dtype:
+        try:
+            moved = built_on(patcher, device)
+        except NotAgainError as error:
+            logger.info("[WeightStream] the VAE is copied to %s: %s", device, error)
+        else:
+            return _waiting(moved, patcher, device)
+    check_what_hangs_on(patcher)
+    known, made = _made.get(patcher.model, (None, None))
+    keeps_dtype = dtype == vae.vae_dtype
+    if known != dtype or not same_device(made.load_device, device) or lasting_difference(made, patcher, keeps_dtype):
+        made = _make(vae, device, dtype)
+        _made[patcher.model] = dtype, made
+    return _waiting(carry_over(patcher, made.clone()), patcher, device)
+
+
+def _waiting(moved: ModelPatcher, patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
+    """Where its weights wait: on the device with --gpu-only, and on the CPU for the CPU."""
+    stays = device == CPU or patcher.offload_device == patcher.load_device != CPU
+    moved.offload_device = device if stays else patcher.offload_device
+    return moved
+
+
+def _make(vae: comfy.sd.VAE, device: torch.device, dtype: torch.dtype) -> ModelPatcher:
+    """A patcher without dynamic VRAM of the same VAE, with weights of its own."""
+    factory = factory_of(vae.patcher)
+    again = build_like(vae.patcher, factory) if factory is not None else None
+    model = again.model if again is not None else copy_with_weights(vae.patcher)
+    change_dtypes(model, vae.vae_dtype, dtype)
+    made: dict[str, Any] = {**made_with(vae.patcher), "load_device": device}
+    return ModelPatcher(model, **made)
