@@ -17,12 +17,16 @@ from .components import clip_on, model_on
 from .gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
 from .notices import keep_notice, withdraw_notice
 from .parts import OneDeviceError
+from .patcher import StreamedModelPatcher
 from .split import split_over
 from .vae import vae_on
 
 NAME = "GPU Placement"
 # The same on every machine: a workflow of another one must load here.
 DEVICES = [DEFAULT, CPU, *map(gpu_name, range(8))]
+
+# Said of what another loader has loaded (components.py).
+STREAMS = ", where it streams, since its loader does not give it once more as it is"
 
 T = TypeVar("T")
 
@@ -221,5 +225,9 @@ class Placing:
         except UnsupportedModelError as error:
             self.fall_back(f"{what} stays where its loader put it, {error}")
             return thing
-        self.say(f"{what} on {name}")
+        self.say(f"{what} on {name}{STREAMS if _streams(placed) and not _streams(thing) else ''}")
         return placed
+
+
+def _streams(thing: Any) -> bool:
+    return isinstance(getattr(thing, "patcher", thing), StreamedModelPatcher)

@@ -37,6 +37,8 @@ ABOUT_LOADING = {"device", "training", "seed_key", "comfy_cast_weights", "prev_c
 ABOUT_LOADING |= {"comfy_force_cast_weights", "comfy_patched_weights", "lowvram_patch_counter", "model_lowvram"}
 ABOUT_LOADING |= {"model_loaded_weight_memory", "model_offload_buffer_memory", "current_weight_patches_uuid"}
 ABOUT_LOADING |= {"weight_function", "bias_function", "can_assign_sd", "manual_cast_dtype", "latent_shapes"}
+# What some of its models keep of a run.
+ABOUT_LOADING |= {"affline_emb", "affline_scale_log_info", "crossattn_emb", "_kv_cache_entries", "_visual_cache"}
 ABOUT_LOADING |= {"execution_device", "current_patcher", ATTRIBUTE} | ON_MODELS | ON_MODULES
 # What the host resets before it encodes, to what stands in ``options_default``.
 RESET_BEFORE_ENCODING = {"layer", "layer_idx", "return_projected_pooled"}
@@ -117,8 +119,10 @@ def _is_ours(hook: Any) -> bool:
 
 
 def _name(thing: Any) -> tuple[str, str]:
-    # By name: some of the host's classes and functions are made anew for each model.
-    return getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", type(thing).__qualname__)
+    # By name: some of the host's classes and functions are made anew for each model. Other objects are asked nothing:
+    # some of the host's say that they have no such attribute.
+    named = thing if isinstance(thing, (type, FunctionType, BuiltinFunctionType, MethodType)) else type(thing)
+    return named.__module__ or "", named.__qualname__
 
 
 def _described(value: Any, depth: int) -> Any:

@@ -128,10 +128,18 @@ def _parts_and_tables(value: Any) -> Iterator[Any]:
 def _tables(value: Any) -> Iterator[Any]:
     """What code of a pack knows by names: the globals that a function uses, and what is on the class of an object."""
     if isinstance(value, types.FunctionType) and _may_have_tables(value.__module__):
-        names = set(_names_in(value.__code__)) & value.__globals__.keys()
-        yield from (_on(value.__globals__[name]) for name in names)
+        yield from _named(value.__globals__, set(_names_in(value.__code__)))
     elif not isinstance(value, torch.nn.Module) and _may_have_tables(type(value).__module__):
         yield _on(type(value))
+
+
+def _named(known: dict[str, Any], names: Collection[str]) -> Iterator[Any]:
+    for name in names & known.keys():
+        value = known[name]
+        if not isinstance(value, types.ModuleType):
+            yield _on(value)
+        elif _may_have_tables(value.__name__):
+            yield from (_on(one) for one in (vars(value).get(other) for other in names) if not callable(one))
 
 
 def _on(value: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from types import MethodType
 from typing import Any
 
 import comfy.model_management as mm
@@ -56,6 +57,9 @@ def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
     moved.vae_dtype = _dtype_on(vae, device)
     moved.patcher = _patcher_on(vae, device, moved.vae_dtype)
     moved.first_stage_model, moved.device = moved.patcher.model, device
+    for name, value in vars(vae).items():
+        if isinstance(value, MethodType) and value.__self__ is vae.first_stage_model:
+            setattr(moved, name, MethodType(value.__func__, moved.first_stage_model))
     return moved
 
 

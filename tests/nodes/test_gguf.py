@@ -15,8 +15,9 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from gguf import GGMLQuantizationType as Kind
+from placing import Machine, place
 from sampling import MB, MODEL, sample, with_lora
-from weightstream.nodes.offload import OffloadSettings
+from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
 from weightstream.streaming import VirtualMemory
@@ -132,3 +133,21 @@ def test_a_model_of_packed_weights_streams(packed: ModelPatcher) -> None:
     status = model.status()
     assert status["mode"] == "streamed"
     assert status["counters"]["streamed_bytes"] > 0
+
+
+@pytest.mark.parametrize("settings", [False, True], ids=["", "behind the settings"])
+@pytest.mark.parametrize("devices", ["gpu:1", "gpu:0,gpu:1"])
+def test_a_model_of_packed_weights_is_placed(
+    packed: ModelPatcher, machine: Machine, settings: bool, devices: str
+) -> None:
+    """No loader of such files leaves word how to load one once more."""
+    expected, expected_with_lora = sample(packed), sample(with_lora(packed, 0.7))
+    memories = machine(2, 9 * MB)
+    model = place(with_settings(packed, OffloadSettings()) if settings else packed, devices=devices, split="equal")[0]
+    for _ in range(2):
+        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(with_lora(model, 0.7)), expected_with_lora)
+    assert [memory.allocated > 0 for memory in memories] == [devices != "gpu:1", True]
+    back = with_settings(model, OffloadSettings(Mode.OFF))
+    assert torch.equal(sample(back), expected)
+    assert torch.equal(sample(packed), expected), "what came in is as it was"

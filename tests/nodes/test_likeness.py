@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -17,7 +16,6 @@ from comfy.model_patcher import ModelPatcher
 from safetensors.torch import load_file, save_file
 from sampling import MODEL, sample, with_lora
 from weightstream.nodes.likeness import WHOLE, difference, held_by
-from weightstream.nodes.references import refers_to
 from weightstream.nodes.twins import build_like, factory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,53 +173,3 @@ def test_large_weights_are_compared_all_over() -> None:
         other[part] += 1
         assert difference(held_by(holding(weight)), held_by(holding(other))) == "weight"
     assert difference(held_by(holding(weight)), held_by(holding(weight.clone()))) == ""
-
-
-# -- what refers to a model --------------------------------------------------------------------------------------------
-
-TABLE: dict[Any, Any] = {}
-WEAK: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-def looks_up(model: Any) -> Any:
-    return TABLE.get(model)
-
-
-def looks_up_weakly(model: Any) -> Any:
-    return WEAK.get(model)
-
-
-def asks_another(model: Any) -> Any:
-    return looks_up(model)
-
-
-class Compiler:
-    compiled: dict[Any, Any] = {}
-
-    def __call__(self, model: Any) -> Any:
-        return self.compiled[model]
-
-
-class WithMethod:
-    def __call__(self, model: Any) -> Any:
-        return [lambda: TABLE[model]]
-
-
-@pytest.mark.parametrize("caller", [looks_up, looks_up_weakly, asks_another, Compiler(), WithMethod()])
-@pytest.mark.parametrize("key", ["module", "identity", "weak", "value"])
-def test_a_table_of_a_pack_refers_to_what_it_is_about(caller: Any, key: str) -> None:
-    module, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    kept = {"module": {module: 1}, "identity": {id(module): 1}, "weak": {weakref.ref(module): 1}, "value": {1: module}}
-    tables = (WEAK,) if caller is looks_up_weakly else (TABLE, Compiler.compiled)
-    if caller is looks_up_weakly and key in ("identity", "weak"):
-        return
-    try:
-        for table in tables:
-            table.update({other: module} if table is WEAK and key == "value" else kept[key])
-        assert refers_to([caller], {id(module)})
-        assert refers_to([{"wrappers": [functools.partial(caller, 1)]}], {id(module)})
-        assert not refers_to([caller], {id(torch.nn.Linear(1, 1))})
-        assert not refers_to([sample], {id(module)})
-    finally:
-        for table in (TABLE, WEAK, Compiler.compiled):
-            table.clear()

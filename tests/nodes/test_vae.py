@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import comfy.memory_management
 import comfy.model_management as mm
 import comfy.model_patcher
