@@ -94,7 +94,7 @@ def patcher_on(patcher: ModelPatcher, device: torch.device, may_stream: bool = T
         moved.offload_device = device
     moved.remove_additional_models(PARALLEL)
     for models in moved.additional_models.values():
-        models[:] = [patcher_on(model, device, may_stream) for model in models]
+        models[:] = [patcher_on(model, device, may_stream=False) for model in models]  # They have no steps of ours.
     return moved
 
 

@@ -30,7 +30,7 @@ OUR_PACKAGE = __name__.rpartition(".nodes.")[0]
 
 # Weights of at most so many bytes are compared whole, and of larger ones so many elements, from the first to the last.
 WHOLE = 2 * 1024**2
-SAMPLES = 1024
+SAMPLES = 256
 
 # What the host writes to modules while it loads and runs a model.
 ABOUT_LOADING = {"device", "training", "seed_key", "comfy_cast_weights", "prev_comfy_cast_weights", "skip_injection"}

@@ -32,9 +32,9 @@ def compute_as_noted(model: torch.nn.Module) -> None:
                     tensors[name] = _like(tensor, tensor.data.to(noted))
 
 
-def change_dtypes(model: torch.nn.Module, before: torch.dtype, after: torch.dtype) -> None:
+def change_dtypes(model: torch.nn.Module, before: torch.dtype | None, after: torch.dtype | None) -> None:
     """Have what computes in ``before`` compute in ``after``, and all tensors in memory of their own. A layer that was
-    made without a dtype computes in that of the whole."""
+    made without a dtype computes in that of the whole, None if that is not known."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -42,8 +42,8 @@ def change_dtypes(model: torch.nn.Module, before: torch.dtype, after: torch.dtyp
                     continue
                 noted = noted_dtype(module, name)
                 lazy = noted is None and hasattr(module, f"{name}{NOTE}")
-                wanted = before if lazy and tensor.is_floating_point() else noted or tensor.dtype
-                wanted = after if wanted == before else wanted
+                wanted = (before if lazy and tensor.is_floating_point() else noted) or tensor.dtype
+                wanted = after if after is not None and wanted == before else wanted
                 tensors[name] = _like(tensor, tensor.data.to(wanted, copy=True))
                 setattr(module, f"{name}{NOTE}", wanted)
 

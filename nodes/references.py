@@ -31,6 +31,8 @@ MOST_IN_TABLES = 20_000
 # Code that has no tables of anybody's modules, or none that matters (the host's own list of loaded models).
 WITHOUT_TABLES = {"torch", "comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_kitchen", "comfy_aimdo"}
 WITHOUT_TABLES |= {"nodes", "execution", "server", "folder_paths", "builtins", "logging", "numpy", "typing", "abc"}
+# What knows everything there is, for another reason.
+OMNISCIENT = {"server", "execution", "comfy_execution", "app", "logging", "asyncio", "aiohttp", "threading"}
 
 PLAIN = (str, bytes, float, complex, type(None), type, types.ModuleType, torch.dtype, torch.device, torch.Tensor)
 
@@ -121,8 +123,9 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _parts_and_tables(value: Any) -> Iterator[Any]:
-    yield from _parts(value)
-    yield from _tables(value)
+    if str(type(value).__module__).partition(".")[0] not in OMNISCIENT:
+        yield from _parts(value)
+        yield from _tables(value)
 
 
 def _tables(value: Any) -> Iterator[Any]:

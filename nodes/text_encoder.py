@@ -10,6 +10,7 @@ from typing import Any
 import comfy.sd
 import torch
 
+from ..streaming import UnsupportedModelError
 from .patcher import StreamedModelPatcher
 from .references import carry_functions
 from .steps import repeatable, run_step, shapes_of
@@ -77,8 +78,10 @@ def with_patcher(clip: comfy.sd.CLIP, patcher: Any) -> comfy.sd.CLIP:
     """``clip`` with another patcher, and its model.
 
     Raises:
-        UnsupportedModelError: somebody has put a function on it that refers to it.
+        UnsupportedModelError: somebody has put another encoder into it, or a function on it that refers to it.
     """
+    if clip.cond_stage_model is not clip.patcher.model:
+        raise UnsupportedModelError("somebody has put another model into it, which nobody loads")
     twin = clip.clone()
     # The host's own clone leaves behind what others have put on it.
     vars(twin).update({name: value for name, value in vars(clip).items() if name not in vars(twin)})

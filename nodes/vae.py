@@ -35,7 +35,8 @@ from .twins import build_like, factory_of, lasting_difference
 logger = logging.getLogger(__name__)
 
 # What was made for another device, by the model that came in, with the dtype in which it computes.
-_made: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.dtype, ModelPatcher]] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.dtype | None, ModelPatcher]]
+_made = weakref.WeakKeyDictionary()
 
 
 def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
@@ -50,12 +51,14 @@ def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
     check_host()
     if same_device(patcher.load_device, device):
         return vae
-    if vae.first_stage_model is not patcher.model:
+    if getattr(vae, "first_stage_model", patcher.model) is not patcher.model:
         raise UnsupportedModelError("somebody has put another model into it, which nobody loads")
     moved = copy.copy(vae)
     carry_functions(vae, moved, patcher.model)
-    moved.vae_dtype = _dtype_on(vae, device)
-    moved.patcher = _patcher_on(vae, device, moved.vae_dtype)
+    before, after = _dtypes(vae, device)
+    moved.patcher = _patcher_on(patcher, device, before, after)
+    if after != before:
+        moved.vae_dtype = after
     moved.first_stage_model, moved.device = moved.patcher.model, device
     for name, value in vars(vae).items():
         if isinstance(value, MethodType) and value.__self__ is vae.first_stage_model:
@@ -63,16 +66,17 @@ def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
     return moved
 
 
-def _dtype_on(vae: comfy.sd.VAE, device: torch.device) -> torch.dtype:
-    """What ComfyUI chooses for the device, where it has chosen for the first one too."""
-    allowed = vae.working_dtypes
-    chosen = vae.vae_dtype == mm.vae_dtype(vae.patcher.load_device, allowed)
-    return mm.vae_dtype(device, allowed) if chosen else vae.vae_dtype
+def _dtypes(vae: comfy.sd.VAE, device: torch.device) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """In what it computes, and in what it shall: what ComfyUI chooses for the device, where it has chosen the first."""
+    dtype, allowed = getattr(vae, "vae_dtype", None), getattr(vae, "working_dtypes", [])
+    chosen = dtype == mm.vae_dtype(vae.patcher.load_device, allowed)
+    return dtype, mm.vae_dtype(device, allowed) if chosen else dtype
 
 
-def _patcher_on(vae: comfy.sd.VAE, device: torch.device, dtype: torch.dtype) -> ModelPatcher:
-    patcher = vae.patcher
-    if device != CPU and dtype == vae.vae_dtype:
+def _patcher_on(
+    patcher: ModelPatcher, device: torch.device, before: torch.dtype | None, after: torch.dtype | None
+) -> ModelPatcher:
+    if device != CPU and before == after:
         try:
             moved = built_on(patcher, device)
         except NotAgainError as error:
@@ -80,11 +84,11 @@ def _patcher_on(vae: comfy.sd.VAE, device: torch.device, dtype: torch.dtype) -> 
         else:
             return _waiting(moved, patcher, device)
     check_what_hangs_on(patcher)
-    known, made = _made.get(patcher.model, (None, None))
-    keeps_dtype = dtype == vae.vae_dtype
-    if known != dtype or not same_device(made.load_device, device) or lasting_difference(made, patcher, keeps_dtype):
-        made = _make(vae, device, dtype)
-        _made[patcher.model] = dtype, made
+    dtype, made = _made.get(patcher.model, (None, None))
+    is_there = made is not None and dtype == after and same_device(made.load_device, device)
+    if not is_there or lasting_difference(made, patcher, dtypes=before == after):
+        made = _make(patcher, device, before, after)
+        _made[patcher.model] = after, made
     return _waiting(carry_over(patcher, made.clone()), patcher, device)
 
 
@@ -95,11 +99,13 @@ def _waiting(moved: ModelPatcher, patcher: ModelPatcher, device: torch.device) -
     return moved
 
 
-def _make(vae: comfy.sd.VAE, device: torch.device, dtype: torch.dtype) -> ModelPatcher:
+def _make(
+    patcher: ModelPatcher, device: torch.device, before: torch.dtype | None, after: torch.dtype | None
+) -> ModelPatcher:
     """A patcher without dynamic VRAM of the same VAE, with weights of its own."""
-    factory = factory_of(vae.patcher)
-    again = build_like(vae.patcher, factory) if factory is not None else None
-    model = again.model if again is not None else copy_with_weights(vae.patcher)
-    change_dtypes(model, vae.vae_dtype, dtype)
-    made: dict[str, Any] = {**made_with(vae.patcher), "load_device": device}
+    factory = factory_of(patcher)
+    again = build_like(patcher, factory) if factory is not None else None
+    model = again.model if again is not None else copy_with_weights(patcher)
+    change_dtypes(model, before, after)
+    made: dict[str, Any] = {**made_with(patcher), "load_device": device}
     return ModelPatcher(model, **made)

@@ -20,7 +20,7 @@ from weightstream.nodes.components import model_on
 from weightstream.nodes.gpu_placement import STREAMS
 from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.settings import with_settings
+from weightstream.nodes.settings import clip_with_settings, with_settings
 from weightstream.nodes.vae import vae_on
 from weightstream.streaming import UnsupportedModelError
 
@@ -196,6 +196,10 @@ def test_options_and_functions_of_a_clip(foreign: ModelPatcher, clip: comfy.sd.C
     own = clip.encode_from_tokens
     clip.encode_from_tokens = lambda *args, **options: own(*args, **options)
     assert place_clip(foreign, clip, "gpu:1") is clip, "it would encode where the first one is"
+    assert clip_with_settings(clip, OffloadSettings()) is clip
+    del clip.encode_from_tokens
+    clip.cond_stage_model = torch.nn.Sequential(clip.cond_stage_model)
+    assert place_clip(foreign, clip, "gpu:1") is clip
 
 
 def tile(vae: comfy.sd.VAE) -> None:
