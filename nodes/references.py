@@ -8,6 +8,7 @@ it or its identity; carried over to another model it would find nothing there, a
 
 from __future__ import annotations
 
+import dis
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -131,18 +132,28 @@ def _parts_and_tables(value: Any) -> Iterator[Any]:
 def _tables(value: Any) -> Iterator[Any]:
     """What code of a pack knows by names: the globals that a function uses, and what is on the class of an object."""
     if isinstance(value, types.FunctionType) and _may_have_tables(value.__module__):
-        yield from _named(value.__globals__, set(_names_in(value.__code__)))
+        for code in _codes(value.__code__):
+            yield from _named(value.__globals__, code)
     elif not isinstance(value, torch.nn.Module) and _may_have_tables(type(value).__module__):
         yield _on(type(value))
 
 
-def _named(known: dict[str, Any], names: Collection[str]) -> Iterator[Any]:
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Of a function, and of those that it makes."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _named(known: dict[str, Any], code: types.CodeType) -> Iterator[Any]:
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
     for name in names & known.keys():
         value = known[name]
         if not isinstance(value, types.ModuleType):
             yield _on(value)
         elif _may_have_tables(value.__name__):
-            yield from (_on(one) for one in (vars(value).get(other) for other in names) if not callable(one))
+            yield from (_on(one) for one in (vars(value).get(other) for other in code.co_names) if not callable(one))
 
 
 def _on(value: Any) -> Any:
@@ -155,13 +166,6 @@ def _on(value: Any) -> Any:
 def _may_have_tables(module: Any) -> bool:
     root = str(module).partition(".")[0]
     return root not in WITHOUT_TABLES and root != OUR_PACKAGE
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
 
 
 def _content(cell: types.CellType) -> Any:

@@ -81,8 +81,13 @@ def test_a_table_that_keeps_nothing_alive() -> None:
     check_refers(looks_up_weakly, module)
 
 
+def has_attributes_of_that_name(model: Any) -> Any:
+    return model.TABLE, model.looks_up
+
+
 def test_tables_that_nobody_asks_are_none() -> None:
     module = torch.nn.Linear(1, 1)
     TABLE[module] = WEAK[module] = 1
+    assert not refers_to([has_attributes_of_that_name], {id(module)})
     assert not refers_to([check_refers, functools.partial(print, 1), torch.nn.functional.gelu], {id(module)})
     assert not refers_to([1, "text", {2: [None]}], {id(module)})
