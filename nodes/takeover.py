@@ -88,20 +88,25 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
 
 def _moved_by_host(patcher: StreamedModelPatcher) -> ModelPatcher:
     """One of its model, with nothing of its use."""
+    _check_files(patcher)
     reason = "nothing is known of how it was loaded"
     origin = patcher.streamed.origin()
     for make in (origin.clone if origin is not None else lambda: None, patcher.streamed.load_native):
         theirs = make()
         if theirs is None:
             continue
-        try:
-            name = lasting_difference(theirs, patcher)
-        except CheckpointError as error:
-            raise UnsupportedModelError(f"its file is another now ({error})") from error
-        if not name:
+        if not (name := lasting_difference(theirs, patcher)):
             return theirs
         reason = CHANGED.format(name)
     raise UnsupportedModelError(reason)
+
+
+def _check_files(patcher: StreamedModelPatcher) -> None:
+    try:
+        for streamer in patcher.streamers:
+            streamer.check_sources()
+    except CheckpointError as error:  # One that was cut short must not be touched.
+        raise UnsupportedModelError(f"its file is another now ({error})") from error
 
 
 def check_what_hangs_on(patcher: ModelPatcher) -> None:
@@ -124,7 +129,10 @@ def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
         UnsupportedModelError: it cannot stream, or cannot be made a second time.
     """
     check_what_hangs_on(patcher)
-    found = _loaded_again(patcher) if isinstance(patcher, StreamedModelPatcher) else None
+    found = None
+    if isinstance(patcher, StreamedModelPatcher):
+        _check_files(patcher)
+        found = _loaded_again(patcher)
     return found or _stream_twin(patcher, patcher.load_device, OffloadSettings(), node_id)
 
 

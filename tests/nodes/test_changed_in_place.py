@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -13,14 +16,16 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from placing import CPU, SECOND, Machine, place, place_clip, place_vae
-from sampling import MB, sample
+from sampling import MB, MODEL, sample
 from text_encoders import PROMPTS, encode
 from vaes import decode
 from weightstream.nodes.components import model_on
 from weightstream.nodes.gpu_placement import STREAMS
+from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import clip_with_settings, with_settings
+from weightstream.nodes.takeover import anew, give_back
 from weightstream.nodes.vae import vae_on
 from weightstream.streaming import UnsupportedModelError
 
@@ -112,6 +117,19 @@ def test_a_model_that_is_given_back_is_the_one_that_came_in(foreign: ModelPatche
     back = with_settings(streamed, OffloadSettings(Mode.OFF))
     assert back.model is foreign.model
     assert torch.equal(sample(back), expected)
+
+
+def test_a_file_that_was_cut_short_is_not_touched(models: Path, tmp_path: Path, machine: Machine) -> None:
+    machine(2)
+    path = Path(shutil.copy(models / MODEL, tmp_path / "own.safetensors"))
+    with torch.inference_mode():
+        model = load_streamed(str(path), {})
+    model.streamer.finish_building()
+    os.truncate(path, path.stat().st_size // 2)
+    for use in (anew, give_back):
+        arguments = (model, None) if use is anew else (model,)
+        with pytest.raises(UnsupportedModelError, match="its file is another now"):
+            use(*arguments)
 
 
 # Of a pack that compiles models: what it has made of which.
