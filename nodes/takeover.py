@@ -7,7 +7,6 @@ first model it cannot be (references.py).
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 
@@ -25,8 +24,6 @@ from .references import refers_to
 from .streamed_model import ATTRIBUTE, check_limit, make_streamed
 from .text_encoder import step_of_text_encoder
 from .twins import lasting_difference, make_twin
-
-logger = logging.getLogger(__name__)
 
 # Attributes of our own patchers, which those of the host do not have.
 OURS = {"settings", "node_id"}
@@ -137,15 +134,14 @@ def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
 
 
 def _loaded_again(patcher: StreamedModelPatcher) -> StreamedModelPatcher | None:
-    """What our own loader gives once more, where that is like what it gave before; else a copy has to do."""
+    """What our own loader gives once more, where that is like ``patcher``; else a copy has to do."""
     if patcher.cached_patcher_init is None:
         return None
     function, arguments = patcher.cached_patcher_init
     try:
         found = function(*arguments)
     except Exception as error:  # The file may be gone.
-        logger.info("[WeightStream] a model cannot be loaded once more, so its weights are shared: %s", error)
-        return None
+        raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     if isinstance(found, StreamedModelPatcher) and not is_current(found, patcher):
         found.streamer.close()  # It has begun to build.
         return None
