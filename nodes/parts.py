@@ -25,7 +25,7 @@ from .offload import host_config
 from .patcher import PARTS, StreamedModelPatcher
 from .patches import HostPatches
 from .progress import LoadingBar
-from .shares import Shares
+from .shares import Shares, check_parts
 from .streamed_model import ATTRIBUTE, StreamedModel
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,11 @@ class PartPatcher(StreamedModelPatcher):
         super().reload(plan, None)
         owner.apply_hooks(hooks, force_apply=True)
 
+    def follow(self) -> None:
+        """The MODEL does, for all of its parts; not in the middle of a step."""
+        if not self._owner.streamer.running:
+            self._owner.follow()
+
     @property
     def _turns(self) -> bool:
         return self._owner.streamed.turns
@@ -120,8 +125,7 @@ def split_blocks(
         ConfigError: shares are not one positive number for each device.
     """
     streamed, whole = patcher.streamed, patcher.streamer
-    if any(block.tied for block in whole.blocks.blocks):
-        raise UnsupportedModelError("its blocks share tensors")
+    check_parts(whole.blocks)
     backends = [make_backend(device) for device in devices]
     streamed.shares = Shares(whole.blocks, shares)
     found = streamed.shares.begin(backends, patcher.settings)

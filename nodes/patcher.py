@@ -10,13 +10,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management as mm
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import Plan, Streamer, format_bytes
 from . import hosts
 from .devices import make_backend, same_device, unload
+from .following import follow
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
 from .offload import OffloadSettings, host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
@@ -136,6 +136,7 @@ class StreamedModelPatcher(ModelPatcher):
         """Place the weights within ``lowvram_model_memory`` bytes; ``full_load`` sets no limit."""
         with self.use_ejected():
             self.unpatch_hooks()
+            self.follow()
             if device_to is not None and not same_device(device_to, self.streamer.backend.device):
                 # A clone for another GPU, or back from it.
                 self.streamer.move_to(make_backend(device_to))
@@ -147,7 +148,6 @@ class StreamedModelPatcher(ModelPatcher):
             self._prepare_modules()
             if self.streamed.boundary is not None:
                 self.streamed.boundary.attach(self.streamer.root, self.streamed.placed, self._is_compiled())
-            self._move_object_patches(device_to)
             patches = self._host_patches()
             self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))
             self.streamer.begin_prompt()
@@ -158,6 +158,10 @@ class StreamedModelPatcher(ModelPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def follow(self) -> None:
+        """Lay out anew what somebody has changed since the model was laid out (following.py)."""
+        follow(self)
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *_: Any, **__: Any) -> float:
         """Give up weights until ``memory_to_free`` bytes are free, and give what was freed.
@@ -184,7 +188,6 @@ class StreamedModelPatcher(ModelPatcher):
                 for part in self.parts:  # The host knows of one CPU, and asks for nothing on other virtual devices.
                     part.unpatch_model(device_to)
             self._restore_modules()
-            self._move_object_patches(device_to)
             self._tell_host(device_to)
             self.model.current_weight_patches_uuid = None
         super().unpatch_model(device_to=None, unpatch_weights=False, **options)
@@ -312,18 +315,6 @@ class StreamedModelPatcher(ModelPatcher):
             if hasattr(module, "comfy_patched_weights"):
                 del module.comfy_patched_weights
 
-    def _move_object_patches(self, device: torch.device | None) -> None:
-        """Move what object patches brought along. Tensors of the streamer stay: a patch may wrap the model itself."""
-        ours = set().union(*(streamer.holders for streamer in self.streamers))
-        for name in self.object_patches:
-            patch = comfy.utils.get_attr(self.model, name)
-            if device is None or not isinstance(patch, torch.nn.Module):
-                continue
-            for module in patch.modules():
-                for holder in (module._parameters, module._buffers):
-                    if id(holder) not in ours:
-                        _move(holder, device)
-
     # -- weights that others read or write -----------------------------------------------------------------------
 
     def get_key_patches(self, *args: Any, **options: Any) -> dict[str, list]:
@@ -381,11 +372,3 @@ class StreamedModelPatcher(ModelPatcher):
                 streamer.invalidate()
             if not self.hook_backup:
                 streamer.take_masters_back()
-
-
-def _move(holder: dict[str, torch.Tensor | None], device: torch.device) -> None:
-    for name, tensor in holder.items():
-        if tensor is not None and tensor.device != device:
-            moved = tensor.to(device)
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            holder[name] = torch.nn.Parameter(moved, requires_grad=False) if is_parameter else moved

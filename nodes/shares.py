@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import comfy.model_management as mm
 import torch
 
-from ..streaming import Backend, BlockSet, Streamer
+from ..streaming import Backend, BlockSet, Streamer, UnsupportedModelError
 from ..streaming.assignment import Assignment, DeviceRoom, Distribution, describe, distribute, step_seconds
 from ..streaming.gpus import best_links
 from . import status
@@ -83,6 +83,18 @@ class Shares:
             self._wanted = [self._wanted[place] for place in found.devices]
         self.assignment = found.assignment
         return found
+
+    def take_up(self, patcher: StreamedModelPatcher, blocks: BlockSet) -> None:
+        """The model of ``patcher`` was cut anew. Where it has as many blocks as before they stay where they are.
+
+        Raises:
+            UnsupportedModelError: its blocks share tensors.
+        """
+        check_parts(blocks)
+        self._blocks = blocks
+        self._sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
+        if len(blocks.blocks) != len(self.assignment.devices):
+            self.assignment = self._best(self._rooms(patcher))
 
     def part(self, device: int) -> BlockSet:
         """What a device has."""
@@ -180,6 +192,12 @@ class Shares:
             DeviceRoom(_room(backend, patcher.settings), link, time)
             for backend, link, time in zip(backends, links, times, strict=True)
         ]
+
+
+def check_parts(blocks: BlockSet) -> None:
+    """Raise where blocks cannot be on several devices."""
+    if any(block.tied for block in blocks.blocks):
+        raise UnsupportedModelError("its blocks share tensors")
 
 
 def _room(backend: Backend, settings: OffloadSettings) -> float:

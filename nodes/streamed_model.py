@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import comfy.memory_management
 import torch
 
 from ..streaming import BudgetError, Plan, Streamer, format_bytes, gpu_name, split_model
@@ -164,7 +165,7 @@ def make_streamed(
         BudgetError: the limit has no room for the largest block.
     """
     backend = make_backend(load_device)
-    blocks = split_model(model, model_dtype, locate)
+    blocks = split_model(model, model_dtype, locate, shown_dtype=dtype_by_host)
     bar = LoadingBar(node_id)
     streamer = Streamer(root, blocks, backend, host_config(settings, backend), pins, evictable, bar)
     check_limit(settings.vram_limit, streamer, name)
@@ -195,3 +196,9 @@ def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
 def model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
     """The dtype that the host built this tensor with, which a file's tensor that was only mapped may not have."""
     return getattr(module, f"{attribute}_comfy_model_dtype", None) or tensor.dtype
+
+
+def dtype_by_host(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
+    """In which the host's own loader leaves this tensor: in the file's with dynamic VRAM, else as the model runs."""
+    dynamic = comfy.memory_management.aimdo_enabled
+    return tensor.dtype if dynamic else model_dtype(module, attribute, tensor)

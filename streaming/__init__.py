@@ -2,7 +2,7 @@
 
 from .arena import PinBudget
 from .backend import Backend, DeviceMemory
-from .blocks import Block, BlockSet, Unit, find_blocks, split_model
+from .blocks import Block, BlockSet, Unit, find_blocks, held_tensors, split_model, uncompiled
 from .checkpoint import Checkpoint
 from .checkpoint_file import CheckpointFile, FileSlice
 from .config import (
@@ -39,6 +39,7 @@ from .profile import Outline, Profile, assumed_profile
 from .residency import Residency
 from .schedule import Schedule
 from .segments import Segment
+from .shown import is_shown
 from .state import State
 from .streamer import Streamer
 from .supply import Progress
@@ -97,7 +98,9 @@ __all__ = [
     "format_bytes",
     "gpu_name",
     "group_memory",
+    "held_tensors",
     "in_parts",
+    "is_shown",
     "list_gpus",
     "make_plan",
     "minimum_bytes",
@@ -109,5 +112,6 @@ __all__ = [
     "parse_virtual_devices",
     "split_model",
     "take_apart",
+    "uncompiled",
     "warm_up",
 ]

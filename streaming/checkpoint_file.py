@@ -252,6 +252,11 @@ class FileSlice:
             raise ValueError(f"bytes {start} to {start + target.nbytes} of a slice of {self.nbytes} bytes")
         self.file.read_into(target, self.offset + start)
 
+    @property
+    def writable(self) -> bool:
+        """Whether what maps these bytes can be written to, for this process alone."""
+        return bool(_NO_RESERVE) or _ACCESS != mmap.ACCESS_READ
+
     def check(self) -> None:
         """Raise ``CheckpointChangedError`` if the file was written to since it was opened."""
         self.file.check_unchanged()

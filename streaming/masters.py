@@ -13,8 +13,10 @@ from .blocks import Unit
 from .contents import needs_work, ranges, read_range
 from .errors import UnsupportedModelError
 from .forms import Form, OtherForm, PlainForm, take_apart
+from .homes import Home, ShownHome, home_in
 from .layout import Binding, Value
 from .reader import Reader
+from .sums import sums
 from .transfer import Tick, Transfer
 
 
@@ -47,21 +49,29 @@ class Weights:
 
     Attributes:
         buffer: uint8 memory on the host or on the device.
+
+    Args:
+        computes: kernels are given tensors in this buffer.
     """
 
-    def __init__(self, unit: Unit, buffer: torch.Tensor) -> None:
+    def __init__(self, unit: Unit, buffer: torch.Tensor, computes: bool = True) -> None:
         self.unit = unit
         self.buffer = buffer
+        self._computes = computes
         self._baked: dict[str, object] = {}
         self._forms: dict[str, Form] = {}
-        self._binding: Binding | None = self.binding_to(buffer)
+        self._home: Home | None = None
 
     @property
-    def binding(self) -> Binding:
+    def home(self) -> Home:
         """Points the unit's module at this buffer."""
-        if self._binding is None:
-            self._binding = self.binding_to(self.buffer)
-        return self._binding
+        if self._home is None:
+            self._home = home_in(self.unit.layout, self.buffer, self._forms, self._computes)
+        return self._home
+
+    def take_up(self, unit: Unit) -> None:
+        """The unit was laid out anew, and lies in the buffer as before."""
+        self.unit, self._home = unit, None
 
     def binding_to(self, buffer: torch.Tensor) -> Binding:
         """Points the unit's module at another buffer, which holds or will hold a copy of this one."""
@@ -71,6 +81,9 @@ class Weights:
     @property
     def patched(self) -> bool:
         return bool(self._baked)
+
+    def is_baked(self, name: str) -> bool:
+        return name in self._baked
 
     def stale(self, patches: Patches) -> list[Value]:
         """What has other patches in this buffer than ``patches``."""
@@ -120,7 +133,7 @@ class Weights:
     def _take_forms(self, forms: dict[str, Form]) -> None:
         """From now on the buffer's tensors make these."""
         if forms or self._forms:
-            self._forms, self._binding = forms, None
+            self._forms, self._home = forms, None
 
 
 _UNFINISHED = object()
@@ -191,11 +204,13 @@ class UnitCopies:
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self.original_binding = unit.layout.original_binding()
+        self.shown = ShownHome(unit.layout)
         self.resident: Weights | None = None
         self.arriving: _Arriving | None = None
         self.built: _Master | None = None
         self._master: _Master | None = None
         self._begun: tuple[HostBuffer, int] | None = None
+        self._sums: dict[str, torch.Tensor] | None = None
 
     @property
     def master(self) -> Weights | None:
@@ -226,7 +241,7 @@ class UnitCopies:
         memory, _ = self._begun or (arena.allocate(self.unit.nbytes), 0)
         self._begun = None
         try:
-            master = Weights(self.unit, memory.memory)
+            master = Weights(self.unit, memory.memory, computes=False)
             master.write_from(self.resident)
             arena.lock(memory)
         except BaseException:
@@ -274,7 +289,7 @@ class UnitCopies:
         try:
             locked = memory.pinned or arena.lock(memory)
             if locked or needed or needs_work(self.unit.layout):
-                self.built = _Master(Weights(self.unit, memory.memory), memory)
+                self.built = _Master(Weights(self.unit, memory.memory, computes=False), memory)
             else:
                 arena.release(memory)
         except BaseException:
@@ -349,22 +364,67 @@ class UnitCopies:
     def take_resident_buffer(self) -> torch.Tensor:
         """The memory of the resident copy, which is none any more."""
         assert self.resident is not None
-        resident, self.resident = self.resident, None
+        resident, self.resident, self._sums = self.resident, None, None
         return resident.buffer
 
     def drop_resident(self, backend: Backend) -> None:
-        resident, self.resident = self.resident, None
+        resident, self.resident, self._sums = self.resident, None, None
         self.bind()  # A module that still pointed at the buffer would keep its memory.
         if resident is not None:
             backend.free(resident.buffer)
 
+    # -- what others do to it ------------------------------------------------------------------------------------
+
+    def sum_up(self) -> None:
+        """Remember what the resident copy holds, where that was not done yet. The host does not wait for the device."""
+        resident = self.resident
+        if resident is not None and self._sums is None:
+            values = [value for value in self.unit.layout.values if not resident.is_baked(value.name)]
+            self._sums = {value.name: sums(resident.buffer, value) for value in values}
+
+    def sums_differ(self, value: Value) -> bool:
+        """Whether the resident copy of ``value`` holds something else than it did; waits for the device."""
+        before = None if self._sums is None or self.resident is None else self._sums.get(value.name)
+        return before is not None and not torch.equal(before, sums(self.resident.buffer, value))
+
+    def take_up(self, unit: Unit, changed: bool) -> None:
+        """The unit was laid out anew. Its copies hold it, what was ``changed`` included."""
+        self.unit = unit
+        self.original_binding, self.shown = unit.layout.original_binding(), ShownHome(unit.layout)
+        for weights in (self.resident, self.master):
+            if weights is not None:
+                weights.take_up(unit)
+        if changed:
+            self._sums = None
+
+    def release(self, backend: Backend, arena: Arena) -> None:
+        """Free every copy, of a unit that is not laid out like this any more; modules are left as they are."""
+        resident, self.resident = self.resident, None
+        if resident is not None:
+            backend.free(resident.buffer)
+        self.adopt()
+        for memory in (self._master.memory if self._master else None, self._begun[0] if self._begun else None):
+            if memory is not None:
+                arena.release(memory)
+        self._master = self._begun = None
+
+    def settle(self) -> None:
+        """What somebody has written to it was undone."""
+        for value in self.unit.layout.values:
+            self.home.settle(value)
+
     # -- modules -------------------------------------------------------------------------------------------------
 
     @property
-    def home(self) -> Binding:
-        """Points the modules at the resident copy, else at the master copy, else at the original."""
-        weights = self.resident or self.master
-        return weights.binding if weights is not None else self.original_binding
+    def weights(self) -> Weights | None:
+        """The copy that modules point at between blocks; None while that is the original."""
+        return self.resident or self.master
+
+    @property
+    def home(self) -> Home:
+        """Points the modules at the resident copy, else at the master copy, else at what they show without one."""
+        weights = self.weights
+        return weights.home if weights is not None else self.shown
 
     def bind(self) -> None:
         self.home.apply()

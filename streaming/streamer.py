@@ -24,6 +24,7 @@ from torch import nn
 from .arena import PinBudget
 from .backend import Backend, DeviceMemory, is_out_of_memory
 from .blocks import BlockSet
+from .changes import Changes
 from .config import StreamingConfig, format_bytes
 from .masters import NoPatches, Patches
 from .plan import Plan
@@ -110,6 +111,11 @@ class Streamer:
         return root
 
     @property
+    def running(self) -> bool:
+        """Whether a step runs, or a plan is carried out."""
+        return self._depth > 0
+
+    @property
     def last_used(self) -> float:
         """When it was loaded or began a step, on time's monotonic clock."""
         return self._steps.last_used
@@ -127,11 +133,6 @@ class Streamer:
     def device_bytes(self) -> int:
         """Bytes on the device now."""
         return self.backend.allocated
-
-    @property
-    def holders(self) -> set[int]:
-        """Identities of the dictionaries of parameters and buffers whose tensors this streamer places."""
-        return {id(place.holder) for value in self.blocks.values for place in value.places}
 
     def memory(self) -> DeviceMemory:
         """What the device has left, with what others would give up counted as free."""
@@ -321,9 +322,51 @@ class Streamer:
         self._runner.finish(self)
         self._planner.begin_prompt()
         self._steps.detach()
+        changes = self.changes()
         self.site.clear_device()
+        changes.show()
         self.plan = None
         self._steps.state = State.UNLOADED
+
+    # -- what others do to the model -----------------------------------------------------------------------------
+
+    def changes(self) -> Changes:
+        """What somebody has written to, exchanged or deleted since the model was laid out; not while a block runs.
+
+        What hooks of the host have written is undone later, and is none.
+        """
+        return Changes() if self._lent else self.site.placement.changes()
+
+    def show(self, changes: Changes) -> None:
+        """Have the modules hold what they would hold unloaded, ``changes`` included, to be laid out anew."""
+        self.site.halt()
+        self.site.drop_lane()
+        self._steps.detach()
+        if self.state is State.LOADED:
+            self._steps.state = State.REDUCED
+        self.site.placement.show()
+        changes.show()
+
+    def take_up(self, blocks: BlockSet, changes: Changes) -> None:
+        """From the next load on stream ``blocks``: the same model, cut anew after :meth:`show`.
+
+        Copies of what lies as before are kept; of what does not there is nothing on the device.
+        """
+        loaded, same = self.state is not State.UNLOADED, blocks.outline == self.outline
+        self._verifier = self._make_verifier(blocks)
+        if loaded and not same:
+            self._runner.finish(self)
+            self._planner.begin_prompt()
+        self.site.take_up(blocks, self._verifier, changes)
+        if loaded and not same:
+            self.site.clear_device()
+            self.plan, loaded = None, False
+        self._planner.take_up(blocks.outline)
+        self.blocks, self.outline = blocks, blocks.outline
+        if not same:
+            self._runner = Runner(self._planner, self._listeners)
+        self._steps = Steps(self._root, self.blocks, self.site, self._planner)
+        self._steps.state = State.REDUCED if loaded else State.UNLOADED
 
     def give_up_masters(self, nbytes: int) -> int:
         """Free at least ``nbytes`` of page-locked memory, or all, for another model; gives what was freed.
@@ -366,6 +409,8 @@ class Streamer:
 
     def take_masters_back(self) -> None:
         """What somebody has written to master copies is undone."""
+        if self._lent:
+            self.site.placement.settle()
         self._lent = False
 
     def invalidate(self) -> None:
@@ -377,12 +422,17 @@ class Streamer:
         """Point the modules at the weights as loaded, for code that reads them; not while a block runs."""
         self.settle()
         self.site.placement.check_sources()
+        changes = self.changes()
         self.site.placement.bind_originals()
+        changes.show()
         try:
             yield
         finally:
             if self.state is not State.UNLOADED:
                 self.site.placement.bind()
+            else:
+                self.site.placement.show()
+            changes.put_back()
 
     def move_to(self, backend: Backend) -> None:
         """Stream to another device from the next load on."""
@@ -430,8 +480,8 @@ class Streamer:
         self._steps = Steps(self._root, self.blocks, self.site, self._planner)
         self._runner = Runner(self._planner, self._listeners)
 
-    def _make_verifier(self) -> NoVerifier:
-        return Verifier(self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
+    def _make_verifier(self, blocks: BlockSet | None = None) -> NoVerifier:
+        return Verifier(blocks or self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
 
     def attach_hooks(self) -> None:
         """Hear of what is streamed, and of everything while a step is measured."""
