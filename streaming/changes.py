@@ -86,13 +86,13 @@ def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) ->
     """Whether somebody has put another tensor in the place of a patched one, which the copy has taken over: the host
     too would have it until the patches go."""
     spec = value.specs[0]
-    if not value.is_plain or type(present) not in (torch.Tensor, nn.Parameter):
+    if not value.is_plain or not _is_plain(present):
         return False
     if (present.shape, present.dtype) != (spec.shape, spec.dtype):
         return False
     with torch.inference_mode(False), torch.no_grad():
         view = spec.view(copies.weights.buffer)
-        view.copy_(present.clone() if present.is_inference() else present)
+        view.copy_(torch.Tensor.data.__get__(present))
         copies.home.point(value, view.data)
     return True
 
@@ -137,12 +137,17 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
+def _is_plain(tensor: torch.Tensor | None) -> bool:
+    """Whether it is of torch's own classes, or watched."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) or isinstance(tensor, Watched)
+
+
 def _kept(tensor: torch.Tensor | None, copy: bool = False) -> torch.Tensor | None:
     """``tensor`` in host memory, without a tie to what was laid out."""
     if tensor is None:
         return None
     tensor = settled(tensor)
-    if type(tensor) in (torch.Tensor, nn.Parameter) or isinstance(tensor, Watched):
+    if _is_plain(tensor):
         is_parameter = isinstance(tensor, nn.Parameter)
         with torch.inference_mode(False):
             tensor = torch.Tensor.data.__get__(tensor)
