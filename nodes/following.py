@@ -1,10 +1,10 @@
 """Has what streams follow what is in a model when the host loads it.
 
 [Note: what is there counts]
-ComfyUI loads the modules that are in a model then, with the weights that they have then, and applies patches by name to
-them. Packs rely on it: they write to weights, exchange layers by object patches or in the model, and hang layers of their
-own on it. So before each load what is there is compared with what was laid out. Where it differs the model is cut anew.
-Units that lie as before keep their copies, and a plan stays where nothing else became larger or smaller.
+ComfyUI loads the modules that are in a model then, with the weights that they have then, and applies patches by name
+to them. Packs rely on it: they write to weights, exchange layers by object patches or in the model, and hang layers of
+their own on it. So before each load what is there is compared with what was laid out. Where it differs the model is cut
+anew. Units that lie as before keep their copies, and a plan stays where nothing became larger or smaller.
 """
 
 from __future__ import annotations

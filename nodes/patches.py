@@ -90,11 +90,12 @@ class HostPatches:
                     f"{' and '.join(value.names)} are one weight, and a patch changes one of them; "
                     "load this model with ComfyUI's own loader"
                 )
+        self._patched: dict[str, bool] = {}
         self._dynamic = comfy.memory_management.aimdo_enabled and not mm.is_device_cpu(patcher.load_device)
 
     def signature(self, name: str) -> PatchSignature | None:
         entries = self._patcher.patches.get(name)
-        if not entries:
+        if not entries or not self._is_patched(name):
             return None
         return PatchSignature(entries, self._computing_dtype if self._dynamic else None)
 
@@ -114,6 +115,16 @@ class HostPatches:
             return self._compute_when_run(name, original)
         with _weight_in_place(self._patcher.model, name, original):
             return self._patcher.patch_weight_to_device(name, device_to=self._device, return_weight=True)
+
+    def _is_patched(self, name: str) -> bool:
+        """Whether the host applies patches to it at all: to parameters of modules that it loads one by one, and with
+        dynamic VRAM to those of its own layers. A parameter beside layers, as Wan has some, keeps its value."""
+        if name not in self._patched:
+            module, attribute = comfy.utils.resolve_attr(self._patcher.model, name)
+            inner = (parameter for child in module.children() for parameter in child.parameters())
+            loaded = attribute in module._parameters and next(inner, None) is None
+            self._patched[name] = loaded and (not self._dynamic or hasattr(module, "comfy_cast_weights"))
+        return self._patched[name]
 
     def _goes_the_dynamic_way(self, name: str) -> bool:
         module, attribute = comfy.utils.resolve_attr(self._patcher.model, name)

@@ -62,8 +62,8 @@ class GradientError(StreamingError):
 
     def __init__(self, block: str) -> None:
         super().__init__(
-            f"gradients are recorded through {block}, which streams: when they are computed its weights are gone from the "
-            "device, and those of another block would be taken for them. Nothing can be trained with a model that "
+            f"gradients are recorded through {block}, which streams: when they are computed its weights are gone from "
+            "the device, and those of another block would be taken for them. Nothing can be trained with a model that "
             "streams; load it with ComfyUI's own loader, set mode to off, or give it room for all of its weights"
         )
 

@@ -34,7 +34,7 @@ class Home(Binding):
         """Places that hold something else by now; None for one that holds nothing."""
         held = self.holds(value)
         present = [(place, place.holder.get(place.attribute)) for place in value.places]
-        return [pair for pair in present if pair[1] is not held]
+        return [(place, tensor) for place, tensor in present if tensor is None or settled(tensor) is not held]
 
     def moved(self, value: Value) -> bool:
         """Whether somebody has given the tensor other memory, by its ``data``."""

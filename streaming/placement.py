@@ -36,7 +36,6 @@ class Placement:
         self._rest = UnitCopies(blocks.rest)
         self._arriving: dict[int, list[UnitCopies]] = {}
         self._summed = False
-        self.show()
 
     def copies(self, unit: int) -> UnitCopies:
         return self._copies[unit]
@@ -169,9 +168,10 @@ class Placement:
         return sum(copies.unit.nbytes for copies in self._copies if copies.resident or copies.arriving)
 
     def drop_residents(self, units: Iterable[int]) -> None:
-        """Let go of resident copies, and make nothing in their place."""
+        """Let go of resident copies, and make nothing in their place; but for those that somebody has written to."""
         for unit in units:
-            self._copies[unit].drop_resident(self._backend)
+            if not any(find_changes(self._copies[unit])):
+                self._copies[unit].drop_resident(self._backend)
 
     def drop_masters(self, nbytes: int) -> int:
         """Drop master copies until ``nbytes`` of host memory are free, or all; gives what was freed."""
@@ -179,7 +179,8 @@ class Placement:
         for copies in reversed(self._copies):
             if freed >= nbytes:
                 break
-            freed += self._free(copies.drop_master())
+            if copies.master_bytes and not any(find_changes(copies)):  # Those that somebody has written to stay.
+                freed += self._free(copies.drop_master())
         return freed
 
     def clear_device(self) -> None:

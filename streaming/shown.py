@@ -1,25 +1,26 @@
 """What modules hold while no copy of ours is bound, and how it is noticed that somebody has written to it.
 
 [Note: who has written]
-ComfyUI changes a model by writing to its weights, exchanging them, or exchanging modules; what is there when it loads the
-model counts. So each tensor that we put into a module can tell whether it is as we have left it. A tensor counts what is
-written to it and to views of it (``_version``), except through ``data`` and numpy, which hand out its memory without its
-counter: a class of ours notes that somebody has asked for these, and the bytes are compared then (changes.py). Each such
-tensor has a counter of its own, which torch only gives to ``data`` of another; and inference tensors have none, so the
-same memory is put into a tensor that is not one. What computes on a device must be of torch's own classes: there sums of
-the bytes tell (sums.py).
+ComfyUI changes a model by writing to its weights, exchanging them, or exchanging modules; what is there when it loads
+the model counts. So each tensor that we put into a module can tell whether it is as we have left it. A tensor counts
+what is written to it and to views of it (``_version``), except through ``data`` and numpy, which hand out its memory
+without its counter: a class of ours notes that somebody has asked for these, and the bytes are compared then
+(changes.py). Each such tensor has a counter of its own, which torch only gives to ``data`` of another; and inference
+tensors have none, so the same memory is put into a tensor that is not one. What computes on a device must be of torch's
+own classes: there sums of the bytes tell (sums.py).
 
 [Note: stand-ins]
 A weight that is cast on its way to the device exists nowhere in the dtype in which modules have it with the host's own
-loader, and memory for that would be a second model. So modules hold a stand-in, which knows shape, dtype and device. When
-somebody asks for more, the values are made once, and take its place in the module; the stand-in passes everything on to
-them. The same stands in for what a system maps read-only: a write to that would end the process.
+loader, and memory for that would be a second model. So modules hold a stand-in, which knows shape, dtype and device.
+When somebody asks for more, the values are made once, and the stand-in passes everything on to them; they take its place
+when modules are pointed at it again. The same stands in for what a system maps read-only: a write to that would end the
+process.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .contents import read_tensor
-from .layout import Place, TensorSpec, Value
+from .layout import TensorSpec, Value
 
 _data = torch.Tensor.data
 
@@ -118,34 +119,25 @@ class _Values:
     Attributes:
         spec: what they are, in the dtype that modules show.
         run_as: what was laid out.
+        is_parameter: whether modules hold a parameter.
         real: the values, once somebody has asked for them.
     """
 
-    def __init__(self, spec: TensorSpec, run_as: TensorSpec, places: Sequence[Place]) -> None:
-        self.spec = spec
+    def __init__(self, spec: TensorSpec, run_as: TensorSpec, is_parameter: bool) -> None:
+        self.spec, self.run_as, self.is_parameter = spec, run_as, is_parameter
         self.real: torch.Tensor | None = None
-        self.run_as = run_as
-        self._places = places
 
     def get(self) -> torch.Tensor:
         if self.real is None:
             with torch.inference_mode(False):
-                self._put(read_tensor(self.spec))
-        assert self.real is not None
+                self.real = watch(read_tensor(self.spec), self.run_as, self.is_parameter)
         return self.real
 
     def assign(self, tensor: torch.Tensor) -> None:
         """Somebody has set ``data``. The new one may have another shape or dtype."""
         with torch.inference_mode(False):
-            self._put(counted(tensor.detach()))
+            self.real = watch(tensor.detach(), self.run_as, self.is_parameter)
         self.real._handed_out = True
-
-    def _put(self, tensor: torch.Tensor) -> None:
-        before, self.real = self.real, watch(tensor, self.run_as, any(place.is_parameter for place in self._places))
-        for place in self._places:
-            held = place.holder.get(place.attribute)
-            if held is not None and (held is before or getattr(held, "_values", None) is self):
-                place.holder[place.attribute] = self.real
 
 
 class StandIn(torch.Tensor):
@@ -154,7 +146,7 @@ class StandIn(torch.Tensor):
     _values: _Values
 
     @staticmethod
-    def __new__(cls, values: _Values, is_parameter: bool) -> StandIn:
+    def __new__(cls, values: _Values, is_parameter: bool = False) -> StandIn:
         spec = values.spec
         made = torch.Tensor._make_wrapper_subclass(cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device="cpu")
         made._values = values
@@ -165,7 +157,7 @@ class StandIn(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _SHOWN:
+        if function in _SHOWN and args[0]._values.real is None:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         if function in _OWN:
@@ -186,7 +178,7 @@ def _alias(one: StandIn) -> torch.Tensor:
     if one._values.real is not None:
         return one._values.real.detach()
     with torch.inference_mode(False):
-        return StandIn(one._values, False)
+        return StandIn(one._values)
 
 
 def _assign(one: StandIn, tensor: torch.Tensor) -> None:
@@ -242,6 +234,7 @@ def is_shown(tensor: torch.Tensor) -> bool:
 
 def laid_out(tensor: torch.Tensor) -> TensorSpec | None:
     """What was laid out of a tensor that is as we have left it; None for any other."""
+    tensor = settled(tensor)
     if isinstance(tensor, StandIn):
         return tensor._values.run_as
     return tensor.spec if isinstance(tensor, Watched) and not tensor.changed else None
@@ -249,6 +242,7 @@ def laid_out(tensor: torch.Tensor) -> TensorSpec | None:
 
 def plain(tensor: torch.Tensor, copy: bool = False) -> torch.Tensor:
     """The memory of a watched tensor, or a copy, as one of torch's own classes; another tensor as it is."""
+    tensor = settled(tensor)
     if not isinstance(tensor, Watched):
         return tensor
     with torch.inference_mode(False):
@@ -265,4 +259,4 @@ def _show(value: Value) -> torch.Tensor:
     as_it_is = value.shown_dtype == original.dtype and not original.is_meta
     if as_it_is and getattr(spec.source, "writable", True):
         return watch(original, spec, value.is_parameter)
-    return StandIn(_Values(spec.in_dtype(value.shown_dtype), spec, value.places), value.is_parameter)
+    return StandIn(_Values(spec.in_dtype(value.shown_dtype), spec, value.is_parameter), value.is_parameter)

@@ -162,8 +162,9 @@ class Steps:
             self._by_units.end_unit(self._outline.unit_block[unit])
 
     def recorded(self, block: int | None) -> None:
-        """Gradients are recorded through ``block``, or a step (None). What streams is gone when they are computed: in its
-        slot there are the weights of another block then, and torch has kept views of the slot.
+        """Gradients are recorded through ``block``, or a step (None).
+
+        What streams is gone when they are computed: torch has kept views of its slot, where another block is by then.
 
         Raises:
             GradientError: something of that streams.

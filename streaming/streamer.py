@@ -95,6 +95,7 @@ class Streamer:
         self._planner = Planner(self.outline, config)
         self._verifier = self._make_verifier()
         self._equip(backend)
+        self.site.placement.show()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -322,7 +323,7 @@ class Streamer:
         self._runner.finish(self)
         self._planner.begin_prompt()
         self._steps.detach()
-        changes = self.changes()
+        changes = self._last_changes()
         self.site.clear_device()
         changes.show()
         self.plan = None
@@ -336,6 +337,13 @@ class Streamer:
         What hooks of the host have written is undone later, and is none.
         """
         return Changes() if self._lent else self.site.placement.changes()
+
+    def _last_changes(self) -> Changes:
+        try:
+            return self.changes()
+        except Exception as error:  # A device that has failed must let go all the same.
+            logger.warning("what was written to weights on %s is lost: %s", self.backend.name, error)
+            return Changes()
 
     def show(self, changes: Changes) -> None:
         """Have the modules hold what they would hold unloaded, ``changes`` included, to be laid out anew."""

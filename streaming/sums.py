@@ -1,4 +1,4 @@
-"""Sums of what lies on the device, by which a write that nobody has counted is noticed (shown.py, Note: who has written).
+"""Sums of what lies on the device, by which a write that nobody has counted is noticed (*Note: who has written*).
 
 A sum is taken modulo 2^64 of words of 64 bits, each times an odd number of its own, so moved words are noticed as well.
 """
