@@ -62,7 +62,7 @@ def _put(place: Place, tensor: torch.Tensor | None) -> None:
 
 def find_changes(copies: UnitCopies) -> Iterator[Change]:
     """The changes of one unit, of which no block runs and nothing is on its way."""
-    home, weights = copies.home, copies.weights
+    home, weights = copies.bound, copies.bound_weights
     for value in copies.unit.layout.values:
         patched = weights is not None and weights.is_baked(value.name)
         replaced = home.replaced(value)
@@ -91,18 +91,18 @@ def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) ->
     if (present.shape, present.dtype) != (spec.shape, spec.dtype):
         return False
     with torch.inference_mode(False), torch.no_grad():
-        view = spec.view(copies.weights.buffer)
+        view = spec.view(copies.bound_weights.buffer)
         view.copy_(torch.Tensor.data.__get__(present))
-        copies.home.point(value, view.data)
+        copies.bound.point(value, view.data)
     return True
 
 
 def _is_written(copies: UnitCopies, value: Value) -> bool:
     """Whether what modules point at is not what was loaded."""
-    home = copies.home
+    home = copies.bound
     if home.written(value):
         return True
-    if copies.sums_differ(value):
+    if copies.bound_weights is not None and copies.sums_differ(value):
         return True
     if not home.handed_out(value):
         return False

@@ -197,6 +197,7 @@ class UnitCopies:
 
     Attributes:
         arriving: a resident copy that is on its way.
+        bound: what modules point at between blocks.
         built: a master copy that a builder's thread has finished and nobody has adopted (builder.py, Note: handed over,
             not shared).
     """
@@ -205,6 +206,7 @@ class UnitCopies:
         self.unit = unit
         self.original_binding = unit.layout.original_binding()
         self.shown = ShownHome(unit.layout)
+        self.bound: Home = self.shown
         self.resident: Weights | None = None
         self.arriving: _Arriving | None = None
         self.built: _Master | None = None
@@ -391,6 +393,7 @@ class UnitCopies:
         """The unit was laid out anew. Its copies hold it, what was ``changed`` included."""
         self.unit = unit
         self.original_binding, self.shown = unit.layout.original_binding(), ShownHome(unit.layout)
+        self.bound = self.shown
         for weights in (self.resident, self.master):
             if weights is not None:
                 weights.take_up(unit)
@@ -411,23 +414,29 @@ class UnitCopies:
     def settle(self) -> None:
         """What somebody has written to it was undone."""
         for value in self.unit.layout.values:
-            self.home.settle(value)
+            self.bound.settle(value)
 
     # -- modules -------------------------------------------------------------------------------------------------
 
     @property
-    def weights(self) -> Weights | None:
-        """The copy that modules point at between blocks; None while that is the original."""
-        return self.resident or self.master
-
-    @property
     def home(self) -> Home:
         """Points the modules at the resident copy, else at the master copy, else at what they show without one."""
-        weights = self.weights
+        weights = self.resident or self.master
         return weights.home if weights is not None else self.shown
 
+    @property
+    def bound_weights(self) -> Weights | None:
+        """The copy that modules point at between blocks; None while that is none."""
+        return None if self.bound is self.shown else self.resident or self.master
+
     def bind(self) -> None:
-        self.home.apply()
+        self.bound = self.home
+        self.bound.apply()
+
+    def show(self) -> None:
+        """Point the modules at what they show while no copy is bound."""
+        self.bound = self.shown
+        self.bound.apply()
 
     def binding_to(self, place: torch.Tensor) -> Binding:
         """Points the module at a place in a slot, to which the weights will be copied from where they are now."""

@@ -126,7 +126,7 @@ class Placement:
     def show(self) -> None:
         """Point the modules at what they show while no copy is bound (shown.py)."""
         for copies in (*self._copies, self._rest):
-            copies.shown.apply()
+            copies.show()
 
     # -- what others do to it ------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ own classes: there sums of the bytes tell (sums.py).
 [Note: stand-ins]
 A weight that is cast on its way to the device exists nowhere in the dtype in which modules have it with the host's own
 loader, and memory for that would be a second model. So modules hold a stand-in, which knows shape, dtype and device.
-When somebody asks for more, the values are made once, and the stand-in passes everything on to them; they take its place
-when modules are pointed at it again. The same stands in for what a system maps read-only: a write to that would end the
-process.
+When somebody asks for more, the values are made once, and the stand-in passes everything on to them; they take its
+place when modules are pointed at it again. The same stands in for what a system maps read-only: a write to that would
+end the process.
 """
 
 from __future__ import annotations
