@@ -134,8 +134,8 @@ def split_blocks(
         raise OneDeviceError(found.devices[0], reasons or "no device has room for its largest block")
     devices, backends = ([each[place] for place in found.devices] for each in (devices, backends))
     status.announce(streamed.name, streamed.shares.describe(backends), streamed.node_id)
-    streamers = _streamers_of_parts(patcher, backends)
     whole.close()
+    streamers = _streamers_of_parts(patcher, backends)
     streamed.streamer = streamers[0]
     if not same_device(patcher.load_device, devices[0]):
         patcher.load_device = devices[0]

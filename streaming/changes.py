@@ -63,6 +63,7 @@ def _put(place: Place, tensor: torch.Tensor | None) -> None:
 def find_changes(copies: UnitCopies) -> Iterator[Change]:
     """The changes of one unit, of which no block runs and nothing is on its way."""
     home, weights = copies.bound, copies.bound_weights
+    copies.note_writes()
     for value in copies.unit.layout.values:
         patched = weights is not None and weights.is_baked(value.name)
         replaced = home.replaced(value)
@@ -94,6 +95,7 @@ def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) ->
         view = spec.view(copies.bound_weights.buffer)
         view.copy_(torch.Tensor.data.__get__(present))
         copies.bound.point(value, view.data)
+    copies.bound_weights.written.add(value.name)
     return True
 
 

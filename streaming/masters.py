@@ -49,6 +49,7 @@ class Weights:
 
     Attributes:
         buffer: uint8 memory on the host or on the device.
+        written: names of patched values that somebody has written to.
 
     Args:
         computes: kernels are given tensors in this buffer.
@@ -58,6 +59,7 @@ class Weights:
         self.unit = unit
         self.buffer = buffer
         self._computes = computes
+        self.written: set[str] = set()
         self._baked: dict[str, object] = {}
         self._forms: dict[str, Form] = {}
         self._home: Home | None = None
@@ -85,6 +87,11 @@ class Weights:
     def is_baked(self, name: str) -> bool:
         return name in self._baked
 
+    def spoil_written(self) -> None:
+        """Patched values that somebody has written to are not as they were patched."""
+        self._baked.update((name, _UNFINISHED) for name in self.written)
+        self.written.clear()
+
     def stale(self, patches: Patches) -> list[Value]:
         """What has other patches in this buffer than ``patches``."""
         values = self.unit.layout.values
@@ -93,7 +100,7 @@ class Weights:
     def write_from(self, other: Weights) -> None:
         """Copy another buffer of the same unit as it is, patches included."""
         self.buffer.copy_(other.buffer)
-        self._baked = dict(other._baked)
+        self._baked, self.written = dict(other._baked), set(other.written)
         self._take_forms(dict(other._forms))
 
     def spoiled(self, patches: Patches) -> bool:
@@ -129,6 +136,7 @@ class Weights:
     def sign(self, signatures: dict[str, object]) -> None:
         """The buffer holds these patched values."""
         self._baked.update(signatures)
+        self.written -= signatures.keys()
 
     def _take_forms(self, forms: dict[str, Form]) -> None:
         """From now on the buffer's tensors make these."""
@@ -410,6 +418,19 @@ class UnitCopies:
             if memory is not None:
                 arena.release(memory)
         self._master = self._begun = None
+
+    def note_writes(self) -> None:
+        """Remember which patched values somebody has written to: that goes when the copy goes out of use."""
+        weights = self.bound_weights
+        for value in self.unit.layout.values if weights is not None else ():
+            if weights.is_baked(value.name) and (self.bound.written(value) or self.bound.handed_out(value)):
+                weights.written.add(value.name)
+
+    def forget_writes(self) -> None:
+        """The copy goes out of use: what somebody has written to patched values goes with their patches."""
+        self.note_writes()
+        if self.bound_weights is not None:
+            self.bound_weights.spoil_written()
 
     def settle(self) -> None:
         """What somebody has written to it was undone."""

@@ -186,6 +186,7 @@ class Placement:
     def clear_device(self) -> None:
         """Drop everything on the device. Modules use the originals then: master copies may have patches in them."""
         for copies in (*self._copies, self._rest):
+            copies.forget_writes()
             copies.drop_resident(self._backend)
         self.show()
 

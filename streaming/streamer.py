@@ -456,6 +456,7 @@ class Streamer:
         self.blocks, self.outline = blocks, blocks.outline
         self._planner, self._verifier = Planner(self.outline, self.config), self._make_verifier()
         self.move_to(self.backend)
+        self.site.placement.show()
 
     def configure(self, config: StreamingConfig) -> None:
         """Stream with other settings from the next load on. Where they differ, nothing of what was built is kept.
