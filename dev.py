@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One command for everything: demo, server, tests, environment, bundle.
+"""One command for everything: demo, server, tests, mutants, environment, bundle.
 
 Each command makes what it needs first: a ComfyUI and an interpreter that can run it. Which ComfyUI:
 
@@ -433,6 +433,12 @@ def test(rest: Sequence[str]) -> int:
     return call(host, [host.python, "-m", "pytest", *rest])
 
 
+def mutants(rest: Sequence[str]) -> int:
+    host = find_host()
+    say(str(host))
+    return call(host, [host.python, ROOT / "tools" / "mutants.py", *rest])
+
+
 def env() -> int:
     host = find_host()
     print(json.dumps({"python": str(host.python), "comfyui": str(host.path), "comfyui_version": host.version}))
@@ -448,7 +454,7 @@ def bundle(folder: Path, python_version: str) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own options, and the rest, which pytest, the demo or the server read."""
-    what = "Demo, server, tests, environment and bundle of WeightStream."
+    what = "Demo, server, tests, mutants, environment and bundle of WeightStream."
     parser = argparse.ArgumentParser(prog="dev.py", description=what)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = "stream a real FLUX in a real ComfyUI and compare the results; --help shows its options"
@@ -456,11 +462,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     show = "start ComfyUI with the pack, small models and workflows, for the browser; --help shows its options"
     commands.add_parser("serve", help=show, add_help=False)
     commands.add_parser("test", help="run the tests; everything after it goes to pytest", add_help=False)
+    show = "plant faults in a copy of the pack and see whether the tests notice; --help shows its options"
+    commands.add_parser("mutants", help=show, add_help=False)
     commands.add_parser("env", help="print the interpreter and the ComfyUI that are used, as JSON")
     pack = commands.add_parser("bundle", help="pack ComfyUI and its wheels for a Linux GPU machine without network")
     pack.add_argument("folder", metavar="DIR", type=Path)
     pack.add_argument("--python", default="3.12", metavar="X.Y", help="the Python of that machine (default: 3.12)")
-    if argv[:1] in (["test"], ["demo"], ["serve"]):
+    if argv[:1] in (["test"], ["demo"], ["serve"], ["mutants"]):
         # Here and not in argparse, which would take their own options for its own.
         return parser.parse_args(argv[:1]), list(argv[1:])
     return parser.parse_args(argv), []
@@ -478,6 +486,8 @@ def main(argv: Sequence[str]) -> int:
             return serve(rest)
         if args.command == "test":
             return test(rest)
+        if args.command == "mutants":
+            return mutants(rest)
         if args.command == "bundle":
             return bundle(args.folder, args.python)
         return env()

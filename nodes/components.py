@@ -1,4 +1,4 @@
-"""A MODEL, CLIP or VAE on another device than its loader chose.
+"""A MODEL or CLIP on another device than its loader chose (vae.py has the VAE).
 
 [Note: one model, one device]
 What comes in is left as it is, and other nodes may go on using it. The host keeps track of where the weights of a model
@@ -6,11 +6,15 @@ are, not of which patcher put them there, so two patchers of one model must not 
 moves when the other one is loaded. Any other model is built once more by the factory that its loader left behind
 (``cached_patcher_init``), the host's own way for it. With dynamic VRAM that maps the file and takes no memory of its
 own. What was built is kept as long as the model that came in, so that a node that runs again loads nothing.
+
+Where there is no such factory, or it makes another model than the one that came in (likeness.py), because somebody has
+changed that one in place, a second model that streams takes its place: that one has the same weights (twins.py), and
+keeps on the device what fits.
 """
 
 from __future__ import annotations
 
-import copy
+import logging
 import weakref
 from typing import Any
 
@@ -22,10 +26,15 @@ from comfy.model_patcher import ModelPatcher
 from ..streaming import State, UnsupportedModelError
 from .contracts import check_host
 from .devices import make_backend, obtainable, same_device, unload
-from .patcher import StreamedModelPatcher
-from .takeover import carry_over, check_what_hangs_on, give_back
+from .generators import generators_kept
+from .noted_dtypes import compute_as_noted
+from .offload import OffloadSettings
+from .patcher import PARTS, StreamedModelPatcher
+from .takeover import CHANGED, anew, carry_over, check_what_hangs_on, give_back, take_over
 from .text_encoder import with_patcher
-from .twins import factory_of
+from .twins import factory_of, lasting_difference
+
+logger = logging.getLogger(__name__)
 
 # The CPU itself: a virtual device has an index.
 CPU = torch.device("cpu")
@@ -35,6 +44,10 @@ PARALLEL = "multigpu"
 
 # What was built for another device, by the model that came in.
 _built: weakref.WeakKeyDictionary[torch.nn.Module, ModelPatcher] = weakref.WeakKeyDictionary()
+
+
+class NotAgainError(UnsupportedModelError):
+    """The loader of a model does not give it a second time."""
 
 
 def model_on(model: ModelPatcher, device: torch.device) -> ModelPatcher:
@@ -62,24 +75,9 @@ def clip_on(clip: comfy.sd.CLIP, device: torch.device) -> comfy.sd.CLIP:
     return clip if patcher is clip.patcher else with_patcher(clip, patcher)
 
 
-def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
-    """A VAE like ``vae`` on ``device``.
-
-    Raises:
-        UnsupportedModelError: it cannot be moved; the message says why.
-    """
-    if getattr(vae, "patcher", None) is None:
-        raise UnsupportedModelError("it has no weights")
-    patcher = patcher_on(vae.patcher, device)
-    if patcher is vae.patcher:
-        return vae
-    moved = copy.copy(vae)
-    moved.patcher, moved.first_stage_model, moved.device = patcher, patcher.model, device
-    return moved
-
-
-def patcher_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
-    """A patcher like ``patcher`` that loads its model to ``device``; itself where it does so already.
+def patcher_on(patcher: ModelPatcher, device: torch.device, may_stream: bool = True) -> ModelPatcher:
+    """A patcher like ``patcher`` that loads its model to ``device``; itself where it does so already. One whose loader
+    does not give it a second time streams there, if it may.
 
     Raises:
         UnsupportedModelError: nobody knows how; the message says why.
@@ -89,19 +87,24 @@ def patcher_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
         patcher = give_back(patcher)  # Nothing streams to where it is.
     if same_device(patcher.load_device, device):
         return patcher
-    moved = _streamed_on(patcher, device) if isinstance(patcher, StreamedModelPatcher) else _built_on(patcher, device)
+    if isinstance(patcher, StreamedModelPatcher):
+        moved = _streamed_on(patcher, device)
+    else:
+        moved = _another_on(patcher, device, may_stream)
     if device == CPU or patcher.offload_device == patcher.load_device != CPU:  # The latter is --gpu-only.
         moved.offload_device = device
     moved.remove_additional_models(PARALLEL)
     for models in moved.additional_models.values():
-        models[:] = [patcher_on(model, device) for model in models]
+        models[:] = [patcher_on(model, device, may_stream=False) for model in models]  # They have no steps of ours.
     return moved
 
 
 def _streamed_on(patcher: StreamedModelPatcher, device: torch.device) -> StreamedModelPatcher:
     backend, streamer = make_backend(device), patcher.streamer
     if patcher.parts:
-        return patcher.deepclone_multigpu(device)  # All of it there.
+        whole = patcher.clone()
+        whole.remove_additional_models(PARTS)
+        return _streamed_on(_carried(whole, anew(patcher, patcher.node_id)), device)  # All of it there.
     if streamer.state is State.UNLOADED and not same_device(streamer.backend.device, device):
         # Nobody runs it now, so what is built ahead is built for where it will run. Else it moves when it is loaded.
         streamer.move_to(backend)
@@ -111,10 +114,37 @@ def _streamed_on(patcher: StreamedModelPatcher, device: torch.device) -> Streame
     return moved
 
 
-def _built_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
+def _carried(source: StreamedModelPatcher, target: StreamedModelPatcher) -> StreamedModelPatcher:
+    carry_over(source, target)
+    target.wrap_steps()
+    target.settings, target.node_id = source.settings, source.node_id
+    return target
+
+
+def _another_on(patcher: ModelPatcher, device: torch.device, may_stream: bool) -> ModelPatcher:
+    try:
+        return built_on(patcher, device)
+    except NotAgainError as error:
+        if device == CPU or not may_stream:
+            raise
+        try:
+            streamed = take_over(patcher, OffloadSettings(), None, device)
+        except UnsupportedModelError as second:
+            raise UnsupportedModelError(f"{error}, and it cannot stream: {second}") from second
+        logger.info("[WeightStream] %s streams to %s: %s", type(patcher.model).__name__, device, error)
+        return _streamed_on(streamed, device)
+
+
+def built_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
+    """A patcher like ``patcher`` on ``device``, of the model that its loader gives once more.
+
+    Raises:
+        NotAgainError: it does not give it; the message says why.
+        UnsupportedModelError: what hangs on ``patcher`` cannot be carried over.
+    """
     check_what_hangs_on(patcher)
     built = _built.get(patcher.model)
-    if built is None or not same_device(built.load_device, device):
+    if built is None or not same_device(built.load_device, device) or lasting_difference(built, patcher):
         built = _built[patcher.model] = _build(patcher, device)
     moved = carry_over(patcher, built.clone())
     moved.load_device, moved.offload_device = device, patcher.offload_device
@@ -125,14 +155,26 @@ def _build(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
     """The model of ``patcher`` once more, by its loader."""
     factory = factory_of(patcher)
     if factory is None:
-        raise UnsupportedModelError("its loader has not left word how to load it once more")
+        raise NotAgainError("its loader has not left word how to load it once more")
     options: dict[str, Any] = {"disable_dynamic": True} if mm.is_device_cpu(device) and patcher.is_dynamic() else {}
     try:
-        built = factory(**options)
+        with generators_kept():
+            built = factory(**options)
     except Exception as error:  # The file may be gone, and the loader another pack's.
-        raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
+        raise NotAgainError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     unload(built)  # Loaders of text encoders may have loaded it, where they always do.
+    if options:
+        _leave_dynamic_vram(built)
+    if name := lasting_difference(built, patcher):
+        raise NotAgainError(CHANGED.format(name))
     built.load_device = device
     if hasattr(built, "register_load_device"):  # Dynamic VRAM keeps books for each device.
         built.register_load_device(device)
     return built
+
+
+def _leave_dynamic_vram(built: ModelPatcher) -> None:
+    """With dynamic VRAM on, layers take the dtype of their file also where nothing casts it when they compute."""
+    if built.is_dynamic():
+        raise NotAgainError("its loader gives it with dynamic VRAM alone, which needs a GPU")
+    compute_as_noted(built.model)

@@ -13,15 +13,21 @@ from comfy_api.latest import io
 from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
 from ..streaming.device_names import CPU, DEFAULT
 from . import status
-from .components import clip_on, model_on, vae_on
+from .components import clip_on, model_on
+from .contents import count_outdated
 from .gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
 from .notices import keep_notice, withdraw_notice
 from .parts import OneDeviceError
+from .patcher import StreamedModelPatcher
 from .split import split_over
+from .vae import vae_on
 
 NAME = "GPU Placement"
 # The same on every machine: a workflow of another one must load here.
 DEVICES = [DEFAULT, CPU, *map(gpu_name, range(8))]
+
+# Said of what another loader has loaded (components.py).
+STREAMS = ", where it streams, since its loader does not give it once more as it is"
 
 T = TypeVar("T")
 
@@ -103,9 +109,9 @@ class GpuPlacement(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, **kwargs: Any) -> tuple[str, ...]:
-        """The node runs again when GPUs have come or gone."""
-        return tuple(visible_gpus())
+    def fingerprint_inputs(cls, **_: Any) -> tuple[str | int, ...]:
+        """The node runs again when GPUs have come or gone, and when a model's file was changed."""
+        return (*visible_gpus(), count_outdated())
 
     @classmethod
     def execute(
@@ -220,5 +226,9 @@ class Placing:
         except UnsupportedModelError as error:
             self.fall_back(f"{what} stays where its loader put it, {error}")
             return thing
-        self.say(f"{what} on {name}")
+        self.say(f"{what} on {name}{STREAMS if _streams(placed) and not _streams(thing) else ''}")
         return placed
+
+
+def _streams(thing: Any) -> bool:
+    return isinstance(getattr(thing, "patcher", thing), StreamedModelPatcher)

@@ -20,7 +20,9 @@ from comfy_api.latest import io
 
 from ..streaming import Checkpoint, CheckpointError, UnsupportedModelError, warm_up
 from . import status
+from .contents import fingerprint_of
 from .devices import make_backend
+from .generators import GeneratorStates
 from .hosts import made_with
 from .mapped import SAFETENSORS_ENDINGS, mapped_loading, opened
 from .names import shown_name
@@ -87,6 +89,11 @@ class StreamedModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, unet_name: str = "", **_: Any) -> str:
+        """The node runs again when the file was changed."""
+        return fingerprint_of(unet_name, _path_of(unet_name)) if _is_safetensors(unet_name) else ""
+
+    @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, vram_limit_gb: float = 0.0) -> io.NodeOutput:
         options = WEIGHT_DTYPES[weight_dtype]
         limit = int(vram_limit_gb * GIB) if vram_limit_gb > 0 else None
@@ -96,6 +103,10 @@ class StreamedModelLoader(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise(CHECKPOINTS, unet_name)
         model = load_streamed(path, options, limit, node_id, full_checkpoint=True)
         return io.NodeOutput(model, *_load_companions(path))
+
+
+def _path_of(name: str) -> str | None:
+    return folder_paths.get_full_path(MODELS, name) or folder_paths.get_full_path(CHECKPOINTS, name)
 
 
 def _model_files() -> list[str]:
@@ -129,12 +140,14 @@ def load_streamed(
     """
     name = shown_name(path)
     weights = _open(path)
+    generators = GeneratorStates()
     try:
         settings = OffloadSettings(vram_limit=vram_limit)
         patcher = _load_for_streaming(weights, full_checkpoint, model_options, settings, node_id)
     except UnsupportedModelError as error:
         text = f"not streamed, loaded ComfyUI's own way: {error}"
         status.announce(name, text, node_id)
+        generators.restore()
         patcher = load_unstreamed(path, model_options, full_checkpoint, **options)
         keep_notice("inactive", name, text, node_id, patcher.model)
         if not weights.sharded:
@@ -171,7 +184,7 @@ class _Weights:
 
     path: str
     tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str] | None
+    metadata: dict[str, Any] | None
     locate: Callable[[torch.Tensor], Any]
     files: tuple[str, ...]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..streaming import Backend, BudgetError, Plan, StallListener, Streamer, UnsupportedModelError
+from ..streaming import Backend, BudgetError, StallListener, Streamer, UnsupportedModelError
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
 from . import hosts, status
@@ -25,7 +25,7 @@ from .offload import host_config
 from .patcher import PARTS, StreamedModelPatcher
 from .patches import HostPatches
 from .progress import LoadingBar
-from .shares import Shares
+from .shares import Shares, check_parts
 from .streamed_model import ATTRIBUTE, StreamedModel
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ links = Links()
 
 # Where the host's transformer options hold the functions of patches. It moves what they hold to the MODEL's device.
 TRANSFORMER_PATCHES = ("patches", "patches_replace")
+# What it holds there for the sampler and for steps, and no block looks at.
+AROUND_STEPS = ("wrappers", "callbacks")
 
 
 class Part(torch.nn.Module):
@@ -68,19 +70,27 @@ class PartPatcher(StreamedModelPatcher):
         clone.owner = self.owner
         return clone
 
-    def reload(self, plan: Plan, hooks: Any) -> None:
-        """As for a whole MODEL; hooks are the owner's."""
-        owner, hooks = self._owner, self._owner.current_hooks
-        owner.unpatch_hooks()
-        super().reload(plan, None)
-        owner.apply_hooks(hooks, force_apply=True)
+    def unpatch_hooks(self, *args: Any, **options: Any) -> None:
+        """Those of the MODEL are in the weights here too (hooked.py, Note: hooks and weights that move)."""
+        if self.hooked is not self:
+            self.hooked.unpatch_hooks(*args, **options)
+
+    @property
+    def hooked(self) -> StreamedModelPatcher:
+        return self.owner() or self
+
+    def follow(self) -> None:
+        """The MODEL does, for all of its parts; not in the middle of a step."""
+        if not self._owner.streamer.running:
+            self._owner.follow()
 
     @property
     def _turns(self) -> bool:
         return self._owner.streamed.turns
 
     def _host_patches(self) -> HostPatches:
-        return HostPatches(self._owner, self.streamer.blocks.values, self.load_device)
+        owner = self._owner
+        return HostPatches(owner, self.streamer.blocks.values, self.load_device, owner.streamed.kind)
 
     @property
     def _owner(self) -> StreamedModelPatcher:
@@ -120,8 +130,7 @@ def split_blocks(
         ConfigError: shares are not one positive number for each device.
     """
     streamed, whole = patcher.streamed, patcher.streamer
-    if any(block.tied for block in whole.blocks.blocks):
-        raise UnsupportedModelError("its blocks share tensors")
+    check_parts(whole.blocks)
     backends = [make_backend(device) for device in devices]
     streamed.shares = Shares(whole.blocks, shares)
     found = streamed.shares.begin(backends, patcher.settings)
@@ -130,15 +139,15 @@ def split_blocks(
         raise OneDeviceError(found.devices[0], reasons or "no device has room for its largest block")
     devices, backends = ([each[place] for place in found.devices] for each in (devices, backends))
     status.announce(streamed.name, streamed.shares.describe(backends), streamed.node_id)
-    streamers = _streamers_of_parts(patcher, backends)
     whole.close()
+    streamers = _streamers_of_parts(patcher, backends)
     streamed.streamer = streamers[0]
     if not same_device(patcher.load_device, devices[0]):
         patcher.load_device = devices[0]
     pairs = zip(devices[1:], streamers[1:], strict=True)
     patcher.set_additional_models(PARTS, [_make_part(patcher, device, streamer) for device, streamer in pairs])
     patcher.size = patcher.model_size()
-    streamed.boundary = Boundary(devices[0], links, TRANSFORMER_PATCHES, hosts.record)
+    streamed.boundary = Boundary(devices[0], links, TRANSFORMER_PATCHES, hosts.record, AROUND_STEPS)
     streamed.place_blocks(devices)
     return found.left_out
 

@@ -10,17 +10,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management as mm
-import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
 
-from ..streaming import Plan, Streamer, format_bytes
+from ..streaming import Plan, State, Streamer, format_bytes
 from . import hosts
 from .devices import make_backend, same_device, unload
+from .following import follow
+from .hooked import HookedPatcher
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
 from .offload import OffloadSettings, host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
-from .steps import run_streamed
+from .steps import load_again, load_when_called, run_streamed
 from .streamed_model import ATTRIBUTE, StreamedModel
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 PARTS = "weightstream_parts"
 
 
-class StreamedModelPatcher(ModelPatcher):
+class StreamedModelPatcher(HookedPatcher):
     """A :class:`ModelPatcher` that never moves weights itself: its streamer does.
 
     The base class keeps what is not about weights: patches, clones, hooks, callbacks, injections, object patches.
@@ -86,6 +86,11 @@ class StreamedModelPatcher(ModelPatcher):
         return self.streamed.streamer
 
     @property
+    def hooked(self) -> StreamedModelPatcher:
+        """Whose hooks are in the weights here, and whose patches."""
+        return self
+
+    @property
     def parts(self) -> list[Any]:
         """The patchers of what is on other devices; none of a model on one."""
         return self.get_additional_models_with_key(PARTS)
@@ -136,10 +141,12 @@ class StreamedModelPatcher(ModelPatcher):
         """Place the weights within ``lowvram_model_memory`` bytes; ``full_load`` sets no limit."""
         with self.use_ejected():
             self.unpatch_hooks()
+            self.follow()
             if device_to is not None and not same_device(device_to, self.streamer.backend.device):
                 # A clone for another GPU, or back from it.
                 self.streamer.move_to(make_backend(device_to))
             self.streamed.show_on(self.node_id)
+            self.streamer.refresh()
             self.streamer.begin_run()
             self.streamer.configure(host_config(self.settings, self.streamer.backend, self._turns))
             self.streamer.expect_compiled(self._is_compiled())
@@ -147,7 +154,6 @@ class StreamedModelPatcher(ModelPatcher):
             self._prepare_modules()
             if self.streamed.boundary is not None:
                 self.streamed.boundary.attach(self.streamer.root, self.streamed.placed, self._is_compiled())
-            self._move_object_patches(device_to)
             patches = self._host_patches()
             self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))
             self.streamer.begin_prompt()
@@ -158,6 +164,10 @@ class StreamedModelPatcher(ModelPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def follow(self) -> None:
+        """Lay out anew what somebody has changed since the model was laid out (following.py)."""
+        follow(self)
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *_: Any, **__: Any) -> float:
         """Give up weights until ``memory_to_free`` bytes are free, and give what was freed.
@@ -177,6 +187,8 @@ class StreamedModelPatcher(ModelPatcher):
         """Restore object patches and, with ``unpatch_weights``, take all weights off the device."""
         if unpatch_weights:
             self.unpatch_hooks()
+            if self.streamer.state is not State.UNLOADED:
+                self.streamed.guard(load_when_called(self.hooked))
             self.streamer.unload()
             if self.streamed.boundary is not None:
                 self.streamed.boundary.detach()
@@ -184,7 +196,6 @@ class StreamedModelPatcher(ModelPatcher):
                 for part in self.parts:  # The host knows of one CPU, and asks for nothing on other virtual devices.
                     part.unpatch_model(device_to)
             self._restore_modules()
-            self._move_object_patches(device_to)
             self._tell_host(device_to)
             self.model.current_weight_patches_uuid = None
         super().unpatch_model(device_to=None, unpatch_weights=False, **options)
@@ -200,14 +211,19 @@ class StreamedModelPatcher(ModelPatcher):
         return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in self.object_patches.values())
 
     def _host_patches(self) -> HostPatches:
-        return HostPatches(self, self.streamer.blocks.values)
+        return HostPatches(self, self.streamer.blocks.values, kind=self.streamed.kind)
 
-    def reload(self, plan: Plan, hooks: Any) -> None:
-        """Carry ``plan`` out between two steps, with this MODEL's patches and ``hooks`` in effect."""
+    def reload(self, plan: Plan) -> None:
+        """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.
+
+        What somebody has unloaded meanwhile is for the host to load, or it would not know of it.
+        """
+        known = (loaded.model is self for loaded in mm.current_loaded_models)
+        if self.streamer.state is State.UNLOADED and not any(known):
+            return load_again(self)
         self.unpatch_hooks()
         self.streamer.load(plan, self._host_patches())
         self._tell_host(self.load_device)
-        self.apply_hooks(hooks, force_apply=True)
 
     def get_free_memory(self, device: torch.device) -> int:
         """What a step may take, with all that the model could give up: prompts then share a step where the host can.
@@ -312,18 +328,6 @@ class StreamedModelPatcher(ModelPatcher):
             if hasattr(module, "comfy_patched_weights"):
                 del module.comfy_patched_weights
 
-    def _move_object_patches(self, device: torch.device | None) -> None:
-        """Move what object patches brought along. Tensors of the streamer stay: a patch may wrap the model itself."""
-        ours = set().union(*(streamer.holders for streamer in self.streamers))
-        for name in self.object_patches:
-            patch = comfy.utils.get_attr(self.model, name)
-            if device is None or not isinstance(patch, torch.nn.Module):
-                continue
-            for module in patch.modules():
-                for holder in (module._parameters, module._buffers):
-                    if id(holder) not in ours:
-                        _move(holder, device)
-
     # -- weights that others read or write -----------------------------------------------------------------------
 
     def get_key_patches(self, *args: Any, **options: Any) -> dict[str, list]:
@@ -356,36 +360,3 @@ class StreamedModelPatcher(ModelPatcher):
     @property
     def _values(self) -> list[Any]:
         return [value for streamer in self.streamers for value in streamer.blocks.values]
-
-    def patch_hooks(self, hooks: Any, *args: Any, **options: Any) -> None:
-        if hooks is not None and (names := self._names_patched_by(hooks)):
-            for streamer in self.streamers:
-                streamer.make_masters(names)  # Hooks write into the weights, and the file is not theirs.
-        try:
-            super().patch_hooks(hooks, *args, **options)
-        finally:
-            if self.hook_backup:
-                self.streamed.tell_of_hooks()
-                for streamer in self.streamers:
-                    streamer.lend_masters()
-                    streamer.invalidate()  # Hooks write into the weights.
-
-    def _names_patched_by(self, hooks: Any) -> set[str]:
-        return {*self.get_combined_hook_patches(hooks), *self.cached_hook_patches.get(hooks, ())}
-
-    def unpatch_hooks(self, *args: Any, **options: Any) -> None:
-        written = bool(self.hook_backup)
-        super().unpatch_hooks(*args, **options)
-        for streamer in self.streamers:
-            if written:
-                streamer.invalidate()
-            if not self.hook_backup:
-                streamer.take_masters_back()
-
-
-def _move(holder: dict[str, torch.Tensor | None], device: torch.device) -> None:
-    for name, tensor in holder.items():
-        if tensor is not None and tensor.device != device:
-            moved = tensor.to(device)
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            holder[name] = torch.nn.Parameter(moved, requires_grad=False) if is_parameter else moved

@@ -8,8 +8,12 @@ dtype in which the layer runs, but for layers of at most 16 KiB, and for patches
 weight's shape, which go the older way; and where the weight is stored in another dtype (fp8), the result is rounded to
 that when it is kept on the card, and not when it is not. So ComfyUI's own image depends on how much memory is free.
 Ours is always the one that ComfyUI gives in this process when the whole model fits on the card. A quantised weight goes
-the same two ways, dequantised before and quantised with a new scale after. Weights of GGUF files keep their patches
-beside them, and their layers apply both.
+the same two ways, dequantised before and quantised with a new scale after.
+
+[Note: patchers of other packs]
+A pack may have a patcher of its own that patches weights in another way. That for GGUF files leaves patches beside a
+packed weight, whose layer applies them, and computes those of a float16 or float32 weight in float32 on any device. So
+whatever such a class does is asked of it: it finds the weight in the model, and what it puts there is the patched one.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.float
 import comfy.lora
@@ -25,14 +29,11 @@ import comfy.memory_management
 import comfy.model_management as mm
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..streaming import UnsupportedModelError
+from ..streaming.layout import Value
 from .hosts import LazyCastingParam, QuantizedTensor
-
-if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-
-    from ..streaming.layout import Value
 
 # The host loads a module of at most so many bytes whole, with dynamic VRAM on (ModelPatcherDynamic.load).
 PRELOADED_MODULE_BYTES = 16 * 1024
@@ -74,13 +75,21 @@ class HostPatches:
         patcher: the MODEL.
         values: the model's parameters and buffers, or some of them.
         device: where patches are computed; None is where the MODEL is.
+        kind: the class of the patcher that the model came with, which may have a way of its own.
 
     Raises:
         UnsupportedModelError: a patch addresses a weight that has two names; the host changes one of them alone.
     """
 
-    def __init__(self, patcher: ModelPatcher, values: Iterable[Value], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        patcher: ModelPatcher,
+        values: Iterable[Value],
+        device: torch.device | None = None,
+        kind: type[ModelPatcher] = ModelPatcher,
+    ) -> None:
         self._patcher = patcher
+        self._theirs = _as_another(patcher, kind) if _has_its_own_way(kind) else None
         self._device = patcher.load_device if device is None else device
         self._module_bytes: Counter[str] = Counter()
         for value in values:
@@ -90,11 +99,12 @@ class HostPatches:
                     f"{' and '.join(value.names)} are one weight, and a patch changes one of them; "
                     "load this model with ComfyUI's own loader"
                 )
+        self._patched: dict[str, bool] = {}
         self._dynamic = comfy.memory_management.aimdo_enabled and not mm.is_device_cpu(patcher.load_device)
 
     def signature(self, name: str) -> PatchSignature | None:
         entries = self._patcher.patches.get(name)
-        if not entries:
+        if not entries or not self._is_patched(name):
             return None
         return PatchSignature(entries, self._computing_dtype if self._dynamic else None)
 
@@ -108,12 +118,22 @@ class HostPatches:
 
     def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """The patched weight exactly as the host computes it, on the load device (Note: ways of the host)."""
-        if _is_patched_by_its_layer(original):
-            return self._leave_on_weight(name, original)
+        if self._theirs is not None:
+            return self._compute_their_way(self._theirs, name, original)
         if self._goes_the_dynamic_way(name) and not self._changes_shape(name, original):
             return self._compute_when_run(name, original)
         with _weight_in_place(self._patcher.model, name, original):
             return self._patcher.patch_weight_to_device(name, device_to=self._device, return_weight=True)
+
+    def _is_patched(self, name: str) -> bool:
+        """Whether the host applies patches to it at all: to parameters of modules that it loads one by one, and with
+        dynamic VRAM to those of its own layers. A parameter beside layers, as Wan has some, keeps its value."""
+        if name not in self._patched:
+            module, attribute = comfy.utils.resolve_attr(self._patcher.model, name)
+            inner = (parameter for child in module.children() for parameter in child.parameters())
+            loaded = attribute in module._parameters and next(inner, None) is None
+            self._patched[name] = loaded and (not self._dynamic or hasattr(module, "comfy_cast_weights"))
+        return self._patched[name]
 
     def _goes_the_dynamic_way(self, name: str) -> bool:
         module, attribute = comfy.utils.resolve_attr(self._patcher.model, name)
@@ -138,11 +158,12 @@ class HostPatches:
         kept.copy_(kept.requantize_from_float(patched, scale="recalculate", stochastic_rounding=seed))
         return kept
 
-    def _leave_on_weight(self, name: str, original: torch.Tensor) -> torch.Tensor:
-        """As the pack for GGUF files does it: its layers unpack a weight and patch the values whenever they run."""
-        weight = original.to(self._device)
-        weight.patches = [(self._patcher.patches[name], name)]
-        return weight
+    def _compute_their_way(self, theirs: ModelPatcher, name: str, original: torch.Tensor) -> torch.Tensor:
+        """As the pack does that the model came from (Note: patchers of other packs)."""
+        theirs.backup = {name: None}  # It keeps no copy of what it finds a copy of.
+        with _weight_in_place(self._patcher.model, name, original):
+            theirs.patch_weight_to_device(name, device_to=self._device)
+            return comfy.utils.get_attr(self._patcher.model, name)
 
     def _calculate(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         return comfy.lora.calculate_weight(self._patcher.patches[name], weight, name, intermediate_dtype=weight.dtype)
@@ -183,9 +204,17 @@ class _SavedPatches:
             return self._patcher.patch_weight_to_device(name, *args, **options)
 
 
-def _is_patched_by_its_layer(weight: torch.Tensor) -> bool:
-    """Whether it is a tensor of the pack for GGUF files: packed bytes with a list of patches for the layer."""
-    return hasattr(weight, "tensor_type") and hasattr(weight, "patches")
+def _has_its_own_way(kind: type[ModelPatcher]) -> bool:
+    """Whether a patcher of this class patches weights by a method that is not the host's."""
+    definer = next(each for each in kind.__mro__ if "patch_weight_to_device" in vars(each))
+    return definer.__module__ != ModelPatcher.__module__
+
+
+def _as_another(patcher: ModelPatcher, kind: type[ModelPatcher]) -> ModelPatcher:
+    """One of class ``kind`` with all that ``patcher`` has, to call its methods: the end of its life changes nothing."""
+    stand_in = object.__new__(type(kind.__name__, (kind,), {"__del__": lambda self: None}))
+    vars(stand_in).update(vars(patcher))
+    return stand_in
 
 
 @contextmanager
@@ -202,4 +231,6 @@ def _weight_in_place(model: torch.nn.Module, name: str, weight: torch.Tensor) ->
     try:
         yield
     finally:
+        if not is_parameter:
+            module._parameters.pop(attribute, None)  # Where a patched one may have gone.
         holder[attribute] = before

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..streaming import UnsupportedModelError
 from . import status
 from .components import patcher_on
+from .contents import count_outdated
 from .notices import keep_notice, withdraw_notice
 from .offload import GIB, Mode, OffloadSettings
 from .patcher import StreamedModelPatcher
@@ -74,6 +75,11 @@ class AsyncOffloadSettings(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        """The node runs again when a model's file was changed."""
+        return count_outdated()
+
+    @classmethod
     def execute(
         cls,
         model: ModelPatcher,
@@ -98,8 +104,7 @@ class AsyncOffloadSettings(io.ComfyNode):
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
         model = with_settings(model, settings, node_id)
         if clip is not None:
-            patcher = with_settings(clip.patcher, settings, node_id)
-            clip = clip if patcher is clip.patcher else with_patcher(clip, patcher)
+            clip = clip_with_settings(clip, settings, node_id)
         return io.NodeOutput(model, clip)
 
 
@@ -114,21 +119,35 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
     withdraw_notice(name, node_id)
     try:
         if settings.mode is Mode.OFF:
-            native = patcher_on(give_back(patcher), patcher.load_device) if streams else patcher
+            native = patcher_on(give_back(patcher), patcher.load_device, may_stream=False) if streams else patcher
             status.announce(name, "its weights are moved ComfyUI's own way", node_id)
             return native
         if not streams:
             return take_over(patcher, settings, node_id)
     except UnsupportedModelError as error:
-        text = f"left as it is: {error}"
-        status.announce(name, text, node_id)
-        keep_notice("inactive", name, text, node_id, patcher.model)
+        _leave(patcher, name, error, node_id)
         return patcher
     ours = patcher.clone()
     ours.settings, ours.node_id = settings.over(patcher.settings), node_id
     for streamer in ours.streamers:
         check_limit(ours.settings.vram_limit, streamer, ours.streamed.name)
     return ours
+
+
+def clip_with_settings(clip: Any, settings: OffloadSettings, node_id: str | None = None) -> Any:
+    """As :func:`with_settings` for a CLIP."""
+    patcher = with_settings(clip.patcher, settings, node_id)
+    try:
+        return clip if patcher is clip.patcher else with_patcher(clip, patcher)
+    except UnsupportedModelError as error:
+        _leave(clip.patcher, type(clip.patcher.model).__name__, error, node_id)
+        return clip
+
+
+def _leave(patcher: ModelPatcher, name: str, error: Exception, node_id: str | None) -> None:
+    text = f"left as it is: {error}"
+    status.announce(name, text, node_id)
+    keep_notice("inactive", name, text, node_id, patcher.model)
 
 
 def _gib(name: str, tooltip: str) -> io.Float.Input:

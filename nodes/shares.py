@@ -6,6 +6,9 @@ when a sampler began, twice in a row: memory that is taken now may be free soon.
 count as soon as there are some. A device that has no room for the least that streams there gets nothing at once, in the
 middle of a prompt too, and the step is run again, for as long as there is another device. The home then keeps what is
 in no block. A device gets its share again as it would any other.
+
+A model all of whose blocks must run where other nodes' tensors are (``Boundary.out_of_reach``) has them at home for as
+long as it is so.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from typing import TYPE_CHECKING, TypeVar
 import comfy.model_management as mm
 import torch
 
-from ..streaming import Backend, BlockSet, Streamer
+from ..streaming import Backend, BlockSet, Streamer, UnsupportedModelError
 from ..streaming.assignment import Assignment, DeviceRoom, Distribution, describe, distribute, step_seconds
 from ..streaming.gpus import best_links
 from . import status
 from .devices import obtainable
+from .notices import keep_notice, withdraw_notice
 from .offload import OffloadSettings
 
 if TYPE_CHECKING:
@@ -71,6 +75,7 @@ class Shares:
         self._sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
         self._wanted = wanted
         self._advised = 0
+        self._had_at_home = False
 
     def begin(self, backends: Sequence[Backend], settings: OffloadSettings) -> Distribution:
         """Give out all blocks for the first time. Some devices may get none, and do not count from now on."""
@@ -83,6 +88,18 @@ class Shares:
             self._wanted = [self._wanted[place] for place in found.devices]
         self.assignment = found.assignment
         return found
+
+    def take_up(self, patcher: StreamedModelPatcher, blocks: BlockSet) -> None:
+        """The model of ``patcher`` was cut anew. Where it has as many blocks as before they stay where they are.
+
+        Raises:
+            UnsupportedModelError: its blocks share tensors.
+        """
+        check_parts(blocks)
+        self._blocks = blocks
+        self._sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
+        if len(blocks.blocks) != len(self.assignment.devices):
+            self.assignment = self._best(self._rooms(patcher))
 
     def part(self, device: int) -> BlockSet:
         """What a device has."""
@@ -100,10 +117,12 @@ class Shares:
 
     def run(self, patcher: StreamedModelPatcher, step: Callable[[], T]) -> T:
         """Run a step of the MODEL that is loaded, with other shares where that must be, or is better."""
-        if self.due:
-            self.due = False
-            self._reconsider(patcher)
         boundary = patcher.streamed.boundary
+        due, self.due = self.due, False
+        if blocks := boundary.out_of_reach():
+            self._have_at_home(patcher, blocks[0])
+        elif due:
+            self._reconsider(patcher)
         full: list[StreamedModelPatcher] = []
         while True:
             try:
@@ -125,8 +144,9 @@ class Shares:
         """Before the first step after the host has loaded the MODEL (Note: when shares change)."""
         rooms = self._rooms(patcher)
         better = self._best(rooms)
-        # Where the user has said how much each gets, what counts is that each takes part again.
-        wished = self._wanted is not None and len(set(better.devices)) > len(set(self.assignment.devices))
+        # Where the user has said how much each gets, or they had to be at home, what counts is that each takes part.
+        wished = self._wanted is not None or self._had_at_home
+        wished = wished and len(set(better.devices)) > len(set(self.assignment.devices))
         home = replace(rooms[0], nbytes=max(0.0, rooms[0].nbytes - self._blocks.rest.nbytes))
         now, then = (
             step_seconds(assignment.bytes_of(self._sizes, len(rooms)), [home, *rooms[1:]])
@@ -134,8 +154,31 @@ class Shares:
         )
         self._advised = self._advised + 1 if wished or now - then > GAIN * now else 0
         if self._advised >= TIMES:
-            status.announce(patcher.streamed.name, "memory or speed of its devices has changed", patcher.node_id)
+            if self._had_at_home:
+                self._had_at_home = False
+                withdraw_notice(patcher.streamed.title, patcher.node_id)
+                text = "nothing keeps its blocks on one device any more"
+            else:
+                text = "memory or speed of its devices has changed"
+            status.announce(patcher.streamed.name, text, patcher.node_id)
             self._carry_out(patcher, better, rooms)
+
+    def _have_at_home(self, patcher: StreamedModelPatcher, stranger: torch.nn.Module) -> None:
+        """Have all blocks on the MODEL's own device, because of what is in one of them."""
+        if not any(self.assignment.devices):
+            return
+        name = next(block.name for block in self._blocks.blocks if block.module is stranger)
+        home = patcher.streamer.backend.name
+        text = (
+            f"all blocks run on {home}: the model is compiled, and {name} holds functions of another node, whose "
+            f"tensors are there. Without compiling, or without that node, they run on all devices"
+        )
+        status.announce(patcher.streamed.name, text, patcher.node_id)
+        keep_notice("fallback", patcher.streamed.title, text, patcher.node_id, patcher.streamed)
+        self._had_at_home = True
+        pairs = zip([patcher, *patcher.parts], self._rooms(patcher), strict=True)
+        rooms = [room if one is patcher else DeviceRoom(0.0) for one, room in pairs]
+        self._carry_out(patcher, self._best(rooms), rooms)
 
     def _leave_out(self, patcher: StreamedModelPatcher, full: Sequence[StreamedModelPatcher]) -> None:
         everybody = [patcher, *patcher.parts]
@@ -151,7 +194,6 @@ class Shares:
 
     def _carry_out(self, patcher: StreamedModelPatcher, assignment: Assignment, rooms: Sequence[DeviceRoom]) -> None:
         """Have the blocks where ``assignment`` has them, loaded, with the patches of ``patcher``."""
-        hooks = patcher.current_hooks
         patcher.unpatch_hooks()
         self.assignment, self._advised = assignment, 0
         everybody = [patcher, *patcher.parts]
@@ -161,7 +203,6 @@ class Shares:
         patcher.streamed.place_blocks([one.load_device for one in everybody])
         for one, room in zip(everybody, rooms, strict=True):
             one.load(one.load_device, _made_room(one, room.nbytes))
-        patcher.apply_hooks(hooks, force_apply=True)
         self.due = False
         text = self.describe([one.streamer.backend for one in everybody])
         status.announce(patcher.streamed.name, text, patcher.node_id)
@@ -180,6 +221,12 @@ class Shares:
             DeviceRoom(_room(backend, patcher.settings), link, time)
             for backend, link, time in zip(backends, links, times, strict=True)
         ]
+
+
+def check_parts(blocks: BlockSet) -> None:
+    """Raise where blocks cannot be on several devices."""
+    if any(block.tied for block in blocks.blocks):
+        raise UnsupportedModelError("its blocks share tensors")
 
 
 def _room(backend: Backend, settings: OffloadSettings) -> float:

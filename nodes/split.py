@@ -76,7 +76,7 @@ def _split_of(
     known = _splits.setdefault(model.model, {})
     key = (tuple(devices), None if shares is None else tuple(shares))
     found = known.pop(key, None)
-    if found is None or not (isinstance(model, StreamedModelPatcher) or is_current(found.patcher, model)):
+    if found is None or not is_current(found.patcher, model):
         found = _split_anew(model, devices, shares, node_id)
     known[key] = found
     for oldest in list(known)[:-MOST_SPLITS]:
@@ -87,9 +87,9 @@ def _split_of(
 def _split_anew(
     model: ModelPatcher, devices: Sequence[torch.device], shares: Sequence[float] | None, node_id: str | None
 ) -> Split:
+    fresh = anew(model, node_id)
     if isinstance(model, StreamedModelPatcher) and model.streamer.state is State.UNLOADED:
         model.streamer.close()  # Nobody runs it now, so what is built ahead is built for the split.
-    fresh = anew(model, node_id)
     fresh.settings, fresh.node_id = _settings_of(model), node_id
     left_out = split_blocks(fresh, devices, shares)
     dtype = fresh.model.get_dtype_inference()

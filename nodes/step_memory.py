@@ -1,15 +1,14 @@
-"""What is in the memory of tensors that a step can write to, and where random generators stand."""
+"""What is in the memory of tensors that a step can write to."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..streaming import format_bytes
+from ..streaming.away import Away
 from ..streaming.backend import is_out_of_memory
 
 # Of a tensor of so many bytes there is a copy, as long as all copies of a step take no more than the second.
@@ -57,6 +56,7 @@ class Memory:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = set(devices)
         self._views: list[_View] = []
+        self._away: list[tuple[Away, Any]] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._fingerprints: list[tuple[torch.Tensor, torch.Tensor | None, str]] = []
         self._seen: set[tuple[int, int]] = set()
@@ -64,6 +64,9 @@ class Memory:
 
     def keep(self, tensor: torch.Tensor, name: str) -> None:
         """Keep what is in ``tensor``, which ``name`` leads to. Weights and other kinds of tensors are left out."""
+        if isinstance(tensor, Away):  # A block on another device has made it.
+            self._away.append((tensor, tensor.standing))
+            tensor = tensor.on(tensor.place)
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
             return
         view = _View.of(tensor)
@@ -84,6 +87,8 @@ class Memory:
 
     def put_back(self) -> None:
         """Write the copies back. Takes no memory of the device, which may be full."""
+        for away, standing in self._away:
+            away.standing = standing
         for view in self._views:
             view.put_back()
         for memory, copy in self._copies:
@@ -113,26 +118,3 @@ def fingerprint(memory: torch.Tensor) -> torch.Tensor:
     whole = memory.nbytes // (4 * SUMS) * (4 * SUMS)
     sums = memory[:whole].view(torch.int32).view(SUMS, -1).sum(1, dtype=torch.int64)
     return torch.cat((sums, memory[whole:].sum(dtype=torch.int64).view(1)))
-
-
-class Generators:
-    """Where the random generators of the process stand: Python's, NumPy's, and torch's for the CPU and ``devices``."""
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
-        self._cpu = torch.get_rng_state()
-        others = (device for device in devices if device.type != "cpu")
-        self._others = [(device, _module(device).get_rng_state(device)) for device in others]
-
-    def put_back(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for device, state in self._others:
-            _module(device).set_rng_state(state, device)
-
-
-def _module(device: torch.device) -> Any:
-    """``torch.cuda`` or its like."""
-    return torch.get_device_module(device)

@@ -23,8 +23,9 @@ import torch
 
 from ..streaming import StepNotRepeatedError
 from ..streaming.runner import may_be_mended
+from .generators import GeneratorStates
 from .reach import MODULE, Kind, kind_of, telling_attributes
-from .step_memory import Generators, Memory
+from .step_memory import Memory
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class StepState:
     def __init__(self, roots: Mapping[str, Any], modules: StepModules, devices: Sequence[torch.device]) -> None:
         self._obstacle = ""
         self._memory = Memory(devices)
-        self._generators = Generators(devices)
+        self._generators = GeneratorStates()
         self._kept, values = modules.keep()
         self._seen = modules.identities.copy()
         with torch.inference_mode():
@@ -115,7 +116,7 @@ class StepState:
                 except Exception as error:
                     self._obstacle = f"a {type(value).__name__} that {name} leads to cannot be put back ({error})"
             self._memory.put_back()
-            self._generators.put_back()
+            self._generators.restore()
 
     def check(self) -> None:
         """Raise :class:`StepNotRepeatedError` if not everything is as it was. Waits for the devices."""

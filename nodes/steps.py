@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import comfy.model_management as mm
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from ..streaming import State
+from ..streaming import State, StreamingError, WeightsMovedError
 from .hosts import end_recordings, nesting_pauses
 from .shares import PartFullError
 from .step_state import RepeatableStep, StepState
 
 if TYPE_CHECKING:
     from .patcher import StreamedModelPatcher
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -28,10 +33,13 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not hasattr(patcher, "streamer"):
         return executor(x, *args, **kwargs)
+    ensure_loaded(patcher, lambda: int(patcher.memory_required(x.shape)))
     step = partial(
         run_step,
         patcher,
-        repeatable(patcher, lambda: executor(x, *args, **kwargs), _roots_of(executor, x, args, kwargs)),
+        repeatable(
+            patcher, in_effect(patcher, lambda: executor(x, *args, **kwargs)), _roots_of(executor, x, args, kwargs)
+        ),
         shapes_of((x, *args, *kwargs.values())),
         lambda: int(patcher.memory_required(x.shape)),
     )
@@ -55,19 +63,53 @@ def repeatable(patcher: StreamedModelPatcher, forward: Callable[[], T], roots: d
         return RepeatableStep(forward, StepState(roots, modules, devices))
 
 
+def in_effect(patcher: StreamedModelPatcher, forward: Callable[[], T]) -> Callable[[], T]:
+    """``forward``, for one step, with what is in effect now: with these hooks in the weights, and not without weights.
+
+    It raises :class:`WeightsMovedError` if somebody has moved weights while it ran, and may then be called again.
+    """
+    return partial(_with_hooks, patcher, patcher.current_hooks, forward)
+
+
+def _with_hooks(patcher: StreamedModelPatcher, hooks: Any, forward: Callable[[], T]) -> T:
+    if not patcher.is_whole:
+        raise _moved(patcher)  # On one of several devices, and this is another, which runs its part again.
+    patcher.put_hooks_on(hooks)
+    moves = patcher.moves
+    try:
+        output = forward()
+    except StreamingError:
+        raise
+    except Exception as error:
+        # What has met an original instead of a weight: that is in host memory, and may have another dtype.
+        if patcher.moves == moves or patcher.streamer.backend.is_full(error):
+            raise
+        raise _moved(patcher) from error
+    if not (patcher.is_whole and patcher.holds_hooks(hooks)):
+        raise _moved(patcher)
+    return output
+
+
+def _moved(patcher: StreamedModelPatcher) -> WeightsMovedError:
+    return WeightsMovedError(
+        f"weights of {patcher.streamed.name} were taken off their device while a step of it ran, and were not loaded "
+        "again before it went on. Some node frees memory in the middle of a step: move it before the sampler, or have "
+        "ComfyUI load this model itself (mode off)"
+    )
+
+
 def run_step(
     patcher: StreamedModelPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
 ) -> T:
     """Run ``forward``, one step of the model that ``patcher`` has loaded (:meth:`streaming.Streamer.run`)."""
-    # Reloading takes hooks off, and a reload that fails leaves them off: what is in effect now is what counts.
-    hooks = patcher.current_hooks
     forward = partial(_leaving_nothing_open, forward)
     # Activations are never on a virtual device.
     virtual = patcher.streamer.backend.budget is not None
-    reload = partial(patcher.reload, hooks=hooks)
+    # Where somebody has loaded another clone meanwhile the host runs on with its patches.
+    patcher = patcher.streamed.loaded() or patcher
     for part in patcher.parts:
         forward = partial(_run_part, part, forward, shape, estimate)
-    output = patcher.streamer.run(forward, shape, reload, None if virtual else estimate)
+    output = patcher.streamer.run(forward, shape, patcher.reload, None if virtual else estimate)
     patcher.streamed.announce_changes()
     return output
 
@@ -81,6 +123,56 @@ def _leaving_nothing_open(forward: Callable[[], T]) -> T:
     except BaseException:
         end_recordings()
         raise
+
+
+def ensure_loaded(patcher: StreamedModelPatcher, estimate: Callable[[], int] = lambda: 0) -> None:
+    """Before a step: load a MODEL that somebody has unloaded since the last one. ``estimate``: bytes of activations."""
+    if patcher.streamer.state is State.UNLOADED:
+        load_again(patcher, 0 if patcher.streamer.backend.budget is not None else estimate())
+
+
+def load_again(patcher: StreamedModelPatcher, memory: int = 0) -> None:
+    """Have the host load a MODEL that somebody has unloaded since its last step.
+
+    Args:
+        patcher: of the MODEL.
+        memory: bytes to keep for activations.
+
+    Raises:
+        StreamingError: it is not loaded then either.
+    """
+    hooks, name = patcher.current_hooks, patcher.streamed.name
+    ours = [patcher, *patcher.get_nested_additional_models()]
+    # Others that the prompt uses stay where they are, and count as used. A part may be loaded while the MODEL runs.
+    used = [loaded.model for loaded in mm.current_loaded_models if loaded.currently_used and loaded.model is not None]
+    is_part = patcher.hooked is not patcher
+    others = [other for other in used if not (is_part or any(one.is_clone(other) for one in ours))]
+    logger.info("%s is not loaded though it runs: loading it", name)
+    mm.load_models_gpu([*ours, *others], memory_required=memory)
+    if patcher.streamer.state is State.UNLOADED:
+        raise StreamingError(f"{name} was unloaded while it was in use, and could not be loaded again")
+    patcher.put_hooks_on(hooks)
+
+
+def load_when_called(patcher: StreamedModelPatcher) -> RemovableHandle:
+    """Have a call of the root of an unloaded MODEL load it again first, for code that calls it by itself."""
+    reference = weakref.ref(patcher)
+
+    @torch.compiler.disable
+    def load(*_: object) -> None:
+        unloaded = reference()
+        if unloaded is None:
+            return  # Nobody knows any more with what it was loaded.
+        running = getattr(unloaded.model, "current_patcher", None)
+        whole = running if hasattr(running, "streamer") else unloaded
+        late = [streamer for streamer in whole.streamers if streamer.state is State.UNLOADED]
+        load_again(whole)
+        if not whole.is_whole:
+            raise StreamingError(f"{whole.streamed.name} was called while there was no room for all of it")
+        for streamer in late:
+            streamer.begin_step()  # The hooks that tell of it have only just been attached.
+
+    return patcher.streamer.root.register_forward_pre_hook(load, prepend=True)
 
 
 def _run_part(

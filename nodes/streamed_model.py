@@ -8,20 +8,23 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import comfy.memory_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from torch.utils.hooks import RemovableHandle
 
 from ..streaming import BudgetError, Plan, Streamer, format_bytes, gpu_name, split_model
 from ..streaming.handoff import Boundary
 from . import status
 from .devices import evictable, make_backend, obtainable, pins
+from .generators import generators_kept
+from .noted_dtypes import noted_dtype
 from .offload import GIB, OffloadSettings, host_config
 from .progress import LoadingBar
 from .shares import Shares
 from .step_state import StepModules
 
 if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-
     from .patcher import StreamedModelPatcher
 
 # Where the shared model keeps the one object that holds everything about its streaming.
@@ -38,8 +41,10 @@ class StreamedModel:
         node_id: the node where the effective plan is shown; None outside of a prompt.
         bar: shows on it how far loading is.
         load_by_host: loads the same model ComfyUI's own way; None where nobody can.
+        kind: the class of the patcher that the model came with; its way of patching weights is kept (patches.py).
         origin: gives the patcher that came in, of a model that another node has loaded.
         loaded: the patcher whose patches are in the weights.
+        hooks: the group of the host's hooks that is in the weights too (hooked.py).
         boundary: between devices, of a model whose blocks run on several (parts.py).
         shares: which blocks run where, of such a model.
         placed: its blocks, and where they run.
@@ -52,8 +57,10 @@ class StreamedModel:
     node_id: str | None
     bar: LoadingBar
     load_by_host: Callable[[], ModelPatcher] | None = None
+    kind: type[ModelPatcher] = ModelPatcher
     origin: Callable[[], ModelPatcher | None] = lambda: None
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
+    hooks: Any = None
     boundary: Boundary | None = None
     shares: Shares | None = None
     placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()
@@ -61,6 +68,7 @@ class StreamedModel:
     number: int = field(default_factory=count(1).__next__)
     _native: ModelPatcher | None = None
     _step_modules: tuple[int, StepModules] | None = None
+    _guard: RemovableHandle | None = None
     _told_of_hooks: bool = False
     _announced: object = None
     _shown: tuple[Plan | None, bool, bool, int] = (None, False, False, 0)
@@ -121,6 +129,13 @@ class StreamedModel:
     def set_loaded(self, patcher: StreamedModelPatcher) -> None:
         """``patcher`` has put its patches into the weights; its node shows what is in effect."""
         self.loaded = weakref.ref(patcher)
+        self.guard(None)
+
+    def guard(self, handle: RemovableHandle | None) -> None:
+        """While it is unloaded ``handle`` sees to calls of its root; None where nobody must."""
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = handle
 
     def show_on(self, node_id: str | None) -> None:
         """From now on this node shows plan and progress."""
@@ -133,8 +148,11 @@ class StreamedModel:
         """
         if self._native is not None:
             return self._native.clone()
-        native = self.load_by_host() if self.load_by_host is not None else None
-        if native is not None and native.is_dynamic():
+        if self.load_by_host is None:
+            return None
+        with generators_kept():
+            native = self.load_by_host()
+        if native.is_dynamic():
             self._native = native
         return native
 
@@ -164,7 +182,7 @@ def make_streamed(
         BudgetError: the limit has no room for the largest block.
     """
     backend = make_backend(load_device)
-    blocks = split_model(model, model_dtype, locate)
+    blocks = split_model(model, model_dtype, locate, shown_dtype=dtype_by_host)
     bar = LoadingBar(node_id)
     streamer = Streamer(root, blocks, backend, host_config(settings, backend), pins, evictable, bar)
     check_limit(settings.vram_limit, streamer, name)
@@ -194,4 +212,10 @@ def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
 
 def model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
     """The dtype that the host built this tensor with, which a file's tensor that was only mapped may not have."""
-    return getattr(module, f"{attribute}_comfy_model_dtype", None) or tensor.dtype
+    return noted_dtype(module, attribute) or tensor.dtype
+
+
+def dtype_by_host(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
+    """In which the host's own loader leaves this tensor: in the file's with dynamic VRAM, else as the model runs."""
+    dynamic = comfy.memory_management.aimdo_enabled
+    return tensor.dtype if dynamic else model_dtype(module, attribute, tensor)

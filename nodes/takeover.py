@@ -14,55 +14,59 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import CheckpointError, UnsupportedModelError
-from .devices import make_backend, unload
+from .copies import CANNOT_BE_CARRIED
+from .devices import make_backend
+from .generators import generators_kept
 from .hosts import WrappersMP, made_with, what_is_of_the_model
-from .loaded_state import take_off
 from .names import shown_name
 from .offload import OffloadSettings
 from .patcher import PARTS, StreamedModelPatcher
 from .references import refers_to
 from .streamed_model import ATTRIBUTE, check_limit, make_streamed
 from .text_encoder import step_of_text_encoder
-from .twins import CANNOT_BE_CARRIED, alike, functions_of, make_twin
+from .twins import lasting_difference, make_twin
 
 # Attributes of our own patchers, which those of the host do not have.
 OURS = {"settings", "node_id"}
+
+CHANGED = (
+    "somebody has changed it since it was loaded ({}), and its loader gives it without that; connect this node "
+    "directly behind the loader, and what changes the model behind this node"
+)
 
 # The streamed twin of a model that came in, for as long as that lives: settings that change do not load it anew.
 _twins: weakref.WeakKeyDictionary[torch.nn.Module, StreamedModelPatcher] = weakref.WeakKeyDictionary()
 
 
-def take_over(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | None) -> StreamedModelPatcher:
-    """A patcher like ``patcher`` whose model streams.
+def take_over(
+    patcher: ModelPatcher, settings: OffloadSettings, node_id: str | None, device: torch.device | None = None
+) -> StreamedModelPatcher:
+    """A patcher like ``patcher`` whose model streams, to ``device`` where one is given.
 
     Raises:
         UnsupportedModelError: it cannot stream; the message says why.
         BudgetError: the limit has no room for the largest block.
     """
-    make_backend(patcher.load_device)  # Where there is none nothing need be loaded.
+    device = patcher.load_device if device is None else device
+    make_backend(device)  # Where there is none nothing need be loaded.
     check_what_hangs_on(patcher)
     twin = _twins.get(patcher.model)
     if twin is None or not is_current(twin, patcher):
-        twin = _twins[patcher.model] = _stream_twin(patcher, settings, node_id)
+        twin = _twins[patcher.model] = _stream_twin(patcher, device, settings, node_id)
     check_limit(settings.vram_limit, twin.streamer, twin.streamed.name)
     ours = carry_over(patcher, twin.clone())
     ours.wrap_steps()
-    ours.load_device, ours.offload_device = patcher.load_device, patcher.offload_device
+    ours.load_device, ours.offload_device = device, patcher.offload_device
     ours.settings, ours.node_id = settings, node_id
     ours.streamed.origin = weakref.ref(patcher)
     return ours
 
 
-def is_current(twin: StreamedModelPatcher, patcher: ModelPatcher) -> bool:
+def is_current(twin: ModelPatcher, patcher: ModelPatcher) -> bool:
     """Whether ``twin`` is still like the model of ``patcher``, in which somebody may have exchanged something."""
     try:
-        with twin.originals():  # Its own may be patched too, and a file cut short must not be touched.
-            # Where the host has patched weights of the other one they say nothing.
-            if alike(twin.model, patcher.model, weights=not patcher.backup):
-                return True
-            take_off(patcher)  # A clone that is loaded may have changed it for as long as it is.
-            return alike(twin.model, patcher.model)
-    except CheckpointError:
+        return not lasting_difference(twin, patcher)
+    except CheckpointError:  # A file that was cut short must not be touched.
         return False
 
 
@@ -71,22 +75,36 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
     still there. It loads to the device of its own loader.
 
     Raises:
-        UnsupportedModelError: nobody but us can load this model.
+        UnsupportedModelError: nobody but us can load this model as it is.
     """
     check_what_hangs_on(patcher)
-    origin = patcher.streamed.origin()
-    theirs = origin.clone() if origin is not None else patcher.streamed.load_native()
-    if theirs is None:
-        raise UnsupportedModelError("nothing is known of how it was loaded")
-    if functions_of(patcher.model) != functions_of(theirs.model):
-        for loaded in (patcher, theirs):
-            unload(loaded)  # What a clone that is loaded has injected goes with it.
-        if functions_of(patcher.model) != functions_of(theirs.model):
-            raise UnsupportedModelError(f"a function that was put on one of its modules {CANNOT_BE_CARRIED}")
-    carry_over(patcher, theirs)
+    theirs = carry_over(patcher, _moved_by_host(patcher))
     theirs.remove_additional_models(PARTS)
     theirs.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
     return theirs
+
+
+def _moved_by_host(patcher: StreamedModelPatcher) -> ModelPatcher:
+    """One of its model, with nothing of its use."""
+    _check_files(patcher)
+    reason = "nothing is known of how it was loaded"
+    origin = patcher.streamed.origin()
+    for make in (origin.clone if origin is not None else lambda: None, patcher.streamed.load_native):
+        theirs = make()
+        if theirs is None:
+            continue
+        if not (name := lasting_difference(theirs, patcher)):
+            return theirs
+        reason = CHANGED.format(name)
+    raise UnsupportedModelError(reason)
+
+
+def _check_files(patcher: StreamedModelPatcher) -> None:
+    try:
+        for streamer in patcher.streamers:
+            streamer.check_files()
+    except CheckpointError as error:  # One that was cut short must not be touched.
+        raise UnsupportedModelError(f"its file is another now ({error})") from error
 
 
 def check_what_hangs_on(patcher: ModelPatcher) -> None:
@@ -106,21 +124,30 @@ def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
     """A streamed patcher of a second model like that of ``patcher``, which nobody else has; nothing is carried over.
 
     Raises:
-        UnsupportedModelError: it cannot stream, or cannot be loaded a second time.
+        UnsupportedModelError: it cannot stream, or cannot be made a second time.
     """
     check_what_hangs_on(patcher)
-    if not isinstance(patcher, StreamedModelPatcher):
-        return _stream_twin(patcher, OffloadSettings(), node_id)
+    found = None
+    if isinstance(patcher, StreamedModelPatcher):
+        _check_files(patcher)
+        found = _loaded_again(patcher)
+    return found or _stream_twin(patcher, patcher.load_device, OffloadSettings(), node_id)
+
+
+def _loaded_again(patcher: StreamedModelPatcher) -> StreamedModelPatcher | None:
+    """What our own loader gives once more, where that is like ``patcher``; else a copy has to do."""
     if patcher.cached_patcher_init is None:
-        raise UnsupportedModelError("nothing is known of how it was loaded")
+        return None
     function, arguments = patcher.cached_patcher_init
     try:
-        found = function(*arguments)
+        with generators_kept():
+            found = function(*arguments)
     except Exception as error:  # The file may be gone.
         raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
-    if not isinstance(found, StreamedModelPatcher):
-        raise UnsupportedModelError("it did not stream when it was loaded a second time; the log says why")
-    return found
+    if isinstance(found, StreamedModelPatcher) and not is_current(found, patcher):
+        found.streamer.close()  # It has begun to build.
+        return None
+    return found if isinstance(found, StreamedModelPatcher) else None
 
 
 def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
@@ -143,12 +170,19 @@ def _use_of(patcher: ModelPatcher) -> dict[str, object]:
     return {name: value for name, value in vars(patcher).items() if name not in of_the_model}
 
 
-def _stream_twin(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | None) -> StreamedModelPatcher:
+def _stream_twin(
+    patcher: ModelPatcher, device: torch.device, settings: OffloadSettings, node_id: str | None
+) -> StreamedModelPatcher:
     model, locate, factory = make_twin(patcher)
     root = model.diffusion_model if hasattr(model, "diffusion_model") else step_of_text_encoder(model)
-    streamed = make_streamed(model, root, patcher.load_device, _name_of(patcher), locate, settings, node_id)
+    streamed = make_streamed(model, root, device, _name_of(patcher), locate, settings, node_id)
     streamed.load_by_host = factory
-    twin = StreamedModelPatcher(model, **{**made_with(patcher), "size": streamed.streamer.model_bytes})
+    if isinstance(patcher, StreamedModelPatcher):
+        streamed.kind, streamed.origin = patcher.streamed.kind, patcher.streamed.origin
+    else:
+        streamed.kind, streamed.origin = type(patcher), weakref.ref(patcher)
+    made = {**made_with(patcher), "load_device": device, "size": streamed.streamer.model_bytes}
+    twin = StreamedModelPatcher(model, **made)
     if factory is not None:
         twin.cached_patcher_init = (_take_over_anew, (factory, settings, node_id))
     return twin
@@ -158,11 +192,14 @@ def _take_over_anew(
     factory: Callable[[], ModelPatcher], settings: OffloadSettings, node_id: str | None, **_: object
 ) -> StreamedModelPatcher:
     """For nodes of the host that want the same model once more. A streamed patcher is never dynamic."""
-    return _stream_twin(factory(), settings, node_id)
+    patcher = factory()
+    return _stream_twin(patcher, patcher.load_device, settings, node_id)
 
 
 def _name_of(patcher: ModelPatcher) -> str:
     """The file's name as the loader was given it, else the kind of model."""
+    if isinstance(patcher, StreamedModelPatcher):
+        return patcher.streamed.title
     arguments = patcher.cached_patcher_init[1] if patcher.cached_patcher_init is not None else ()
     for argument in arguments:
         paths = argument if isinstance(argument, (list, tuple)) else [argument]

@@ -10,8 +10,10 @@ from typing import Any
 import comfy.sd
 import torch
 
+from ..streaming import UnsupportedModelError
 from .patcher import StreamedModelPatcher
-from .steps import repeatable, run_step, shapes_of
+from .references import carry_functions
+from .steps import ensure_loaded, in_effect, repeatable, run_step, shapes_of
 from .streamed_model import ATTRIBUTE
 
 # What the host calls on a text encoder, each a step: blocks run in it once, or many times where text is generated.
@@ -57,7 +59,8 @@ class StepCall:
         patcher = getattr(encoder, ATTRIBUTE).loaded()
         if not isinstance(patcher, StreamedModelPatcher):
             return forward()
-        forward = repeatable(patcher, forward, {"what is encoded": (args, kwargs)})
+        ensure_loaded(patcher)
+        forward = repeatable(patcher, in_effect(patcher, forward), {"what is encoded": (args, kwargs)})
         return run_step(patcher, forward, (self._name, shapes_of(args), _lengths(args)), None)
 
 
@@ -73,8 +76,17 @@ def _lengths(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def with_patcher(clip: comfy.sd.CLIP, patcher: Any) -> comfy.sd.CLIP:
-    """``clip`` with another patcher, and its model."""
+    """``clip`` with another patcher, and its model.
+
+    Raises:
+        UnsupportedModelError: somebody has put another encoder into it, or a function on it that refers to it.
+    """
+    if clip.cond_stage_model is not clip.patcher.model:
+        raise UnsupportedModelError("somebody has put another model into it, which nobody loads")
     twin = clip.clone()
+    # The host's own clone leaves behind what others have put on it.
+    vars(twin).update({name: value for name, value in vars(clip).items() if name not in vars(twin)})
+    carry_functions(clip, twin, clip.cond_stage_model)
     twin.patcher = patcher
     twin.cond_stage_model = patcher.model
     return twin

@@ -2,7 +2,7 @@
 
 from .arena import PinBudget
 from .backend import Backend, DeviceMemory
-from .blocks import Block, BlockSet, Unit, find_blocks, split_model
+from .blocks import Block, BlockSet, Unit, find_blocks, held_tensors, split_model, uncompiled
 from .checkpoint import Checkpoint
 from .checkpoint_file import CheckpointFile, FileSlice
 from .config import (
@@ -22,11 +22,13 @@ from .errors import (
     ConfigError,
     CorruptionError,
     DeviceMemoryError,
+    GradientError,
     RingExhaustedError,
     ServerError,
     StepNotRepeatedError,
     StreamingError,
     UnsupportedModelError,
+    WeightsMovedError,
 )
 from .forms import take_apart
 from .gpus import Gpu, list_gpus
@@ -39,6 +41,7 @@ from .profile import Outline, Profile, assumed_profile
 from .residency import Residency
 from .schedule import Schedule
 from .segments import Segment
+from .shown import is_shown
 from .state import State
 from .streamer import Streamer
 from .supply import Progress
@@ -65,6 +68,7 @@ __all__ = [
     "FileSlice",
     "Forecast",
     "Gpu",
+    "GradientError",
     "HostMemory",
     "NoPatches",
     "Outline",
@@ -92,12 +96,15 @@ __all__ = [
     "VirtualMemory",
     "Vram",
     "VramReader",
+    "WeightsMovedError",
     "assumed_profile",
     "find_blocks",
     "format_bytes",
     "gpu_name",
     "group_memory",
+    "held_tensors",
     "in_parts",
+    "is_shown",
     "list_gpus",
     "make_plan",
     "minimum_bytes",
@@ -109,5 +116,6 @@ __all__ = [
     "parse_virtual_devices",
     "split_model",
     "take_apart",
+    "uncompiled",
     "warm_up",
 ]

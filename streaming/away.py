@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .views import View
+
 Move = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
 # What is true of a tensor wherever it is, and of a copy of it: asking moves nothing.
@@ -63,6 +65,37 @@ class Away(torch.Tensor):
         tensor = self._here if self._there is None else self._there
         return tensor if self._place == device else self._move(tensor, device)
 
+    @property
+    def place(self) -> torch.device:
+        """The device on which it is: home, once it has come there."""
+        return self._place
+
+    @property
+    def standing(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.device]:
+        """What it stands for, which it can be made to stand for again."""
+        return self._there, self._here, self._place
+
+    @standing.setter
+    def standing(self, before: tuple[torch.Tensor | None, torch.Tensor | None, torch.device]) -> None:
+        self._there, self._here, self._place = before
+
+    def stands_for(self, tensor: torch.Tensor) -> bool:
+        """Whether it is this very tensor, and has not come home."""
+        return self._there is tensor
+
+    def is_now(self, tensor: torch.Tensor, place: torch.device) -> None:
+        """Somebody has written to a copy on another device than home: that is what this stands for from now on. Where
+        others use the memory of what it stood for, they get it there."""
+        if self._there is None:
+            self._here.copy_(self._move(tensor, self._home))
+            return
+        view, self._there = View(self._there), None
+        there = view.again()
+        if there is None:
+            self._there, self._place = tensor, place
+        else:
+            self._there = there.copy_(self._move(tensor, self._place))
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -80,6 +113,11 @@ class Away(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Away({tuple(self.shape)}, {self.dtype}, on {self._place}, for {self._home})"
+
+
+def may_be_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether it is on ``device``. Tensors do not tell of virtual ones, which are all the CPU."""
+    return tensor.device.type == device.type and (device.type == "cpu" or tensor.device == device)
 
 
 def _as_told(device: torch.device) -> torch.device:

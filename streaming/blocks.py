@@ -13,6 +13,7 @@ from torch import nn
 from .errors import UnsupportedModelError
 from .layout import Layout, Locate, NamedTensor, Place, TensorSpec, Value, make_layout, nowhere
 from .profile import Outline
+from .shown import laid_out, plain
 
 # A model most of whose bytes lie outside of its blocks gains nothing from streaming them.
 MINIMUM_SHARE = 0.5
@@ -23,6 +24,9 @@ SMALL_SHARE = 1 / 256
 
 # A module is cut into the layers of its own lists when they hold this part of its bytes.
 INNER_SHARE = 0.9
+
+# Under this name a layer compiled by torch.compile holds the layer.
+COMPILED = "_orig_mod"
 
 # Names the dtype that a tensor shall have when it runs: (module, attribute, tensor) -> dtype.
 TargetDtype = Callable[[nn.Module, str, torch.Tensor], torch.dtype]
@@ -152,7 +156,7 @@ def find_blocks(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _search(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
+    for name, child in _children(module):
         if _is_container(child):
             yield from _members(child, f"{prefix}{name}.", False)
         else:
@@ -161,7 +165,7 @@ def _search(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _members(container: nn.Module, prefix: str, in_list: bool) -> Iterator[tuple[str, nn.Module]]:
     in_list = in_list or not isinstance(container, nn.Sequential)
-    for name, child in container.named_children():
+    for name, child in _children(container):
         if _is_container(child):
             yield from _members(child, f"{prefix}{name}.", in_list)
         elif in_list or any(True for _ in child.children()):
@@ -181,6 +185,15 @@ def _layer(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
 
 
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, uncompiled(child)) for name, child in module.named_children())
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The layer that a compiled one runs, which is told of by its own name."""
+    return module._modules.get(COMPILED, module)
+
+
 def _is_container(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) or type(module).forward is nn.Module.forward
 
@@ -194,6 +207,7 @@ def split_model(
     target_dtype: TargetDtype | None = None,
     locate: Locate = nowhere,
     minimum_share: float = MINIMUM_SHARE,
+    shown_dtype: TargetDtype | None = None,
 ) -> BlockSet:
     """Cut ``model`` into blocks and rest, each with its layout.
 
@@ -203,15 +217,16 @@ def split_model(
         model: the module.
         target_dtype: the dtype in which a tensor runs; its own by default, and where it is of a class of its own.
         locate: the source of a tensor that maps a file.
-        minimum_share: the part of its bytes that must lie in blocks.
+        minimum_share: the part of its bytes that must lie in blocks; with 0 it need not have any.
+        shown_dtype: the dtype in which modules hold a tensor while no copy of it is bound; as it runs by default.
 
     Raises:
         UnsupportedModelError: no list of blocks, too few bytes in blocks, or tensors that cannot be laid out.
     """
     found = _without_small(find_blocks(model))
-    if not found:
+    if not found and minimum_share > 0:
         raise UnsupportedModelError("it has no list of repeated blocks")
-    tensors = _named_tensors(model, target_dtype or _own_dtype, locate)
+    tensors = _named_tensors(model, target_dtype or _own_dtype, locate, shown_dtype)
     owners = _owners(model, found, tensors)
     blocks: list[Block] = []
     first = 0
@@ -264,21 +279,40 @@ def _own_dtype(module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch
     return tensor.dtype
 
 
-def _named_tensors(model: nn.Module, target_dtype: TargetDtype, locate: Locate) -> list[NamedTensor]:
-    """Every parameter and buffer once, with all of its places: a tied tensor has several."""
-    names: dict[int, list[str]] = defaultdict(list)
-    places: dict[int, list[Place]] = defaultdict(list)
-    first: dict[int, tuple[torch.Tensor, torch.dtype]] = {}
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Place, torch.Tensor]]:
+    """Every place of a model that holds a tensor, with its full name and module, and what it holds."""
     for prefix, module in model.named_modules():
+        prefix = prefix.replace(f"{COMPILED}.", "")
+        if module._modules.get(COMPILED) is not None or prefix.endswith(COMPILED):
+            prefix = prefix.removesuffix(COMPILED).rstrip(".")
         for holder, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for attribute, tensor in holder.items():
-                if tensor is None:
-                    continue
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                names[id(tensor)].append(name)
-                places[id(tensor)].append(Place(holder, attribute, is_parameter))
-                first.setdefault(id(tensor), (tensor, target_dtype(module, attribute, tensor)))
-    return [NamedTensor(tuple(names[key]), *first[key], tuple(places[key]), locate) for key in first]
+                if tensor is not None:
+                    name = f"{prefix}.{attribute}" if prefix else attribute
+                    yield name, module, Place(holder, attribute, is_parameter), tensor
+
+
+def _named_tensors(
+    model: nn.Module, target_dtype: TargetDtype, locate: Locate, shown_dtype: TargetDtype | None
+) -> list[NamedTensor]:
+    """Every parameter and buffer once, with all of its places: a tied tensor has several."""
+    found: dict[int, list[tuple[str, nn.Module, Place, torch.Tensor]]] = defaultdict(list)
+    for held in held_tensors(model):
+        found[id(held[3])].append(held)
+    named = []
+    for group in found.values():
+        _, module, place, tensor = group[0]
+        names, places = tuple(name for name, *_ in group), tuple(each for _, _, each, _ in group)
+        spec = laid_out(tensor)
+        if spec is not None:
+            given = spec.original, spec.dtype, places, lambda _, spec=spec: spec.source
+            named.append(NamedTensor(names, *given, tensor.dtype, tensor))
+            continue
+        tensor = plain(tensor)
+        dtype = target_dtype(module, place.attribute, tensor)
+        shown = dtype if shown_dtype is None else shown_dtype(module, place.attribute, tensor)
+        named.append(NamedTensor(names, tensor, dtype, places, locate, shown))
+    return named
 
 
 def _owners(

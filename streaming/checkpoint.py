@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -59,9 +60,9 @@ class Checkpoint:
         return {name: tensor for file in self.files for name, tensor in file.views().items()}
 
     @property
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, Any]:
         """The metadata of all files; where two differ, the first file's."""
-        return {name: text for file in reversed(self.files) for name, text in file.metadata.items()}
+        return {name: value for file in reversed(self.files) for name, value in file.metadata.items()}
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,8 @@
 dtypes and values; but bytes are moved with positioned reads through one open descriptor. A mapped page whose file was
 truncated, or whose disk fails, ends the process with a signal; a read raises an error that names the tensor. The
 descriptor stays with the file that was opened, also when another is put in its place or it is deleted, and after each
-read the file's size and time of change are compared with those at opening.
+read the file's size and time of change are compared with those at opening. Where only the time is another, the contents
+are compared (fingerprint.py, Note: touched is not changed).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import threading
 import warnings
 import weakref
 from dataclasses import dataclass
-from io import FileIO
+from typing import Any
 
 import torch
 
 from .errors import CheckpointChangedError, CheckpointError
+from .fingerprint import fingerprint
 from .header import MAX_HEADER_BYTES, Entry, parse_header
+from .open_file import open_file
 
 # One read may not be larger everywhere; what is left is read next.
 _MAX_READ = 1 << 30
@@ -36,78 +39,38 @@ _LINUX_PC = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch6
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if _LINUX_PC else 0)
 
 
-class _Descriptor:
-    """One open file that any thread reads at any offset."""
-
-    def __init__(self, path: str) -> None:
-        self._file = FileIO(path, "rb")
-
-    def stat(self) -> os.stat_result:
-        return os.fstat(self._file.fileno())
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def read(self, target: memoryview, offset: int) -> int:
-        return os.preadv(self._file.fileno(), [target], offset)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _ThreadHandles(_Descriptor):
-    """Where there are no positioned reads (Windows): each thread has a handle, and a position, of its own."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._path = path
-        self._local = threading.local()
-        self._files: list[FileIO] = []
-
-    def read(self, target: memoryview, offset: int) -> int:
-        handle = getattr(self._local, "file", None) or self._open()
-        handle.seek(offset)
-        return handle.readinto(target)
-
-    def _open(self) -> FileIO:
-        self._local.file = handle = FileIO(self._path, "rb")
-        self._files.append(handle)
-        if not os.path.samestat(os.fstat(handle.fileno()), self.stat()):
-            del self._local.file
-            raise CheckpointChangedError(f"{self._path}: another file has its name now. Load the model again.")
-        return handle
-
-    def close(self) -> None:
-        super().close()
-        for handle in self._files:
-            handle.close()
-
-
 class CheckpointFile:
     """One safetensors file, open.
 
     Attributes:
         nbytes: size of the file.
-        metadata: the texts that the header carries.
+        metadata: what the header carries beside the tensors, mostly texts.
         entries: the tensors by name, in the order of the file.
+        fingerprint: equal for files with equal contents, and hardly for others.
+        touches: how often its time of change was found to be another, with the same contents.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fsdecode(path)
         try:
-            self._source = _Descriptor(self.path) if hasattr(os, "preadv") else _ThreadHandles(self.path)
+            self._source = open_file(self.path)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: cannot be opened ({_reason(error)})") from error
         self._close = weakref.finalize(self, self._source.close)
         self._lock = threading.Lock()
+        self._comparing = threading.Lock()
+        self.touches = 0
         self._mapping: mmap.mmap | None = None
         self._address = 0
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
         try:
             self._stat = self._source.stat()
             self.nbytes = self._stat.st_size
-            self.metadata, self.entries = parse_header(self.path, self._read_header(), self.nbytes)
+            header = self._read_header()
+            self.metadata, self.entries = parse_header(self.path, header, self.nbytes)
+            self._header_bytes = 8 + len(header)
+            self.fingerprint = self._take_fingerprint()
         except BaseException:
             self.close()
             raise
@@ -221,16 +184,43 @@ class CheckpointFile:
                 os.posix_fadvise(self._source.fileno(), offset, nbytes, getattr(os, advice))
 
     def check_unchanged(self) -> None:
-        """Raise ``CheckpointChangedError`` if the file was written to since it was opened."""
+        """Raise ``CheckpointChangedError`` if the file has other contents than when it was opened."""
+        if self._seems_unchanged(self._stat_now()):
+            return
+        with self._comparing:  # One thread does, for all that have noticed.
+            now = self._stat_now()
+            if self._seems_unchanged(now):
+                return
+            if now.st_size != self.nbytes or self._take_fingerprint() != self.fingerprint:
+                raise CheckpointChangedError(
+                    f"{self.path}: was changed while it was in use ({self.nbytes} bytes at opening, {now.st_size} "
+                    "now). Load the model again."
+                )
+            self._stat = now
+            self.touches += 1
+
+    def _stat_now(self) -> os.stat_result:
         try:
-            now = self._source.stat()
+            return self._source.stat()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: is not open any more ({_reason(error)})") from error
-        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
-            raise CheckpointChangedError(
-                f"{self.path}: was changed while it was in use ({self._stat.st_size} bytes at opening, {now.st_size} "
-                "now). Load the model again."
-            )
+
+    def _seems_unchanged(self, now: os.stat_result) -> bool:
+        return (now.st_size, now.st_mtime_ns) == (self._stat.st_size, self._stat.st_mtime_ns)
+
+    def _take_fingerprint(self) -> bytes:
+        return fingerprint(self._read_some, self.nbytes, self._header_bytes, self.entries.values())
+
+    def _read_some(self, offset: int, nbytes: int) -> bytes:
+        """These bytes, or fewer, for a comparison: whether the file is another is not asked."""
+        target = bytearray(nbytes)
+        try:
+            return bytes(target[: self._source.read(memoryview(target), offset)])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: cannot read {self._what(offset, nbytes)} ({_reason(error)}). "
+                "Check the disk, or copy the file to another one."
+            ) from error
 
     def close(self) -> None:
         """Close the file; the mapping lives as long as there are views of it. A repeated call does nothing."""
@@ -252,9 +242,10 @@ class FileSlice:
             raise ValueError(f"bytes {start} to {start + target.nbytes} of a slice of {self.nbytes} bytes")
         self.file.read_into(target, self.offset + start)
 
-    def check(self) -> None:
-        """Raise ``CheckpointChangedError`` if the file was written to since it was opened."""
-        self.file.check_unchanged()
+    @property
+    def writable(self) -> bool:
+        """Whether what maps these bytes can be written to, for this process alone."""
+        return bool(_NO_RESERVE) or _ACCESS != mmap.ACCESS_READ
 
     def forget(self, start: int, nbytes: int) -> None:
         """Let the system forget its copy of these bytes."""

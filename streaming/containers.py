@@ -1,14 +1,17 @@
 """Tensors in whatever holds them, as arguments of a block: exchanged for others in place, and back.
 
 Lists and dictionaries are looked into at any depth. So are objects (a dataclass, say, or a cache) and what functions
-have closed over, but not those that a dictionary brings along: options hold what belongs to anybody.
+have closed over, but not those that a dictionary brings along: options hold what belongs to anybody. Of those it is
+said that there are some (:attr:`Exchange.has_strangers`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from enum import Enum
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import torch
 from torch import nn
@@ -16,6 +19,9 @@ from torch import nn
 # What is done to a tensor.
 Change = Callable[[torch.Tensor], torch.Tensor]
 Function = Callable[..., Any]
+
+# What holds no tensor.
+SIMPLE = (str, int, float, complex, bool, bytes, type(None), type, Enum, UUID, torch.dtype, torch.device)
 
 
 class Exchange:
@@ -25,6 +31,11 @@ class Exchange:
         move: what is made of tensors.
         names: keys of dictionaries below which functions are changed too.
         wrap: what is made of those.
+        move_later: what is made of tensors that a dictionary holds; None for the same as of others.
+        ignored: keys of dictionaries that are not looked below.
+
+    Attributes:
+        has_strangers: whether there are objects or functions that are not looked into.
     """
 
     def __init__(
@@ -32,9 +43,13 @@ class Exchange:
         move: Change,
         names: Collection[str] = (),
         wrap: Callable[[Function], Function] = lambda function: function,
+        move_later: Change | None = None,
+        ignored: Collection[str] = (),
     ) -> None:
-        self._move, self._names, self._wrap = move, names, wrap
+        self._move, self._names, self._wrap, self._ignored = move, names, wrap, ignored
+        self._move_later = move if move_later is None else move_later
         self._containers: dict[int, _Container] = {}
+        self.has_strangers = False
 
     def all_of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Arguments with their tensors moved; whatever else holds tensors is changed in place until :meth:`undo`."""
@@ -43,23 +58,37 @@ class Exchange:
             {name: self._exchange(value, own=not isinstance(value, dict)) for name, value in kwargs.items()},
         )
 
-    def _exchange(self, value: Any, own: bool, named: bool = False) -> Any:
-        """An argument or a part of one, which is ``own`` if no dictionary brought it, ``named`` if below a name."""
+    def _exchange(self, value: Any, own: bool, named: bool = False, later: bool = False) -> Any:
+        """An argument or a part of one, which is ``own`` if no dictionary brought it, ``named`` if below a name, and
+        for ``later`` if in a dictionary."""
+        if isinstance(value, SIMPLE):
+            return value
         if isinstance(value, torch.Tensor):
-            return self._move(value)
+            return self._move_later(value) if later else self._move(value)
         if isinstance(value, tuple):
-            return _tuple_of(value, [self._exchange(item, own, named) for item in value])
-        if named and callable(value) and not isinstance(value, type):
+            return _tuple_of(value, [self._exchange(item, own, named, later) for item in value])
+        if named and callable(value):
             return self._wrap(value)
-        before = dict(_items(value)) if own or isinstance(value, (list, dict)) else {}
-        if id(value) not in self._containers and (before or isinstance(value, (list, dict))):
-            now: dict[Any, Any] = {}
-            self._containers[id(value)] = _Container(value, before, now)
-            for key, item in before.items():
-                now[key] = self._exchange(item, own, named or key in self._names)
-                if now[key] is not item:
-                    _put(value, key, now[key])
+        if id(value) in self._containers:
+            return value
+        holds = isinstance(value, (list, dict))
+        before = dict(_items(value)) if own or holds else {}
+        if before or holds:
+            self._exchange_in(value, before, own, named, later or isinstance(value, dict))
+        elif not (own and isinstance(value, FunctionType)):
+            self.has_strangers = True
         return value
+
+    def _exchange_in(self, value: Any, before: dict[Any, Any], own: bool, named: bool, later: bool) -> None:
+        now: dict[Any, Any] = {}
+        self._containers[id(value)] = _Container(value, before, now)
+        for key, item in before.items():
+            if key in self._ignored:
+                now[key] = item
+                continue
+            now[key] = self._exchange(item, own, named or key in self._names, later)
+            if now[key] is not item:
+                _put(value, key, now[key])
 
     def undo(self, change: Change) -> None:
         """The call is over: what was exchanged is as it was, and ``change`` is made to what the call has put in."""
@@ -76,7 +105,7 @@ class _Container(NamedTuple):
 
     def restore(self, change: Change) -> None:
         known = {id(item) for item in self.before.values()}
-        back = {id(now): before for now, before in zip(self.now.values(), self.before.values(), strict=True)}
+        back = {id(now): self.before[key] for key, now in self.now.items()}  # Fewer, where one could not be moved.
         for key, item in _items(self.value):
             if id(item) not in known:
                 _put(self.value, key, back[id(item)] if id(item) in back else mapped(item, change))

@@ -41,6 +41,18 @@ def read_range(layout: Layout, start: int, stop: int, target: torch.Tensor, forg
                 spec.source.forget(int((first - spec.offset) * scale), int((last - first) * scale))
 
 
+def read_tensor(spec: TensorSpec) -> torch.Tensor:
+    """A tensor as modules have it, in memory of its own.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is not the one that was loaded.
+    """
+    memory = torch.from_numpy(np.empty(spec.nbytes, np.uint8))
+    if spec.nbytes:
+        _read_part(spec, 0, spec.nbytes, memory)
+    return memory.view(spec.dtype).as_strided(spec.shape, spec.stride)
+
+
 def needs_work(layout: Layout) -> bool:
     """Whether reading takes more than moving bytes, so that the result is worth keeping."""
     return any(not _is_plain(spec) and not spec.original.is_meta for spec in layout.specs)

@@ -93,7 +93,11 @@ class CpuBackend(Backend):
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         self.store.take(nbytes)
-        return super().allocate(nbytes)
+        try:
+            return super().allocate(nbytes)
+        except BaseException:
+            self.store.give(nbytes)
+            raise
 
     def free(self, buffer: torch.Tensor) -> int:
         nbytes = super().free(buffer)

@@ -39,6 +39,9 @@ Begins = Callable[[nn.Module, tuple, dict[str, Any]], "tuple[tuple, dict[str, An
 # Tensors that say where their values are.
 PLAIN = (torch.Tensor, nn.Parameter)
 
+# The hooks of all that watch.
+_ours: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
 # A method that comes back at once and computes later is no entry.
 LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
@@ -47,6 +50,11 @@ class Ends(Protocol):
     """Told after, and may give another output. After an exception the output is None; never else."""
 
     def __call__(self, module: nn.Module, args: object, output: Any) -> Any: ...
+
+
+def is_ours(hook: Callable[..., Any]) -> bool:
+    """Whether a hook on a module is one of :class:`Entries`."""
+    return hook in _ours
 
 
 class Entries:
@@ -77,6 +85,7 @@ class Entries:
             self._doors.append(door)
             begins, ends, always_ends = door.enter, door.leave, True
         hidden_begins, hidden_ends = torch.compiler.disable(begins), torch.compiler.disable(ends)
+        _ours.update((hidden_begins, hidden_ends))
         self._handles.append(module.register_forward_pre_hook(hidden_begins, prepend=True, with_kwargs=True))
         self._handles.append(module.register_forward_hook(hidden_ends, always_call=always_ends))
         self._handles += [Method.put(module, name, door, hidden_begins, hidden_ends) for name in names]

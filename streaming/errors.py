@@ -9,6 +9,8 @@ StreamingError
 |-- CorruptionError        what arrived on the device is not what was sent, time and again
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
 |-- StepNotRepeatedError   a step failed and has changed what it began with
+|-- WeightsMovedError      weights went off the device while a step ran that needed them
+|-- GradientError          gradients are asked for through a block that streams
 |-- RingExhaustedError     more segments are needed at once than the ring has slots
 `-- ServerError            no ComfyUI with this pack answers
 """
@@ -56,6 +58,21 @@ class DeviceMemoryError(StreamingError):
 
 class StepNotRepeatedError(StreamingError):
     """A step that failed would have to run again, and has changed what it began with; the message says what."""
+
+
+class GradientError(StreamingError):
+    """Gradients are asked for through a block that streams."""
+
+    def __init__(self, block: str) -> None:
+        super().__init__(
+            f"gradients are recorded through {block}, which streams: when they are computed its weights are gone from "
+            "the device, and those of another block would be taken for them. Nothing can be trained with a model that "
+            "streams; load it with ComfyUI's own loader, set mode to off, or give it room for all of its weights"
+        )
+
+
+class WeightsMovedError(StreamingError):
+    """Weights went off the device while a step ran that needed them, so what it has computed may be wrong."""
 
 
 class RingExhaustedError(StreamingError):

@@ -3,10 +3,8 @@
 [Note: what moves]
 Tensors among the arguments move, wherever they are held (containers.py). What holds them stays the same object, because
 code inside and around blocks writes to it: its tensors are exchanged while the block runs. What several blocks on one
-device get, as rotary tables and masks, moves there once in a step: a copy is kept for as long as its original lives,
-and until the step ends. Copies are compared by identity, so it counts on what a model passes to several blocks not
-being written to between them; that no model of the host does so is tested with virtual devices, for which copies are
-made too. What a block gives is :class:`Away`, and comes home when somebody looks at it.
+device get, as rotary tables and masks, moves there once in a step, and again when it was written to (mirrors.py). What
+a block gives is :class:`Away`, and comes home when somebody looks at it.
 
 [Note: blocks that nobody enters]
 Some code runs the layers of a block one by one (by_units.py). Which do, nobody can tell beforehand, and a layer that is
@@ -22,13 +20,18 @@ at home. So a block on another device gets such a function wrapped: it is called
 :class:`Away`, and what it gives goes to the block's device. What it was given and gives back, or has written to, is the
 block's own tensor again. Which functions these are is told by the names below which they are found, because there are
 others, as those that compute attention, that belong where the block is.
+
+[Note: what does not run at home]
+All else that somebody has put into a block or into its options runs where the block does, and may have tensors of its
+own at home: functions in the place of a layer's ``forward`` (strangers.py), functions that compute attention, and
+objects in options. While such a block runs, a mode of torch's functions brings those tensors to it (meeting.py). In
+other blocks, which are nearly all, there is none.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,10 +39,15 @@ import torch
 from torch import nn
 
 from .allocation_record import NO_RECORD, AllocationRecord
-from .away import Away, Move
+from .away import Away
 from .containers import Change, Exchange, Function, mapped
 from .entries import Entries
 from .links import Links
+from .meeting import Meeting
+from .mirrors import Mirrors
+from .strangers import Strangers
+from .visits import Guest, Loan, Visit, may_be_on, visited
+from .witness import Witness
 
 
 class Boundary:
@@ -49,6 +57,7 @@ class Boundary:
         home: where the model's inputs and outputs are, and everything that is in no block.
         links: copies between devices.
         at_home: names in dictionaries among blocks' arguments; functions below them are called at home.
+        ignored: names in dictionaries; no block looks below them.
         record: of the allocations at home, of which those of other devices must not be part.
 
     Attributes:
@@ -61,15 +70,20 @@ class Boundary:
         links: Links,
         at_home: Collection[str] = (),
         record: AllocationRecord = NO_RECORD,
+        ignored: Collection[str] = (),
     ) -> None:
         self.home = home
-        self._at_home = frozenset(at_home)
+        self._at_home, self._ignored = frozenset(at_home), frozenset(ignored)
         self._call = _calls(weakref.ref(self))
-        self._links = links
+        self._move = _Mover(links, record)
         self._record = record
         self.broke_on: torch.device | None = None
-        self._moved: dict[tuple[int, torch.device], _Moved] = {}
-        self._visits: list[_Visit] = []
+        self._mirrors = Mirrors(home, self._move)
+        self._witness = Witness(self._mirrors.touched)
+        self._strangers = Strangers()
+        self._is_compiled = self._in_step = False
+        self._sent: weakref.WeakValueDictionary[int, Away] = weakref.WeakValueDictionary()
+        self._visits: list[_Call] = []
         self._entries = Entries()
         self._parts: dict[nn.Module, Entries] = {}
         self._alone: nn.Module | None = None
@@ -82,6 +96,8 @@ class Boundary:
         run compiled.
         """
         self.detach()
+        self._is_compiled = compiled
+        self._strangers.watch(module for module, _ in blocks)
         who = weakref.ref(self)
         begins, ends = _begins(who, Boundary._begin_step), _ends(who, Boundary._end_step)
         self._entries.watch(root, begins, ends, methods=False)
@@ -98,11 +114,24 @@ class Boundary:
             entries.remove()
         self._parts.clear()
 
+    def out_of_reach(self) -> list[nn.Module]:
+        """Blocks that hold what others have put into them, where that can run at home alone: steps run compiled, and
+        a mode that brings its tensors to another device would be compiled too."""
+        if not self._is_compiled:
+            return []
+        self._strangers.look()
+        return self._strangers.found
+
     def settle(self) -> None:
         """Undo what an exception or an interrupt left behind. Harmless when there is nothing."""
         while self._visits:
-            self._end(self._visits.pop())
-        self._moved.clear()
+            call = self._visits.pop()
+            call.visit.end(self._sending(call.guest))
+            call.guest.leave()
+        self._witness.remove()
+        self._mirrors.clear()
+        self._sent.clear()
+        self._in_step = False
         self._alone = None
         for entries in (self._entries, *self._parts.values()):
             entries.settle()
@@ -111,26 +140,36 @@ class Boundary:
 
     def _begin_step(self) -> None:
         self.settle()
+        self._strangers.look()
+        self._witness.begin()
+        self._in_step = not self._is_compiled
 
     def _end_step(self, output: Any) -> Any:
+        """A step ends; ``output`` is None after an exception, and then nothing comes home."""
+        if output is not None:
+            self._witness.off()
+            output = mapped(output, _home)
+            self._mirrors.all_come_home()
         self.settle()
         for block in [block for block in self._parts if block in self._entered]:
             self._parts.pop(block).remove()
-        return mapped(output, _home)
+        return output
 
     def _enter_block(
         self, module: nn.Module, device: torch.device, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         if module in self._parts:
             self._entered.add(module)
-        return self._enter(device, args, kwargs)
+        return self._enter(device, args, kwargs, self._strangers.are_in(module))
 
-    def _enter_part(self, module: nn.Module, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _enter_part(
+        self, block: nn.Module, module: nn.Module, device: torch.device, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
         """A module in a block begins (Note: blocks that nobody enters)."""
         if self._visits:
             return None
         self._alone = module
-        return self._enter(device, args, kwargs)
+        return self._enter(device, args, kwargs, self._strangers.are_in(block))
 
     def _leave_part(self, module: nn.Module, output: Any) -> Any:
         if self._alone is not module or not self._visits:
@@ -138,153 +177,115 @@ class Boundary:
         self._alone = None
         return self._leave(output)
 
-    def _enter(self, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _enter(
+        self, device: torch.device, args: tuple, kwargs: dict[str, Any], strange: bool
+    ) -> tuple[tuple, dict[str, Any]]:
+        guest = Guest(device, self.home, self._mirrors, self._move, self._is_compiled)
         if device == self.home:
-            exchange = Exchange(_home)
+            self._mirrors.all_come_home()  # A block may have the original from anywhere.
+            wrap = self._wrap_watched if self._in_step else _unchanged
+            visit = Visit(device, Exchange(guest.give, self._at_home, wrap, ignored=self._ignored))
         else:
-            bring = partial(self._bring, device=device)
-            exchange = Exchange(bring, self._at_home, partial(self._wrap, device))
-        self._visits.append(_Visit(device, exchange, nullcontext() if device == self.home else self._record.paused()))
-        return exchange.all_of(args, kwargs)
+            later = None if self._is_compiled else guest.give_later
+            wrap = partial(self._wrap, guest)
+            exchange = Exchange(guest.give, self._at_home, wrap, later, self._ignored)
+            visit = Visit(device, exchange, self._record.paused())
+        self._visits.append(_Call(visit, guest))
+        args, kwargs = visit.exchange.all_of(args, kwargs)
+        if not (strange or visit.exchange.has_strangers):
+            if self._witness.off():
+                visit.afterwards(self._witness.on)
+        elif device != self.home and self.home.type != "cpu" and not self._is_compiled:
+            meeting = guest.meeting = Meeting(device, self.home, self._move, guest.note_writes, guest.renew)
+            visit.meanwhile(meeting)
+        return args, kwargs
 
     def _leave(self, output: Any) -> Any:
         """A block ends; ``output`` is None after an exception."""
         if not self._visits:
             return None  # A step inside of the block has settled all of them.
-        visit = self._visits.pop()
-        self.broke_on = visit.device if output is None else None
-        self._end(visit)
-        return mapped(output, self._sending(visit.device))
+        call = self._visits.pop()
+        self.broke_on = call.visit.device if output is None else None
+        call.visit.end(self._sending(call.guest))
+        call.guest.note_writes()
+        output = mapped(output, self._sending(call.guest, apart=not self._in_step))
+        if not self._in_step:
+            self._mirrors.all_come_home()
+            self._mirrors.clear()
+        elif not self._visits and self._mirrors:
+            self._witness.on()
+        call.guest.leave()
+        return output
 
-    def _end(self, visit: _Visit) -> None:
-        visit.end(self._sending(visit.device))
+    def _wrap(self, guest: Guest, function: Function) -> Function:
+        return partial(self._call, guest, function)
 
-    def _wrap(self, device: torch.device, function: Function) -> Function:
-        return partial(self._call, device, function)
+    def _wrap_watched(self, function: Function) -> Function:
+        return partial(self._call, None, function)
 
-    def _call_at_home(self, device: torch.device, function: Function, *args: Any, **kwargs: Any) -> Any:
-        """Call what a block on ``device`` calls (Note: what runs at home)."""
-        loan = _Loan(device, self.home, self._move)
-        visit = _Visit(self.home, Exchange(loan.lend), self._record.resumed())
+    def _call_at_home(self, guest: Guest | None, function: Function, *args: Any, **kwargs: Any) -> Any:
+        """Call what a block calls (Note: what runs at home); ``guest`` is None for a block at home."""
+        was_off = not self._is_compiled and self._witness.on()
         try:
-            return _visited(visit, loan, function, args, kwargs)
+            return function(*args, **kwargs) if guest is None else self._call_for(guest, function, args, kwargs)
+        finally:
+            if was_off:
+                self._witness.off()
+
+    def _call_for(self, guest: Guest, function: Function, args: Any, kwargs: Any) -> Any:
+        guest.note_writes()
+        loan = Loan(guest.device, self.home, self._move)
+        visit = Visit(self.home, Exchange(loan.lend), self._record.resumed(), guest.met_nowhere())
+        try:
+            return visited(visit, loan, function, args, kwargs)
         finally:
             visit.end(loan.take_back)
+            guest.renew()
 
     # -- tensors -------------------------------------------------------------------------------------------------
 
-    def _bring(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """``tensor`` on ``device``; the same copy for every block of a step."""
-        if isinstance(tensor, Away):
-            return tensor.on(device)
-        if not _may_be_on(tensor, self.home):
-            return tensor  # What the host keeps elsewhere (on the CPU, say) it wants there.
-        key = (id(tensor), device)
-        known = self._moved.get(key)
-        if known is None or known.gone() is not tensor:
-            # The identity is another tensor's when this one is gone, so the copy goes with it.
-            gone = weakref.ref(tensor, lambda _, moved=self._moved: moved.pop(key, None))
-            known = self._moved[key] = _Moved(gone, self._move(tensor, device))
-        return known.copy
+    def _sending(self, guest: Guest, apart: bool = False) -> Change:
+        """What is made of tensors that a block gives: of one that it was given the original.
 
-    def _sending(self, device: torch.device) -> Change:
-        """What is made of tensors that a block on ``device`` gives."""
+        ``apart``: not of a copy. Where nobody sees who looks at the original, it would come home for nothing.
+        """
+        device = guest.device
 
         def send(tensor: torch.Tensor) -> torch.Tensor:
-            if device == self.home or isinstance(tensor, Away) or not _may_be_on(tensor, device):
+            original = guest.original(tensor)
+            if original is not None and not (apart and guest.is_copy(tensor)):
+                return original
+            if device == self.home or isinstance(tensor, Away) or not may_be_on(tensor, device):
                 return tensor
-            return Away(tensor, device, self.home, self._move)
+            known = self._sent.get(id(tensor))
+            if known is None or not known.stands_for(tensor):
+                known = self._sent[id(tensor)] = Away(tensor, device, self.home, self._move)
+            return known
 
         return send
 
-    def _move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A copy of ``tensor`` on ``device``. Which steps make one hangs on who looks at a tensor."""
+
+class _Call(NamedTuple):
+    """A block that runs."""
+
+    visit: Visit
+    guest: Guest
+
+
+class _Mover:
+    """Copies tensors. Which steps make a copy hangs on who looks at a tensor, so those are not recorded."""
+
+    def __init__(self, links: Links, record: AllocationRecord) -> None:
+        self._links, self._record = links, record
+
+    def __call__(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A copy of ``tensor`` on ``device``."""
         with self._record.paused():
             return self._links.move(tensor, device)
 
 
-def _may_be_on(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether it is on ``device``. Tensors do not tell of virtual ones, which are all the CPU."""
-    return tensor.device.type == device.type and (device.type == "cpu" or tensor.device == device)
-
-
-class _Moved(NamedTuple):
-    """A copy on another device, for as long as its original lives."""
-
-    gone: weakref.ref[torch.Tensor]
-    copy: torch.Tensor
-
-
-class _Loan:
-    """A block's tensors that a function at home is given."""
-
-    def __init__(self, place: torch.device, home: torch.device, move: Move) -> None:
-        self._place, self._home, self._move = place, home, move
-        self._lent: dict[int, Away] = {}
-        self._owned: dict[int, torch.Tensor] = {}
-        self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-
-    def lend(self, tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, Away) or not _may_be_on(tensor, self._place):
-            return tensor
-        if id(tensor) not in self._lent:
-            away = self._lent[id(tensor)] = Away(tensor, self._place, self._home, self._copy)
-            self._owned[id(away)] = tensor
-        return self._lent[id(tensor)]
-
-    def copy_back(self) -> None:
-        """Have tensors of the block hold what was written to their copies."""
-        for tensor, copy, version in self._copies:
-            if copy._version != version:
-                tensor.copy_(self._move(copy, self._place))
-
-    def take_back(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the block gets for a tensor that the function has given."""
-        if id(tensor) in self._owned:
-            return self._owned[id(tensor)]
-        if isinstance(tensor, Away):
-            return tensor.on(self._place)
-        return self._move(tensor, self._place) if _may_be_on(tensor, self._home) else tensor
-
-    def _copy(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # Of others, torch does not count how often they are written to.
-            copy = self._move(tensor, device)
-        self._copies.append((tensor, copy, copy._version))
-        return copy
-
-
-class _Visit:
-    """A call on a device: that is current, and what holds tensors among the arguments holds those that are there.
-
-    ``meanwhile`` lasts as long as the call.
-    """
-
-    def __init__(self, device: torch.device, exchange: Exchange, meanwhile: AbstractContextManager[None]) -> None:
-        self.device = device
-        self.exchange = exchange
-        self._guards = ExitStack()
-        self._guards.enter_context(meanwhile)
-        if device.type == "cuda" and torch.cuda.is_available():
-            self._guards.enter_context(torch.cuda.device(device))
-
-    def end(self, change: Change) -> None:
-        """The call is over, or was given up (:meth:`Exchange.undo`)."""
-        try:
-            self.exchange.undo(change)
-        finally:
-            self._guards.close()
-
-
-def _visited(visit: _Visit, loan: _Loan, function: Function, args: Any, kwargs: Any) -> Any:
-    """What ``function`` gives at home, for the block that calls it. By itself, so that what was made at home goes with
-    this frame, before the record pauses again."""
-    args, kwargs = visit.exchange.all_of(args, kwargs)
-    output = function(*args, **kwargs)
-    loan.copy_back()
-    return mapped(output, loan.take_back)
+def _unchanged(function: Function) -> Function:
+    return function
 
 
 def _home(tensor: torch.Tensor) -> torch.Tensor:
@@ -315,7 +316,7 @@ def _watch_parts(who: Reference, block: nn.Module, device: torch.device) -> Entr
 
     def begins(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         boundary = who()
-        return None if boundary is None else boundary._enter_part(module, device, args, kwargs)
+        return None if boundary is None else boundary._enter_part(block, module, device, args, kwargs)
 
     def ends(module: nn.Module, args: object, output: Any) -> Any:
         boundary = who()
@@ -337,9 +338,9 @@ def _ends(who: Reference, what: Callable[[Boundary, Any], Any]) -> Callable[...,
 
 
 def _calls(who: Reference) -> Function:
-    def call(device: torch.device, function: Function, *args: Any, **kwargs: Any) -> Any:
+    def call(guest: Guest | None, function: Function, *args: Any, **kwargs: Any) -> Any:
         boundary = who()
         assert boundary is not None, "a block runs, but nobody moves its tensors"
-        return boundary._call_at_home(device, function, *args, **kwargs)
+        return boundary._call_at_home(guest, function, *args, **kwargs)
 
     return torch.compiler.disable(call)  # hooks.py, Note: compiled models

@@ -1,10 +1,13 @@
-"""The header of a safetensors file: which tensors it holds, and where. What is accepted is what the library accepts."""
+"""The header of a safetensors file: which tensors it holds, and where.
+
+Whatever the safetensors library or ComfyUI's own parser takes is taken: the latter reads any JSON, and each tensor by
+itself, so there may be bytes that no tensor has, tensors that share bytes, and metadata of any kind.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import reprlib
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +19,6 @@ from .errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 _AGAIN = "The file is damaged or is no safetensors file; download it again."
 _FIELDS = ("dtype", "shape", "data_offsets")
-_MAX_DEPTH = 127
-_MAX_SIZE = 2**64 - 1
-_SURROGATE = re.compile("[\ud800-\udfff]")
 # The format's name of a dtype: torch's name (None: torch has nothing like it) and the bits of one element.
 _DTYPES: dict[str, tuple[str | None, int]] = {
     "BOOL": ("bool", 8),
@@ -57,163 +57,89 @@ class Entry:
     end: int
 
 
-@dataclass(frozen=True)
-class _Info:
-    """What the header says of a tensor, its types checked, nothing else; offsets from the start of the data."""
+def parse_header(path: str, raw: bytes, nbytes: int) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Metadata and tensors, in the order of the file, of a header that stands in a file of ``nbytes`` bytes.
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def parse_header(path: str, raw: bytes, nbytes: int) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Metadata and tensors, in the order of the file, of a header that stands in a file of ``nbytes`` bytes."""
+    Raises:
+        CheckpointError: the header cannot be read, or names bytes that the file does not have.
+    """
     try:
-        metadata, infos = _read(raw)
-        origin, position = 8 + len(raw), 0
-        entries = {}
-        for info in sorted(infos.values(), key=lambda info: (info.begin, info.end, info.name)):
-            if info.begin != position:
-                raise ValueError(
-                    f"tensor {info.name!r} has the bytes {info.begin} to {info.end} of the data where its bytes "
-                    f"should begin at {position}: tensors overlap or leave a hole. {_AGAIN}"
-                )
-            entries[info.name] = _entry(info, origin)
-            position = info.end
+        tree = _read(raw)
+        metadata = tree.pop("__metadata__", None)
+        origin = 8 + len(raw)
+        found = [_entry(name, info, origin) for name, info in tree.items()]
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if origin + position != nbytes:
-        fault = "It is truncated" if nbytes < origin + position else "It has bytes that belong to no tensor"
+    expected = max((entry.end for entry in found if entry.begin < entry.end), default=0)
+    if expected > nbytes:
         raise CheckpointError(
-            f"{path}: {nbytes} bytes found where the header says {origin + position}. {fault}; download it again."
+            f"{path}: {nbytes} bytes found where the header says {expected}. It is truncated; download it again."
         )
-    return metadata, entries
+    found.sort(key=lambda entry: (entry.begin, entry.end, entry.name))
+    return metadata if isinstance(metadata, dict) else {}, {entry.name: entry for entry in found}
 
 
-def _read(raw: bytes) -> tuple[dict[str, str], dict[str, _Info]]:
-    """The header as JSON; an object is a tuple of pairs here, as a name may occur twice."""
+def _read(raw: bytes) -> dict[str, Any]:
+    """The header as JSON; of a name that occurs twice the last value."""
     try:
-        tree = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=tuple,
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_no_constant,
-        )
-        _check_text(tree, 1)
+        tree = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header is not valid JSON ({error}). {_AGAIN}") from None
-    if type(tree) is not tuple:
+    if type(tree) is not dict:
         raise ValueError(f"the header is not a JSON object. {_AGAIN}")
-    metadata: dict[str, str] | None = None
-    infos: dict[str, _Info] = {}
-    for name, value in tree:
-        if name != "__metadata__":
-            infos[name] = _info(name, value)
-        elif metadata is not None:
-            raise ValueError(f"the header has __metadata__ twice. {_AGAIN}")
-        else:
-            metadata = _metadata(value)
-    return metadata or {}, infos
+    return tree
 
 
-def _integer(text: str) -> int | float:
-    """A number that 64 bits without a sign cannot hold is a float to the library, and so is no size or offset."""
-    if text.startswith("-") or len(text) > 20 or int(text) > _MAX_SIZE:
-        return _finite(text)
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError("a number is out of range")
-    return value
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
-
-
-def _check_text(value: Any, depth: int) -> None:
-    """Half a character or nesting beyond the library's limit is refused wherever it stands."""
-    if type(value) is str:
-        if _SURROGATE.search(value):
-            raise ValueError("an escaped character is incomplete")
-    elif type(value) in (list, tuple):
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"values are nested more than {_MAX_DEPTH} deep")
-        for item in value:
-            if type(value) is tuple:
-                _check_text(item[0], depth)
-                item = item[1]
-            _check_text(item, depth + 1)
-
-
-def _metadata(value: Any) -> dict[str, str]:
-    if value is None:
-        return {}
-    if type(value) is not tuple or any(type(text) is not str for _, text in value):
-        raise ValueError(f"__metadata__ is not a map of names to texts. {_AGAIN}")
-    return dict(value)
-
-
-def _info(name: str, value: Any) -> _Info:
-    dtype, shape, offsets = _fields(name, value)
-    if type(dtype) is tuple and len(dtype) == 1 and dtype[0][1] is None:
-        dtype = dtype[0][0]  # the library's other way to write a variant: {"F32": null}
-    if type(dtype) is not str or dtype not in _DTYPES:
-        raise ValueError(f"tensor {name!r} has the dtype {reprlib.repr(dtype)}, unknown to the format. {_AGAIN}")
-    if not _are_sizes(shape):
-        raise ValueError(f"tensor {name!r} has the shape {reprlib.repr(shape)}, not a list of sizes. {_AGAIN}")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has the data_offsets {reprlib.repr(offsets)}, not two offsets. {_AGAIN}")
-    return _Info(name, dtype, tuple(shape), *offsets)
-
-
-def _fields(name: str, value: Any) -> list[Any]:
-    """dtype, shape and data_offsets; the library takes a list of the three as well, and ignores other fields."""
-    if type(value) is list and len(value) == len(_FIELDS):
-        return value
-    if type(value) is not tuple:
-        raise ValueError(f"tensor {name!r} is not described by a JSON object. {_AGAIN}")
-    found = [key for key, _ in value if key in _FIELDS]
-    if sorted(found) != sorted(_FIELDS):
-        raise ValueError(f"tensor {name!r} has the fields {found}, not each of {list(_FIELDS)} once. {_AGAIN}")
-    fields = dict(value)
-    return [fields[key] for key in _FIELDS]
-
-
-def _are_sizes(value: Any) -> bool:
-    return type(value) is list and all(type(item) is int for item in value)
-
-
-def _entry(info: _Info, origin: int) -> Entry:
-    """``info`` as torch has it, its size checked."""
-    kind, bits = _DTYPES[info.dtype]
-    label = f"tensor {info.name!r} ({info.dtype}, {reprlib.repr(list(info.shape))})"
-    count = 1
-    for size in info.shape:
-        count *= size
-        if count > _MAX_SIZE:  # which a later size of 0 does not mend
-            raise ValueError(f"{label} has more elements than can be counted. {_AGAIN}")
-    if count * bits != 8 * (info.end - info.begin):
+def _entry(name: str, info: Any, origin: int) -> Entry:
+    """A tensor as torch has it, whose offsets count from ``origin``."""
+    kind, shape, begin, end = _fields(name, info)
+    label = f"tensor {name!r} ({kind}, {reprlib.repr(list(shape))})"
+    dtype_name, bits = _DTYPES[kind]
+    count = math.prod(shape)
+    if count * bits != 8 * (end - begin):
         raise ValueError(
-            f"{label} takes {count * bits / 8:.15g} bytes, but its data_offsets hold {info.end - info.begin}. {_AGAIN}"
+            f"{label} takes {_bytes(count * bits)} bytes, but its data_offsets hold {end - begin}. {_AGAIN}"
         )
-    dtype = getattr(torch, kind, None) if kind else None
+    dtype = getattr(torch, dtype_name, None) if dtype_name else None
     if dtype is None:
         raise ValueError(f"{label} is of a dtype that this torch ({torch.__version__}) does not have")
-    shape = info.shape
-    if info.dtype == "F4":
+    if kind == "F4":
         if shape[-1] % 2:
             raise ValueError(f"{label} needs an even last size: torch holds two elements in a byte")
         shape = (*shape[:-1], shape[-1] // 2)
     if count == 0:
         _check_torch_holds(label, shape)
-    return Entry(info.name, dtype, shape, origin + info.begin, origin + info.end)
+        end = begin
+    return Entry(name, dtype, shape, origin + begin, origin + end)
+
+
+def _fields(name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end, their types checked; the library takes a list of the three as well."""
+    if type(info) is list and len(info) == len(_FIELDS):
+        info = dict(zip(_FIELDS, info, strict=True))
+    if type(info) is not dict:
+        raise ValueError(f"tensor {name!r} is not described by a JSON object. {_AGAIN}")
+    if lacking := [field for field in _FIELDS if field not in info]:
+        raise ValueError(f"tensor {name!r} has no {' and no '.join(lacking)}. {_AGAIN}")
+    dtype, shape, offsets = (info[field] for field in _FIELDS)
+    if type(dtype) is dict and list(dtype.values()) == [None]:
+        (dtype,) = dtype  # The library's other way to write a variant: {"F32": null}.
+    if type(dtype) is not str or dtype not in _DTYPES:
+        raise ValueError(f"tensor {name!r} has the dtype {reprlib.repr(dtype)}, which nothing is known of here")
+    if not _are_sizes(shape):
+        raise ValueError(f"tensor {name!r} has the shape {reprlib.repr(shape)}, not a list of sizes. {_AGAIN}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise ValueError(f"tensor {name!r} has the data_offsets {reprlib.repr(offsets)}, not two offsets. {_AGAIN}")
+    return dtype, tuple(shape), *offsets
+
+
+def _are_sizes(value: Any) -> bool:
+    return type(value) is list and all(type(item) is int and item >= 0 for item in value)
+
+
+def _bytes(bits: int) -> str:
+    """As a number for people: half a byte is one, and a size of 400 digits is not."""
+    return f"{bits / 8:.15g}" if bits < 2**70 else "more than 2^67"
 
 
 def _check_torch_holds(label: str, shape: tuple[int, ...]) -> None:

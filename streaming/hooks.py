@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from .entries import Entries
@@ -39,6 +40,9 @@ class Listener(Protocol):
     def enter_unit(self, unit: int) -> None: ...
 
     def leave_unit(self, unit: int) -> None: ...
+
+    def recorded(self, block: int | None) -> None:
+        """Gradients are recorded through ``block``, or through a step."""
 
 
 def attach(
@@ -78,6 +82,8 @@ def _step_ends(who: Reference) -> Callable[..., None]:
     def hook(module: nn.Module, args: object, output: object) -> None:
         if (listener := who()) is not None:
             listener.end_step(completed=output is not None)  # There is no output after an exception.
+            if torch.is_grad_enabled() and _has_gradients(output):
+                listener.recorded(None)
 
     return hook
 
@@ -94,8 +100,15 @@ def _block_ends(who: Reference, block: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: object, output: object) -> None:
         if (listener := who()) is not None:
             listener.leave_block(block)
+            if torch.is_grad_enabled() and _has_gradients(output):
+                listener.recorded(block)
 
     return hook
+
+
+def _has_gradients(output: object) -> bool:
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else (output,)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _unit_begins(who: Reference, unit: int) -> Callable[..., None]:

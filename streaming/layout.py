@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Protocol
@@ -29,14 +29,28 @@ class Place:
     is_parameter: bool
 
 
+class SourceFile(Protocol):
+    """A file that holds tensors.
+
+    Attributes:
+        touches: how often somebody has set its time of change, and perhaps more.
+    """
+
+    touches: int
+
+    def check_unchanged(self) -> None:
+        """Raise unless the contents are still those that were there when the model was loaded."""
+
+
 class Source(Protocol):
     """Where a tensor's bytes can be read from again: a part of a file."""
 
+    @property
+    def file(self) -> SourceFile:
+        """The file."""
+
     def read_into(self, target: memoryview, start: int = 0) -> None:
         """Read ``len(target)`` bytes from byte ``start`` of the tensor on."""
-
-    def check(self) -> None:
-        """Raise unless the bytes are still those that were there when the model was loaded."""
 
     def forget(self, start: int, nbytes: int) -> None:
         """Nobody will read these bytes again soon: the system need not keep them in memory."""
@@ -71,10 +85,21 @@ class TensorSpec:
     nbytes: int
     source: Source | None = field(default=None, repr=False)
 
+    def in_dtype(self, dtype: torch.dtype) -> TensorSpec:
+        """The same tensor, cast to another dtype on the way."""
+        return replace(self, dtype=dtype, nbytes=self.shape.numel() * dtype.itemsize)
+
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """This tensor's part of ``buffer`` (uint8, one dimension), typed and shaped."""
         flat = buffer[self.offset : self.offset + self.nbytes].view(self.dtype)
         return flat.as_strided(self.shape, self.stride)
+
+
+@dataclass
+class Showing:
+    """What modules hold of a value while no copy of it is bound; None before somebody has asked for it (shown.py)."""
+
+    tensor: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,8 @@ class Value:
         original: as it was loaded.
         specs: what of it lies in the buffer; of a plain tensor that is all.
         form: how they make it.
+        shown_dtype: in which modules hold it while no copy is bound.
+        showing: what they hold then.
     """
 
     name: str
@@ -96,10 +123,16 @@ class Value:
     original: torch.Tensor = field(repr=False)
     specs: tuple[TensorSpec, ...]
     form: Form = field(repr=False)
+    shown_dtype: torch.dtype
+    showing: Showing = field(repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
+
+    @property
+    def is_parameter(self) -> bool:
+        return any(place.is_parameter for place in self.places)
 
     @property
     def is_plain(self) -> bool:
@@ -132,12 +165,14 @@ class Layout:
         return [spec.view(buffer) for spec in self.specs]
 
     def binding(self, buffer: torch.Tensor, forms: Forms = AS_LOADED) -> Binding:
-        """Prepare, once, what it takes to point the modules at ``buffer``."""
+        """Prepare, once, what it takes to point the modules at ``buffer`` for as long as a block runs."""
         views = iter(self.views(buffer))
-        return Binding((value, forms.get(value.name, value.form).assemble(views)) for value in self.values)
+        tensors = [(value, forms.get(value.name, value.form).assemble(views)) for value in self.values]
+        return Binding((value, bound(value, tensor)) for value, tensor in tensors)
 
     def original_binding(self) -> Binding:
-        return Binding((value, value.original) for value in self.values)
+        """Points the modules at what was loaded, in the dtypes of the file."""
+        return Binding((value, bound(value, value.original)) for value in self.values)
 
 
 class Binding:
@@ -148,20 +183,21 @@ class Binding:
     """
 
     def __init__(self, tensors: Iterable[tuple[Value, torch.Tensor]]) -> None:
-        self._writes: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
-        for value, tensor in tensors:
-            bound = tensor
-            if not value.is_plain and isinstance(value.original, torch.nn.Parameter):
-                # What torch.nn.Parameter does to it. The constructor also detaches it, which may copy what it wraps.
-                bound._is_param = True
-            for place in value.places:
-                if place.is_parameter and type(bound) is torch.Tensor:
-                    bound = torch.nn.Parameter(bound, requires_grad=False)
-                self._writes.append((place.holder, place.attribute, bound))
+        self._writes = [(place.holder, place.attribute, tensor) for value, tensor in tensors for place in value.places]
 
     def apply(self) -> None:
-        for holder, attribute, value in self._writes:
-            holder[attribute] = value
+        for holder, attribute, tensor in self._writes:
+            holder[attribute] = tensor
+
+
+def bound(value: Value, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as modules hold it."""
+    if not value.is_plain and isinstance(value.original, torch.nn.Parameter):
+        # What torch.nn.Parameter does to it. The constructor also detaches it, which may copy what it wraps.
+        tensor._is_param = True
+    if value.is_parameter and type(tensor) is torch.Tensor:
+        return torch.nn.Parameter(tensor, requires_grad=False)
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -173,6 +209,8 @@ class NamedTensor:
         dtype: in which it runs; of a tensor of a class of its own that is its class's business.
         places: that hold it.
         locate: finds what of it maps a file.
+        shown_dtype: in which modules hold it while no copy is bound; None is ``dtype``.
+        showing: what they hold then.
     """
 
     names: tuple[str, ...]
@@ -180,6 +218,8 @@ class NamedTensor:
     dtype: torch.dtype
     places: tuple[Place, ...]
     locate: Locate = nowhere
+    shown_dtype: torch.dtype | None = None
+    showing: torch.Tensor | None = None
 
     @cached_property
     def _apart(self) -> tuple[dict[str, torch.Tensor], Form]:
@@ -212,7 +252,8 @@ def make_layout(tensors: Iterable[NamedTensor]) -> Layout:
             specs.append(TensorSpec(name, part, part.shape, stride, dtype, offset, nbytes, item.locate(part)))
             offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
         name, *aliases = item.names
-        values.append(Value(name, tuple(aliases), item.places, item.tensor, tuple(specs), item.form))
+        held = item.shown_dtype or item.dtype, Showing(item.showing)
+        values.append(Value(name, tuple(aliases), item.places, item.tensor, tuple(specs), item.form, *held))
     return Layout(tuple(values), offset)
 
 

@@ -13,8 +13,10 @@ from .blocks import Unit
 from .contents import needs_work, ranges, read_range
 from .errors import UnsupportedModelError
 from .forms import Form, OtherForm, PlainForm, take_apart
+from .homes import Home, ShownHome, home_in
 from .layout import Binding, Value
 from .reader import Reader
+from .sums import sums
 from .transfer import Tick, Transfer
 
 
@@ -47,21 +49,31 @@ class Weights:
 
     Attributes:
         buffer: uint8 memory on the host or on the device.
+        written: names of patched values that somebody has written to.
+
+    Args:
+        computes: kernels are given tensors in this buffer.
     """
 
-    def __init__(self, unit: Unit, buffer: torch.Tensor) -> None:
+    def __init__(self, unit: Unit, buffer: torch.Tensor, computes: bool = True) -> None:
         self.unit = unit
         self.buffer = buffer
+        self._computes = computes
+        self.written: set[str] = set()
         self._baked: dict[str, object] = {}
         self._forms: dict[str, Form] = {}
-        self._binding: Binding | None = self.binding_to(buffer)
+        self._home: Home | None = None
 
     @property
-    def binding(self) -> Binding:
+    def home(self) -> Home:
         """Points the unit's module at this buffer."""
-        if self._binding is None:
-            self._binding = self.binding_to(self.buffer)
-        return self._binding
+        if self._home is None:
+            self._home = home_in(self.unit.layout, self.buffer, self._forms, self._computes)
+        return self._home
+
+    def take_up(self, unit: Unit) -> None:
+        """The unit was laid out anew, and lies in the buffer as before."""
+        self.unit, self._home = unit, None
 
     def binding_to(self, buffer: torch.Tensor) -> Binding:
         """Points the unit's module at another buffer, which holds or will hold a copy of this one."""
@@ -72,6 +84,14 @@ class Weights:
     def patched(self) -> bool:
         return bool(self._baked)
 
+    def is_baked(self, name: str) -> bool:
+        return name in self._baked
+
+    def spoil_written(self) -> None:
+        """Patched values that somebody has written to are not as they were patched."""
+        self._baked.update((name, _UNFINISHED) for name in self.written)
+        self.written.clear()
+
     def stale(self, patches: Patches) -> list[Value]:
         """What has other patches in this buffer than ``patches``."""
         values = self.unit.layout.values
@@ -80,7 +100,7 @@ class Weights:
     def write_from(self, other: Weights) -> None:
         """Copy another buffer of the same unit as it is, patches included."""
         self.buffer.copy_(other.buffer)
-        self._baked = dict(other._baked)
+        self._baked, self.written = dict(other._baked), set(other.written)
         self._take_forms(dict(other._forms))
 
     def spoiled(self, patches: Patches) -> bool:
@@ -116,11 +136,12 @@ class Weights:
     def sign(self, signatures: dict[str, object]) -> None:
         """The buffer holds these patched values."""
         self._baked.update(signatures)
+        self.written -= signatures.keys()
 
     def _take_forms(self, forms: dict[str, Form]) -> None:
         """From now on the buffer's tensors make these."""
         if forms or self._forms:
-            self._forms, self._binding = forms, None
+            self._forms, self._home = forms, None
 
 
 _UNFINISHED = object()
@@ -184,6 +205,7 @@ class UnitCopies:
 
     Attributes:
         arriving: a resident copy that is on its way.
+        bound: what modules point at between blocks.
         built: a master copy that a builder's thread has finished and nobody has adopted (builder.py, Note: handed over,
             not shared).
     """
@@ -191,11 +213,14 @@ class UnitCopies:
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self.original_binding = unit.layout.original_binding()
+        self.shown = ShownHome(unit.layout)
+        self.bound: Home = self.shown
         self.resident: Weights | None = None
         self.arriving: _Arriving | None = None
         self.built: _Master | None = None
         self._master: _Master | None = None
         self._begun: tuple[HostBuffer, int] | None = None
+        self._sums: dict[str, torch.Tensor] | None = None
 
     @property
     def master(self) -> Weights | None:
@@ -226,7 +251,7 @@ class UnitCopies:
         memory, _ = self._begun or (arena.allocate(self.unit.nbytes), 0)
         self._begun = None
         try:
-            master = Weights(self.unit, memory.memory)
+            master = Weights(self.unit, memory.memory, computes=False)
             master.write_from(self.resident)
             arena.lock(memory)
         except BaseException:
@@ -274,7 +299,7 @@ class UnitCopies:
         try:
             locked = memory.pinned or arena.lock(memory)
             if locked or needed or needs_work(self.unit.layout):
-                self.built = _Master(Weights(self.unit, memory.memory), memory)
+                self.built = _Master(Weights(self.unit, memory.memory, computes=False), memory)
             else:
                 arena.release(memory)
         except BaseException:
@@ -349,25 +374,90 @@ class UnitCopies:
     def take_resident_buffer(self) -> torch.Tensor:
         """The memory of the resident copy, which is none any more."""
         assert self.resident is not None
-        resident, self.resident = self.resident, None
+        resident, self.resident, self._sums = self.resident, None, None
         return resident.buffer
 
     def drop_resident(self, backend: Backend) -> None:
-        resident, self.resident = self.resident, None
+        resident, self.resident, self._sums = self.resident, None, None
         self.bind()  # A module that still pointed at the buffer would keep its memory.
         if resident is not None:
             backend.free(resident.buffer)
 
+    # -- what others do to it ------------------------------------------------------------------------------------
+
+    def sum_up(self) -> None:
+        """Remember what the resident copy holds, where that was not done yet. The host does not wait for the device."""
+        resident = self.resident
+        if resident is not None and self._sums is None:
+            values = [value for value in self.unit.layout.values if not resident.is_baked(value.name)]
+            self._sums = {value.name: sums(resident.buffer, value) for value in values}
+
+    def sums_differ(self, value: Value) -> bool:
+        """Whether the resident copy of ``value`` holds something else than it did; waits for the device."""
+        before = None if self._sums is None or self.resident is None else self._sums.get(value.name)
+        return before is not None and not torch.equal(before, sums(self.resident.buffer, value))
+
+    def take_up(self, unit: Unit, changed: bool) -> None:
+        """The unit was laid out anew. Its copies hold it, what was ``changed`` included."""
+        self.unit = unit
+        self.original_binding, self.shown = unit.layout.original_binding(), ShownHome(unit.layout)
+        self.bound = self.shown
+        for weights in (self.resident, self.master):
+            if weights is not None:
+                weights.take_up(unit)
+        if changed:
+            self._sums = None
+
+    def release(self, backend: Backend, arena: Arena) -> None:
+        """Free every copy, of a unit that is not laid out like this any more; modules are left as they are."""
+        resident, self.resident = self.resident, None
+        if resident is not None:
+            backend.free(resident.buffer)
+        self.adopt()
+        for memory in (self._master.memory if self._master else None, self._begun[0] if self._begun else None):
+            if memory is not None:
+                arena.release(memory)
+        self._master = self._begun = None
+
+    def note_writes(self) -> None:
+        """Remember which patched values somebody has written to: that goes when the copy goes out of use."""
+        weights = self.bound_weights
+        for value in self.unit.layout.values if weights is not None else ():
+            if weights.is_baked(value.name) and (self.bound.written(value) or self.bound.handed_out(value)):
+                weights.written.add(value.name)
+
+    def forget_writes(self) -> None:
+        """The copy goes out of use: what somebody has written to patched values goes with their patches."""
+        self.note_writes()
+        if self.bound_weights is not None:
+            self.bound_weights.spoil_written()
+
+    def settle(self) -> None:
+        """What somebody has written to it was undone."""
+        for value in self.unit.layout.values:
+            self.bound.settle(value)
+
     # -- modules -------------------------------------------------------------------------------------------------
 
     @property
-    def home(self) -> Binding:
-        """Points the modules at the resident copy, else at the master copy, else at the original."""
+    def home(self) -> Home:
+        """Points the modules at the resident copy, else at the master copy, else at what they show without one."""
         weights = self.resident or self.master
-        return weights.binding if weights is not None else self.original_binding
+        return weights.home if weights is not None else self.shown
+
+    @property
+    def bound_weights(self) -> Weights | None:
+        """The copy that modules point at between blocks; None while that is none."""
+        return None if self.bound is self.shown else self.resident or self.master
 
     def bind(self) -> None:
-        self.home.apply()
+        self.bound = self.home
+        self.bound.apply()
+
+    def show(self) -> None:
+        """Point the modules at what they show while no copy is bound."""
+        self.bound = self.shown
+        self.bound.apply()
 
     def binding_to(self, place: torch.Tensor) -> Binding:
         """Points the module at a place in a slot, to which the weights will be copied from where they are now."""

@@ -9,7 +9,8 @@ import torch
 from .arena import HostBuffer
 from .backend import Backend
 from .baking import bake_masters, bake_residents
-from .blocks import BlockSet
+from .blocks import BlockSet, Unit
+from .changes import Changes, find_changes
 from .masters import NoPatches, Patches, UnitCopies, Weights
 from .plan import Plan
 from .supply import Supply
@@ -34,6 +35,9 @@ class Placement:
         self._copies = [UnitCopies(unit) for unit in blocks.units]
         self._rest = UnitCopies(blocks.rest)
         self._arriving: dict[int, list[UnitCopies]] = {}
+        specs = [spec for copies in (*self._copies, self._rest) for spec in copies.unit.layout.specs]
+        self._files = [*{id(spec.source.file): spec.source.file for spec in specs if spec.source is not None}.values()]
+        self._summed = False
 
     def copies(self, unit: int) -> UnitCopies:
         return self._copies[unit]
@@ -47,6 +51,7 @@ class Placement:
         """
         streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
         resident = [self._copies[unit] for unit in plan.resident]
+        self._summed = False
         self._renew(streamed, [self._rest, *resident], patches)
         needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
         self._make_masters(needed, patches)
@@ -78,12 +83,11 @@ class Placement:
         """Bytes that ``plan`` streams from page-locked master copies."""
         return sum(self._copies[unit].unit.nbytes for unit in plan.streamed if self._copies[unit].pinned)
 
-    def check_sources(self) -> None:
-        """Raise if a file is not the one that was loaded any more."""
-        for copies in (*self._copies, self._rest):
-            for spec in copies.unit.layout.specs:
-                if spec.source is not None:
-                    spec.source.check()
+    def check_sources(self) -> int:
+        """Raise if a file is not the one that was loaded any more; gives how often files were touched."""
+        for file in self._files:
+            file.check_unchanged()
+        return sum(file.touches for file in self._files)
 
     def unread_bytes(self, plan: Plan) -> int:
         """Bytes that ``plan`` needs on the device and that are in no copy yet."""
@@ -116,9 +120,48 @@ class Placement:
             copies.bind()
 
     def bind_originals(self) -> None:
-        """Point the modules at the weights as loaded."""
+        """Point the modules at the weights as loaded, in the dtypes of the file."""
         for copies in (*self._copies, self._rest):
             copies.original_binding.apply()
+
+    def show(self) -> None:
+        """Point the modules at what they show while no copy is bound (shown.py)."""
+        for copies in (*self._copies, self._rest):
+            copies.show()
+
+    # -- what others do to it ------------------------------------------------------------------------------------
+
+    def changes(self) -> Changes:
+        """What somebody has written to, exchanged or deleted; no block runs, and nothing is on its way."""
+        return Changes(change for copies in (*self._copies, self._rest) for change in find_changes(copies))
+
+    def settle(self) -> None:
+        """What somebody has written to weights was undone."""
+        for copies in (*self._copies, self._rest):
+            copies.settle()
+
+    def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:
+        """The model was cut anew, after ``changes``: keep copies of units that lie as before and hold what is there."""
+        known = {_identity(copies.unit): copies for copies in (*self._copies, self._rest)}
+        self._copies = [self._taken_up(unit, known, changes) for unit in blocks.units]
+        self._rest = self._taken_up(blocks.rest, known, changes)
+        self._verifier = verifier
+        for copies in known.values():
+            copies.release(self._backend, self._supply.arena)
+        self.show()
+
+    def _taken_up(self, unit: Unit, known: dict[object, UnitCopies], changes: Changes) -> UnitCopies:
+        copies = known.get(_identity(unit))
+        if copies is None:
+            return UnitCopies(unit)
+        changed = changes.of(copies.unit.layout.values)
+        if not all(change.in_copy for change in changed):
+            return UnitCopies(unit)
+        del known[_identity(unit)]
+        if changed and copies.resident is not None:
+            self._free(copies.drop_master())
+        copies.take_up(unit, bool(changed))
+        return copies
 
     @property
     def resident_bytes(self) -> int:
@@ -126,9 +169,10 @@ class Placement:
         return sum(copies.unit.nbytes for copies in self._copies if copies.resident or copies.arriving)
 
     def drop_residents(self, units: Iterable[int]) -> None:
-        """Let go of resident copies, and make nothing in their place."""
+        """Let go of resident copies, and make nothing in their place; but for those that somebody has written to."""
         for unit in units:
-            self._copies[unit].drop_resident(self._backend)
+            if not any(find_changes(self._copies[unit])):
+                self._copies[unit].drop_resident(self._backend)
 
     def drop_masters(self, nbytes: int) -> int:
         """Drop master copies until ``nbytes`` of host memory are free, or all; gives what was freed."""
@@ -136,14 +180,16 @@ class Placement:
         for copies in reversed(self._copies):
             if freed >= nbytes:
                 break
-            freed += self._free(copies.drop_master())
+            if copies.master_bytes and not any(find_changes(copies)):  # Those that somebody has written to stay.
+                freed += self._free(copies.drop_master())
         return freed
 
     def clear_device(self) -> None:
         """Drop everything on the device. Modules use the originals then: master copies may have patches in them."""
         for copies in (*self._copies, self._rest):
+            copies.forget_writes()
             copies.drop_resident(self._backend)
-        self.bind_originals()
+        self.show()
 
     def clear_host(self) -> None:
         """Drop the master copies."""
@@ -164,6 +210,12 @@ class Placement:
                 yield weights
         if self._rest.resident is not None:
             yield self._rest.resident
+
+    def bare(self, names: Collection[str]) -> set[str]:
+        """Those of these tensors of which there is the original alone."""
+        units = [copies.unit for copies in (*self._copies, self._rest) if copies.resident is None and not copies.master]
+        values = (value for unit in units for value in unit.layout.values)
+        return {name for value in values for name in value.names if name in names}
 
     def make_masters(self, names: Collection[str]) -> None:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""
@@ -250,6 +302,11 @@ class Placement:
         """A whole step has run: everything that it needs has been read."""
         self.arrive_all()
         self._supply.arrived()
+        if not self._summed:
+            self._summed = True
+            with self._backend.record.paused():
+                for copies in (*self._copies, self._rest):
+                    copies.sum_up()
 
     def stop_awaiting(self) -> None:
         """Every transfer is over or given up, and the device has nothing to do: keep what has arrived."""
@@ -264,6 +321,15 @@ class Placement:
         """Whether a resident of ``plan`` is missing, because it could not be read."""
         residents = [self._rest, *(self._copies[unit] for unit in plan.resident)]
         return any(copies.resident is None and not _is_on_its_way(copies) for copies in residents)
+
+
+def _identity(unit: Unit) -> object:
+    """Equal for two units that consist of the same places of the same modules, and lie alike."""
+    return tuple(
+        (value.names, tuple((id(place.holder), place.attribute) for place in value.places), value.is_plain, *lies)
+        for value in unit.layout.values
+        for lies in [tuple((spec.shape, spec.stride, spec.dtype, spec.offset) for spec in value.specs)]
+    )
 
 
 def _is_on_its_way(copies: UnitCopies) -> bool:

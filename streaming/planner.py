@@ -202,6 +202,14 @@ class Planner:
         """Other settings from now on. What was measured stays true: compute and copies were measured apart."""
         self._config = config
 
+    def take_up(self, outline: Outline) -> None:
+        """The model was laid out anew. Of other blocks nothing is known."""
+        before, self._outline = self._outline, outline
+        if replace(outline, rest_bytes=before.rest_bytes) != before:
+            self.by_units, self._whole_blocks = frozenset(), False
+            self.profile = _with_best_order(outline, assumed_profile(outline))
+            self._forget_memory()
+
     def change_device(self) -> None:
         """Another device comes: keep only what is true of the model on any."""
         self._forget_memory()

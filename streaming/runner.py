@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .backend import is_out_of_memory
 from .config import format_bytes
+from .errors import StreamingError, WeightsMovedError
 from .plan import Plan
 from .planner import Planner
 from .recorder import Recorder
@@ -66,16 +67,19 @@ class Runner:
     ) -> T:
         """Run one step of ``streamer``; the other arguments are those of :meth:`Streamer.run`."""
         if streamer.state is State.UNLOADED:
-            return forward()
+            raise StreamingError("the model is not loaded: it would run with its originals")
         self._adapt(streamer, shape, reload, estimate)
         shrinks = (partial(self._shrink, streamer, share, reload) for share in OUT_OF_MEMORY_SHARES)
         remedies = [partial(self._tidy, streamer), *shrinks]
+        whole_again = [partial(self._make_whole, streamer, reload, streamer.plan)]
         while True:
             try:
                 return forward()
             except Exception as error:
                 if streamer.backend.is_full(error) and remedies and self._can_shrink(streamer):
                     remedy = remedies.pop(0)
+                elif isinstance(error, WeightsMovedError) and whole_again:
+                    remedy = whole_again.pop()
                 elif _is_of_another_device(error) and streamer.arriving:
                     remedy = partial(self._await_residents, streamer)
                 elif _is_of_another_device(error) and _streams_parts(streamer.plan):
@@ -89,6 +93,8 @@ class Runner:
                 streamer.settle()
             # Not inside of "except": the error's frames would keep the activations of the failed step alive.
             remedy(reason)
+            if streamer.state is State.REDUCED:  # A weight could not be brought, in the step that failed or now.
+                self._make_whole(streamer, reload, streamer.plan, reason)
 
     def finish(self, streamer: Streamer) -> None:
         """No step comes next: keep what the last one has shown, and measure no more."""
@@ -158,6 +164,12 @@ class Runner:
         self._planner.out_of_memory(budget, streamer.backend.memory(), before)
         streamer.load_within(self._planner.plan_within(budget), reload)
 
+    def _make_whole(self, streamer: Streamer, reload: Callable[[Plan], None], plan: Plan | None, reason: str) -> None:
+        """Weights are missing that the plan has on the device: have all of them there."""
+        logger.warning("running a step again: %s", reason)
+        assert plan is not None
+        streamer.load_within(plan, reload)
+
     def _await_residents(self, streamer: Streamer, reason: str) -> None:
         """A resident weight was read outside of its block before it had arrived: have all of them there."""
         logger.debug("a step runs again when all residents have arrived: %s", reason)
@@ -186,7 +198,7 @@ class Runner:
 
 def may_be_mended(error: Exception) -> bool:
     """Whether a step that failed so may be run again, when something has been done about it."""
-    return is_out_of_memory(error) or _is_of_another_device(error)
+    return isinstance(error, WeightsMovedError) or is_out_of_memory(error) or _is_of_another_device(error)
 
 
 def _is_of_another_device(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from .arena import PinBudget, PinOwner
 from .backend import Backend
 from .blocks import BlockSet
+from .changes import Changes
 from .config import StreamingConfig
 from .lane import Lane
 from .masters import Patches
@@ -184,6 +185,11 @@ class Site:
         self.placement.clear_device()
         self.supply.reader.close()
         self.unbuilt = False
+
+    def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:
+        """The model was cut anew, after ``changes``; modules show what is there. Nothing is under way."""
+        self._verifier = verifier
+        self.placement.take_up(blocks, verifier, changes)
 
     def close(self) -> None:
         """Free the master copies too, and end threads and copy streams. The site can be used again."""

@@ -14,7 +14,7 @@ from torch import nn
 from .blocks import BlockSet
 from .by_units import ByUnits
 from .entries import Entries
-from .errors import StreamingError
+from .errors import GradientError, StreamingError
 from .hooks import attach
 from .plan import Plan
 from .planner import Planner
@@ -160,6 +160,19 @@ class Steps:
             lane.leave(number)
         if self._by_units is not None:
             self._by_units.end_unit(self._outline.unit_block[unit])
+
+    def recorded(self, block: int | None) -> None:
+        """Gradients are recorded through ``block``, or a step (None).
+
+        What streams is gone when they are computed: torch has kept views of its slot, where another block is by then.
+
+        Raises:
+            GradientError: something of that streams.
+        """
+        lane = self._site.lane
+        streamed = lane.streamed_blocks if lane is not None else ()
+        if streamed and (block is None or block in streamed):
+            raise GradientError(self._blocks.blocks[streamed[0] if block is None else block].name)
 
     # -- blocks --------------------------------------------------------------------------------------------------
 

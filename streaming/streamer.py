@@ -24,6 +24,7 @@ from torch import nn
 from .arena import PinBudget
 from .backend import Backend, DeviceMemory, is_out_of_memory
 from .blocks import BlockSet
+from .changes import Changes
 from .config import StreamingConfig, format_bytes
 from .masters import NoPatches, Patches
 from .plan import Plan
@@ -61,6 +62,9 @@ class Streamer:
         watch: is told how far loading is, and may cancel it.
         listeners: are told when compute waits for a copy. The streamers of a model on several devices share them: what
             one waits for lies between the blocks of the others.
+
+    Attributes:
+        moves: how often weights were loaded, given up or unloaded.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Streamer:
         self.backend = backend
         self.config = config
         self.counters = Counters()
+        self.moves = 0
         self._run_began = Counters()
         self._last_run: Run | None = None
         self.plan: Plan | None = None
@@ -86,6 +91,7 @@ class Streamer:
         self._guard = threading.RLock()
         self._depth = 0
         self._lent = False
+        self._touches = 0
         self._steps_before = 0
         self._pins = pins
         self._evictable = evictable
@@ -94,6 +100,7 @@ class Streamer:
         self._planner = Planner(self.outline, config)
         self._verifier = self._make_verifier()
         self._equip(backend)
+        self.site.placement.show()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -108,6 +115,11 @@ class Streamer:
         root = self._root()
         assert root is not None
         return root
+
+    @property
+    def running(self) -> bool:
+        """Whether a step runs, or a plan is carried out."""
+        return self._depth > 0
 
     @property
     def last_used(self) -> float:
@@ -127,11 +139,6 @@ class Streamer:
     def device_bytes(self) -> int:
         """Bytes on the device now."""
         return self.backend.allocated
-
-    @property
-    def holders(self) -> set[int]:
-        """Identities of the dictionaries of parameters and buffers whose tensors this streamer places."""
-        return {id(place.holder) for value in self.blocks.values for place in value.places}
 
     def memory(self) -> DeviceMemory:
         """What the device has left, with what others would give up counted as free."""
@@ -185,6 +192,7 @@ class Streamer:
         if self._is_as_wished(plan, patches):
             self.site.put_away(plan)
             return self.keep(plan)
+        self.moves += 1
         try:
             self.site.halt()
             self.site.drop_lane()
@@ -275,6 +283,22 @@ class Streamer:
         """Whether torch.compile runs the steps of later plans (hooks.py, Note: compiled models)."""
         self._planner.expect_compiled(compiled)
 
+    def refresh(self) -> None:
+        """Before the model is loaded: where somebody has touched its files since then, no copy of before is used.
+
+        Raises:
+            CheckpointChangedError: a file has other contents than when the model was loaded.
+        """
+        with self._occupied():
+            touches = self.check_files()
+            if touches != self._touches:
+                self._touches = touches
+                self.close()
+
+    def check_files(self) -> int:
+        """Raise if a file has other contents than when the model was loaded; gives how often files were touched."""
+        return self.site.placement.check_sources()
+
     def begin_run(self) -> None:
         """The host is about to load the model, for steps that are counted apart from those before."""
         self.site.meters.stalls.collect()  # Those of the last step belong to the run before.
@@ -300,6 +324,7 @@ class Streamer:
         """
         if self.state is State.UNLOADED or self.plan is None or nbytes <= 0:
             return 0
+        self.moves += 1
         resident = set(self.plan.resident)
         order = reversed(order_of_residency(self.outline, self.profile))
         freed = self.site.give_way(nbytes, [unit for unit in order if unit in resident])
@@ -317,13 +342,64 @@ class Streamer:
 
     def unload(self) -> None:
         """Take everything off the device; the modules use the originals again. Master copies stay."""
+        self.moves += 1
         self.site.halt()
         self._runner.finish(self)
         self._planner.begin_prompt()
         self._steps.detach()
+        changes = self._last_changes()
         self.site.clear_device()
+        changes.show()
         self.plan = None
         self._steps.state = State.UNLOADED
+
+    # -- what others do to the model -----------------------------------------------------------------------------
+
+    def changes(self) -> Changes:
+        """What somebody has written to, exchanged or deleted since the model was laid out; not while a block runs.
+
+        What hooks of the host have written is undone later, and is none.
+        """
+        return Changes() if self._lent else self.site.placement.changes()
+
+    def _last_changes(self) -> Changes:
+        try:
+            return self.changes()
+        except Exception as error:  # A device that has failed must let go all the same.
+            logger.warning("what was written to weights on %s is lost: %s", self.backend.name, error)
+            return Changes()
+
+    def show(self, changes: Changes) -> None:
+        """Have the modules hold what they would hold unloaded, ``changes`` included, to be laid out anew."""
+        self.site.halt()
+        self.site.drop_lane()
+        self._steps.detach()
+        if self.state is State.LOADED:
+            self._steps.state = State.REDUCED
+        self.site.placement.show()
+        changes.show()
+
+    def take_up(self, blocks: BlockSet, changes: Changes) -> None:
+        """From the next load on stream ``blocks``: the same model, cut anew after :meth:`show`.
+
+        Copies of what lies as before are kept; of what does not there is nothing on the device.
+        """
+        loaded, same = self.state is not State.UNLOADED, blocks.outline == self.outline
+        self._verifier = self._make_verifier(blocks)
+        if loaded and not same:
+            self._runner.finish(self)
+            self._planner.begin_prompt()
+            self.plan = None
+        self.blocks, self.outline = blocks, blocks.outline
+        self.site.take_up(blocks, self._verifier, changes)
+        if loaded and not same:
+            self.site.clear_device()
+            loaded = False
+        self._planner.take_up(blocks.outline)
+        if not same:
+            self._runner = Runner(self._planner, self._listeners)
+        self._steps = Steps(self._root, self.blocks, self.site, self._planner)
+        self._steps.state = State.REDUCED if loaded else State.UNLOADED
 
     def give_up_masters(self, nbytes: int) -> int:
         """Free at least ``nbytes`` of page-locked memory, or all, for another model; gives what was freed.
@@ -360,12 +436,18 @@ class Streamer:
         if self.state is not State.UNLOADED and self.plan is not None:
             self.site.make_masters(names)
 
+    def bare(self, names: Collection[str]) -> set[str]:
+        """Those of these tensors of which there is the original alone."""
+        return self.site.placement.bare(names)
+
     def lend_masters(self) -> None:
         """Somebody has written to master copies: they stay until :meth:`take_masters_back`."""
         self._lent = True
 
     def take_masters_back(self) -> None:
         """What somebody has written to master copies is undone."""
+        if self._lent:
+            self.site.placement.settle()
         self._lent = False
 
     def invalidate(self) -> None:
@@ -376,13 +458,18 @@ class Streamer:
     def originals(self) -> Iterator[None]:
         """Point the modules at the weights as loaded, for code that reads them; not while a block runs."""
         self.settle()
-        self.site.placement.check_sources()
+        self.check_files()
+        changes = self.changes()
         self.site.placement.bind_originals()
+        changes.show()
         try:
             yield
         finally:
             if self.state is not State.UNLOADED:
                 self.site.placement.bind()
+            else:
+                self.site.placement.show()
+            changes.put_back()
 
     def move_to(self, backend: Backend) -> None:
         """Stream to another device from the next load on."""
@@ -398,6 +485,7 @@ class Streamer:
         self.blocks, self.outline = blocks, blocks.outline
         self._planner, self._verifier = Planner(self.outline, self.config), self._make_verifier()
         self.move_to(self.backend)
+        self.site.placement.show()
 
     def configure(self, config: StreamingConfig) -> None:
         """Stream with other settings from the next load on. Where they differ, nothing of what was built is kept.
@@ -430,13 +518,17 @@ class Streamer:
         self._steps = Steps(self._root, self.blocks, self.site, self._planner)
         self._runner = Runner(self._planner, self._listeners)
 
-    def _make_verifier(self) -> NoVerifier:
-        return Verifier(self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
+    def _make_verifier(self, blocks: BlockSet | None = None) -> NoVerifier:
+        return Verifier(blocks or self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
 
     def attach_hooks(self) -> None:
         """Hear of what is streamed, and of everything while a step is measured."""
         assert self.plan is not None
         self._steps.attach(self.plan, self._runner.recorder)
+
+    def begin_step(self) -> None:
+        """A forward of the root has begun before there were hooks to tell of it."""
+        self._steps.begin_step()
 
     def settle(self) -> None:
         """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
@@ -488,10 +580,18 @@ class Streamer:
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
-        # Once, and in this order: another thread may load or unload meanwhile, and a plan is gone before its site is.
-        site, now = self.site, self.standing
-        told = (self.config, self.profile, self._activity(), site.building, self._findings)
-        return take_snapshot(now, site.placement, site.supply, site.backend, *told)
+        while True:
+            # Another thread may load or unload meanwhile. A plan is gone before its site and its blocks are.
+            site, blocks, now = self.site, self.blocks, self.standing
+            told = (self.config, self.profile, self._activity(), site.building, self._findings)
+            try:
+                found = take_snapshot(now, site.placement, site.supply, site.backend, *told)
+            except IndexError:
+                if site is self.site and blocks is self.blocks:
+                    raise
+                continue
+            if site is self.site and blocks is self.blocks:
+                return found
 
     def _activity(self) -> Activity:
         times, run = self.site.meters.step.times(), self._run()

@@ -23,11 +23,12 @@ def main() -> None:
     comfy_host.start(Path(comfyui), flags)
     import comfy.model_management as mm
     import comfy.sd
+    import comfy.utils
     import folder_paths
     import torch
     from sampling import MODEL, sample
     from text_encoders import FAMILIES, PROMPTS, encode, load, write_encoder
-    from vaes import VAE, decode, write_vae
+    from vaes import KINDS, VAE, decode, load_vae, results, write_kind, write_vae
 
     for kind in ("diffusion_models", "vae"):
         folder_paths.add_model_folder_path(kind, folder)
@@ -44,7 +45,8 @@ def main() -> None:
     def where(module, run):
         """What ``run`` gives, and the devices on which the layers of ``module`` have computed meanwhile."""
         seen = set()
-        layers = [layer for layer in module.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+        kinds = torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d
+        layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
         handles = [layer.register_forward_hook(lambda _l, _i, output: seen.add(output.device)) for layer in layers]
         result = run()
         for handle in handles:
@@ -94,6 +96,25 @@ def main() -> None:
         and same(encode(clip, PROMPTS[1]), said)
         and torch.equal(decode(vae), image)
     )
+    cpu_device = torch.device("cpu")
+    for kind in KINDS:
+        write_kind(kind, Path(folder) / f"{kind}.safetensors")
+        first = load_vae(f"{kind}.safetensors")
+        expected = [results(first, kind) for _ in range(2)][-1]  # As above.
+        for name in [*visible_gpus(), "cpu"]:
+            device = cpu_device if name == "cpu" else visible_gpus()[name]
+            moved_vae = place(native, devices="gpu:0", vae=first, vae_device=name)[2]
+            results(moved_vae, kind)
+            found, seen = where(moved_vae.first_stage_model, lambda moved=moved_vae, kind=kind: results(moved, kind))
+            agree[f"{kind} VAE on {name}, computed there"] = seen == {torch.empty(0, device=device).device}
+            if name == "cpu":
+                tensors = comfy.utils.load_torch_file(str(Path(folder) / f"{kind}.safetensors"))
+                wanted = results(comfy.sd.VAE(tensors, cpu_device), kind)
+            else:
+                wanted = expected
+            for what, tensor in found.items():
+                agree[f"{kind} VAE on {name}, {what}"] = torch.equal(tensor, wanted[what])
+                agree[f"{kind} VAE on {name}, {what}, is finite"] = bool(tensor.isfinite().all())
     print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
 
 

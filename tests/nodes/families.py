@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.supported_models
+import family_uses
 from family import Family
 from image_families import IMAGES
 from newer_families import NEWER, WAYS
@@ -29,7 +30,9 @@ FAMILIES = {name: family for name, family in KNOWN.items() if name in NAMES}
 LACKING = {name: family for name, family in KNOWN.items() if name not in NAMES}
 # Each family, and its other uses: what the host calls it, and how to make and run it.
 USES = {name: (name, family) for name, family in FAMILIES.items()}
-USES |= {f"{name}, {way}": (name, family) for way, (name, family) in WAYS.items() if name in FAMILIES}
+for way, (name, family) in (family_uses.USES | WAYS).items():
+    if name in FAMILIES:
+        USES[f"{name}, {way}"] = name, family
 
 
 def missing(host_version: str, names: list[str]) -> list[str]:

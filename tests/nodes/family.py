@@ -24,6 +24,7 @@ class Family:
         weights: shapes of tensors that the host takes from the checkpoint to build the model.
         narrow: sizes that the host has in its code, and what they are in the tiny version.
         narrow_parts: full names of the host's classes that are given such sizes, beside layers.
+        sampler: the host's name for the one that it needs, and its options; by default any.
         since: the first of the tested versions of ComfyUI that has it.
     """
 
@@ -37,6 +38,7 @@ class Family:
     conditioners: tuple[str, ...] = ()
     narrow: dict[int, int] = field(default_factory=dict)
     narrow_parts: tuple[str, ...] = ()
+    sampler: tuple[str, dict[str, Any]] | None = None
     since: str = "0.30"
 
 

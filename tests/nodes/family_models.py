@@ -11,6 +11,7 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.ops
 import comfy.sample
+import comfy.samplers
 import comfy.supported_models
 import comfy.supported_models_base
 import pytest
@@ -171,9 +172,12 @@ def sample(model: ModelPatcher, family: Family) -> torch.Tensor:
     noise = noises[0] if len(noises) == 1 else NestedTensor(noises)
     empty = torch.zeros_like(noises[0]) if len(noises) == 1 else NestedTensor([torch.zeros_like(n) for n in noises])
     conditioning = [[context, extras]]
+    name, options = family.sampler or ("euler", {})
+    sampler = comfy.samplers.ksampler(name, options)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
     with torch.inference_mode():
-        latents = comfy.sample.sample(
-            model, noise, STEPS, 1.0, "euler", "simple", conditioning, conditioning, empty, disable_pbar=True, seed=2
+        latents = comfy.sample.sample_custom(
+            model, noise, 1.0, sampler, sigmas, conditioning, conditioning, empty, disable_pbar=True, seed=2
         )
     return torch.cat([latent.flatten() for latent in (latents.unbind() if latents.is_nested else [latents])])
 

@@ -15,14 +15,16 @@ import torch
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 from placing import CPU, FIRST, SECOND, Machine, place, place_clip, place_vae
 from prompts import check_streams, guided
-from sampling import MODEL, sample, with_lora
+from sampling import MB, MODEL, sample, with_lora
 from text_encoders import PROMPTS, encode, random_patches
 from vaes import decode
 from weightstream.nodes import components, gpu_placement
+from weightstream.nodes.gpu_placement import STREAMS
 from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.text_encoder import with_patcher
+from weightstream.streaming import UnsupportedModelError
 
 import nodes as host_nodes
 
@@ -135,15 +137,33 @@ def test_a_model_that_is_placed_can_stream(foreign: ModelPatcher, machine: Machi
     assert torch.equal(sample(back), expected)
 
 
-def test_a_model_that_nobody_can_load_again_stays(foreign: ModelPatcher, machine: Machine, said: list[str]) -> None:
+@pytest.mark.parametrize("factory", [None, (comfy.sd.load_diffusion_model, ("gone.safetensors",))])
+def test_a_model_that_nobody_can_load_again_streams_there(
+    foreign: ModelPatcher, machine: Machine, native: ModelPatcher, said: list[str], factory: tuple | None
+) -> None:
+    memories = machine(2, 24 * MB)
+    foreign.cached_patcher_init = factory
+    moved, _, _ = place(foreign, devices="gpu:1")
+    assert torch.equal(sample(moved), sample(native))
+    assert (memories[0].allocated, memories[1].allocated > 0) == (0, True)
+    assert place(foreign, devices="gpu:1")[0].streamer is moved.streamer, "it was made once more"
+    back, _, _ = place(moved, devices="gpu:0")
+    assert torch.equal(sample(back), sample(native))
+    assert said == ["MODEL on gpu:1" + STREAMS] * 2 + ["MODEL on gpu:0"]
+
+
+def test_a_model_that_nobody_can_load_again_stays_where_nothing_streams_to(
+    foreign: ModelPatcher, machine: Machine, said: list[str]
+) -> None:
     machine(2)
-    foreign.cached_patcher_init = (comfy.sd.load_diffusion_model, ("gone.safetensors",))
-    assert place(foreign, devices="gpu:1")[0] is foreign
-    foreign.cached_patcher_init = None
-    assert place(foreign, devices="gpu:1")[0] is foreign
-    stays = "MODEL stays where its loader put it, "
-    assert said[0].startswith(f"{stays}it cannot be loaded once more (FileNotFoundError: ")
-    assert said[1] == f"{stays}its loader has not left word how to load it once more"
+    foreign.load_device = torch.device("cuda", 0)
+    for factory in (None, (comfy.sd.load_diffusion_model, ("gone.safetensors",))):
+        foreign.cached_patcher_init = factory
+        with pytest.raises(UnsupportedModelError) as error:
+            components.model_on(foreign, CPU)
+        said.append(str(error.value))
+    assert said[0] == "its loader has not left word how to load it once more"
+    assert said[1].startswith("it cannot be loaded once more (FileNotFoundError: ")
 
 
 def test_a_model_with_dynamic_vram_keeps_it_on_another_gpu(

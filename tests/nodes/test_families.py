@@ -27,6 +27,7 @@ from family_models import HostWeights, build, build_tiny, make_tiny, sample, str
 from family_table import Row
 from weightstream.nodes.hosts import NEWEST_KNOWN
 from weightstream.nodes.hosts import VERSION as HOST_VERSION
+from weightstream.nodes.likeness import difference, held_by
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.streamed_model import model_dtype
 from weightstream.streaming import split_model
@@ -124,12 +125,14 @@ def test_layers_that_are_called_without_their_blocks_are_told_of_once(caplog: py
 
 
 def _check_streams(name: str, family: Family, make: Callable[[], torch.nn.Module]) -> None:
-    expected = sample(whole(make()), family)
+    native = whole(make())
+    expected = sample(native, family)
     assert expected.isfinite().all()
     assert expected.std() > 0
     mm.unload_all_models()
 
     model = streamed(name, make())
+    assert difference(held_by(model), held_by(native)) == "", "one that has run would be taken for another model"
     latents = sample(model, family)
     assert torch.equal(latents, expected)
     assert model.streamer.plan.segments

@@ -18,7 +18,7 @@ from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.streaming import CheckpointError
-from weightstream.streaming.checkpoint_file import _Descriptor
+from weightstream.streaming.open_file import OpenFile
 
 Load = Callable[..., StreamedModelPatcher]
 
@@ -96,14 +96,14 @@ def test_a_read_error_names_file_and_tensor(
     spec = next(spec for spec in model.streamer.blocks.specs if spec.name == f"diffusion_model.{tensor}")
     bad = spec.source.offset + spec.source.nbytes // 2
     with monkeypatch.context() as patch:
-        read = _Descriptor.read
+        read = OpenFile.read
 
-        def fail(source: _Descriptor, target: memoryview, offset: int) -> int:
+        def fail(source: OpenFile, target: memoryview, offset: int) -> int:
             if offset <= bad < offset + target.nbytes:
                 raise OSError(5, "Input/output error")
             return read(source, target, offset)
 
-        patch.setattr(_Descriptor, "read", fail)
+        patch.setattr(OpenFile, "read", fail)
         with pytest.raises(CheckpointError, match=re.escape(tensor)) as caught:
             sample(model)
         assert f"{MODEL}: cannot read " in str(caught.value)

@@ -138,6 +138,8 @@ def test_memory_pressure_under_a_compiled_model(streamed: Load, native: ModelPat
 
 @pytest.mark.parametrize("way", [*WAYS, "in place of blocks"])
 @pytest.mark.parametrize("budget", [14 * MB, 40 * MB], ids=["it streams", "it fits"])
+# Each function is compiled for each device, which here shows in the kind of tensors alone.
+@torch._dynamo.config.patch(cache_size_limit=16)
 def test_compiled_over_two_devices(loaded: Any, machine: Machine, native: ModelPatcher, way: str, budget: int) -> None:
     """Compiled behind the placement: what crosses between devices is not compiled."""
     expected, patched = sample(native), sample(with_lora(native, 0.6))

@@ -10,37 +10,21 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from controlnets import CONTROLNET, write_controlnet
 from placing import Machine, place
 from prompts import check_same, check_streams, conditioning, guided
 from sampling import MB, with_lora
 
 import nodes as host_nodes
-from tools.checkpoints import FLUX_SIZES, TensorSpec, flux_tensors, linear, write_checkpoint
 
-CONTROLNET = "tiny-flux-controlnet.safetensors"
 Load = Callable[..., Any]
-
-
-def controlnet_tensors() -> list[TensorSpec]:
-    """A FLUX ControlNet of the XLabs kind: blocks of the model itself, and a layer behind each for its residual."""
-    size = FLUX_SIZES["tiny"]
-    specs = [spec for spec in flux_tensors(size) if not spec.name.startswith("final_layer")]
-    for kind, count in (("controlnet_blocks", size.double_blocks), ("controlnet_single_blocks", size.single_blocks)):
-        for block in range(count):
-            specs += linear(f"{kind}.{block}", size.hidden, size.hidden)
-    specs += linear("pos_embed_input", 64, size.hidden)
-    channels = 3
-    for layer in range(0, 15, 2):
-        specs += linear(f"input_hint_block.{layer}", channels, 16, kernel=(3, 3))
-        channels = 16
-    return specs
 
 
 @pytest.fixture(scope="module")
 def controlnet(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Loaded by the host's node."""
     folder = tmp_path_factory.mktemp("controlnet")
-    write_checkpoint(folder / CONTROLNET, controlnet_tensors(), seed=3)
+    write_controlnet(folder / CONTROLNET)
     folder_paths.add_model_folder_path("controlnet", str(folder))
     with torch.inference_mode():
         return host_nodes.ControlNetLoader().load_controlnet(CONTROLNET)[0]

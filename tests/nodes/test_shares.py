@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from placing import Machine, place
 from sampling import MB, sample, sample_with_hook, with_lora
-from weightstream.nodes import shares, status
+from weightstream.nodes import notices, shares, status
 from weightstream.nodes.shares import Shares, _times
 from weightstream.streaming import State, VirtualMemory
 from weightstream.streaming.gpus import Link
@@ -289,3 +289,27 @@ def test_shares_that_the_user_chose_come_back(split: Callable, native: ModelPatc
     for _ in range(2):
         assert torch.equal(sample(model), expected)
     assert blocks_of(model) == before
+
+
+def test_a_compiled_model_with_functions_of_others_in_its_blocks_runs_at_home(
+    split: Callable, native: ModelPatcher, announced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = sample(native)
+    model, _ = split(60 * MB, 60 * MB)
+    assert torch.equal(sample(model), expected)
+    before = blocks_of(model)
+    monkeypatch.setattr(type(model), "_is_compiled", lambda self: True)
+    mm.unload_all_models()
+    block = model.streamed.placed[-1][0]
+    block.forward = block.forward
+    for _ in range(3):
+        assert torch.equal(sample(model), expected)
+        assert blocks_of(model) == [sum(before), 0]
+    (text,) = {text for text in announced if text.startswith("all blocks run on virtual:0: the model is compiled")}
+    assert "diffusion_model.single_blocks.3 holds functions of another node" in text
+    assert text in [notice["text"] for notice in notices.describe_notices()]
+    del block.forward
+    for _ in range(3):
+        assert torch.equal(sample(model), expected)
+    assert blocks_of(model) == before
+    assert text not in [notice["text"] for notice in notices.describe_notices()]

@@ -44,7 +44,7 @@ def failing(block: torch.nn.Module, *calls: int, error: Exception = OUT_OF_MEMOR
         number = next(numbers)
         if number in calls:
             failed.append(number)
-            raise error
+            raise type(error)(*error.args)  # One that is kept would keep the frames that it went through.
 
     handle = block.register_forward_pre_hook(fail)
     try:

@@ -310,7 +310,7 @@ def test_weights_of_a_file_that_cannot_be_mapped_are_shared(
 def test_our_own_loader_as_the_factory(path: Path, foreign: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model in several files that could not stream when it was loaded; the host has no way of its own for it."""
 
-    def refuse(*args: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise UnsupportedModelError("not now")
 
     names = ("own-00001-of-00002.safetensors", "own-00002-of-00002.safetensors")

@@ -1,12 +1,7 @@
-"""A backend that proves the order of every access to staging memory, instead of hoping to hit a bad moment.
-
-Each stream has a vector clock. An event carries the clock of its stream at the time of its record; a wait joins it
-into the waiting stream's clock. Two accesses to one slot, at least one of them a write, race unless the clock of the
-later one has seen the earlier. That holds for every possible timing at once, so one run of a program is enough.
+"""A backend that proves the order of every access to memory on its device, and to what is copied (accesses.py).
 
 Threads that read ahead have clocks too: ``finish`` joins a copy's clock into the one of the thread that waited. So a
-chunk of the reader's ring is checked as a slot is: it is written by a thread, and read by copies. That a thread is done
-with it before a copy is queued is checked as it happens.
+chunk of the reader's ring is checked as a slot is: it is written by a thread, and read by copies.
 """
 
 from __future__ import annotations
@@ -16,12 +11,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from accesses import Accesses, Clock, span_of
 from torch import nn
-from weightstream.streaming import Backend, DeviceMemory, reader
-from weightstream.streaming.layout import Layout
+from weightstream.streaming import Backend, DeviceMemory
+from weightstream.streaming.backend import Pair
 
-COMPUTE = 0
-Clock = dict[int, int]
+COMPUTE = "compute"
 
 
 class RaceBackend(Backend):
@@ -31,96 +26,58 @@ class RaceBackend(Backend):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), "race")
-        self.clocks: dict[int, Clock] = {COMPUTE: {}}
-        self.writes: dict[int, list[Clock]] = {}
-        self.reads: dict[int, list[Clock]] = {}
-        self.accesses = 0
-        self.chunk_accesses = 0
-        self._slots: list[range] = []
-        self._reading_ahead: dict[threading.Thread, Clock] = {}
-        self._chunks: dict[int, range] = {}
-        self._chunk_reads: dict[int, list[Clock]] = {}
-        self._being_written: set[int] = set()
-        # Who reads ahead, who queues copies and who computes are threads of their own.
-        self._checking = threading.RLock()
+        self.memory_accesses = Accesses()
+        self._all_streams = [COMPUTE]
+        self._locked: dict[int, range] = {}
+
+    @property
+    def accesses(self) -> int:
+        return self.memory_accesses.count
+
+    @property
+    def chunk_accesses(self) -> int:
+        return self.memory_accesses.host_writes
 
     def watch_chunks(self, patch: pytest.MonkeyPatch) -> None:
         """Check what the reader writes to chunks. Where something is given up, synchronize: else a chunk that one
         thread waited for may be written by another."""
-        read_range = reader.read_range
-
-        def write(layout: Layout, start: int, stop: int, target: torch.Tensor, forget: bool = False) -> None:
-            chunk = target.data_ptr()
-            with self._checking:
-                self.chunk_accesses += 1
-                now = self._reading_ahead.setdefault(threading.current_thread(), {})
-                self._check(now, self._chunk_reads.get(chunk, []), "a chunk is overwritten before the copy out of it")
-                self._chunks[chunk], self._chunk_reads[chunk] = range(chunk, chunk + target.nbytes), []
-                self._being_written.add(chunk)
-            read_range(layout, start, stop, target, forget)
-            with self._checking:
-                self._being_written.discard(chunk)
-
-        patch.setattr(reader, "read_range", write)
+        self.memory_accesses.watch_reader(patch)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         buffer = super().allocate(nbytes)
-        self._slots.append(range(buffer.data_ptr(), buffer.data_ptr() + nbytes))
+        # Whoever had this memory before has kernels under way in it.
+        self.memory_accesses.write(self._launch(COMPUTE), buffer)
         return buffer
 
     def free(self, buffer: torch.Tensor) -> int:
-        """The memory may come back as part of another slot. Who frees it must have let all accesses finish."""
-        start = buffer.data_ptr()
-        compute = {**self.clocks[COMPUTE], -1: COMPUTE}
-        for accesses in (self.writes.pop(start, []), self.reads.pop(start, [])):
-            self._check(compute, accesses, "staging memory is freed while it may be in use")
-        self._slots = [slot for slot in self._slots if slot.start != start]
+        """Compute may get the memory for something else."""
+        self.memory_accesses.end(COMPUTE, span_of(buffer), "gets memory that may be in use")
         return super().free(buffer)
 
-    def _slot(self, tensor: torch.Tensor) -> int | None:
-        """The start of the allocation that ``tensor`` lies in."""
-        return next((slot.start for slot in self._slots if tensor.data_ptr() in slot), None)
-
-    def _create_stream(self) -> int:
-        stream = len(self.clocks)
-        self.clocks[stream] = {}
+    def _launch(self, stream: str) -> str:
+        """``stream`` is given something to do: after all that this thread has seen."""
+        self.memory_accesses.see(stream, self.memory_accesses.seen_by(threading.current_thread()))
         return stream
 
-    def _copy_now(
-        self, stream: int | None, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], waits: Sequence[Clock]
-    ) -> Clock:
-        with self._checking:
-            return self._copy_in_order(COMPUTE if stream is None else stream, pairs, waits)
+    def _create_stream(self) -> str:
+        self._all_streams.append(f"copy stream {len(self._all_streams)}")
+        return self._all_streams[-1]
 
-    def _copy_in_order(
-        self, stream: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], waits: Sequence[Clock]
-    ) -> Clock:
+    def _copy_now(self, stream: str | None, pairs: Sequence[Pair], waits: Sequence[Clock]) -> Clock:
+        stream = self._launch(stream or COMPUTE)
         for event in waits:
-            self._join(stream, event)
+            self.memory_accesses.see(stream, event)
         for target, source in pairs:
-            slot = self._slot(target)
-            assert slot is not None, "a copy outside of the ring"
-            now = self._tick(stream)
-            self._check(now, self.reads.get(slot, []), "a copy overwrites a slot that may still be read")
-            self._check(now, self.writes.get(slot, []), "a copy may be overtaken by an earlier one into its slot")
-            self.writes.setdefault(slot, []).append(now)
-            self._read_chunk(source, now)
+            self.memory_accesses.read(stream, source)
+            self.memory_accesses.write(stream, target)
             target.copy_(source)
-        return dict(now)
-
-    def _read_chunk(self, source: torch.Tensor, now: Clock) -> None:
-        for start, chunk in self._chunks.items():
-            if source.data_ptr() in chunk:
-                assert start not in self._being_written, "a copy reads a chunk that is not filled yet"
-                self._chunk_reads[start].append(now)
+        return self.memory_accesses.seen_by(stream)
 
     def mark(self) -> Clock:
-        with self._checking:
-            return dict(self.clocks[COMPUTE])
+        return self.memory_accesses.seen_by(self._launch(COMPUTE))
 
     def wait(self, event: Clock):
-        with self._checking:
-            self._join(COMPUTE, event)
+        self.memory_accesses.see(self._launch(COMPUTE), event)
         return lambda: 0.0
 
     def memory(self) -> DeviceMemory:
@@ -137,58 +94,30 @@ class RaceBackend(Backend):
 
     def finish(self, event: Clock) -> None:
         """Every copy has taken place already; who waits for one has seen it."""
-        with self._checking:
-            clock = self._reading_ahead.setdefault(threading.current_thread(), {})
-            self._join_clock(clock, event)
+        self.memory_accesses.see(threading.current_thread(), event)
 
     def synchronize(self) -> None:
-        with self._checking:
-            self._join_all()
-            self._chunks.clear()  # All copies out of them are over; the next ring may be elsewhere.
-            self._chunk_reads.clear()
-
-    def _join_all(self) -> None:
-        for stream, clock in self.clocks.items():
-            if stream != COMPUTE:
-                self._join(COMPUTE, clock)
-        for stream in self.clocks:
-            self._join(stream, self.clocks[COMPUTE])
+        self.memory_accesses.end_of(self._all_streams)
 
     def register(self, buffer: torch.Tensor) -> str | None:
+        self._locked[buffer.data_ptr()] = span_of(buffer)
         return None
 
     def unregister(self, address: int) -> None:
-        """Nothing was locked."""
+        who = threading.current_thread()
+        self.memory_accesses.end(who, self._locked.pop(address), "unlocks memory that a copy may be using")
+
+    def close(self) -> None:
+        self.synchronize()  # As on a GPU.
+        super().close()
 
     def read(self, tensor: torch.Tensor) -> None:
-        """Compute reads the slot that ``tensor`` lies in, if it lies in one."""
-        with self._checking:
-            slot = self._slot(tensor)
-            now = self._tick(COMPUTE)
-            if slot in self.writes:
-                self._check(now, self.writes[slot], "a block reads a slot before the copy into it is done")
-                self.reads.setdefault(slot, []).append(now)
+        """Compute reads ``tensor``."""
+        self.memory_accesses.read(self._launch(COMPUTE), tensor)
 
-    def _tick(self, stream: int) -> Clock:
-        self.accesses += 1
-        clock = self.clocks[stream]
-        clock[stream] = clock.get(stream, 0) + 1
-        return {**clock, -1: stream}
-
-    def _join(self, stream: int, other: Clock) -> None:
-        self._join_clock(self.clocks[stream], other)
-
-    @staticmethod
-    def _join_clock(clock: Clock, other: Clock) -> None:
-        for key, value in other.items():
-            if key != -1:
-                clock[key] = max(clock.get(key, 0), value)
-
-    @staticmethod
-    def _check(now: Clock, earlier: list[Clock], message: str) -> None:
-        for access in earlier:
-            stream = access[-1]
-            assert now.get(stream, 0) >= access[stream], message
+    def write(self, tensor: torch.Tensor) -> None:
+        """Compute writes to ``tensor``."""
+        self.memory_accesses.write(self._launch(COMPUTE), tensor)
 
 
 class NumberedPart(nn.Module):

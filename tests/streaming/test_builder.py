@@ -108,6 +108,7 @@ def test_threads_that_do_not_start_leave_no_pool(tmp_path: Path, monkeypatch: py
         patch.setattr(threading.Thread, "start", fail)
         with pytest.raises(RuntimeError, match="can't start"):
             stored.run()
+    stored.streamer.load(stored.least)
     stored.check(2)
     assert stored.streamer.snapshot().staged_bytes == 0
     stored.close()

@@ -1,4 +1,4 @@
-"""Valid, nearly valid and broken files: the engine accepts what the safetensors library accepts, and reads the same.
+"""Valid, nearly valid and broken files: the engine accepts what the safetensors library or ComfyUI accepts, as they do.
 
 A few seconds' worth; ``WEIGHTSTREAM_FUZZ_SECONDS`` sets another time, ``WEIGHTSTREAM_FUZZ_SEED`` another start.
 """
@@ -6,12 +6,14 @@ A few seconds' worth; ``WEIGHTSTREAM_FUZZ_SECONDS`` sets another time, ``WEIGHTS
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,11 @@ SEED = int(os.environ.get("WEIGHTSTREAM_FUZZ_SEED", "1"))
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64}
 BITS |= {"I64": 64, "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+# Torch's names of those that both know, in all ways of writing a file.
+DTYPES = {"BOOL": "bool", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"}
+DTYPES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "BF16": "bfloat16", "C64": "complex64"}
+DTYPES |= {f"{sign}{bits}": f"{kind}{bits}" for sign, kind in (("U", "uint"), ("I", "int")) for bits in (8, 16, 32, 64)}
+DTYPES |= {f"F{bits}": f"float{bits}" for bits in (16, 32, 64)}
 NAMES = ["a", "b.weight", "b.bias", "", " ", "é", "\U0001f600", "\x7f", '"', "\\", "/", "\n", "__metadata", "x" * 300]
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[-+0-9.eE]+|[a-z]+|\s+|.', re.DOTALL)
 HUGE = ["18446744073709551615", "18446744073709551616", "9223372036854775807", "9223372036854775808", "4294967296"]
@@ -41,17 +48,17 @@ NESTED += [f"""{'{"a":' * n}1{"}" * n}""" for n in (1, 124, 125, 126, 127, 5000)
 SIGNS = [*'{}[],:"\\ \t\n\r\f\v\0', "\ufeff", "\u00a0", "//x\n", "/**/", ",,"]
 EXTRAS = ["true", "1.5", "null", '"text"', "[1,{}]", '{"a":1,"a":2}', "1e999", "NaN", '"\\ud800"', *NESTED]
 
-Read = tuple[dict[str, str], dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]]
+Read = tuple[dict[str, Any], dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]]
 
 
-def test_random_files_are_accepted_and_read_as_the_library_does(tmp_path: Path) -> None:
+def test_random_files_are_accepted_and_read_as_others_do(tmp_path: Path) -> None:
     path = str(tmp_path / "case.safetensors")
     accepted = total = 0
     for seed in _seeds():
         raw = _make(random.Random(seed))
         Path(path).write_bytes(raw)
-        expected, found = _read_by_library(path), _read_by_engine(path)
-        assert type(found) is type(expected), f"seed {seed}: {raw[:2000]!r}: {found} where the library has {expected}"
+        expected, found = _read_by_others(path), _read_by_engine(path)
+        assert type(found) is type(expected), f"seed {seed}: {raw[:2000]!r}: {found} where others have {expected}"
         if not isinstance(expected, str):
             assert found == expected, f"seed {seed}: {raw[:2000]!r}"
             accepted += 1
@@ -81,6 +88,44 @@ def _read_by_library(path: str) -> Read | str:
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return metadata, {name: (t.dtype, tuple(t.shape), _bytes_of(t)) for name, t in tensors.items()}
+
+
+def _read_by_others(path: str) -> Read | str:
+    """As the library reads it; what that refuses, as ComfyUI's own parser does (since 0.33, which checks sizes)."""
+    found = _read_by_library(path)
+    if not isinstance(found, str):
+        return found
+    raw = Path(path).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or length > 100_000_000 or length > len(raw) - 8:
+        return "the length is no length"
+    try:
+        header = json.loads(raw[8 : 8 + length].decode())
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _view(info, raw[8 + length :]) for name, info in header.items()}
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return metadata if isinstance(metadata, dict) else {}, tensors
+
+
+def _view(info: Any, data: bytes) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    if isinstance(
+        info, list
+    ):  # The library's other ways to write a description and a dtype, with something odd beside.
+        info = dict(zip(("dtype", "shape", "data_offsets"), info, strict=True))
+    if isinstance(info["dtype"], dict) and list(info["dtype"].values()) == [None]:
+        info = {**info, "dtype": next(iter(info["dtype"]))}
+    if info["dtype"] == "F4" and info["shape"]:  # So does what ComfyUI knows no dtype for.
+        info = {**info, "dtype": "U8", "shape": [*info["shape"][:-1], info["shape"][-1] / 2]}
+        info["shape"][-1] = int(info["shape"][-1]) if info["shape"][-1].is_integer() else None
+        dtype, shape, raw = _view(info, data)
+        return torch.float4_e2m1fn_x2, shape, raw
+    dtype, shape, (begin, end) = getattr(torch, DTYPES[info["dtype"]]), info["shape"], info["data_offsets"]
+    if {type(begin), type(end)} != {int} or not 0 <= begin <= end or math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError("sizes do not agree")
+    if begin == end:
+        return dtype, tuple(torch.empty(shape, dtype=dtype).shape), b""
+    return dtype, tuple(torch.frombuffer(bytearray(data[begin:end]), dtype=dtype).view(shape).shape), data[begin:end]
 
 
 def _read_by_engine(path: str) -> Read | str:
@@ -315,14 +360,14 @@ SPECIAL += [before + _tensor() + after for before in ("", " ", "\ufeff", "\0") f
 
 
 @pytest.mark.parametrize("nbytes", [0, 8])
-def test_special_headers_have_the_librarys_verdict(tmp_path: Path, nbytes: int) -> None:
+def test_special_headers_have_the_verdict_of_others(tmp_path: Path, nbytes: int) -> None:
     path = tmp_path / "special.safetensors"
     for header in SPECIAL:
         text = header.encode("utf-8", "surrogatepass")
         path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(nbytes)))
-        expected, found = _read_by_library(str(path)), _read_by_engine(str(path))
+        expected, found = _read_by_others(str(path)), _read_by_engine(str(path))
         same = found == expected or {type(found), type(expected)} == {str}
-        assert same, f"{text[:300]!r}: {found} where the library has {expected}"
+        assert same, f"{text[:300]!r}: {found} where others have {expected}"
 
 
 @pytest.mark.parametrize("length", [99_999_999, 100_000_000, 100_000_001])

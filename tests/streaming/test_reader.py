@@ -40,9 +40,6 @@ class Stored:
             raise OSError("the disk is gone")
         target[:] = self.content[start : start + len(target)]
 
-    def check(self) -> None:
-        """Nobody changes it."""
-
     def forget(self, start: int, nbytes: int) -> None:
         self.forgotten.append((start, start + nbytes))
 

@@ -156,3 +156,27 @@ def test_the_garbage_collector_may_run_on_a_copy_thread() -> None:
     del model, streamer
     worker.submit(gc.collect).result(timeout=30)
     assert reference() is None
+
+
+def test_memory_that_was_given_up_is_in_no_module() -> None:
+    """A module that pointed at it still would keep it."""
+    model, backend = make_transformer(), WatchedBackend()
+    streamer = Streamer(model, split_model(model), backend, StreamingConfig(slots=2))
+    streamer.load(streamer.plan_for(10**9))
+    before = backend.alive
+    assert streamer.give_way(1 << 40) > 0
+    assert backend.alive == backend.allocated < before
+
+
+def test_a_step_keeps_its_master_copies() -> None:
+    """Also from who asks for them on the thread that runs it."""
+    model = make_transformer()
+    streamer = make_streamer(model)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    streamer.finish_building()
+    expected, given = model(X), []
+    handle = model.blocks[2].register_forward_pre_hook(lambda *_: given.append(streamer.give_up_masters(1 << 40)))
+    assert torch.equal(streamer.run(lambda: model(X)), expected)
+    handle.remove()
+    assert given == [0]
+    assert streamer.give_up_masters(1 << 40) > 0

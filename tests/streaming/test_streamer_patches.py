@@ -181,3 +181,21 @@ def test_weights_written_in_place_are_copied_anew() -> None:
     for block in reference.blocks:
         block.out.weight.mul_(0.5)
     assert torch.equal(result, reference(X))
+
+
+def test_weights_that_were_written_to_are_where_they_were_written_after_a_step() -> None:
+    """Who undoes what it has written finds master copies in the modules still, and no original."""
+    model, plain = make_transformer(), make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, learned=True)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    originals = [spec.original for spec in streamer.blocks.specs if spec.name.endswith("out.weight")]
+    streamer.make_masters({f"blocks.{index}.out.weight" for index in range(6)})
+    for factor in (0.5, 2.0):
+        for block in model.blocks:
+            block.out.weight.mul_(factor)
+        streamer.invalidate()
+        result = model(X)
+        for original, block in zip(originals, plain.blocks, strict=True):
+            assert torch.equal(original, block.out.weight), "what was loaded is nobody's to write to"
+    assert torch.equal(result, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 from models import hand_plan, learn, units_of
@@ -85,6 +86,25 @@ def test_every_access_to_a_slot_and_a_chunk_of_staged_segments_is_ordered(
     assert checked > 1000
 
 
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("seed", range(6))
+def test_page_locked_and_staged_segments_mixed_in_any_order_are_ordered(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = {"pinned_limit": 9 * UNIT, "chunk_bytes": UNIT, "chunks": 2, "read_threads": 2}
+    backend, model, streamer = make(6, 3, **mixed)
+    backend.watch_chunks(monkeypatch)
+    streamer.load(hand_plan(streamer, range(18), 3))
+    model([0, 1, 2, 3, 4, 5])
+    streamer.finish_building()
+    assert 0 < streamer.site.placement.pinned_bytes(streamer.plan) < streamer.plan.streamed_bytes
+    chance = random.Random(seed)
+    for _ in range(60):
+        order = [chance.randrange(6) for _ in range(chance.randint(1, 8))]
+        assert model(order) == order
+    streamer.close()
+
+
 def test_a_weight_that_is_read_without_running_its_module_is_there() -> None:
     _, model, streamer = make(4, 2, reads_directly=True)
     learn(streamer, lambda: model([0, 1, 2, 3]))
@@ -103,7 +123,7 @@ def test_the_race_detector_sees_a_missing_wait(monkeypatch: pytest.MonkeyPatch) 
     backend, model, streamer = make(4, 2)
     streamer.load(hand_plan(streamer, range(12), 2))
     monkeypatch.setattr(backend, "wait", lambda event: lambda: 0.0)
-    with pytest.raises(AssertionError, match="before the copy into it is done"):
+    with pytest.raises(AssertionError, match="before the write into it is done"):
         model([0, 1, 2, 3])
 
 

@@ -1,4 +1,4 @@
-"""Programs of tests/gpu in their smallest form, on a virtual device: what no test runs is broken already."""
+"""Programs of tests/gpu in their smallest form, on virtual devices: what no test runs is broken already."""
 
 from __future__ import annotations
 
@@ -7,18 +7,59 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from tools.checkpoints import write_flux
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def run(program: str, folder: Path, *arguments: str, **environment: str) -> dict[str, Any]:
+    """What a program prints in its last line."""
+    command = [sys.executable, str(ROOT / "tests" / "gpu" / program), os.environ["COMFYUI_PATH"], str(folder)]
+    result = subprocess.run(
+        [*command, *arguments, "--cpu"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def differences(found: dict[str, Any]) -> list[str]:
+    return [case for case, same in found["agree"].items() if not same]
+
+
+def test_parts_on_each_device(tmp_path: Path) -> None:
+    write_flux(tmp_path / "tiny-flux.safetensors")
+    found = run("placement_program.py", tmp_path, WEIGHTSTREAM_VIRTUAL="2x24MB")
+    assert {"flux VAE on gpu:1, decoded", "wan VAE on cpu, encoded in tiles", "VAE on cpu"} <= found["agree"].keys()
+    assert differences(found) == []
+
+
 def test_steps_whose_allocations_a_host_records(tmp_path: Path) -> None:
     """A CPU keeps no records; the rest of the program is the same."""
-    program = ROOT / "tests" / "gpu" / "recordings_program.py"
-    command = [sys.executable, str(program), os.environ["COMFYUI_PATH"], str(tmp_path), "--cpu"]
-    environment = {**os.environ, "WEIGHTSTREAM_VIRTUAL": "1x100MB", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = run("recordings_program.py", tmp_path, WEIGHTSTREAM_VIRTUAL="1x100MB")
     assert found["records"] is False
     assert {case.partition(",")[0] for case in found["agree"]} == {"Flux", "MiniMaxH3", "LTXAV"}
-    assert [case for case, same in found["agree"].items() if not same] == []
+    assert differences(found) == []
+
+
+def test_a_device_that_is_late(tmp_path: Path) -> None:
+    found = run("late_program.py", tmp_path, WEIGHTSTREAM_VIRTUAL="1x100MB")
+    assert found["agree"] == dict.fromkeys(("kernels", "patch kernels", "copies", "arrival", "unlocking"), True)
+
+
+def test_a_soak(tmp_path: Path) -> None:
+    """Of faults only those after which nothing must run again that may keep a state."""
+    faults = "interrupt,a part gives way,the home gives way"
+    found = run(
+        "soak_program.py", tmp_path, "1-4", "282", "2", WEIGHTSTREAM_VIRTUAL="2x14MB", WEIGHTSTREAM_SOAK_FAULTS=faults
+    )
+    assert found["failures"] == []
+    assert sum(found["ended"].values()) == found["prompts"] == 4
+    assert found["features"].keys() >= {"hooks", "LoRA stack", "ControlNet", "EasyCache", "2 devices"}
+    assert found["happened"].keys() == {*faults.split(",")}

@@ -1,0 +1,41 @@
+"""The random generators that a process has for everybody.
+
+Nodes draw from them, so an image may depend on how much was drawn before. What we do beside what the host does, such as
+building a model once more, must leave them as they were: some models draw while they are built.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+class GeneratorStates:
+    """How the generators of Python, numpy and torch, on the CPU and on GPUs in use, stand now."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        self._gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._gpus:
+            torch.cuda.set_rng_state_all(self._gpus)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Whatever is drawn meanwhile, the generators stand afterwards as they did before."""
+    states = GeneratorStates()
+    try:
+        yield
+    finally:
+        states.restore()

@@ -1,0 +1,102 @@
+"""What hooks of the host write into weights (a LoRA that hangs on conditioning), where weights come and go.
+
+[Note: hooks and weights that move]
+The host writes hooked weights to wherever the modules point, keeps what was there, and later writes that back. Both
+must meet the same copy, on the device or in host memory, and never the original, which is the file. So:
+ 1. Whoever moves weights of a MODEL, on any of its devices, takes hooks off first (``unpatch_hooks``).
+ 2. Hooks are written only while the MODEL is whole, which is loaded on all of its devices, with nothing given up. Else
+    the host is told that they are in effect, and nothing is written yet.
+ 3. A step knows which hooks were in effect when it began, and has them in the weights whenever its forward begins
+    (steps.py): all that it needs is loaded then.
+ 4. While hooks are in the weights nobody takes master copies away.
+Should a copy go with hooks in it all the same, what was kept for it is forgotten: nothing is written in its place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comfy.model_patcher import ModelPatcher
+
+from ..streaming import State
+
+if TYPE_CHECKING:
+    from ..streaming import Streamer
+    from .streamed_model import StreamedModel
+
+
+class HookedPatcher(ModelPatcher):
+    """A :class:`ModelPatcher` whose hooks write into weights that streamers place.
+
+    Attributes:
+        streamed: all about the streaming of its model.
+        streamers: of all devices.
+    """
+
+    streamed: StreamedModel
+    streamers: list[Streamer]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is loaded, on all devices, with nothing given up."""
+        return all(streamer.state is State.LOADED for streamer in self.streamers)
+
+    @property
+    def moves(self) -> list[int]:
+        """How often its weights were moved, on each device."""
+        return [streamer.moves for streamer in self.streamers]
+
+    def holds_hooks(self, hooks: Any) -> bool:
+        """Whether ``hooks``, and no others, are in the weights."""
+        return self.streamed.hooks is hooks
+
+    def put_hooks_on(self, hooks: Any) -> None:
+        """Have ``hooks`` in the weights, where they are not."""
+        if not self.holds_hooks(hooks):
+            self.apply_hooks(hooks, force_apply=True)
+
+    def patch_hooks(self, hooks: Any, *args: Any, **options: Any) -> None:
+        names = self._names_patched_by(hooks) if hooks is not None else set()
+        if names and not self.is_whole:
+            self.unpatch_hooks()
+            self.current_hooks = hooks
+            return
+        self._forget_what_is_gone()
+        try:
+            if names:
+                for streamer in self.streamers:
+                    streamer.make_masters(names)
+            super().patch_hooks(hooks, *args, **options)
+            self.streamed.hooks = hooks
+        finally:
+            self._weights_were_written()
+        if self.hook_backup:
+            self.streamed.tell_of_hooks()
+
+    def unpatch_hooks(self, *args: Any, **options: Any) -> None:
+        self._forget_what_is_gone()
+        written = bool(self.hook_backup)
+        self.streamed.hooks = None
+        try:
+            super().unpatch_hooks(*args, **options)
+        finally:
+            self._weights_were_written(written)
+
+    def _names_patched_by(self, hooks: Any) -> set[str]:
+        return {*self.get_combined_hook_patches(hooks), *self.cached_hook_patches.get(hooks, ())}
+
+    def _forget_what_is_gone(self) -> None:
+        """Where there is the original alone nothing is written back."""
+        for streamer in self.streamers if self.hook_backup else ():
+            for name in streamer.bare(self.hook_backup):
+                del self.hook_backup[name]
+
+    def _weights_were_written(self, written: bool = False) -> None:
+        """Have what was written copied anew, and keep it for as long as there is something to write back."""
+        for streamer in self.streamers:
+            if written or self.hook_backup:
+                streamer.invalidate()
+            if self.hook_backup:
+                streamer.lend_masters()
+            else:
+                streamer.take_masters_back()

@@ -1,0 +1,116 @@
+"""Where modules point between blocks: at a resident copy, at a master copy, or at what was loaded.
+
+Such a binding lasts, so others may write to its tensors, or put others in their place; it can tell (shown.py, Note: who
+has written).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .layout import AS_LOADED, Binding, Forms, Layout, Place, Value, bound
+from .shown import Watched, WatchedBuffer, WatchedParameter, counted, settled, shown, watch
+
+
+class Home(Binding):
+    """Points the modules of a unit at tensors that they hold between blocks.
+
+    Args:
+        layout: the unit's.
+        tensors: by name of each value what modules hold of it, and the plain tensors that count what is written to it.
+    """
+
+    def __init__(self, layout: Layout, tensors: dict[str, tuple[torch.Tensor, list[torch.Tensor]]]) -> None:
+        self._held = {name: held for name, (held, _) in tensors.items()}
+        self._counted = {name: [(one, _version(one)) for one in counting] for name, (_, counting) in tensors.items()}
+        self._lies = {name: _lies(held) for name, held in self._held.items()}
+        super().__init__((value, self._held[value.name]) for value in layout.values)
+
+    def holds(self, value: Value) -> torch.Tensor:
+        """What modules hold of ``value`` while nobody has exchanged it."""
+        return settled(self._held[value.name])
+
+    def replaced(self, value: Value) -> list[tuple[Place, torch.Tensor | None]]:
+        """Places that hold something else by now; None for one that holds nothing."""
+        held = self.holds(value)
+        present = [(place, place.holder.get(place.attribute)) for place in value.places]
+        return [(place, tensor) for place, tensor in present if tensor is None or settled(tensor) is not held]
+
+    def moved(self, value: Value) -> bool:
+        """Whether somebody has given the tensor other memory, by its ``data``."""
+        return _lies(self._held[value.name]) != self._lies[value.name]
+
+    def point(self, value: Value, tensor: torch.Tensor) -> None:
+        """Have modules hold ``tensor`` again: what somebody has put in its place was copied to it."""
+        held = self._held[value.name]
+        if self.moved(value):
+            torch.Tensor.data.__set__(held, tensor)
+        for place in value.places:
+            place.holder[place.attribute] = held
+        self.settle(value)
+
+    def written(self, value: Value) -> bool:
+        """Whether somebody has written to ``value`` in a way that torch counts."""
+        return any(_version(one) != version for one, version in self._counted[value.name])
+
+    def handed_out(self, value: Value) -> bool:
+        """Whether somebody may have written to it in another way."""
+        held = self.holds(value)
+        return isinstance(held, Watched) and held.changed
+
+    def settle(self, value: Value) -> None:
+        """It was compared, and is as it was."""
+        self._counted[value.name] = [(one, _version(one)) for one, _ in self._counted[value.name]]
+        if isinstance(held := self.holds(value), Watched):
+            held.settle()
+
+
+class ShownHome(Home):
+    """Points the modules at what they show while no copy is bound."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout, {value.name: (shown(value), _counting(value)) for value in layout.values})
+
+    def apply(self) -> None:
+        for holder, attribute, held in self._writes:
+            holder[attribute] = settled(held)
+
+
+def home_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, computes: bool = True) -> Home:
+    """A home in ``buffer``.
+
+    Args:
+        layout: of the unit.
+        buffer: what holds it, or will.
+        forms: by name, of values that are made in another way than those that were loaded.
+        computes: kernels are given these tensors, which must be of torch's own classes then.
+    """
+    tensors = {}
+    with torch.inference_mode(False):
+        parts = iter([counted(view) for view in layout.views(buffer)])
+        for value in layout.values:
+            own = [next(parts) for _ in value.specs]
+            made = forms.get(value.name, value.form).assemble(iter(own))
+            if value.is_plain and not computes:
+                held = watch(made, value.specs[0], value.is_parameter)
+            else:
+                held = bound(value, made)
+            tensors[value.name] = held, [held] if value.is_plain else own
+        return Home(layout, tensors)
+
+
+def _counting(value: Value) -> list[torch.Tensor]:
+    """Of a plain value what is shown counts by itself."""
+    return [] if value.is_plain else [spec.original for spec in value.specs]
+
+
+def _lies(tensor: torch.Tensor) -> object:
+    """Where a plain tensor lies, and how; of another class it is the class's business."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, WatchedParameter, WatchedBuffer) or tensor.is_meta:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often somebody has written to it; inference tensors do not know."""
+    return 0 if tensor.is_inference() else tensor._version

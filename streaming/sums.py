@@ -1,0 +1,36 @@
+"""Sums of what lies on the device, by which a write that nobody has counted is noticed (*Note: who has written*).
+
+A sum is taken modulo 2^64 of words of 64 bits, each times an odd number of its own, so moved words are noticed as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .layout import ALIGNMENT, Value
+
+# Words of 8 bytes that are summed at once. The products take as much memory of the device.
+BATCH_WORDS = 1 << 20
+
+# From Knuth's multiplicative hashing: 2^64 divided by the golden ratio, as a signed number.
+_MULTIPLIER = -7046029254386353131
+
+
+def sums(buffer: torch.Tensor, value: Value) -> torch.Tensor:
+    """A sum for each batch of what ``value`` has in ``buffer``, where that is, in memory of its device."""
+    found = [(words * _factors(words)).sum() for words in _batches(buffer, value)]
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64, device=buffer.device)
+
+
+def _batches(buffer: torch.Tensor, value: Value) -> Iterator[torch.Tensor]:
+    for spec in value.specs:
+        # What lies between tensors stays as it is, too.
+        end = spec.offset + -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+        yield from buffer[spec.offset : end].view(torch.int64).split(BATCH_WORDS) if spec.nbytes else ()
+
+
+def _factors(words: torch.Tensor) -> torch.Tensor:
+    """An odd number for each word."""
+    return torch.arange(1, 2 * words.numel(), 2, device=words.device).mul_(_MULTIPLIER)

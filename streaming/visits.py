@@ -1,0 +1,229 @@
+"""A block runs on a device, or a function at home for a block elsewhere: what it is given there, and what it leaves.
+
+[Note: given when looked at]
+Options, and whatever else a dictionary brings, hold what is for anybody: the caches of all layers, say, of which a
+block uses its own. So what is in a dictionary stands for the original on the block's device (:class:`Away`, the other
+way round) and goes there when somebody looks. What is passed by itself, or in lists and objects, goes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+
+from .away import Away, Move, may_be_on
+from .containers import Change, Exchange, Function, mapped
+from .meeting import Meeting
+from .mirrors import Copy, Mirror, Mirrors, alias_counted, moved_counted
+
+
+class Visit:
+    """A call on a device: that is current, and what holds tensors among the arguments holds those that are there.
+
+    Args:
+        device: where the call computes.
+        meanwhile: lasts as long as the call.
+
+    Attributes:
+        exchange: of the arguments.
+    """
+
+    def __init__(self, device: torch.device, exchange: Exchange, *meanwhile: AbstractContextManager[Any]) -> None:
+        self.device = device
+        self.exchange = exchange
+        self._guards = ExitStack()
+        for guard in meanwhile:
+            self._guards.enter_context(guard)
+        if device.type == "cuda" and torch.cuda.is_available():
+            self._guards.enter_context(torch.cuda.device(device))
+
+    def meanwhile(self, guard: AbstractContextManager[Any]) -> None:
+        """Have ``guard`` last as long as the call."""
+        self._guards.enter_context(guard)
+
+    def afterwards(self, act: Callable[[], Any]) -> None:
+        """Have ``act`` done when the call is over."""
+        self._guards.callback(act)
+
+    def end(self, change: Change) -> None:
+        """The call is over, or was given up (:meth:`Exchange.undo`)."""
+        try:
+            self.exchange.undo(change)
+        finally:
+            self._guards.close()
+
+
+class Guest:
+    """What a block is given on its device, and what becomes of that.
+
+    Args:
+        device: where the block runs.
+        home: where the tensors of the model are.
+        mirrors: of the step.
+        move: gives a copy of a tensor on a device.
+        uniform: on other devices it gets no tensors of inference mode.
+
+    Attributes:
+        meeting: brings what it is not given.
+    """
+
+    def __init__(
+        self, device: torch.device, home: torch.device, mirrors: Mirrors, move: Move, uniform: bool = False
+    ) -> None:
+        self.device, self.home = device, home
+        self._mirrors, self._move, self._is_uniform = mirrors, move, uniform
+        self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copies: dict[int, tuple[Mirror, torch.Tensor]] = {}
+        self._crossed: dict[int, tuple[Away, Copy]] = {}
+        self.meeting: Meeting | None = None
+
+    def met_nowhere(self) -> AbstractContextManager[None]:
+        """While it lasts nothing is brought to the block."""
+        return nullcontext() if self.meeting is None else self.meeting.paused()
+
+    def give(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the block gets for ``tensor``."""
+        if self.device == self.home:
+            return self._give_at_home(tensor)
+        if not isinstance(tensor, Away) and not may_be_on(tensor, self.home):
+            return tensor  # What the host keeps elsewhere (on the CPU, say) it wants there.
+        if tensor.layout != torch.strided:
+            return self._lend(tensor, self._move(tensor, self.device))  # Nobody writes to a part of it.
+        return self._bring(tensor)
+
+    def give_later(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the block gets for a tensor in a dictionary (Note: given when looked at)."""
+        stays = self.device == self.home or (isinstance(tensor, Away) and tensor.place == self.device)
+        if stays or not (isinstance(tensor, Away) or may_be_on(tensor, self.home)) or tensor.layout != torch.strided:
+            return self.give(tensor)
+        known = self._given.get(id(tensor))
+        if known is not None and isinstance(known[0], Away):
+            return known[0]
+        stands = Away(tensor, self.home, self.device, lambda there, _: self._bring_now(there))
+        self._given[id(tensor)] = (stands, tensor)
+        return self._lend(tensor, stands)
+
+    def original(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What the block was given ``tensor`` for; None if it was not given it."""
+        given = self._given.get(id(tensor))
+        return given[1] if given is not None and given[0] is tensor else None
+
+    def is_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a copy of a tensor at home."""
+        return self.device != self.home and id(tensor) in self._copies
+
+    def note_writes(self) -> None:
+        """See what the block has written to."""
+        for key, (away, copy) in self._crossed.items():
+            if copy.is_written and not away.stands_for(copy.tensor):
+                away.is_now(copy.tensor, self.device)
+                self._crossed[key] = (away, Copy(copy.tensor, copy.tensor._version))
+        self._mirrors.written(self.device, [mirror for mirror, _ in self._copies.values()])
+
+    def renew(self) -> None:
+        """Have copies hold what somebody at home has written meanwhile."""
+        for mirror, copy in self._copies.values():
+            original = mirror.alive
+            if original is not None and self.device != self.home and mirror.copy_on(self.device) is None:
+                copy.copy_(self._move(original, self.device))
+                mirror.keep(self.device, copy)
+
+    def leave(self) -> None:
+        """It is over. What was given may refer to this, and this to that."""
+        self._given.clear()
+        self._copies.clear()
+        self._crossed.clear()
+        self.meeting = None
+
+    def _give_at_home(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, Away):
+            tensor = tensor.here()
+        given, mirror = self._mirrors.at_home(tensor)
+        if mirror is not None:
+            self._copies[id(given)] = (mirror, given)
+        return tensor if given is tensor else self._lend(tensor, given)
+
+    def _bring_now(self, tensor: torch.Tensor) -> torch.Tensor:
+        """While the block runs, which may have written to another view of the same memory."""
+        self.note_writes()
+        return self._bring(tensor)
+
+    def _bring(self, original: torch.Tensor) -> torch.Tensor:
+        tensor = original
+        if isinstance(tensor, Away):
+            if tensor.place != self.home:
+                return self._lend(original, self._cross(tensor))
+            tensor = tensor.here()
+        copy, mirror = self._mirrors.bring(tensor, self.device)
+        self._copies[id(copy)] = (mirror, copy)
+        return self._lend(original, copy)
+
+    def _cross(self, away: Away) -> torch.Tensor:
+        """What is on a device, straight from there."""
+        if away.place == self.device:
+            there = away.on(self.device)
+            return alias_counted(there) if self._is_uniform and there.is_inference() else there
+        if id(away) not in self._crossed:
+            there = away.on(away.place)
+            copy = moved_counted(self._move, there, self.device)
+            self._crossed[id(away)] = (away, Copy(copy, copy._version))
+        return self._crossed[id(away)][1].tensor
+
+    def _lend(self, original: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        self._given[id(given)] = (given, original)
+        return given
+
+
+class Loan:
+    """A block's tensors that a function at home is given."""
+
+    def __init__(self, place: torch.device, home: torch.device, move: Move) -> None:
+        self._place, self._home, self._move = place, home, move
+        self._lent: dict[int, Away] = {}
+        self._owned: dict[int, torch.Tensor] = {}
+        self._copies: list[tuple[torch.Tensor, Copy]] = []
+
+    def lend(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, Away):
+            there = tensor.on(tensor.place)
+            if tensor.place == self._home:
+                self._owned[id(there)] = tensor
+                return there
+            tensor = there
+        if not may_be_on(tensor, self._place):
+            return tensor
+        if id(tensor) not in self._lent:
+            away = self._lent[id(tensor)] = Away(tensor, self._place, self._home, self._copy)
+            self._owned[id(away)] = tensor
+        return self._lent[id(tensor)]
+
+    def copy_back(self) -> None:
+        """Have tensors of the block hold what was written to their copies."""
+        for tensor, copy in self._copies:
+            if copy.is_written:
+                tensor.copy_(self._move(copy.tensor, self._place))
+
+    def take_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the block gets for a tensor that the function has given."""
+        if id(tensor) in self._owned:
+            return self._owned[id(tensor)]
+        if isinstance(tensor, Away):
+            return tensor.on(self._place)
+        return self._move(tensor, self._place) if may_be_on(tensor, self._home) else tensor
+
+    def _copy(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copy = moved_counted(self._move, tensor, device)
+        self._copies.append((tensor, Copy(copy, copy._version)))
+        return copy
+
+
+def visited(visit: Visit, loan: Loan, function: Function, args: Any, kwargs: Any) -> Any:
+    """What ``function`` gives at home, for the block that calls it. By itself, so that what was made at home goes with
+    this frame, before the record pauses again."""
+    args, kwargs = visit.exchange.all_of(args, kwargs)
+    output = function(*args, **kwargs)
+    loan.copy_back()
+    return mapped(output, loan.take_back)

@@ -1,0 +1,409 @@
+"""What somebody has written to a model, exchanged in it or hung on it counts, as with the host's own loader."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import pytest
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux
+from placing import Machine, place
+from prompts import output
+from sampling import MB, MODEL, sample, with_lora
+from torch import nn
+from weightstream.nodes import following
+from weightstream.nodes.loader import WEIGHT_DTYPES, load_streamed
+from weightstream.nodes.patches import HostPatches
+from weightstream.nodes.settings import AsyncOffloadSettings
+from weightstream.streaming import GradientError, State
+
+import nodes as host_nodes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# In the rest, in a block as a matrix and as a bias, and outside of blocks.
+NAMES = (
+    "diffusion_model.double_blocks.1.img_attn.norm.query_norm.weight",
+    "diffusion_model.single_blocks.3.linear2.weight",
+    "diffusion_model.single_blocks.2.linear1.bias",
+    "diffusion_model.img_in.weight",
+)
+Write = Callable[[Any], None]
+Make = Callable[[], Any]
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    held = dict(model.model.named_parameters())
+    return {name: held[name] for name in NAMES}
+
+
+def other_values(model: Any) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {name: 0.9 + 0.05 * torch.randn(held.shape, generator=generator) for name, held in weights(model).items()}
+
+
+def load_state_dict(model: Any) -> None:
+    model.model.load_state_dict(other_values(model), strict=False)
+
+
+def set_data(model: Any) -> None:
+    for name, value in other_values(model).items():
+        weights(model)[name].data = value
+
+
+def scale(model: Any) -> None:
+    for held in weights(model).values():
+        held.mul_(1.5)
+
+
+def scale_a_view(model: Any) -> None:
+    for held in weights(model).values():
+        held.view(-1)[:64].mul_(1.5)
+
+
+def change_one_number_by_data(model: Any) -> None:
+    for held in weights(model).values():
+        held.data.view(-1)[7] += 2.0
+
+
+def turn_by_data(model: Any) -> None:
+    """The same numbers in another order."""
+    for held in weights(model).values():
+        held.data.copy_(held.data.flip(0).clone())
+
+
+def write_by_state_dict(model: Any) -> None:
+    state = model.model.state_dict()
+    for name in NAMES:
+        state[name].add_(0.25)
+
+
+def set_parameters(model: Any) -> None:
+    for name, value in other_values(model).items():
+        comfy.utils.set_attr_param(model.model, name, value)
+
+
+def copy_to_parameters(model: Any) -> None:
+    for name, value in other_values(model).items():
+        comfy.utils.copy_to_param(model.model, name, value)
+
+
+def exchange_layer(model: Any) -> None:
+    block = model.model.diffusion_model.single_blocks[1]
+    block.linear2 = copy.deepcopy(block.linear2)
+    block.linear2.weight.mul_(0.5)
+
+
+def round_layer(model: Any) -> None:
+    model.model.diffusion_model.double_blocks[0].img_mlp[0].to(torch.float8_e5m2).to(torch.float32)
+
+
+def take_bias_away(model: Any) -> None:
+    model.model.diffusion_model.single_blocks[0].linear1.bias = None
+
+
+def take_block_away(model: Any) -> None:
+    del model.model.diffusion_model.single_blocks[2]
+
+
+WRITES: dict[str, Write] = {
+    write.__name__: write
+    for write in (
+        load_state_dict,
+        set_data,
+        scale,
+        scale_a_view,
+        change_one_number_by_data,
+        turn_by_data,
+        write_by_state_dict,
+        set_parameters,
+        copy_to_parameters,
+        exchange_layer,
+        round_layer,
+        take_bias_away,
+        take_block_away,
+    )
+}
+
+
+def from_host() -> Any:
+    with torch.inference_mode():
+        return host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
+
+
+@pytest.fixture
+def ways(models: Any, native: Any, machine: Machine) -> dict[str, Make]:
+    """Every way to a streamed MODEL of the tiny FLUX."""
+
+    def loader() -> Any:
+        machine(1)
+        with torch.inference_mode():
+            return load_streamed(str(models / MODEL), {})
+
+    def settings() -> Any:
+        machine(1)
+        with torch.inference_mode():
+            return AsyncOffloadSettings.execute(from_host(), "auto", 0, 0, 0.0, "auto", 0.0, 0.0).result[0]
+
+    def split() -> Any:
+        machine(2, 14 * MB)
+        with torch.inference_mode():
+            return place(load_streamed(str(models / MODEL), {}), split="equal")[0]
+
+    return {"loader": loader, "settings": settings, "split": split}
+
+
+def change(model: Any, write: Write) -> None:
+    with torch.inference_mode():
+        write(model)
+
+
+def before_loading(make: Make, write: Write) -> list[torch.Tensor]:
+    model = make()
+    change(model, write)
+    return [sample(model), sample(model)]
+
+
+def while_loaded(make: Make, write: Write) -> list[torch.Tensor]:
+    """Then for the next run, and when it was unloaded."""
+    model = make()
+    sample(model)
+    change(model, write)
+    latents = [sample(model)]
+    mm.unload_all_models()
+    return [*latents, sample(model), sample(model)]
+
+
+def unloaded_at_once(make: Make, write: Write) -> list[torch.Tensor]:
+    model = make()
+    sample(model)
+    change(model, write)
+    mm.unload_all_models()
+    return [sample(model), sample(model)]
+
+
+def with_patches_in(make: Make, write: Write) -> list[torch.Tensor]:
+    """Patches go with what was written to the weights that they are in."""
+    model = make()
+    patched = with_lora(model, 0.8)
+    sample(patched)
+    change(model, write)
+    latents = [sample(patched)]
+    mm.unload_all_models()
+    return [*latents, sample(patched), sample(model)]
+
+
+CASES = [(write, moment) for moment in (before_loading, while_loaded) for write in WRITES]
+CASES += [(write, unloaded_at_once) for write in ("scale", "change_one_number_by_data", "set_parameters")]
+CASES += [(write, with_patches_in) for write in ("scale", "set_data", "load_state_dict")]
+WAYS = ("loader", "settings", "split")
+
+
+@pytest.mark.parametrize(
+    ("way", "write", "moment"),
+    [(WAYS[number % len(WAYS)], *case) for number, case in enumerate(CASES)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_what_was_written_counts(ways: dict[str, Make], native: Any, way: str, write: str, moment: Any) -> None:
+    expected = moment(from_host, WRITES[write])
+    assert not torch.equal(expected[0], sample(native))
+    mm.unload_all_models()
+    found = moment(ways[way], WRITES[write])
+    assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_nobody_has_changed_is_not_laid_out_anew(
+    ways: dict[str, Make], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts = []
+    model = ways[way]()
+    monkeypatch.setattr(following, "split_model", lambda *_, **__: cuts.append(1))
+    for each in (model, with_lora(model, 0.8), model):
+        sample(each)
+        model.model.state_dict()
+        mm.unload_all_models()
+        sample(each)
+    assert cuts == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_were_handed_out_and_not_written_to_are_not_laid_out_anew(
+    ways: dict[str, Make], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ways[way]()
+    latents = sample(model)
+    monkeypatch.setattr(following, "split_model", None)
+    for held in model.model.parameters():
+        assert held.data.shape == held.shape
+    assert torch.equal(sample(model), latents)
+
+
+def test_a_write_between_two_loads_survives_memory_that_others_needed(ways: dict[str, Make]) -> None:
+    expected = while_loaded(from_host, scale)[0]
+    mm.unload_all_models()
+    model = ways["loader"]()
+    sample(model)
+    change(model, scale)
+    model.partially_unload(model.offload_device, 1 << 40)
+    model.streamer.give_up_masters(1 << 40)
+    assert torch.equal(sample(model), expected)
+
+
+def test_a_patched_parameter_beside_layers_keeps_its_value_as_with_the_host() -> None:
+    model = from_host()
+    model.model.diffusion_model.double_blocks[0].register_parameter("beside", nn.Parameter(torch.ones(4), False))
+    model.add_patches({"diffusion_model.double_blocks.0.beside": (torch.ones(4),)})
+    model.add_patches({"diffusion_model.img_in.bias": (torch.ones(256),)})
+    patches = HostPatches(model, ())
+    assert patches.signature("diffusion_model.double_blocks.0.beside") is None
+    assert patches.signature("diffusion_model.img_in.bias") is not None
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def layer(seed: int, width: int = 256) -> nn.Linear:
+    generator = torch.Generator().manual_seed(seed)
+    made = nn.Linear(width, width).requires_grad_(False)
+    made.weight.copy_(torch.randn(width, width, generator=generator) * 0.02)
+    made.bias.copy_(torch.randn(width, generator=generator) * 0.02)
+    return made
+
+
+def exchanged_by_a_patch(model: Any) -> Any:
+    """A LoRA finds the layer that is there when the model is loaded."""
+    model = with_lora(model, 0.8)
+    old = model.get_model_object("diffusion_model.single_blocks.1.linear1")
+    new = nn.Linear(old.in_features, old.out_features).requires_grad_(False)
+    new.weight.copy_(old.weight)
+    new.bias.copy_(old.bias * 2)
+    model.add_object_patch("diffusion_model.single_blocks.1.linear1", new)
+    return model
+
+
+class Wrapped(nn.Module):
+    """A block of a pack around one of the model's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.added = layer(5)
+
+    def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        x = self.inner(x, *args, **options)
+        return x + self.added(x)
+
+
+def wrapped_by_a_patch(model: Any) -> Any:
+    model = with_lora(model, 0.8)
+    inner = model.get_model_object("diffusion_model.single_blocks.2")
+    model.add_object_patch("diffusion_model.single_blocks.2", Wrapped(inner))
+    return model
+
+
+class Watched(nn.Linear):
+    moved = 0
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        Watched.moved += 1
+        return super()._apply(*args, **options)
+
+
+def hung_on_the_model(model: Any) -> Any:
+    """Layers that a pack adds, as PuLID does."""
+    model = model.clone()
+    root = model.model.diffusion_model
+    root.hung = nn.ModuleList([Watched(256, 256).requires_grad_(False)])
+    root.hung[0].load_state_dict(layer(6).state_dict())
+    model.set_model_patch(lambda args: {**args, "img": args["img"] + root.hung[0](args["img"])}, "post_input")
+    return model
+
+
+@pytest.mark.parametrize("exchange", [exchanged_by_a_patch, wrapped_by_a_patch, hung_on_the_model])
+@pytest.mark.parametrize("way", WAYS)
+def test_layers_that_others_have_brought_run_with_their_patches(
+    ways: dict[str, Make], native: Any, machine: Machine, way: str, exchange: Any
+) -> None:
+    def run(model: Any) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            changed = exchange(model)
+        return [sample(one) for one in (changed, model, changed)]
+
+    plain = sample(native)
+    expected = run(from_host())
+    assert torch.equal(expected[1], plain)
+    assert not torch.equal(expected[0], plain)
+    mm.unload_all_models()
+    Watched.moved = 0
+    model = ways[way]()
+    found = run(model)
+    assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * 3
+    assert Watched.moved > 0 or exchange is not hung_on_the_model
+    mm.unload_all_models()
+    assert all(streamer.device_bytes == 0 for streamer in model.streamers)
+    assert all(held.device.type == "cpu" for held in model.model.parameters())
+
+
+def test_another_sampling_of_the_model_does_not_make_it_learn_anew(ways: dict[str, Make]) -> None:
+    """Object patches that bring a few numbers come and go with every sampler."""
+    model = ways["loader"]()
+    sample(model)
+    sample(model)
+    assert model.streamer.profile.learned
+    shifted = output(ModelSamplingFlux().patch(model, 1.3, 0.4, 1024, 1024))
+    for each in (shifted, model):
+        sample(each)
+        assert model.streamer.profile.learned
+        assert model.streamer.state is State.LOADED
+
+
+# -- before the first load ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
+def test_an_unloaded_model_shows_what_the_host_shows(models: Any, machine: Machine, weight_dtype: str) -> None:
+    machine(1)
+    with torch.inference_mode():
+        theirs = host_nodes.UNETLoader().load_unet(MODEL, weight_dtype)[0].model.state_dict()
+        model = load_streamed(str(models / MODEL), WEIGHT_DTYPES[weight_dtype])
+    for _ in range(2):
+        ours = model.model.state_dict()
+        assert ours.keys() == theirs.keys()
+        for name, expected in theirs.items():
+            found = ours[name]
+            assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device), name
+            assert torch.equal(found.float(), expected.float()), name
+        sample(model)
+        mm.unload_all_models()
+
+
+def test_layers_of_an_unloaded_model_run_and_are_copied(ways: dict[str, Make], native: Any) -> None:
+    mm.unload_all_models()
+    root, theirs = ways["loader"]().model.diffusion_model, native.model.diffusion_model
+    with torch.inference_mode():
+        context = torch.ones(1, 4, 768)
+        assert torch.equal(root.txt_in(context), theirs.txt_in(context))
+        block = copy.deepcopy(root.single_blocks[1])
+        assert type(block.linear1.weight) is nn.Parameter
+        assert torch.equal(block.linear1.weight, theirs.single_blocks[1].linear1.weight)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_through_what_streams_are_refused(ways: dict[str, Make]) -> None:
+    model = ways["loader"]()
+    latents = sample(model)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(1, 16, 16, 16, generator=generator).requires_grad_()
+    inputs = {"context": torch.randn(1, 16, 768, generator=generator), "y": torch.zeros(1, 768)}
+    with torch.inference_mode():
+        mm.load_models_gpu([model])
+    with pytest.raises(GradientError, match=r"recorded through diffusion_model\.double_blocks\.\d, which streams"):
+        model.model.diffusion_model(x, torch.tensor([0.5]), **inputs)
+    assert torch.equal(sample(model), latents)

@@ -1,0 +1,137 @@
+"""The engine over cuda_backend.py, on a fake of torch.cuda: every access to memory is ordered, whatever the timing."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, cuda
+from models import hand_plan, learn, units_of
+from race import NumberedModel
+from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming.arena import Arena
+from weightstream.streaming.reader import Reader
+from weightstream.streaming.transfer import Move
+
+__all__ = ["cuda"]
+
+UNIT = 512
+DEVICE = torch.device("cuda", 1)  # What is current is another.
+
+pytestmark = pytest.mark.usefixtures("watched")
+
+
+class Kernels:
+    """What the model's units do on the device."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def read(self, weight: torch.Tensor) -> None:
+        self._cuda.kernel(reads=[weight])
+
+
+def make(cuda: FakeCuda, blocks: int, slots: int, **settings: Any) -> tuple[NumberedModel, Streamer]:
+    model = NumberedModel(blocks, Kernels(cuda))
+    settings = {"segment_bytes": 0, "adaptive": False, "thrifty": False, "chunk_bytes": UNIT, **settings}
+    backend = CudaBackend(DEVICE)
+    backend.fine_bytes = UNIT // 2
+    return model, Streamer(model, split_model(model), backend, StreamingConfig(slots=slots, **settings))
+
+
+@pytest.mark.parametrize("copy_streams", range(4))
+@pytest.mark.parametrize("slots", range(1, 4))
+def test_page_locked_segments(cuda: FakeCuda, slots: int, copy_streams: int) -> None:
+    everything = list(range(4))
+    model, streamer = make(cuda, 4, slots, copy_streams=copy_streams)
+    learn(streamer, lambda: model(everything))
+    for streamed in range(1, 2**4, 2):
+        chosen = [index for index in everything if streamed >> index & 1]
+        streamer.load(hand_plan(streamer, units_of(streamer, chosen), slots))
+        streamer.finish_building()
+        cuda.host_waits = 0
+        for order, parts in itertools.product((everything, everything[::-1], [0, 0]), ("012", "210", "0011")):
+            assert model(order, parts) == order
+        assert cuda.host_waits == 0, "the device is late, and nobody waits for it"
+    streamer.close()
+    assert cuda.contexts == {1}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_staged_segments_and_residents(
+    cuda: FakeCuda, chunks: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = list(range(4))
+    cuda.accesses.watch_reader(monkeypatch)
+    for pin, slots in itertools.product((False, True), (1, 2)):
+        model, streamer = make(cuda, 4, slots, pin_memory=pin, read_threads=threads, chunks=chunks)
+        for streamed in range(1, 2**4, 2):
+            chosen = [index for index in everything if streamed >> index & 1]
+            streamer.load(hand_plan(streamer, units_of(streamer, chosen), slots))
+            for order in (everything, everything[::-1], everything):
+                assert model(order) == order
+            cuda.catch_up()
+        streamer.close()
+    assert cuda.accesses.host_writes > 100
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_page_locked_and_staged_segments_mixed(cuda: FakeCuda, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda.accesses.watch_reader(monkeypatch)
+    settings = {"pinned_limit": 9 * UNIT, "chunks": 2, "read_threads": 2}
+    model, streamer = make(cuda, 6, 3, copy_streams=2, **settings)
+    streamer.load(hand_plan(streamer, range(18), 3))
+    model([0, 1, 2, 3, 4, 5])
+    streamer.finish_building()
+    assert 0 < streamer.site.placement.pinned_bytes(streamer.plan) < streamer.plan.streamed_bytes
+    chance = random.Random(seed)
+    for _ in range(20):
+        order = [chance.randrange(6) for _ in range(chance.randint(1, 8))]
+        assert model(order) == order
+        if chance.random() < 0.3:
+            cuda.catch_up()
+    streamer.close()
+
+
+def test_what_is_measured_is_measured_without_waiting(cuda: FakeCuda) -> None:
+    model, streamer = make(cuda, 4, 2)
+    streamer.load(hand_plan(streamer, range(12), 2))
+    streamer.finish_building()
+    for _ in range(4):
+        assert streamer.run(lambda: model([0, 1, 2, 3])) == [0, 1, 2, 3]
+        cuda.catch_up()
+    assert streamer.profile.learned
+    assert streamer.snapshot().step_seconds > 0
+    streamer.close()
+
+
+def test_the_ring_is_unlocked_when_no_copy_reads_it(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residents have come through it, what streams has master copies already, and nobody has waited for the device."""
+    cuda.accesses.watch_reader(monkeypatch)
+    model, streamer = make(cuda, 4, 2)
+    plan = hand_plan(streamer, units_of(streamer, [1, 3]), 2)
+    streamer.site.prepare(plan, streamer)
+    streamer.site.supply.builder.wait(lambda: None)
+    streamer.load(plan)
+    assert streamer.reader.ring_bytes > 0
+    streamer.arrive_all()  # Their copies are queued.
+    streamer.load(plan)
+    assert streamer.reader.ring_bytes == 0
+    assert model([0, 1, 2, 3]) == [0, 1, 2, 3]
+    streamer.close()
+
+
+def test_a_reader_that_is_closed_waits_for_its_copies(cuda: FakeCuda) -> None:
+    backend = CudaBackend(DEVICE)
+    backend.open(1)
+    reader = Reader(backend, Arena(backend), 1, UNIT, 2)
+    target, source = backend.allocate(4 * UNIT), torch.ones(4 * UNIT, dtype=torch.uint8)
+    reader.wait(reader.transfer([Move(source, target, False)], backend.mark()), lambda: None)
+    reader.close()
+    assert cuda.registered == {}
+    assert target.tolist() == [1] * 4 * UNIT
+    backend.close()
