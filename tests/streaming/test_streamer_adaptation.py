@@ -155,6 +155,25 @@ def test_a_step_that_no_plan_can_run_fails_as_it_would_without_us() -> None:
     assert torch.equal(step(streamer, model), expected)
 
 
+def test_out_of_memory_after_weights_were_given_up_brings_them_back_first() -> None:
+    """The first remedy makes no plan, and what is missing would end the second run."""
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, budget=7 * BLOCK)
+    streamer.load(streamer.plan_for(7 * BLOCK))
+    step(streamer, model)
+    failed = []
+
+    def forward() -> torch.Tensor:
+        if not failed:
+            failed.append(streamer.give_way(BLOCK))
+            raise torch.OutOfMemoryError("no room")
+        return model(X)
+
+    assert torch.equal(streamer.run(forward), expected)
+    assert failed[0] >= BLOCK
+
+
 def test_other_errors_are_not_run_again() -> None:
     model = make_transformer()
     streamer = make_streamer(model)
