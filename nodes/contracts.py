@@ -61,6 +61,7 @@ PATCHER_METHODS: Wanted = {
     "patch_hooks": Call(1),
     "patch_model": Call(0, ("load_weights",)),
     "patch_weight_to_device": Call(1, ("device_to", "return_weight")),
+    "register_all_hook_patches": THERE,
     "remove_additional_models": Call(1),
     "remove_wrappers_with_key": Call(2),
     "set_additional_models": Call(2),

@@ -162,6 +162,11 @@ pins = PinBudget(
 )
 
 
+def has_dynamic_vram(device: torch.device) -> bool:
+    """Whether the host loads models to this device with dynamic VRAM."""
+    return comfy.memory_management.aimdo_enabled and not mm.is_device_cpu(device)
+
+
 def evictable(device: torch.device) -> int:
     """Bytes of VRAM that models with dynamic VRAM hold and give up when somebody allocates."""
     if not comfy.memory_management.aimdo_enabled or device.type != "cuda":
@@ -184,5 +189,6 @@ def obtainable(backend: Backend) -> int:
     """Bytes that a model may hope for at most: what is free, and what other models on the device would give up."""
     if backend.budget is not None:
         return backend.budget
-    held = sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models if loaded.device == backend.device)
+    here = (loaded for loaded in mm.current_loaded_models if loaded.device == backend.device)
+    held = sum(loaded.model_loaded_memory() for loaded in here if loaded.model is not None)
     return int(mm.get_free_memory(backend.device)) + held + evictable(backend.device)

@@ -31,10 +31,12 @@ class HookedPatcher(ModelPatcher):
     Attributes:
         streamed: all about the streaming of its model.
         streamers: of all devices.
+        prompt_has_hooks: whether hooks hang on the conditioning of the prompt that the host has last prepared.
     """
 
     streamed: StreamedModel
     streamers: list[Streamer]
+    prompt_has_hooks = False
 
     @property
     def is_whole(self) -> bool:
@@ -54,6 +56,11 @@ class HookedPatcher(ModelPatcher):
         """Have ``hooks`` in the weights, where they are not."""
         if not self.holds_hooks(hooks):
             self.apply_hooks(hooks, force_apply=True)
+
+    def register_all_hook_patches(self, hooks: Any, *args: Any, **options: Any) -> Any:
+        """The host tells a MODEL of all hooks of a prompt, of whatever kind, before it loads it; also of none."""
+        self.prompt_has_hooks = len(hooks) > 0
+        return super().register_all_hook_patches(hooks, *args, **options)
 
     def patch_hooks(self, hooks: Any, *args: Any, **options: Any) -> None:
         names = self._names_patched_by(hooks) if hooks is not None else set()

@@ -90,7 +90,8 @@ class PartPatcher(StreamedModelPatcher):
 
     def _host_patches(self) -> HostPatches:
         owner = self._owner
-        return HostPatches(owner, self.streamer.blocks.values, self.load_device, owner.streamed.kind)
+        values, kind = self.streamer.blocks.values, owner.streamed.kind
+        return HostPatches(owner, values, self.load_device, kind, owner.would_be_dynamic)
 
     @property
     def _owner(self) -> StreamedModelPatcher:

@@ -14,7 +14,7 @@ import torch
 
 from ..streaming import Plan, State, Streamer, format_bytes
 from . import hosts
-from .devices import make_backend, same_device, unload
+from .devices import has_dynamic_vram, make_backend, same_device, unload
 from .following import follow
 from .hooked import HookedPatcher
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
@@ -37,12 +37,15 @@ class StreamedModelPatcher(HookedPatcher):
     Attributes:
         settings: how this MODEL streams. Patchers of one model may differ; the one that is loaded counts.
         node_id: the node that shows what is in effect when this one is loaded.
+        without_dynamic: whether somebody has asked for this one without dynamic VRAM. A streamed one never has it, but
+            weights are then patched in another way (patches.py, Note: ways of the host).
     """
 
     def __init__(self, model: torch.nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
         self.settings = OffloadSettings()
         self.node_id: str | None = None
+        self.without_dynamic = False
         self.wrap_steps()
 
     def wrap_steps(self) -> None:
@@ -50,9 +53,10 @@ class StreamedModelPatcher(HookedPatcher):
         self.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
         self.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE, run_streamed)
 
-    def clone(self, *args: Any, **kwargs: Any) -> StreamedModelPatcher:
-        clone = super().clone(*args, **kwargs)
+    def clone(self, disable_dynamic: bool = False, *args: Any, **kwargs: Any) -> StreamedModelPatcher:
+        clone = super().clone(disable_dynamic, *args, **kwargs)
         clone.settings, clone.node_id = self.settings, self.node_id
+        clone.without_dynamic = self.without_dynamic or disable_dynamic
         for part in clone.parts:
             part.owner = weakref.ref(clone)
         return clone
@@ -99,6 +103,11 @@ class StreamedModelPatcher(HookedPatcher):
     def streamers(self) -> list[Streamer]:
         """Of all devices, ours first."""
         return [self.streamer, *(part.streamer for part in self.parts)]
+
+    @property
+    def would_be_dynamic(self) -> bool:
+        """Whether the host would run this MODEL with dynamic VRAM, for the prompt that it was last asked to run."""
+        return not self.without_dynamic and not self.prompt_has_hooks and has_dynamic_vram(self.load_device)
 
     def status(self) -> dict[str, object]:
         """The state of this model's streaming: plain values, sizes in bytes."""
@@ -211,7 +220,8 @@ class StreamedModelPatcher(HookedPatcher):
         return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in self.object_patches.values())
 
     def _host_patches(self) -> HostPatches:
-        return HostPatches(self, self.streamer.blocks.values, kind=self.streamed.kind)
+        values, kind = self.streamer.blocks.values, self.streamed.kind
+        return HostPatches(self, values, kind=kind, dynamic=self.would_be_dynamic)
 
     def reload(self, plan: Plan) -> None:
         """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.

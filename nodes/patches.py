@@ -10,6 +10,9 @@ that when it is kept on the card, and not when it is not. So ComfyUI's own image
 Ours is always the one that ComfyUI gives in this process when the whole model fits on the card. A quantised weight goes
 the same two ways, dequantised before and quantised with a new scale after.
 
+A process with dynamic VRAM runs some MODELs without it, and so goes the older way for them: each prompt with hooks on
+conditioning (``CFGGuider.inner_set_conds``), and the clones of nodes that ask for it, as that for torch.compile does.
+
 [Note: patchers of other packs]
 A pack may have a patcher of its own that patches weights in another way. That for GGUF files leaves patches beside a
 packed weight, whose layer applies them, and computes those of a float16 or float32 weight in float32 on any device. So
@@ -26,7 +29,6 @@ from typing import Any
 import comfy.float
 import comfy.lora
 import comfy.memory_management
-import comfy.model_management as mm
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -76,6 +78,7 @@ class HostPatches:
         values: the model's parameters and buffers, or some of them.
         device: where patches are computed; None is where the MODEL is.
         kind: the class of the patcher that the model came with, which may have a way of its own.
+        dynamic: whether the host would run this MODEL with dynamic VRAM.
 
     Raises:
         UnsupportedModelError: a patch addresses a weight that has two names; the host changes one of them alone.
@@ -87,8 +90,10 @@ class HostPatches:
         values: Iterable[Value],
         device: torch.device | None = None,
         kind: type[ModelPatcher] = ModelPatcher,
+        dynamic: bool = False,
     ) -> None:
         self._patcher = patcher
+        self._dynamic = dynamic
         self._theirs = _as_another(patcher, kind) if _has_its_own_way(kind) else None
         self._device = patcher.load_device if device is None else device
         self._module_bytes: Counter[str] = Counter()
@@ -100,7 +105,6 @@ class HostPatches:
                     "load this model with ComfyUI's own loader"
                 )
         self._patched: dict[str, bool] = {}
-        self._dynamic = comfy.memory_management.aimdo_enabled and not mm.is_device_cpu(patcher.load_device)
 
     def signature(self, name: str) -> PatchSignature | None:
         entries = self._patcher.patches.get(name)

@@ -27,7 +27,7 @@ from .text_encoder import step_of_text_encoder
 from .twins import lasting_difference, make_twin
 
 # Attributes of our own patchers, which those of the host do not have.
-OURS = {"settings", "node_id"}
+OURS = {"settings", "node_id", "without_dynamic", "prompt_has_hooks"}
 
 CHANGED = (
     "somebody has changed it since it was loaded ({}), and its loader gives it without that; connect this node "
@@ -78,7 +78,7 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
         UnsupportedModelError: nobody but us can load this model as it is.
     """
     check_what_hangs_on(patcher)
-    theirs = carry_over(patcher, _moved_by_host(patcher))
+    theirs = carry_over(patcher, _as_dynamic_as(patcher, _moved_by_host(patcher)))
     theirs.remove_additional_models(PARTS)
     theirs.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, ATTRIBUTE)
     return theirs
@@ -97,6 +97,15 @@ def _moved_by_host(patcher: StreamedModelPatcher) -> ModelPatcher:
             return theirs
         reason = CHANGED.format(name)
     raise UnsupportedModelError(reason)
+
+
+def _as_dynamic_as(patcher: StreamedModelPatcher, theirs: ModelPatcher) -> ModelPatcher:
+    if not (patcher.without_dynamic and theirs.is_dynamic()):
+        return theirs
+    try:
+        return theirs.clone(disable_dynamic=True)
+    except RuntimeError as error:  # The host cannot load it a second time.
+        raise UnsupportedModelError(f"it has been asked for without dynamic VRAM: {error}") from error
 
 
 def _check_files(patcher: StreamedModelPatcher) -> None:
@@ -161,7 +170,13 @@ def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
         raise UnsupportedModelError(f"its {type(source).__name__} cannot be rebuilt ({error})") from error
     vars(target).update(_use_of(state))
     target.size = target.model_size()
+    if isinstance(target, StreamedModelPatcher):
+        target.without_dynamic = _is_without_dynamic(source)
     return target
+
+
+def _is_without_dynamic(patcher: ModelPatcher) -> bool:
+    return patcher.without_dynamic if isinstance(patcher, StreamedModelPatcher) else not patcher.is_dynamic()
 
 
 def _use_of(patcher: ModelPatcher) -> dict[str, object]:

@@ -21,12 +21,13 @@ def main() -> None:
     import comfy_host
 
     comfy_host.start(Path(comfyui), flags)
+    import comfy.hooks
     import comfy.model_management as mm
     import comfy.sd
     import comfy.utils
     import folder_paths
     import torch
-    from sampling import LORA, MODEL, sample
+    from sampling import LORA, MODEL, sample, sample_with_hook
 
     for kind in ("diffusion_models", "loras"):
         folder_paths.add_model_folder_path(kind, models)
@@ -76,6 +77,17 @@ def main() -> None:
         agree[f"limit {limit} MB, memory given back"] = ours.status()["device_bytes"] == 0
         agree[f"limit {limit} MB, after unloading"] = torch.equal(sample(ours), expected[0.0])
         del ours
+    # The host runs these without dynamic VRAM, also where it has it.
+    with torch.inference_mode():
+        theirs, ours = comfy.sd.load_diffusion_model(str(Path(models) / MODEL)), load(13)
+    mode = comfy.hooks.EnumHookMode.MinVram
+    cases = {"plain": lambda model: model, "LoRA": lambda model: patched(model, 0.7)}
+    for name, dressed in cases.items():
+        clones = [dressed(model.clone(disable_dynamic=True)) for model in (theirs, ours)]
+        agree[f"{name} without dynamic VRAM"] = torch.equal(*map(sample, clones))
+        hooked = [sample_with_hook(dressed(model), mode) for model in (theirs, ours)]
+        agree[f"{name} with hooks"] = torch.equal(*hooked)
+        agree[f"{name} behind hooks"] = torch.equal(sample(dressed(ours)), sample(dressed(theirs)))
     expected = expect(dtype=torch.float8_e4m3fn)
     for limit in (7, 0):
         ours = load(limit, "fp8_e4m3fn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -110,24 +111,30 @@ def _in_backend(model: Any, method: str, calls: int, fault: Fault, happens: Call
             raise torch.OutOfMemoryError("no room")
         return real(*args)
 
+    before = vars(backend).get(method)  # Of another fault.
     setattr(backend, method, counted)
     try:
         yield
     finally:
-        delattr(backend, method)
+        del vars(backend)[method]
+        if before is not None:
+            setattr(backend, method, before)
 
 
 # -- between steps ---------------------------------------------------------------------------------------------------
 
 
 def _between_steps(model: Any, fault: Fault, happens: Callable[[], None]) -> None:
-    """Once, behind one of the steps: as when another node, or another prompt, needs the memory."""
-    left = 1 + int(fault.when * (STEPS - 1))
+    """Once, behind one of the steps: as when another node, or another prompt, needs the memory.
+
+    What hangs on the MODEL must not keep it: the host loses sight of one whose patchers the collector takes at once.
+    """
+    left, reference = 1 + int(fault.when * (STEPS - 1)), weakref.ref(model)
 
     def count(args: dict[str, Any]) -> torch.Tensor:
         nonlocal left
         left -= 1
-        if left == 0 and (patcher := _patcher_of(model, fault)) is not None:
+        if left == 0 and (patcher := _patcher_of(reference(), fault)) is not None:
             happens()
             if "unloaded" in fault.kind:
                 _unload(patcher)
