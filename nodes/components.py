@@ -107,6 +107,7 @@ def _streamed_on(patcher: StreamedModelPatcher, device: torch.device) -> Streame
         return _streamed_on(_carried(whole, anew(patcher, patcher.node_id)), device)  # All of it there.
     if streamer.state is State.UNLOADED and not same_device(streamer.backend.device, device):
         # Nobody runs it now, so what is built ahead is built for where it will run. Else it moves when it is loaded.
+        patcher.follow()  # Moving shows what was laid out.
         streamer.move_to(backend)
         streamer.prepare(obtainable(backend))
     moved = patcher.clone()

@@ -122,9 +122,7 @@ def _originals(patcher: ModelPatcher) -> AbstractContextManager[None]:
     if not isinstance(patcher, StreamedModelPatcher):
         return nullcontext()
     if all(streamer.state is State.UNLOADED for streamer in patcher.streamers):
-        for streamer in patcher.streamers:
-            streamer.check_files()
-        return nullcontext()  # What somebody has put in the place of originals stays there.
+        patcher.follow()  # Somebody may have put something in the place of originals.
     return patcher.originals()
 
 
