@@ -48,9 +48,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fresh_host() -> Iterator[None]:
     """No model of one test is loaded in the next."""
     yield
-    # The host alone would pass over devices that tests make up.
-    for device in {loaded.device for loaded in mm.current_loaded_models}:
-        mm.free_memory(1e32, device)
+    mm.unload_all_models()
+    for loaded in mm.current_loaded_models:  # On devices that tests make up, which the host passes over.
+        if loaded.model is not None:
+            loaded.model_unload()
+    mm.current_loaded_models.clear()
     mm.cleanup_models_gc()
 
 
