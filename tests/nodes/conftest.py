@@ -49,10 +49,7 @@ def fresh_host() -> Iterator[None]:
     """No model of one test is loaded in the next."""
     yield
     mm.unload_all_models()
-    for loaded in mm.current_loaded_models:  # On devices that tests make up, which the host passes over.
-        if loaded.model is not None:
-            loaded.model_unload()
-    mm.current_loaded_models.clear()
+    mm.current_loaded_models.clear()  # On devices that tests make up, which the host passes over.
     mm.cleanup_models_gc()
 
 
