@@ -33,7 +33,8 @@ def follow(patcher: StreamedModelPatcher) -> None:
         UnsupportedModelError: what is there now cannot be laid out; the model is unloaded then.
     """
     streamers = patcher.streamers
-    changes = [streamer.changes() for streamer in streamers]
+    changes = [streamer.changes(patcher.streamed.exchanged) for streamer in streamers]
+    patcher.streamed.exchanged.clear()
     moved = _is_built_otherwise(patcher.model, streamers)
     if not (moved or any(changes)):
         return

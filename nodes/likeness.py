@@ -1,18 +1,18 @@
 """Whether two models compute the same: their modules, what somebody has put on those, their settings and weights.
 
 What a loader makes once more is taken for the model that came in only where both are alike, since somebody may have
-changed that one in place. Of a large weight samples are compared, all over it, because all of it would have to be read
-for that; a change of a few numbers in one is not seen.
+changed that one in place, were it one number.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..streaming import take_apart
 from ..streaming.entries import Method
+from .equality import first_difference
 from .loaded_state import ON_MODELS, ON_MODULES
 from .noted_dtypes import NOTE, PLAIN, noted_dtype
 from .patcher import StreamedModelPatcher
@@ -27,10 +28,6 @@ from .streamed_model import ATTRIBUTE
 from .text_encoder import StepCall
 
 OUR_PACKAGE = __name__.rpartition(".nodes.")[0]
-
-# Weights of at most so many bytes are compared whole, and of larger ones so many elements, from the first to the last.
-WHOLE = 2 * 1024**2
-SAMPLES = 256
 
 # What the host writes to modules while it loads and runs a model.
 ABOUT_LOADING = {"device", "training", "seed_key", "comfy_cast_weights", "prev_comfy_cast_weights", "skip_injection"}
@@ -80,11 +77,14 @@ def difference(one: Held, other: Held, dtypes: bool = True) -> str:
     for this, that in zip_longest(_modules(one.model), _modules(other.model)):
         if this != that:
             return (that or this)[0] or type(other.model).__name__
-    for (name, this, dtype), (_, that, wanted) in zip(_tensors(one), _tensors(other), strict=True):
-        same_dtypes = not dtypes or None in (dtype, wanted) or dtype == wanted
-        if not (same_dtypes and _same_values(this, that)):
+    pairs = []
+    for (name, this, dtype), (other_name, that, wanted) in zip(_tensors(one), _tensors(other), strict=False):
+        if name != other_name:
+            return name  # A module is there twice, and its tensors once.
+        if dtypes and None not in (dtype, wanted) and dtype != wanted:
             return name
-    return ""
+        pairs.append((name, this, that))
+    return first_difference(pairs)
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def _modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
         held = {**module._parameters, **module._buffers}
         shapes = {name: tensor.shape for name, tensor in held.items() if tensor is not None}
         hooks = [hook for kind in HOOKS for hook in vars(module)[kind].values() if not is_our_hook(hook)]
-        yield name, (_name(type(module)), _attributes(module), shapes, _described(hooks, DEPTH))
+        yield name, (_class(type(module)), _attributes(module), shapes, _described(hooks, DEPTH))
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
@@ -117,6 +117,12 @@ def _attributes(module: torch.nn.Module) -> dict[str, Any]:
 def is_our_hook(hook: Any) -> bool:
     """Whether a hook on a module is one of this pack."""
     return _name(hook)[0].startswith(f"{OUR_PACKAGE}.")
+
+
+def _class(kind: type) -> tuple[tuple[str, str], list[CodeType]]:
+    """Its name, and the code of its methods: a pack may have put a class of the same name in its place."""
+    methods = [value for name, value in sorted(vars(kind).items()) if isinstance(value, FunctionType)]
+    return _name(kind), [method.__code__ for method in methods]
 
 
 def _name(thing: Any) -> tuple[str, str]:
@@ -171,7 +177,8 @@ def _cell(cell: Any) -> Any:
 def _described_tensor(tensor: torch.Tensor) -> Any:
     if type(tensor) not in PLAIN or tensor.is_meta or tensor.layout != torch.strided:
         return str(type(tensor)), tuple(tensor.shape)
-    return tuple(tensor.shape), str(tensor.dtype), _samples(tensor.detach()).contiguous().view(torch.uint8).tolist()
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return tuple(tensor.shape), str(tensor.dtype), hashlib.blake2b(data.numpy()).hexdigest()
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -197,25 +204,3 @@ def _tensors(held: Held) -> Iterator[tuple[str, torch.Tensor, torch.dtype | None
             dtype = noted_dtype(module, name) if held.by_note else tensor.dtype
             for part in parts.values():
                 yield full, part, dtype if len(parts) == 1 else None
-
-
-def _same_values(one: torch.Tensor, two: torch.Tensor) -> bool:
-    if one.shape != two.shape:
-        return False
-    if one.is_meta or two.is_meta:
-        return one.is_meta == two.is_meta  # What no file had, and nobody has used.
-    first, second = _samples(one), _samples(two)
-    return _equal(first.to(second.dtype), second) or _equal(first, second.to(first.dtype))
-
-
-def _equal(one: torch.Tensor, two: torch.Tensor) -> bool:
-    if one.is_floating_point() and one.element_size() < 4:
-        one, two = one.float(), two.float()  # Some kinds of float8 cannot be compared.
-    return bool(((one == two) | ((one != one) & (two != two))).all())
-
-
-def _samples(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.flatten()
-    if tensor.nbytes > WHOLE:
-        flat = flat[torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)]
-    return flat.cpu()

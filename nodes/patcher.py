@@ -13,6 +13,7 @@ import comfy.model_management as mm
 import torch
 
 from ..streaming import Plan, State, Streamer, format_bytes
+from ..streaming.shown import shown
 from . import hosts
 from .devices import has_dynamic_vram, make_backend, same_device, unload
 from .following import follow
@@ -129,9 +130,14 @@ class StreamedModelPatcher(HookedPatcher):
         """
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
+            stays = self._stays_patched
             # Object patches may be another clone's; its weights stay, and only what differs is written anew.
             self.unpatch_model(self.offload_device, unpatch_weights=False)
-            self.patch_model(load_weights=False)
+            if stays:
+                super().patch_model(load_weights=False)
+                self.streamed.exchanged.clear()
+            else:
+                self.patch_model(load_weights=False)
             try:
                 self.load(device_to, lowvram_model_memory=before + extra_memory)
             except BaseException:
@@ -207,7 +213,27 @@ class StreamedModelPatcher(HookedPatcher):
             self._restore_modules()
             self._tell_host(device_to)
             self.model.current_weight_patches_uuid = None
+        self.streamed.exchanged |= self.object_patches_backup.keys()
         super().unpatch_model(device_to=None, unpatch_weights=False, **options)
+
+    def patch_model(self, *args: Any, **options: Any) -> Any:
+        """Put object patches in; of weights that they replace what an unloaded model shows is kept, which lasts."""
+        new = self.object_patches.keys() - self.object_patches_backup.keys()
+        if new.isdisjoint(name for value in self._values for name in value.names):
+            return super().patch_model(*args, **options)
+        self.follow()
+        replaced = {name: shown(value) for value in self._values for name in new.intersection(value.names)}
+        patched = super().patch_model(*args, **options)
+        self.object_patches_backup.update(replaced)
+        self.streamed.exchanged |= new
+        return patched
+
+    @property
+    def _stays_patched(self) -> bool:
+        """Whether the host, without dynamic VRAM, would take all weights for patched, since these very patches are in
+        them. It patches none then, also not one that an object patch puts in anew."""
+        same = self.model.current_weight_patches_uuid == self.patches_uuid
+        return same and self.is_whole and not self.would_be_dynamic
 
     @property
     def _turns(self) -> bool:

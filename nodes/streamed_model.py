@@ -45,6 +45,7 @@ class StreamedModel:
         origin: gives the patcher that came in, of a model that another node has loaded.
         loaded: the patcher whose patches are in the weights.
         hooks: the group of the host's hooks that is in the weights too (hooked.py).
+        exchanged: where object patches have come or gone since that was followed, by name (following.py).
         boundary: between devices, of a model whose blocks run on several (parts.py).
         shares: which blocks run where, of such a model.
         placed: its blocks, and where they run.
@@ -61,6 +62,7 @@ class StreamedModel:
     origin: Callable[[], ModelPatcher | None] = lambda: None
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
     hooks: Any = None
+    exchanged: set[str] = field(default_factory=set)
     boundary: Boundary | None = None
     shares: Shares | None = None
     placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()

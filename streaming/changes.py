@@ -6,7 +6,7 @@ weight that carries patches goes with these, as with the host, whose backup come
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -60,8 +60,14 @@ def _put(place: Place, tensor: torch.Tensor | None) -> None:
         place.holder[place.attribute] = tensor
 
 
-def find_changes(copies: UnitCopies) -> Iterator[Change]:
-    """The changes of one unit, of which no block runs and nothing is on its way."""
+def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset()) -> Iterator[Change]:
+    """The changes of one unit, of which no block runs and nothing is on its way.
+
+    Args:
+        copies: of the unit.
+        exchanged: full names of those in whose place the host has put something else, for as long as a MODEL is loaded.
+            That is a change also where the copy carries patches, which are for what is there now.
+    """
     home, weights = copies.bound, copies.bound_weights
     copies.note_writes()
     for value in copies.unit.layout.values:
@@ -69,7 +75,7 @@ def find_changes(copies: UnitCopies) -> Iterator[Change]:
         replaced = home.replaced(value)
         if home.moved(value):
             replaced += [(place, home.holds(value)) for place in value.places]
-        if patched:
+        if patched and exchanged.isdisjoint(value.names):
             replaced = [pair for pair in replaced if not _absorbed(copies, value, pair[1])]
         yield from (Change(value, place, present, _kept(present)) for place, present in replaced)
         if replaced or patched:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 
 import torch
 
@@ -131,9 +131,9 @@ class Placement:
 
     # -- what others do to it ------------------------------------------------------------------------------------
 
-    def changes(self) -> Changes:
+    def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
         """What somebody has written to, exchanged or deleted; no block runs, and nothing is on its way."""
-        return Changes(change for copies in (*self._copies, self._rest) for change in find_changes(copies))
+        return Changes(change for copies in (*self._copies, self._rest) for change in find_changes(copies, exchanged))
 
     def settle(self) -> None:
         """What somebody has written to weights was undone."""

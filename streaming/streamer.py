@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -355,12 +355,15 @@ class Streamer:
 
     # -- what others do to the model -----------------------------------------------------------------------------
 
-    def changes(self) -> Changes:
+    def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
         """What somebody has written to, exchanged or deleted since the model was laid out; not while a block runs.
 
         What hooks of the host have written is undone later, and is none.
+
+        Args:
+            exchanged: full names of those that the host itself exchanges while a model is loaded.
         """
-        return Changes() if self._lent else self.site.placement.changes()
+        return Changes() if self._lent else self.site.placement.changes(exchanged)
 
     def _last_changes(self) -> Changes:
         try:

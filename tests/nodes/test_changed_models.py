@@ -407,3 +407,64 @@ def test_gradients_through_what_streams_are_refused(ways: dict[str, Make]) -> No
     with pytest.raises(GradientError, match=r"recorded through diffusion_model\.double_blocks\.\d, which streams"):
         model.model.diffusion_model(x, torch.tensor([0.5]), **inputs)
     assert torch.equal(sample(model), latents)
+
+
+def weight_exchanged_by_a_patch(model: Any) -> Any:
+    name = "diffusion_model.single_blocks.1.linear2.weight"
+    model = with_lora(model, 0.8)
+    other = model.get_model_object(name).detach().clone() * 1.5
+    model.add_object_patch(name, nn.Parameter(other, requires_grad=False))
+    return model
+
+
+@pytest.mark.parametrize("order", ["xx-x-", "-x-xx"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_an_object_patch_exchanges_has_patches_while_it_is_there(
+    ways: dict[str, Make], way: str, order: str
+) -> None:
+    """ComfyUI patches it when it loads these patches, and not where the same MODEL runs twice without a break."""
+
+    def latents(plain: Any) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            exchanged = weight_exchanged_by_a_patch(plain)
+        return [sample(exchanged if one == "x" else plain) for one in order]
+
+    expected = latents(from_host())
+    mm.unload_all_models()
+    found = latents(ways[way]())
+    assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(order)
+
+
+# -- before the first run, and then on another device ------------------------------------------------------------------
+
+
+def set_parameter(model: Any) -> None:
+    layer = model.model.diffusion_model.single_blocks[1].linear2
+    layer.weight = nn.Parameter(layer.weight.detach().clone() * 1.5, requires_grad=False)
+
+
+def swap_weights(model: Any) -> None:
+    one, other = (model.model.diffusion_model.single_blocks[number].linear2 for number in (0, 3))
+    one.weight, other.weight = other.weight, one.weight
+
+
+def tie_weights(model: Any) -> None:
+    one, other = (model.model.diffusion_model.single_blocks[number].linear2 for number in (1, 2))
+    one.weight = other.weight
+
+
+@pytest.mark.parametrize("write", [set_parameter, swap_weights, tie_weights, take_bias_away, scale])
+@pytest.mark.parametrize("inputs", [{"devices": "gpu:1"}, {"split": "equal"}], ids=["other", "split"])
+def test_what_was_changed_before_it_was_placed_counts(
+    models: Any, machine: Machine, write: Write, inputs: dict[str, str]
+) -> None:
+    theirs = from_host()
+    change(theirs, write)
+    expected = sample(theirs)
+    mm.unload_all_models()
+    machine(2, 30 * MB)
+    with torch.inference_mode():
+        model = load_streamed(str(models / MODEL), {})
+        write(model)
+        placed = place(model, **inputs)[0]
+    assert torch.equal(sample(placed), expected)

@@ -15,7 +15,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import load_file, save_file
 from sampling import MODEL, sample, with_lora
-from weightstream.nodes.likeness import WHOLE, difference, held_by
+from weightstream.nodes.equality import PIECE
+from weightstream.nodes.likeness import difference, held_by
 from weightstream.nodes.twins import build_like, factory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +55,12 @@ def of_another_class(layer: torch.nn.Module) -> None:
     layer.__class__ = type("Other", (type(layer),), {})
 
 
+def of_a_class_of_the_same_name(layer: torch.nn.Module) -> None:
+    kind = type(layer)
+    methods = {"forward": lambda self, x: kind.forward(self, x) * 2, "__qualname__": kind.__qualname__}
+    layer.__class__ = type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+
+
 # Of a layer, by what is changed.
 CHANGES: dict[str, Callable[[Any], object]] = {
     "hook behind": lambda layer: layer.register_forward_hook(lambda module, inputs, output: output * 2),
@@ -63,6 +70,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "partial": lambda layer: setattr(layer, "forward", functools.partial(torch.mul, 2.0)),
     "object": lambda layer: setattr(layer, "forward", Scale(2.0)),
     "class": of_another_class,
+    "class of the same name": of_a_class_of_the_same_name,
     "number": lambda layer: setattr(layer, "in_features", 7),
     "not a number": lambda layer: setattr(layer, "in_features", float("nan")),
     "tensor beside": lambda layer: setattr(layer, "extra", [torch.ones(2)]),
@@ -146,7 +154,7 @@ def test_two_functions_made_at_one_place_are_not_the_same() -> None:
 
 
 def test_not_a_number_is_what_it_is(models: Path, tmp_path: Path) -> None:
-    """Also where samples are taken, and in every dtype; else such a model would be loaded anew whenever a node runs."""
+    """In every dtype; else such a model would be loaded anew whenever a node runs."""
     tensors = {name: tensor.clone() for name, tensor in load_file(models / MODEL).items()}
     weight = tensors["single_blocks.3.linear2.weight"]
     weight[0, 0] = weight[-1, -1] = weight[5] = float("nan")
@@ -160,16 +168,20 @@ def test_not_a_number_is_what_it_is(models: Path, tmp_path: Path) -> None:
         assert not is_alike(patcher)
 
 
-def test_large_weights_are_compared_all_over() -> None:
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_one_number_of_a_large_weight_makes_a_difference(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """A file's dtype may be another than that of the model: what is compared of each must not hang on its bytes."""
+
     def holding(weight: torch.Tensor) -> ModelPatcher:
         layer = torch.nn.Linear(1, 1)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         layer.bias = None
         return ModelPatcher(layer, torch.device("cpu"), torch.device("cpu"))
 
-    weight = torch.zeros(1024, WHOLE // 1024)
-    for part in (slice(0, 16), slice(-16, None), slice(500, 516)):
-        other = weight.clone()
-        other[part] += 1
-        assert difference(held_by(holding(weight)), held_by(holding(other))) == "weight"
-    assert difference(held_by(holding(weight)), held_by(holding(weight.clone()))) == ""
+    first, second = dtypes
+    weight = torch.randn(1024, PIECE // 512, generator=torch.Generator().manual_seed(1)).to(first)
+    for row, column in ((0, 0), (-1, -1), (500, 77)):
+        other = weight.to(second, copy=True)
+        other[row, column] += 1
+        assert difference(held_by(holding(weight)), held_by(holding(other)), dtypes=False) == "weight"
+    assert difference(held_by(holding(weight)), held_by(holding(weight.to(second, copy=True))), dtypes=False) == ""
