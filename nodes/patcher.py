@@ -202,7 +202,7 @@ class StreamedModelPatcher(HookedPatcher):
         """Restore object patches and, with ``unpatch_weights``, take all weights off the device."""
         if unpatch_weights:
             self.unpatch_hooks()
-            if self.streamer.state is not State.UNLOADED:
+            if self.streamer.state is not State.UNLOADED and self.streamer.has_model:
                 self.streamed.guard(load_when_called(self.hooked))
             self.streamer.unload()
             if self.streamed.boundary is not None:

@@ -117,6 +117,11 @@ class Streamer:
         return root
 
     @property
+    def has_model(self) -> bool:
+        """Whether somebody still has the model."""
+        return self._root() is not None
+
+    @property
     def running(self) -> bool:
         """Whether a step runs, or a plan is carried out."""
         return self._depth > 0

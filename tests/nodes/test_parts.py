@@ -348,3 +348,17 @@ def test_parts_have_the_patches_of_the_clone_that_is_loaded_alone(split_model: S
         mm.load_models_gpu([model])
     assert [part.streamed.loaded() for part in model.parts] == model.parts
     assert torch.equal(sample(model), sample(native))
+
+
+def test_a_part_whose_model_nobody_has_any_more_is_unloaded(split_model: Split, native: ModelPatcher) -> None:
+    """On GPUs the host has the part in its list for as long as somebody holds it."""
+    model = split_model(30 * MB, 30 * MB)
+    sample(model)
+    (part,), gone = model.parts, weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert part.streamer.state is State.LOADED
+    mm.unload_all_models()
+    part.detach()
+    assert part.loaded_size() == 0
