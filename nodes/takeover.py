@@ -27,7 +27,7 @@ from .text_encoder import step_of_text_encoder
 from .twins import lasting_difference, make_twin
 
 # Attributes of our own patchers, which those of the host do not have.
-OURS = {"settings", "node_id", "without_dynamic", "prompt_has_hooks"}
+OF_OUR_PATCHERS = {"settings", "node_id", "without_dynamic", "prompt_has_hooks"}
 
 CHANGED = (
     "somebody has changed it since it was loaded ({}), and its loader gives it without that; connect this node "
@@ -181,7 +181,7 @@ def _is_without_dynamic(patcher: ModelPatcher) -> bool:
 
 def _use_of(patcher: ModelPatcher) -> dict[str, object]:
     """What a patcher has for its use of its model (hosts.py, Note: of the model, or of its use)."""
-    of_the_model = what_is_of_the_model(patcher) | OURS
+    of_the_model = what_is_of_the_model(patcher) | OF_OUR_PATCHERS
     return {name: value for name, value in vars(patcher).items() if name not in of_the_model}
 
 

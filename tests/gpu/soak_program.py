@@ -47,6 +47,7 @@ class Soak:
     Attributes:
         ended: how prompts ended, and how often so.
         features, faults, hit: what prompts had, what was to go wrong in them, and what did.
+        said: the errors of prompts that ended early for a fault.
         failures: prompts with another latent, or with an error that nobody could expect.
     """
 
@@ -57,6 +58,7 @@ class Soak:
         self.features: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.hit: Counter[str] = Counter()
+        self.said: Counter[str] = Counter()
         self.failures: list[dict[str, Any]] = []
 
     def ask_for(self, prompt: Prompt) -> None:
@@ -107,9 +109,13 @@ class Soak:
     def _said(self, error: Exception, hit: Counter[str]) -> str | None:
         """How a prompt ended whose error says honestly what happened; None for another error."""
         if type(error).__name__ == "StepNotRepeatedError":
+            self.said[str(error)] += 1
             return "said that the step cannot be run again"
-        full = any("memory runs out" in kind for kind in hit) and "memory" in f"{type(error).__name__} {error}".lower()
-        return "said that memory ran out" if full or (hit and "no room" in str(error)) else None
+        text = f"{type(error).__name__}: {error}"
+        if any("memory runs out" in kind for kind in hit) and ("memory" in text.lower() or "no room" in text):
+            self.said[text.splitlines()[0]] += 1
+            return "said that memory ran out"
+        return None
 
     def _failed(self, prompt: Prompt, when: str, hit: Counter[str], why: BaseException | float) -> str:
         text = f"the latent differs by {why}" if isinstance(why, float) else f"{type(why).__name__}: {why}"
@@ -166,6 +172,7 @@ def main() -> None:
         "features": soak.features,
         "planned": soak.faults,
         "happened": soak.hit,
+        "said": soak.said,
         "steps_run_again": again.count,
         "failures": soak.failures,
     }

@@ -18,6 +18,9 @@ SEED = os.environ.get("WEIGHTSTREAM_SOAK_SEED", "1")
 # Many times what a prompt takes, and then the host's start.
 PROMPT_SECONDS, START_SECONDS = 20, 240
 
+# 0.96 to 1 of 50 were seen; one in ten is interrupted or ends where a single copy fails while the model is loaded.
+LEAST_SAME = 0.8
+
 FLAGS = {"static": ["--disable-dynamic-vram"], "dynamic": []}
 
 
@@ -36,4 +39,8 @@ def test_every_latent_is_the_hosts(tmp_path: Path, flags: list[str], devices: in
     )
     assert result.returncode == 0, result.stderr[-4000:]
     print(result.stdout)
-    assert json.loads(result.stdout.splitlines()[-1])["failures"] == []
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["failures"] == []
+    # Errors that say honestly what happened pass too, so they must be few.
+    assert found["ended"]["same"] >= LEAST_SAME * PROMPTS
+    assert found["steps_run_again"] > 0
