@@ -38,6 +38,30 @@ def hypertile(model: Any, swap_size: int) -> Any:
     return output(HyperTile.execute(model, 32, swap_size, 1, True))
 
 
+def relight(model: Any) -> Any:
+    """As IC-Light: the first convolution takes four channels more, of a picture, and patches are for what is there then,
+    of which one is larger than the weight that the model came with."""
+    first, last = "diffusion_model.input_blocks.0.0", "diffusion_model.out.2"
+    generator = torch.Generator().manual_seed(5)
+    model = model.clone()
+    old = model.get_model_object(first)
+    wider = torch.nn.Conv2d(8, old.out_channels, 3, padding=1).requires_grad_(False)
+    wider.weight.zero_()
+    wider.weight[:, :4] = old.weight
+    wider.bias.copy_(old.bias)
+    model.add_object_patch(first, wider)
+    shapes = {f"{first}.weight": wider.weight.shape, f"{last}.weight": model.get_model_object(last).weight.shape}
+    model.add_patches({name: (0.05 * torch.randn(shape, generator=generator),) for name, shape in shapes.items()}, 0.8)
+    picture = torch.randn(1, 4, 16, 16, generator=generator)
+
+    def with_picture(apply: Any, args: dict[str, Any]) -> torch.Tensor:
+        shown = picture.to(args["input"]).expand(len(args["input"]), -1, -1, -1)
+        return apply(args["input"], args["timestep"], **{**args["c"], "c_concat": shown})
+
+    model.set_model_unet_function_wrapper(with_picture)
+    return model
+
+
 NODES: dict[str, Change] = {
     "FreeU": lambda model: output(FreeU.execute(model, 1.1, 1.2, 0.9, 0.2)),
     "FreeU_V2": lambda model: output(FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)),
@@ -47,6 +71,7 @@ NODES: dict[str, Change] = {
     "deep shrink before the skip": lambda model: deep_shrink(model, 4, False),
     "PerturbedAttentionGuidance": lambda model: output(PerturbedAttentionGuidance.execute(model, 3.0)),
     "SelfAttentionGuidance": lambda model: output(SelfAttentionGuidance.execute(model, 0.5, 2.0)),
+    "IC-Light": relight,
     "TomePatchModel": lambda model: output(TomePatchModel.execute(model, 0.5)),
 }
 
