@@ -39,7 +39,7 @@ def hypertile(model: Any, swap_size: int) -> Any:
 
 
 def relight(model: Any) -> Any:
-    """As IC-Light: the first convolution takes four channels more, of a picture, and patches are for what is there then;
+    """As IC-Light: the first convolution takes four channels more, of a picture, and patches are for what is there;
     one is larger than the weight that the model came with."""
     first, last = "diffusion_model.input_blocks.0.0", "diffusion_model.out.2"
     generator = torch.Generator().manual_seed(5)
