@@ -94,9 +94,10 @@ def home_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, comp
             made = forms.get(value.name, value.form).assemble(iter(own))
             if value.is_plain and not computes:
                 held = watch(apart(made), value.specs[0], value.is_parameter)
+                tensors[value.name] = held, [held.counter]
             else:
                 held = bound(value, made)
-            tensors[value.name] = held, [held] if value.is_plain else own
+                tensors[value.name] = held, [held] if value.is_plain else own
         return Home(layout, tensors)
 
 
