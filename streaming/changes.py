@@ -157,12 +157,19 @@ def _kept(tensor: torch.Tensor | None, copy: bool = False) -> torch.Tensor | Non
         return None
     tensor = settled(tensor)
     if _is_plain(tensor):
-        is_parameter = isinstance(tensor, nn.Parameter)
+        is_parameter, copy = isinstance(tensor, nn.Parameter), copy or _is_lent(tensor)
         with torch.inference_mode(False):
             tensor = memory_of(tensor)
             tensor = tensor.clone() if tensor.is_inference() else tensor.to("cpu", copy=copy)
             return nn.Parameter(tensor.cpu(), requires_grad=False) if is_parameter else tensor.cpu()
     return tensor if tensor.device.type in ("cpu", "meta") else tensor.to("cpu")
+
+
+def _is_lent(tensor: torch.Tensor) -> bool:
+    """Whether it lies in memory of a copy of ours, which is used for others when that goes."""
+    if isinstance(tensor, Watched):
+        return tensor.spec is None or memory_of(tensor).data_ptr() != tensor.spec.original.data_ptr()
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 class Changes(tuple[Change, ...]):

@@ -183,6 +183,8 @@ def apart(tensor: torch.Tensor) -> torch.Tensor:
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a tensor, for us alone: it does not count as handed out."""
+    if not isinstance(tensor, Watched):
+        return _data.__get__(tensor)
     with torch._C.DisableTorchFunctionSubclass():
         return _data.__get__(tensor)
 

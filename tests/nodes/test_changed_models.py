@@ -448,6 +448,65 @@ def test_another_sampling_of_the_model_does_not_make_it_learn_anew(ways: dict[st
         assert model.streamer.state is State.LOADED
 
 
+# -- blocks that share weights -----------------------------------------------------------------------------------------
+
+
+def tie_weights(model: Any) -> None:
+    blocks = model.model.diffusion_model.single_blocks
+    blocks[0].linear1.weight = blocks[3].linear1.weight
+
+
+def tie_layers(model: Any) -> None:
+    blocks = model.model.diffusion_model.single_blocks
+    blocks[0].linear2 = blocks[3].linear2
+
+
+@pytest.mark.parametrize(
+    ("write", "moment"), [(tie_weights, before_loading), (tie_layers, before_loading), (tie_layers, while_loaded)]
+)
+def test_blocks_on_several_devices_that_come_to_share_weights_run_on_one(
+    ways: dict[str, Make], native: Any, caplog: pytest.LogCaptureFixture, write: Write, moment: Any
+) -> None:
+    expected = moment(from_host, write)
+    assert not torch.equal(expected[0], sample(native))
+    mm.unload_all_models()
+    model = ways["split"]()
+    with caplog.at_level("INFO"):
+        found = moment(lambda: model, write)
+    assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(expected)
+    assert "all blocks run on virtual:0: single_blocks.0 shares weights" in caplog.text.replace("diffusion_model.", "")
+    assert [bool(streamer.blocks.blocks) for streamer in model.streamers] == [True, False]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_in_the_place_of_another_does_not_go_with_the_copy_that_it_was_of(
+    ways: dict[str, Make], way: str
+) -> None:
+    expected = while_loaded(from_host, tie_weights)[0]
+    mm.unload_all_models()
+    model = ways[way]()
+    sample(model)
+    change(model, tie_weights)
+    for _ in range(3):
+        assert torch.equal(sample(model), expected)
+        for streamer in model.streamers:
+            streamer.give_up_masters(1 << 40)
+        mm.unload_all_models()
+
+
+def test_blocks_that_share_no_weights_any_more_run_on_several_devices(ways: dict[str, Make], native: Any) -> None:
+    model = ways["split"]()
+    block = model.model.diffusion_model.single_blocks[0]
+    before = block.linear2
+    change(model, tie_layers)
+    sample(model)
+    block.linear2 = before
+    for _ in range(3):
+        mm.unload_all_models()
+        assert torch.equal(sample(model), sample(native))
+    assert all(streamer.blocks.blocks for streamer in model.streamers)
+
+
 # -- before the first load ---------------------------------------------------------------------------------------------
 
 
