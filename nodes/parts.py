@@ -5,6 +5,10 @@ The host gives memory to patchers, each on one device: it makes room there, says
 away again. So what a model has on another device than its own belongs to a patcher of its own, which hangs on the MODEL
 as an additional model (``additional_models``): the host loads those with it, clones them with it, and asks them for
 memory alone. Steps are run by the MODEL, each around the steps of its parts.
+
+[Note: held parts]
+A step in which somebody takes weights away runs again, and who has taken them mostly does so again. A part has weights
+alone, so it can keep them until that step is over, and goes then.
 """
 
 from __future__ import annotations
@@ -54,9 +58,31 @@ class PartPatcher(StreamedModelPatcher):
     def wrap_steps(self) -> None:
         """The MODEL runs them."""
 
+    def hold(self) -> None:
+        """A step that runs again keeps what is here until :meth:`let_go`, whoever takes it (Note: held parts)."""
+        self.streamed.held = True
+
+    def let_go(self) -> None:
+        """The step is over: what somebody has taken meanwhile goes."""
+        self.streamed.held = False
+        if self.streamed.leaves:
+            self.streamed.leaves = False
+            self.unpatch_model(self.offload_device)
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> float:
+        return 0.0 if self.streamed.held else super().partially_unload(*args, **kwargs)
+
+    def unpatch_model(
+        self, device_to: torch.device | None = None, unpatch_weights: bool = True, **options: Any
+    ) -> None:
+        if self.streamed.held and unpatch_weights:
+            self.streamed.leaves = True
+        else:
+            super().unpatch_model(device_to, unpatch_weights, **options)
+
     def load(self, *args: Any, **kwargs: Any) -> None:
         """As for a whole MODEL. Where there is no room even for the least, it stays unloaded, and a step finds that."""
-        self.settings = self._owner.settings
+        self.settings, self.streamed.leaves = self._owner.settings, False
         try:
             super().load(*args, **kwargs)
         except Exception as error:

@@ -193,6 +193,8 @@ class StreamedModelPatcher(HookedPatcher):
         with self.use_ejected():
             self.unpatch_hooks()
             freed = self.streamer.give_way(int(memory_to_free))
+            if self.streamer.state is State.REDUCED:
+                self.streamed.guard(load_when_called(self.hooked))
             self._tell_host(self.load_device)
         return freed
 

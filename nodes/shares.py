@@ -7,8 +7,8 @@ count as soon as there are some. A device that has no room for the least that st
 middle of a prompt too, and the step is run again, for as long as there is another device. The home then keeps what is
 in no block. A device gets its share again as it would any other.
 
-A model all of whose blocks must run where other nodes' tensors are (``Boundary.out_of_reach``) has them at home for as
-long as it is so.
+A model all of whose blocks must run where other nodes' tensors are (``Boundary.out_of_reach``), or some of whose blocks
+have come to share tensors, has them at home for as long as it is so.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Shares:
         self._wanted = wanted
         self._advised = 0
         self._had_at_home = False
+        self._tied: list[str] = []
 
     def begin(self, backends: Sequence[Backend], settings: OffloadSettings) -> Distribution:
         """Give out all blocks for the first time. Some devices may get none, and do not count from now on."""
@@ -90,15 +91,19 @@ class Shares:
         return found
 
     def take_up(self, patcher: StreamedModelPatcher, blocks: BlockSet) -> None:
-        """The model of ``patcher`` was cut anew. Where it has as many blocks as before they stay where they are.
-
-        Raises:
-            UnsupportedModelError: its blocks share tensors.
-        """
-        check_parts(blocks)
+        """The model of ``patcher`` was cut anew. Where it has as many blocks as before they stay where they are, unless
+        they share tensors now."""
         self._blocks = blocks
         self._sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
-        if len(blocks.blocks) != len(self.assignment.devices):
+        self._tied = [block.name for block in blocks.blocks if block.tied]
+        if self._tied:
+            home = patcher.streamer.backend.name
+            text = (
+                f"all blocks run on {home}: {self._tied[0]} shares weights with another block, since somebody has "
+                "changed the model"
+            )
+            self.assignment = self._best(self._rooms_at_home(patcher, text))
+        elif len(blocks.blocks) != len(self.assignment.devices):
             self.assignment = self._best(self._rooms(patcher))
 
     def part(self, device: int) -> BlockSet:
@@ -121,7 +126,7 @@ class Shares:
         due, self.due = self.due, False
         if blocks := boundary.out_of_reach():
             self._have_at_home(patcher, blocks[0])
-        elif due:
+        elif due and not self._tied:
             self._reconsider(patcher)
         full: list[StreamedModelPatcher] = []
         while True:
@@ -133,7 +138,7 @@ class Shares:
                 found = (one for one in (patcher, *patcher.parts) if one not in full and one.streamer.blocks.blocks)
                 broken = [one for one in found if one.streamer.backend.is_named(error, boundary.broke_on)]
                 full += broken[:1]
-                if not broken or len(full) > len(patcher.parts):
+                if not broken or len(full) > len(patcher.parts) or self._tied:
                     raise
             finally:
                 boundary.settle()  # For an interrupt, which is no Exception, torch runs no hook.
@@ -173,12 +178,17 @@ class Shares:
             f"all blocks run on {home}: the model is compiled, and {name} holds functions of another node, whose "
             f"tensors are there. Without compiling, or without that node, they run on all devices"
         )
+        rooms = self._rooms_at_home(patcher, text)
+        self._carry_out(patcher, self._best(rooms), rooms)
+
+    def _rooms_at_home(self, patcher: StreamedModelPatcher, text: str) -> list[DeviceRoom]:
+        """Say, by ``text``, that all blocks are on the MODEL's own device from now on; gives the room that there is
+        then."""
         status.announce(patcher.streamed.name, text, patcher.node_id)
         keep_notice("fallback", patcher.streamed.title, text, patcher.node_id, patcher.streamed)
         self._had_at_home = True
         pairs = zip([patcher, *patcher.parts], self._rooms(patcher), strict=True)
-        rooms = [room if one is patcher else DeviceRoom(0.0) for one, room in pairs]
-        self._carry_out(patcher, self._best(rooms), rooms)
+        return [room if one is patcher else DeviceRoom(0.0) for one, room in pairs]
 
     def _leave_out(self, patcher: StreamedModelPatcher, full: Sequence[StreamedModelPatcher]) -> None:
         everybody = [patcher, *patcher.parts]

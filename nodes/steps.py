@@ -44,7 +44,13 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
         lambda: int(patcher.memory_required(x.shape)),
     )
     shares = patcher.streamed.shares
-    return step() if shares is None else shares.run(patcher, step)
+    if shares is None:
+        return step()
+    try:
+        return shares.run(patcher, step)
+    finally:
+        for part in patcher.parts:
+            part.let_go()
 
 
 def _roots_of(executor: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -75,22 +81,29 @@ def _with_hooks(patcher: StreamedModelPatcher, hooks: Any, forward: Callable[[],
     if not patcher.is_whole:
         raise _moved(patcher)  # On one of several devices, and this is another, which runs its part again.
     patcher.put_hooks_on(hooks)
+    patcher.streamed.step_hooks = hooks
     moves = patcher.moves
     try:
         output = forward()
-    except StreamingError:
+    except StreamingError as error:
+        if isinstance(error, WeightsMovedError) and not patcher.is_whole:
+            raise _moved(patcher) from error
         raise
     except Exception as error:
         # What has met an original instead of a weight: that is in host memory, and may have another dtype.
         if patcher.moves == moves or patcher.streamer.backend.is_full(error):
             raise
         raise _moved(patcher) from error
+    finally:
+        patcher.streamed.step_hooks = None
     if not (patcher.is_whole and patcher.holds_hooks(hooks)):
         raise _moved(patcher)
     return output
 
 
 def _moved(patcher: StreamedModelPatcher) -> WeightsMovedError:
+    for part in patcher.parts:
+        part.hold()  # The step runs again, and so does who has taken them.
     return WeightsMovedError(
         f"weights of {patcher.streamed.name} were taken off their device while a step of it ran, and were not loaded "
         "again before it went on. Some node frees memory in the middle of a step: move it before the sampler, or have "
@@ -141,7 +154,7 @@ def load_again(patcher: StreamedModelPatcher, memory: int = 0) -> None:
     Raises:
         StreamingError: it is not loaded then either.
     """
-    hooks, name = patcher.current_hooks, patcher.streamed.name
+    hooks, name = patcher.streamed.step_hooks or patcher.current_hooks, patcher.streamed.name
     ours = [patcher, *patcher.get_nested_additional_models()]
     # Others that the prompt uses stay where they are, and count as used. A part may be loaded while the MODEL runs.
     used = [loaded.model for loaded in mm.current_loaded_models if loaded.currently_used and loaded.model is not None]
@@ -155,16 +168,20 @@ def load_again(patcher: StreamedModelPatcher, memory: int = 0) -> None:
 
 
 def load_when_called(patcher: StreamedModelPatcher) -> RemovableHandle:
-    """Have a call of the root of an unloaded MODEL load it again first, for code that calls it by itself."""
+    """Have a call of the root of a MODEL that is not whole load it again first: for code that calls it by itself, or
+    has it give up weights in a step before that comes to the root."""
     reference = weakref.ref(patcher)
 
     @torch.compiler.disable
     def load(*_: object) -> None:
-        unloaded = reference()
-        if unloaded is None:
+        moved = reference()
+        if moved is None:
             return  # Nobody knows any more with what it was loaded.
-        running = getattr(unloaded.model, "current_patcher", None)
-        whole = running if hasattr(running, "streamer") else unloaded
+        running = getattr(moved.model, "current_patcher", None)
+        whole = running if hasattr(running, "streamer") else moved
+        if whole.is_whole:
+            handle.remove()  # The step before this call has loaded it.
+            return
         late = [streamer for streamer in whole.streamers if streamer.state is State.UNLOADED]
         load_again(whole)
         if not whole.is_whole:
@@ -172,7 +189,8 @@ def load_when_called(patcher: StreamedModelPatcher) -> RemovableHandle:
         for streamer in late:
             streamer.begin_step()  # The hooks that tell of it have only just been attached.
 
-    return patcher.streamer.root.register_forward_pre_hook(load, prepend=True)
+    handle = patcher.streamer.root.register_forward_pre_hook(load, prepend=True)
+    return handle
 
 
 def _run_part(

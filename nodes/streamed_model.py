@@ -46,9 +46,12 @@ class StreamedModel:
         loaded: the patcher whose patches are in the weights.
         hooks: the group of the host's hooks that is in the weights too (hooked.py).
         exchanged: where object patches have come or gone since that was followed, by name (following.py).
+        step_hooks: the one that the step that runs began with.
         boundary: between devices, of a model whose blocks run on several (parts.py).
         shares: which blocks run where, of such a model.
         placed: its blocks, and where they run.
+        held: whether a part keeps its weights, whoever takes them (parts.py, Note: held parts).
+        leaves: whether somebody has taken them meanwhile, and nobody has loaded them again.
         title: the checkpoint's file name.
         number: tells models of a process apart; a part has the one of its whole model.
     """
@@ -63,9 +66,12 @@ class StreamedModel:
     loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
     hooks: Any = None
     exchanged: set[str] = field(default_factory=set)
+    step_hooks: Any = None
     boundary: Boundary | None = None
     shares: Shares | None = None
     placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()
+    held: bool = False
+    leaves: bool = False
     title: str = ""
     number: int = field(default_factory=count(1).__next__)
     _native: ModelPatcher | None = None

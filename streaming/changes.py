@@ -16,7 +16,7 @@ from .contents import read_tensor
 from .errors import CheckpointError
 from .layout import Place, TensorSpec, Value
 from .masters import UnitCopies
-from .shown import Watched, settled
+from .shown import Watched, memory_of, settled
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Change:
         present: what is there now; None where nothing is.
         kept: the same in host memory.
         in_copy: whether the copy that modules point at has it too.
+        gone: whether the module has no such name any more; it may be another kind of attribute by now.
     """
 
     value: Value
@@ -36,6 +37,7 @@ class Change:
     present: torch.Tensor | None = field(repr=False)
     kept: torch.Tensor | None = field(repr=False)
     in_copy: bool = False
+    gone: bool = False
 
     @property
     def key(self) -> tuple[int, str]:
@@ -43,21 +45,18 @@ class Change:
 
     def show(self) -> None:
         """Have the module hold it, in host memory."""
-        _put(self.place, self.kept)
+        self._put(self.kept)
 
     def put_back(self) -> None:
         """Have the module hold what it holds now."""
         if not self.in_copy:
-            _put(self.place, self.present)
+            self._put(self.present)
 
-
-def _put(place: Place, tensor: torch.Tensor | None) -> None:
-    if tensor is None and place.attribute not in place.holder:
-        return
-    if tensor is None:
-        place.holder[place.attribute] = None
-    else:
-        place.holder[place.attribute] = tensor
+    def _put(self, tensor: torch.Tensor | None) -> None:
+        if self.gone:
+            self.place.holder.pop(self.place.attribute, None)
+        else:
+            self.place.holder[self.place.attribute] = tensor
 
 
 def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset()) -> Iterator[Change]:
@@ -77,7 +76,9 @@ def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset()) -> Itera
             replaced += [(place, home.holds(value)) for place in value.places]
         if patched and exchanged.isdisjoint(value.names):
             replaced = [pair for pair in replaced if not _absorbed(copies, value, pair[1])]
-        yield from (Change(value, place, present, _kept(present)) for place, present in replaced)
+        for place, present in replaced:
+            gone = place.attribute not in place.holder
+            yield Change(value, place, present, _kept(present), gone=gone)
         if replaced or patched:
             continue
         if _is_written(copies, value):
@@ -99,7 +100,7 @@ def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) ->
         return False
     with torch.inference_mode(False), torch.no_grad():
         view = spec.view(copies.bound_weights.buffer)
-        view.copy_(torch.Tensor.data.__get__(present))
+        view.copy_(memory_of(present))
         copies.bound.point(value, view.data)
     copies.bound_weights.written.add(value.name)
     return True
@@ -129,7 +130,7 @@ def _was_written_before(value: Value) -> bool:
 
 def _differs(tensor: torch.Tensor, spec: TensorSpec) -> bool:
     """Whether a tensor of host memory, handed out to somebody, is another than what was loaded."""
-    plain = torch.Tensor.data.__get__(tensor)
+    plain = memory_of(tensor)
     if plain.shape != spec.shape or plain.stride() != spec.stride:
         return True
     if spec.source is None and plain.data_ptr() == spec.original.data_ptr():
@@ -156,12 +157,19 @@ def _kept(tensor: torch.Tensor | None, copy: bool = False) -> torch.Tensor | Non
         return None
     tensor = settled(tensor)
     if _is_plain(tensor):
-        is_parameter = isinstance(tensor, nn.Parameter)
+        is_parameter, copy = isinstance(tensor, nn.Parameter), copy or _is_lent(tensor)
         with torch.inference_mode(False):
-            tensor = torch.Tensor.data.__get__(tensor)
+            tensor = memory_of(tensor)
             tensor = tensor.clone() if tensor.is_inference() else tensor.to("cpu", copy=copy)
             return nn.Parameter(tensor.cpu(), requires_grad=False) if is_parameter else tensor.cpu()
     return tensor if tensor.device.type in ("cpu", "meta") else tensor.to("cpu")
+
+
+def _is_lent(tensor: torch.Tensor) -> bool:
+    """Whether it lies in memory of a copy of ours, which is used for others when that goes."""
+    if isinstance(tensor, Watched):
+        return tensor.spec is None or memory_of(tensor).data_ptr() != tensor.spec.original.data_ptr()
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 class Changes(tuple[Change, ...]):

@@ -296,7 +296,7 @@ Reference = Callable[[], Boundary | None]
 
 
 def _begins(who: Reference, what: Callable[[Boundary], None]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
         if (boundary := who()) is not None:
             what(boundary)
 

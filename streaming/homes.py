@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .layout import AS_LOADED, Binding, Forms, Layout, Place, Value, bound
-from .shown import Watched, WatchedBuffer, WatchedParameter, counted, settled, shown, watch
+from .shown import Watched, apart, counted, memory_of, settled, shown, watch
 
 
 class Home(Binding):
@@ -46,7 +46,8 @@ class Home(Binding):
         if self.moved(value):
             torch.Tensor.data.__set__(held, tensor)
         for place in value.places:
-            place.holder[place.attribute] = held
+            if place.attribute in place.holder:
+                place.holder[place.attribute] = held
         self.settle(value)
 
     def written(self, value: Value) -> bool:
@@ -92,10 +93,11 @@ def home_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, comp
             own = [next(parts) for _ in value.specs]
             made = forms.get(value.name, value.form).assemble(iter(own))
             if value.is_plain and not computes:
-                held = watch(made, value.specs[0], value.is_parameter)
+                held = watch(apart(made), value.specs[0], value.is_parameter)
+                tensors[value.name] = held, [held.counter]
             else:
                 held = bound(value, made)
-            tensors[value.name] = held, [held] if value.is_plain else own
+                tensors[value.name] = held, [held] if value.is_plain else own
         return Home(layout, tensors)
 
 
@@ -106,9 +108,10 @@ def _counting(value: Value) -> list[torch.Tensor]:
 
 def _lies(tensor: torch.Tensor) -> object:
     """Where a plain tensor lies, and how; of another class it is the class's business."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, WatchedParameter, WatchedBuffer) or tensor.is_meta:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, Watched) or tensor.is_meta:
         return None
-    return tensor.data_ptr(), tensor.shape, tensor.dtype
+    plain = memory_of(tensor)
+    return plain.data_ptr(), plain.shape, plain.dtype
 
 
 def _version(tensor: torch.Tensor) -> int:

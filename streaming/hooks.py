@@ -3,6 +3,9 @@
 Blocks are entered by any method of theirs (entries.py), and so are units that consist of several modules. A layer runs
 by its call; its other methods are about loading.
 
+A model that is loaded again when its root is called gets its hooks anew then, while torch goes through those of before,
+which it calls without keywords.
+
 After an ``Exception`` ends are told too, but not after an interrupt of another kind (a ``BaseException``): who listens
 must be able to settle what such a one left behind.
 
@@ -71,7 +74,7 @@ Reference = Callable[[], "Listener | None"]
 
 
 def _step_begins(who: Reference) -> Callable[..., None]:
-    def hook(module: nn.Module, args: object, kwargs: object) -> None:
+    def hook(module: nn.Module, args: object, kwargs: object = None) -> None:
         if (listener := who()) is not None:
             listener.begin_step()
 

@@ -3,11 +3,14 @@
 [Note: who has written]
 ComfyUI changes a model by writing to its weights, exchanging them, or exchanging modules; what is there when it loads
 the model counts. So each tensor that we put into a module can tell whether it is as we have left it. A tensor counts
-what is written to it and to views of it (``_version``), except through ``data`` and numpy, which hand out its memory
-without its counter: a class of ours notes that somebody has asked for these, and the bytes are compared then
-(changes.py). Each such tensor has a counter of its own, which torch only gives to ``data`` of another; and inference
-tensors have none, so the same memory is put into a tensor that is not one. What computes on a device must be of torch's
-own classes: there sums of the bytes tell (sums.py).
+what is written to it and to most views of it (``_version``). But ``data``, numpy, DLPack, storages and pointers hand
+out its memory without its counter, and so do some views in inference mode. So our class looks at what functions give:
+views are of the class too, and what else has its memory counts as handed out, whose bytes are compared then
+(changes.py). Only ``torch.utils.dlpack.to_dlpack`` asks no class.
+
+Each such tensor has a counter of its own, which torch only gives to ``data`` of another; and inference tensors have
+none, so the same memory is put into a tensor that is not one. It has a storage of its own too, for code that writes to
+that from its begin on. What computes on a device must be of torch's own classes: there sums tell (sums.py).
 
 [Note: stand-ins]
 A weight that is cast on its way to the device exists nowhere in the dtype in which modules have it with the host's own
@@ -21,11 +24,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .contents import read_tensor
 from .layout import TensorSpec, Value
@@ -33,44 +37,74 @@ from .layout import TensorSpec, Value
 _data = torch.Tensor.data
 
 
-class Watched:
-    """A tensor of host memory that is as we have left it, or not (Note: who has written).
+class Watched(torch.Tensor):
+    """A tensor of host memory that is as we have left it, or not (Note: who has written), or a view of one, which says
+    of itself what it says of that one. What is computed of them is plain tensors.
 
     Attributes:
-        spec: what its bytes are while nobody has written to it.
+        spec: what its bytes are while nobody has written to it; None for a view of something else than the whole.
+        origin: the tensor that it is a view of; itself otherwise.
+        counter: a plain tensor with the same counter, which is quicker to ask.
     """
 
-    spec: TensorSpec
+    spec: TensorSpec | None
+    origin: Watched
+    counter: torch.Tensor
     _stamp = 0
     _handed_out = False
 
     @property
     def changed(self) -> bool:
         """Whether somebody has written to it, or may have."""
-        return self._handed_out or self.written
+        return self.origin._handed_out or self.written
 
     @property
     def written(self) -> bool:
         """Whether somebody has written to it in a way that torch counts."""
-        return self._version != self._stamp
+        return self.counter._version != self.origin._stamp
 
     def settle(self) -> None:
         """It was compared, and is as it was."""
-        self._handed_out, self._stamp = False, self._version
+        self._handed_out, self._stamp = False, self.counter._version
+
+    def hand_out(self) -> None:
+        """Somebody has its memory, and may write to it uncounted."""
+        self.origin._handed_out = True
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+            quiet = not _takes_memory(function)
+            if quiet and isinstance(result, _VALUES):
+                return result
+            for one in tree_leaves((args, kwargs)):
+                if isinstance(one, Watched) and quiet:
+                    result = tree_map(partial(_followed, one, function), result)
+                elif isinstance(one, Watched):
+                    one.hand_out()
+        return result
 
     @property
     def data(self) -> torch.Tensor:
-        self._handed_out = True
-        return _data.__get__(self)
+        self.hand_out()
+        return memory_of(self)
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        self._handed_out = True
-        _data.__set__(self, value)
+        self.leave_origin()
+        with torch._C.DisableTorchFunctionSubclass():
+            _data.__set__(self, value)
 
-    def numpy(self, *args: Any, **options: Any) -> Any:
-        self._handed_out = True
-        return super().numpy(*args, **options)
+    def set_(self, *args: Any, **options: Any) -> Watched:
+        self.leave_origin()
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().set_(*args, **options)
+
+    def leave_origin(self) -> None:
+        """It gets other memory, and is no view from now on."""
+        self.origin = self
+        self.hand_out()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """A copy is nobody's but its maker's, of torch's own classes."""
@@ -81,29 +115,84 @@ class Watched:
         return plain(self).__reduce_ex__(protocol)
 
 
-class WatchedParameter(Watched, nn.Parameter):
-    """A parameter."""
+# What gives a way to its memory that is no object.
+_POINTERS = {torch.Tensor.data_ptr, torch.Tensor.share_memory_, _data.__set__}
+
+# What gives a view without the counter. So do operators below autograd, from where a stand-in calls them, and some
+# functions in inference mode, which give inference tensors.
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_UNCOUNTED = {_data.__get__}
+_UNCOUNTED |= {
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")
+    if hasattr(owner, name)
+}
+
+# What holds no memory of a tensor.
+_VALUES = (int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.Size, type(None))
 
 
-class WatchedBuffer(Watched, torch.Tensor):
-    """A buffer. What is computed of it is a plain tensor, as of a parameter."""
+def _takes_memory(function: Callable) -> bool:
+    """Whether it may keep or write to the memory of its arguments, whatever it gives: so may an operator of others."""
+    return function in _POINTERS or (isinstance(function, _OPERATORS) and not str(function).startswith("aten."))
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+
+def _followed(one: Watched, function: Callable, found: Any) -> Any:
+    """What ``function`` has given of ``one``: views are watched too, and for the rest that has its memory it counts as
+    handed out."""
+    if isinstance(found, (Watched, *_VALUES)) or (isinstance(found, torch.Tensor) and not _share(found, one)):
+        return found
+    is_counted = function not in _UNCOUNTED and not isinstance(function, _OPERATORS)
+    if is_counted and type(found) is torch.Tensor and not found.is_inference():
+        view = found.as_subclass(Watched)
+        view.spec = one.spec if function is torch.Tensor.detach else None
+        view.origin, view.counter = one.origin, one.counter
+        return view
+    one.hand_out()
+    return found
 
 
-def watch(tensor: torch.Tensor, spec: TensorSpec, is_parameter: bool) -> torch.Tensor:
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they use the same memory."""
+    try:
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # One without a storage.
+        return False
+
+
+def watch(tensor: torch.Tensor, spec: TensorSpec, is_parameter: bool) -> Watched:
     """The same memory as a :class:`Watched` with a counter of its own."""
     with torch.inference_mode(False):
-        plain = counted(tensor)
-        watched = WatchedParameter(plain, False) if is_parameter else plain.as_subclass(WatchedBuffer)
-        watched.spec, watched._stamp = spec, watched._version
+        counter = counted(tensor)
+        watched = counter.as_subclass(Watched)
+        watched.spec, watched.origin, watched.counter = spec, watched, counter
+        if is_parameter:
+            watched._is_param = True  # What torch.nn.Parameter does to a tensor of another class.
+        watched._stamp = counter._version
         return watched
+
+
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a plain tensor that fills it, as a storage of its own. Outside of inference mode."""
+    if tensor.numel() == 0:
+        return tensor
+    raw = counted(tensor).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    return torch.from_numpy(raw.numpy()).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor, for us alone: it does not count as handed out."""
+    if not isinstance(tensor, Watched):
+        return _data.__get__(tensor)
+    with torch._C.DisableTorchFunctionSubclass():
+        return _data.__get__(tensor)
 
 
 def counted(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a plain tensor as one with a counter of its own. Outside of inference mode."""
     if not tensor.is_inference():
-        return _data.__get__(tensor)
+        return memory_of(tensor)
     if tensor.is_meta:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -125,25 +214,32 @@ class _Values:
 
     def __init__(self, spec: TensorSpec, run_as: TensorSpec, is_parameter: bool) -> None:
         self.spec, self.run_as, self.is_parameter = spec, run_as, is_parameter
-        self.real: torch.Tensor | None = None
+        self.real: Watched | None = None
 
-    def get(self) -> torch.Tensor:
+    def get(self) -> Watched:
         if self.real is None:
             with torch.inference_mode(False):
                 self.real = watch(read_tensor(self.spec), self.run_as, self.is_parameter)
         return self.real
 
+    def again(self) -> _Values:
+        """Those of an alias that shall differ."""
+        values = _Values(self.spec, self.run_as, self.is_parameter)
+        values.real = self.get().detach()
+        return values
+
     def assign(self, tensor: torch.Tensor) -> None:
         """Somebody has set ``data``. The new one may have another shape or dtype."""
         with torch.inference_mode(False):
             self.real = watch(tensor.detach(), self.run_as, self.is_parameter)
-        self.real._handed_out = True
+        self.real.hand_out()
 
 
 class StandIn(torch.Tensor):
     """Stands for a tensor that does not exist yet in its shape and dtype (Note: stand-ins)."""
 
     _values: _Values
+    _is_alias = False
 
     @staticmethod
     def __new__(cls, values: _Values, is_parameter: bool = False) -> StandIn:
@@ -164,6 +260,10 @@ class StandIn(torch.Tensor):
             return _OWN[function](*args, **kwargs)
         return function(*tree_map(_real, args), **tree_map(_real, kwargs))
 
+    def set_(self, *args: Any, **options: Any) -> StandIn:
+        _own_values(self).get().set_(*map(_real, args), **options)
+        return self
+
     @classmethod
     def __torch_dispatch__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What is not called from Python comes here."""
@@ -175,18 +275,27 @@ def _real(value: Any) -> Any:
 
 
 def _alias(one: StandIn) -> torch.Tensor:
-    if one._values.real is not None:
-        return one._values.real.detach()
     with torch.inference_mode(False):
-        return StandIn(one._values)
+        alias = StandIn(one._values)
+        alias._is_alias = True
+        return alias
+
+
+def _own_values(one: StandIn) -> _Values:
+    """The values of one that is about to differ from what it is an alias of."""
+    if one._is_alias:
+        one._values, one._is_alias = one._values.again(), False
+    return one._values
 
 
 def _assign(one: StandIn, tensor: torch.Tensor) -> None:
-    one._values.assign(_real(tensor))
+    _own_values(one).assign(_real(tensor))
 
 
 def _require_grad(one: StandIn, requires_grad: bool = True) -> torch.Tensor:
-    return one._values.get().requires_grad_() if requires_grad else one
+    if requires_grad:
+        _own_values(one).get().requires_grad_()
+    return one
 
 
 # What a stand-in knows by itself.
@@ -221,10 +330,10 @@ def shown(value: Value) -> torch.Tensor:
 
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a stand-in, where somebody has asked for them."""
+    """The values of a stand-in, where somebody has asked for them, and what a view of the whole is of."""
     if isinstance(tensor, StandIn) and tensor._values.real is not None:
-        return tensor._values.real
-    return tensor
+        tensor = tensor._values.real
+    return tensor.origin if isinstance(tensor, Watched) and tensor.spec is not None else tensor
 
 
 def is_shown(tensor: torch.Tensor) -> bool:
@@ -246,7 +355,7 @@ def plain(tensor: torch.Tensor, copy: bool = False) -> torch.Tensor:
     if not isinstance(tensor, Watched):
         return tensor
     with torch.inference_mode(False):
-        own = _data.__get__(tensor)
+        own = memory_of(tensor)
         own = own.clone() if copy else own
         return nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
 
@@ -258,5 +367,5 @@ def _show(value: Value) -> torch.Tensor:
     original = spec.original
     as_it_is = value.shown_dtype == original.dtype and not original.is_meta
     if as_it_is and getattr(spec.source, "writable", True):
-        return watch(original, spec, value.is_parameter)
+        return watch(apart(original), spec, value.is_parameter)
     return StandIn(_Values(spec.in_dtype(value.shown_dtype), spec, value.is_parameter), value.is_parameter)

@@ -14,7 +14,7 @@ from torch import nn
 from .blocks import BlockSet
 from .by_units import ByUnits
 from .entries import Entries
-from .errors import GradientError, StreamingError
+from .errors import GradientError, WeightsMovedError
 from .hooks import attach
 from .plan import Plan
 from .planner import Planner
@@ -96,7 +96,7 @@ class Steps:
     def begin_step(self) -> None:
         """A forward of the root begins."""
         if self.state is State.REDUCED:
-            raise StreamingError(
+            raise WeightsMovedError(
                 "the model has given up weights since the last step; use Streamer.run, or load it anew"
             )
         self.last_used = time.monotonic()

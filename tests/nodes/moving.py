@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import count
 from queue import SimpleQueue
@@ -32,6 +32,16 @@ def unload_the_parts(model: StreamedModelPatcher) -> None:
 
 def home_gives_way(model: StreamedModelPatcher) -> None:
     _give_way(model, 8 << 20)
+
+
+def unpatch_the_parts(model: StreamedModelPatcher) -> None:
+    for part in model.parts:
+        part.unpatch_model(part.offload_device)
+
+
+def parts_give_all(model: StreamedModelPatcher) -> None:
+    for part in model.parts:
+        part.partially_unload(part.offload_device, 1 << 30)
 
 
 def parts_give_way(model: StreamedModelPatcher) -> None:
@@ -83,6 +93,23 @@ def inside_of_a_step(model: Any, act: Act, always: bool = False) -> Any:
         return extra["original_block"](args)
 
     model.set_model_patch_replace(replace, "dit", "double_block", 1)
+    return model
+
+
+def around_a_step(model: Any, kind: str, act: Act, at: Collection[int] = (2,)) -> Any:
+    """A MODEL like ``model`` with a wrapper of this kind that does ``act`` before what it wraps, in these of its calls.
+
+    It counts them in what it has closed over, so a step that runs again counts, and acts, as it did before.
+    """
+    model, calls = model.clone(), [0]
+
+    def wrapper(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] in at:
+            act(model)
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(kind, "moves weights", wrapper)
     return model
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +84,72 @@ def write_by_state_dict(model: Any) -> None:
         state[name].add_(0.25)
 
 
+def write_bytes(model: Any) -> None:
+    for held in weights(model).values():
+        held.view(torch.uint8)[..., :64].zero_()
+
+
+def write_by_numpy_of_state_dict(model: Any) -> None:
+    state = model.model.state_dict()
+    for name in NAMES:
+        state[name].numpy()[:] += 0.25
+
+
+def write_to_storages(model: Any) -> None:
+    """Of weights that stream or are not loaded. What is resident lies in one storage with others."""
+    for name in NAMES[1:3]:
+        held = weights(model)[name]
+        whole = torch.tensor([], dtype=held.dtype).set_(held.untyped_storage())
+        whole[held.storage_offset() : held.storage_offset() + held.numel()].mul_(1.5)
+
+
+def write_by_dlpack(model: Any) -> None:
+    for held in weights(model).values():
+        torch.from_dlpack(held.detach()).mul_(1.5)
+
+
+def write_by_pointers(model: Any) -> None:
+    for held in weights(model).values():
+        ctypes.memset(held.data_ptr(), 0, 64)
+
+
+def wrap_parameters(model: Any) -> None:
+    """New parameters around the weights, which are then written to by the old ones."""
+    old = weights(model)
+    for name, held in old.items():
+        comfy.utils.set_attr(model.model, name, nn.Parameter(held, requires_grad=False))
+    for held in old.values():
+        held.mul_(1.5)
+
+
+def normalise(model: Any) -> None:
+    layer = model.model.diffusion_model.single_blocks[1].linear2
+    nn.utils.parametrizations.weight_norm(layer)
+    layer.parametrizations.weight.original0.mul_(1.5)
+
+
+def normalise_by_attributes(model: Any) -> None:
+    layer = model.model.diffusion_model.single_blocks[1].linear2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(layer)
+    layer.weight_g.data.mul_(1.5)
+
+
+def have_buffers_instead(model: Any) -> None:
+    for layer in (model.model.diffusion_model.single_blocks[1].linear2, model.model.diffusion_model.img_in):
+        weight = layer.weight.detach().clone() * 1.5
+        del layer.weight
+        layer.register_buffer("weight", weight)
+
+
+def have_an_attribute_instead(model: Any) -> None:
+    layer = model.model.diffusion_model.single_blocks[1].linear2
+    bias = layer.bias.detach().clone() * 1.5
+    del layer.bias
+    layer.bias = bias.to("cpu")
+
+
 def set_parameters(model: Any) -> None:
     for name, value in other_values(model).items():
         comfy.utils.set_attr_param(model.model, name, value)
@@ -120,6 +188,16 @@ WRITES: dict[str, Write] = {
         change_one_number_by_data,
         turn_by_data,
         write_by_state_dict,
+        write_bytes,
+        write_by_numpy_of_state_dict,
+        write_to_storages,
+        write_by_dlpack,
+        write_by_pointers,
+        wrap_parameters,
+        normalise,
+        normalise_by_attributes,
+        have_buffers_instead,
+        have_an_attribute_instead,
         set_parameters,
         copy_to_parameters,
         exchange_layer,
@@ -186,6 +264,13 @@ def unloaded_at_once(make: Make, write: Write) -> list[torch.Tensor]:
     return [sample(model), sample(model)]
 
 
+def when_unloaded(make: Make, write: Write) -> list[torch.Tensor]:
+    model = make()
+    sample(model)
+    mm.unload_all_models()
+    return before_loading(lambda: model, write)
+
+
 def with_patches_in(make: Make, write: Write) -> list[torch.Tensor]:
     """Patches go with what was written to the weights that they are in."""
     model = make()
@@ -199,6 +284,7 @@ def with_patches_in(make: Make, write: Write) -> list[torch.Tensor]:
 
 CASES = [(write, moment) for moment in (before_loading, while_loaded) for write in WRITES]
 CASES += [(write, unloaded_at_once) for write in ("scale", "change_one_number_by_data", "set_parameters")]
+CASES += [(write, when_unloaded) for write in ("write_bytes", "write_by_pointers", "wrap_parameters", "normalise")]
 CASES += [(write, with_patches_in) for write in ("scale", "set_data", "load_state_dict")]
 WAYS = ("loader", "settings", "split")
 
@@ -360,6 +446,65 @@ def test_another_sampling_of_the_model_does_not_make_it_learn_anew(ways: dict[st
         sample(each)
         assert model.streamer.profile.learned
         assert model.streamer.state is State.LOADED
+
+
+# -- blocks that share weights -----------------------------------------------------------------------------------------
+
+
+def tie_weights(model: Any) -> None:
+    blocks = model.model.diffusion_model.single_blocks
+    blocks[0].linear1.weight = blocks[3].linear1.weight
+
+
+def tie_layers(model: Any) -> None:
+    blocks = model.model.diffusion_model.single_blocks
+    blocks[0].linear2 = blocks[3].linear2
+
+
+@pytest.mark.parametrize(
+    ("write", "moment"), [(tie_weights, before_loading), (tie_layers, before_loading), (tie_layers, while_loaded)]
+)
+def test_blocks_on_several_devices_that_come_to_share_weights_run_on_one(
+    ways: dict[str, Make], native: Any, caplog: pytest.LogCaptureFixture, write: Write, moment: Any
+) -> None:
+    expected = moment(from_host, write)
+    assert not torch.equal(expected[0], sample(native))
+    mm.unload_all_models()
+    model = ways["split"]()
+    with caplog.at_level("INFO"):
+        found = moment(lambda: model, write)
+    assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(expected)
+    assert "all blocks run on virtual:0: single_blocks.0 shares weights" in caplog.text.replace("diffusion_model.", "")
+    assert [bool(streamer.blocks.blocks) for streamer in model.streamers] == [True, False]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_in_the_place_of_another_does_not_go_with_the_copy_that_it_was_of(
+    ways: dict[str, Make], way: str
+) -> None:
+    expected = while_loaded(from_host, tie_weights)[0]
+    mm.unload_all_models()
+    model = ways[way]()
+    sample(model)
+    change(model, tie_weights)
+    for _ in range(3):
+        assert torch.equal(sample(model), expected)
+        for streamer in model.streamers:
+            streamer.give_up_masters(1 << 40)
+        mm.unload_all_models()
+
+
+def test_blocks_that_share_no_weights_any_more_run_on_several_devices(ways: dict[str, Make], native: Any) -> None:
+    model = ways["split"]()
+    block = model.model.diffusion_model.single_blocks[0]
+    before = block.linear2
+    change(model, tie_layers)
+    sample(model)
+    block.linear2 = before
+    for _ in range(3):
+        mm.unload_all_models()
+        assert torch.equal(sample(model), sample(native))
+    assert all(streamer.blocks.blocks for streamer in model.streamers)
 
 
 # -- before the first load ---------------------------------------------------------------------------------------------

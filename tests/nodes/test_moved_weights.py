@@ -11,7 +11,7 @@ import comfy.model_management as mm
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import PatcherInjection
+from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_extras.nodes_hooks import (
     ConditioningSetProperties,
     CreateHookKeyframe,
@@ -22,15 +22,18 @@ from moving import (
     OF_ONE_DEVICE,
     OF_TWO_DEVICES,
     Act,
+    around_a_step,
     between_steps,
     home_gives_way,
     inside_of_a_step,
     loads_its_own_and_ours_again,
     originals_stay,
+    parts_give_all,
     parts_give_way,
     unload_everything,
     unload_the_home,
     unload_the_parts,
+    unpatch_the_parts,
 )
 from placing import Machine
 from prompts import conditioning, guided
@@ -126,11 +129,62 @@ def test_a_step_in_which_weights_go_runs_again(
         assert torch.equal(hooked(inside_of_a_step(with_lora(model, 0.7), act)), expected(hooked))
 
 
-@pytest.mark.parametrize(("count", "act"), [(1, unload_everything), (1, home_gives_way), (2, unload_the_parts)])
-def test_a_model_whose_weights_go_in_each_step_fails_with_the_reason(
-    on_devices: OnDevices, native: ModelPatcher, count: int, act: Act
+OF_PARTS = (unload_the_parts, unpatch_the_parts, parts_give_all)
+KINDS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
+
+
+@pytest.mark.parametrize("act", OF_PARTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrapper_that_takes_a_part_away_in_each_try_of_a_step_does_not_end_it(
+    on_devices: OnDevices, expected: Callable[..., torch.Tensor], kind: str, act: Act
 ) -> None:
-    model, plain = on_devices(count), sample(native)
+    model = on_devices(2, 30)
+    with originals_stay(model):
+        moved = around_a_step(with_lora(model, 0.7), kind, act, at=(2, 4))
+        assert torch.equal(hooked(moved), expected(hooked))
+    assert not any(part.streamed.held for part in model.parts)
+
+
+@pytest.mark.parametrize("act", [unload_the_parts, unpatch_the_parts])
+def test_a_part_that_was_taken_away_goes_when_the_step_is_over(
+    on_devices: OnDevices, native: ModelPatcher, act: Act
+) -> None:
+    model = on_devices(2, 30)
+    moved = around_a_step(model, WrappersMP.DIFFUSION_MODEL, act)
+    assert torch.equal(sample(moved, steps=2), sample(native, steps=2))
+    assert [part.streamer.state for part in model.parts] == [State.UNLOADED]
+    assert torch.equal(sample(model), sample(native))
+    assert [part.streamer.state for part in model.parts] == [State.LOADED]
+
+
+@pytest.mark.parametrize(("count", "act"), WAYS)
+def test_a_model_that_is_moved_before_its_root_is_called_is_loaded_again(
+    on_devices: OnDevices, expected: Callable[..., torch.Tensor], count: int, act: Act
+) -> None:
+    model = on_devices(count)
+    with originals_stay(model):
+        moved = around_a_step(with_lora(model, 0.7), WrappersMP.APPLY_MODEL, act, (1, 2))
+        assert torch.equal(hooked(moved), expected(hooked))
+
+
+@pytest.mark.parametrize("act", [unload_the_parts, parts_give_all])
+def test_a_part_that_is_taken_away_in_each_step_is_there_in_each(
+    on_devices: OnDevices, native: ModelPatcher, act: Act
+) -> None:
+    model = on_devices(2, 30)
+
+    def take(model: Any) -> None:
+        if model.is_whole:
+            act(model)
+
+    assert torch.equal(sample(inside_of_a_step(model, take, always=True)), sample(native))
+
+
+@pytest.mark.parametrize("act", [unload_everything, home_gives_way])
+def test_a_model_whose_weights_go_in_each_step_fails_with_the_reason(
+    on_devices: OnDevices, native: ModelPatcher, act: Act
+) -> None:
+    model, plain = on_devices(1), sample(native)
     sample(model)
 
     def take(model: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -73,14 +75,26 @@ def test_values_take_the_place_of_a_stand_in_when_somebody_needs_them(checkpoint
     assert type(output) is torch.Tensor
     assert not isinstance(shown(values[0]), StandIn)
     assert torch.equal(before, expected)
-    assert before.data_ptr() == layer.weight.data_ptr()
     assert laid_out(layer.weight) is values[0].specs[0]
+    assert before.data_ptr() == layer.weight.data_ptr()
     assert torch.equal(copy.deepcopy(layer).weight, expected)
     assert type(copy.deepcopy(layer).weight) is nn.Parameter
     saved = io.BytesIO()
     torch.save(layer.state_dict(), saved)
     saved.seek(0)
     assert torch.equal(torch.load(saved)["weight"], expected)
+
+
+def by_pointer(tensor: torch.Tensor) -> None:
+    ctypes.memset(tensor.data_ptr(), 1, tensor.nbytes)
+
+
+def by_an_operator(tensor: torch.Tensor) -> None:
+    """Of a pack, in C++ say: torch counts nothing of it."""
+    with torch.library._scoped_library("shown_by_a_test", "DEF") as library:
+        library.define("fill(Tensor x) -> ()")
+        library.impl("fill", lambda x: ctypes.memset(x.data_ptr(), 1, x.nbytes) and None, "CPU")
+        torch.ops.shown_by_a_test.fill(tensor)
 
 
 WRITES = {
@@ -92,6 +106,27 @@ WRITES = {
     "other data": lambda layer: setattr(layer.weight, "data", torch.ones(2, 2)),
     "numpy": lambda layer: layer.weight.numpy().fill(3),
     "another dtype": lambda layer: layer.to(torch.float64),
+    "its bytes": lambda layer: layer.weight.view(torch.uint8).zero_(),
+    "its storage": lambda layer: layer.weight.untyped_storage().fill_(0),
+    "its old storage": lambda layer: layer.weight._typed_storage()._untyped_storage.fill_(0),
+    "a pointer": lambda layer: by_pointer(layer.weight),
+    "an operator": lambda layer: by_an_operator(layer.weight),
+    "DLPack": lambda layer: torch.from_dlpack(layer.weight).zero_(),
+    "__dlpack__": lambda layer: torch.utils.dlpack.from_dlpack(layer.weight.__dlpack__()).zero_(),
+    "np.asarray": lambda layer: np.asarray(layer.weight).fill(3),
+    "numpy of a view": lambda layer: layer.weight.flatten().numpy().fill(3),
+    "numpy of a row": lambda layer: layer.weight.unbind()[1].numpy().fill(3),
+    "a part of the old kind": lambda layer: torch.unsafe_split(layer.weight, 2)[0].zero_(),
+    "data of a part": lambda layer: layer.weight.contiguous().chunk(2)[0].data.zero_(),
+    "another class": lambda layer: layer.weight.as_subclass(torch.Tensor).zero_(),
+    "memory of another": lambda layer: layer.weight.set_(torch.ones_like(layer.weight)),
+    "detach, in place": lambda layer: layer.weight.detach().zero_(),
+    "detach, numpy": lambda layer: layer.weight.detach().numpy().fill(3),
+    "detach, pointer": lambda layer: by_pointer(layer.weight.detach().detach()),
+    "detach, its bytes": lambda layer: layer.weight.detach()[1:].view(torch.uint8).zero_(),
+    "state_dict, numpy": lambda layer: layer.state_dict()["weight"].numpy().fill(3),
+    "a new parameter": lambda layer: nn.Parameter(layer.weight, requires_grad=False).mul_(2),
+    "a new parameter, numpy": lambda layer: nn.Parameter(layer.weight, requires_grad=False).numpy().fill(3),
 }
 
 
@@ -106,6 +141,52 @@ def test_every_way_to_write_is_noticed(tmp_path: Path, dtype: torch.dtype, infer
         WRITES[write](layer)
     assert laid_out(layer.weight) is None
     assert untouched is None or laid_out(untouched) is not None
+
+
+READS = {
+    "shape": lambda layer: (layer.weight.shape, layer.weight.nbytes, layer.weight.is_pinned(), repr(layer.weight)),
+    "parts": lambda layer: (layer.weight[1], layer.weight.view(-1)[3:].unbind()[0], torch.flatten(layer.weight)),
+    "values": lambda layer: (layer.weight.mean().item(), layer.weight.tolist(), layer.weight.sort(), layer.weight + 1),
+    "run": lambda layer: layer(torch.eye(4, dtype=layer.weight.dtype)),
+    "state_dict": lambda layer: [value.clone() for value in layer.state_dict().values()],
+    "saved": lambda layer: torch.save(layer.state_dict(), io.BytesIO()),
+    "copied": lambda layer: copy.deepcopy(layer).weight.zero_(),
+    "other data of an alias": lambda layer: setattr(layer.state_dict()["weight"], "data", torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_who_reads_has_not_written(tmp_path: Path, dtype: torch.dtype, inference: bool, read: str) -> None:
+    layer, values = layer_of(written(tmp_path / "layer.safetensors", torch.float16), dtype)
+    with torch.inference_mode(inference), torch.no_grad():
+        READS[read](layer)
+    assert [laid_out(held) for held in layer.parameters()] == [value.specs[0] for value in values]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_new_parameter_around_a_weight_is_laid_out_as_the_weight(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    layer, values = layer_of(checkpoint, dtype)
+    expected = checkpoint.state_dict()["weight"].to(dtype)
+    layer.weight = nn.Parameter(layer.weight, requires_grad=False)
+    assert laid_out(layer.weight) is values[0].specs[0]
+    before = layer.weight
+    layer.weight = nn.Parameter(before)
+    assert (layer.weight.requires_grad, before.requires_grad) == (True, False)
+    assert torch.equal(layer.weight, expected)
+    assert laid_out(layer.weight) is values[0].specs[0]
+    layer.weight.data = torch.ones(8, 4)
+    assert laid_out(layer.weight) is None
+    assert torch.equal(before, expected)
+
+
+def test_a_weight_has_its_storage_for_itself(checkpoint: Checkpoint) -> None:
+    layer, values = layer_of(checkpoint, torch.bfloat16)
+    for held, value in zip(layer.parameters(), values, strict=True):
+        assert held.storage_offset() == 0
+        assert held.untyped_storage().nbytes() == held.nbytes
+        assert held.data_ptr() == value.original.data_ptr()
 
 
 def test_what_may_only_be_read_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
