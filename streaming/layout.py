@@ -189,6 +189,10 @@ class Binding:
         for holder, attribute, tensor in self._writes:
             holder[attribute] = tensor
 
+    def is_in_place(self) -> bool:
+        """Whether modules still use these tensors, and nobody has put others in their place."""
+        return not [1 for holder, attribute, tensor in self._writes if holder.get(attribute) is not tensor]
+
 
 def bound(value: Value, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as modules hold it."""
