@@ -468,8 +468,11 @@ class UnitCopies:
         return None if self.bound is self.shown else self.resident or self.master
 
     def bind(self) -> None:
-        self.bound = self.home
-        self.bound.apply()
+        """Point the modules at the copy in use, where they do not yet: what somebody has put in its place stays."""
+        home = self.home
+        if home is not self.bound:
+            self.bound = home
+            home.apply()
 
     def show(self) -> None:
         """Point the modules at what they show while no copy is bound."""

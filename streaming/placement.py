@@ -121,6 +121,11 @@ class Placement:
         for copies in (*self._copies, self._rest):
             copies.bind()
 
+    def bind_again(self) -> None:
+        """As :meth:`bind`, where modules have been pointed elsewhere."""
+        for copies in (*self._copies, self._rest):
+            copies.bound.apply()
+
     def bind_originals(self) -> None:
         """Point the modules at the weights as loaded, in the dtypes of the file."""
         for copies in (*self._copies, self._rest):

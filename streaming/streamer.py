@@ -487,10 +487,7 @@ class Streamer:
         try:
             yield
         finally:
-            if self.state is not State.UNLOADED:
-                self.site.placement.bind()
-            else:
-                self.site.placement.show()
+            self.site.placement.bind_again()
             changes.put_back()
 
     def move_to(self, backend: Backend) -> None:
