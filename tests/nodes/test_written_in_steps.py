@@ -16,7 +16,7 @@ from placing import Machine, place
 from sampling import MB, sample
 from test_steps_again import failing
 from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.streaming import StepNotRepeatedError, StreamingError
+from weightstream.streaming import DeviceMemoryError, StepNotRepeatedError, StreamingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,3 +164,38 @@ def test_weights_that_stream_say_that_it_would_be_lost(streamed: Load, native: M
         del block.forward
     if write is large_buffer:
         assert torch.equal(sample(model), sample(native)), "nothing of it is left"
+
+
+def test_weights_that_were_written_to_do_not_make_room_silently(streamed: Load) -> None:
+    """There is less memory from the second step on."""
+    model = writing(streamed(64 * MB), weight)
+    with (
+        failing(model.model.diffusion_model.single_blocks[0], 1, 2),
+        pytest.raises(StreamingError, match=r"single_blocks\.\d\.linear1\.weight.* was written to"),
+    ):
+        sample(model, steps=4)
+    with pytest.raises(StreamingError, match=r"would be lost now that it must make room"):
+        model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
+
+
+@pytest.mark.parametrize("write", [in_place, exchanged])
+def test_buffers_go_with_blocks_that_change_devices(
+    streamed: Load, machine: Machine, expected: Any, write: Write
+) -> None:
+    """The second device is full from the second step on."""
+    model = streamed(64 * MB)
+    machine(2, 40 * MB)
+    model = writing(place(model, split="equal")[0], write)
+    block = model.model.diffusion_model.single_blocks[2]
+    runs = [0]
+
+    def fail(*_: Any) -> None:
+        runs.append(0)
+        if len(runs) > 3 and any(model.streamed.shares.assignment.devices):
+            raise DeviceMemoryError("virtual:1 has 0 B of 40 MB free, 1 B were asked for")
+
+    handle = block.register_forward_pre_hook(fail)
+    found = sample(model, steps=4)
+    handle.remove()
+    assert not any(model.streamed.shares.assignment.devices)
+    assert torch.equal(found, expected(write))
