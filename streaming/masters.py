@@ -428,8 +428,10 @@ class UnitCopies:
     def check_may_go(self) -> None:
         """Raise if the resident copy is the only one that has what somebody has written to it between two loads."""
         weights = self.bound_weights
-        lost = [name for name in self.written() if not weights.is_baked(name)] if weights is self.resident else []
-        if lost and weights is not None:
+        if weights is None or weights is not self.resident:
+            return
+        lost = [name for name in self.written() if not weights.is_baked(name)]
+        if lost:
             raise StreamingError(
                 f"{lost[0]} was written to while the model ran, and would be lost now that it must make room on the "
                 "device. Lower vram_limit_gb or free memory, and queue the prompt once more, or have ComfyUI load this "
