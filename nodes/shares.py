@@ -205,6 +205,7 @@ class Shares:
     def _carry_out(self, patcher: StreamedModelPatcher, assignment: Assignment, rooms: Sequence[DeviceRoom]) -> None:
         """Have the blocks where ``assignment`` has them, loaded, with the patches of ``patcher``."""
         patcher.unpatch_hooks()
+        patcher.follow()  # What blocks have written to buffers of theirs goes with them.
         self.assignment, self._advised = assignment, 0
         everybody = [patcher, *patcher.parts]
         for number, one in enumerate(everybody):

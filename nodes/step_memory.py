@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..streaming import format_bytes
 from ..streaming.away import Away
 from ..streaming.backend import is_out_of_memory
+from ..streaming.forms import PLAIN_CLASSES
+from ..streaming.shown import is_shown
 
 # Of a tensor of so many bytes there is a copy, as long as all copies of a step take no more than the second.
 SMALL_BYTES = 8 << 20
 COPIES_BYTES = 64 << 20
+# While the model runs elsewhere, so many bytes of large tensors in host memory are read for a step: some 20 ms.
+HOST_BYTES = 128 << 20
 
 # So many sums make a fingerprint, each of as many words in a row, so that what was only moved shows too.
 SUMS = 4096
@@ -50,7 +55,8 @@ class Memory:
     """The contents of tensors: a copy of small ones, a fingerprint of large ones.
 
     Args:
-        devices: on others large tensors are taken to be unchanged.
+        devices: where the model runs. On others, where reading takes the CPU's time, a large tensor that counts what is
+            written to it is not read, and only so many bytes of others are.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -59,15 +65,30 @@ class Memory:
         self._away: list[tuple[Away, Any]] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._fingerprints: list[tuple[torch.Tensor, torch.Tensor | None, str]] = []
+        self._counted: list[tuple[torch.Tensor, int, str]] = []
         self._seen: set[tuple[int, int]] = set()
         self._copied = 0
+        self._read = 0
 
     def keep(self, tensor: torch.Tensor, name: str) -> None:
-        """Keep what is in ``tensor``, which ``name`` leads to. Weights and other kinds of tensors are left out."""
+        """Keep what is in ``tensor``, which ``name`` leads to. What modules of ours show of weights is left out."""
         if isinstance(tensor, Away):  # A block on another device has made it.
             self._away.append((tensor, tensor.standing))
             tensor = tensor.on(tensor.place)
-        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        if is_shown(tensor):
+            return
+        for plain in _parts(tensor):
+            self._keep(plain, name)
+
+    def count(self, tensor: torch.Tensor, name: str) -> None:
+        """Of a weight that is not the streamer's: note how often it was written to, where it counts that."""
+        if not tensor.is_inference():
+            self._counted.append((tensor, tensor._version, name))
+
+    def _keep(self, tensor: torch.Tensor, name: str) -> None:
+        if tensor.layout is torch.sparse_coo:
+            self._copies.append((tensor, tensor.clone()))
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
             return
         view = _View.of(tensor)
         self._views.append(view)
@@ -84,6 +105,12 @@ class Memory:
             self._copies.append((memory, copy))
         elif tensor.device in self._devices:
             self._fingerprints.append((memory, _if_there_is_room(lambda: fingerprint(memory)), name))
+        elif not tensor.is_inference():
+            self._counted.append((tensor, tensor._version, name))
+        else:
+            self._read += memory.nbytes
+            before = fingerprint(memory) if self._read <= HOST_BYTES else None
+            self._fingerprints.append((memory, before, name))
 
     def put_back(self) -> None:
         """Write the copies back. Takes no memory of the device, which may be full."""
@@ -93,15 +120,39 @@ class Memory:
             view.put_back()
         for memory, copy in self._copies:
             # Memory that maps a file is not written to without need.
-            if memory.device.type != "cpu" or not torch.equal(memory, copy):
+            if memory.device.type != "cpu" or memory.is_sparse or not torch.equal(memory, copy):
                 memory.copy_(copy)
 
     def changed(self) -> str:
         """What was written to and cannot be put back; empty where there is nothing. Waits for the devices."""
+        for tensor, version, name in self._counted:
+            if tensor._version != version:
+                return f"a tensor of {format_bytes(tensor.nbytes)} that {name} leads to was written to"
         for memory, before, name in self._fingerprints:
-            if before is None or not torch.equal(fingerprint(memory), before):
-                return f"a tensor of {format_bytes(memory.nbytes)} that {name} leads to was written to"
+            what = f"a tensor of {format_bytes(memory.nbytes)} that {name} leads to"
+            if before is None:
+                return f"{what} may have been written to, which nobody can tell"
+            if not torch.equal(fingerprint(memory), before):
+                return f"{what} was written to"
         return ""
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors whose memory ``tensor`` uses: itself, or those that one of another class or layout is made of."""
+    if type(tensor) in PLAIN_CLASSES:
+        found = [getattr(tensor, name, None) for name in _INNER.get(tensor.layout, ())]
+        yield from (inner() for inner in found) if found else (tensor,)
+    elif is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        with torch._C.DisableTorchFunctionSubclass():
+            yield torch.Tensor.as_subclass(tensor, torch.Tensor)
+
+
+# Tensors of these layouts are made of others.
+_INNER = dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values"))
+_INNER |= dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values"))
 
 
 def _if_there_is_room(make: Any) -> torch.Tensor | None:

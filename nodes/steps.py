@@ -65,8 +65,10 @@ def repeatable(patcher: StreamedModelPatcher, forward: Callable[[], T], roots: d
     """A step of ``patcher`` that may be called again when it has failed; ``roots`` is what it can get hold of."""
     devices = [patcher.load_device, *(part.load_device for part in patcher.parts)]
     modules = patcher.streamed.step_modules(getattr(patcher.model, "diffusion_model", patcher.model))
+    streamers = patcher.streamers
     with patcher.streamer.backend.record.paused():
-        return RepeatableStep(forward, StepState(roots, modules, devices))
+        before = StepState(roots, modules, devices, lambda: {name for each in streamers for name in each.written()})
+        return RepeatableStep(forward, before, patcher.streamed.name)
 
 
 def in_effect(patcher: StreamedModelPatcher, forward: Callable[[], T]) -> Callable[[], T]:
@@ -163,7 +165,10 @@ def load_again(patcher: StreamedModelPatcher, memory: int = 0) -> None:
     logger.info("%s is not loaded though it runs: loading it", name)
     mm.load_models_gpu([*ours, *others], memory_required=memory)
     if patcher.streamer.state is State.UNLOADED:
-        raise StreamingError(f"{name} was unloaded while it was in use, and could not be loaded again")
+        raise StreamingError(
+            f"{name} was unloaded while it was in use, and there is no room to load it again. Free memory, or lower "
+            "vram_limit_gb, and queue the prompt once more."
+        )
     patcher.put_hooks_on(hooks)
 
 
@@ -185,7 +190,11 @@ def load_when_called(patcher: StreamedModelPatcher) -> RemovableHandle:
         late = [streamer for streamer in whole.streamers if streamer.state is State.UNLOADED]
         load_again(whole)
         if not whole.is_whole:
-            raise StreamingError(f"{whole.streamed.name} was called while there was no room for all of it")
+            missing = [one.backend.name for one in whole.streamers if one.state is not State.LOADED]
+            raise StreamingError(
+                f"{whole.streamed.name} was called while part of it was not loaded, and there is no room for that "
+                f"part. Free memory on {', '.join(missing)}, or use fewer GPUs."
+            )
         for streamer in late:
             streamer.begin_step()  # The hooks that tell of it have only just been attached.
 

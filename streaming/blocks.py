@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedModelError
+from .forms import PlainForm
 from .layout import Layout, Locate, NamedTensor, Place, TensorSpec, Value, make_layout, nowhere
 from .profile import Outline
 from .shown import laid_out, plain
@@ -21,6 +22,10 @@ MINIMUM_SHARE = 0.5
 # A module with less than this part of its block's bytes (a norm, say), or a block with less than this part of the
 # largest one's, stays on the device: a copy for it would cost more than its memory.
 SMALL_SHARE = 1 / 256
+
+# A buffer of a block that takes no more than this stays on the device too: blocks write to them while they run, and
+# what is written to a slot is lost.
+SMALL_BUFFER_BYTES = 1 << 20
 
 # A module is cut into the layers of its own lists when they hold this part of its bytes.
 INNER_SHARE = 0.9
@@ -257,11 +262,14 @@ def _holds(module: nn.Module, holders: Collection[int]) -> bool:
 def _units(
     block: int, prefix: str, root: nn.Module, tensors: Sequence[NamedTensor], first: int, small: list[NamedTensor]
 ) -> Iterator[Unit]:
-    """The units of a block, numbered from ``first``. Tensors of small modules go to ``small``."""
+    """The units of a block, numbered from ``first``. Small buffers and tensors of small modules go to ``small``."""
     modules = {id(module._parameters): (name, module) for name, module in root.named_modules()}
     modules |= {id(module._buffers): (name, module) for name, module in root.named_modules()}
     groups: dict[int, list[NamedTensor]] = defaultdict(list)
     for item in tensors:
+        if is_small_buffer(item):
+            small.append(item)
+            continue
         groups[id(modules[id(item.places[0].holder)][1])].append(item)
     least = SMALL_SHARE * sum(item.nbytes for item in tensors)
     for items in groups.values():
@@ -273,6 +281,13 @@ def _units(
         full_name = f"{prefix}.{name}" if name else prefix
         yield Unit(first, block, full_name, None if tied else module, make_layout(items))
         first += 1
+
+
+def is_small_buffer(item: NamedTensor | Value) -> bool:
+    """Whether it always stays on the device, so that what is written to it lasts."""
+    if any(place.is_parameter for place in item.places) or not isinstance(item.form, PlainForm):
+        return False
+    return item.form.shape.numel() * item.dtype.itemsize <= SMALL_BUFFER_BYTES
 
 
 def _own_dtype(module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:

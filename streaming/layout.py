@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -184,10 +185,16 @@ class Binding:
 
     def __init__(self, tensors: Iterable[tuple[Value, torch.Tensor]]) -> None:
         self._writes = [(place.holder, place.attribute, tensor) for value, tensor in tensors for place in value.places]
+        self._columns = tuple(zip(*self._writes, strict=True)) or ((), (), ())
 
     def apply(self) -> None:
         for holder, attribute, tensor in self._writes:
             holder[attribute] = tensor
+
+    def is_in_place(self) -> bool:
+        """Whether modules still use these tensors, and nobody has put others in their place."""
+        holders, attributes, tensors = self._columns
+        return all(map(operator.is_, map(dict.get, holders, attributes), tensors))
 
 
 def bound(value: Value, tensor: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 
 from .arena import Arena, HostBuffer
 from .backend import Backend
-from .blocks import Unit
+from .blocks import Unit, is_small_buffer
 from .contents import needs_work, ranges, read_range
-from .errors import UnsupportedModelError
+from .errors import StreamingError, UnsupportedModelError
 from .forms import Form, OtherForm, PlainForm, take_apart
 from .homes import Home, ShownHome, home_in
 from .layout import Binding, Value
@@ -419,6 +419,25 @@ class UnitCopies:
                 arena.release(memory)
         self._master = self._begun = None
 
+    def written(self) -> list[str]:
+        """Names of values that somebody has written to, in ways that torch counts, or exchanged while this copy was in
+        use; small buffers are left out."""
+        values = [value for value in self.unit.layout.values if not is_small_buffer(value)]
+        return [value.name for value in values if self.bound.written(value) or self.bound.replaced(value)]
+
+    def check_may_go(self) -> None:
+        """Raise if the resident copy is the only one that has what somebody has written to it between two loads."""
+        weights = self.bound_weights
+        if weights is None or weights is not self.resident:
+            return
+        lost = [name for name in self.written() if not weights.is_baked(name)]
+        if lost:
+            raise StreamingError(
+                f"{lost[0]} was written to while the model ran, and would be lost now that it must make room on the "
+                "device. Lower vram_limit_gb or free memory, and queue the prompt once more, or have ComfyUI load this "
+                "model itself (mode off)"
+            )
+
     def note_writes(self) -> None:
         """Remember which patched values somebody has written to: that goes when the copy goes out of use."""
         weights = self.bound_weights
@@ -451,8 +470,11 @@ class UnitCopies:
         return None if self.bound is self.shown else self.resident or self.master
 
     def bind(self) -> None:
-        self.bound = self.home
-        self.bound.apply()
+        """Point the modules at the copy in use, where they do not yet: what somebody has put in its place stays."""
+        home = self.home
+        if home is not self.bound:
+            self.bound = home
+            home.apply()
 
     def show(self) -> None:
         """Point the modules at what they show while no copy is bound."""

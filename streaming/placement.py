@@ -52,6 +52,8 @@ class Placement:
         streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
         resident = [self._copies[unit] for unit in plan.resident]
         self._summed = False
+        for copies in streamed:
+            copies.check_may_go()
         self._renew(streamed, [self._rest, *resident], patches)
         needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
         self._make_masters(needed, patches)
@@ -119,6 +121,11 @@ class Placement:
         for copies in (*self._copies, self._rest):
             copies.bind()
 
+    def bind_again(self) -> None:
+        """As :meth:`bind`, where modules have been pointed elsewhere."""
+        for copies in (*self._copies, self._rest):
+            copies.bound.apply()
+
     def bind_originals(self) -> None:
         """Point the modules at the weights as loaded, in the dtypes of the file."""
         for copies in (*self._copies, self._rest):
@@ -134,6 +141,10 @@ class Placement:
     def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
         """What somebody has written to, exchanged or deleted; no block runs, and nothing is on its way."""
         return Changes(change for copies in (*self._copies, self._rest) for change in find_changes(copies, exchanged))
+
+    def written(self) -> list[str]:
+        """Names of weights that were written to or exchanged, but for small buffers (blocks.py)."""
+        return [name for copies in (*self._copies, self._rest) for name in copies.written()]
 
     def settle(self) -> None:
         """What somebody has written to weights was undone."""

@@ -370,6 +370,20 @@ class Streamer:
         """
         return Changes() if self._lent else self.site.placement.changes(exchanged)
 
+    def written(self) -> list[str]:
+        """Names of weights that somebody has written to or exchanged since the model was loaded; not while a block
+        runs. Small buffers are left out, and so is everything while hooks of the host are in the weights."""
+        return [] if self._lent else self.site.placement.written()
+
+    def take_overwritten(self) -> list[str]:
+        """What somebody has written to in vain while it was in a slot; told once."""
+        overwritten = self.site.meters.overwritten
+        if not overwritten:
+            return overwritten
+        found = sorted(set(overwritten))
+        overwritten.clear()
+        return found
+
     def _last_changes(self) -> Changes:
         try:
             return self.changes()
@@ -473,10 +487,7 @@ class Streamer:
         try:
             yield
         finally:
-            if self.state is not State.UNLOADED:
-                self.site.placement.bind()
-            else:
-                self.site.placement.show()
+            self.site.placement.bind_again()
             changes.put_back()
 
     def move_to(self, backend: Backend) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import count
-from queue import SimpleQueue
+from threading import Semaphore
 from typing import Any
 
 import comfy.model_management as mm
@@ -83,12 +83,10 @@ def inside_of_a_step(model: Any, act: Act, always: bool = False) -> Any:
 
     Whether it is time for that is no state of the step, which would be put back when it runs again.
     """
-    model, when = model.clone(), SimpleQueue[bool]()
-    for run in range(3):
-        when.put(run == 2)
+    model, before, once = model.clone(), Semaphore(2), Semaphore(1)
 
     def replace(args: dict[str, Any], extra: dict[str, Any]) -> Any:
-        if always or (not when.empty() and when.get()):
+        if always or (not before.acquire(blocking=False) and once.acquire(blocking=False)):
             act(model)
         return extra["original_block"](args)
 

@@ -302,5 +302,5 @@ def test_a_part_without_room_is_no_reason_to_run_without_it(on_devices: OnDevice
         mm.load_models_gpu([model])
         unload_the_parts(model)
         model.parts[0].streamer.backend.store.budget = 1
-        with pytest.raises(RuntimeError, match="no room for all of it"):
+        with pytest.raises(RuntimeError, match="there is no room for that part"):
             model.model.apply_model(x, torch.tensor([0.5]), c_crossattn=context, y=context[:, 0])

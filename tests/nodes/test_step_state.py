@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import collections
+import contextvars
 import copy
 import functools
+import io
 import itertools
+import queue
 import random
+import sys
+import threading
 import types
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +23,8 @@ import pytest
 import torch
 from weightstream.nodes import step_memory, step_state
 from weightstream.nodes.step_state import RepeatableStep, StepModules, StepState
-from weightstream.streaming import StepNotRepeatedError
+from weightstream.streaming import StepNotRepeatedError, WeightsMovedError
+from weightstream.streaming.away import Away
 
 CPU = torch.device("cpu")
 
@@ -39,6 +47,12 @@ def calls_another() -> tuple[int, int]:
 class Holder:
     shared = 0
     names: ClassVar[list[str]] = []
+    kept: ClassVar[list[Any]] = []
+
+    @classmethod
+    def keep(cls, value: Any) -> Any:
+        cls.kept.append(value)
+        return value
 
     def __init__(self) -> None:
         self.steps = 0
@@ -211,6 +225,235 @@ def in_modules() -> Callable[[], tuple[Any, ...]]:
     return step
 
 
+def in_a_module_of_the_pack() -> Callable[[], tuple[Any, ...]]:
+    """By its name, by names as texts, by another module, and where the step imports it."""
+    state: Any = sys.modules.setdefault("pack_state", types.ModuleType("pack_state"))
+    state.n, state.named, state.held = 0, 0, {"n": 0}
+    function = types.FunctionType(_count_in_module.__code__, {"state": state, "__name__": "pack_nodes"})
+
+    def step() -> tuple[Any, ...]:
+        state.held["n"] += 1
+        return function()
+
+    return step
+
+
+def _count_in_module() -> tuple[Any, ...]:
+    import pack_state
+
+    state.n += 1  # type: ignore[name-defined]  # noqa: F821
+    setattr(pack_state, "named", pack_state.named + 1)  # noqa: B010
+    pack_state.new = getattr(pack_state, "new", 0) + 1  # type: ignore[attr-defined]
+    return pack_state.n, pack_state.named, pack_state.held["n"], pack_state.new  # type: ignore[attr-defined]
+
+
+class Key:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def behind_weak_references() -> Callable[[], tuple[Any, ...]]:
+    key, value = Key(), Key()
+    by_key: Any = weakref.WeakKeyDictionary({key: 0})
+    by_name: Any = weakref.WeakValueDictionary({"a": value})
+    keys: Any = weakref.WeakSet([key])
+    points, proxy = weakref.ref(Holder.keep(Key())), weakref.proxy(Holder.keep(Key()))
+
+    def step() -> tuple[Any, ...]:
+        by_key[key] += 1
+        by_name["a"].count += 1
+        by_name["b"] = value
+        found = points()
+        found.count += 1
+        proxy.count += 1
+        keys.add(value)
+        return by_key[key], by_name["a"].count, sorted(by_name), found.count, proxy.count, len(keys)
+
+    return step
+
+
+class Dict(dict):
+    pass
+
+
+class List(list):
+    __slots__ = ("__private", "n")
+
+    def bump(self) -> tuple[int, int]:
+        self.n = getattr(self, "n", 0) + 1
+        self.__private = getattr(self, "_List__private", 0) + 1
+        return self.n, self.__private
+
+
+class Set(set):
+    pass
+
+
+class Deque(collections.deque):
+    def clear(self) -> None:
+        raise AssertionError("this is somebody's own")
+
+
+class Lru(collections.OrderedDict):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.written = getattr(self, "written", 0) + 1
+
+
+def on_containers() -> Callable[[], tuple[Any, ...]]:
+    made: list[Any] = [Dict(), List(), Set(), Deque(), Lru(a=1), collections.Counter()]
+
+    def step() -> tuple[Any, ...]:
+        for value in (made[0], made[2], made[3]):
+            value.n = getattr(value, "n", 0) + 1
+        made[3].append(1)
+        made[4][f"b{len(made[4])}"] = 1
+        made[4].move_to_end("a")
+        made[5]["x"] += 1
+        return made[0].n, made[1].bump(), made[2].n, made[3].n, [*made[3]], [*made[4]], made[4].written, made[5]["x"]
+
+    return lambda: copy.deepcopy(step())
+
+
+def in_containers_of_python() -> Callable[[], tuple[Any, ...]]:
+    key = Key()
+    made: list[Any] = [
+        collections.UserDict(n=0),
+        collections.UserList(),
+        collections.ChainMap({"n": 0}, {}),
+        queue.Queue(),
+        array.array("i", [0]),
+        bytearray(1),
+        threading.local(),
+        contextvars.ContextVar("count"),
+        {key: 1},
+        io.BytesIO(b"ab"),
+        types.MappingProxyType({"inner": [0]}),
+        memoryview(bytearray(1)),
+    ]
+    made[6].n = 0
+    made[7].set(0)
+
+    def step() -> tuple[Any, ...]:
+        made[0]["n"] += 1
+        made[1].append(1)
+        made[2]["n"] += 1
+        made[3].put(1)
+        made[4][0] += 1
+        made[5][0] += 1
+        made[6].n += 1
+        made[7].set(made[7].get() + 1)
+        key.count += 1
+        made[9].write(b"c")
+        made[10]["inner"][0] += 1
+        made[11].obj[0] += 1
+        found = made[0]["n"], len(made[1]), made[2]["n"], made[3].qsize(), made[3].unfinished_tasks, made[4][0]
+        more = made[5][0], made[6].n, made[7].get(), key.count, made[9].getvalue(), made[10]["inner"][0]
+        return (*found, *more, made[11].obj[0])
+
+    return step
+
+
+class Numbers(torch.Tensor):
+    pass
+
+
+def in_other_tensors() -> Callable[[], tuple[Any, ...]]:
+    number = torch.zeros(1)
+    number.count = 0  # type: ignore[attr-defined]
+    own = torch.zeros(2).as_subclass(Numbers)
+    own.count = 0  # type: ignore[attr-defined]
+    weight = torch.nn.Parameter(torch.zeros(2))
+    sparse = torch.zeros(3).index_fill(0, torch.tensor([1]), 1.0).to_sparse()
+    held = torch.zeros(1)
+
+    def step() -> tuple[Any, ...]:
+        number.count += 1  # type: ignore[attr-defined]
+        own.count += 1  # type: ignore[attr-defined]
+        with torch.no_grad():
+            own.add_(1)
+            weight.add_(1)
+            weight.data.add_(1)
+            sparse.mul_(2)
+        held.data = torch.full((1,), held.item() + 1)
+        values = number.count, own.count, own.tolist(), weight.tolist()  # type: ignore[attr-defined]
+        return (*values, sparse.to_dense().tolist(), held.item())
+
+    return step
+
+
+def in_buffers() -> Callable[[], tuple[Any, ...]]:
+    """Written in place, exchanged, counted by torch, and of which there is a new one."""
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(2).train())
+    module.register_buffer("mean", torch.zeros(1))
+    module.register_buffer("other", torch.zeros(1))
+
+    def step() -> tuple[Any, ...]:
+        with torch.no_grad():
+            module(torch.arange(8.0).view(4, 2))
+        module.mean.add_(1)
+        module.other = module.other + 1
+        had = hasattr(module, "new")
+        module.register_buffer("new", torch.ones(1))
+        return (*[buffer.tolist() for _, buffer in sorted(module.named_buffers())], had)
+
+    return step
+
+
+class Methods:
+    """Methods call one another, a property, and an object that can be called and stands on the class."""
+
+    def __call__(self) -> tuple[Any, ...]:
+        return self.one(), self.two, self.three()
+
+    def one(self) -> int:
+        global counted_in_methods
+        counted_in_methods += 1
+        return counted_in_methods
+
+    @property
+    def two(self) -> int:
+        listed_in_methods.append(1)
+        return len(listed_in_methods)
+
+    three = Holder()
+
+
+counted_in_methods = 0
+listed_in_methods: list[int] = []
+
+
+class Below(Methods):
+    pass
+
+
+@functools.lru_cache(maxsize=2)
+def the_state() -> dict[str, int]:
+    return {"n": 0}
+
+
+def in_a_cached_function() -> Callable[[], int]:
+    def step() -> int:
+        the_state()["n"] += 1
+        return the_state()["n"]
+
+    the_state()
+    return step
+
+
+def in_what_an_iterator_goes_through() -> Callable[[], tuple[int, int]]:
+    held, made = [0], {"n": 0}
+    ahead, generator = itertools.chain([held], []), (one for one in [made])
+
+    def step() -> tuple[int, int]:
+        assert ahead is not generator
+        held[0] += 1
+        made["n"] += 1
+        return held[0], made["n"]
+
+    return step
+
+
 STATES = [
     in_a_variable,
     in_a_variable_without_a_value,
@@ -228,6 +471,16 @@ STATES = [
     Slotted,
     lambda: count_globally,
     lambda: calls_another,
+    in_a_module_of_the_pack,
+    behind_weak_references,
+    on_containers,
+    in_containers_of_python,
+    in_other_tensors,
+    in_buffers,
+    Methods,
+    Below,
+    in_a_cached_function,
+    in_what_an_iterator_goes_through,
 ]
 
 
@@ -354,19 +607,41 @@ def test_where_there_is_no_room_for_a_copy_nothing_fails(monkeypatch: pytest.Mon
         step()
 
 
-def test_a_generator_is_the_reason() -> None:
-    step = repeatable(functools.partial(lambda _: 5, (number for number in range(9))), failing=1)
-    with pytest.raises(torch.OutOfMemoryError):
-        step()
-    with pytest.raises(StepNotRepeatedError, match="nobody can tell whether it has moved on"):
-        step()
+def generated(values: Iterable[int]) -> Iterator[int]:
+    while True:
+        yield from values
 
 
-@pytest.mark.parametrize("make", [itertools.count, lambda: iter([1] * 9), lambda: iter(range(9))])
-def test_what_cannot_go_back_is_the_reason(make: Callable[[], Iterator[int]]) -> None:
+ITERATORS: list[Callable[[], Iterator[Any]]] = [
+    itertools.count,
+    lambda: iter([1] * 9),
+    lambda: iter(range(9)),
+    lambda: iter(dict.fromkeys(range(9), 1).items()),
+    lambda: reversed([1] * 9),
+    lambda: itertools.cycle([1, 2]),
+    lambda: itertools.islice([1] * 9, 5),
+    lambda: itertools.chain([1] * 5, [1] * 5),
+    lambda: enumerate([1] * 9),
+    lambda: zip([1] * 9, [1] * 9, strict=True),
+    lambda: map(abs, [1] * 9),
+    lambda: filter(None, [1] * 9),
+    lambda: itertools.repeat(1, 9),
+    lambda: itertools.accumulate([1] * 9),
+    lambda: itertools.product([1, 2], [1, 2]),
+    lambda: (1 for _ in range(9)),
+    lambda: generated([1] * 9),
+    lambda: generated((1,)),
+    lambda: map(abs, (1 for _ in range(9))),
+]
+
+
+@pytest.mark.parametrize("begun", [0, 1, 3])
+@pytest.mark.parametrize("make", ITERATORS)
+def test_what_cannot_go_back_is_the_reason(make: Callable[[], Iterator[int]], begun: int) -> None:
     """Only where it has gone on."""
     iterator = make()
-    next(iterator)
+    for _ in range(begun):
+        next(iterator)
     idle = repeatable(functools.partial(lambda _: 5, iterator), failing=1)
     with pytest.raises(torch.OutOfMemoryError):
         idle()
@@ -374,7 +649,139 @@ def test_what_cannot_go_back_is_the_reason(make: Callable[[], Iterator[int]]) ->
     step = repeatable(functools.partial(next, iterator), failing=1)
     with pytest.raises(torch.OutOfMemoryError):
         step()
-    with pytest.raises(StepNotRepeatedError, match=rf"a {type(iterator).__name__} .*it has moved on"):
+    with pytest.raises(StepNotRepeatedError, match=r"it has moved on"):
+        step()
+
+
+class Ended:
+    def __init__(self) -> None:
+        self.values: Any = iter(())
+
+    def begin(self) -> None:
+        self.values = (value for value in ())
+
+    def __call__(self) -> int:
+        return len([*self.values])
+
+
+def test_a_generator_that_has_ended_is_the_reason_once() -> None:
+    ended = Ended()
+    ended.begin()
+    step = repeatable(ended, failing=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        step()
+    with pytest.raises(StepNotRepeatedError, match=r"a generator that .*it has ended"):
+        step()
+    again = repeatable(ended, failing=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        again()
+    assert again() == 0
+
+
+def unset_variable() -> Callable[[], Any]:
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("unset")
+    return lambda: variable.set(1)
+
+
+def queue_without_a_view() -> Callable[[], Any]:
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    waiting.put(1)
+    return lambda: waiting.put(waiting.get() + 1)
+
+
+def large_array() -> Callable[[], Any]:
+    values = np.zeros((1 << 18) + 1)
+    return lambda: values.__setitem__(7, 1)
+
+
+def large_array_that_lies_apart() -> Callable[[], Any]:
+    values = np.zeros((2, 1 << 19))[:, ::2]
+    return lambda: values.__setitem__((1, 7), 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (unset_variable, "it had no value, and has int"),
+        (queue_without_a_view, "what waits in it is something else"),
+        (large_array, "which were written to"),
+        (large_array_that_lies_apart, "which were written to"),
+    ],
+)
+def test_what_cannot_be_put_back_is_the_reason_if_it_has_changed(make: Callable[[], Any], said: str) -> None:
+    change = make()
+    idle = repeatable(functools.partial(lambda _: 5, change), failing=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        idle()
+    assert idle() == 5
+    step = repeatable(change, failing=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        step()
+    with pytest.raises(StepNotRepeatedError, match=said):
+        step()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_large_tensor_in_host_memory_is_looked_at_while_the_model_runs_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, counted: bool
+) -> None:
+    monkeypatch.setattr(step_memory, "SMALL_BYTES", 1000)
+    with torch.inference_mode(not counted):
+        value = torch.zeros(1000)
+
+    def step(write: bool) -> int:
+        with torch.inference_mode():
+            if write:
+                value[-1] = 5
+        return 5
+
+    def on_a_gpu(write: bool) -> RepeatableStep[int]:
+        left = [1]
+
+        def forward() -> int:
+            found = step(write)
+            if left and left.pop():
+                raise torch.OutOfMemoryError("no room")
+            return found
+
+        before = StepState({"a patch": step}, StepModules(torch.nn.Module()), [torch.device("cuda", 0)])
+        return RepeatableStep(forward, before, "a model")
+
+    idle = on_a_gpu(False)
+    with pytest.raises(torch.OutOfMemoryError):
+        idle()
+    assert idle() == 5
+    written = on_a_gpu(True)
+    with pytest.raises(torch.OutOfMemoryError):
+        written()
+    with pytest.raises(StepNotRepeatedError, match=r"^a model: a step failed .* 4\.0 KB .*was written to\. More"):
+        written()
+    monkeypatch.setattr(step_memory, "HOST_BYTES", 1000)
+    unread = on_a_gpu(False)
+    with pytest.raises(torch.OutOfMemoryError):
+        unread()
+    if counted:
+        assert unread() == 5
+        return
+    with pytest.raises(StepNotRepeatedError, match="may have been written to"):
+        unread()
+
+
+def test_a_tensor_that_is_still_on_another_device_stays_there() -> None:
+    """Somebody who looks brings it home; the second run finds it where it was."""
+    there = torch.zeros(2)
+    away = Away(there, torch.device("cpu", 1), torch.device("cpu", 0), lambda tensor, _: tensor.clone())
+    step = repeatable(lambda: (away.stands_for(there), away.add_(1).tolist()), failing=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        step()
+    assert step() == (True, [1, 1])
+
+
+def test_memory_is_spoken_of_only_where_it_was_missing() -> None:
+    step = repeatable(functools.partial(next, itertools.count()), failing=1, error=WeightsMovedError)
+    with pytest.raises(WeightsMovedError):
+        step()
+    with pytest.raises(StepNotRepeatedError, match=r"it has moved on\)\. Queue the prompt once more\.$"):
         step()
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import comfy.patcher_extension
@@ -143,6 +146,54 @@ def by_exchanged_forward(model: Any) -> Any:
     return model
 
 
+STATE: Any = ModuleType("state_of_a_pack")
+
+
+def by_module(model: Any) -> Any:
+    """A pack's variables in a module of their own."""
+    model, STATE.count = model.clone(), 0
+    sys.modules[STATE.__name__] = STATE
+
+    def patch(args: dict[str, Any]) -> dict[str, Any]:
+        STATE.count += 1
+        return {**args, "img": args["img"] * (1 + 0.01 * STATE.count)}
+
+    def begin(*_: Any) -> None:
+        STATE.count = 0
+
+    model.set_model_patch(patch, "post_input")
+    model.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, "counts", begin)
+    return model
+
+
+def by_table(model: Any) -> Any:
+    """A table of models that a pack has seen."""
+    model, inner = model.clone(), model.model.diffusion_model
+    counts: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary({inner: 0})
+
+    def patch(args: dict[str, Any]) -> dict[str, Any]:
+        counts[inner] += 1
+        return {**args, "img": args["img"] * (1 + 0.01 * counts[inner])}
+
+    model.set_model_patch(patch, "post_input")
+    return model
+
+
+def by_buffers(model: Any) -> Any:
+    """A layer of a pack that counts, and one that keeps statistics."""
+    model, layer = model.clone(), torch.nn.BatchNorm1d(256, affine=False).train()
+    layer.register_buffer("count", torch.zeros(1))
+
+    def patch(args: dict[str, Any]) -> dict[str, Any]:
+        image = args["img"]
+        layer.count.add_(1)
+        normal = layer(image.float().transpose(1, 2)).transpose(1, 2).to(image)
+        return {**args, "img": image + 0.01 * normal * layer.running_mean.to(image) * layer.count.to(image)}
+
+    model.set_model_patch(patch, "post_input")
+    return model
+
+
 CHANGES: dict[str, Change] = {
     "EasyCache": lambda model: output(EasyCacheNode.execute(model, 1.5, 0.1, 0.95, False)),
     "LazyCache": lambda model: output(LazyCacheNode.execute(model, 1.5, 0.1, 0.95, False)),
@@ -152,6 +203,9 @@ CHANGES: dict[str, Change] = {
     "a wrapper that remembers": by_wrapper,
     "a tensor in options": by_options,
     "an inner forward that counts": by_exchanged_forward,
+    "a module of a pack": by_module,
+    "a table of models": by_table,
+    "buffers": by_buffers,
 }
 
 
