@@ -16,7 +16,7 @@ from ..streaming import Plan, State, Streamer, format_bytes
 from ..streaming.shown import shown
 from . import hosts
 from .devices import has_dynamic_vram, make_backend, same_device, unload
-from .following import follow
+from .following import follow, follow_writes
 from .hooked import HookedPatcher
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
 from .offload import OffloadSettings, host_config
@@ -258,7 +258,10 @@ class StreamedModelPatcher(HookedPatcher):
         if self.streamer.state is State.UNLOADED and not any(known):
             return load_again(self)
         self.unpatch_hooks()
+        exchanged = follow_writes(self.hooked, moving=self)
         self.streamer.load(plan, self._host_patches())
+        for change in exchanged:
+            change.put_back()
         self._tell_host(self.load_device)
 
     def get_free_memory(self, device: torch.device) -> int:

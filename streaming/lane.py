@@ -26,7 +26,8 @@ import torch
 from torch.autograd import profiler
 
 from .backend import Backend, Pair
-from .layout import Binding
+from .homes import Counted
+from .layout import Stranger
 from .masters import UnitCopies
 from .plan import Plan
 from .reader import Reader
@@ -45,14 +46,16 @@ class _Run:
     Attributes:
         active: its units that are running now.
         left: runs of its units after which it is released; never reached by one that its block holds.
+        brought: what others have put into its modules, which is on the device meanwhile.
     """
 
-    __slots__ = ("active", "left", "slot")
+    __slots__ = ("active", "brought", "left", "slot")
 
     def __init__(self, slot: int, left: int) -> None:
         self.slot = slot
         self.active = 0
         self.left = left
+        self.brought: list[Stranger] = []
 
 
 class Lane:
@@ -93,9 +96,8 @@ class Lane:
         self._ring = Ring(backend, plan.slots, plan.slot_bytes)
         self._schedule = Schedule(range(len(plan.segments)), plan.slots, plan.slots if copy_streams else 0)
         self._copies = [[copies(unit) for unit in segment.units] for segment in plan.segments]
-        self._home = [[unit.home for unit in group] for group in self._copies]
         self._pairs: list[list[list[Pair]] | None] = [None] * len(plan.segments)
-        self._bindings: list[list[list[Binding]]] = []
+        self._bindings: list[list[list[Counted]]] = []
         try:
             self._prepare()
         except BaseException:
@@ -183,8 +185,7 @@ class Lane:
 
     def refresh(self) -> None:
         """Master copies were made, and prefetched segments given up; no copy may be under way."""
-        for number, group in enumerate(self._copies):
-            self._home[number] = [unit.home for unit in group]
+        for number in range(len(self._copies)):
             with torch.inference_mode(False):
                 self._prepare_pairs(number)
         self.forget()
@@ -220,8 +221,9 @@ class Lane:
                 self._fill(number, entry.slot, opening=True)
             with _phase("stream::wait"):
                 self._wait(number, entry)
-            for binding in self._bindings[number][entry.slot]:
-                binding.apply()
+            slot = self._ring.slots[entry.slot]
+            for unit, binding in zip(self._copies[number], self._bindings[number][entry.slot], strict=True):
+                run.brought += unit.bind_slot(binding, slot.buffer.device)
         except BaseException:
             self._release(number)
             self._schedule.drop(entry.slot)
@@ -268,9 +270,11 @@ class Lane:
         run = self._open.pop(number)
         with _phase("stream::release"):
             self._schedule.leave(run.slot)
+            for unit, binding in zip(self._copies[number], self._bindings[number][run.slot], strict=True):
+                unit.leave_slot(binding)
+            for stranger in run.brought:
+                stranger.put_back()
             self._ring.slots[run.slot].free = self._backend.mark()
-            for binding in self._home[number]:
-                binding.apply()
 
     def _fill(self, number: int, slot: int, opening: bool) -> None:
         with _phase("stream::prefetch"):

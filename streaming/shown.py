@@ -33,6 +33,15 @@ from .layout import TensorSpec, Value
 _data = torch.Tensor.data
 
 
+class _HandedOut:
+    """Counts how often memory of any watched tensor was handed out without its counter."""
+
+    count = 0
+
+
+handed_out = _HandedOut()
+
+
 class Watched:
     """A tensor of host memory that is as we have left it, or not (Note: who has written).
 
@@ -54,22 +63,26 @@ class Watched:
         """Whether somebody has written to it in a way that torch counts."""
         return self._version != self._stamp
 
+    def _hand_out(self) -> None:
+        self._handed_out = True
+        handed_out.count += 1
+
     def settle(self) -> None:
         """It was compared, and is as it was."""
         self._handed_out, self._stamp = False, self._version
 
     @property
     def data(self) -> torch.Tensor:
-        self._handed_out = True
+        self._hand_out()
         return _data.__get__(self)
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        self._handed_out = True
+        self._hand_out()
         _data.__set__(self, value)
 
     def numpy(self, *args: Any, **options: Any) -> Any:
-        self._handed_out = True
+        self._hand_out()
         return super().numpy(*args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -137,7 +150,7 @@ class _Values:
         """Somebody has set ``data``. The new one may have another shape or dtype."""
         with torch.inference_mode(False):
             self.real = watch(tensor.detach(), self.run_as, self.is_parameter)
-        self.real._handed_out = True
+        self.real._hand_out()
 
 
 class StandIn(torch.Tensor):
