@@ -7,9 +7,9 @@ their own on it. So before each load what is there is compared with what was lai
 anew. Units that lie as before keep their copies, and a plan stays where nothing became larger or smaller.
 
 [Note: what comes while a model is sampled]
-ComfyUI looks at no weight between two loads. So what is exchanged then is used as it is, without patches, until the next
-load (streaming/homes.py, Note: what others do while a model runs). What is written to is used where it is; before it is
-moved elsewhere, because of another plan, it is followed as in a load.
+ComfyUI looks at no weight between two loads. So what is exchanged then is used as it is, without patches, until the
+next load (streaming/homes.py, Note: what others do while a model runs). What is written to is used where it is; before
+it is moved elsewhere, because of another plan, it is followed as in a load.
 """
 
 from __future__ import annotations

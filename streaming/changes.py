@@ -1,8 +1,8 @@
 """What somebody has written to, exchanged or deleted in a model since it was laid out.
 
-Only what a module holds now is asked, once for each load and each unloading, and before weights are moved while the model
-runs. What is written to a weight that carries patches goes with these, as with the host, whose backup comes back then:
-it is no change.
+Only what a module holds now is asked, once for each load and each unloading, and before weights are moved while the
+model runs. What is written to a weight that carries patches goes with these, as with the host, whose backup comes back
+then: it is no change.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Counted(Binding):
     @property
     def touched(self) -> bool:
         """Whether somebody has written to any of it since it was settled, or may have. Asked in each step."""
-        return _versions(self._counters) != self._stamps
+        return [one._version for one in self._counters] != self._stamps
 
     def written(self, value: Value) -> bool:
         """Whether somebody has written to ``value`` in a way that torch counts."""
@@ -67,7 +67,7 @@ class Counted(Binding):
         return [self.holds(value)] if value.is_plain else self._counters[self._spans[value.name]]
 
     def take(self, value: Value, other: Counted) -> list[Stranger]:
-        """Copy ``value`` as it is where ``other`` points. One that does not lie like this is used there, and is given."""
+        """Copy ``value`` as it is where ``other`` points; what does not lie like this is used there, and is given."""
         pairs = list(zip(self.parts(value), map(plain, other.parts(value)), strict=True))
         if any((into.shape, into.dtype) != (found.shape, found.dtype) for into, found in pairs):
             strangers = [Stranger(place.holder, place.attribute, other.holds(value)) for place in value.places]
@@ -90,7 +90,7 @@ class Home(Counted):
 
     @property
     def touched(self) -> bool:
-        if super().touched:
+        if [one._version for one in self._counters] != self._stamps:
             return True
         if handed_out.count == self._look:
             return False

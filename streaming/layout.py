@@ -210,10 +210,9 @@ class Binding:
 
         What somebody else has put there meanwhile stays, and is given.
         """
-        strangers = []
-        for (holder, attribute, tensor), (_, _, old) in zip(self._writes, before._writes, strict=True):
-            present = holder.get(attribute)
-            if present is old:
+        strangers: list[Stranger] = []
+        for (holder, attribute, tensor), (_, _, old) in zip(self._writes, before._writes):  # noqa: B905 (hot)
+            if (present := holder.get(attribute)) is old:
                 holder[attribute] = tensor
             elif present is not tensor:
                 strangers.append(Stranger(holder, attribute, present))

@@ -11,9 +11,9 @@ from models import Stored, Transformer, X, budgets, make_streamer, make_transfor
 from reads import Reads
 from torch import nn
 from torch.utils._pytree import tree_map
-from weightstream.streaming.homes import slot_binding
 from weightstream.streaming import Streamer, UnsupportedModelError
 from weightstream.streaming.forms import take_apart
+from weightstream.streaming.homes import slot_binding
 from weightstream.streaming.layout import ALIGNMENT, Layout, NamedTensor, Place, make_layout
 
 pytestmark = pytest.mark.usefixtures("watched")
