@@ -23,6 +23,7 @@ import torch
 
 from ..streaming import Streamer, StreamingError, UnsupportedModelError, held_tensors, split_model, uncompiled
 from ..streaming.changes import Change, Changes
+from ..streaming.entries import forget_copied
 from . import status
 from .streamed_model import model_dtype
 
@@ -64,6 +65,10 @@ def _lay_out_anew(patcher: StreamedModelPatcher, changes: Sequence[Changes]) -> 
     streamers, shares = patcher.streamers, patcher.streamed.shares
     for streamer, each in zip(streamers, changes, strict=True):
         streamer.show(each)
+    if patcher.streamed.boundary is not None:
+        patcher.streamed.boundary.detach()
+    for module in patcher.model.modules():
+        forget_copied(module)  # A block that somebody has copied would tell of the one that it is a copy of.
     _bring_home(patcher.model)
     blocks = split_model(patcher.model, _run_dtype, minimum_share=0)
     if shares is not None:
@@ -99,6 +104,8 @@ def follow_writes(patcher: StreamedModelPatcher, moving: StreamedModelPatcher) -
         )
     exchanged = [change for each in found for change in each if change.exchanged]
     _lay_out_anew(patcher, written)
+    if patcher.streamed.boundary is not None:
+        patcher.attach_boundary()
     for one in (patcher, *patcher.parts):
         if one is not moving and one.streamer.plan is not None:
             one.streamer.load(one.streamer.plan, one._host_patches())

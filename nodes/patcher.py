@@ -168,7 +168,7 @@ class StreamedModelPatcher(HookedPatcher):
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             if self.streamed.boundary is not None:
-                self.streamed.boundary.attach(self.streamer.root, self.streamed.placed, self._is_compiled())
+                self.attach_boundary()
             patches = self._host_patches()
             self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))
             self.streamer.begin_prompt()
@@ -179,6 +179,10 @@ class StreamedModelPatcher(HookedPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def attach_boundary(self) -> None:
+        """Have activations follow the blocks, which are on several devices."""
+        self.streamed.boundary.attach(self.streamer.root, self.streamed.placed, self._is_compiled())
 
     def follow(self) -> None:
         """Lay out anew what somebody has changed since the model was laid out (following.py)."""
