@@ -63,9 +63,7 @@ def _put(place: Place, tensor: torch.Tensor | None) -> None:
         place.holder[place.attribute] = tensor
 
 
-def find_changes(
-    copies: UnitCopies, exchanged: Set[str] = frozenset(), absorb: bool = False
-) -> Iterator[Change]:
+def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset(), absorb: bool = False) -> Iterator[Change]:
     """The changes of one unit, of which no block runs and nothing is on its way.
 
     Args:
