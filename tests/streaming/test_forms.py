@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from weightstream.streaming import Streamer, UnsupportedModelError
 from weightstream.streaming.forms import take_apart
+from weightstream.streaming.homes import slot_binding
 from weightstream.streaming.layout import ALIGNMENT, Layout, NamedTensor, Place, make_layout
 
 pytestmark = pytest.mark.usefixtures("watched")
@@ -128,7 +129,7 @@ def test_a_binding_makes_the_same_tensors_of_the_buffer() -> None:
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for spec, view in zip(layout.specs, layout.views(buffer), strict=True):
         view.copy_(spec.original)
-    layout.binding(buffer).apply()
+    slot_binding(layout, buffer).apply()
     for name, original in originals.items():
         bound = holder[name]
         assert bound is not original
