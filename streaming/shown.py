@@ -184,8 +184,9 @@ def watch(tensor: torch.Tensor, spec: TensorSpec, is_parameter: bool) -> Watched
 
 
 def apart(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a plain tensor that fills it, as a storage of its own. Outside of inference mode."""
-    if tensor.numel() == 0:
+    """The memory of a plain tensor, as a storage of its own; as it is where there are gaps. Outside of inference mode."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    if tensor.numel() == 0 or sum((size - 1) * stride for size, stride in steps) + 1 != tensor.numel():
         return tensor
     raw = counted(tensor).as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return torch.from_numpy(raw.numpy()).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
