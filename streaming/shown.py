@@ -184,7 +184,7 @@ def watch(tensor: torch.Tensor, spec: TensorSpec, is_parameter: bool) -> Watched
 
 
 def apart(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a plain tensor, as a storage of its own; as it is where there are gaps. Outside of inference mode."""
+    """The memory of a plain tensor as a storage of its own, if it has no gaps. Outside of inference mode."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     if tensor.numel() == 0 or sum((size - 1) * stride for size, stride in steps) + 1 != tensor.numel():
         return tensor
