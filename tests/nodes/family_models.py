@@ -35,6 +35,7 @@ from weightstream.streaming import (
     minimum_bytes,
     split_model,
 )
+from weightstream.streaming.shown import memory_of
 
 STEPS = 3
 
@@ -208,12 +209,12 @@ class HostWeights(TorchDispatchMode):
             for value in unit.layout.values:
                 for place in value.places:
                     tensor = place.holder[place.attribute]
-                    self._names[tensor.untyped_storage().data_ptr()] = unit.name
+                    self._names[memory_of(tensor).untyped_storage().data_ptr()] = unit.name
 
     def __torch_dispatch__(self, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, torch.Tensor) and not torch.is_complex(value):
-                name = self._names.get(value.untyped_storage().data_ptr())
+                name = self._names.get(memory_of(value).untyped_storage().data_ptr())
                 if name is not None and kernel not in COPIES:
                     self.found.add(Misplaced(name, str(kernel)))
         return kernel(*args, **(kwargs or {}))
