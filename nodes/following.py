@@ -5,11 +5,6 @@ ComfyUI loads the modules that are in a model then, with the weights that they h
 to them. Packs rely on it: they write to weights, exchange layers by object patches or in the model, and hang layers of
 their own on it. So before each load what is there is compared with what was laid out. Where it differs the model is cut
 anew. Units that lie as before keep their copies, and a plan stays where nothing became larger or smaller.
-
-[Note: what comes while a model is sampled]
-ComfyUI looks at no weight between two loads. So what is exchanged then is used as it is, without patches, until the
-next load (streaming/homes.py, Note: what others do while a model runs). What is written to is used where it is; before
-it is moved elsewhere, because of another plan, it is followed as in a load.
 """
 
 from __future__ import annotations
@@ -21,9 +16,7 @@ from typing import TYPE_CHECKING
 import comfy.memory_management
 import torch
 
-from ..streaming import Streamer, StreamingError, UnsupportedModelError, held_tensors, split_model, uncompiled
-from ..streaming.changes import Change, Changes
-from ..streaming.entries import forget_copied
+from ..streaming import Streamer, UnsupportedModelError, held_tensors, split_model, uncompiled
 from . import status
 from .streamed_model import model_dtype
 
@@ -31,8 +24,6 @@ if TYPE_CHECKING:
     from .patcher import StreamedModelPatcher
 
 logger = logging.getLogger(__name__)
-
-INSTEAD = "load it with Load Diffusion Model, or put Async Offload Settings behind it with mode off"
 
 
 def follow(patcher: StreamedModelPatcher) -> None:
@@ -42,74 +33,34 @@ def follow(patcher: StreamedModelPatcher) -> None:
         UnsupportedModelError: what is there now cannot be laid out; the model is unloaded then.
     """
     streamers = patcher.streamers
-    changes = [streamer.changes(patcher.streamed.exchanged, absorb=True) for streamer in streamers]
+    changes = [streamer.changes(patcher.streamed.exchanged) for streamer in streamers]
     patcher.streamed.exchanged.clear()
     moved = _is_built_otherwise(patcher.model, streamers)
     if not (moved or any(changes)):
         return
     _say(patcher, sorted({change.value.name for each in changes for change in each}), moved)
     try:
-        _lay_out_anew(patcher, changes)
+        for streamer, each in zip(streamers, changes, strict=True):
+            streamer.show(each)
+        _bring_home(patcher.model)
+        blocks = split_model(patcher.model, _run_dtype, minimum_share=0)
+        shares = patcher.streamed.shares
+        if shares is not None:
+            shares.take_up(patcher, blocks)
+        for number, (streamer, each) in enumerate(zip(streamers, changes, strict=True)):
+            streamer.take_up(blocks if shares is None else shares.part(number), each)
     except BaseException as error:
         for streamer in streamers:
             streamer.unload()
         if isinstance(error, UnsupportedModelError):
             name = patcher.streamed.name
-            text = f"{name}: {error}. It was changed after it was loaded; {INSTEAD}"
+            text = f"{name}: {error}. It was changed after it was loaded; set mode to off, or use ComfyUI's own loader"
             raise UnsupportedModelError(text) from error
         raise
-
-
-def _lay_out_anew(patcher: StreamedModelPatcher, changes: Sequence[Changes]) -> None:
-    """Have the model of ``patcher`` cut anew, with the changes on each of its devices."""
-    streamers, shares = patcher.streamers, patcher.streamed.shares
-    for streamer, each in zip(streamers, changes, strict=True):
-        streamer.show(each)
-    if patcher.streamed.boundary is not None:
-        patcher.streamed.boundary.detach()
-    for module in patcher.model.modules():
-        forget_copied(module)  # A block that somebody has copied would tell of the one that it is a copy of.
-    _bring_home(patcher.model)
-    blocks = split_model(patcher.model, _run_dtype, minimum_share=0)
-    if shares is not None:
-        shares.take_up(patcher, blocks)
-    for number, (streamer, each) in enumerate(zip(streamers, changes, strict=True)):
-        streamer.take_up(blocks if shares is None else shares.part(number), each)
     if shares is not None:
         patcher.streamed.place_blocks([one.load_device for one in (patcher, *patcher.parts)])
     for one in (patcher, *patcher.parts):
         one.size = one.model_size()
-
-
-def follow_writes(patcher: StreamedModelPatcher, moving: StreamedModelPatcher) -> list[Change]:
-    """Before weights of ``moving``, one of the patchers of ``patcher``, are moved while the MODEL is sampled: lay out
-    anew what somebody has written to (Note: what comes while a model is sampled).
-
-    Gives what somebody has exchanged, which is for the caller to put back when the weights have been moved.
-
-    Raises:
-        StreamingError: something was given another shape or dtype, or layers were exchanged too.
-    """
-    found = [streamer.changes() for streamer in patcher.streamers]
-    written = [Changes(change for change in each if not change.exchanged) for each in found]
-    if not any(written):
-        return []
-    reshaped = [change for each in written for change in each if change.reshaped]
-    first = (reshaped or [change for each in written for change in each])[0]
-    if reshaped or _is_built_otherwise(patcher.model, patcher.streamers):
-        what = "was given another shape or dtype" if reshaped else "was written to, and layers were exchanged,"
-        raise StreamingError(
-            f"{first.value.name} {what} while {patcher.streamed.name} was sampled, and its weights must be moved now. "
-            f"Change the model before the sampler; or {INSTEAD}"
-        )
-    exchanged = [change for each in found for change in each if change.exchanged]
-    _lay_out_anew(patcher, written)
-    if patcher.streamed.boundary is not None:
-        patcher.attach_boundary()
-    for one in (patcher, *patcher.parts):
-        if one is not moving and one.streamer.plan is not None:
-            one.streamer.load(one.streamer.plan, one._host_patches())
-    return exchanged
 
 
 def _is_built_otherwise(model: torch.nn.Module, streamers: Sequence[Streamer]) -> bool:

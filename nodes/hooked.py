@@ -14,7 +14,6 @@ Should a copy go with hooks in it all the same, what was kept for it is forgotte
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from comfy.model_patcher import ModelPatcher
@@ -83,7 +82,7 @@ class HookedPatcher(ModelPatcher):
 
     def unpatch_hooks(self, *args: Any, **options: Any) -> None:
         self._forget_what_is_gone()
-        written = set(self.hook_backup)
+        written = bool(self.hook_backup)
         self.streamed.hooks = None
         try:
             super().unpatch_hooks(*args, **options)
@@ -99,15 +98,12 @@ class HookedPatcher(ModelPatcher):
             for name in streamer.bare(self.hook_backup):
                 del self.hook_backup[name]
 
-    def _weights_were_written(self, undone: Collection[str] = ()) -> None:
-        """Have what was written copied anew, and keep it for as long as there is something to write back.
-
-        ``undone``: names of weights that have been written back.
-        """
+    def _weights_were_written(self, written: bool = False) -> None:
+        """Have what was written copied anew, and keep it for as long as there is something to write back."""
         for streamer in self.streamers:
-            if undone or self.hook_backup:
+            if written or self.hook_backup:
                 streamer.invalidate()
             if self.hook_backup:
-                streamer.lend_masters({*undone, *self.hook_backup})
+                streamer.lend_masters()
             else:
-                streamer.take_masters_back(undone)
+                streamer.take_masters_back()

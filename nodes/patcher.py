@@ -16,7 +16,7 @@ from ..streaming import Plan, State, Streamer, format_bytes
 from ..streaming.shown import shown
 from . import hosts
 from .devices import has_dynamic_vram, make_backend, same_device, unload
-from .following import follow, follow_writes
+from .following import follow
 from .hooked import HookedPatcher
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
 from .offload import OffloadSettings, host_config
@@ -168,7 +168,7 @@ class StreamedModelPatcher(HookedPatcher):
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             if self.streamed.boundary is not None:
-                self.attach_boundary()
+                self.streamed.boundary.attach(self.streamer.root, self.streamed.placed, self._is_compiled())
             patches = self._host_patches()
             self.streamer.load_within(plan, lambda smaller: self.streamer.load(smaller, patches))
             self.streamer.begin_prompt()
@@ -179,10 +179,6 @@ class StreamedModelPatcher(HookedPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
-
-    def attach_boundary(self) -> None:
-        """Have activations follow the blocks, which are on several devices."""
-        self.streamed.boundary.attach(self.streamer.root, self.streamed.placed, self._is_compiled())
 
     def follow(self) -> None:
         """Lay out anew what somebody has changed since the model was laid out (following.py)."""
@@ -264,10 +260,7 @@ class StreamedModelPatcher(HookedPatcher):
         if self.streamer.state is State.UNLOADED and not any(known):
             return load_again(self)
         self.unpatch_hooks()
-        exchanged = follow_writes(self.hooked, moving=self)
         self.streamer.load(plan, self._host_patches())
-        for change in exchanged:
-            change.put_back()
         self._tell_host(self.load_device)
 
     def get_free_memory(self, device: torch.device) -> int:

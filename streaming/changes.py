@@ -1,8 +1,7 @@
 """What somebody has written to, exchanged or deleted in a model since it was laid out.
 
-Only what a module holds now is asked, once for each load and each unloading, and before weights are moved while the
-model runs. What is written to a weight that carries patches goes with these, as with the host, whose backup comes back
-then: it is no change.
+Only what a module holds now is asked, once for each load and each unloading, never in a step. What is written to a
+weight that carries patches goes with these, as with the host, whose backup comes back then: it is no change.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .layout import Place, Value
+from .contents import read_tensor
+from .errors import CheckpointError
+from .layout import Place, TensorSpec, Value
 from .masters import UnitCopies
 from .shown import Watched, memory_of, settled
 
@@ -29,7 +30,6 @@ class Change:
         kept: the same in host memory.
         in_copy: whether the copy that modules point at has it too.
         gone: whether the module has no such name any more; it may be another kind of attribute by now.
-        exchanged: whether somebody has put another tensor there; else the one that was there was written to.
     """
 
     value: Value
@@ -38,13 +38,10 @@ class Change:
     kept: torch.Tensor | None = field(repr=False)
     in_copy: bool = False
     gone: bool = False
-    exchanged: bool = False
 
     @property
-    def reshaped(self) -> bool:
-        """Whether it is of another shape or dtype than what was laid out."""
-        laid_out = self.value.original.shape, self.value.dtype
-        return self.kept is None or (self.kept.shape, self.kept.dtype) != laid_out
+    def key(self) -> tuple[int, str]:
+        return id(self.place.holder), self.place.attribute
 
     def show(self) -> None:
         """Have the module hold it, in host memory."""
@@ -62,15 +59,13 @@ class Change:
             self.place.holder[self.place.attribute] = tensor
 
 
-def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset(), absorb: bool = False) -> Iterator[Change]:
+def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset()) -> Iterator[Change]:
     """The changes of one unit, of which no block runs and nothing is on its way.
 
     Args:
         copies: of the unit.
         exchanged: full names of those in whose place the host has put something else, for as long as a MODEL is loaded.
             That is a change also where the copy carries patches, which are for what is there now.
-        absorb: have copies take over what somebody has put in the place of patched weights, as the host has it when it
-            loads a model. Else such an exchange is a change.
     """
     home, weights = copies.bound, copies.bound_weights
     copies.note_writes()
@@ -79,19 +74,19 @@ def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset(), absorb: 
         replaced = home.replaced(value)
         if home.moved(value):
             replaced += [(place, home.holds(value)) for place in value.places]
-        if patched and absorb and exchanged.isdisjoint(value.names):
+        if patched and exchanged.isdisjoint(value.names):
             replaced = [pair for pair in replaced if not _absorbed(copies, value, pair[1])]
         for place, present in replaced:
             gone = place.attribute not in place.holder
-            yield Change(value, place, present, _kept(present), gone=gone, exchanged=True)
+            yield Change(value, place, present, _kept(present), gone=gone)
         if replaced or patched:
             continue
         if _is_written(copies, value):
             kept = home.holds(value)
             in_copy = weights is not None
             yield from (Change(value, place, kept, _kept(kept, copy=in_copy), in_copy) for place in value.places)
-        elif weights is not None and value.is_plain and copies.shown.differs(value):
-            kept = copies.shown.holds(value)  # Somebody has written to it while there was no copy.
+        elif weights is not None and _was_written_before(value):
+            kept = settled(value.showing.tensor)
             yield from (Change(value, place, kept, _kept(kept)) for place in value.places)
 
 
@@ -114,11 +109,41 @@ def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) ->
 def _is_written(copies: UnitCopies, value: Value) -> bool:
     """Whether what modules point at is not what was loaded."""
     home = copies.bound
-    if home.differs(value) or (copies.bound_weights is not None and copies.sums_differ(value)):
+    if home.written(value):
         return True
-    if home.handed_out(value):
-        home.settle(value)
+    if copies.bound_weights is not None and copies.sums_differ(value):
+        return True
+    if not home.handed_out(value):
+        return False
+    held = home.holds(value)
+    if (isinstance(held, Watched) and held.written) or _differs(held, value.specs[0]):
+        return True
+    home.settle(value)
     return False
+
+
+def _was_written_before(value: Value) -> bool:
+    """Whether somebody has written to what modules show of it while no copy is bound, and had kept that for it."""
+    tensor = settled(value.showing.tensor) if value.showing.tensor is not None else None
+    return isinstance(tensor, Watched) and tensor.changed and (tensor.written or _differs(tensor, value.specs[0]))
+
+
+def _differs(tensor: torch.Tensor, spec: TensorSpec) -> bool:
+    """Whether a tensor of host memory, handed out to somebody, is another than what was loaded."""
+    plain = memory_of(tensor)
+    if plain.shape != spec.shape or plain.stride() != spec.stride:
+        return True
+    if spec.source is None and plain.data_ptr() == spec.original.data_ptr():
+        return True  # There is nothing that it could be compared with.
+    try:
+        expected = read_tensor(spec if plain.dtype == spec.dtype else spec.in_dtype(plain.dtype))
+    except CheckpointError:
+        return True  # Nobody else has it any more.
+    return not torch.equal(_bytes(expected), _bytes(plain))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _is_plain(tensor: torch.Tensor | None) -> bool:

@@ -57,13 +57,6 @@ def is_ours(hook: Callable[..., Any]) -> bool:
     return hook in _ours
 
 
-def forget_copied(module: nn.Module) -> None:
-    """Take off ``module``, which nobody watches, what a deep copy of a watched one has brought along."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for number in [number for number, hook in hooks.items() if is_ours(hook)]:
-            del hooks[number]
-
-
 class Entries:
     """What one listener is told of several modules."""
 

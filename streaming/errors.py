@@ -67,7 +67,7 @@ class GradientError(StreamingError):
         super().__init__(
             f"gradients are recorded through {block}, which streams: when they are computed its weights are gone from "
             "the device, and those of another block would be taken for them. Nothing can be trained with a model that "
-            "streams; load it with Load Diffusion Model, or put Async Offload Settings behind it with mode off"
+            "streams; load it with ComfyUI's own loader, set mode to off, or give it room for all of its weights"
         )
 
 

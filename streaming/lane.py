@@ -11,8 +11,8 @@ A slot's memory is written by copies and read by the compute stream. Four things
 Segments with page-locked master copies are copied straight from them. The others, and then those behind them, go
 through a reader, which reads and queues copies on threads of its own, in the same order (reader.py, Note: one order
 for all copies).
-What a block writes to its weights while they are in a slot is copied home when the segment is released, and what is put
-in their place stays there (homes.py, Note: what others do while a model runs).
+What a block writes to its weights while they are in a slot, or puts in their place, would be lost with the next copy.
+It shows in torch's count of writes to the slot, and in what modules hold; the step ends in an error then (runner.py).
 A segment is released when its units have run as often as they did before, and at the latest when its block or the
 step ends. A unit that runs once more begins its segment anew, with a wait and a binding of its own; so nothing here
 relies on how often units ran before. The host itself waits for nothing but for readers. Tensors never tell torch's
@@ -21,6 +21,7 @@ allocator about the second stream (``record_stream``): staging memory is freed o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,12 +29,11 @@ import torch
 from torch.autograd import profiler
 
 from .backend import Backend, Pair
-from .homes import Counted
-from .layout import Stranger
+from .layout import Binding
 from .masters import UnitCopies
 from .plan import Plan
 from .reader import Reader
-from .ring import Ring
+from .ring import Ring, Slot
 from .schedule import Entry, Schedule
 from .telemetry import Meters
 from .transfer import Load, Move, Tick, Transfer
@@ -48,16 +48,16 @@ class _Run:
     Attributes:
         active: its units that are running now.
         left: runs of its units after which it is released; never reached by one that its block holds.
-        brought: what others have put into its modules, which is on the device meanwhile.
+        writes: how often the slot had been written to when it was bound; None before that.
     """
 
-    __slots__ = ("active", "brought", "left", "slot")
+    __slots__ = ("active", "left", "slot", "writes")
 
     def __init__(self, slot: int, left: int) -> None:
         self.slot = slot
         self.active = 0
         self.left = left
-        self.brought: list[Stranger] = []
+        self.writes: int | None = None
 
 
 class Lane:
@@ -88,6 +88,7 @@ class Lane:
         self._reader = reader
         self._counters = meters.counters
         self._stalls = meters.stalls
+        self._overwritten = meters.overwritten
         self._tick = tick
         self.segment_of = {unit: number for number, segment in enumerate(plan.segments) for unit in segment.units}
         self._of_block: dict[int, list[int]] = {}
@@ -98,8 +99,9 @@ class Lane:
         self._ring = Ring(backend, plan.slots, plan.slot_bytes)
         self._schedule = Schedule(range(len(plan.segments)), plan.slots, plan.slots if copy_streams else 0)
         self._copies = [[copies(unit) for unit in segment.units] for segment in plan.segments]
+        self._home = [[unit.home for unit in group] for group in self._copies]
         self._pairs: list[list[list[Pair]] | None] = [None] * len(plan.segments)
-        self._bindings: list[list[list[Counted]]] = []
+        self._bindings: list[list[list[Binding]]] = []
         try:
             self._prepare()
         except BaseException:
@@ -187,7 +189,8 @@ class Lane:
 
     def refresh(self) -> None:
         """Master copies were made, and prefetched segments given up; no copy may be under way."""
-        for number in range(len(self._copies)):
+        for number, group in enumerate(self._copies):
+            self._home[number] = [unit.home for unit in group]
             with torch.inference_mode(False):
                 self._prepare_pairs(number)
         self.forget()
@@ -223,9 +226,9 @@ class Lane:
                 self._fill(number, entry.slot, opening=True)
             with _phase("stream::wait"):
                 self._wait(number, entry)
-            slot = self._ring.slots[entry.slot]
-            for unit, binding in zip(self._copies[number], self._bindings[number][entry.slot], strict=True):
-                run.brought += unit.bind_slot(binding, slot.buffer.device)
+            for binding in self._bindings[number][entry.slot]:
+                binding.apply()
+            run.writes = self._ring.slots[entry.slot].buffer._version
         except BaseException:
             self._release(number)
             self._schedule.drop(entry.slot)
@@ -272,11 +275,19 @@ class Lane:
         run = self._open.pop(number)
         with _phase("stream::release"):
             self._schedule.leave(run.slot)
-            for unit, binding in zip(self._copies[number], self._bindings[number][run.slot], strict=True):
-                unit.leave_slot(binding)
-            for stranger in run.brought:
-                stranger.put_back()
-            self._ring.slots[run.slot].free = self._backend.mark()
+            slot = self._ring.slots[run.slot]
+            slot.free = self._backend.mark()
+            if run.writes is not None:
+                self._look_for_writes(number, run, slot)
+            for binding in self._home[number]:
+                binding.apply()
+
+    def _look_for_writes(self, number: int, run: _Run, slot: Slot) -> None:
+        """What somebody has written to a slot is not what the next run of the segment shall find."""
+        bindings = self._bindings[number][run.slot]
+        if slot.buffer._version != run.writes or not all(map(_is_in_place, bindings)):
+            self._overwritten += [copies.unit.name for copies in self._copies[number]]
+            self._schedule.drop(run.slot)
 
     def _fill(self, number: int, slot: int, opening: bool) -> None:
         with _phase("stream::prefetch"):
@@ -308,6 +319,7 @@ def _part(place: torch.Tensor, unit: UnitCopies) -> Load | Move:
     return Move(unit.master.buffer, place, unit.pinned)
 
 
+_is_in_place = operator.methodcaller("is_in_place")
 _NO_PHASE = nullcontext()
 
 

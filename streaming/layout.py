@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -164,30 +165,15 @@ class Layout:
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         return [spec.view(buffer) for spec in self.specs]
 
+    def binding(self, buffer: torch.Tensor, forms: Forms = AS_LOADED) -> Binding:
+        """Prepare, once, what it takes to point the modules at ``buffer`` for as long as a block runs."""
+        views = iter(self.views(buffer))
+        tensors = [(value, forms.get(value.name, value.form).assemble(views)) for value in self.values]
+        return Binding((value, bound(value, tensor)) for value, tensor in tensors)
+
     def original_binding(self) -> Binding:
         """Points the modules at what was loaded, in the dtypes of the file."""
         return Binding((value, bound(value, value.original)) for value in self.values)
-
-
-class Stranger(NamedTuple):
-    """What somebody else has put where a module keeps a tensor: ``holder[attribute]``. None where nothing is."""
-
-    holder: dict[str, torch.Tensor | None]
-    attribute: str
-    tensor: torch.Tensor | None
-
-    def bring_to(self, device: torch.device) -> bool:
-        """Have the module hold it on ``device``. Whether it was elsewhere."""
-        if self.tensor is None or self.tensor.device == device:
-            return False
-        moved = self.tensor.to(device)
-        is_parameter = isinstance(self.tensor, torch.nn.Parameter) and not isinstance(moved, torch.nn.Parameter)
-        self.holder[self.attribute] = torch.nn.Parameter(moved, requires_grad=False) if is_parameter else moved
-        return True
-
-    def put_back(self) -> None:
-        """Have the module hold it where it was."""
-        self.holder[self.attribute] = self.tensor
 
 
 class Binding:
@@ -199,24 +185,16 @@ class Binding:
 
     def __init__(self, tensors: Iterable[tuple[Value, torch.Tensor]]) -> None:
         self._writes = [(place.holder, place.attribute, tensor) for value, tensor in tensors for place in value.places]
+        self._columns = tuple(zip(*self._writes, strict=True)) or ((), (), ())
 
     def apply(self) -> None:
-        """Point the modules here, whatever they hold."""
         for holder, attribute, tensor in self._writes:
             holder[attribute] = tensor
 
-    def replace(self, before: Binding) -> list[Stranger]:
-        """Point the modules here, which are pointed as ``before`` has it: another binding of the same values.
-
-        What somebody else has put there meanwhile stays, and is given.
-        """
-        strangers: list[Stranger] = []
-        for (holder, attribute, tensor), (_, _, old) in zip(self._writes, before._writes):  # noqa: B905 (hot)
-            if (present := holder.get(attribute)) is old:
-                holder[attribute] = tensor
-            elif present is not tensor:
-                strangers.append(Stranger(holder, attribute, present))
-        return strangers
+    def is_in_place(self) -> bool:
+        """Whether modules still use these tensors, and nobody has put others in their place."""
+        holders, attributes, tensors = self._columns
+        return all(map(operator.is_, map(dict.get, holders, attributes), tensors))
 
 
 def bound(value: Value, tensor: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,10 @@ from .arena import Arena, HostBuffer
 from .backend import Backend
 from .blocks import Unit, is_small_buffer
 from .contents import needs_work, ranges, read_range
-from .errors import UnsupportedModelError
+from .errors import StreamingError, UnsupportedModelError
 from .forms import Form, OtherForm, PlainForm, take_apart
-from .homes import Counted, Home, ShownHome, home_in, slot_binding
-from .layout import Stranger, Value
+from .homes import Home, ShownHome, home_in
+from .layout import Binding, Value
 from .reader import Reader
 from .sums import sums
 from .transfer import Tick, Transfer
@@ -75,10 +75,10 @@ class Weights:
         """The unit was laid out anew, and lies in the buffer as before."""
         self.unit, self._home = unit, None
 
-    def binding_to(self, buffer: torch.Tensor) -> Counted:
+    def binding_to(self, buffer: torch.Tensor) -> Binding:
         """Points the unit's module at another buffer, which holds or will hold a copy of this one."""
         with torch.inference_mode(False):
-            return slot_binding(self.unit.layout, buffer, self._forms)
+            return self.unit.layout.binding(buffer, self._forms)
 
     @property
     def patched(self) -> bool:
@@ -328,7 +328,7 @@ class UnitCopies:
         self.adopt()
         dropped, self._master = self._master, None
         begun, self._begun = self._begun, None
-        self._point()
+        self.bind()
         if dropped is not None:
             return dropped.memory
         return begun[0] if begun is not None else None
@@ -379,7 +379,7 @@ class UnitCopies:
 
     def drop_resident(self, backend: Backend) -> None:
         resident, self.resident, self._sums = self.resident, None, None
-        self._point()  # A module that still pointed at the buffer would keep its memory.
+        self.bind()  # A module that still pointed at the buffer would keep its memory.
         if resident is not None:
             backend.free(resident.buffer)
 
@@ -425,6 +425,19 @@ class UnitCopies:
         values = [value for value in self.unit.layout.values if not is_small_buffer(value)]
         return [value.name for value in values if self.bound.written(value) or self.bound.replaced(value)]
 
+    def check_may_go(self) -> None:
+        """Raise if the resident copy is the only one that has what somebody has written to it between two loads."""
+        weights = self.bound_weights
+        if weights is None or weights is not self.resident:
+            return
+        lost = [name for name in self.written() if not weights.is_baked(name)]
+        if lost:
+            raise StreamingError(
+                f"{lost[0]} was written to while the model ran, and would be lost now that it must make room on the "
+                "device. Lower vram_limit_gb or free memory, and queue the prompt once more, or have ComfyUI load this "
+                "model itself (mode off)"
+            )
+
     def note_writes(self) -> None:
         """Remember which patched values somebody has written to: that goes when the copy goes out of use."""
         weights = self.bound_weights
@@ -438,11 +451,10 @@ class UnitCopies:
         if self.bound_weights is not None:
             self.bound_weights.spoil_written()
 
-    def settle(self, names: Collection[str]) -> None:
-        """What was written to these tensors is known, or was undone."""
+    def settle(self) -> None:
+        """What somebody has written to it was undone."""
         for value in self.unit.layout.values:
-            if any(name in names for name in value.names):
-                self.bound.settle(value)
+            self.bound.settle(value)
 
     # -- modules -------------------------------------------------------------------------------------------------
 
@@ -458,49 +470,17 @@ class UnitCopies:
         return None if self.bound is self.shown else self.resident or self.master
 
     def bind(self) -> None:
-        """Point the modules at the copy that is in use (homes.py, Note: what others do while a model runs)."""
-        before = self.bound
-        strangers = self._point()
-        if before is self.shown and before.touched and self.bound is not before:
-            for value in self.unit.layout.values:
-                # With what somebody has written before there was a copy.
-                if value.is_plain and not self.bound_weights.is_baked(value.name) and before.differs(value):
-                    strangers += self.bound.take(value, before)
-        for stranger in strangers if self.resident is not None else ():
-            stranger.bring_to(self.resident.buffer.device)
-
-    def _point(self) -> list[Stranger]:
-        """Point the modules at the copy that is in use; gives what others have put there."""
-        before, self.bound = self.bound, self.home
-        return [] if before is self.bound else self.bound.replace(before)
-
-    def bind_slot(self, binding: Counted, device: torch.device) -> list[Stranger]:
-        """Point the modules at a slot, with what somebody has written since it was copied there.
-
-        Gives what was brought to ``device``, because somebody else has put it where a module keeps a tensor.
-        """
-        strangers = binding.replace(self.bound)
-        if self.bound.touched:
-            for value in self.unit.layout.values:
-                if self.bound.touches(value):
-                    strangers += binding.take(value, self.bound)
-                    binding.settle(value)
-        return [stranger for stranger in strangers if stranger.bring_to(device)] if strangers else strangers
-
-    def leave_slot(self, binding: Counted) -> None:
-        """Point the modules at what they hold between blocks, with what a block has written to its weights."""
-        if binding.touched:
-            for value in self.unit.layout.values:
-                if binding.written(value):
-                    self.bound.take(value, binding)
-                    binding.settle(value)
-        self.bound.replace(binding)
+        """Point the modules at the copy in use, where they do not yet: what somebody has put in its place stays."""
+        home = self.home
+        if home is not self.bound:
+            self.bound = home
+            home.apply()
 
     def show(self) -> None:
         """Point the modules at what they show while no copy is bound."""
         self.bound = self.shown
         self.bound.apply()
 
-    def binding_to(self, place: torch.Tensor) -> Counted:
+    def binding_to(self, place: torch.Tensor) -> Binding:
         """Points the module at a place in a slot, to which the weights will be copied from where they are now."""
-        return slot_binding(self.unit.layout, place) if self.master is None else self.master.binding_to(place)
+        return self.unit.layout.binding(place) if self.master is None else self.master.binding_to(place)

@@ -37,6 +37,7 @@ class Placement:
         self._arriving: dict[int, list[UnitCopies]] = {}
         specs = [spec for copies in (*self._copies, self._rest) for spec in copies.unit.layout.specs]
         self._files = [*{id(spec.source.file): spec.source.file for spec in specs if spec.source is not None}.values()]
+        self._summed = False
 
     def copies(self, unit: int) -> UnitCopies:
         return self._copies[unit]
@@ -50,6 +51,9 @@ class Placement:
         """
         streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
         resident = [self._copies[unit] for unit in plan.resident]
+        self._summed = False
+        for copies in streamed:
+            copies.check_may_go()
         self._renew(streamed, [self._rest, *resident], patches)
         needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
         self._make_masters(needed, patches)
@@ -112,22 +116,13 @@ class Placement:
             self.arrive_all()  # The reader queues copies too.
         bake_masters(self._backend, held, patches, plan.slots, plan.slot_bytes, self._supply.tick)
 
-    def sum_up(self) -> None:
-        """Remember what residents hold."""
-        self._sum_up([*self._copies, self._rest])
-
-    def _sum_up(self, wanted: Iterable[UnitCopies]) -> None:
-        with self._backend.record.paused():  # Some arrive in the middle of a step.
-            for copies in wanted:
-                copies.sum_up()
-
     def bind(self) -> None:
         """Point the modules at the copies that are in use."""
         for copies in (*self._copies, self._rest):
             copies.bind()
 
-    def bind_anew(self) -> None:
-        """Point the modules at what they hold between blocks, whatever they hold."""
+    def bind_again(self) -> None:
+        """As :meth:`bind`, where modules have been pointed elsewhere."""
         for copies in (*self._copies, self._rest):
             copies.bound.apply()
 
@@ -143,19 +138,18 @@ class Placement:
 
     # -- what others do to it ------------------------------------------------------------------------------------
 
-    def changes(self, exchanged: Set[str], absorb: bool) -> Changes:
+    def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
         """What somebody has written to, exchanged or deleted; no block runs, and nothing is on its way."""
-        units = (*self._copies, self._rest)
-        return Changes(change for copies in units for change in find_changes(copies, exchanged, absorb))
+        return Changes(change for copies in (*self._copies, self._rest) for change in find_changes(copies, exchanged))
 
     def written(self) -> list[str]:
         """Names of weights that were written to or exchanged, but for small buffers (blocks.py)."""
         return [name for copies in (*self._copies, self._rest) for name in copies.written()]
 
-    def settle(self, names: Collection[str]) -> None:
-        """What was written to these tensors is known, or was undone."""
+    def settle(self) -> None:
+        """What somebody has written to weights was undone."""
         for copies in (*self._copies, self._rest):
-            copies.settle(names)
+            copies.settle()
 
     def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:
         """The model was cut anew, after ``changes``: keep copies of units that lie as before and hold what is there."""
@@ -308,8 +302,7 @@ class Placement:
         waiting = self._arriving.get(block, ())
         while waiting:
             waiting[0].arrive(self._backend, self._supply.reader, self._supply.tick)
-            self._check(arrived := waiting.pop(0))
-            self._sum_up([arrived])
+            self._check(waiting.pop(0))
         self._arriving.pop(block, None)
 
     def arrive_all(self) -> None:
@@ -320,6 +313,11 @@ class Placement:
         """A whole step has run: everything that it needs has been read."""
         self.arrive_all()
         self._supply.arrived()
+        if not self._summed:
+            self._summed = True
+            with self._backend.record.paused():
+                for copies in (*self._copies, self._rest):
+                    copies.sum_up()
 
     def stop_awaiting(self) -> None:
         """Every transfer is over or given up, and the device has nothing to do: keep what has arrived."""

@@ -74,7 +74,9 @@ class Runner:
         whole_again = [partial(self._make_whole, streamer, reload, streamer.plan)]
         while True:
             try:
-                return forward()
+                output = forward()
+                _check_writes(streamer)
+                return output
             except Exception as error:
                 if streamer.backend.is_full(error) and remedies and self._can_shrink(streamer):
                     remedy = remedies.pop(0)
@@ -194,6 +196,17 @@ class Runner:
                 streamer.outline.blocks,
                 streamer.blocks.blocks[blocks[0]].name,
             )
+
+
+def _check_writes(streamer: Streamer) -> None:
+    """Raise if somebody has written to weights that were in a slot."""
+    found = streamer.take_overwritten()
+    if found:
+        raise StreamingError(
+            f"weights of {', '.join(found[:3])} were written to, or others put in their place, while they ran. They "
+            "are copied to the device anew for each step, so that would be lost. Give this model room for all of its "
+            "weights, or have ComfyUI load it itself (mode off)"
+        )
 
 
 def may_be_mended(error: Exception) -> bool:

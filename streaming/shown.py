@@ -37,15 +37,6 @@ from .layout import TensorSpec, Value
 _data = torch.Tensor.data
 
 
-class _HandedOut:
-    """Counts how often memory of any watched tensor was handed out without its counter."""
-
-    count = 0
-
-
-handed_out = _HandedOut()
-
-
 class Watched(torch.Tensor):
     """A tensor of host memory that is as we have left it, or not (Note: who has written), or a view of one, which says
     of itself what it says of that one. What is computed of them is plain tensors.
@@ -79,7 +70,6 @@ class Watched(torch.Tensor):
     def hand_out(self) -> None:
         """Somebody has its memory, and may write to it uncounted."""
         self.origin._handed_out = True
-        handed_out.count += 1
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -79,7 +79,6 @@ class Site:
         if builds_for is not None:
             self.build(plan, builds_for)
         self.placement.bake(plan, patches)
-        self.placement.sum_up()
         self.placement.bind()
         if plan.segments:
             reader, tick = self.supply.reader, self.supply.tick

@@ -360,25 +360,33 @@ class Streamer:
 
     # -- what others do to the model -----------------------------------------------------------------------------
 
-    def changes(self, exchanged: Set[str] = frozenset(), absorb: bool = False) -> Changes:
+    def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
         """What somebody has written to, exchanged or deleted since the model was laid out; not while a block runs.
 
         What hooks of the host have written is undone later, and is none.
 
         Args:
             exchanged: full names of those that the host itself exchanges while a model is loaded.
-            absorb: changes.py, :func:`find_changes`.
         """
-        return Changes() if self._lent else self.site.placement.changes(exchanged, absorb)
+        return Changes() if self._lent else self.site.placement.changes(exchanged)
 
     def written(self) -> list[str]:
         """Names of weights that somebody has written to or exchanged since the model was loaded; not while a block
         runs. Small buffers are left out, and so is everything while hooks of the host are in the weights."""
         return [] if self._lent else self.site.placement.written()
 
+    def take_overwritten(self) -> list[str]:
+        """What somebody has written to in vain while it was in a slot; told once."""
+        overwritten = self.site.meters.overwritten
+        if not overwritten:
+            return overwritten
+        found = sorted(set(overwritten))
+        overwritten.clear()
+        return found
+
     def _last_changes(self) -> Changes:
         try:
-            return self.changes(absorb=True)
+            return self.changes()
         except Exception as error:  # A device that has failed must let go all the same.
             logger.warning("what was written to weights on %s is lost: %s", self.backend.name, error)
             return Changes()
@@ -454,14 +462,14 @@ class Streamer:
         """Those of these tensors of which there is the original alone."""
         return self.site.placement.bare(names)
 
-    def lend_masters(self, names: Collection[str]) -> None:
-        """Somebody has written to copies of these tensors: they stay until :meth:`take_masters_back`."""
-        self.site.placement.settle(names)
+    def lend_masters(self) -> None:
+        """Somebody has written to master copies: they stay until :meth:`take_masters_back`."""
         self._lent = True
 
-    def take_masters_back(self, names: Collection[str]) -> None:
-        """What somebody has written to copies of these tensors is undone."""
-        self.site.placement.settle(names)
+    def take_masters_back(self) -> None:
+        """What somebody has written to master copies is undone."""
+        if self._lent:
+            self.site.placement.settle()
         self._lent = False
 
     def invalidate(self) -> None:
@@ -479,7 +487,7 @@ class Streamer:
         try:
             yield
         finally:
-            self.site.placement.bind_anew()
+            self.site.placement.bind_again()
             changes.put_back()
 
     def move_to(self, backend: Backend) -> None:

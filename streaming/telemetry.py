@@ -173,10 +173,12 @@ class Meters:
         counters: totals, which other threads may read.
         stalls: waits for copies.
         step: the times of steps.
+        overwritten: what somebody has written to while it was in a slot, so that it is lost; nobody has been told yet.
     """
 
     def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StallListener]) -> None:
         self.counters = counters
+        self.overwritten: list[str] = []
         self.stalls = StallMeter(counters, listeners)
         self.step = StepMeter(backend)
 

@@ -59,8 +59,7 @@ def _mutant(heads: dict[str, str], difference: Iterable[str]) -> Mutant:
     lines = [(line[0], line[1:]) for line in difference]
     old = tuple(line for kind, line in lines if kind != "+")
     new = tuple(line for kind, line in lines if kind != "-")
-    named = (test if "/" in test else f"streaming/{test}" for test in heads["tests"].split())
-    tests = tuple(f"tests/{test}.py" for test in named)
+    tests = tuple(f"tests/streaming/{test}.py" for test in heads["tests"].split())
     return Mutant(heads["file"], heads["mutant"], old, new, tests)
 
 

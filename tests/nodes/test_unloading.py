@@ -47,10 +47,10 @@ def test_one_model_is_unloaded_and_runs_again(machine: Machine, models: Path, wh
 def test_page_locked_memory_that_is_in_use_stays(streamed: Load) -> None:
     model = streamed(24 * MB)
     settle(model)
-    model.streamer.lend_masters(())
+    model.streamer.lend_masters()
     with pytest.raises(routes.BusyError, match="it is in use"):
         routes.unlock([model.streamed], nullcontext)
-    model.streamer.take_masters_back(())
+    model.streamer.take_masters_back()
     routes.unlock([model.streamed], nullcontext)
     assert entry_of(model)["pinned_bytes"] == 0
 

@@ -16,7 +16,7 @@ from placing import Machine, place
 from sampling import MB, sample
 from test_steps_again import failing
 from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.streaming import DeviceMemoryError, StepNotRepeatedError
+from weightstream.streaming import DeviceMemoryError, StepNotRepeatedError, StreamingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,10 +156,26 @@ def test_a_step_that_has_written_to_weights_is_not_run_again(streamed: Load, exp
 
 
 @pytest.mark.parametrize("write", WEIGHTS)
-def test_weights_that_stream_keep_what_was_written(streamed: Load, expected: Any, write: Write) -> None:
+def test_weights_that_stream_say_that_it_would_be_lost(streamed: Load, native: ModelPatcher, write: Write) -> None:
     model = writing(streamed(64 * MB, vram_limit=33 * MB), write)
-    assert torch.equal(sample(model, steps=4), expected(write))
-    assert model.streamer.counters.streamed_bytes > 0
+    with pytest.raises(StreamingError, match=r"single_blocks\.\d.* were written to, or others put in their place"):
+        sample(model, steps=4)
+    for block in model.model.diffusion_model.single_blocks:
+        del block.forward
+    if write is large_buffer:
+        assert torch.equal(sample(model), sample(native)), "nothing of it is left"
+
+
+def test_weights_that_were_written_to_do_not_make_room_silently(streamed: Load) -> None:
+    """There is less memory from the second step on."""
+    model = writing(streamed(64 * MB), weight)
+    with (
+        failing(model.model.diffusion_model.single_blocks[0], 1, 2),
+        pytest.raises(StreamingError, match=r"single_blocks\.\d\.linear1\.weight.* was written to"),
+    ):
+        sample(model, steps=4)
+    with pytest.raises(StreamingError, match=r"would be lost now that it must make room"):
+        model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
 
 
 @pytest.mark.parametrize("write", [in_place, exchanged])

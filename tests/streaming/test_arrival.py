@@ -241,10 +241,10 @@ def test_master_copies_stay_while_a_step_runs_and_while_somebody_has_written_to_
         return model(X)
 
     assert torch.equal(streamer.run(forward), expected)
-    streamer.lend_masters(())
+    streamer.lend_masters()
     given.append(streamer.give_up_masters(1))
     assert given == [0, 0, 0]
-    streamer.take_masters_back(())
+    streamer.take_masters_back()
     assert streamer.give_up_masters(1) > 0
     assert streamer.snapshot().device_bytes == streamer.backend.allocated
     assert streamer.standing.device_bytes == streamer.plan.device_bytes

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from weightstream.streaming import Streamer, UnsupportedModelError
 from weightstream.streaming.forms import take_apart
-from weightstream.streaming.homes import slot_binding
 from weightstream.streaming.layout import ALIGNMENT, Layout, NamedTensor, Place, make_layout
 
 pytestmark = pytest.mark.usefixtures("watched")
@@ -129,7 +128,7 @@ def test_a_binding_makes_the_same_tensors_of_the_buffer() -> None:
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for spec, view in zip(layout.specs, layout.views(buffer), strict=True):
         view.copy_(spec.original)
-    slot_binding(layout, buffer).apply()
+    layout.binding(buffer).apply()
     for name, original in originals.items():
         bound = holder[name]
         assert bound is not original

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from weightstream.streaming.homes import slot_binding
 from weightstream.streaming.layout import ALIGNMENT, Layout, NamedTensor, Place, make_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
@@ -54,7 +53,7 @@ def test_binding_points_all_places_at_one_tensor_and_back() -> None:
     layout = make_layout([NamedTensor(("a", "b"), module.a, torch.float32, places)])
     original = module.a
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    slot_binding(layout, buffer).apply()
+    layout.binding(buffer).apply()
     assert module.a is module.b
     assert isinstance(module.a, nn.Parameter)
     assert module.a.data_ptr() == buffer.data_ptr()
