@@ -3,7 +3,7 @@
 
     python3 dev.py mutants                       all of them
     python3 dev.py mutants streaming/lane.py     those in a file
-    python3 dev.py mutants "slot waits"          those whose name has these words
+    python3 dev.py mutants "resident is read"    those whose file or name contains any of these texts
     python3 dev.py mutants --list
 
 mutants.txt says what is planted. A mutant that lives is a test that is missing: whoever changes waits, marks, orders or

@@ -125,6 +125,18 @@ def test_the_ring_is_unlocked_when_no_copy_reads_it(cuda: FakeCuda, monkeypatch:
     streamer.close()
 
 
+def test_master_copies_go_when_no_copy_reads_them(cuda: FakeCuda) -> None:
+    """Another model needs page-locked memory behind a step, whose copies for the next one are under way."""
+    model, streamer = make(cuda, 4, 2)
+    learn(streamer, lambda: model([0, 1, 2, 3]))
+    streamer.load(hand_plan(streamer, units_of(streamer, [0, 1, 2, 3]), 2))
+    streamer.finish_building()
+    assert streamer.run(lambda: model([0, 1, 2, 3])) == [0, 1, 2, 3]
+    assert streamer.give_up_masters(1 << 40) > 0
+    assert cuda.registered == {}
+    streamer.close()
+
+
 def test_a_reader_that_is_closed_waits_for_its_copies(cuda: FakeCuda) -> None:
     backend = CudaBackend(DEVICE)
     backend.open(1)
