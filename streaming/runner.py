@@ -74,6 +74,7 @@ class Runner:
         whole_again = [partial(self._make_whole, streamer, reload, streamer.plan)]
         while True:
             try:
+                streamer.take_overwritten()  # Of a step that has failed: its slots are empty now.
                 output = forward()
                 _check_writes(streamer)
                 return output
