@@ -102,7 +102,7 @@ def measure_as_rank(rank: int, folder: str, tiny: bool) -> None:
 def leave_together() -> None:
     """End the process once the other ranks are done too, without taking the process group and the interpreter down.
 
-    With gloo that crashed the process now and then (torch 2.11, some 2 of 100 runs), after all had been measured.
+    With gloo that crashed the process now and then (torch 2.11, one round of ninety), after all had been measured.
     """
     dist.barrier()
     sys.stdout.flush()
