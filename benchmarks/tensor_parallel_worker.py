@@ -96,13 +96,16 @@ def measure_as_rank(rank: int, folder: str, tiny: bool) -> None:
         measure_blocks(shapes(tiny), device, notes, graphs=False)
         if on_gpu:
             measure_blocks(shapes(tiny), device, notes, graphs=True)
-    leave_together()
+    if on_gpu:
+        dist.destroy_process_group()  # After an error the other rank would never come to it.
+    else:
+        leave_together()
 
 
 def leave_together() -> None:
-    """End the process once the other ranks are done too, without taking the process group and the interpreter down.
+    """End the process once the other rank is done too, without taking gloo's process group and the interpreter down.
 
-    With gloo that crashed the process now and then (torch 2.11, one round of ninety), after all had been measured.
+    That crashed the process now and then (torch 2.11, one round of ninety), after all had been measured.
     """
     dist.barrier()
     sys.stdout.flush()
