@@ -156,19 +156,19 @@ class Backend(ABC):
         while len(self._streams) < copy_streams:
             self._streams.append(self._create_stream())
 
-    def copy(self, pairs: Sequence[Pair], after: Event | None, fine: bool = False) -> Event:
+    def copy(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
         """Queue copies.
 
-        They start when ``after`` has happened, and the event that is given back says when all are done. Copies are
-        carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
+        They start when all of ``after`` has happened, and the event that is given back says when all are done. Copies
+        are carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
         copies of its own to make (Note: copies take turns).
         """
         for turn in self._in_pieces(pairs, self.fine_bytes) if fine and self.fine_bytes else [pairs]:
             stream = self._streams[self._turn] if self._streams else None
             self._turn = (self._turn + 1) % max(1, len(self._streams))
-            waits = [event for event in (self._last_copy, after) if event is not None]
+            waits = [*after] if self._last_copy is None else [self._last_copy, *after]
             self._last_copy = self._copy_now(stream, turn, waits)
-            after = None
+            after = ()
         assert self._last_copy is not None
         return self._last_copy
 

@@ -105,7 +105,7 @@ class Placement:
         )
 
     def bake(self, plan: Plan, patches: Patches) -> None:
-        """Write the weights whose patches have changed; no other is touched. There are no slots on the device now."""
+        """Write the weights whose patches have changed; no other is touched. There is no ring on the device now."""
         stale = [weights for weights in self._weights(plan) if weights.stale(patches)]
         if not stale:
             return
@@ -114,7 +114,7 @@ class Placement:
         held = [one for one in stale if id(one) in masters]
         if held:
             self.arrive_all()  # The reader queues copies too.
-        bake_masters(self._backend, held, patches, plan.slots, plan.slot_bytes, self._supply.tick)
+        bake_masters(self._backend, held, patches, plan.staging_bytes, self._supply.tick)
 
     def bind(self) -> None:
         """Point the modules at the copies that are in use."""
@@ -279,7 +279,7 @@ class Placement:
         # Race: whoever had this memory before may have kernels under way in it.
         free = self._backend.mark()
         load = Load(copies.unit.layout, buffer)
-        copies.await_resident(buffer, self._supply.reader.transfer([load], free, background=True))
+        copies.await_resident(buffer, self._supply.reader.transfer([load], [free], background=True))
         self._arriving.setdefault(copies.unit.block, []).append(copies)
 
     def _check(self, copies: UnitCopies) -> None:

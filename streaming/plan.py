@@ -12,6 +12,7 @@ from .config import StreamingConfig, format_bytes
 from .errors import BudgetError
 from .pipeline import Stage, step_seconds
 from .profile import Outline, Profile
+from .ring_layout import lay_out, used_bytes, waited_for
 from .segments import Segment, cut
 from .spread import order_of_residency
 from .timeline import timeline
@@ -23,6 +24,8 @@ FREE_BUS = 0.3
 FORECAST_TOLERANCE = 0.005
 # Slots make up for what no forecast sees, so fewer than the usual ones must gain more than this.
 SLOT_TOLERANCE = 0.02
+# So many units at most are streamed to have a larger ring.
+MOST_IN_EXCHANGE = 2
 # Memory that the next unit in order does not fit into is used for later ones from this part of the model on.
 WORTH_FILLING = 0.01
 
@@ -58,7 +61,7 @@ class Plan:
     Attributes:
         outline: the model.
         segments: what is streamed, in the order of need. All other units are resident.
-        slots, slot_bytes: staging memory; 0 when nothing is streamed.
+        offsets: where in the staging memory each segment lies (ring_layout.py).
         budget: bytes that it may use.
         learned: whether it was known which units run by themselves.
         forecast: None before a step was measured.
@@ -66,11 +69,15 @@ class Plan:
 
     outline: Outline = field(repr=False)
     segments: tuple[Segment, ...]
-    slots: int
-    slot_bytes: int
+    offsets: tuple[int, ...]
     budget: float = field(default=0.0, compare=False)
     learned: bool = field(default=False, compare=False)
     forecast: Forecast | None = field(default=None, compare=False)
+
+    @classmethod
+    def streaming(cls, outline: Outline, segments: tuple[Segment, ...], room: int) -> Plan:
+        """The plan that streams ``segments`` through at most ``room`` bytes of staging memory."""
+        return cls(outline, segments, lay_out([segment.nbytes for segment in segments], room))
 
     @cached_property
     def streamed(self) -> frozenset[int]:
@@ -91,9 +98,9 @@ class Plan:
     def rest_bytes(self) -> int:
         return self.outline.rest_bytes
 
-    @property
+    @cached_property
     def staging_bytes(self) -> int:
-        return self.slots * self.slot_bytes
+        return used_bytes([segment.nbytes for segment in self.segments], self.offsets)
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -160,7 +167,7 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
         BudgetError: the budget has no room for the rest and one slot.
     """
     if not outline.unit_bytes or (outline.model_bytes <= budget and not config.stream_all):
-        best = Plan(outline, (), 0, 0)
+        best = Plan(outline, (), ())
     else:
         best = _fastest(_rings(outline, profile, config), budget)
     if best is None:
@@ -181,7 +188,8 @@ def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
     if not plan.segments:
         return profile.compute_seconds
     stages, lead = _stages(plan, profile, profile.bandwidth * bus)
-    return max(profile.compute_seconds, step_seconds(stages, plan.slots, lead))
+    waits = waited_for([segment.nbytes for segment in plan.segments], plan.offsets)
+    return max(profile.compute_seconds, step_seconds(stages, waits, lead))
 
 
 class _Rung(NamedTuple):
@@ -222,12 +230,22 @@ def _largest_piece(outline: Outline, units: Collection[int], alone: Collection[i
 
 @dataclass(frozen=True)
 class _Ring:
-    """A number of slots, how large segments may get, and how many units may stay; makes plans that use it."""
+    """How much staging memory there is, and how it is used; makes plans that use it so.
+
+    Attributes:
+        slots: it holds so many of the largest segments.
+        segment_bytes: up to which parts of a block share a segment, or up to the largest part where that is more.
+        fine: not up to the largest part, though segments are then of other sizes.
+        grows: it may be larger, by what no unit fits into, or instead of the last units that would stay.
+        most_kept: units that may stay.
+    """
 
     outline: Outline
     profile: Profile
     slots: int
-    target_bytes: int
+    segment_bytes: int
+    fine: bool
+    grows: bool
     most_kept: int
 
     def plan(self, kept: int) -> Plan:
@@ -243,9 +261,17 @@ class _Ring:
         found = forecast_seconds(plan, self.profile), plan
         left = self._without_what_fits(self._order[kept:], budget - self._device_bytes(kept))
         if len(left) < len(plan.streamed):
-            filled = self._plan_streaming(left)
-            found = min(found, (forecast_seconds(filled, self.profile), filled), key=lambda one: one[0])
+            found = self._better_of(found, self._plan_streaming(left))
+        if self.grows:
+            for fewer in range(kept, max(-1, kept - MOST_IN_EXCHANGE - 1), -1):
+                more = min(budget - self._device_bytes(fewer), self._slot_bytes(fewer))  # By one slot it is another.
+                found = self._better_of(found, self._plan_streaming(self._order[fewer:], int(more)))
         return found
+
+    def _better_of(self, one: tuple[float, Plan], other: Plan) -> tuple[float, Plan]:
+        """``other`` where its step is shorter by a part that counts."""
+        seconds = forecast_seconds(other, self.profile)
+        return (seconds, other) if seconds < one[0] * (1 - FORECAST_TOLERANCE) else one
 
     def _without_what_fits(self, streamed: tuple[int, ...], room: float) -> list[int]:
         """Units to stream when some are kept out of order because the next in order does not fit.
@@ -261,11 +287,12 @@ class _Ring:
                 room -= self.outline.unit_bytes[unit]
         return left
 
-    def _plan_streaming(self, units: Collection[int]) -> Plan:
+    def _plan_streaming(self, units: Collection[int], more: int = 0) -> Plan:
+        """The plan that streams ``units`` through the ring, or one that is by ``more`` bytes larger."""
         streamed = frozenset(units)
-        piece = self._rungs[len(self._order) - len(streamed)].piece_bytes if streamed else 0
-        segments = cut(self.outline, streamed, self.profile, max(self.target_bytes, piece))
-        return Plan(self.outline, segments, min(self.slots, len(segments)), max(segment.nbytes for segment in segments))
+        slot = self._slot_bytes(len(self._order) - len(streamed))
+        segments = cut(self.outline, streamed, self.profile, self.segment_bytes if self.fine else slot)
+        return Plan.streaming(self.outline, segments, self.slots * slot + more)
 
     def fewest(self, seconds: float, bus: float) -> Plan | None:
         """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth."""
@@ -280,9 +307,10 @@ class _Ring:
         return found
 
     def _device_bytes(self, kept: int) -> int:
-        rung = self._rungs[kept]
-        staging = self.slots * max(self.target_bytes, rung.piece_bytes)
-        return self.outline.model_bytes - rung.streamed_bytes + staging
+        return self.outline.model_bytes - self._rungs[kept].streamed_bytes + self.slots * self._slot_bytes(kept)
+
+    def _slot_bytes(self, kept: int) -> int:
+        return max(self.segment_bytes, self._rungs[kept].piece_bytes)
 
     # Kept: to look them up by outline and profile would hash both, for each number of units that is tried.
     @cached_property
@@ -299,10 +327,13 @@ def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Itera
     rungs = _ladder(outline, profile)
     largest, most = rungs[0].piece_bytes, 0 if config.stream_all else len(rungs) - 1
     for slots in config.slot_counts(largest):
+        grows = not config.synchronous and slots != config.slots
         target = min(config.segment_bytes, config.staging_bytes // slots)
-        yield _Ring(outline, profile, slots, target, most)
+        yield _Ring(outline, profile, slots, target, False, grows, most)
         if target > largest:
-            yield _Ring(outline, profile, slots, 0, most)
+            yield _Ring(outline, profile, slots, 0, False, grows, most)
+        elif profile.learned:
+            yield _Ring(outline, profile, slots, target, True, grows, most)
 
 
 def _fastest(rings: Iterable[_Ring], budget: float) -> Plan | None:
@@ -323,7 +354,7 @@ def _as_fast_as_resident(outline: Outline, profile: Profile, config: StreamingCo
     """The plan of least memory whose step takes as long as with everything resident, using that part of the bus."""
     goal = _resident_seconds(profile)
     found = [ring.fewest(goal, bus) for ring in _rings(outline, profile, config)]
-    everything = Plan(outline, (), 0, 0)
+    everything = Plan(outline, (), ())
     return min((plan for plan in found if plan is not None), key=lambda plan: plan.device_bytes, default=everything)
 
 

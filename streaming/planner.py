@@ -238,8 +238,9 @@ class Planner:
         return outdated or short or self._copies_ahead(now.plan) or now.state is State.REDUCED
 
     def _copies_ahead(self, plan: Plan) -> bool:
-        """Whether ``plan`` has slots for copies ahead, which are not made any more."""
-        return self._config.synchronous and plan.slots > max(self._config.slot_counts(plan.slot_bytes))
+        """Whether ``plan`` has memory for copies ahead, which are not made any more."""
+        largest = max((segment.nbytes for segment in plan.segments), default=0)
+        return self._config.synchronous and plan.staging_bytes > max(largest, self._config.segment_bytes)
 
     def _choose_order(self, budget: float) -> None:
         """Take the order of residency that fits the measured times, if it gains enough to move weights for."""

@@ -54,8 +54,8 @@ def test_a_plan_fits_its_budget_whatever_that_is(shape: list[list[int]], thrifty
         for budget in range(least, outline.model_bytes + 3):
             plan = make_plan(outline, profile, budget, config)
             assert plan.device_bytes <= budget
-            assert plan.slots <= slots
-            assert all(segment.nbytes <= plan.slot_bytes for segment in plan.segments)
+            largest = max((segment.nbytes for segment in plan.segments), default=0)
+            assert largest <= plan.staging_bytes <= slots * max(largest, config.segment_bytes)
             streamed = [unit for segment in plan.segments for unit in segment.units]
             assert sorted([*streamed, *plan.resident]) == list(range(len(outline.unit_bytes)))
 
@@ -93,7 +93,7 @@ def best_choice(outline: Outline, profile: Profile, budget: int, config: Streami
         segments = cut(outline, streamed, profile, 0)
         largest = max(segment.nbytes for segment in segments)
         for slots in range(1, config.slots + 1):
-            plan = Plan(outline, segments, min(slots, len(segments)), largest)
+            plan = Plan.streaming(outline, segments, slots * largest)
             if plan.device_bytes <= budget:
                 found.append(forecast_seconds(plan, profile))
     return min(found)
@@ -183,7 +183,7 @@ def test_a_thrifty_plan_keeps_what_makes_streaming_free_and_no_more() -> None:
 def test_more_slots_than_fit_are_not_used() -> None:
     outline = make_outline([[10]] * 4)
     plan = make_plan(outline, assumed_profile(outline), 19, StreamingConfig(slots=5, segment_bytes=0))
-    assert plan.slots == 1
+    assert plan.staging_bytes == 10
 
 
 def test_the_order_of_residency_is_the_same_for_every_budget() -> None:
@@ -192,21 +192,21 @@ def test_the_order_of_residency_is_the_same_for_every_budget() -> None:
 
 
 def test_the_plan_explains_itself() -> None:
-    outline = make_outline([[10 * MB]] * 4, rest=MB)
+    outline = make_outline([[10 * MB]] * 5, rest=MB)
     config = StreamingConfig(slots=2, segment_bytes=0)
-    profile = make_profile(outline, [0.006] * 4, 1e9)
+    profile = make_profile(outline, [0.006] * 5, 1e9)
     assert make_plan(outline, profile, 31 * MB, config).explain() == (
-        "30.0 MB a step streamed in 3 segments, from 3 of 4 blocks; 31.0 MB on the device: 10.0 MB of blocks resident, "
-        "1.0 MB outside of blocks, 20.0 MB staging; a step in 0.03 s, limited by the bus (0.024 s of compute); "
-        "10.0 MB more VRAM would make it 0.024 s"
+        "40.0 MB a step streamed in 4 segments, from 4 of 5 blocks; 31.0 MB on the device: 10.0 MB of blocks resident, "
+        "1.0 MB outside of blocks, 20.0 MB staging; a step in 0.04 s, limited by the bus (0.03 s of compute); "
+        "20.0 MB more VRAM would make it 0.03 s"
     )
-    fast = make_profile(outline, [1.0] * 4, 1e9)
+    fast = make_profile(outline, [1.0] * 5, 1e9)
     text = make_plan(outline, fast, 31 * MB, config).explain()
-    assert text.endswith("a step in 4 s, limited by compute (streaming is free)")
-    assert make_plan(outline, profile, 41 * MB, config).explain() == (
-        "all 4 blocks resident (41.0 MB on the device), nothing streamed; a step in 0.024 s, limited by compute"
+    assert text.endswith("a step in 5 s, limited by compute (streaming is free)")
+    assert make_plan(outline, profile, 51 * MB, config).explain() == (
+        "all 5 blocks resident (51.0 MB on the device), nothing streamed; a step in 0.03 s, limited by compute"
     )
-    assert "a step" not in make_plan(outline, assumed_profile(outline), 41 * MB, config).explain()
+    assert "a step" not in make_plan(outline, assumed_profile(outline), 51 * MB, config).explain()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
