@@ -163,7 +163,7 @@ class StreamedModelPatcher(HookedPatcher):
             self.streamed.show_on(self.node_id)
             self.streamer.refresh()
             self.streamer.begin_run()
-            self.streamer.configure(host_config(self.settings, self.streamer.backend, self._turns))
+            self.streamer.configure(host_config(self.settings, self.streamer.backend))
             self.streamer.expect_compiled(self._is_compiled())
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
@@ -236,11 +236,6 @@ class StreamedModelPatcher(HookedPatcher):
         them. It patches none then, also not one that an object patch puts in anew."""
         same = self.model.current_weight_patches_uuid == self.patches_uuid
         return same and self.is_whole and not self.would_be_dynamic
-
-    @property
-    def _turns(self) -> bool:
-        """Whether its blocks and those on other devices take turns."""
-        return self.streamed.turns
 
     def _is_compiled(self) -> bool:
         """Whether torch.compile runs the model or parts of it: by the host's wrapper, or put in a block's place."""

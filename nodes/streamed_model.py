@@ -89,11 +89,6 @@ class StreamedModel:
         """The name of its device, as nodes have it."""
         return gpu_name(self.streamer.backend.device.index or 0)
 
-    @property
-    def turns(self) -> bool:
-        """Whether the blocks of several devices take turns."""
-        return self.shares is not None and not self.shares.assignment.runs
-
     def place_blocks(self, devices: Sequence[torch.device]) -> None:
         """Blocks run on these devices, as the shares have it, from the next load on."""
         assert self.boundary is not None

@@ -44,7 +44,7 @@ from .shown import is_shown
 from .state import State
 from .streamer import Streamer
 from .supply import Progress
-from .telemetry import Counters, Run, Snapshot, StallListener
+from .telemetry import Counters, Run, Snapshot, StepListener
 from .vram import Vram, VramReader, open_vram_reader
 
 __all__ = [
@@ -82,8 +82,8 @@ __all__ = [
     "Segment",
     "ServerError",
     "Snapshot",
-    "StallListener",
     "State",
+    "StepListener",
     "StepNotRepeatedError",
     "Streamer",
     "StreamingConfig",

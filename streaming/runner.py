@@ -23,7 +23,7 @@ from .plan import Plan
 from .planner import Planner
 from .recorder import Recorder
 from .state import State
-from .telemetry import StallListener
+from .telemetry import StepListener
 
 if TYPE_CHECKING:
     from .streamer import Streamer
@@ -46,13 +46,13 @@ class Runner:
 
     Args:
         planner: decides what to have on the device.
-        listeners: are told of compute that waits for copies.
+        listeners: measure steps of the model, on other devices too.
 
     Attributes:
         recorder: measures the step that runs, or comes next; None when there is nothing to learn from it.
     """
 
-    def __init__(self, planner: Planner, listeners: list[StallListener]) -> None:
+    def __init__(self, planner: Planner, listeners: list[StepListener]) -> None:
         self.recorder: Recorder | None = None
         self._planner = planner
         self._listeners = listeners
@@ -138,13 +138,13 @@ class Runner:
         """Measure the next step, or stop measuring."""
         self._stop_recording()
         if wanted:
-            self.recorder = Recorder(streamer.outline, streamer.backend, streamer.reader)
-            self._listeners.append(self.recorder.stalled)
+            self.recorder = Recorder(streamer.outline, streamer.backend, streamer.reader, self._listeners)
+            self._listeners.append(self.recorder)
         streamer.attach_hooks()
 
     def _stop_recording(self) -> None:
         if self.recorder is not None:
-            self._listeners.remove(self.recorder.stalled)
+            self._listeners.remove(self.recorder)
             self.recorder.close()
         self.recorder = None
 

@@ -15,7 +15,7 @@ from .masters import Patches
 from .placement import Placement
 from .plan import Plan
 from .supply import Supply, Watch
-from .telemetry import Counters, Meters, StallListener
+from .telemetry import Counters, Meters, StepListener
 from .verify import NoVerifier
 
 
@@ -49,7 +49,7 @@ class Site:
         watch: Watch,
         counters: Counters,
         verifier: NoVerifier,
-        listeners: Sequence[StallListener],
+        listeners: Sequence[StepListener],
     ) -> None:
         largest = max(unit.nbytes for unit in (*blocks.units, blocks.rest))
         self.backend = backend

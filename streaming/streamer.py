@@ -38,7 +38,7 @@ from .spread import order_of_residency
 from .state import Standing, State
 from .steps import Steps
 from .supply import Watch
-from .telemetry import Activity, Counters, Run, Snapshot, StallListener
+from .telemetry import Activity, Counters, Run, Snapshot, StepListener
 from .verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ class Streamer:
         pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
         evictable: tells how many bytes others on a device would give up for us, beside what is free.
         watch: is told how far loading is, and may cancel it.
-        listeners: are told when compute waits for a copy. The streamers of a model on several devices share them: what
-            one waits for lies between the blocks of the others.
+        listeners: measure steps. The streamers of a model on several devices share them: what one computes, and waits
+            for, lies between the blocks of the others.
 
     Attributes:
         moves: how often weights were loaded, given up or unloaded.
@@ -76,7 +76,7 @@ class Streamer:
         pins: PinBudget | None = None,
         evictable: Callable[[torch.device], int] = lambda device: 0,
         watch: Watch = lambda progress: None,
-        listeners: list[StallListener] | None = None,
+        listeners: list[StepListener] | None = None,
     ) -> None:
         self.blocks = blocks
         self.outline = blocks.outline

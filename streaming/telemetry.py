@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .backend import Backend, Moment, Stall
 
@@ -76,8 +76,14 @@ class Activity(NamedTuple):
     last_run: Run | None
 
 
-# Told of each wait for a copy.
-StallListener = Callable[[Stall], None]
+class StepListener(Protocol):
+    """Measures a step, which may run on several devices."""
+
+    def stalled(self, stall: Stall) -> None:
+        """Compute waits for a copy."""
+
+    def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
+        """A block has run on ``device``; ``seconds`` gives its compute once that is over, and waits for it."""
 
 
 class StallMeter:
@@ -90,7 +96,7 @@ class StallMeter:
     Only the thread that runs the model may use it: a status that another thread asks for reads the counters alone.
     """
 
-    def __init__(self, counters: Counters, listeners: Sequence[StallListener] = ()) -> None:
+    def __init__(self, counters: Counters, listeners: Sequence[StepListener] = ()) -> None:
         self._counters = counters
         self._listeners = listeners
         # Bounded, for callers that run blocks outside of the root's forward and so never collect.
@@ -99,7 +105,7 @@ class StallMeter:
     def add(self, stall: Stall) -> None:
         self._pending.append(stall)
         for listener in self._listeners:
-            listener(stall)
+            listener.stalled(stall)
 
     def collect(self) -> None:
         """Count the waits that are over by now. They end in the order in which they began."""
@@ -176,7 +182,7 @@ class Meters:
         overwritten: what somebody has written to while it was in a slot, so that it is lost; nobody has been told yet.
     """
 
-    def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StallListener]) -> None:
+    def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StepListener]) -> None:
         self.counters = counters
         self.overwritten: list[str] = []
         self.stalls = StallMeter(counters, listeners)
