@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from .config import StreamingConfig, format_bytes
 from .errors import BudgetError
-from .pipeline import Stage, step_seconds
+from .needs import segment_needs, stages_of
+from .pipeline import step_seconds
 from .profile import Outline, Profile
 from .ring_layout import lay_out, used_bytes, waited_for
 from .segments import Segment, cut
@@ -83,6 +84,11 @@ class Plan:
     def streamed(self) -> frozenset[int]:
         """Units that are streamed."""
         return frozenset(unit for segment in self.segments for unit in segment.units)
+
+    @cached_property
+    def waits(self) -> tuple[int, ...]:
+        """For each segment the one whose memory it gets."""
+        return waited_for([segment.nbytes for segment in self.segments], self.offsets)
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -187,9 +193,9 @@ def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
     """The step that ``plan`` will take, with ``bus`` times the bandwidth."""
     if not plan.segments:
         return profile.compute_seconds
-    stages, lead = _stages(plan, profile, profile.bandwidth * bus)
-    waits = waited_for([segment.nbytes for segment in plan.segments], plan.offsets)
-    return max(profile.compute_seconds, step_seconds(stages, waits, lead))
+    needs = segment_needs(plan.segments, profile, timeline(plan.outline, profile))
+    stages, lead = stages_of(needs, [profile.bandwidth * bus], profile.compute_seconds)
+    return max(profile.compute_seconds, step_seconds(stages, plan.waits, lead))
 
 
 class _Rung(NamedTuple):
@@ -377,28 +383,3 @@ def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig) -> Plan
         more = max(0, enough.device_bytes - plan.device_bytes)
         forecast = replace(forecast, more_bytes=more, more_seconds=forecast_seconds(enough, profile))
     return replace(plan, forecast=forecast)
-
-
-def _stages(plan: Plan, profile: Profile, bandwidth: float) -> tuple[list[Stage], float]:
-    """The plan's segments as stages, and the compute before the first of them."""
-    segment_of = {unit: segment for segment in plan.segments for unit in segment.units}
-    begun: list[Segment] = []
-    begins: list[float] = []
-    holds: list[float] = []
-    for moment in timeline(plan.outline, profile):
-        segment = segment_of.get(moment.unit)
-        if segment is None:
-            continue
-        whole = segment.runs == 0
-        if not begun or segment is not begun[-1]:
-            begun.append(segment)
-            begins.append(moment.block_begin if whole else moment.begin)
-            holds.append(profile.block_seconds[segment.block] if whole else 0.0)
-        if not whole:
-            holds[-1] = moment.end - begins[-1]
-    ends = (*begins[1:], profile.compute_seconds)
-    stages = [
-        Stage(segment.nbytes / bandwidth, hold, end - begin)
-        for segment, hold, begin, end in zip(begun, holds, begins, ends, strict=True)
-    ]
-    return stages, begins[0]

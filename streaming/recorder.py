@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 from statistics import median
 from typing import NamedTuple
 
+from .assignment import HOP_SECONDS
 from .backend import Backend, Moment, Stall
 from .profile import Outline, Profile, UnitTime, by_kind
 from .reader import Reader
@@ -16,10 +17,6 @@ from .telemetry import StepListener
 
 # Shorter copies say more about starting a copy than about the bus.
 LEAST_TIMED_BYTES = 4 * 1024**2
-
-# Activations from one GPU to another: those of FLUX at 1024^2, 28 MB, between two H200 whose links copy weights, take
-# 0.1 to 0.3 ms, and 0.09 where these are idle.
-HOP_SECONDS = 0.0002
 
 # A block that runs more than this part of its bytes twice in a row streams as a whole.
 MOSTLY_TWICE = 0.5

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from outlines import make_outline
+from weightstream.streaming.assignment import HOP_SECONDS
 from weightstream.streaming.profile import assumed_profile
-from weightstream.streaming.recorder import HOP_SECONDS, Recorder
+from weightstream.streaming.recorder import Recorder
 from weightstream.streaming.timeline import timeline
 
 
