@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..streaming import Backend, BudgetError, StepListener, Streamer, UnsupportedModelError
+from ..streaming import Backend, BudgetError, Streamer, UnsupportedModelError
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
 from . import hosts, status
@@ -177,12 +177,12 @@ def split_blocks(
 
 def _streamers_of_parts(patcher: StreamedModelPatcher, backends: Sequence[Backend]) -> list[Streamer]:
     whole, shares = patcher.streamer, patcher.streamed.shares
-    listeners, streamers = list[StepListener](), []
+    streamers = []
     for number, backend in enumerate(backends):
         config = host_config(patcher.settings, backend)
         bar = patcher.streamed.bar if number == 0 else LoadingBar(None)
         blocks = shares.part(number)
-        streamers.append(Streamer(whole.root, blocks, backend, config, pins, evictable, bar, listeners))
+        streamers.append(Streamer(whole.root, blocks, backend, config, pins, evictable, bar, shares.group))
     return streamers
 
 

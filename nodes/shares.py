@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import comfy.model_management as mm
 import torch
 
-from ..streaming import Backend, BlockSet, Streamer, UnsupportedModelError
+from ..streaming import Backend, BlockSet, Group, Streamer, UnsupportedModelError
 from ..streaming.assignment import Assignment, DeviceRoom, Distribution, describe, distribute, step_seconds
 from ..streaming.gpus import best_links
 from . import status
@@ -64,12 +64,12 @@ class Shares:
         wanted: the share of each device; None has them follow from room, times and links.
 
     Attributes:
-        assignment: of blocks to devices, the home being number 0.
+        group: of the streamers of all devices.
         due: whether to look, before the next step, if other shares would be better.
     """
 
     def __init__(self, blocks: BlockSet, wanted: Sequence[float] | None) -> None:
-        self.assignment = Assignment((), True)
+        self.group = Group(Assignment((), True))
         self.due = False
         self._blocks = blocks
         self._sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
@@ -77,6 +77,15 @@ class Shares:
         self._advised = 0
         self._had_at_home = False
         self._tied: list[str] = []
+
+    @property
+    def assignment(self) -> Assignment:
+        """Of blocks to devices, the home being number 0."""
+        return self.group.assignment
+
+    @assignment.setter
+    def assignment(self, assignment: Assignment) -> None:
+        self.group.assignment = assignment
 
     def begin(self, backends: Sequence[Backend], settings: OffloadSettings) -> Distribution:
         """Give out all blocks for the first time. Some devices may get none, and do not count from now on."""

@@ -31,6 +31,7 @@ from .errors import (
 )
 from .forms import take_apart
 from .gpus import Gpu, list_gpus
+from .group import Group
 from .header import Entry
 from .host_memory import HostMemory, group_memory
 from .kernels import warm_up
@@ -44,7 +45,7 @@ from .shown import is_shown
 from .state import State
 from .streamer import Streamer
 from .supply import Progress
-from .telemetry import Counters, Run, Snapshot, StepListener
+from .telemetry import Counters, Run, Snapshot
 from .vram import Vram, VramReader, open_vram_reader
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "Forecast",
     "Gpu",
     "GradientError",
+    "Group",
     "HostMemory",
     "NoPatches",
     "Outline",
@@ -83,7 +85,6 @@ __all__ = [
     "ServerError",
     "Snapshot",
     "State",
-    "StepListener",
     "StepNotRepeatedError",
     "Streamer",
     "StreamingConfig",

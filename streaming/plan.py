@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -158,7 +158,17 @@ def minimum_bytes(outline: Outline, profile: Profile) -> int:
     return outline.rest_bytes + _ladder(outline, profile)[0].piece_bytes
 
 
-def make_plan(outline: Outline, profile: Profile, budget: float, config: StreamingConfig) -> Plan:
+# Gives the step that a plan will take, by what is known of it.
+SecondsOf = Callable[["Plan", Profile], float]
+
+
+def make_plan(
+    outline: Outline,
+    profile: Profile,
+    budget: float,
+    config: StreamingConfig,
+    seconds_of: SecondsOf | None = None,
+) -> Plan:
     """Keep what ``budget`` allows and what saves time, and spread what is streamed evenly.
 
     What is kept is a beginning of one order (spread.py), as long as the budget allows; of the numbers of slots the one
@@ -168,6 +178,7 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
         budget: bytes for everything: rest, residents and staging.
         config: how many slots, and how large. When it is thrifty and the profile measured, no more is kept of a model
             that does not fit than makes streaming free.
+        seconds_of: where the step is more than that of this plan (turns.py); None is :func:`forecast_seconds`.
 
     Raises:
         BudgetError: the budget has no room for the rest and one slot.
@@ -175,7 +186,7 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
     if not outline.unit_bytes or (outline.model_bytes <= budget and not config.stream_all):
         best = Plan(outline, (), ())
     else:
-        best = _fastest(_rings(outline, profile, config), budget)
+        best = _fastest(_rings(outline, profile, config), budget, seconds_of)
     if best is None:
         least = minimum_bytes(outline, profile)
         raise BudgetError(
@@ -186,7 +197,7 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
     thrifty = config.thrifty and not config.stream_all
     if best.segments and profile.measured and thrifty and _is_as_fast_as_resident(best, profile, FREE_BUS):
         best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
-    return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config)
+    return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config, seconds_of)
 
 
 def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
@@ -258,21 +269,30 @@ class _Ring:
         """The plan that keeps the first ``kept`` units of the order."""
         return self._plan_streaming(self._order[kept:])
 
-    def best(self, budget: float) -> tuple[float, Plan] | None:
-        """The plan that keeps the most within ``budget``, and its step; None where none fits."""
+    def best(self, budget: float, below: float = math.inf) -> tuple[float, Plan] | None:
+        """The plan that keeps the most within ``budget``, and its step; None where none fits, or none can be ``below``
+        so many seconds."""
         fitting = (kept for kept in range(self.most_kept, -1, -1) if self._device_bytes(kept) <= budget)
         if (kept := next(fitting, None)) is None:
             return None
+        room = budget - self._device_bytes(kept)
+        if self._least_seconds(kept, room) >= below:
+            return None
         plan = self.plan(kept)
         found = forecast_seconds(plan, self.profile), plan
-        left = self._without_what_fits(self._order[kept:], budget - self._device_bytes(kept))
+        left = self._without_what_fits(self._order[kept:], room)
         if len(left) < len(plan.streamed):
             found = self._better_of(found, self._plan_streaming(left))
-        if self.grows:
-            for fewer in range(kept, max(-1, kept - MOST_IN_EXCHANGE - 1), -1):
+        for fewer in range(kept, max(-1, kept - MOST_IN_EXCHANGE - 1), -1) if self.grows else ():
+            if self._least_seconds(fewer) < found[0] * (1 - FORECAST_TOLERANCE):
                 more = min(budget - self._device_bytes(fewer), self._slot_bytes(fewer))  # By one slot it is another.
                 found = self._better_of(found, self._plan_streaming(self._order[fewer:], int(more)))
         return found
+
+    def _least_seconds(self, kept: int, room: float = 0.0) -> float:
+        """No plan that keeps so many units, and others in ``room`` bytes, takes less."""
+        streamed = max(0.0, self._rungs[kept].streamed_bytes - room)
+        return max(self.profile.compute_seconds, streamed / self.profile.bandwidth)
 
     def _better_of(self, one: tuple[float, Plan], other: Plan) -> tuple[float, Plan]:
         """``other`` where its step is shorter by a part that counts."""
@@ -342,16 +362,20 @@ def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Itera
             yield _Ring(outline, profile, slots, target, True, grows, most)
 
 
-def _fastest(rings: Iterable[_Ring], budget: float) -> Plan | None:
+def _fastest(rings: Iterable[_Ring], budget: float, seconds_of: SecondsOf | None) -> Plan | None:
     """The plan with the shortest step; of those that are about equal the first."""
     usual = 0
     chosen, least = None, math.inf
     for ring in rings:
         usual = usual or ring.slots
         enough = SLOT_TOLERANCE if ring.slots < usual else FORECAST_TOLERANCE
-        best = ring.best(budget)
-        if best is not None and best[0] < least * (1 - enough):
-            least, chosen = best
+        if (best := ring.best(budget, least * (1 - enough))) is None:
+            continue
+        seconds, plan = best
+        if seconds_of is not None:
+            seconds = seconds_of(plan, ring.profile)
+        if seconds < least * (1 - enough):
+            least, chosen = seconds, plan
     return chosen
 
 
@@ -372,11 +396,11 @@ def _resident_seconds(profile: Profile) -> float:
     return profile.compute_seconds * (1 + FORECAST_TOLERANCE)
 
 
-def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig) -> Plan:
+def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig, seconds_of: SecondsOf | None = None) -> Plan:
     """``plan`` with what ``profile`` lets expect of it; as it is before anything was measured."""
     if not profile.measured:
         return plan
-    seconds = forecast_seconds(plan, profile)
+    seconds = (seconds_of or forecast_seconds)(plan, profile)
     forecast = Forecast(seconds, profile.compute_seconds, plan.streamed_bytes / profile.bandwidth)
     if forecast.limited_by == "bus":
         enough = _as_fast_as_resident(plan.outline, profile, config, 1.0)

@@ -56,6 +56,7 @@ class Runner:
         self.recorder: Recorder | None = None
         self._planner = planner
         self._listeners = listeners
+        self._has_learned = False
 
     def run(
         self,
@@ -101,7 +102,7 @@ class Runner:
 
     def finish(self, streamer: Streamer) -> None:
         """No step comes next: keep what the last one has shown, and measure no more."""
-        self._learn(streamer)
+        self.learn(streamer)
         self._stop_recording()
 
     # -- before a step -------------------------------------------------------------------------------------------
@@ -114,7 +115,8 @@ class Runner:
         estimate: Callable[[], int] | None,
     ) -> None:
         """Fit the plan to what is known (Note: what the first steps teach)."""
-        measured = self._learn(streamer)
+        streamer.group.learn()
+        measured, self._has_learned = self._has_learned, False
         plan, moves = self._planner.plan_step(shape, streamer.standing, streamer.memory(), measured, estimate)
         if moves:
             streamer.load_within(plan, reload)
@@ -125,14 +127,14 @@ class Runner:
             self._record(streamer, wanted)
         streamer.build()
 
-    def _learn(self, streamer: Streamer) -> bool:
+    def learn(self, streamer: Streamer) -> None:
         """Keep what the step before has shown, if it was measured; waits for the device then."""
         if self.recorder is None or not self.recorder.complete:
-            return False
+            return
         streamer.drain()
         self._planner.learn(self.recorder)
         self._stop_recording()
-        return True
+        self._has_learned = True
 
     def _record(self, streamer: Streamer, wanted: bool) -> None:
         """Measure the next step, or stop measuring."""

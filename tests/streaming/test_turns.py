@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 from virtual_time import Clock, TimedBackend, TimedModel
-from weightstream.streaming import Streamer, StreamingConfig, split_model
+from weightstream.streaming import Group, Streamer, StreamingConfig, split_model
 from weightstream.streaming.assignment import HOP_SECONDS, DeviceRoom, assign
 from weightstream.streaming.turns import Share, forecast_of_all
 
-# A FLUX of a thousandth of its bytes, and links of a thousandth of their speed. Of a layer: bytes, seconds of the kernels
-# that read it, and of all until the next begins (an H200 at 1024^2).
+# A FLUX of a thousandth of its bytes, and links of a thousandth of their speed. Of a layer: bytes, seconds of the
+# kernels that read it, and of all until the next begins (an H200 at 1024^2).
 SCALE = 1000
 MS = 1e-3
 DOUBLE = [
@@ -35,7 +35,7 @@ FLUX = [*[DOUBLE] * 19, *[SINGLE] * 38]
 OUTSIDE = 2 * MS
 
 
-class Group:
+class Devices:
     """FLUX on so many devices with so many bytes each, of the real model."""
 
     def __init__(self, devices: int, room: float, bandwidth: float) -> None:
@@ -54,12 +54,12 @@ class Group:
             adaptive=False,
             thrifty=False,
         )
-        listeners: list = []
+        group = Group(self.assignment)
         self.streamers = []
         for device in range(devices):
             backend = TimedBackend(self.clock, device, bandwidth / SCALE)
             part = blocks.part(self.assignment.blocks_of(device), device == 0)
-            self.streamers.append(Streamer(self.model, part, backend, config, listeners=listeners))
+            self.streamers.append(Streamer(self.model, part, backend, config, group=group))
         self.budget = room / SCALE
 
     def step(self) -> float:
@@ -104,10 +104,9 @@ class Group:
     ],
 )
 def test_a_step_takes_what_was_promised(devices: int, gigabytes: float, bandwidth: float) -> None:
-    group = Group(devices, gigabytes * 1e9, bandwidth)
-    group.settle()
-    steps = [group.step() for _ in range(4)]
-    assert sum(streamer.counters.misses for streamer in group.streamers) == 0
-    assert group.promised == pytest.approx(steps[-1], rel=0.02)
-    print(devices, gigabytes, round(group.promised, 4), [round(x, 4) for x in steps], [s.plan.forecast.seconds for s in group.streamers], [s.plan.staging_bytes for s in group.streamers])
-    group.close()
+    placed = Devices(devices, gigabytes * 1e9, bandwidth)
+    placed.settle()
+    steps = [placed.step() for _ in range(4)]
+    assert sum(streamer.counters.misses for streamer in placed.streamers) == 0
+    assert placed.promised == pytest.approx(steps[-1], rel=0.02)
+    placed.close()
