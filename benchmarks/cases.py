@@ -71,6 +71,8 @@ FAST_DISK = {
 PEERS = ("diffusers-block", "diffusers-leaf", "mmgp")
 TWO_GPU_CONTENDERS = ("weightstream", "weightstream-one-gpu", "comfy-dynamic")
 LIMITS = ("resident", "h2d")
+# They make their weights themselves, or none.
+READ_NO_FILE = ("h2d", *PEERS)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""What the benchmarks make of their figures, and how they bring the page cache to a state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MB = 1 << 20
+
+
+def test_a_contender_is_compared_to_the_native_one_with_the_same_of_the_disk(benchmarks: Any) -> None:
+    runs = {
+        "weightstream": {"step_s": 1.0},
+        "comfy-dynamic": {"step_s": 2.0},
+        "weightstream-fast-disk": {"step_s": 1.0},
+        "comfy-fast-disk": {"step_s": 4.0},
+        "weightstream-no-fast-disk": {"step_s": 1.0},
+    }
+    case = benchmarks.cases.CASES["flux-1024-8gb"]
+    found = benchmarks.report.summarize(case, {}, {}, runs)["runs"]
+    assert {name: run.get("ratio_to_comfy_dynamic") for name, run in found.items()} == {
+        "weightstream": 0.5,
+        "comfy-dynamic": 1.0,
+        "weightstream-fast-disk": 0.25,
+        "comfy-fast-disk": 1.0,
+        "weightstream-no-fast-disk": None,
+    }
+
+
+def test_result_files_have_a_line_for_each_figure(benchmarks: Any) -> None:
+    content = {"row": {"steps_s": [0.1, 0.2], "prompts": [{"reruns": [0]}, {}], "text": "a [b], {c}"}, "none": None}
+    text = benchmarks.report.as_json(content)
+    assert json.loads(text) == content
+    assert [line.strip() for line in text.splitlines()][1:3] == ['"row": {', '"steps_s": [0.1, 0.2],']
+
+
+# -- the page cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint"
+    path.write_bytes(bytes(8 * MB + 1))
+    return path
+
+
+def test_a_file_is_brought_into_the_page_cache_and_out(benchmarks: Any, file: Path) -> None:
+    cache = benchmarks.page_cache
+    known = cache.share(file) is not None
+    assert cache.share(file) == (1.0 if known else None)
+    cold = cache.cool(file)  # Not on every file system.
+    assert cold == (known and cache.share(file) <= cache.COLD_SHARE)
+    before = cache.share(file)
+    with cache.prepared(file, cache.PageCache.WARM) as shares:
+        assert shares == {"before": before, "start": 1.0 if known else None}
+        emptied = cache.cool(file)
+    assert emptied == cold
+    assert shares["end"] == before
+
+
+def test_a_file_that_is_not_read_stays_as_it_is(benchmarks: Any, file: Path) -> None:
+    cache = benchmarks.page_cache
+    cache.cool(file)
+    before = cache.share(file)
+    with cache.prepared(file, cache.PageCache.AS_IT_IS) as shares:
+        pass
+    assert shares == {"before": before, "start": before, "end": before}
+
+
+def test_where_the_system_does_not_say_the_file_is_read_and_nothing_is_told(
+    benchmarks: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = benchmarks.page_cache
+    read = []
+    monkeypatch.setattr(cache.sys, "platform", "darwin")
+    monkeypatch.setattr(cache, "read_through", lambda path, threads, chunk: read.append(path))
+    with cache.prepared(file, cache.PageCache.WARM) as shares:
+        pass
+    assert shares == {"before": None, "start": None, "end": None}
+    assert read == [file]
+    monkeypatch.setattr(cache, "DROP_CACHES", file.parent / "absent" / "drop_caches")
+    with pytest.raises(OSError, match="stays in the page cache"), cache.prepared(file, cache.PageCache.COLD):
+        pass
+
+
+def test_every_byte_is_read(benchmarks: Any, file: Path) -> None:
+    assert benchmarks.page_cache.read_through(file, threads=3, chunk=MB // 2) > 0
+
+
+# -- short prompts -----------------------------------------------------------------------------------------------------
+
+
+def short(first: float, second: float, latents: str) -> dict[str, Any]:
+    prompts = zip((first, second), latents, strict=True)
+    return {
+        "loader_s": 0.5,
+        "prompts": [{"seconds": s, "steps_s": [s / 2, s / 4], "latent_sha256": latent} for s, latent in prompts],
+    }
+
+
+@pytest.mark.parametrize(("latents", "same"), [("xb", True), ("ax", False)])
+def test_short_prompts_are_compared_by_their_second_latents(benchmarks: Any, latents: str, same: bool) -> None:
+    ours, native = short(1.0, 0.5, latents), short(4.0, 1.0, "ab")
+    benchmarks.loading.compare(ours, native)
+    assert (ours["to_comfy"], ours["identical_to_comfy"]) == ([0.25, 0.5], same)
+    said = benchmarks.loading.say(ours)
+    assert "prompt 1 1.00 s (0.25 of ComfyUI's): 0.500 0.250; prompt 2 0.50 s (0.50 of ComfyUI's)" in said
+    assert said.endswith("latents identical" if same else "latents differ")
+
+
+def test_short_prompts_without_their_native_row_are_not_compared(benchmarks: Any) -> None:
+    ours = short(1.0, 0.5, "ab")
+    for native in ({}, {"error": ["stopped after 120 s"]}):
+        benchmarks.loading.compare(ours, native)
+    assert "to_comfy" not in ours
+    assert "of ComfyUI's" not in benchmarks.loading.say(ours)
+
+
+def test_every_short_row_of_ours_has_its_native_one(benchmarks: Any) -> None:
+    rows = benchmarks.loading.rows("flux-1024-16gb")
+    ours = [row for row in rows.values() if row.short and row.contender == "weightstream"]
+    assert [rows[row.native].case for row in ours] == [row.case for row in ours] == ["flux-1024-16gb", "flux-1024-8gb"]
+
+
+def test_a_job_arrives_as_it_was_sent(benchmarks: Any, tmp_path: Path) -> None:
+    for case in (benchmarks.cases.CASES["flux-2048-4gb"], benchmarks.cases.CASES["wan-480p-8gb"].shrunk()):
+        job = benchmarks.job.Job(case, "comfy-no-fast-disk", tmp_path / "file", tmp_path, 6, 10**9)
+        assert benchmarks.job.Job.from_dict(json.loads(json.dumps(job.as_dict() | {"more": 1}))) == job
