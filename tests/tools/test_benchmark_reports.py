@@ -125,6 +125,67 @@ def test_every_short_row_of_ours_has_its_native_one(benchmarks: Any) -> None:
     assert [rows[row.native].case for row in ours] == [row.case for row in ours] == ["flux-1024-16gb", "flux-1024-8gb"]
 
 
+# -- many prompts ------------------------------------------------------------------------------------------------------
+
+
+def prompt(changes: list[int], reruns: list[int], free: int, latent: str = "a", **torch: list[int]) -> dict[str, Any]:
+    return {
+        "steps_s": [0.5, 0.2, 0.3],
+        "plan_changes": changes,
+        "reruns": reruns,
+        "free_bytes": [free] * 3,
+        "kept_by_torch_bytes": [5, 7, 6],
+        "latent_sha256": latent,
+        **torch,
+    }
+
+
+def test_what_many_prompts_come_to(benchmarks: Any) -> None:
+    torch = {"reserved_bytes": [80, 80, 90], "allocated_peak_bytes": [70, 85, 60], "reserved_peak_bytes": [80, 95, 90]}
+    prompts = [
+        prompt([1, 1, 0], [0, 0, 0], free=1, latent="first", **torch),
+        prompt([0, 0, 0], [0, 0, 0], free=20, **torch),
+        prompt([0, 1, 0], [0, 2, 0], free=30, **torch),
+    ]
+    assert benchmarks.steady.unused_bytes(prompts[1]) == [30, 15, 50]
+    assert benchmarks.steady.free_at_fullest(prompts[1]) == [20, 5, 20]
+    found = benchmarks.steady.summarize(prompts)
+    assert found == {
+        "reruns": 2,
+        "prompts_with_reruns": [3],
+        "first_plan_changes": 2,
+        "plan_changes": 1,
+        "least_unused_bytes": 15,
+        "least_free_bytes": 5,
+        "most_kept_by_torch_bytes": 7,
+        "latents_equal": True,
+    }
+    said = benchmarks.steady.say(found | {"prompts": prompts, "allocator": "native"})
+    assert "3 prompts, step 0.300 s (slowest 0.300), 2 reruns (prompts [3]), 1 plan changes after 2 in" in said
+
+
+def test_one_prompt_without_a_gpu_comes_to_something_too(benchmarks: Any) -> None:
+    found = benchmarks.steady.summarize([prompt([1, 0, 0], [0, 0, 0], free=9)])
+    assert (found["least_unused_bytes"], found["least_free_bytes"], found["plan_changes"]) == (9, 9, 0)
+
+
+def test_calls_of_the_host_are_counted_and_made(benchmarks: Any) -> None:
+    made = []
+
+    class host:
+        @staticmethod
+        def free_memory(memory_required: float, device: str) -> None:
+            made.append((memory_required, device))
+
+    calls = benchmarks.steady_worker.HostCalls()
+    calls.watch(host, "free_memory")
+    host.free_memory(5, "cuda")
+    host.free_memory(memory_required=7, device="cuda")
+    assert calls.take() == {"calls": {"host.free_memory": 2}, "most_asked_bytes": 7}
+    assert calls.take() == {"calls": {}, "most_asked_bytes": 0.0}
+    assert made == [(5, "cuda"), (7, "cuda")]
+
+
 def test_a_job_arrives_as_it_was_sent(benchmarks: Any, tmp_path: Path) -> None:
     for case in (benchmarks.cases.CASES["flux-2048-4gb"], benchmarks.cases.CASES["wan-480p-8gb"].shrunk()):
         job = benchmarks.job.Job(case, "comfy-no-fast-disk", tmp_path / "file", tmp_path, 6, 10**9)

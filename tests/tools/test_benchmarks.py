@@ -141,6 +141,22 @@ def test_loras_are_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
+def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path) -> None:
+    arguments = ("8gb", "--tiny", "--prompts", "3", "--steps", "3", "--work", str(tmp_path))
+    run_script("steady.py", tmp_path, *arguments)
+    row = json.loads((tmp_path / "steady.json").read_text("utf-8"))["rows"]["8gb"]
+    assert row.get("prompts"), row
+    assert (row["reruns"], row["plan_changes"], row["latents_equal"]) == (0, 0, True)
+    assert row["first_plan_changes"] > 0
+    assert [prompt["tidied"] for prompt in row["prompts"]] == [True, False, False]
+    assert row["prompts"][0]["calls"]["comfy.model_management.soft_empty_cache"] == 1
+    for prompt in row["prompts"]:
+        columns = ("steps_s", "reruns", "free_bytes", "resident_bytes", "segments", "plan_changes")
+        assert [len(prompt[name]) for name in columns] == [3] * len(columns)
+    versions_are_named(row["versions"], benchmarks.host_versions)
+
+
+@on_linux
 def test_watching_is_measured(benchmarks: Any, tmp_path: Path) -> None:
     run_script("watching.py", tmp_path, "--pairs", "1", "--steps", "2", "--idle", "0.1")
     result = json.loads((tmp_path / "watching.json").read_text("utf-8"))
