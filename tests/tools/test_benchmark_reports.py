@@ -186,6 +186,60 @@ def test_calls_of_the_host_are_counted_and_made(benchmarks: Any) -> None:
     assert made == [(5, "cuda"), (7, "cuda")]
 
 
+# -- the host ----------------------------------------------------------------------------------------------------------
+
+
+def call(name: str, thread: int, duration: float, category: str = "cuda_runtime") -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "pid": 1, "tid": thread, "ts": 0.0, "dur": duration}
+
+
+@pytest.mark.parametrize("thread", [7, 8])
+def test_calls_are_counted_by_kind_and_thread(benchmarks: Any, thread: int) -> None:
+    events = [
+        *(call("cudaLaunchKernel", 7, duration) for duration in (4.0, 6.0, 1000.0, 6.0)),
+        *(call("cudaMemcpyAsync", 7, 10.0) for _ in range(2)),
+        call("cuLaunchKernel", 7, 5.0, "cuda_driver"),
+        call("cudaMemcpyAsync", 9, 10.0),
+        call("a kernel", 7, 50.0, "kernel"),
+        {"ph": "M", "name": "process_name", "pid": 1, "tid": 7},
+    ]
+    found = benchmarks.driver_calls.summarize(events, thread, steps=2)
+    assert found["calls"] == {"cudaLaunchKernel": 2, "cudaMemcpyAsync": 1, "cuLaunchKernel": 0.5}
+    assert next(iter(found["calls"])) == "cudaLaunchKernel"
+    assert found["calls_elsewhere"] == {"cudaMemcpyAsync": 0.5}
+    assert found["median_call_us"]["cudaLaunchKernel"] == 6.0
+    assert found["call_seconds"]["cudaMemcpyAsync"] == pytest.approx(10e-6)
+    assert found["waiting_s"] == pytest.approx(500e-6)
+
+
+def test_a_row_of_the_host_is_compared_to_the_resident_model(benchmarks: Any) -> None:
+    figures = {"process_cpu_s": 0.08, "step_s": 0.07, "lag_s": 0.001, "latent_sha256": "a"}
+    resident = {"cpu_s": 0.05, "calls": {"cudaLaunchKernel": 100, "cudaMalloc": 1}, **figures}
+    streamed = {"cpu_s": 0.06, "calls": {"cudaLaunchKernel": 100, "cudaMemcpyAsync": 40}, **figures}
+    benchmarks.host_time.compare(streamed, resident)
+    assert streamed["cpu_to_resident"] == pytest.approx(1.2)
+    assert streamed["more_calls_than_resident"] == {"cudaMemcpyAsync": 40, "cudaMalloc": -1}
+    assert streamed["identical_to_resident"]
+    said = benchmarks.host_time.say(streamed)
+    assert said.startswith("60.0 ms of the model's thread a step (1.20 of resident), 80.0 of all, 70.0 by the clock")
+    assert said.endswith("140 calls a step: 100 cudaLaunchKernel, 40 cudaMemcpyAsync")
+    assert [benchmarks.host_time.resident_of(name) for name in ("streamed-2gpus", "flux-streamed")] == [
+        "resident",
+        "flux-resident",
+    ]
+
+
+def test_the_clock_of_the_host_takes_whole_steps(benchmarks: Any) -> None:
+    waits = []
+    clock = benchmarks.host_time_worker.HostClock(3, lambda: waits.append(1))
+    for _ in range(3):
+        clock.mark()
+    figures = clock.figures()
+    assert len(figures["cpu_steps_s"]) == 2
+    assert figures["cpu_s"] >= 0
+    assert (waits, clock.lag_s >= 0) == ([1], True)
+
+
 def test_a_job_arrives_as_it_was_sent(benchmarks: Any, tmp_path: Path) -> None:
     for case in (benchmarks.cases.CASES["flux-2048-4gb"], benchmarks.cases.CASES["wan-480p-8gb"].shrunk()):
         job = benchmarks.job.Job(case, "comfy-no-fast-disk", tmp_path / "file", tmp_path, 6, 10**9)

@@ -157,6 +157,17 @@ def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
+def test_the_host_is_measured(benchmarks: Any, tmp_path: Path) -> None:
+    run_script("host_time.py", tmp_path, "streamed", "--tiny", "--steps", "3", "--work", str(tmp_path))
+    row = json.loads((tmp_path / "host-time.json").read_text("utf-8"))["rows"]["streamed"]
+    assert row.get("cpu_steps_s"), row
+    assert row["cpu_s"] > 0
+    assert row["streamed_bytes"] > 0
+    assert row["calls"] == {}, "no GPU, no calls"
+    versions_are_named(row["versions"], benchmarks.host_versions)
+
+
+@on_linux
 def test_watching_is_measured(benchmarks: Any, tmp_path: Path) -> None:
     run_script("watching.py", tmp_path, "--pairs", "1", "--steps", "2", "--idle", "0.1")
     result = json.loads((tmp_path / "watching.json").read_text("utf-8"))
