@@ -14,7 +14,7 @@ from cases import CASES
 from job import Job
 from page_cache import PageCache, prepared
 from processes import run_worker
-from run import describe_machine, ensure_checkpoint, hold_back_vram, parse_with_paths
+from run import HolderError, describe_machine, ensure_checkpoint, hold_back_vram, parse_with_paths
 
 # By its name: the case and the contender. CPU time is that of the first three, whose kernels are so small that the GPU
 # waits for the host; calls are those of the last three, whose copies are waited for.
@@ -45,9 +45,12 @@ def run_row(name: str, args: argparse.Namespace) -> dict[str, Any]:
     case = CASES[case_name].shrunk() if args.tiny else CASES[case_name]
     checkpoint = ensure_checkpoint(case.model, args.work)
     log_to = args.logs / f"host-time.{name}.log" if args.logs else None
-    with hold_back_vram(case.gpus, case.free_gb) as holder, prepared(checkpoint, PageCache.WARM) as shares:
-        job = Job(case, contender, checkpoint, args.comfyui, args.steps, holder.settled_free_bytes())
-        result = run_worker("host_time_worker.py", job.as_dict(), case, args.timeout, log_to)
+    try:
+        with hold_back_vram(case.gpus, case.free_gb) as holder, prepared(checkpoint, PageCache.WARM) as shares:
+            job = Job(case, contender, checkpoint, args.comfyui, args.steps, holder.settled_free_bytes())
+            result = run_worker("host_time_worker.py", job.as_dict(), case, args.timeout, log_to)
+    except HolderError as error:  # Here are fewer GPUs than it takes.
+        return {"error": [str(error)]}
     return result | {"page_cache_share": shares}
 
 

@@ -19,7 +19,7 @@ from processes import answer
 
 # Copies and plan have settled after these.
 WARM_UP_PROMPTS = (4, 2)
-# Between the ends of two steps there is a whole one: what comes before the first and behind the last does not count.
+# That many, from the end of one step to the end of another.
 PROFILED_STEPS = 2
 
 
@@ -59,32 +59,36 @@ class Profiler:
     """Writes down all calls of CUDA in a few whole steps."""
 
     def __init__(self) -> None:
-        self._ends = 0
+        self._events: list[dict[str, Any]] = []
         self._profile: Any = None
 
     def mark(self, *_: object) -> None:
-        """End of a step."""
-        self._ends += 1
-        if self._ends == 1:
-            self._profile = _make_profile()
+        """End of a step. The second one warms the profiler up, and those behind it are written down."""
+        if self._profile is None:
+            self._profile = _make_profile(self._take)
             self._profile.start()
-        elif self._ends == 1 + PROFILED_STEPS:
-            self._profile.stop()
+        else:
+            self._profile.step()
 
-    def figures(self) -> dict[str, Any]:
+    def _take(self, profile: Any) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             trace = Path(scratch) / "trace.json"
-            self._profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text("utf-8"))["traceEvents"]
-        return driver_calls.summarize(events, threading.get_native_id(), PROFILED_STEPS)
+            profile.export_chrome_trace(str(trace))
+            self._events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+
+    def figures(self) -> dict[str, Any]:
+        self._profile.stop()
+        return driver_calls.summarize(self._events, threading.get_native_id(), PROFILED_STEPS)
 
 
-def _make_profile() -> Any:
+def _make_profile(take: Callable[[Any], None]) -> Any:
     """Without a GPU there are no such calls, and what the CPU does is written down instead."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, schedule
 
-    return profile(activities=[ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU])
+    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    steps = schedule(wait=0, warmup=1, active=PROFILED_STEPS, repeat=1)
+    return profile(activities=[activity], schedule=steps, on_trace_ready=take)
 
 
 def measure(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -94,8 +98,6 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
     import torch
     from clock import synchronize
 
-    if torch.cuda.is_available() and torch.cuda.device_count() < job.case.gpus:
-        raise RuntimeError(f"this row needs {job.case.gpus} GPUs, and {torch.cuda.device_count()} are here")
     with torch.inference_mode():
         model = load(job)
         comfy_host.end_of_node()
@@ -105,7 +107,7 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
                 streamer.finish_building()
         plan, clock, profiler = plan_of(model), HostClock(job.steps, synchronize), Profiler()
         latent = sample(model, job.case, job.steps, clock.mark)
-        sample(model, job.case, PROFILED_STEPS + 2, profiler.mark)
+        sample(model, job.case, PROFILED_STEPS + 3, profiler.mark)
     figures = clock.figures() | {"lag_s": clock.lag_s, "latent_sha256": digest(latent)}
     return figures | profiler.figures() | weight_figures(model, plan)
 

@@ -5,6 +5,7 @@ It looks after each step and changes nothing: what it reads are counters of the 
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import time
@@ -46,6 +47,7 @@ class HostCalls:
             setattr(owner, name, self._counting(f"{owner.__name__}.{name}", getattr(owner, name)))
 
     def _counting(self, full_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             self.counts[full_name] += 1
             asked = args[0] if args else kwargs.get("memory_required")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 MB = 1 << 20
 
@@ -184,6 +185,22 @@ def test_calls_of_the_host_are_counted_and_made(benchmarks: Any) -> None:
     assert calls.take() == {"calls": {"host.free_memory": 2}, "most_asked_bytes": 7}
     assert calls.take() == {"calls": {}, "most_asked_bytes": 0.0}
     assert made == [(5, "cuda"), (7, "cuda")]
+
+
+def test_what_torch_counts_on_a_gpu_is_taken_under_our_names(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, resets = benchmarks.steady_worker, []
+    counts = {"reserved_bytes.all.current": 5, "allocated_bytes.all.peak": 4, "num_ooms": 1, "other": 9}
+    blocks = [{"size": 7, "state": "active_allocated"}, {"size": 3, "state": "inactive"}]
+    assert (worker.torch_counts(), worker.allocator(), worker.largest_cached_block()) == ({}, "", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: counts)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [{"blocks": blocks}, {"blocks": []}])
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    assert worker.torch_counts() == {"reserved_bytes": 5, "allocated_peak_bytes": 4, "ooms": 1}
+    assert (len(resets), worker.largest_cached_block()) == (1, 3)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert worker.largest_cached_block() is None
 
 
 # -- the host ----------------------------------------------------------------------------------------------------------
