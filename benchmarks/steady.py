@@ -96,7 +96,9 @@ def say(result: dict[str, Any]) -> str:
     text += f", {result['plan_changes']} plan changes after {result['first_plan_changes']} in the first prompt"
     text += f"; at least {result['least_unused_bytes'] / GB:.2f} GB unused, {result['least_free_bytes'] / GB:.2f} free"
     text += f", torch keeps up to {result['most_kept_by_torch_bytes'] / GB:.2f} GB"
-    return text + (f" ({result['allocator']})" if result["allocator"] else "")
+    text += f" ({result['allocator']})" if result["allocator"] else ""
+    warnings = [warning for prompt in prompts for warning in prompt["warnings"]]
+    return text + (f"; first of {len(warnings)} warnings: {warnings[0]}" if warnings else "")
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 MB = 1 << 20
 
 
@@ -29,6 +32,23 @@ def test_a_contender_is_compared_to_the_native_one_with_the_same_of_the_disk(ben
         "comfy-fast-disk": 1.0,
         "weightstream-no-fast-disk": None,
     }
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a script imports when it is imported or runs; not what type checkers alone see."""
+    tree = ast.parse(path.read_text("utf-8"))
+    types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    unseen = {id(node) for block in types for node in ast.walk(block)}
+    nodes = [node for node in ast.walk(tree) if id(node) not in unseen]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_no_script_needs_one_that_needs_it() -> None:
+    paths = {path.stem: path for path in FOLDER.glob("*.py")}
+    needs = {name: imports(path) & set(paths) for name, path in paths.items()}
+    assert needs["worker"] == {"contenders", "job", "processes"}
+    TopologicalSorter(needs).prepare()  # Raises CycleError, with the circle.
 
 
 def test_result_files_have_a_line_for_each_figure(benchmarks: Any) -> None:
@@ -137,6 +157,7 @@ def prompt(changes: list[int], reruns: list[int], free: int, latent: str = "a", 
         "free_bytes": [free] * 3,
         "kept_by_torch_bytes": [5, 7, 6],
         "latent_sha256": latent,
+        "warnings": ["out of memory in a step"] * sum(reruns),
         **torch,
     }
 
@@ -163,6 +184,7 @@ def test_what_many_prompts_come_to(benchmarks: Any) -> None:
     }
     said = benchmarks.steady.say(found | {"prompts": prompts, "allocator": "native"})
     assert "3 prompts, step 0.300 s (slowest 0.300), 2 reruns (prompts [3]), 1 plan changes after 2 in" in said
+    assert said.endswith("(native); first of 2 warnings: out of memory in a step")
 
 
 def test_one_prompt_without_a_gpu_comes_to_something_too(benchmarks: Any) -> None:
