@@ -90,7 +90,19 @@ def merge_versions(results: list[dict]) -> dict[str, str]:
 
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(as_json(content) + "\n")
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """JSON for people: one value in a line, but a list of numbers or texts in one."""
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        lines = [f"{json.dumps(str(name))}: {as_json(each, inner)}" for name, each in value.items()]
+        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
+        lines = [as_json(each, inner) for each in value]
+        return "[\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}]"
+    return json.dumps(value)
 
 
 # ------------------------------------------------------------------------------------------------------- table

@@ -200,6 +200,7 @@ class Shares:
         return [room if one is patcher else DeviceRoom(0.0) for one, room in pairs]
 
     def _leave_out(self, patcher: StreamedModelPatcher, full: Sequence[StreamedModelPatcher]) -> None:
+        patcher.streamer.counters.reruns += 1
         everybody = [patcher, *patcher.parts]
         pairs = zip(everybody, self._rooms(patcher), strict=True)
         rooms = [DeviceRoom(0.0) if one in full else room for one, room in pairs]

@@ -97,6 +97,7 @@ class Runner:
                 streamer.settle()
             # Not inside of "except": the error's frames would keep the activations of the failed step alive.
             remedy(reason)
+            streamer.counters.reruns += 1
             if streamer.state is State.REDUCED:  # A weight could not be brought, in the step that failed or now.
                 self._make_whole(streamer, reload, streamer.plan, reason)
 

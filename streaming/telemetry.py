@@ -23,6 +23,7 @@ class Counters:
     Attributes:
         runs: times that somebody got it ready to run.
         steps: whole forwards.
+        reruns: times that a step ran again: memory ran out, or a weight was not where it was read.
         copies, streamed_bytes: segments copied to the device, ahead or late, and their bytes.
         hits, misses: segments that were in a slot, or on their way to one, when they were needed; and not.
         stalls, stall_seconds: times that compute waited for a copy, and for how long in all.
@@ -31,6 +32,7 @@ class Counters:
 
     runs: int = 0
     steps: int = 0
+    reruns: int = 0
     copies: int = 0
     streamed_bytes: int = 0
     hits: int = 0

@@ -94,6 +94,7 @@ def test_a_device_that_is_filled_in_mid_run_gets_nothing(
     assert blocks_of(model)[1] == 0
     assert sum(blocks_of(model)) == sum(before)
     assert "virtual:1 is full, so its blocks go to the other devices" in announced
+    assert model.streamer.counters.reruns == 1
     assert model.parts[0].loaded_size() == 0
     handle.remove()
     # What it would gain from that device seems so for the first time, then for the second.
