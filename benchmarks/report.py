@@ -1,8 +1,12 @@
-"""Pure: from the contenders' results to one case's JSON, and from the JSON files to the table in README.md."""
+"""Pure: from the contenders' results to one case's JSON, and from the JSON files to the table in README.md.
+
+``python benchmarks/report.py`` makes that table anew, from results that were measured elsewhere and copied here.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +93,11 @@ def merge_versions(results: list[dict]) -> dict[str, str]:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all, whatever ends this process meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
 
 
 # ------------------------------------------------------------------------------------------------------- table
@@ -170,3 +177,8 @@ def update_readme(readme: Path, results_folder: Path) -> None:
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]
     readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    HERE = Path(__file__).resolve().parent
+    update_readme(HERE / "README.md", HERE / "results")

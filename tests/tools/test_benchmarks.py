@@ -1,4 +1,7 @@
-"""The benchmarks start in this host, do what its executor does, and run in their smallest form without a GPU."""
+"""The benchmarks start in this host, do what its executor does, and run in their smallest form without a GPU.
+
+run.py does so in test_gpu_command.py.
+"""
 
 from __future__ import annotations
 
@@ -130,23 +133,6 @@ def run_script(name: str, folder: Path, *arguments: str) -> subprocess.Completed
 def versions_are_named(versions: dict[str, Any], host_versions: ModuleType) -> None:
     assert versions["comfyui"] == host_versions.version(HOST)
     assert set(host_versions.PACKAGES) <= set(versions)
-
-
-@on_linux
-def test_steps_are_measured(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
-    contenders = ("resident", "h2d", "weightstream", "weightstream-fast-disk", "comfy-no-fast-disk")
-    arguments = ("flux-1024-8gb", "--tiny", "--steps", "2", "--work", str(tmp_path))
-    done = run_script("run.py", tmp_path, *arguments, "--contenders", ",".join(contenders))
-    result = json.loads((tmp_path / "flux-1024-8gb.json").read_text("utf-8"))
-    versions_are_named(result["versions"], benchmarks.host_versions)
-    assert set(result["limits"]) == {"resident", "h2d"}
-    reason = benchmarks.host_versions.lacking_option(HOST, "--disable-fast-disk")
-    assert result["not_offered"] == ({"comfy-no-fast-disk": reason} if reason else {})
-    assert {*result["runs"], *result["not_offered"]} == set(contenders[2:])
-    if reason:
-        assert f"comfy-no-fast-disk is not offered: {reason}" in done.stdout
-    for name, run in result["runs"].items():
-        assert run.get("identical_to_resident"), (name, run)
 
 
 @on_linux
