@@ -96,7 +96,7 @@ def write_json(path: Path, content: dict) -> None:
     """Whole or not at all, whatever ends this process meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     os.replace(part, path)
 
 
@@ -172,11 +172,11 @@ def machine_line(results: list[dict]) -> str:
 def update_readme(readme: Path, results_folder: Path) -> None:
     """Rewrite what stands between the two markers from every result file, in the order of ``CASES``."""
     paths = [results_folder / f"{name}.json" for name in CASES]
-    results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    results = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
     body = f"{machine_line(results)}\n\n{table(results)}" if results else "No results yet."
-    before, rest = readme.read_text().split(BEGIN)
+    before, rest = readme.read_text("utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", "utf-8")
 
 
 if __name__ == "__main__":

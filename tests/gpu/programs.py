@@ -70,8 +70,9 @@ Cases = Callable[[Found], None]
 
 def start_host(comfyui: Path, flags: list[str]) -> None:
     """Start ComfyUI with ``flags`` and load the pack into it; before anything imports torch."""
-    sys.path[:0] = [str(ROOT / "benchmarks"), *(str(ROOT / "tests" / folder) for folder in ("streaming", "nodes"))]
-    sys.path.append(str(ROOT))
+    tests = ROOT / "tests"
+    # ComfyUI's folder comes before them: its nodes are not ours.
+    sys.path[:0] = map(str, (ROOT / "benchmarks", tests / "streaming", tests / "nodes", ROOT))
     import comfy_host
 
     comfy_host.start(comfyui, flags)

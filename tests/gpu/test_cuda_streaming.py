@@ -64,11 +64,11 @@ def test_hundreds_of_steps_at_changing_budgets(reference: tuple[torch.Tensor, to
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(12):
         streamer.load(streamer.plan_for(chance.randint(streamer.minimum_bytes, streamer.model_bytes)))
-        for _ in range(40):
+        for _ in range(20):
             # Counted on the device: comparing on the host would let every copy finish first.
             wrong += (model(x) != expected).sum()
     assert int(wrong) == 0
-    assert streamer.counters.steps == 480
+    assert streamer.counters.steps == 240
     streamer.close()
     assert streamer.backend.allocated == 0
 

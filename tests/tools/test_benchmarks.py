@@ -123,6 +123,13 @@ def test_a_contender_is_compared_to_the_native_one_with_the_same_of_the_disk(ben
     }
 
 
+def test_the_readme_has_the_table_of_the_committed_results(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((FOLDER / "README.md").read_text("utf-8"), "utf-8")
+    benchmarks.report.update_readme(copy, FOLDER / "results")
+    assert copy.read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
+
+
 def run_script(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(FOLDER / name), *arguments, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
