@@ -19,7 +19,7 @@ COLUMNS = ("case", "who", "step, s", "to floor", "committed", "to native", "comm
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of ours.
+    """One contender.
 
     Attributes:
         run: what was measured.
@@ -33,7 +33,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        return "step_s" not in self.run
+        return "error" in self.run
 
     @property
     def differs(self) -> bool:
@@ -64,12 +64,12 @@ class Row:
 
 
 def rows_of(result: dict[str, Any], committed: dict[str, Any]) -> list[Row]:
-    """Of a case's result file, and of the committed one, or nothing."""
+    """Ours, and all who failed: of a case's result file, and of the committed one, or nothing."""
     before = committed.get("runs", {})
     return [
         Row(result["case"], who, run, before.get(who, {}))
-        for who, run in result["runs"].items()
-        if who.startswith(OURS)
+        for who, run in (result["limits"] | result["runs"]).items()
+        if who.startswith(OURS) or "error" in run
     ]
 
 

@@ -26,13 +26,15 @@ from typing import IO, Any
 
 import comparison
 import gpu_tests
+import psutil
 from cases import CASES, LIMITS, Case
 from contenders import NAMES
 from run import HERE, RESULTS, describe_machine, known_limits, limit_keys
 
 ROOT = HERE.parent
 TABLE = "table.txt"
-FAILED_TESTS, DIFFERING, WORSE, FAILED, INTERRUPTED = 1, 4, 8, 16, 130
+FAILED_TESTS, DIFFERING, WORSE, FAILED = 1, 4, 8, 16
+NO_GPU, INTERRUPTED = 2, 130
 
 # The first is where plan, copies and compute all count, and its limits serve all of FLUX at 1024. With 16 GB a step is
 # between bus and compute, and memory between enough and too little. "streamed" shows what a copy or a hook costs, 2048
@@ -44,6 +46,7 @@ ORDER = (
     *("qwen-1328-24gb", "2gpus-qwen-1328-24gb", "qwen-1328-12gb"),
     *("wan-480p-8gb", "2gpus-wan-480p-12gb", "wan-480p-16gb", "sd35-1024-8gb"),
 )
+BY_WORTH = (*ORDER, *(name for name in CASES if name not in ORDER))
 CONTENDERS = (*LIMITS, "weightstream", "comfy-dynamic")
 # Of the time, where cases are to come too. On an H200 tests take four minutes.
 SHARE_OF_TESTS = 0.5
@@ -56,14 +59,14 @@ def main() -> int:
     args = parse_args()
     gpus = count_gpus()
     if not gpus and not args.tiny:
-        raise SystemExit("torch sees no CUDA GPU; --tiny tries the command without one")
+        print("torch sees no CUDA GPU; --tiny tries the command without one", file=sys.stderr)
+        return NO_GPU
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = Report(args.out)
     deadline = time.monotonic() + 60 * args.minutes
     try:
         if args.only != "cases":
-            report.tests = run_tests(args, deadline)
-            report.write()
+            run_tests(args, report, deadline)
         if args.only != "tests":
             measure_cases(args, gpus, report, deadline)
     except KeyboardInterrupt:
@@ -76,19 +79,21 @@ def main() -> int:
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
-def run_tests(args: argparse.Namespace, deadline: float) -> gpu_tests.Tests:
+def run_tests(args: argparse.Namespace, report: Report, deadline: float) -> None:
     left = deadline - time.monotonic()
     seconds = left if args.only == "tests" else left * SHARE_OF_TESTS
     command, path = [*json.loads(args.pytest), "tests/gpu", *gpu_tests.OPTIONS], args.out / gpu_tests.LOG
     # A line as soon as a test ends, and with CI as long a one as it takes to say what differs.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CI": "true"}
     print(f"tests/gpu (log: {path})", flush=True)
-    started = time.monotonic()
-    with open(path, "w", encoding="utf-8") as log:
-        status = run_command(command, environment, seconds, log)
-    tests = gpu_tests.read(path.read_text("utf-8", "replace"), status, time.monotonic() - started)
-    print(tests, flush=True)
-    return tests
+    started, status = time.monotonic(), None
+    try:
+        with open(path, "w", encoding="utf-8") as log:
+            status = run_command(command, environment, seconds, log)
+    finally:
+        report.tests = gpu_tests.read(path.read_text("utf-8", "replace"), status, time.monotonic() - started)
+        report.write()
+    print(report.tests, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ cases
@@ -107,14 +112,14 @@ def measure_cases(args: argparse.Namespace, gpus: int, report: Report, deadline:
             report.notes.append(f"left out: {case.name}, which takes about {expected:.0f} s; {left:.0f} were left")
             continue
         started = time.monotonic()
-        run_command(command_of(args, case, left), os.environ, left)
+        if status := run_command(command_of(args, case, left), os.environ, left):
+            report.unmeasured[case.name] = status
         pace = max(1.0, pace * (time.monotonic() - started) / expected)
         report.write()
 
 
 def chosen_cases(args: argparse.Namespace, gpus: int) -> Iterator[Case]:
-    by_worth = [*ORDER, *(name for name in CASES if name not in ORDER)]
-    for name in args.cases or (by_worth[:1] if args.tiny else by_worth):
+    for name in args.cases or (BY_WORTH[:1] if args.tiny else BY_WORTH):
         if CASES[name].gpus <= gpus or args.tiny:
             yield CASES[name]
 
@@ -164,32 +169,28 @@ def run_command(
 ) -> int | None:
     """Its status, or None if it had to be stopped.
 
-    What it has started ends with it, also when this process is interrupted: a GPU that is to be measured is nobody
-    else's.
+    What it has started is stopped with it, also when this process is interrupted: a GPU that is to be measured is
+    nobody else's.
     """
     process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        start_new_session=True,
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
     )
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        kill_group(process)
+        kill_tree(process)
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    """End a process that leads a group, and what is left of the group."""
-    if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
+def kill_tree(process: subprocess.Popen) -> None:
+    """End a process that runs, and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in started:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
     process.wait()
 
 
@@ -203,11 +204,13 @@ class Report:
     Attributes:
         out: the folder of result files.
         tests: how they ended, if they were run.
+        unmeasured: cases for which run.py has ended with another status than 0.
         notes: what else people should know.
     """
 
     out: Path
     tests: gpu_tests.Tests | None = None
+    unmeasured: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
 
@@ -223,7 +226,8 @@ class Report:
         """The tests, the table, and what else there is to say."""
         tests = [str(self.tests)] if self.tests else []
         rows = ["", comparison.table(self.rows()), ""] if self.rows() else []
-        return "\n".join([*tests, *rows, *self.notes, *(["interrupted"] if self.interrupted else [])])
+        broken = [f"could not measure {case}: run.py ended with {status}" for case, status in self.unmeasured.items()]
+        return "\n".join([*tests, *rows, *broken, *self.notes, *(["interrupted"] if self.interrupted else [])])
 
     def write(self) -> None:
         (self.out / TABLE).write_text(self.text() + "\n", "utf-8")
@@ -235,7 +239,7 @@ class Report:
         status = FAILED_TESTS if self.tests is not None and self.tests.failed else 0
         status |= DIFFERING if any(row.differs for row in rows) else 0
         status |= WORSE if any(row.worse for row in rows) else 0
-        return status | (FAILED if any(row.failed for row in rows) else 0)
+        return status | (FAILED if self.unmeasured or any(row.failed for row in rows) else 0)
 
 
 def read_result(folder: Path, case: str) -> dict[str, Any]:
@@ -251,13 +255,16 @@ def parse_args() -> argparse.Namespace:
         prog="dev.py gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     temporary = Path(tempfile.gettempdir())
+    replaced = (
+        "folder of all results; without --go-on, those that it has are replaced (weightstream-gpu, for temporary files)"
+    )
     parser.add_argument("--minutes", type=float, default=30, help="for everything (30)")
-    parser.add_argument("--out", type=Path, default=temporary / "weightstream-gpu", help="folder of all results")
+    parser.add_argument("--out", type=Path, default=temporary / "weightstream-gpu", metavar="DIR", help=replaced)
     parser.add_argument(
         "--go-on", action="store_true", help="keep the results that DIR has, and measure what is missing"
     )
     parser.add_argument("--only", choices=("tests", "cases"))
-    parser.add_argument("--cases", type=some_of(CASES), help="which, in this order, with commas between")
+    parser.add_argument("--cases", type=some_of(CASES), help=f"with commas between ({','.join(BY_WORTH)})")
     parser.add_argument("--contenders", type=some_of(NAMES), help=f"with commas between ({','.join(CONTENDERS)})")
     parser.add_argument("--steps", type=int, help="as run.py has it")
     parser.add_argument(

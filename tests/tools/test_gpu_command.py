@@ -118,7 +118,7 @@ def test_a_contender_that_failed_and_one_that_is_new(
 ) -> None:
     monkeypatch.setattr(benchmarks.gpu, "RESULTS", tmp_path / "committed")
     failing = result()
-    failing["runs"]["weightstream-static"] = {"error": ["stopped after 150 s", "a line", "the last line"]}
+    failing["runs"]["comfy-static"] = {"error": ["stopped after 150 s", "a line", "the last line"]}
     benchmarks.report.write_json(tmp_path / f"{CASE}.json", failing)
     report = benchmarks.gpu.Report(tmp_path)
     report.write()
@@ -126,6 +126,11 @@ def test_a_contender_that_failed_and_one_that_is_new(
     assert "FAILED: stopped after 150 s; the last line" in text
     assert "identical  constant" in text
     assert report.status() == 16
+    benchmarks.report.write_json(tmp_path / f"{CASE}.json", result())
+    assert report.status() == 0
+    report.unmeasured[CASE] = 1
+    assert report.status() == 16
+    assert report.text().endswith(f"could not measure {CASE}: run.py ended with 1")
 
 
 def test_cases_come_in_the_order_of_their_worth_where_there_are_gpus_for_them(benchmarks: SimpleNamespace) -> None:
@@ -157,22 +162,20 @@ def test_what_a_case_takes_is_known_from_the_committed_result(benchmarks: Simple
     assert gpu.expected_seconds(args, case) == pytest.approx(all_of_them)
 
 
-def test_what_a_command_has_started_ends_with_it(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+def test_what_a_command_has_started_is_stopped_with_it(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
     program = (
         "import pathlib, subprocess, sys, time\n"
         "sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "pathlib.Path(sys.argv[1]).write_text(str(sleeper.pid))\n"
-        "time.sleep(60 if sys.argv[2] == 'hang' else 0)\n"
+        "time.sleep(60)\n"
     )
-    for way, status, seconds in (("hang", None, 2), ("end", 0, 30)):
-        command = [sys.executable, "-c", program, str(tmp_path / way), way]
-        assert benchmarks.gpu.run_command(command, os.environ, seconds) == status
-        if os.name == "nt":
-            continue  # Groups are of POSIX.
-        pid, give_up = int((tmp_path / way).read_text()), time.monotonic() + 10
-        while is_running(pid) and time.monotonic() < give_up:
-            time.sleep(0.05)
-        assert not is_running(pid)
+    command = [sys.executable, "-c", program, str(tmp_path / "pid")]
+    assert benchmarks.gpu.run_command(command, os.environ, 2) is None
+    pid, give_up = int((tmp_path / "pid").read_text()), time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not is_running(pid)
+    assert benchmarks.gpu.run_command([sys.executable, "-c", "raise SystemExit(3)"], os.environ, 30) == 3
 
 
 def is_running(pid: int) -> bool:
