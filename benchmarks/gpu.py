@@ -112,8 +112,9 @@ def measure_cases(args: argparse.Namespace, gpus: int, report: Report, deadline:
             report.notes.append(f"left out: {case.name}, which takes about {expected:.0f} s; {left:.0f} were left")
             continue
         started = time.monotonic()
-        if status := run_command(command_of(args, case, left), os.environ, left):
-            report.unmeasured[case.name] = status
+        status = run_command(command_of(args, case, left), os.environ, left)
+        if status != 0:
+            report.unmeasured[case.name] = "run.py was stopped" if status is None else f"run.py ended with {status}"
         pace = max(1.0, pace * (time.monotonic() - started) / expected)
         report.write()
 
@@ -204,13 +205,13 @@ class Report:
     Attributes:
         out: the folder of result files.
         tests: how they ended, if they were run.
-        unmeasured: cases for which run.py has ended with another status than 0.
+        unmeasured: why, by case, where run.py has not ended well.
         notes: what else people should know.
     """
 
     out: Path
     tests: gpu_tests.Tests | None = None
-    unmeasured: dict[str, int] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
 
@@ -226,7 +227,7 @@ class Report:
         """The tests, the table, and what else there is to say."""
         tests = [str(self.tests)] if self.tests else []
         rows = ["", comparison.table(self.rows()), ""] if self.rows() else []
-        broken = [f"could not measure {case}: run.py ended with {status}" for case, status in self.unmeasured.items()]
+        broken = [f"could not measure {case}: {why}" for case, why in self.unmeasured.items()]
         return "\n".join([*tests, *rows, *broken, *self.notes, *(["interrupted"] if self.interrupted else [])])
 
     def write(self) -> None:

@@ -150,6 +150,7 @@ def alone(cases: Cases) -> None:
 
 def main() -> None:
     comfyui, folder, names, *flags = sys.argv[1:]
+    faulthandler.enable()
     start_host(Path(comfyui), flags)
     for name in names.split(","):
         end_after(PROGRAM_SECONDS)
@@ -184,7 +185,7 @@ def run_all(
         found |= {line.pop("program"): line for line in lines}
         left = [name for name in left if name not in found]
         if left and not any("error" in line for line in lines):
-            found[left.pop(0)] = {"error": f"ended with {process.returncode}\n{process.stderr[-4000:]}"}
+            found[left.pop(0)] = {"error": f"{process.stderr[-4000:]}\nits process ended with {process.returncode}"}
     return found
 
 

@@ -1,6 +1,7 @@
 """The programs of this folder, in as few processes as there are hosts that differ in their flags (programs.py).
 
-``WEIGHTSTREAM_SOAK_PROMPTS=200`` asks the soak for more.
+``WEIGHTSTREAM_SOAK_PROMPTS=200`` asks the soak for more. Where pytest has several workers, one must have this whole
+file (``--dist loadfile``).
 """
 
 from __future__ import annotations
