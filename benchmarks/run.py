@@ -39,7 +39,7 @@ def main() -> None:
     args = parse_args()
     deadline = time.monotonic() + args.time_limit
     machine = describe_machine()
-    limits: dict[object, dict] = {}
+    limits = known_limits(args, machine) if args.go_on else {}
     failed = []
     for name in args.cases:
         case = CASES[name].shrunk() if args.tiny else CASES[name]
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, deadline: float) -> None:
-    """Measure one case; the file is written anew after each contender, so that a break loses one run."""
+    """Measure one case; the file is written anew after the limits and each contender, so that a break loses one."""
     checkpoint = ensure_checkpoint(case.model, args.work)
     names = args.contenders or [*LIMITS, *case.contenders]
     not_offered = {name: reason for name in names if (reason := why_not_offered(name, args.comfyui))}
@@ -69,13 +69,13 @@ def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, 
         result = report.summarize(case, machine, case_limits, runs) | {"not_offered": not_offered}
         report.write_json(args.out / f"{case.name}.json", result)
 
+    write()
     with hold_back_vram(case.gpus, case.free_gb) as holder:
         for name in names:
             if name in LIMITS:
                 continue
             runs[name] = run_contender(case, name, checkpoint, args, holder, deadline)
             write()
-    write()
 
 
 def why_not_offered(contender: str, comfyui: Path) -> str | None:
@@ -86,7 +86,7 @@ def measure_limits(
     case: Case, names: list[str], checkpoint: Path, args: argparse.Namespace, known: dict, deadline: float
 ) -> dict[str, dict]:
     """The limits of ``case``. Cases of the same shapes in one call share them; each says where it was measured."""
-    keys = {"resident": (case.limits_key, measured_steps(case, args)), "h2d": ("h2d", case.gpus)}
+    keys = limit_keys(case, args)
     missing = [name for name in LIMITS if name in names and keys[name] not in known]
     if missing:
         with hold_back_vram(case.gpus, None) as holder:
@@ -94,6 +94,27 @@ def measure_limits(
                 result = run_contender(case, name, checkpoint, args, holder, deadline)
                 known[keys[name]] = result | {"measured_in": case.name}
     return {name: known[keys[name]] for name in LIMITS if keys[name] in known}
+
+
+def limit_keys(case: Case, args: argparse.Namespace) -> dict[str, object]:
+    """Cases that agree in the key of a limit share it."""
+    return {"resident": (case.limits_key, measured_steps(case, args)), "h2d": ("h2d", case.gpus)}
+
+
+def known_limits(args: argparse.Namespace, machine: dict) -> dict[object, dict]:
+    """The limits that result files in ``--out`` hold, if they were measured on a machine like this one."""
+    known: dict[object, dict] = {}
+    for case in CASES.values():
+        path = args.out / f"{case.name}.json"
+        result = json.loads(path.read_text()) if path.exists() else {}
+        if result.get("machine") != machine or result["tiny"] != args.tiny:
+            continue
+        case = case.shrunk() if args.tiny else case
+        keys, differences = limit_keys(case, args), measured_steps(case, args) - 1
+        for name, limit in result["limits"].items():
+            if "error" not in limit and len(limit.get("steps_s", range(differences))) == differences:
+                known[keys[name]] = limit
+    return known
 
 
 def measured_steps(case: Case, args: argparse.Namespace) -> int:
@@ -223,6 +244,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"denoising steps that are measured (the case's, or {DEFAULT_STEPS})")
     parser.add_argument("--child-timeout", type=float, default=150, help="seconds for one contender")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no contender is started")
+    parser.add_argument("--go-on", action="store_true", help="take limits that results in --out hold as measured")
     args = parse_with_paths(parser)
     if unknown := set(args.contenders or ()) - set(NAMES):
         parser.error(f"unknown contenders {sorted(unknown)}: choose from {', '.join(NAMES)}")

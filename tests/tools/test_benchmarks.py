@@ -1,4 +1,7 @@
-"""The benchmarks start in this host, do what its executor does, and run in their smallest form without a GPU."""
+"""The benchmarks start in this host, do what its executor does, and run in their smallest form without a GPU.
+
+run.py does so in test_gpu_command.py.
+"""
 
 from __future__ import annotations
 
@@ -85,6 +88,13 @@ def test_the_fast_disk_is_forced_beside_what_a_contender_has_anyway(benchmarks: 
     assert flags(benchmarks, "flux-1024-streamed", "comfy-fast-disk") == ["--vram-headroom", "7.00", "--fast-disk"]
 
 
+def test_the_readme_has_the_table_of_the_committed_results(benchmarks: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((FOLDER / "README.md").read_text("utf-8"), "utf-8")
+    benchmarks.report.update_readme(copy, FOLDER / "results")
+    assert copy.read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
+
+
 def run_script(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(FOLDER / name), *arguments, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -95,24 +105,6 @@ def run_script(name: str, folder: Path, *arguments: str) -> subprocess.Completed
 def versions_are_named(versions: dict[str, Any], host_versions: ModuleType) -> None:
     assert versions["comfyui"] == host_versions.version(HOST)
     assert set(host_versions.PACKAGES) <= set(versions)
-
-
-@on_linux
-def test_steps_are_measured(benchmarks: Any, tmp_path: Path) -> None:
-    contenders = ("resident", "h2d", "weightstream", "weightstream-fast-disk", "comfy-no-fast-disk")
-    arguments = ("flux-1024-8gb", "--tiny", "--steps", "2", "--work", str(tmp_path))
-    done = run_script("run.py", tmp_path, *arguments, "--contenders", ",".join(contenders))
-    result = json.loads((tmp_path / "flux-1024-8gb.json").read_text("utf-8"))
-    versions_are_named(result["versions"], benchmarks.host_versions)
-    assert set(result["limits"]) == {"resident", "h2d"}
-    reason = benchmarks.host_versions.lacking_option(HOST, "--disable-fast-disk")
-    assert result["not_offered"] == ({"comfy-no-fast-disk": reason} if reason else {})
-    assert {*result["runs"], *result["not_offered"]} == set(contenders[2:])
-    if reason:
-        assert f"comfy-no-fast-disk is not offered: {reason}" in done.stdout
-    for name, run in result["runs"].items():
-        assert run.get("identical_to_resident"), (name, run)
-        assert run["page_cache_share"]["start"] == 1.0
 
 
 @on_linux
