@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .assignment import Assignment
+from .backend import Backend
 from .plan import Plan, SecondsOf, forecast_seconds
 from .profile import Profile
 from .telemetry import StepListener
@@ -34,6 +35,11 @@ class Group:
         who = weakref.ref(streamer)
         self._members.append(who)
         return lambda plan, profile: self._seconds(who, plan, profile)
+
+    def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
+        """A block has run on ``device``; ``seconds`` gives its compute once that is over, and waits for it."""
+        for listener in self.listeners:
+            listener.computed(device, seconds)
 
     def learn(self) -> None:
         """All keep what the step before has shown, so that whoever plans first knows what the others take."""

@@ -12,6 +12,7 @@ asks for it (residency.py).
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -23,9 +24,9 @@ from .plan import Plan
 from .planner import Planner
 from .recorder import Recorder
 from .state import State
-from .telemetry import StepListener
 
 if TYPE_CHECKING:
+    from .group import Group
     from .streamer import Streamer
 
 logger = logging.getLogger(__name__)
@@ -46,16 +47,16 @@ class Runner:
 
     Args:
         planner: decides what to have on the device.
-        listeners: measure steps of the model, on other devices too.
+        group: the streamers of the model, on other devices too.
 
     Attributes:
         recorder: measures the step that runs, or comes next; None when there is nothing to learn from it.
     """
 
-    def __init__(self, planner: Planner, listeners: list[StepListener]) -> None:
+    def __init__(self, planner: Planner, group: Group) -> None:
         self.recorder: Recorder | None = None
         self._planner = planner
-        self._listeners = listeners
+        self._group = group
         self._has_learned = False
 
     def run(
@@ -116,7 +117,7 @@ class Runner:
         estimate: Callable[[], int] | None,
     ) -> None:
         """Fit the plan to what is known (Note: what the first steps teach)."""
-        streamer.group.learn()
+        self._group.learn()
         measured, self._has_learned = self._has_learned, False
         plan, moves = self._planner.plan_step(shape, streamer.standing, streamer.memory(), measured, estimate)
         if moves:
@@ -141,13 +142,14 @@ class Runner:
         """Measure the next step, or stop measuring."""
         self._stop_recording()
         if wanted:
-            self.recorder = Recorder(streamer.outline, streamer.backend, streamer.reader, self._listeners)
-            self._listeners.append(self.recorder)
+            tells = weakref.WeakMethod(self._group.computed)  # The group knows its listeners.
+            self.recorder = Recorder(streamer.outline, streamer.backend, streamer.reader, tells)
+            self._group.listeners.append(self.recorder)
         streamer.attach_hooks()
 
     def _stop_recording(self) -> None:
         if self.recorder is not None:
-            self._listeners.remove(self.recorder)
+            self._group.listeners.remove(self.recorder)
             self.recorder.close()
         self.recorder = None
 

@@ -422,7 +422,7 @@ class Streamer:
             loaded = False
         self._planner.take_up(blocks.outline)
         if not same:
-            self._runner = Runner(self._planner, self.group.listeners)
+            self._runner = Runner(self._planner, self.group)
         self._steps = Steps(self._root, self.blocks, self.site, self._planner)
         self._steps.state = State.REDUCED if loaded else State.UNLOADED
 
@@ -538,7 +538,7 @@ class Streamer:
         self.site = Site(self.blocks, backend, self.config, *told)
         self.site.supply.arena.budget.join(self)
         self._steps = Steps(self._root, self.blocks, self.site, self._planner)
-        self._runner = Runner(self._planner, self.group.listeners)
+        self._runner = Runner(self._planner, self.group)
 
     def _make_planner(self) -> Planner:
         return Planner(self.outline, self.config, self._seconds_of)

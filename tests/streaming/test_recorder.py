@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -95,8 +96,13 @@ def test_what_other_devices_compute_is_known_without_their_waits_and_the_hosts(c
     recorders: list[Recorder] = []
     clocks = [Clock(), Clock()]
     reader = SimpleNamespace(sent_bytes=0, busy_seconds=0.0)
+
+    def tell(device: Clock, seconds: Callable[[], float]) -> None:
+        for recorder in recorders:
+            recorder.computed(device, seconds)
+
     for one in clocks:
-        recorders.append(Recorder(make_outline([[1], [1]]), one, reader, recorders))
+        recorders.append(Recorder(make_outline([[1], [1]]), one, reader, lambda: tell))
 
     def pass_by(seconds: float) -> None:
         for one in clocks:
