@@ -204,8 +204,9 @@ def test_lasting_pressure_changes_shares_and_a_passing_one_does_not(
         assert torch.equal(sample(model), expected)
     before = blocks_of(model)
     mm.unload_all_models()
-    for budgets in ((18, 10), (18, 18), (18, 10)):
-        memories[1].budget = budgets[1] * MB
+    for budgets in ((30, 10), (18, 18), (30, 10)):
+        for memory, budget in zip(memories, budgets, strict=True):
+            memory.budget = budget * MB
         assert torch.equal(sample(model), expected)
         mm.unload_all_models()
         assert blocks_of(model) == before
