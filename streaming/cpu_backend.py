@@ -124,6 +124,9 @@ class CpuBackend(Backend):
         run()
         return self.mark()
 
+    def _all_over(self, stream: ThreadPoolExecutor, events: Sequence[Event]) -> Event:
+        return stream.submit(_AllOf(events).result)
+
     def all_of(self, events: Sequence[Event]) -> Event:
         return _AllOf(events)
 

@@ -350,7 +350,7 @@ class Lane:
     ) -> Event | Transfer:
         """Have a segment copied to ``buffer``, straight from its page-locked master copies or by a reader."""
         if pairs is not None and self._reader.idle:
-            ready = self._backend.copy(pairs, after, opening)
+            ready = self._backend.bring(pairs, after, opening)
         else:
             parts = [_part(place, unit) for place, unit in places_in(buffer, self._copies[number])]
             ready = self._reader.transfer(parts, after, opening)

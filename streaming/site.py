@@ -184,6 +184,7 @@ class Site:
         self.drop_lane()
         self.placement.clear_device()
         self.supply.reader.close()
+        self.backend.close_feeders()
         self.unbuilt = False
 
     def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:

@@ -33,6 +33,8 @@ class TimedBackend(Backend):
         self.clock = clock
         self.bandwidth = bandwidth
         self.link_free = 0.0
+        # Bytes per second from a device that passes weights on, beside its own link.
+        self.passes_on_at = 0.0
 
     def _create_stream(self) -> object:
         return object()
@@ -40,11 +42,22 @@ class TimedBackend(Backend):
     def _copy_now(self, stream: object, pairs: Sequence[Pair], waits: Sequence[float]) -> float:
         begin = max([self.link_free, *waits])
         self.link_free = begin + count_bytes(pairs) / self.bandwidth
-        for target, source in pairs:
-            target.copy_(source)
+        self._carry_out(pairs)
         if self._copy_times is not None:
             self._copy_times.append(CopyTime(count_bytes(pairs), begin, self.link_free))
         return self.link_free
+
+    def copy_on(self, stream: object, pairs: Sequence[Pair], waits: Sequence[float]) -> float:
+        self._carry_out(pairs)
+        return max(waits) + count_bytes(pairs) / self.passes_on_at
+
+    def _all_over(self, stream: object, events: Sequence[float]) -> float:
+        return max(events)
+
+    @staticmethod
+    def _carry_out(pairs: Sequence[Pair]) -> None:
+        for target, source in pairs:
+            target.copy_(source)
 
     def mark(self) -> float:
         return self.clock.now

@@ -1,0 +1,209 @@
+"""Weights that come over the links of several devices: the right ones, in order, and what remains when that fails."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, cuda
+from models import X, hand_plan, learn, make_transformer, units_of
+from race import NumberedModel, RaceBackend
+from virtual_time import Clock, TimedBackend
+from weightstream.streaming import (
+    Backend,
+    CpuBackend,
+    CudaBackend,
+    Streamer,
+    StreamingConfig,
+    VirtualMemory,
+    split_model,
+)
+from weightstream.streaming import backend as backends
+from weightstream.streaming import feeder as feeders
+from weightstream.streaming.feeder import Feeder, cut
+
+__all__ = ["cuda"]
+
+UNIT = 512
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of these models are small, and are cut up all the same."""
+    monkeypatch.setattr(backends, "LEAST_FED_BYTES", 0)
+    monkeypatch.setattr(feeders, "ALIGNMENT", 128)
+
+
+def feed(home: Backend, *helpers: Backend, chunks: int = 2) -> None:
+    home.feeders += [Feeder(helper, chunk_bytes=192, chunks=chunks) for helper in helpers]
+
+
+def make(
+    model: torch.nn.Module, backend: Backend, slots: int, copy_streams: int = 2, segment_bytes: int = 3 * UNIT
+) -> Streamer:
+    config = StreamingConfig(copy_streams, slots, segment_bytes=segment_bytes, adaptive=False, thrifty=False)
+    return Streamer(model, split_model(model), backend, config)
+
+
+# -- what goes where ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", range(1, 5))
+def test_copies_are_cut_into_like_parts(parts: int) -> None:
+    for sizes in itertools.product((128, 256, 384, 1024), repeat=3):
+        targets = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+        sources = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+        found = cut(list(zip(targets, sources, strict=True)), parts)
+        assert len(found) <= parts
+        given = [sum(target.nbytes for target, _ in part) for part in found]
+        assert sum(given) == sum(sizes)
+        assert max(given) <= -(-sum(sizes) // parts) + 2 * 128 * parts
+        for target, source in itertools.chain.from_iterable(found):
+            assert target.storage_offset() % 128 == 0
+            target.copy_(source)
+        assert all(map(torch.equal, targets, sources))
+
+
+@pytest.mark.parametrize("helpers", [1, 2, 3])
+@pytest.mark.parametrize("copy_streams", [0, 1, 2])
+def test_output_is_the_same(copy_streams: int, helpers: int) -> None:
+    model = make_transformer(depth=5)
+    expected = model(X)
+    store = VirtualMemory(10**9)
+    backend = CpuBackend(store)
+    others = [VirtualMemory(10**6, f"virtual:{number}") for number in range(1, helpers + 1)]
+    feed(backend, *(CpuBackend(memory) for memory in others))
+    streamer = make(model, backend, 2, copy_streams, 10_000)
+    learn(streamer, lambda: model(X))
+    for _ in range(2):
+        streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
+        assert all(memory.allocated == (384 if copy_streams else 0) for memory in others)
+        for _ in range(3):
+            assert torch.equal(model(X), expected)
+        streamer.unload()
+        assert all(memory.allocated == 0 for memory in others)
+    streamer.close()
+    assert store.allocated == 0
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("helpers", [1, 2])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_every_access_is_ordered(slots: int, helpers: int) -> None:
+    everything = list(range(4))
+    checked = 0
+    for copy_streams, chunks, segment_bytes in itertools.product((1, 2), (1, 2), (0, 3 * UNIT)):
+        backend = RaceBackend()
+        others = [RaceBackend(backend.memory_accesses) for _ in range(helpers)]
+        feed(backend, *others, chunks=chunks)
+        model = NumberedModel(4, backend, False)
+        streamer = make(model, backend, slots, copy_streams, segment_bytes)
+        learn(streamer, lambda model=model: model(everything))
+        for streamed in range(1, 2**4, 2):
+            chosen = [index for index in everything if streamed >> index & 1]
+            streamer.load(hand_plan(streamer, units_of(streamer, chosen), slots))
+            for order, parts in itertools.product((everything, everything[::-1], [0, 0]), ("012", "210", "0011")):
+                assert model(order, parts) == order
+        checked += backend.accesses
+        streamer.close()
+    assert checked > 3000
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_every_access_is_ordered_on_cuda(cuda: FakeCuda, slots: int) -> None:
+    everything = list(range(4))
+
+    class Kernels:
+        def read(self, weight: torch.Tensor) -> None:
+            cuda.kernel(reads=[weight])
+
+    model = NumberedModel(4, Kernels(), False)
+    backend = CudaBackend(torch.device("cuda", 1))
+    feed(backend, CudaBackend(torch.device("cuda", 0)))
+    streamer = make(model, backend, slots)
+    learn(streamer, lambda: model(everything))
+    for streamed in range(1, 2**4, 2):
+        chosen = [index for index in everything if streamed >> index & 1]
+        streamer.load(hand_plan(streamer, units_of(streamer, chosen), slots))
+        streamer.finish_building()
+        cuda.host_waits = 0
+        for order, parts in itertools.product((everything, everything[::-1], [0, 0]), ("012", "210", "0011")):
+            assert model(order, parts) == order
+        assert cuda.host_waits == 0, "the device is late, and nobody waits for it"
+    streamer.close()
+    assert cuda.contexts == {0, 1}
+    assert cuda.faults == []
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("helpers", [1, 3])
+def test_links_add_up(helpers: int) -> None:
+    """In virtual time: a segment is there in its part of the time, and is known to be."""
+    clock = Clock()
+    backend = TimedBackend(clock, 0, 1000.0)
+    feed(backend, *(TimedBackend(clock, number, 1000.0) for number in range(1, helpers + 1)), chunks=16)
+    backend.passes_on_at = 1e9
+    backend.open(2)
+    source, target = torch.ones(65536, dtype=torch.uint8), torch.zeros(65536, dtype=torch.uint8)
+    for _ in range(3):
+        begin = backend.link_free
+        end = backend.bring([(target, source)])
+    assert end - begin == pytest.approx(65.536 / (1 + helpers), rel=0.05)
+    assert torch.equal(target, source)
+
+
+# -- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_a_helper_without_room_is_left_out() -> None:
+    model = make_transformer(depth=3)
+    expected = model(X)
+    backend = CpuBackend(VirtualMemory(10**9))
+    full = VirtualMemory(200, "virtual:1")
+    feed(backend, CpuBackend(full), CpuBackend(VirtualMemory(10**6, "virtual:2")))
+    streamer = make(model, backend, 2, segment_bytes=0)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    assert [feeder.helper.name for feeder in backend.feeders] == ["virtual:2"]
+    assert full.allocated == 0
+    assert torch.equal(model(X), expected)
+    streamer.close()
+
+
+@pytest.mark.parametrize("of_helper", [True, False])
+def test_a_copy_that_fails_anywhere_is_made_again(of_helper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_transformer(depth=4)
+    expected = model(X)
+    backend, helper = CpuBackend(VirtualMemory(10**9)), CpuBackend(VirtualMemory(10**6, "virtual:1"))
+    feed(backend, helper)
+    streamer = make(model, backend, 2, segment_bytes=0)
+    learn(streamer, lambda: model(X))
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    streamer.finish_building()
+    chance = random.Random(1)
+    broken = helper if of_helper else backend
+    copy_now = broken._copy_now
+
+    def break_down(*args: object) -> object:
+        if chance.random() < 0.001:
+            raise OSError("the link is broken")
+        return copy_now(*args)
+
+    failed = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "_copy_now", break_down)
+        for _ in range(60):
+            try:
+                assert torch.equal(model(X), expected)
+            except OSError:
+                failed += 1
+                streamer.settle()
+    assert 0 < failed < 60
+    for _ in range(2):
+        assert torch.equal(model(X), expected)
+    streamer.close()
