@@ -65,8 +65,9 @@ def load_with_weightstream(job: Job) -> Any:
     if job.case.gpus > 1 and job.contender != "weightstream-one-gpu":
         place = comfy_host.load_pack("WeightStreamGPUPlacement")
         model = place.execute(model, devices=job.case.devices, split=job.case.split).args[0]
-        if len(model.streamers) != job.case.gpus:
-            raise RuntimeError("the model was not split; its log says why")
+        links = sum(1 + len(streamer.backend.feeders) for streamer in model.streamers)
+        if links != job.case.gpus:
+            raise RuntimeError("the model does not use all GPUs; its log says why")
     if not hasattr(model, "status"):
         raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
     return model

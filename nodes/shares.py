@@ -89,10 +89,7 @@ class Shares:
 
     def begin(self, backends: Sequence[Backend], settings: OffloadSettings) -> Distribution:
         """Give out all blocks for the first time. Some devices may get none, and do not count from now on."""
-        rooms = [
-            DeviceRoom(_room(backend, settings), bandwidth)
-            for backend, bandwidth in zip(backends, _links(backends), strict=True)
-        ]
+        rooms = _rooms_at_first(backends, settings)
         found = distribute(self._sizes, self._blocks.rest.nbytes, rooms, self._wanted)
         if self._wanted is not None:
             self._wanted = [self._wanted[place] for place in found.devices]
@@ -248,6 +245,17 @@ def check_parts(blocks: BlockSet) -> None:
     """Raise where blocks cannot be on several devices."""
     if any(block.tied for block in blocks.blocks):
         raise UnsupportedModelError("its blocks share tensors")
+
+
+def rooms_of(blocks: BlockSet, backends: Sequence[Backend], settings: OffloadSettings) -> list[DeviceRoom]:
+    """What devices have for blocks before anything was measured, the first of them beside what is in no block."""
+    home, *others = _rooms_at_first(backends, settings)
+    return [replace(home, nbytes=max(0.0, home.nbytes - blocks.rest.nbytes)), *others]
+
+
+def _rooms_at_first(backends: Sequence[Backend], settings: OffloadSettings) -> list[DeviceRoom]:
+    pairs = zip(backends, _links(backends), strict=True)
+    return [DeviceRoom(_room(backend, settings), bandwidth) for backend, bandwidth in pairs]
 
 
 def _room(backend: Backend, settings: OffloadSettings) -> float:

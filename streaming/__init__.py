@@ -29,6 +29,8 @@ from .errors import (
     UnsupportedModelError,
     WeightsMovedError,
 )
+from .feeder import Feeder
+from .feeding import feeding_is_faster, find_feeders
 from .forms import take_apart
 from .gpus import Gpu, list_gpus
 from .group import Group
@@ -65,6 +67,7 @@ __all__ = [
     "DeviceMemory",
     "DeviceMemoryError",
     "Entry",
+    "Feeder",
     "FileSlice",
     "Forecast",
     "Gpu",
@@ -97,7 +100,9 @@ __all__ = [
     "VramReader",
     "WeightsMovedError",
     "assumed_profile",
+    "feeding_is_faster",
     "find_blocks",
+    "find_feeders",
     "format_bytes",
     "gpu_name",
     "group_memory",

@@ -18,11 +18,15 @@ from weightstream.streaming import (
     Streamer,
     StreamingConfig,
     VirtualMemory,
+    feeding,
     split_model,
 )
 from weightstream.streaming import backend as backends
 from weightstream.streaming import feeder as feeders
+from weightstream.streaming.assignment import DeviceRoom
 from weightstream.streaming.feeder import Feeder, cut
+from weightstream.streaming.feeding import feeding_is_faster, find_feeders
+from weightstream.streaming.links import Links
 
 __all__ = ["cuda"]
 
@@ -207,3 +211,55 @@ def test_a_copy_that_fails_anywhere_is_made_again(of_helper: bool, monkeypatch: 
     for _ in range(2):
         assert torch.equal(model(X), expected)
     streamer.close()
+
+
+# -- whether it is worth it --------------------------------------------------------------------------------------------
+
+
+def found_by(monkeypatch: pytest.MonkeyPatch, rates: list[float], sound: tuple[bool, ...]) -> tuple[list[str], float]:
+    """The helpers that are taken where so many links together bring so many bytes per second."""
+    home, *helpers = (CpuBackend(VirtualMemory(10**9, f"virtual:{number}")) for number in range(len(sound) + 1))
+    monkeypatch.setattr(feeding, "_bytes_per_second", lambda home, source: rates[len(home.feeders)])
+    links = Links()
+    for helper, is_sound in zip(helpers, sound, strict=True):
+        links._sound[helper.device, home.device] = is_sound
+    found, factor = find_feeders(home, helpers, links)
+    assert home.feeders == []
+    assert home.store.allocated == 0
+    assert all(helper.store.allocated == 0 for helper in helpers)
+    return [helper.name for helper in found], factor
+
+
+def test_who_adds_bandwidth_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found_by(monkeypatch, [50, 100, 150], (True, True)) == (["virtual:1", "virtual:2"], 3.0)
+    assert found_by(monkeypatch, [50, 55, 60], (True, True)) == ([], 1.0)
+    assert found_by(monkeypatch, [50, 100, 110], (True, True)) == (["virtual:1"], 2.0)
+
+
+def test_a_trial_copies_what_it_says() -> None:
+    backend = CpuBackend(VirtualMemory(10**9))
+    feed(backend, CpuBackend(VirtualMemory(10**6)))
+    backend.open(2)
+    assert feeding._bytes_per_second(backend, torch.ones(10_000, dtype=torch.uint8)) > 0
+    assert backend.allocated == 0
+
+
+GB = 10**9
+FLUX = [680_000_000] * 19 + [283_000_000] * 38
+
+
+@pytest.mark.parametrize(
+    ("rooms", "factor", "faster"),
+    [
+        ([8, 8], 2.0, True),
+        ([0.8, 0.8], 2.0, True),
+        ([5, 5, 5, 5], 3.0, True),
+        ([14, 14], 2.0, False),
+        ([11, 11], 2.0, False),
+        ([0.5, 22], 2.0, False),
+        ([2, 20], 1.2, False),
+    ],
+)
+def test_one_device_computes_where_that_is_faster(rooms: list[float], factor: float, faster: bool) -> None:
+    found = [DeviceRoom(room * GB, 50 * GB) for room in rooms]
+    assert feeding_is_faster(FLUX, found, factor) is faster
