@@ -37,8 +37,8 @@ def helpers_of(devices: Sequence[torch.device]) -> tuple[list[torch.device], flo
 
 
 def feed(patcher: StreamedModelPatcher, devices: Sequence[torch.device]) -> list[torch.device]:
-    """Have the first device run a model that nobody has loaded or cloned yet, and others bring weights to it, where that
-    is faster than blocks on all of them; gives those others, or none where it is not so."""
+    """Have the first device run a model that nobody has loaded or cloned yet, and others bring weights to it, where
+    that is faster than blocks on all of them; gives those others, or none where it is not so."""
     helpers, factor = helpers_of(devices)
     if not helpers:
         return []

@@ -208,9 +208,8 @@ class Placing:
                 self.fall_back(f"MODEL is not split, {error}")
             else:
                 used = [name for place, name in enumerate(choice.names) if place not in left_out]
-                self.say(
-                    f"MODEL on {used[0]}, weights over {', '.join(used)}" if feeds else f"MODEL on {', '.join(used)}"
-                )
+                names = ", ".join(used)
+                self.say(f"MODEL on {used[0]}, weights over {names}" if feeds else f"MODEL on {names}")
                 for place, reason in sorted(left_out.items()):
                     self.fall_back(f"{choice.names[place]} is left out, {reason}")
                 return placed
