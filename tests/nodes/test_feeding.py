@@ -25,7 +25,7 @@ def memories(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> tuple[Virtual
     monkeypatch.setattr(backends, "LEAST_FED_BYTES", 0)
     monkeypatch.setattr(feeding, "Feeder", partial(Feeder, chunk_bytes=MB))
     monkeypatch.setattr(feeding, "helpers_of", lambda devices: ([*devices[1:]], float(len(devices))))
-    memories = machine(3, 11 * MB)
+    memories = machine(3, 5 * MB)
     memories[0].budget = 13 * MB
     return memories
 
@@ -71,6 +71,8 @@ def test_a_device_that_fills_up_brings_no_more(
 def test_who_says_how_much_each_gets_has_blocks_on_each(
     loaded: Any, native: ModelPatcher, memories: tuple[VirtualMemory, ...], inputs: dict[str, str]
 ) -> None:
+    for memory in memories:
+        memory.budget = 13 * MB
     model = place(loaded, **inputs)[0]
     assert len(model.streamers) == 3
     assert torch.equal(sample(model), sample(native))
