@@ -186,15 +186,14 @@ class Backend(ABC):
         are carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
         copies of its own to make (Note: copies take turns).
         """
-        waits = [*after] if self._last_copy is None else [self._last_copy, *after]
-        self._last_copy = self._copy_in_turns(pairs, waits, fine)
+        self._last_copy = self._copy_in_turns(pairs, self._behind(after), fine)
         return self._last_copy
 
     def bring(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
         """As :meth:`copy`, from page-locked memory to the device, over the links of its feeders too."""
         if not (self.feeders and self._streams) or count_bytes(pairs) < LEAST_FED_BYTES:
             return self.copy(pairs, after, fine)
-        waits = [*after] if self._last_copy is None else [self._last_copy, *after]
+        waits = self._behind(after)
         own, *others = cut(pairs, 1 + len(self.feeders))
         parts: list[Event] = []
         try:
@@ -208,6 +207,10 @@ class Backend(ABC):
             raise
         self._last_copy = self._all_over(self._next_stream(), parts)
         return self._last_copy
+
+    def _behind(self, after: Sequence[Event]) -> list[Event]:
+        """What a copy waits for: the one before it, and ``after``."""
+        return [*after] if self._last_copy is None else [self._last_copy, *after]
 
     def _copy_in_turns(self, pairs: Sequence[Pair], waits: Sequence[Event], fine: bool) -> Event:
         event = None
