@@ -68,10 +68,22 @@ def test_a_copy_waits_for_those_who_read_its_memory_until_another_does() -> None
 def test_who_reads_after_a_copy_was_asked_for_is_waited_for_by_the_next() -> None:
     ring = Ring(Marks(VirtualMemory(3 * 512)), 3 * 512, SPANS)
     first, _, both = ring.slots
-    assert ring.guards(both) == [1]
+    ring.release(first)
+    assert ring.guards(both) == [1, 2]
     ring.release(first)
     ring.filled(both)
-    assert ring.guards(both) == [2]
+    assert ring.guards(both) == [3]
+
+
+def test_a_ring_that_cannot_be_made_takes_nothing() -> None:
+    class Broken(Marks):
+        def mark(self) -> int:
+            raise OSError("the device is gone")
+
+    backend = Broken(VirtualMemory(3 * 512))
+    with pytest.raises(OSError, match="gone"):
+        Ring(backend, 3 * 512, SPANS)
+    assert backend.allocated == backend.store.allocated == 0
 
 
 def test_writes_to_one_slot_do_not_count_for_another() -> None:
