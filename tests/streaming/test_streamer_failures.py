@@ -78,7 +78,7 @@ def test_an_interrupt_in_a_resident_block_teaches_nothing(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("after", [True, False])
-@pytest.mark.parametrize("name", ["leave"])
+@pytest.mark.parametrize("name", ["next_copy", "enter", "leave"])
 def test_an_interrupt_between_two_lines_costs_no_more_than_its_step(
     name: str, after: bool, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
