@@ -105,9 +105,10 @@ class Schedule:
         self._held.pop(segment, None)
 
     def begin_step(self) -> None:
-        """A forward begins. What an earlier one left behind that did not come to its end is forgotten."""
+        """A forward begins; no segment is running. What one left behind that did not come to its end is forgotten."""
         self._trace = []
         self._position = 0
+        self._users = [0] * len(self._spans)
 
     def end_step(self, completed: bool) -> None:
         """A forward ends. A whole one becomes the prediction of the next."""

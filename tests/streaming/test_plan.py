@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from outlines import EAGER, FULL, MB, flux, flux_profile, make_outline, make_profile
+from outlines import EAGER, FULL, MB, flux, flux_profile, linear, make_outline, make_profile
 from weightstream.streaming import (
     BudgetError,
     Outline,
@@ -178,6 +179,39 @@ def test_a_thrifty_plan_keeps_what_makes_streaming_free_and_no_more() -> None:
     plan = make_plan(outline, slow, 23_000 * MB, FULL)
     assert plan.resident_bytes < 0.06 * outline.model_bytes
     assert make_plan(outline, slow, 23_000 * MB, EAGER).device_bytes > 22_000 * MB
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("seconds", [0.05, 0.15])
+def test_a_thrifty_plan_takes_no_more_memory_because_more_is_offered(seconds: float, learned: bool) -> None:
+    """A model of 40 blocks of 0.7 GB that compute for much longer than they are copied, as Wan's do."""
+    block = [linear(5120, 5120)] * 8 + [linear(5120, 13824), linear(13824, 5120)]
+    outline = make_outline([block] * 40, rest=300 * MB)
+    profile = make_profile(outline, [seconds] * 40, 55e9, other=0.003, learned=learned)
+    plans = [make_plan(outline, profile, outline.model_bytes * part / 10, FULL) for part in range(1, 10)]
+    assert {plan.forecast.limited_by for plan in plans} == {"compute"}
+    for less, more in itertools.pairwise(plans):
+        assert more.device_bytes <= less.device_bytes
+
+
+def test_a_ring_of_two_whole_blocks_is_no_slower_than_two_slots() -> None:
+    """Blocks of which each keeps other parts resident, so what streams of them is of several sizes."""
+    outline = make_outline([[linear(2048, 2048)] * 20] * 100, rest=100 * MB)
+    profile = make_profile(outline, [0.006] * 100, 25e9, other=0.003, learned=False)
+    plan = make_plan(outline, profile, 600 * MB, EAGER)
+    largest = max(segment.nbytes for segment in plan.segments)
+    in_slots = replace(plan, offsets=tuple(largest * (number % 2) for number in range(len(plan.segments))))
+    assert in_slots.device_bytes <= 600 * MB
+    assert forecast_seconds(plan, profile) <= forecast_seconds(in_slots, profile) * ABOUT
+
+
+def test_a_plan_has_a_forecast_where_units_turn_out_to_run_in_another_order() -> None:
+    outline = make_outline([[10, 10, 10]] * 2)
+    known = replace(make_profile(outline, [1, 1], 10), unit_runs=(((0, 1), (2, 1), (1, 1)), ((3, 1), (5, 1), (4, 1))))
+    plan = Plan.streaming(outline, cut(outline, range(6), known, 20), 40)
+    assert forecast_seconds(plan, known) > 0
+    for other in (make_profile(outline, [1, 1], 10), make_profile(outline, [1, 1], 10, learned=False)):
+        assert forecast_seconds(plan, other) == pytest.approx(forecast_seconds(plan, known), rel=0.5)
 
 
 def test_more_slots_than_fit_are_not_used() -> None:
