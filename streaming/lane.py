@@ -25,6 +25,7 @@ allocator about the second stream (``record_stream``): staging memory is freed o
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,7 +33,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.autograd import profiler
 
-from .backend import Backend, Event, Pair
+from .backend import Backend, Event, Pair, is_out_of_memory
+from .config import format_bytes
 from .layout import Binding
 from .masters import UnitCopies
 from .plan import Plan
@@ -41,6 +43,8 @@ from .ring import Ring, Slot
 from .schedule import Entry, Schedule
 from .telemetry import Meters
 from .transfer import Load, Move, Tick, Transfer
+
+logger = logging.getLogger(__name__)
 
 # A unit's memory in a slot, and the unit.
 Place = tuple[torch.Tensor, UnitCopies]
@@ -223,11 +227,7 @@ class Lane:
     def prefetch(self) -> None:
         """Queue copies of what is needed next, as far as there is room."""
         while (copy := self._schedule.next_copy()) is not None:
-            try:
-                self._fill(copy.segment, copy.opening)
-            except BaseException:
-                self._schedule.drop(copy.segment)
-                raise
+            self._fill(copy.segment, copy.opening)
 
     def copy_nothing_ahead(self) -> None:
         """From now on a segment is copied when it is needed."""
@@ -265,7 +265,7 @@ class Lane:
     def _begin_elsewhere(self, number: int) -> _Run:
         """Begin a segment in memory of its own, to which it is copied while compute waits."""
         self._counters.misses += 1
-        buffer = self._backend.allocate(self._segments[number].nbytes)
+        buffer = self._own_memory(number)
         try:
             with torch.inference_mode(False):
                 run = _Run(self._segments[number].runs, buffer, self._bindings_to(number, buffer))
@@ -281,6 +281,16 @@ class Lane:
         self._open[number] = run
         run.bind()
         return run
+
+    def _own_memory(self, number: int) -> torch.Tensor:
+        nbytes = self._segments[number].nbytes
+        try:
+            return self._backend.allocate(nbytes)
+        except Exception as error:
+            if is_out_of_memory(error):
+                text = "%s runs inside of another part and needs %s beside that: the VRAM limit is too small for both"
+                logger.warning(text, self._copies[number][0].unit.name, format_bytes(nbytes))
+            raise
 
     def _wait(self, number: int, slot: Slot, entry: Entry) -> None:
         """Make compute wait for the slot; the host waits too where a reader has not queued the copies yet."""
@@ -344,6 +354,7 @@ class Lane:
             slot.ready = self._copy(number, slot.buffer, self._pairs[number], self._ring.guards(slot), opening)
             if not isinstance(slot.ready, Transfer):
                 self._ring.filled(slot)
+            self._schedule.hold(number)
 
     def _copy(
         self, number: int, buffer: torch.Tensor, pairs: list[Pair] | None, after: Sequence[Event], opening: bool

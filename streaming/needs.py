@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .pipeline import Stage
@@ -49,3 +49,9 @@ def stages_of(needs: Sequence[Need], bandwidths: Sequence[float], total: float) 
         for need, end in zip(needs, ends, strict=True)
     ]
     return stages, needs[0].begin
+
+
+def waits_of(needs: Sequence[Need], waits: Sequence[Mapping[Segment, Segment]]) -> list[int]:
+    """For each need the place of the one whose memory it gets; ``waits``: those of segments, for each link."""
+    place_of = {(need.link, need.segment): place for place, need in enumerate(needs)}
+    return [place_of[need.link, waits[need.link][need.segment]] for need in needs]

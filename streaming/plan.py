@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .config import StreamingConfig, format_bytes
 from .errors import BudgetError
-from .needs import segment_needs, stages_of
+from .needs import segment_needs, stages_of, waits_of
 from .pipeline import step_seconds
 from .profile import Outline, Profile
 from .ring_layout import lay_out, used_bytes, waited_for
@@ -86,9 +86,10 @@ class Plan:
         return frozenset(unit for segment in self.segments for unit in segment.units)
 
     @cached_property
-    def waits(self) -> tuple[int, ...]:
+    def waits(self) -> dict[Segment, Segment]:
         """For each segment the one whose memory it gets."""
-        return waited_for([segment.nbytes for segment in self.segments], self.offsets)
+        waits = waited_for([segment.nbytes for segment in self.segments], self.offsets)
+        return {segment: self.segments[other] for segment, other in zip(self.segments, waits, strict=True)}
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -195,7 +196,7 @@ def make_plan(
             least,
         )
     thrifty = config.thrifty and not config.stream_all
-    if best.segments and profile.measured and thrifty and _is_as_fast_as_resident(best, profile, FREE_BUS):
+    if best.segments and profile.measured and thrifty and forecast_seconds(best, profile) <= _resident_seconds(profile):
         best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
     return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config, seconds_of)
 
@@ -206,7 +207,7 @@ def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
         return profile.compute_seconds
     needs = segment_needs(plan.segments, profile, timeline(plan.outline, profile))
     stages, lead = stages_of(needs, [profile.bandwidth * bus], profile.compute_seconds)
-    return max(profile.compute_seconds, step_seconds(stages, plan.waits, lead))
+    return max(profile.compute_seconds, step_seconds(stages, waits_of(needs, [plan.waits]), lead))
 
 
 class _Rung(NamedTuple):
@@ -280,6 +281,8 @@ class _Ring:
             return None
         plan = self.plan(kept)
         found = forecast_seconds(plan, self.profile), plan
+        if self._least_seconds(kept) < found[0] * (1 - FORECAST_TOLERANCE):
+            found = self._better_of(found, self._in_slots(plan))
         left = self._without_what_fits(self._order[kept:], room)
         if len(left) < len(plan.streamed):
             found = self._better_of(found, self._plan_streaming(left))
@@ -288,6 +291,15 @@ class _Ring:
                 more = min(budget - self._device_bytes(fewer), self._slot_bytes(fewer))  # By one slot it is another.
                 found = self._better_of(found, self._plan_streaming(self._order[fewer:], int(more)))
         return found
+
+    def _in_slots(self, plan: Plan) -> Plan:
+        """The same with as much memory for each segment as for the largest, taken in turn.
+
+        Where segments differ and only two or three lie in the ring at once, one that lies where two others were would
+        wait for both.
+        """
+        largest = max(segment.nbytes for segment in plan.segments)
+        return replace(plan, offsets=tuple(largest * (number % self.slots) for number in range(len(plan.segments))))
 
     def _least_seconds(self, kept: int, room: float = 0.0) -> float:
         """No plan that keeps so many units, and others in ``room`` bytes, takes less."""
@@ -322,6 +334,8 @@ class _Ring:
 
     def fewest(self, seconds: float, bus: float) -> Plan | None:
         """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth."""
+        if forecast_seconds(plan := self.plan(0), self.profile, bus) <= seconds:
+            return plan  # With other units, which lie in other places, a step may take a little longer again.
         low, high, found = 0, len(self._rungs) - 1, None
         while low <= high:
             kept = (low + high) // 2
@@ -386,10 +400,6 @@ def _as_fast_as_resident(outline: Outline, profile: Profile, config: StreamingCo
     found = [ring.fewest(goal, bus) for ring in _rings(outline, profile, config)]
     everything = Plan(outline, (), ())
     return min((plan for plan in found if plan is not None), key=lambda plan: plan.device_bytes, default=everything)
-
-
-def _is_as_fast_as_resident(plan: Plan, profile: Profile, bus: float) -> bool:
-    return forecast_seconds(plan, profile, bus) <= _resident_seconds(profile)
 
 
 def _resident_seconds(profile: Profile) -> float:

@@ -24,7 +24,7 @@ class Entry(Enum):
     HELD = "held"
     """It is in its place, or on its way there."""
     MISSING = "missing"
-    """It must be copied to its place, which is its own now."""
+    """It must be copied to its place, where nothing is held now."""
     CROWDED_OUT = "crowded out"
     """A segment that runs is in its place."""
 
@@ -75,7 +75,7 @@ class Schedule:
             others = self._in_place_of(segment)
             if any(self._users[other] for other in others):
                 return Entry.CROWDED_OUT
-            self._put(segment, others)
+            self._clear(others)
             found = Entry.MISSING
         self._users[segment] += 1
         return found
@@ -85,7 +85,7 @@ class Schedule:
         self._users[segment] -= 1
 
     def next_copy(self) -> Copy | None:
-        """The most urgent segment to copy ahead, taken as copied; None when what is in its place is needed before."""
+        """The most urgent segment to copy ahead; None when what is in its place is needed before, or runs."""
         if not self.ahead:
             return None
         sooner: set[int] = set()
@@ -96,12 +96,16 @@ class Schedule:
             others = self._in_place_of(segment)
             if any(self._users[other] or other in sooner for other in others):
                 return None
-            self._put(segment, others)
+            self._clear(others)
             return Copy(segment, segment in self._opening)
         return None
 
+    def hold(self, segment: int) -> None:
+        """It is in its place, or on its way there. Said when that is so, and not before: an interrupt may come."""
+        self._held[segment] = None
+
     def drop(self, segment: int) -> None:
-        """It is not in its place: the copy has failed, say."""
+        """It is not in its place: somebody has written to it, say."""
         self._held.pop(segment, None)
 
     def begin_step(self) -> None:
@@ -158,7 +162,6 @@ class Schedule:
         mine, its = self._spans[one], self._spans[other]
         return mine.start < its.stop and its.start < mine.stop
 
-    def _put(self, segment: int, others: Sequence[int]) -> None:
+    def _clear(self, others: Sequence[int]) -> None:
         for other in others:
             del self._held[other]
-        self._held[segment] = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .assignment import HOP_SECONDS, Assignment
-from .needs import Need, segment_needs, stages_of
+from .needs import Need, segment_needs, stages_of, waits_of
 from .pipeline import step_seconds
 from .plan import Plan
 from .profile import Profile
@@ -38,7 +38,7 @@ def forecast_of_all(shares: Sequence[Share], assignment: Assignment) -> float:
     if not step.needs:
         return step.seconds
     stages, lead = stages_of(step.needs, [share.profile.bandwidth for share in shares], step.seconds)
-    return max(step.seconds, step_seconds(stages, _waits(step.needs, shares), lead))
+    return max(step.seconds, step_seconds(stages, waits_of(step.needs, [share.plan.waits for share in shares]), lead))
 
 
 def _without_waits(shares: Sequence[Share], assignment: Assignment) -> _Step:
@@ -59,13 +59,3 @@ def _outside_of_blocks(shares: Sequence[Share], assignment: Assignment) -> float
     """What the home computes that is in no block: what is left of its step without the blocks and hops of all."""
     blocks = sum(sum(share.profile.block_seconds) for share in shares)
     return max(0.0, shares[0].profile.compute_seconds - blocks - HOP_SECONDS * assignment.hops)
-
-
-def _waits(needs: Sequence[Need], shares: Sequence[Share]) -> list[int]:
-    """For each need the one whose memory it gets, on its device."""
-    place_of = {(need.link, need.segment): place for place, need in enumerate(needs)}
-    found = [0] * len(needs)
-    for link, (plan, _) in enumerate(shares):
-        for segment, other in zip(plan.segments, plan.waits, strict=True):
-            found[place_of[link, segment]] = place_of[link, plan.segments[other]]
-    return found

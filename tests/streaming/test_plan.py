@@ -211,7 +211,7 @@ def test_a_plan_has_a_forecast_where_units_turn_out_to_run_in_another_order() ->
     plan = Plan.streaming(outline, cut(outline, range(6), known, 20), 40)
     assert forecast_seconds(plan, known) > 0
     for other in (make_profile(outline, [1, 1], 10), make_profile(outline, [1, 1], 10, learned=False)):
-        assert forecast_seconds(plan, other) == pytest.approx(forecast_seconds(plan, known), rel=0.5)
+        assert forecast_seconds(plan, other) >= plan.streamed_bytes / other.bandwidth
 
 
 def test_more_slots_than_fit_are_not_used() -> None:

@@ -34,6 +34,7 @@ class Memory:
         for byte in self.spans[segment]:
             assert byte not in self.used, "memory is overwritten while a segment runs in it"
             self.content[byte] = segment
+        self.schedule.hold(segment)
 
     def holds(self, segment: int) -> bool:
         return all(self.content.get(byte) == segment for byte in self.spans[segment])
@@ -149,12 +150,11 @@ def test_the_end_of_a_step_asks_for_its_start() -> None:
 
 def test_the_most_urgent_segment_is_copied_first() -> None:
     schedule = Schedule([2, 0, 1, 3], [range(1, 2), range(2, 3), range(1), range(1)])
-    assert [copy and (copy.segment, copy.opening) for copy in (schedule.next_copy() for _ in range(4))] == [
-        (2, True),
-        (0, True),
-        (1, True),
-        None,
-    ]
+    for expected in ((2, True), (0, True), (1, True)):
+        assert schedule.next_copy() == expected
+        assert schedule.next_copy() == expected, "nobody has copied it"
+        schedule.hold(expected[0])
+    assert schedule.next_copy() is None
     schedule.enter(2)
     assert schedule.next_copy() is None
     schedule.leave(2)
@@ -169,10 +169,18 @@ def test_nothing_is_copied_ahead_where_that_is_switched_off() -> None:
 
 def test_a_dropped_copy_is_a_miss() -> None:
     schedule = Schedule([0, 1], [range(1), range(1, 2)])
-    copy = schedule.next_copy()
-    assert copy is not None
-    schedule.drop(copy.segment)
+    schedule.hold(0)
+    schedule.drop(0)
     assert schedule.enter(0) is Entry.MISSING
+
+
+def test_what_is_out_of_date_is_forgotten() -> None:
+    schedule = Schedule([0, 1], [range(1), range(1, 2)])
+    schedule.hold(0)
+    schedule.hold(1)
+    schedule.forget()
+    assert schedule.held == ()
+    assert schedule.enter(1) is Entry.MISSING
 
 
 def test_an_interrupted_step_is_not_learned() -> None:

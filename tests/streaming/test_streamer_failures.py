@@ -76,6 +76,25 @@ def test_an_interrupt_in_a_resident_block_teaches_nothing(monkeypatch: pytest.Mo
     assert streamer.counters.misses == 0
 
 
+def test_after_an_interrupt_modules_do_not_hold_what_is_copied_over() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model, learned=True)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    model(X)
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    handle = model.blocks[2].out.register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        model(X)
+    handle.remove()
+    streamer.settle()
+    ring = streamer.site.lane._ring._memory
+    memory = range(ring.data_ptr(), ring.data_ptr() + ring.nbytes)
+    assert not [name for name, weight in model.blocks.named_parameters() if weight.data_ptr() in memory]
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("after", [True, False])
 @pytest.mark.parametrize("name", ["next_copy", "enter", "leave"])
