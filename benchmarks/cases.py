@@ -73,7 +73,7 @@ FAST_DISK = {
     "comfy-no-fast-disk": FastDisk("comfy-dynamic", "--disable-fast-disk", "comfy-no-fast-disk"),
 }
 PEERS = ("diffusers-block", "diffusers-leaf", "mmgp")
-TWO_GPU_CONTENDERS = ("weightstream", "weightstream-one-gpu", "comfy-dynamic")
+TWO_GPU_CONTENDERS = ("weightstream", "weightstream-blocks", "weightstream-one-gpu", "comfy-dynamic")
 LIMITS = ("resident", "h2d")
 # They make their weights themselves, or none.
 READ_NO_FILE = ("h2d", *PEERS)
@@ -163,6 +163,7 @@ CASES = {
         Case("flux-thin-streamed", FLUX_THIN, 256, 256, stream_all=True),
         Case("2gpus-flux-thin-streamed", FLUX_THIN, 256, 256, stream_all=True, gpus=2, contenders=("weightstream",)),
         Case("2gpus-flux-1024-8gb", FLUX_DEV, 1024, 1024, free_gb=8, gpus=2, contenders=TWO_GPU_CONTENDERS),
+        Case("2gpus-flux-1024-11gb", FLUX_DEV, 1024, 1024, free_gb=11, gpus=2, contenders=TWO_GPU_CONTENDERS),
         Case("2gpus-flux-1024-fits", FLUX_DEV, 1024, 1024, gpus=2, split="equal", contenders=("weightstream",)),
         Case("2gpus-qwen-1328-24gb", QWEN_IMAGE, 1328, 1328, free_gb=24, gpus=2, contenders=TWO_GPU_CONTENDERS),
         Case("2gpus-qwen-1328-fits", QWEN_IMAGE, 1328, 1328, gpus=2, split="equal", contenders=("weightstream",)),

@@ -64,9 +64,9 @@ def load_with_weightstream(job: Job) -> Any:
     model = output.args[0]
     if job.case.gpus > 1 and job.contender != "weightstream-one-gpu":
         place = comfy_host.load_pack("WeightStreamGPUPlacement")
-        model = place.execute(model, devices=job.case.devices, split=job.case.split).args[0]
-        links = sum(1 + len(streamer.backend.feeders) for streamer in model.streamers)
-        if links != job.case.gpus:
+        split = "equal" if job.contender == "weightstream-blocks" else job.case.split
+        model = place.execute(model, devices=job.case.devices, split=split).args[0]
+        if links_of(model) != job.case.gpus:
             raise RuntimeError("the model does not use all GPUs; its log says why")
     if not hasattr(model, "status"):
         raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
@@ -157,6 +157,11 @@ def measure_comfy(job: Job) -> dict[str, Any]:
     }
 
 
+def links_of(model: Any) -> int:
+    """GPUs over whose links weights come: those that run blocks, and those that bring weights to one of them."""
+    return sum(1 + len(streamer.backend.feeders) for streamer in model.streamers)
+
+
 def plan_of(model: Any) -> Any:
     """What our loader's model has decided to keep and to stream on each GPU; nothing for everybody else's."""
     return [streamer.plan for streamer in getattr(model, "streamers", ())]
@@ -170,7 +175,7 @@ def weight_figures(model: Any, plan: Any) -> dict[str, Any]:
     if hasattr(model, "status"):
         reports = [streamer.snapshot().as_dict() for streamer in model.streamers]
         return {
-            "gpus": len(reports),
+            "gpus": links_of(model),
             "kept_bytes": sum(report["resident_bytes"] + report["rest_bytes"] for report in reports),
             "streamed_bytes": sum(report["streamed_block_bytes"] for report in reports),
             "plan_constant": plan_of(model) == plan,
@@ -238,6 +243,7 @@ NAMES = (
     "h2d",
     "weightstream",
     "weightstream-static",
+    "weightstream-blocks",
     "weightstream-one-gpu",
     "comfy-dynamic",
     "comfy-static",

@@ -72,7 +72,7 @@ def annotate(run: dict, resident: dict, h2d: dict, dynamic: dict) -> dict:
         return run
     on_several = run.get("gpus", 1) > 1
     predicted = run.get("status", {}).get("predicted_step_seconds")
-    if predicted and not on_several:  # Each GPU predicts its own part.
+    if predicted:
         run["predicted_step_s"] = predicted
         run["predicted_to_measured"] = predicted / run["step_s"]
     rate = h2d.get("h2d_of_all_gpus_bytes_per_s" if on_several else "h2d_bytes_per_s")

@@ -186,12 +186,12 @@ class Backend(ABC):
         are carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
         copies of its own to make (Note: copies take turns).
         """
-        self._last_copy = self._copy_in_turns(pairs, self._behind(after), fine)
-        return self._last_copy
+        last = self._last_copy = self._copy_in_turns(pairs, self._behind(after), fine)
+        return last
 
     def bring(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
         """As :meth:`copy`, from page-locked memory to the device, over the links of its feeders too."""
-        if not (self.feeders and self._streams) or count_bytes(pairs) < LEAST_FED_BYTES:
+        if not self.feeders or not self._streams or count_bytes(pairs) < LEAST_FED_BYTES:
             return self.copy(pairs, after, fine)
         waits = self._behind(after)
         own, *others = cut(pairs, 1 + len(self.feeders))
@@ -213,17 +213,20 @@ class Backend(ABC):
         return [*after] if self._last_copy is None else [self._last_copy, *after]
 
     def _copy_in_turns(self, pairs: Sequence[Pair], waits: Sequence[Event], fine: bool) -> Event:
+        if not (fine and self.fine_bytes):
+            return self._copy_now(self._next_stream(), pairs, waits)
         event = None
-        for turn in self._in_pieces(pairs, self.fine_bytes) if fine and self.fine_bytes else [pairs]:
+        for turn in self._in_pieces(pairs, self.fine_bytes):
             event = self._copy_now(self._next_stream(), turn, waits)
             waits = [event]
         assert event is not None
         return event
 
     def _next_stream(self) -> Any:
-        stream = self._streams[self._turn] if self._streams else None
-        self._turn = (self._turn + 1) % max(1, len(self._streams))
-        return stream
+        if not self._streams:
+            return None
+        self._turn = (self._turn + 1) % len(self._streams)
+        return self._streams[self._turn]
 
     def _all_over(self, stream: Any, events: Sequence[Event]) -> Event:
         """An event on ``stream`` that happens when all of ``events`` have, and fails when one of them does."""

@@ -27,8 +27,15 @@ class Slot:
     ready: Event | Transfer | None = None
     behind: list[tuple[Slot, Event]] = field(default_factory=list, repr=False)
 
+    def __post_init__(self) -> None:
+        self._start, self._stop = self.span.start, self.span.stop
+
     def overlaps(self, other: Slot) -> bool:
-        return self.span.start < other.span.stop and other.span.start < self.span.stop
+        return self.lies_in(other._start, other._stop)
+
+    def lies_in(self, start: int, stop: int) -> bool:
+        """Whether some of it is in these bytes of the ring."""
+        return self._start < stop and start < self._stop
 
 
 class Ring:
@@ -48,7 +55,8 @@ class Ring:
 
     def guards(self, slot: Slot) -> list[Event]:
         """What a copy into ``slot`` must wait for (lane.py, Note: two events guard a slot)."""
-        slot.behind = [(other, event) for other, event in self._read.items() if other.overlaps(slot)]
+        start, stop = slot.span.start, slot.span.stop
+        slot.behind = [(other, event) for other, event in self._read.items() if other.lies_in(start, stop)]
         return [event for _, event in slot.behind]
 
     def filled(self, slot: Slot) -> None:

@@ -10,8 +10,9 @@ nothing lies in its place that runs, or is needed before it. A wrong prediction 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
+from itertools import takewhile
 from typing import NamedTuple
 
 # No model runs so many segments in one forward.
@@ -51,7 +52,8 @@ class Schedule:
 
     def __init__(self, order: Sequence[int], spans: Sequence[range], ahead: bool = True) -> None:
         self.ahead = ahead
-        self._spans = list(spans)
+        self._starts = [span.start for span in spans]
+        self._stops = [span.stop for span in spans]
         self._held: dict[int, None] = {}
         self._users = [0] * len(spans)
         self._position = 0
@@ -88,17 +90,17 @@ class Schedule:
         """The most urgent segment to copy ahead; None when what is in its place is needed before, or runs."""
         if not self.ahead:
             return None
-        sooner: set[int] = set()
-        for segment in self._upcoming():
-            if segment in self._held:
-                sooner.add(segment)
-                continue
-            others = self._in_place_of(segment)
-            if any(self._users[other] or other in sooner for other in others):
+        upcoming = self._upcoming()
+        sooner = list(takewhile(self._held.__contains__, upcoming))
+        if len(sooner) == len(upcoming):
+            return None
+        segment, users = upcoming[len(sooner)], self._users
+        others = self._in_place_of(segment)
+        for other in others:
+            if users[other] or other in sooner:
                 return None
-            self._clear(others)
-            return Copy(segment, segment in self._opening)
-        return None
+        self._clear(others)
+        return Copy(segment, segment in self._opening)
 
     def hold(self, segment: int) -> None:
         """It is in its place, or on its way there. Said when that is so, and not before: an interrupt may come."""
@@ -112,7 +114,7 @@ class Schedule:
         """A forward begins; no segment is running. What one left behind that did not come to its end is forgotten."""
         self._trace = []
         self._position = 0
-        self._users = [0] * len(self._spans)
+        self._users = [0] * len(self._starts)
 
     def end_step(self, completed: bool) -> None:
         """A forward ends. A whole one becomes the prediction of the next."""
@@ -126,12 +128,13 @@ class Schedule:
 
     def upcoming(self, count: int) -> list[int]:
         """The next ``count`` different segments, in the order in which they are expected."""
-        return [segment for segment, _ in zip(self._upcoming(), range(count), strict=False)]
+        return self._upcoming()[:count]
 
     def _learn(self, order: Sequence[int]) -> None:
         if order == self.order:
             return
         self.order = list(order)
+        self._cycle = self.order * 2
         self._distinct = len(set(order)) == len(order)
         self._opening: list[int] = []
         for segment in dict.fromkeys(order):
@@ -139,12 +142,10 @@ class Schedule:
                 break
             self._opening.append(segment)
 
-    def _upcoming(self) -> Iterator[int]:
-        if self._distinct:
-            yield from self.order[self._position :]
-            yield from self.order[: self._position]
-            return
-        yield from dict.fromkeys(self.order[self._position :] + self.order[: self._position])
+    def _upcoming(self) -> list[int]:
+        """All segments, in the order in which they are expected from now on."""
+        ahead = self._cycle[self._position : self._position + len(self.order)]
+        return ahead if self._distinct else list(dict.fromkeys(ahead))
 
     def _advance_past(self, segment: int) -> None:
         length = len(self.order)
@@ -156,11 +157,12 @@ class Schedule:
 
     def _in_place_of(self, segment: int) -> list[int]:
         """Held segments that lie where ``segment`` will."""
-        return [other for other in self._held if self._overlap(segment, other)]
+        starts, stops = self._starts, self._stops
+        start, stop = starts[segment], stops[segment]
+        return [other for other in self._held if starts[other] < stop and start < stops[other]]
 
     def _overlap(self, one: int, other: int) -> bool:
-        mine, its = self._spans[one], self._spans[other]
-        return mine.start < its.stop and its.start < mine.stop
+        return self._starts[one] < self._stops[other] and self._starts[other] < self._stops[one]
 
     def _clear(self, others: Sequence[int]) -> None:
         for other in others:

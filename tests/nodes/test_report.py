@@ -54,7 +54,7 @@ def test_before_a_run_it_says_so(node: Any, streamed: Load) -> None:
 
 
 def test_of_a_split_model_it_tells_of_each_device(node: Any, loaded: StreamedModelPatcher) -> None:
-    ours, _ = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None)
+    ours = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None).patcher
     sample(ours)
     text, told = node.execute(ours).args
     assert [name for name in ("on gpu:0: ", "on gpu:1: ") if name in text] == ["on gpu:0: ", "on gpu:1: "]
