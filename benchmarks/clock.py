@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from job import Job
 
 
 def synchronize() -> None:
@@ -51,3 +56,21 @@ class StepClock:
         if self.on_gpu:
             return [before.elapsed_time(after) / 1000 for before, after in pairs]
         return [after - before for before, after in pairs]
+
+
+def step_figures(clock: StepClock, job: Job) -> dict[str, Any]:
+    """Step times, and memory as torch counts it, on the GPU that took most, and as the first GPU does.
+
+    aimdo's own memory only shows in the latter.
+    """
+    steps = clock.step_seconds()
+    figures: dict[str, Any] = {"steps_s": steps, "step_s": statistics.median(steps), "peak_bytes": {}}
+    if clock.on_gpu:
+        total = torch.cuda.mem_get_info()[1]
+        used_by_others = total - job.free_bytes
+        figures["peak_bytes"] = {
+            "torch_allocated": max(map(torch.cuda.max_memory_allocated, range(job.case.gpus))),
+            "torch_reserved": max(map(torch.cuda.max_memory_reserved, range(job.case.gpus))),
+            "device": clock.peak_used_bytes - used_by_others,
+        }
+    return figures

@@ -10,37 +10,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy_host
 from cases import FAST_DISK, GB, Case
+from job import Job
 
 WARM_UP_STEPS = 3
 SEED = 20
-
-
-@dataclass(frozen=True)
-class Job:
-    """One contender's run of one case.
-
-    Attributes:
-        steps: denoising steps of the measured run.
-        free_bytes: VRAM that was free before this process started.
-    """
-
-    case: Case
-    contender: str
-    checkpoint: Path
-    comfyui: Path
-    steps: int
-    free_bytes: int
-
-    @property
-    def base(self) -> str:
-        """The contender without what is forced of ComfyUI's fast disk."""
-        return FAST_DISK[self.contender].base if self.contender in FAST_DISK else self.contender
 
 
 # ----------------------------------------------------------------------------------------------------- ComfyUI
@@ -66,6 +43,11 @@ def memory_flags(job: Job) -> list[str]:
     return []
 
 
+def load(job: Job) -> Any:
+    """The contender's MODEL."""
+    return (load_with_weightstream if job.is_ours else load_with_comfy)(job)
+
+
 def load_with_comfy(job: Job) -> Any:
     """What Load Diffusion Model does with ``weight_dtype`` default."""
     import comfy.sd
@@ -82,9 +64,10 @@ def load_with_weightstream(job: Job) -> Any:
     model = output.args[0]
     if job.case.gpus > 1 and job.contender != "weightstream-one-gpu":
         place = comfy_host.load_pack("WeightStreamGPUPlacement")
-        model = place.execute(model, devices=job.case.devices, split=job.case.split).args[0]
-        if len(model.streamers) != job.case.gpus:
-            raise RuntimeError("the model was not split; its log says why")
+        split = "equal" if job.contender == "weightstream-blocks" else job.case.split
+        model = place.execute(model, devices=job.case.devices, split=split).args[0]
+        if links_of(model) != job.case.gpus:
+            raise RuntimeError("the model does not use all GPUs; its log says why")
     if not hasattr(model, "status"):
         raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
     return model
@@ -137,7 +120,12 @@ def sample(model: Any, case: Case, steps: int, callback: Callable[..., None]) ->
     return samples
 
 
-def measure_comfy(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
+def digest(latent: Any) -> str:
+    """SHA-256 of a latent's values: equal for those that agree to the last bit."""
+    return hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def measure_comfy(job: Job) -> dict[str, Any]:
     """Load, warm up, then measure.
 
     The warm-up is not only for the clock: the first sampling of a process differs in its last bits from all of its
@@ -145,7 +133,7 @@ def measure_comfy(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
     """
     comfy_host.start(job.comfyui, comfy_flags(job))
     import torch
-    from clock import StepClock
+    from clock import StepClock, step_figures
 
     with torch.inference_mode():
         started = time.perf_counter()
@@ -164,29 +152,14 @@ def measure_comfy(job: Job, load: Callable[[Job], Any]) -> dict[str, Any]:
         **weight_figures(model, plan),
         # What ComfyUI decided of the file's disk; versions that decide nothing have no such attribute.
         "fast_disk": getattr(model, "fast_disk", None),
-        "latent_sha256": hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "latent_sha256": digest(latent),
         "latent_finite": bool(torch.isfinite(latent).all()),
     }
 
 
-def step_figures(clock: Any, job: Job) -> dict[str, Any]:
-    """Step times, and memory as torch counts it, on the GPU that took most, and as the first GPU does.
-
-    aimdo's own memory only shows in the latter.
-    """
-    import torch
-
-    steps = clock.step_seconds()
-    figures: dict[str, Any] = {"steps_s": steps, "step_s": statistics.median(steps), "peak_bytes": {}}
-    if clock.on_gpu:
-        total = torch.cuda.mem_get_info()[1]
-        used_by_others = total - job.free_bytes
-        figures["peak_bytes"] = {
-            "torch_allocated": max(map(torch.cuda.max_memory_allocated, range(job.case.gpus))),
-            "torch_reserved": max(map(torch.cuda.max_memory_reserved, range(job.case.gpus))),
-            "device": clock.peak_used_bytes - used_by_others,
-        }
-    return figures
+def links_of(model: Any) -> int:
+    """GPUs over whose links weights come: those that run blocks, and those that bring weights to one of them."""
+    return sum(1 + len(streamer.backend.feeders) for streamer in model.streamers)
 
 
 def plan_of(model: Any) -> Any:
@@ -202,7 +175,7 @@ def weight_figures(model: Any, plan: Any) -> dict[str, Any]:
     if hasattr(model, "status"):
         reports = [streamer.snapshot().as_dict() for streamer in model.streamers]
         return {
-            "gpus": len(reports),
+            "gpus": links_of(model),
             "kept_bytes": sum(report["resident_bytes"] + report["rest_bytes"] for report in reports),
             "streamed_bytes": sum(report["streamed_block_bytes"] for report in reports),
             "plan_constant": plan_of(model) == plan,
@@ -262,8 +235,7 @@ def measure(job: Job) -> dict[str, Any]:
         return measure_h2d(job)
     if job.contender in peers.OFFLOADERS:
         return peers.measure_diffusers_model(job)
-    ours = job.contender.startswith("weightstream")
-    return measure_comfy(job, load_with_weightstream if ours else load_with_comfy)
+    return measure_comfy(job)
 
 
 NAMES = (
@@ -271,6 +243,7 @@ NAMES = (
     "h2d",
     "weightstream",
     "weightstream-static",
+    "weightstream-blocks",
     "weightstream-one-gpu",
     "comfy-dynamic",
     "comfy-static",

@@ -2,7 +2,8 @@
 
 How long from the start of the loader to the end of the first step, and what the steps after it cost, the second with
 the building of the arena: with the file in the page cache and cold, beside ComfyUI's own loader; with too little
-page-locked memory; with too little RAM; and staged for ever, with other numbers of threads and sizes of chunks.
+page-locked memory; with too little RAM; and staged for ever, with other numbers of threads and sizes of chunks. And
+prompts of 4 steps, as models take them that are made for few: there the first steps are all that counts.
 README.md says what the figures mean.
 """
 
@@ -13,7 +14,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,22 +24,15 @@ from pathlib import Path
 import numpy as np
 import report
 from cases import CASES, GB
-from run import (
-    HERE,
-    RESULTS,
-    child_environment,
-    describe_machine,
-    ensure_checkpoint,
-    hold_back_vram,
-    keep_log,
-    last_lines,
-    settle_paths,
-)
+from job import Job
+from page_cache import MB, PageCache, cool, prepared, read_through
+from processes import child_environment, keep_log, last_lines, worker_command
+from run import describe_machine, ensure_checkpoint, hold_back_vram, parse_with_paths
 
-DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 GROUPS = Path("/sys/fs/cgroup")
 POLL_SECONDS = 0.02
-MB = 1 << 20
+# Of a model that is made for few.
+FEW_STEPS = 4
 # Page-locked memory for any ring and little else.
 RING_SHARE = 0.02
 # Much more than processors cache.
@@ -52,9 +45,11 @@ class Row:
 
     Attributes:
         case: picture size and free VRAM.
-        contender: ``weightstream`` or ``comfy-dynamic``.
-        cold: the page cache is dropped first.
+        contender: as run.py has them.
+        cold: the file is not in the page cache.
         steps: of the first and of the later prompts.
+        short: two prompts are measured as they are, and nothing else.
+        native: of a short one, the row that is ComfyUI's own loader.
         settings: of :class:`streaming.StreamingConfig`, where they are not ours.
         pin_share: page-locked memory, as a part of the checkpoint.
         ram_share: all memory of the process, as a part of the checkpoint.
@@ -64,9 +59,15 @@ class Row:
     contender: str = "weightstream"
     cold: bool = False
     steps: int = 10
+    short: bool = False
+    native: str = ""
     settings: dict[str, int] = field(default_factory=dict)
     pin_share: float | None = None
     ram_share: float | None = None
+
+
+# Who runs short prompts: the end of the row's name, the contender, and whether it is ours.
+SHORT = (("", "weightstream", True), ("-comfy", "comfy-dynamic", False), ("-comfy-static", "comfy-static", False))
 
 
 def rows(case: str) -> dict[str, Row]:
@@ -81,6 +82,13 @@ def rows(case: str) -> dict[str, Row]:
         )
         for threads, size in ((4, 16), (8, 4), (8, 8), (8, 16), (12, 16), (16, 4), (16, 8))
     }
+    few = {
+        f"4-steps{size}{who}": Row(
+            sized, contender, steps=FEW_STEPS, short=True, native=f"4-steps{size}-comfy" if ours else ""
+        )
+        for size, sized in (("", case), ("-8gb", "flux-1024-8gb"))
+        for who, contender, ours in SHORT
+    }
     return {
         "cached": Row(case),
         "cached-again": Row(case),
@@ -90,6 +98,7 @@ def rows(case: str) -> dict[str, Row]:
         "pins-25": Row(streamed, pin_share=0.25),
         "pins-0": Row(streamed, pin_share=0.0, steps=5),
         "ram-50": Row(streamed, ram_share=0.5, steps=3, cold=True),
+        **few,
         **builders,
         **threads,
     }
@@ -107,36 +116,55 @@ def main() -> None:
     print(json.dumps(results["read"]), flush=True)
     for name in names:
         with hold_back_vram(1, cases[name].free_gb) as holder:
-            environment = child_environment(cases[name])
-            result = run_row(name, table[name], checkpoint, args, holder.settled_free_bytes(), environment)
+            row, case = table[name], cases[name]
+            job = Job(case, row.contender, checkpoint, args.comfyui, row.steps, holder.settled_free_bytes())
+            result = run_row(name, row, job, args)
         results["rows"][name] = result
         print(f"{name}: {say(result)}", flush=True)
+        for other in names:
+            compare(results["rows"].get(other, {}), results["rows"].get(table[other].native, {}))
         report.write_json(args.out / "loading.json", results)
+    for name, result in results["rows"].items():
+        if "to_comfy" in result:  # Known only now.
+            print(f"{name}: {say(result)}", flush=True)
 
 
-def run_row(
-    name: str, row: Row, checkpoint: Path, args: argparse.Namespace, free_bytes: int, environment: dict[str, str]
-) -> dict:
+def run_row(name: str, row: Row, job: Job, args: argparse.Namespace) -> dict:
     """One child; its figures, or ``{"error": last lines}``."""
-    if row.cold and not drop_caches():
-        return {"error": [f"cannot write to {DROP_CACHES}"]}
-    if not row.cold:
-        read_through(checkpoint, 16, 16 * MB)
-    size = checkpoint.stat().st_size
-    job = {"checkpoint": str(checkpoint), "comfyui": str(args.comfyui), "free_bytes": free_bytes}
-    job |= {"case": row.case, "contender": row.contender, "steps": row.steps, "settings": row.settings}
-    job |= {"tiny": args.tiny, "pin_limit": None if row.pin_share is None else int(row.pin_share * size)}
-    with tempfile.TemporaryDirectory() as scratch, ram_limit(row.ram_share, size) as group:
-        out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
-        command = [sys.executable, str(HERE / "loading_worker.py"), json.dumps(job), str(out)]
-        with open(log, "w") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, preexec_fn=group)
-            peak = watch_memory(process, time.monotonic() + args.timeout)
-        if args.logs:
-            keep_log(log, args.logs / f"{name}.log")
-        if not out.exists():
-            return {"error": last_lines(log)}
-        return json.loads(out.read_text()) | {"anonymous_peak_bytes": peak}
+    size = job.checkpoint.stat().st_size
+    wanted = job.as_dict() | {"settings": row.settings, "short": row.short}
+    wanted |= {"pin_limit": None if row.pin_share is None else int(row.pin_share * size)}
+    try:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            prepared(job.checkpoint, PageCache.COLD if row.cold else PageCache.WARM) as shares,
+            ram_limit(row.ram_share, size) as group,
+        ):
+            out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
+            command, environment = worker_command("loading_worker.py", wanted, out), child_environment(job.case)
+            with open(log, "w") as output:
+                process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, preexec_fn=group)
+                peak = watch_memory(process, time.monotonic() + args.timeout)
+            if args.logs:
+                keep_log(log, args.logs / f"{name}.log")
+            result = json.loads(out.read_text()) if out.exists() else {"error": last_lines(log)}
+    except OSError as error:
+        return {"error": [str(error)]}
+    return result | {"anonymous_peak_bytes": peak, "page_cache_share": shares}
+
+
+def compare(ours: dict, native: dict) -> None:
+    """Write into ``ours`` how its short prompts compare to ComfyUI's own.
+
+    Of the latents the second ones are compared: the first sampling of a process differs from all others in its last
+    bits, whoever runs it.
+    """
+    if "prompts" not in ours or "prompts" not in native:
+        return
+    pairs = list(zip(ours["prompts"], native["prompts"], strict=True))
+    ours["to_comfy"] = [one["seconds"] / other["seconds"] for one, other in pairs]
+    one, other = pairs[-1]
+    ours["identical_to_comfy"] = one["latent_sha256"] == other["latent_sha256"]
 
 
 def watch_memory(process: subprocess.Popen, deadline: float) -> int:
@@ -174,36 +202,12 @@ def ram_limit(share: float | None, size: int) -> Iterator[object]:
 # ---------------------------------------------------------------------------------------------------- the disk
 
 
-def drop_caches() -> bool:
-    os.sync()
-    try:
-        DROP_CACHES.write_text("3")
-    except OSError:
-        return False
-    return True
-
-
-def read_through(path: Path, threads: int, chunk: int) -> float:
-    """Read a file to its end; gives bytes per second."""
-    size = path.stat().st_size
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
-        buffers = [memoryview(bytearray(chunk)) for _ in range(threads)]
-
-        def read(number: int) -> None:
-            for offset in range(number * chunk, size, threads * chunk):
-                os.preadv(file.fileno(), [buffers[number]], offset)
-
-        started = time.perf_counter()
-        list(pool.map(read, range(threads)))
-        return size / (time.perf_counter() - started)
-
-
 def measure_reads(path: Path, cold: bool, memory: int) -> dict[str, float]:
     """Bytes per second of plain reads, and of copies within ``memory`` bytes: what no loader can beat."""
     found = {}
-    if cold and drop_caches():
+    if cold and cool(path):
         found["cold_1_thread"] = read_through(path, 1, 16 * MB)
-    if cold and drop_caches():
+    if cold and cool(path):
         found["cold_8_threads"] = read_through(path, 8, 8 * MB)
     read_through(path, 16, 16 * MB)
     found["cached_8_threads"] = read_through(path, 8, 8 * MB)
@@ -234,6 +238,8 @@ def copy_memory(threads: int, chunk: int, memory: int) -> float:
 def say(result: dict) -> str:
     if "error" in result:
         return "failed: " + " | ".join(result["error"])
+    if "prompts" in result:
+        return say_prompts(result)
     first, later, steady = result["first_step_s"], result["later_steps_s"], result["steady_step_s"]
     text = f"loader {result['loader_s']:.2f} s, first step done after {first:.2f} s; then"
     text += " ".join(f" {step:.3f}" for step in later) + f"; steady {steady:.3f}"
@@ -246,17 +252,24 @@ def say(result: dict) -> str:
     return text + f"; {result['first_latent_sha256'][:8]} {result['latent_sha256'][:8]}"
 
 
+def say_prompts(result: dict) -> str:
+    """Of short prompts: how long each took, from the loader's start the first, and each step."""
+    parts = [f"loader {result['loader_s']:.2f} s"]
+    for number, prompt in enumerate(result["prompts"]):
+        steps = " ".join(f"{step:.3f}" for step in prompt["steps_s"])
+        ratio = f" ({result['to_comfy'][number]:.2f} of ComfyUI's)" if "to_comfy" in result else ""
+        parts.append(f"prompt {number + 1} {prompt['seconds']:.2f} s{ratio}: {steps}")
+    if "to_comfy" in result:
+        parts.append("latents identical" if result["identical_to_comfy"] else "latents differ")
+    return "; ".join(parts)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", help=", ".join(rows("")))
     parser.add_argument("--case", default="flux-1024-16gb", choices=CASES)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks")
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
-    parser.add_argument("--logs", type=Path, help="folder that keeps what the rows print")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one row")
-    parser.add_argument("--tiny", action="store_true", help="try the script on a CPU; the figures mean nothing")
-    return settle_paths(parser)
+    return parse_with_paths(parser)
 
 
 if __name__ == "__main__":

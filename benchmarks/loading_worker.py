@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-import os
 import statistics
 import sys
 import time
@@ -14,77 +11,87 @@ from pathlib import Path
 from typing import Any
 
 import comfy_host
-from cases import CASES
-from contenders import Job, comfy_flags, load_with_comfy, load_with_weightstream, sample
-from worker import versions
+from contenders import comfy_flags, digest, load, sample
+from job import Job
+from processes import answer
 
 STEADY_STEPS = 8
+SHORT_PROMPTS = 2
 
 
-def main() -> None:
-    wanted, out = json.loads(sys.argv[1]), Path(sys.argv[2])  # Now: ComfyUI reads sys.argv too.
-    case = CASES[wanted["case"]]
-    job = Job(
-        case.shrunk() if wanted["tiny"] else case,
-        wanted["contender"],
-        Path(wanted["checkpoint"]),
-        Path(wanted["comfyui"]),
-        wanted["steps"],
-        wanted["free_bytes"],
-    )
-    result = measure(job, wanted["settings"], wanted["pin_limit"])
-    out.write_text(json.dumps(result | {"versions": versions()}))
-    sys.stdout.flush()
-    os._exit(0)  # What a contender leaves behind goes with the process.
-
-
-def measure(job: Job, settings: dict[str, int], pin_limit: int | None) -> dict[str, Any]:
+def measure(wanted: dict[str, Any]) -> dict[str, Any]:
+    job = Job.from_dict(wanted)
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
     logging.getLogger("weightstream_pack.streaming.streamer").setLevel(logging.DEBUG)
     comfy_host.start(job.comfyui, comfy_flags(job))
     import comfy.sample  # noqa: F401  (as ComfyUI does when it starts)
     import torch
-    from clock import StepClock
 
-    ours = job.contender == "weightstream"
-    if ours:
+    if job.is_ours:
         comfy_host.load_pack("WeightStreamModelLoader")  # As ComfyUI imports it at its start.
-        adjust(settings, pin_limit)
+        adjust(wanted["settings"], wanted["pin_limit"])
     if torch.cuda.is_available():
         torch.cuda.init()
         torch.ones(1, device="cuda")
     with torch.inference_mode():
         own_memory = anonymous_bytes()
         logging.info("the loader starts")
-        started = time.perf_counter()
-        model = (load_with_weightstream if ours else load_with_comfy)(job)
-        loaded = time.perf_counter()
-        comfy_host.end_of_node()
-        first = StepClock()
-
-        def first_step(*args: Any) -> None:
-            if first.first_mark_s is None:
-                logging.info("the first step ends")
-            first.mark_first_and_wait(*args)
-
-        latent = sample(model, job.case, job.steps, first_step)
-        logging.info("the first prompt ends")
-        later = first.step_seconds()
-        result = {"loader_s": loaded - started, "first_step_s": first.first_mark_s - started}
-        result |= {"anonymous_before_bytes": own_memory, "first_latent_sha256": digest(latent)}
-        result |= {"later_steps_s": later, "first_prompt_s": time.perf_counter() - started}
-        if ours:
-            model.streamer.finish_building()
-        sample(model, job.case, 3 if job.steps > 3 else 1, StepClock().mark)
-        steady = StepClock()
-        latent = sample(model, job.case, min(job.steps, STEADY_STEPS), steady.mark)
-    if ours:
-        result["status"] = model.status()
-    return result | {"steady_step_s": statistics.median(steady.step_seconds()), "latent_sha256": digest(latent)}
+        model, figures = (measure_short_prompts if wanted["short"] else measure_loading)(job)
+    if job.is_ours:
+        figures["status"] = model.status()
+    return figures | {"anonymous_before_bytes": own_memory}
 
 
-def digest(latent: Any) -> str:
-    return hashlib.sha256(latent.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+def measure_loading(job: Job) -> tuple[Any, dict[str, Any]]:
+    """The loader, a prompt, and what a step takes once everything has settled; with the MODEL."""
+    from clock import StepClock
+
+    started = time.perf_counter()
+    model = load(job)
+    loaded = time.perf_counter()
+    comfy_host.end_of_node()
+    first = StepClock()
+
+    def first_step(*args: Any) -> None:
+        if first.first_mark_s is None:
+            logging.info("the first step ends")
+        first.mark_first_and_wait(*args)
+
+    latent = sample(model, job.case, job.steps, first_step)
+    logging.info("the first prompt ends")
+    later = first.step_seconds()
+    figures = {"loader_s": loaded - started, "first_step_s": first.first_mark_s - started}
+    figures |= {"later_steps_s": later, "first_prompt_s": time.perf_counter() - started}
+    figures["first_latent_sha256"] = digest(latent)
+    if job.is_ours:
+        model.streamer.finish_building()
+    sample(model, job.case, 3 if job.steps > 3 else 1, StepClock().mark)
+    steady = StepClock()
+    latent = sample(model, job.case, min(job.steps, STEADY_STEPS), steady.mark)
+    figures |= {"steady_step_s": statistics.median(steady.step_seconds()), "latent_sha256": digest(latent)}
+    return model, figures
+
+
+def measure_short_prompts(job: Job) -> tuple[Any, dict[str, Any]]:
+    """The loader and two prompts, each to its latent in host memory; with the MODEL.
+
+    Nothing waits for the GPU between steps. The first step of the first prompt begins with the loader.
+    """
+    from clock import StepClock
+
+    model, loader_s, prompts = None, 0.0, []
+    for _ in range(SHORT_PROMPTS):
+        clock, started = StepClock(), time.perf_counter()
+        clock.mark()
+        if model is None:
+            model = load(job)
+            loader_s = time.perf_counter() - started
+            comfy_host.end_of_node()
+        latent = sample(model, job.case, job.steps, clock.mark)
+        ended = time.perf_counter()
+        logging.info("a prompt ends")
+        prompts.append({"seconds": ended - started, "steps_s": clock.step_seconds(), "latent_sha256": digest(latent)})
+    return model, {"loader_s": loader_s, "prompts": prompts}
 
 
 def anonymous_bytes() -> int:
@@ -104,4 +111,4 @@ def adjust(settings: dict[str, int], pin_limit: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure)

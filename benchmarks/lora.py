@@ -7,27 +7,15 @@ adds to the steps after that, and how long another strength and its absence take
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-import tempfile
-from pathlib import Path
 
 import report
-from cases import CASES, GB, Case, Model
-from run import (
-    HERE,
-    RESULTS,
-    child_environment,
-    describe_machine,
-    ensure_checkpoint,
-    hold_back_vram,
-    keep_log,
-    last_lines,
-    run_child,
-    settle_paths,
-)
+from cases import CASES, GB, Model
+from job import Job
+from page_cache import PageCache, prepared
+from processes import run_worker
+from run import describe_machine, ensure_checkpoint, hold_back_vram, parse_with_paths
 
+STEPS = 6
 RANK = 32
 LORA = Model("flux-dev-lora-random", "flux-lora", ("--size", "dev", "--rank", str(RANK)), context=(0, 0))
 LORA_TINY = Model("flux-tiny-lora-random", "flux-lora", ("--size", "tiny", "--rank", str(RANK)), context=(0, 0))
@@ -51,24 +39,16 @@ def main() -> None:
     for who in args.who or WHO:
         contender, whole_card = WHO[who]
         with hold_back_vram(1, None if whole_card else case.free_gb) as holder:
-            job = {"case": case.name, "tiny": case.tiny, "contender": contender, "comfyui": str(args.comfyui)}
-            job |= {"free_bytes": holder.settled_free_bytes(), **{name: str(path) for name, path in files.items()}}
-            results["rows"][who] = run_row(who, job, case, args)
+            job = Job(case, contender, files["checkpoint"], args.comfyui, STEPS, holder.settled_free_bytes())
+            wanted = job.as_dict() | {"lora": str(files["lora"])}
+            log_to = args.logs / f"lora.{who}.log" if args.logs else None
+            with prepared(job.checkpoint, PageCache.WARM) as shares:
+                row = run_worker("lora_worker.py", wanted, case, args.timeout, log_to)
+            results["rows"][who] = row | {"page_cache_share": shares}
         report.write_json(args.out / "lora.json", results)
     right = results["rows"].get("comfy-whole-card", {})
     for who, row in results["rows"].items():
         print(f"{who}: {say(row, right)}", flush=True)
-
-
-def run_row(who: str, job: dict, case: Case, args: argparse.Namespace) -> dict:
-    """One child; its figures, or ``{"error": [how it ended, its last lines ...]}``."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
-        command = [sys.executable, str(HERE / "lora_worker.py"), json.dumps(job), str(out)]
-        failure = run_child(command, child_environment(case), log, args.timeout)
-        if args.logs:
-            keep_log(log, args.logs / f"lora.{who}.log")
-        return json.loads(out.read_text()) if out.exists() else {"error": [failure, *last_lines(log)]}
 
 
 def say(row: dict, right: dict) -> str:
@@ -94,13 +74,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("who", nargs="*", help=", ".join(WHO))
     parser.add_argument("--case", default="flux-1024-16gb", choices=CASES)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks")
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
-    parser.add_argument("--logs", type=Path, help="folder that keeps what the rows print")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for one row")
-    parser.add_argument("--tiny", action="store_true", help="try the script on a CPU; the figures mean nothing")
-    return settle_paths(parser)
+    return parse_with_paths(parser)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cases import Case
-    from contenders import Job
+    from job import Job
 
 WARM_UP_STEPS = 3
 FULL = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "joint_attention_dim": 4096}
@@ -120,8 +120,7 @@ def measure_diffusers_model(job: Job) -> dict[str, Any]:
     # Only how long page-locking takes depends on this, not the step: torch's default needs half a minute here.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
     import torch
-    from clock import StepClock
-    from contenders import step_figures
+    from clock import StepClock, step_figures
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     built = time.perf_counter()

@@ -1,8 +1,12 @@
-"""Pure: from the contenders' results to one case's JSON, and from the JSON files to the table in README.md."""
+"""Pure: from the contenders' results to one case's JSON, and from the JSON files to the table in README.md.
+
+``python benchmarks/report.py`` makes that table anew, from results that were measured elsewhere and copied here.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +72,7 @@ def annotate(run: dict, resident: dict, h2d: dict, dynamic: dict) -> dict:
         return run
     on_several = run.get("gpus", 1) > 1
     predicted = run.get("status", {}).get("predicted_step_seconds")
-    if predicted and not on_several:  # Each GPU predicts its own part.
+    if predicted:
         run["predicted_step_s"] = predicted
         run["predicted_to_measured"] = predicted / run["step_s"]
     rate = h2d.get("h2d_of_all_gpus_bytes_per_s" if on_several else "h2d_bytes_per_s")
@@ -89,8 +93,23 @@ def merge_versions(results: list[dict]) -> dict[str, str]:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all, whatever ends this process meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(as_json(content) + "\n", "utf-8")
+    os.replace(part, path)
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """JSON for people: one value in a line, but a list of numbers or texts in one."""
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        lines = [f"{json.dumps(str(name))}: {as_json(each, inner)}" for name, each in value.items()]
+        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
+        lines = [as_json(each, inner) for each in value]
+        return "[\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}]"
+    return json.dumps(value)
 
 
 # ------------------------------------------------------------------------------------------------------- table
@@ -165,8 +184,13 @@ def machine_line(results: list[dict]) -> str:
 def update_readme(readme: Path, results_folder: Path) -> None:
     """Rewrite what stands between the two markers from every result file, in the order of ``CASES``."""
     paths = [results_folder / f"{name}.json" for name in CASES]
-    results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    results = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
     body = f"{machine_line(results)}\n\n{table(results)}" if results else "No results yet."
-    before, rest = readme.read_text().split(BEGIN)
+    before, rest = readme.read_text("utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    HERE = Path(__file__).resolve().parent
+    update_readme(HERE / "README.md", HERE / "results")

@@ -21,11 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import report
-from cases import CASES, DEFAULT_STEPS, FAST_DISK, GB, LIMITS, TINY_MODELS, Case, Model
+from cases import CASES, DEFAULT_STEPS, FAST_DISK, GB, LIMITS, READ_NO_FILE, TINY_MODELS, Case, Model
 from contenders import NAMES
 from host_versions import lacking_option
+from job import Job
+from page_cache import PageCache, prepared
+from processes import HERE, run_worker
 
-HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 CHECKPOINTS_TOOL = HERE.parent / "tools" / "checkpoints.py"
 CHECKPOINT_TIMEOUT_S = 240
@@ -37,7 +39,7 @@ def main() -> None:
     args = parse_args()
     deadline = time.monotonic() + args.time_limit
     machine = describe_machine()
-    limits: dict[object, dict] = {}
+    limits = known_limits(args, machine) if args.go_on else {}
     failed = []
     for name in args.cases:
         case = CASES[name].shrunk() if args.tiny else CASES[name]
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, deadline: float) -> None:
-    """Measure one case; the file is written anew after each contender, so that a break loses one run."""
+    """Measure one case; the file is written anew after the limits and each contender, so that a break loses one."""
     checkpoint = ensure_checkpoint(case.model, args.work)
     names = args.contenders or [*LIMITS, *case.contenders]
     not_offered = {name: reason for name in names if (reason := why_not_offered(name, args.comfyui))}
@@ -67,13 +69,13 @@ def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, 
         result = report.summarize(case, machine, case_limits, runs) | {"not_offered": not_offered}
         report.write_json(args.out / f"{case.name}.json", result)
 
+    write()
     with hold_back_vram(case.gpus, case.free_gb) as holder:
         for name in names:
             if name in LIMITS:
                 continue
             runs[name] = run_contender(case, name, checkpoint, args, holder, deadline)
             write()
-    write()
 
 
 def why_not_offered(contender: str, comfyui: Path) -> str | None:
@@ -84,7 +86,7 @@ def measure_limits(
     case: Case, names: list[str], checkpoint: Path, args: argparse.Namespace, known: dict, deadline: float
 ) -> dict[str, dict]:
     """The limits of ``case``. Cases of the same shapes in one call share them; each says where it was measured."""
-    keys = {"resident": (case.limits_key, measured_steps(case, args)), "h2d": ("h2d", case.gpus)}
+    keys = limit_keys(case, args)
     missing = [name for name in LIMITS if name in names and keys[name] not in known]
     if missing:
         with hold_back_vram(case.gpus, None) as holder:
@@ -92,6 +94,27 @@ def measure_limits(
                 result = run_contender(case, name, checkpoint, args, holder, deadline)
                 known[keys[name]] = result | {"measured_in": case.name}
     return {name: known[keys[name]] for name in LIMITS if keys[name] in known}
+
+
+def limit_keys(case: Case, args: argparse.Namespace) -> dict[str, object]:
+    """Cases that agree in the key of a limit share it."""
+    return {"resident": (case.limits_key, measured_steps(case, args)), "h2d": ("h2d", case.gpus)}
+
+
+def known_limits(args: argparse.Namespace, machine: dict) -> dict[object, dict]:
+    """The limits that result files in ``--out`` hold, if they were measured on a machine like this one."""
+    known: dict[object, dict] = {}
+    for case in CASES.values():
+        path = args.out / f"{case.name}.json"
+        result = json.loads(path.read_text()) if path.exists() else {}
+        if result.get("machine") != machine or result["tiny"] != args.tiny:
+            continue
+        case = case.shrunk() if args.tiny else case
+        keys, differences = limit_keys(case, args), measured_steps(case, args) - 1
+        for name, limit in result["limits"].items():
+            if "error" not in limit and len(limit.get("steps_s", range(differences))) == differences:
+                known[keys[name]] = limit
+    return known
 
 
 def measured_steps(case: Case, args: argparse.Namespace) -> int:
@@ -180,65 +203,15 @@ def run_contender(
     free = holder.settled_free_bytes()
     print(f"{case.name}: {name} ({free / GB:.1f} GB free)", flush=True)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
-        command = [
-            sys.executable,
-            str(HERE / "worker.py"),
-            case.name,
-            name,
-            "--checkpoint",
-            str(checkpoint),
-            "--comfyui",
-            str(args.comfyui),
-            "--steps",
-            str(measured_steps(case, args)),
-            "--free-bytes",
-            str(free),
-            "--out",
-            str(out),
-            *(["--tiny"] if case.tiny else []),
-        ]
-        failure = run_child(command, child_environment(case), log, min(args.child_timeout, left))
-        if args.logs:
-            keep_log(log, args.logs / f"{case.name}.{name}.log")
-        result = json.loads(out.read_text()) if out.exists() else {"error": [failure, *last_lines(log)]}
+    job = Job(case, name, checkpoint, args.comfyui, measured_steps(case, args), free)
+    log_to = args.logs / f"{case.name}.{name}.log" if args.logs else None
+    state = PageCache.AS_IT_IS if name in READ_NO_FILE else PageCache.WARM
+    with prepared(checkpoint, state) as shares:
+        result = run_worker("worker.py", job.as_dict(), case, min(args.child_timeout, left), log_to)
+    result |= {"page_cache_share": shares}
     result |= {"free_bytes_before": free, "wall_s": time.monotonic() - started}
     print(f"  {say(result)}", flush=True)
     return result
-
-
-def run_child(command: list[str], environment: dict[str, str], log: Path, timeout: float) -> str:
-    """Run to the end or to the timeout; how it ended."""
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"stopped after {timeout:.0f} s"
-        finally:
-            process.kill()
-            process.wait()
-    return f"exit status {code}"
-
-
-def child_environment(case: Case) -> dict[str, str]:
-    """ComfyUI's own settings for everybody; a tiny run streams on a virtual device."""
-    return os.environ | (_tiny_environment(case) if case.tiny else {})
-
-
-def _tiny_environment(case: Case) -> dict[str, str]:
-    return {"WEIGHTSTREAM_VIRTUAL": f"{case.gpus}x{case.model.virtual}", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def last_lines(log: Path, count: int = 8) -> list[str]:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-count:]
-
-
-def keep_log(log: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(log, target)
 
 
 def say(result: dict) -> str:
@@ -267,6 +240,22 @@ def describe_machine() -> dict[str, object]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--contenders", type=lambda text: text.split(","), help=", ".join(NAMES))
+    parser.add_argument("--steps", type=int, help=f"denoising steps that are measured (the case's, or {DEFAULT_STEPS})")
+    parser.add_argument("--child-timeout", type=float, default=150, help="seconds for one contender")
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no contender is started")
+    parser.add_argument("--go-on", action="store_true", help="take limits that results in --out hold as measured")
+    args = parse_with_paths(parser)
+    if unknown := set(args.contenders or ()) - set(NAMES):
+        parser.error(f"unknown contenders {sorted(unknown)}: choose from {', '.join(NAMES)}")
+    return args
+
+
+def parse_with_paths(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, with the options that all scripts have.
+
+    The ComfyUI must be there, and what a tiny run finds is no result.
+    """
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument(
         "--work",
@@ -275,20 +264,8 @@ def parse_args() -> argparse.Namespace:
         help="folder of the checkpoints, kept for the next call (FLUX 24 GB, Qwen-Image 41, Wan 29, SD3.5 16)",
     )
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="default: $COMFYUI_PATH")
-    parser.add_argument("--contenders", type=lambda text: text.split(","), help=", ".join(NAMES))
-    parser.add_argument("--steps", type=int, help=f"denoising steps that are measured (the case's, or {DEFAULT_STEPS})")
-    parser.add_argument("--child-timeout", type=float, default=150, help="seconds for one contender")
-    parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which no contender is started")
-    parser.add_argument("--logs", type=Path, help="folder that keeps what the contenders print")
-    parser.add_argument("--tiny", action="store_true", help="try the scripts on a CPU; the figures mean nothing")
-    args = settle_paths(parser)
-    if unknown := set(args.contenders or ()) - set(NAMES):
-        parser.error(f"unknown contenders {sorted(unknown)}: choose from {', '.join(NAMES)}")
-    return args
-
-
-def settle_paths(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line. The ComfyUI must be there, and what a tiny run finds is no result."""
+    parser.add_argument("--logs", type=Path, help="folder that keeps what is printed by who is measured")
+    parser.add_argument("--tiny", action="store_true", help="try the script on a CPU; the figures mean nothing")
     args = parser.parse_args()
     if not args.comfyui or not (args.comfyui / "comfy").is_dir():
         parser.error(f"no ComfyUI in {args.comfyui}: set COMFYUI_PATH or give --comfyui")

@@ -200,7 +200,7 @@ class Placing:
         if len(choice.names) > 1:
             devices = [self.gpus[name] for name in choice.names]
             try:
-                placed, left_out = split_over(model, devices, split, choice.shares, self.node_id)
+                placed, left_out, feeds = split_over(model, devices, split, choice.shares, self.node_id)
             except OneDeviceError as error:
                 self.fall_back(f"MODEL is not split, {error}")
                 return self.place("MODEL", model, choice.names[error.device], model_on)
@@ -208,7 +208,8 @@ class Placing:
                 self.fall_back(f"MODEL is not split, {error}")
             else:
                 used = [name for place, name in enumerate(choice.names) if place not in left_out]
-                self.say(f"MODEL on {', '.join(used)}")
+                names = ", ".join(used)
+                self.say(f"MODEL on {used[0]}, weights over {names}" if feeds else f"MODEL on {names}")
                 for place, reason in sorted(left_out.items()):
                     self.fall_back(f"{choice.names[place]} is left out, {reason}")
                 return placed

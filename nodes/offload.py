@@ -54,22 +54,16 @@ class OffloadSettings:
         return replace(self, vram_limit=earlier.vram_limit if self.vram_limit is None else self.vram_limit)
 
 
-# Slots where the blocks of several devices take turns: one more than is enough on one device, to fill while others
-# compute (docs/design.md, "Several devices").
-TURN_SLOTS = 4
-
-
-def host_config(settings: OffloadSettings, backend: Backend, turns: bool = False) -> StreamingConfig:
+def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
     """The engine's settings for ``backend``: the user's, else those of the host's command line.
 
     --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram. Whether copies are
-    verified is for the environment to say. ``turns``: the blocks of several devices take turns.
+    verified is for the environment to say.
     """
     virtual = backend.budget is not None
-    slots = settings.prefetch_depth + 1 if settings.prefetch_depth else 0
     return StreamingConfig(
         copy_streams=_copy_streams(settings),
-        slots=slots or (TURN_SLOTS if turns else 0),
+        slots=settings.prefetch_depth + 1 if settings.prefetch_depth else 0,
         pin_memory=not args.disable_pinned_memory if settings.pin_memory is None else settings.pin_memory,
         pinned_limit=settings.pinned_limit,
         vram_limit=settings.vram_limit,

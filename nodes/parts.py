@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..streaming import Backend, BudgetError, StallListener, Streamer, UnsupportedModelError
+from ..streaming import Backend, BudgetError, Streamer, UnsupportedModelError
 from ..streaming.handoff import Boundary
 from ..streaming.links import Links
 from . import hosts, status
@@ -110,10 +110,6 @@ class PartPatcher(StreamedModelPatcher):
         if not self._owner.streamer.running:
             self._owner.follow()
 
-    @property
-    def _turns(self) -> bool:
-        return self._owner.streamed.turns
-
     def _host_patches(self) -> HostPatches:
         owner = self._owner
         values, kind = self.streamer.blocks.values, owner.streamed.kind
@@ -181,12 +177,12 @@ def split_blocks(
 
 def _streamers_of_parts(patcher: StreamedModelPatcher, backends: Sequence[Backend]) -> list[Streamer]:
     whole, shares = patcher.streamer, patcher.streamed.shares
-    listeners, streamers = list[StallListener](), []
+    streamers = []
     for number, backend in enumerate(backends):
-        config = host_config(patcher.settings, backend, patcher.streamed.turns)
+        config = host_config(patcher.settings, backend)
         bar = patcher.streamed.bar if number == 0 else LoadingBar(None)
         blocks = shares.part(number)
-        streamers.append(Streamer(whole.root, blocks, backend, config, pins, evictable, bar, listeners))
+        streamers.append(Streamer(whole.root, blocks, backend, config, pins, evictable, bar, shares.group))
     return streamers
 
 

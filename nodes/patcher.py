@@ -15,7 +15,7 @@ import torch
 from ..streaming import Plan, State, Streamer, format_bytes
 from ..streaming.shown import shown
 from . import hosts
-from .devices import has_dynamic_vram, make_backend, same_device, unload
+from .devices import has_dynamic_vram, same_device, unload
 from .following import follow
 from .hooked import HookedPatcher
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
@@ -159,11 +159,11 @@ class StreamedModelPatcher(HookedPatcher):
             self.follow()
             if device_to is not None and not same_device(device_to, self.streamer.backend.device):
                 # A clone for another GPU, or back from it.
-                self.streamer.move_to(make_backend(device_to))
+                self.streamer.move_to(self.streamed.backend_on(device_to))
             self.streamed.show_on(self.node_id)
             self.streamer.refresh()
             self.streamer.begin_run()
-            self.streamer.configure(host_config(self.settings, self.streamer.backend, self._turns))
+            self.streamer.configure(host_config(self.settings, self.streamer.backend))
             self.streamer.expect_compiled(self._is_compiled())
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
@@ -236,11 +236,6 @@ class StreamedModelPatcher(HookedPatcher):
         them. It patches none then, also not one that an object patch puts in anew."""
         same = self.model.current_weight_patches_uuid == self.patches_uuid
         return same and self.is_whole and not self.would_be_dynamic
-
-    @property
-    def _turns(self) -> bool:
-        """Whether its blocks and those on other devices take turns."""
-        return self.streamed.turns
 
     def _is_compiled(self) -> bool:
         """Whether torch.compile runs the model or parts of it: by the host's wrapper, or put in a block's place."""

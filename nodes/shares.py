@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import comfy.model_management as mm
 import torch
 
-from ..streaming import Backend, BlockSet, Streamer, UnsupportedModelError
+from ..streaming import Backend, BlockSet, Group, Streamer, UnsupportedModelError
 from ..streaming.assignment import Assignment, DeviceRoom, Distribution, describe, distribute, step_seconds
 from ..streaming.gpus import best_links
 from . import status
@@ -64,12 +64,12 @@ class Shares:
         wanted: the share of each device; None has them follow from room, times and links.
 
     Attributes:
-        assignment: of blocks to devices, the home being number 0.
+        group: of the streamers of all devices.
         due: whether to look, before the next step, if other shares would be better.
     """
 
     def __init__(self, blocks: BlockSet, wanted: Sequence[float] | None) -> None:
-        self.assignment = Assignment((), True)
+        self.group = Group(Assignment((), True))
         self.due = False
         self._blocks = blocks
         self._sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
@@ -78,12 +78,18 @@ class Shares:
         self._had_at_home = False
         self._tied: list[str] = []
 
+    @property
+    def assignment(self) -> Assignment:
+        """Of blocks to devices, the home being number 0."""
+        return self.group.assignment
+
+    @assignment.setter
+    def assignment(self, assignment: Assignment) -> None:
+        self.group.assignment = assignment
+
     def begin(self, backends: Sequence[Backend], settings: OffloadSettings) -> Distribution:
         """Give out all blocks for the first time. Some devices may get none, and do not count from now on."""
-        rooms = [
-            DeviceRoom(_room(backend, settings), bandwidth)
-            for backend, bandwidth in zip(backends, _links(backends), strict=True)
-        ]
+        rooms = _rooms_at_first(backends, settings)
         found = distribute(self._sizes, self._blocks.rest.nbytes, rooms, self._wanted)
         if self._wanted is not None:
             self._wanted = [self._wanted[place] for place in found.devices]
@@ -191,6 +197,7 @@ class Shares:
         return [room if one is patcher else DeviceRoom(0.0) for one, room in pairs]
 
     def _leave_out(self, patcher: StreamedModelPatcher, full: Sequence[StreamedModelPatcher]) -> None:
+        patcher.streamer.counters.reruns += 1
         everybody = [patcher, *patcher.parts]
         pairs = zip(everybody, self._rooms(patcher), strict=True)
         rooms = [DeviceRoom(0.0) if one in full else room for one, room in pairs]
@@ -238,6 +245,17 @@ def check_parts(blocks: BlockSet) -> None:
     """Raise where blocks cannot be on several devices."""
     if any(block.tied for block in blocks.blocks):
         raise UnsupportedModelError("its blocks share tensors")
+
+
+def rooms_of(blocks: BlockSet, backends: Sequence[Backend], settings: OffloadSettings) -> list[DeviceRoom]:
+    """What devices have for blocks before anything was measured, the first of them beside what is in no block."""
+    home, *others = _rooms_at_first(backends, settings)
+    return [replace(home, nbytes=max(0.0, home.nbytes - blocks.rest.nbytes)), *others]
+
+
+def _rooms_at_first(backends: Sequence[Backend], settings: OffloadSettings) -> list[DeviceRoom]:
+    pairs = zip(backends, _links(backends), strict=True)
+    return [DeviceRoom(_room(backend, settings), bandwidth) for backend, bandwidth in pairs]
 
 
 def _room(backend: Backend, settings: OffloadSettings) -> float:

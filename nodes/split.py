@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from ..streaming import State, warm_up
 from .contracts import check_host
 from .devices import obtainable
+from .feeding import feed
 from .offload import OffloadSettings
 from .parts import split_blocks
 from .patcher import PARTS, StreamedModelPatcher
@@ -29,10 +30,12 @@ class Split(NamedTuple):
     Attributes:
         patcher: of it.
         left_out: why some devices got nothing of it, by their places among those that were asked for.
+        feeds: whether all but the first bring weights to that, and run no blocks (feeding.py).
     """
 
     patcher: StreamedModelPatcher
     left_out: dict[int, str]
+    feeds: bool = False
 
 
 def split_over(
@@ -58,7 +61,7 @@ def split_over(
     check_host()
     check_what_hangs_on(model)
     shares = {"auto": None, "equal": [1.0] * len(devices), "ratio": ratio}[split]
-    base, left_out = _split_of(model, devices, shares, node_id)
+    base, left_out, feeds = _split_of(model, devices, shares, node_id)
     ours = base.clone()
     parts = ours.parts
     carry_over(model, ours)
@@ -66,7 +69,7 @@ def split_over(
     ours.set_additional_models(PARTS, parts)
     ours.wrap_steps()
     ours.settings, ours.node_id = _settings_of(model), node_id
-    return Split(ours, left_out)
+    return Split(ours, left_out, feeds)
 
 
 def _split_of(
@@ -74,7 +77,7 @@ def _split_of(
 ) -> Split:
     """The split that there is of this model, where it is still like that; else a new one."""
     known = _splits.setdefault(model.model, {})
-    key = (tuple(devices), None if shares is None else tuple(shares))
+    key = (tuple(devices), None if shares is None else tuple(shares), _settings_of(model).vram_limit)
     found = known.pop(key, None)
     if found is None or not is_current(found.patcher, model):
         found = _split_anew(model, devices, shares, node_id)
@@ -91,12 +94,17 @@ def _split_anew(
     if isinstance(model, StreamedModelPatcher) and model.streamer.state is State.UNLOADED:
         model.streamer.close()  # Nobody runs it now, so what is built ahead is built for the split.
     fresh.settings, fresh.node_id = _settings_of(model), node_id
-    left_out = split_blocks(fresh, devices, shares)
+    helpers = feed(fresh, devices) if shares is None else []
+    if helpers:
+        rest = (place for place, device in enumerate(devices[1:], 1) if device not in helpers)
+        left_out = dict.fromkeys(rest, "it can bring nothing to the first")
+    else:
+        left_out = split_blocks(fresh, devices, shares)
     dtype = fresh.model.get_dtype_inference()
     for streamer in fresh.streamers:
         warm_up(streamer.backend.device, dtype)
         streamer.prepare(obtainable(streamer.backend))
-    return Split(fresh, left_out)
+    return Split(fresh, left_out, bool(helpers))
 
 
 def _settings_of(model: ModelPatcher) -> OffloadSettings:

@@ -23,15 +23,17 @@ from .errors import (
     CorruptionError,
     DeviceMemoryError,
     GradientError,
-    RingExhaustedError,
     ServerError,
     StepNotRepeatedError,
     StreamingError,
     UnsupportedModelError,
     WeightsMovedError,
 )
+from .feeder import Feeder
+from .feeding import feeding_is_faster, find_feeders
 from .forms import take_apart
 from .gpus import Gpu, list_gpus
+from .group import Group
 from .header import Entry
 from .host_memory import HostMemory, group_memory
 from .kernels import warm_up
@@ -45,7 +47,7 @@ from .shown import is_shown
 from .state import State
 from .streamer import Streamer
 from .supply import Progress
-from .telemetry import Counters, Run, Snapshot, StallListener
+from .telemetry import Counters, Run, Snapshot
 from .vram import Vram, VramReader, open_vram_reader
 
 __all__ = [
@@ -65,10 +67,12 @@ __all__ = [
     "DeviceMemory",
     "DeviceMemoryError",
     "Entry",
+    "Feeder",
     "FileSlice",
     "Forecast",
     "Gpu",
     "GradientError",
+    "Group",
     "HostMemory",
     "NoPatches",
     "Outline",
@@ -78,13 +82,11 @@ __all__ = [
     "Profile",
     "Progress",
     "Residency",
-    "RingExhaustedError",
     "Run",
     "Schedule",
     "Segment",
     "ServerError",
     "Snapshot",
-    "StallListener",
     "State",
     "StepNotRepeatedError",
     "Streamer",
@@ -98,7 +100,9 @@ __all__ = [
     "VramReader",
     "WeightsMovedError",
     "assumed_profile",
+    "feeding_is_faster",
     "find_blocks",
+    "find_feeders",
     "format_bytes",
     "gpu_name",
     "group_memory",

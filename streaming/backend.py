@@ -14,15 +14,20 @@ Two kinds: CUDA (cuda_backend.py), and virtual devices in RAM (cpu_backend.py).
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from .allocation_record import NO_RECORD, AllocationRecord
 from .errors import DeviceMemoryError
+from .feeder import Feeder, cut
+
+logger = logging.getLogger(__name__)
 
 # An event is opaque above this file: a torch.cuda.Event or a Future.
 Event = Any
@@ -44,6 +49,9 @@ class DeviceMemory(NamedTuple):
     free: int
     cached: int
 
+
+# Less is not worth cutting up.
+LEAST_FED_BYTES = 8 * 1024**2
 
 # Where to copy, and from where.
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -81,6 +89,7 @@ class Backend(ABC):
         name: for people; virtual devices are told apart by it.
         allocated, peak: bytes that this backend has handed out, now and at most.
         record: of allocations in steps, which ours must not be part of.
+        feeders: other devices that bring a part of what streams, while they are open (feeder.py).
     """
 
     # Bytes of a fine piece (Note: copies take turns); None where copies are never cut.
@@ -90,6 +99,8 @@ class Backend(ABC):
         self.device = device
         self.name = name
         self.record = record
+        self.feeders: list[Feeder] = []
+        self._open_feeders: list[Feeder] = []
         self.allocated = 0
         self.peak = 0
         self._live: dict[int, int] = {}
@@ -155,22 +166,93 @@ class Backend(ABC):
         self._turn = 0
         while len(self._streams) < copy_streams:
             self._streams.append(self._create_stream())
+        if not copy_streams:
+            self.close_feeders()
+        for feeder in self.feeders if copy_streams else ():
+            try:
+                feeder.open(self)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("%s has no room for passing weights on to %s", feeder.helper.name, self.name)
+        self._open_feeders = [feeder for feeder in self.feeders if feeder.is_open]
 
-    def copy(self, pairs: Sequence[Pair], after: Event | None, fine: bool = False) -> Event:
+    @property
+    def links(self) -> int:
+        """Over so many links weights come: its own, and those of open feeders."""
+        return 1 + len(self._open_feeders)
+
+    def close_feeders(self) -> None:
+        """Give back what feeders hold, until the backend is opened again. No copy may be under way."""
+        for feeder in self.feeders:
+            feeder.close()
+        self._open_feeders = []
+
+    def copy(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
         """Queue copies.
 
-        They start when ``after`` has happened, and the event that is given back says when all are done. Copies are
-        carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
+        They start when all of ``after`` has happened, and the event that is given back says when all are done. Copies
+        are carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
         copies of its own to make (Note: copies take turns).
         """
-        for turn in self._in_pieces(pairs, self.fine_bytes) if fine and self.fine_bytes else [pairs]:
-            stream = self._streams[self._turn] if self._streams else None
-            self._turn = (self._turn + 1) % max(1, len(self._streams))
-            waits = [event for event in (self._last_copy, after) if event is not None]
-            self._last_copy = self._copy_now(stream, turn, waits)
-            after = None
-        assert self._last_copy is not None
+        last = self._last_copy = self._copy_in_turns(pairs, self._behind(after), fine)
+        return last
+
+    def bring(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
+        """As :meth:`copy`, from page-locked memory to the device, over the links of its feeders too."""
+        if not self._open_feeders or count_bytes(pairs) < LEAST_FED_BYTES:
+            return self.copy(pairs, after, fine)
+        waits = self._behind(after)
+        own, *others = cut(pairs, self.links)
+        try:
+            parts = [self._copy_in_turns(own, waits, fine)]
+            for feeder, part in zip(self._open_feeders, others, strict=False):
+                parts.append(feeder.bring(self, part, waits))
+        except BaseException:
+            # Race: what was queued may still be under way when the next copy to this memory is. Nobody may have been
+            # told of it, so streams are asked.
+            queued = [self._copy_now(stream, [], waits) for stream in self._streams]
+            queued += [event for feeder in self._open_feeders for event in feeder.all_queued(self)]
+            self._last_copy = self._all_over(self._next_stream(), queued)
+            raise
+        self._last_copy = self._all_over(self._next_stream(), parts)
         return self._last_copy
+
+    def _behind(self, after: Sequence[Event]) -> list[Event]:
+        """What a copy waits for: the one before it, and ``after``."""
+        return [*after] if self._last_copy is None else [self._last_copy, *after]
+
+    def _copy_in_turns(self, pairs: Sequence[Pair], waits: Sequence[Event], fine: bool) -> Event:
+        if not (fine and self.fine_bytes):
+            return self._copy_now(self._next_stream(), pairs, waits)
+        event = None
+        for turn in self._in_pieces(pairs, self.fine_bytes):
+            event = self._copy_now(self._next_stream(), turn, waits)
+            waits = [event]
+        assert event is not None
+        return event
+
+    def _next_stream(self) -> Any:
+        if not self._streams:
+            return None
+        self._turn = (self._turn + 1) % len(self._streams)
+        return self._streams[self._turn]
+
+    def _all_over(self, stream: Any, events: Sequence[Event]) -> Event:
+        """An event on ``stream`` that happens when all of ``events`` have, and fails when one of them does."""
+        return self._copy_now(stream, [], events)
+
+    def copy_on(self, stream: Any, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
+        """Queue copies on a stream of :meth:`create_stream`, whatever the order of others."""
+        return self._copy_now(stream, pairs, waits)
+
+    def create_stream(self) -> Any:
+        """A stream for copies that is in no turn."""
+        return self._create_stream()
+
+    def passing_on(self) -> AbstractContextManager[object]:
+        """While this lasts this device passes on what others copy out of its memory, whatever it computes."""
+        return nullcontext()
 
     def all_of(self, events: Sequence[Event]) -> Event:
         """An event that happens when the copies behind all of ``events`` are done, and fails when one of them does.
@@ -248,6 +330,7 @@ class Backend(ABC):
 
     def close(self) -> None:
         """Let go of streams and threads, and of what was allocated. No copy uses that memory afterwards."""
+        self.close_feeders()
         self._streams.clear()
         self._last_copy = None
         self._live.clear()

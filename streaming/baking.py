@@ -2,7 +2,7 @@
 
 [Note: up, compute, down]
 The host's functions compute on the device, so a value of a master copy goes up to it, is patched there, and goes back
-down. Several are on their way at once, in memory that the slots will have later. Copies are carried out in the order in
+down. Several are on their way at once, in memory that the ring will have later. Copies are carried out in the order in
 which they are queued (backend.py), so the copy up of the next value is queued before the one down that waits for the
 kernels of this one: else the bus would wait for the kernels with every value.
  1. A place on the device is filled again when the copy down out of it is over: the copy up waits for that event.
@@ -28,26 +28,24 @@ def bake_residents(residents: Sequence[Weights], patches: Patches, tick: Tick) -
         weights.sign(weights.bake(weights.stale(patches), patches, tick))
 
 
-def bake_masters(
-    backend: Backend, masters: Sequence[Weights], patches: Patches, places: int, place_bytes: int, tick: Tick
-) -> None:
+def bake_masters(backend: Backend, masters: Sequence[Weights], patches: Patches, room: int, tick: Tick) -> None:
     """Patch what is stale in buffers in host memory, which hold it as it was loaded (Note: up, compute, down).
 
     Args:
         backend: the device. Nobody else queues copies meanwhile.
-        masters: no larger than ``place_bytes`` each.
+        masters: no larger than ``room`` each.
         patches: changes.
-        places: buffers on the device for it.
-        place_bytes: of each.
+        room: bytes on the device for it.
         tick: called before each value; it may raise.
     """
     if not masters:
         return
-    count = min(places, len(masters))
+    largest = max(weights.buffer.nbytes for weights in masters)
+    count = max(1, min(room // max(1, largest), len(masters)))
     ring: list[_Place] = []
     try:
         for _ in range(count):
-            ring.append(_Place(backend, place_bytes))
+            ring.append(_Place(backend, largest))
         signatures, filled = [], 0
         for number in range(len(masters)):
             # One ahead, where there is another place for it.
@@ -79,7 +77,7 @@ class _Place:
     def fill(self, weights: Weights, patches: Patches) -> None:
         """Queue the copy up of what is stale."""
         self._weights, self._values = weights, weights.stale(patches)
-        self._filled = self._backend.copy([(up, down) for down, up in self._pairs()], self._free)
+        self._filled = self._backend.copy([(up, down) for down, up in self._pairs()], [self._free])
 
     def bake(self, patches: Patches, tick: Tick) -> dict[str, object]:
         """Patch what was copied up, and queue its copy down; gives the signatures for when that is over."""
@@ -87,7 +85,7 @@ class _Place:
         assert self._filled is not None
         self._backend.wait(self._filled)
         signatures = self._weights.bake(self._values, patches, tick, self.buffer)
-        self._free = self._backend.copy(self._pairs(), self._backend.mark())
+        self._free = self._backend.copy(self._pairs(), [self._backend.mark()])
         return signatures
 
     def _pairs(self) -> list[Pair]:

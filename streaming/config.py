@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
-# As many slots as are usual, for small models too, and as many as a step that needs much at once may have.
+# So many of the largest segments the ring holds usually, for small models too, and for a step that needs much at once.
 USUAL_SLOTS = 4
 MOST_SLOTS = 8
 
@@ -25,9 +25,9 @@ class StreamingConfig:
     Attributes:
         copy_streams: streams that copy segments to the device, used in turn. 0 copies each on the compute
             stream when it is needed (synchronous: for debugging, and where asynchronous copies are switched off).
-        slots: staging buffers on the device; 0 chooses as many as ``staging_bytes`` holds, or more where that makes a
-            step faster, and 1 when copies are synchronous.
-        staging_bytes: what all slots usually take together, once it is known in which order the parts of a block run.
+        slots: the staging memory holds so many of the largest segments; 0 chooses as many as ``staging_bytes`` has room
+            for, or more where that makes a step faster, and 1 when copies are synchronous.
+        staging_bytes: what they usually take together, once it is known in which order the parts of a block run.
         segment_bytes: parts of a block that run one after another are copied together up to this size. Copies of 16 MB
             and more reach the bus's full bandwidth.
         pin_memory: page-lock the host copies. Without it a copy is staged by the driver and blocks the caller.
@@ -77,7 +77,7 @@ class StreamingConfig:
         return self.copy_streams == 0
 
     def slot_counts(self, slot_bytes: int) -> tuple[int, ...]:
-        """Numbers of staging buffers of ``slot_bytes`` that are worth trying, the preferred one first.
+        """Numbers of the largest segments, of ``slot_bytes``, that the ring may hold, the preferred one first.
 
         Two keep the bus busy, one fills while the other is read; a few more make up for blocks that need much at once.
         """

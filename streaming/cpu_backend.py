@@ -54,6 +54,7 @@ class _AllOf:
         return all(future.done() for future in self._futures)
 
     def result(self) -> None:
+        wait_for_futures([future for future in self._futures if isinstance(future, Future)])
         for future in self._futures:
             future.result()
 
@@ -123,6 +124,9 @@ class CpuBackend(Backend):
             return stream.submit(run)
         run()
         return self.mark()
+
+    def _all_over(self, stream: ThreadPoolExecutor, events: Sequence[Event]) -> Event:
+        return stream.submit(_AllOf(events).result)
 
     def all_of(self, events: Sequence[Event]) -> Event:
         return _AllOf(events)

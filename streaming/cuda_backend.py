@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -23,6 +24,7 @@ class CudaBackend(Backend):
     def __init__(self, device: torch.device, record: AllocationRecord = NO_RECORD) -> None:
         index = device.index if device.index is not None else torch.cuda.current_device()
         super().__init__(torch.device("cuda", index), f"cuda:{index}", record)
+        self._out: torch.cuda.Stream | None = None
 
     def _create_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
@@ -49,6 +51,22 @@ class CudaBackend(Backend):
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
+
+    def bring(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
+        times = self._copy_times
+        if times is None or self.links == 1:
+            return super().bring(pairs, after, fine)
+        before = len(times)
+        done = super().bring(pairs, after, fine)
+        if parts := times[before:]:
+            times[before:] = [CopyTime(count_bytes(pairs), parts[0].begin, parts[-1].end)]
+        return done
+
+    def passing_on(self) -> AbstractContextManager[object]:
+        # torch copies from one GPU to another on the current stream of the first.
+        if self._out is None:
+            self._out = self._create_stream()
+        return torch.cuda.stream(self._out)
 
     def memory(self) -> DeviceMemory:
         stats = torch.cuda.memory_stats(self.device)

@@ -11,7 +11,6 @@ StreamingError
 |-- StepNotRepeatedError   a step failed and has changed what it began with
 |-- WeightsMovedError      weights went off the device while a step ran that needed them
 |-- GradientError          gradients are asked for through a block that streams
-|-- RingExhaustedError     more segments are needed at once than the ring has slots
 `-- ServerError            no ComfyUI with this pack answers
 """
 
@@ -73,10 +72,6 @@ class GradientError(StreamingError):
 
 class WeightsMovedError(StreamingError):
     """Weights went off the device while a step ran that needed them, so what it has computed may be wrong."""
-
-
-class RingExhaustedError(StreamingError):
-    """More segments are needed at once than the ring has slots."""
 
 
 class ServerError(StreamingError):

@@ -29,7 +29,7 @@ class Placement:
     """
 
     def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: NoVerifier) -> None:
-        self._backend = backend
+        self.backend = backend
         self._supply = supply
         self._verifier = verifier
         self._copies = [UnitCopies(unit) for unit in blocks.units]
@@ -58,10 +58,10 @@ class Placement:
         needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
         self._make_masters(needed, patches)
         for copies in streamed:
-            copies.drop_resident(self._backend)
+            copies.drop_resident(self.backend)
         # What was freed goes back as it is. Else it would be cut up for the next copies, and what is left between them
         # would be too small for a step's activations.
-        self._backend.trim()
+        self.backend.trim()
         self._make_residents([self._rest, *resident])
         if not plan.segments:
             self.arrive_all()  # No block is hooked then, after the first step.
@@ -105,7 +105,7 @@ class Placement:
         )
 
     def bake(self, plan: Plan, patches: Patches) -> None:
-        """Write the weights whose patches have changed; no other is touched. There are no slots on the device now."""
+        """Write the weights whose patches have changed; no other is touched. There is no ring on the device now."""
         stale = [weights for weights in self._weights(plan) if weights.stale(patches)]
         if not stale:
             return
@@ -114,7 +114,7 @@ class Placement:
         held = [one for one in stale if id(one) in masters]
         if held:
             self.arrive_all()  # The reader queues copies too.
-        bake_masters(self._backend, held, patches, plan.slots, plan.slot_bytes, self._supply.tick)
+        bake_masters(self.backend, held, patches, plan.staging_bytes, self._supply.tick)
 
     def bind(self) -> None:
         """Point the modules at the copies that are in use."""
@@ -158,7 +158,7 @@ class Placement:
         self._rest = self._taken_up(blocks.rest, known, changes)
         self._verifier = verifier
         for copies in known.values():
-            copies.release(self._backend, self._supply.arena)
+            copies.release(self.backend, self._supply.arena)
         self.show()
 
     def _taken_up(self, unit: Unit, known: dict[object, UnitCopies], changes: Changes) -> UnitCopies:
@@ -183,7 +183,7 @@ class Placement:
         """Let go of resident copies, and make nothing in their place; but for those that somebody has written to."""
         for unit in units:
             if not any(find_changes(self._copies[unit])):
-                self._copies[unit].drop_resident(self._backend)
+                self._copies[unit].drop_resident(self.backend)
 
     def drop_masters(self, nbytes: int) -> int:
         """Drop master copies until ``nbytes`` of host memory are free, or all; gives what was freed."""
@@ -199,7 +199,7 @@ class Placement:
         """Drop everything on the device. Modules use the originals then: master copies may have patches in them."""
         for copies in (*self._copies, self._rest):
             copies.forget_writes()
-            copies.drop_resident(self._backend)
+            copies.drop_resident(self.backend)
         self.show()
 
     def clear_host(self) -> None:
@@ -268,26 +268,26 @@ class Placement:
             if copies.resident is not None or copies.arriving is not None:
                 continue
             if copies.master is not None:
-                copies.copy_resident(self._backend)
+                copies.copy_resident(self.backend)
                 self._check(copies)
             else:
                 self._supply.reader.open()
-                self._read_resident(copies, self._backend.allocate(copies.unit.nbytes))
+                self._read_resident(copies, self.backend.allocate(copies.unit.nbytes))
 
     def _read_resident(self, copies: UnitCopies, buffer: torch.Tensor) -> None:
         """Have ``buffer`` become the resident copy."""
         # Race: whoever had this memory before may have kernels under way in it.
-        free = self._backend.mark()
+        free = self.backend.mark()
         load = Load(copies.unit.layout, buffer)
-        copies.await_resident(buffer, self._supply.reader.transfer([load], free, background=True))
+        copies.await_resident(buffer, self._supply.reader.transfer([load], [free], background=True))
         self._arriving.setdefault(copies.unit.block, []).append(copies)
 
     def _check(self, copies: UnitCopies) -> None:
         try:
-            with self._backend.record.paused():  # It may have arrived in the middle of a step.
+            with self.backend.record.paused():  # It may have arrived in the middle of a step.
                 self._verifier.check_resident(copies)
         except BaseException:
-            copies.drop_resident(self._backend)  # Nobody may take it for a good one.
+            copies.drop_resident(self.backend)  # Nobody may take it for a good one.
             raise
 
     # -- residents on their way ----------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class Placement:
         """A block begins: its residents must be there. The host waits until the copies of all of them are queued."""
         waiting = self._arriving.get(block, ())
         while waiting:
-            waiting[0].arrive(self._backend, self._supply.reader, self._supply.tick)
+            waiting[0].arrive(self.backend, self._supply.reader, self._supply.tick)
             self._check(waiting.pop(0))
         self._arriving.pop(block, None)
 
@@ -315,7 +315,7 @@ class Placement:
         self._supply.arrived()
         if not self._summed:
             self._summed = True
-            with self._backend.record.paused():
+            with self.backend.record.paused():
                 for copies in (*self._copies, self._rest):
                     copies.sum_up()
 
@@ -323,9 +323,9 @@ class Placement:
         """Every transfer is over or given up, and the device has nothing to do: keep what has arrived."""
         for waiting in self._arriving.values():
             for copies in waiting:
-                copies.stop_awaiting(self._backend)
+                copies.stop_awaiting(self.backend)
                 if not self._verifier.trusting:
-                    copies.drop_resident(self._backend)
+                    copies.drop_resident(self.backend)
         self._arriving.clear()
 
     def lacks(self, plan: Plan) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from .config import StreamingConfig, format_bytes
 from .errors import BudgetError
-from .pipeline import Stage, step_seconds
+from .needs import segment_needs, stages_of, waits_of
+from .pipeline import step_seconds
 from .profile import Outline, Profile
+from .ring_layout import lay_out, used_bytes, waited_for
 from .segments import Segment, cut
 from .spread import order_of_residency
 from .timeline import timeline
@@ -23,6 +25,8 @@ FREE_BUS = 0.3
 FORECAST_TOLERANCE = 0.005
 # Slots make up for what no forecast sees, so fewer than the usual ones must gain more than this.
 SLOT_TOLERANCE = 0.02
+# So many units at most are streamed to have a larger ring.
+MOST_IN_EXCHANGE = 2
 # Memory that the next unit in order does not fit into is used for later ones from this part of the model on.
 WORTH_FILLING = 0.01
 
@@ -58,7 +62,7 @@ class Plan:
     Attributes:
         outline: the model.
         segments: what is streamed, in the order of need. All other units are resident.
-        slots, slot_bytes: staging memory; 0 when nothing is streamed.
+        offsets: where in the staging memory each segment lies (ring_layout.py).
         budget: bytes that it may use.
         learned: whether it was known which units run by themselves.
         forecast: None before a step was measured.
@@ -66,16 +70,26 @@ class Plan:
 
     outline: Outline = field(repr=False)
     segments: tuple[Segment, ...]
-    slots: int
-    slot_bytes: int
+    offsets: tuple[int, ...]
     budget: float = field(default=0.0, compare=False)
     learned: bool = field(default=False, compare=False)
     forecast: Forecast | None = field(default=None, compare=False)
+
+    @classmethod
+    def streaming(cls, outline: Outline, segments: tuple[Segment, ...], room: int) -> Plan:
+        """The plan that streams ``segments`` through at most ``room`` bytes of staging memory."""
+        return cls(outline, segments, lay_out([segment.nbytes for segment in segments], room))
 
     @cached_property
     def streamed(self) -> frozenset[int]:
         """Units that are streamed."""
         return frozenset(unit for segment in self.segments for unit in segment.units)
+
+    @cached_property
+    def waits(self) -> dict[Segment, Segment]:
+        """For each segment the one whose memory it gets."""
+        waits = waited_for([segment.nbytes for segment in self.segments], self.offsets)
+        return {segment: self.segments[other] for segment, other in zip(self.segments, waits, strict=True)}
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -91,9 +105,9 @@ class Plan:
     def rest_bytes(self) -> int:
         return self.outline.rest_bytes
 
-    @property
+    @cached_property
     def staging_bytes(self) -> int:
-        return self.slots * self.slot_bytes
+        return used_bytes([segment.nbytes for segment in self.segments], self.offsets)
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -145,7 +159,17 @@ def minimum_bytes(outline: Outline, profile: Profile) -> int:
     return outline.rest_bytes + _ladder(outline, profile)[0].piece_bytes
 
 
-def make_plan(outline: Outline, profile: Profile, budget: float, config: StreamingConfig) -> Plan:
+# Gives the step that a plan will take, by what is known of it.
+SecondsOf = Callable[["Plan", Profile], float]
+
+
+def make_plan(
+    outline: Outline,
+    profile: Profile,
+    budget: float,
+    config: StreamingConfig,
+    seconds_of: SecondsOf | None = None,
+) -> Plan:
     """Keep what ``budget`` allows and what saves time, and spread what is streamed evenly.
 
     What is kept is a beginning of one order (spread.py), as long as the budget allows; of the numbers of slots the one
@@ -155,14 +179,15 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
         budget: bytes for everything: rest, residents and staging.
         config: how many slots, and how large. When it is thrifty and the profile measured, no more is kept of a model
             that does not fit than makes streaming free.
+        seconds_of: where the step is more than that of this plan (turns.py); None is :func:`forecast_seconds`.
 
     Raises:
         BudgetError: the budget has no room for the rest and one slot.
     """
     if not outline.unit_bytes or (outline.model_bytes <= budget and not config.stream_all):
-        best = Plan(outline, (), 0, 0)
+        best = Plan(outline, (), ())
     else:
-        best = _fastest(_rings(outline, profile, config), budget)
+        best = _fastest(_rings(outline, profile, config), budget, seconds_of)
     if best is None:
         least = minimum_bytes(outline, profile)
         raise BudgetError(
@@ -171,17 +196,18 @@ def make_plan(outline: Outline, profile: Profile, budget: float, config: Streami
             least,
         )
     thrifty = config.thrifty and not config.stream_all
-    if best.segments and profile.measured and thrifty and _is_as_fast_as_resident(best, profile, FREE_BUS):
+    if best.segments and profile.measured and thrifty and forecast_seconds(best, profile) <= _resident_seconds(profile):
         best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
-    return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config)
+    return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config, seconds_of)
 
 
 def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
     """The step that ``plan`` will take, with ``bus`` times the bandwidth."""
     if not plan.segments:
         return profile.compute_seconds
-    stages, lead = _stages(plan, profile, profile.bandwidth * bus)
-    return max(profile.compute_seconds, step_seconds(stages, plan.slots, lead))
+    needs = segment_needs(plan.segments, profile, timeline(plan.outline, profile))
+    stages, lead = stages_of(needs, [profile.bandwidth * bus], profile.compute_seconds)
+    return max(profile.compute_seconds, step_seconds(stages, waits_of(needs, [plan.waits]), lead))
 
 
 class _Rung(NamedTuple):
@@ -222,30 +248,68 @@ def _largest_piece(outline: Outline, units: Collection[int], alone: Collection[i
 
 @dataclass(frozen=True)
 class _Ring:
-    """A number of slots, how large segments may get, and how many units may stay; makes plans that use it."""
+    """How much staging memory there is, and how it is used; makes plans that use it so.
+
+    Attributes:
+        slots: it holds so many of the largest segments.
+        segment_bytes: up to which parts of a block share a segment, or up to the largest part where that is more.
+        fine: not up to the largest part, though segments are then of other sizes.
+        grows: it may be larger, by what no unit fits into, or instead of the last units that would stay.
+        most_kept: units that may stay.
+    """
 
     outline: Outline
     profile: Profile
     slots: int
-    target_bytes: int
+    segment_bytes: int
+    fine: bool
+    grows: bool
     most_kept: int
 
     def plan(self, kept: int) -> Plan:
         """The plan that keeps the first ``kept`` units of the order."""
         return self._plan_streaming(self._order[kept:])
 
-    def best(self, budget: float) -> tuple[float, Plan] | None:
-        """The plan that keeps the most within ``budget``, and its step; None where none fits."""
+    def best(self, budget: float, below: float = math.inf) -> tuple[float, Plan] | None:
+        """The plan that keeps the most within ``budget``, and its step; None where none fits, or none can be ``below``
+        so many seconds."""
         fitting = (kept for kept in range(self.most_kept, -1, -1) if self._device_bytes(kept) <= budget)
         if (kept := next(fitting, None)) is None:
             return None
+        room = budget - self._device_bytes(kept)
+        if self._least_seconds(kept, room) >= below:
+            return None
         plan = self.plan(kept)
         found = forecast_seconds(plan, self.profile), plan
-        left = self._without_what_fits(self._order[kept:], budget - self._device_bytes(kept))
+        if self._least_seconds(kept) < found[0] * (1 - FORECAST_TOLERANCE):
+            found = self._better_of(found, self._in_slots(plan))
+        left = self._without_what_fits(self._order[kept:], room)
         if len(left) < len(plan.streamed):
-            filled = self._plan_streaming(left)
-            found = min(found, (forecast_seconds(filled, self.profile), filled), key=lambda one: one[0])
+            found = self._better_of(found, self._plan_streaming(left))
+        for fewer in range(kept, max(-1, kept - MOST_IN_EXCHANGE - 1), -1) if self.grows else ():
+            if self._least_seconds(fewer) < found[0] * (1 - FORECAST_TOLERANCE):
+                more = min(budget - self._device_bytes(fewer), self._slot_bytes(fewer))  # By one slot it is another.
+                found = self._better_of(found, self._plan_streaming(self._order[fewer:], int(more)))
         return found
+
+    def _in_slots(self, plan: Plan) -> Plan:
+        """The same with as much memory for each segment as for the largest, taken in turn.
+
+        Where segments differ and only two or three lie in the ring at once, one that lies where two others were would
+        wait for both.
+        """
+        largest = max(segment.nbytes for segment in plan.segments)
+        return replace(plan, offsets=tuple(largest * (number % self.slots) for number in range(len(plan.segments))))
+
+    def _least_seconds(self, kept: int, room: float = 0.0) -> float:
+        """No plan that keeps so many units, and others in ``room`` bytes, takes less."""
+        streamed = max(0.0, self._rungs[kept].streamed_bytes - room)
+        return max(self.profile.compute_seconds, streamed / self.profile.bandwidth)
+
+    def _better_of(self, one: tuple[float, Plan], other: Plan) -> tuple[float, Plan]:
+        """``other`` where its step is shorter by a part that counts."""
+        seconds = forecast_seconds(other, self.profile)
+        return (seconds, other) if seconds < one[0] * (1 - FORECAST_TOLERANCE) else one
 
     def _without_what_fits(self, streamed: tuple[int, ...], room: float) -> list[int]:
         """Units to stream when some are kept out of order because the next in order does not fit.
@@ -261,14 +325,17 @@ class _Ring:
                 room -= self.outline.unit_bytes[unit]
         return left
 
-    def _plan_streaming(self, units: Collection[int]) -> Plan:
+    def _plan_streaming(self, units: Collection[int], more: int = 0) -> Plan:
+        """The plan that streams ``units`` through the ring, or one that is by ``more`` bytes larger."""
         streamed = frozenset(units)
-        piece = self._rungs[len(self._order) - len(streamed)].piece_bytes if streamed else 0
-        segments = cut(self.outline, streamed, self.profile, max(self.target_bytes, piece))
-        return Plan(self.outline, segments, min(self.slots, len(segments)), max(segment.nbytes for segment in segments))
+        slot = self._slot_bytes(len(self._order) - len(streamed))
+        segments = cut(self.outline, streamed, self.profile, self.segment_bytes if self.fine else slot)
+        return Plan.streaming(self.outline, segments, self.slots * slot + more)
 
     def fewest(self, seconds: float, bus: float) -> Plan | None:
         """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth."""
+        if forecast_seconds(plan := self.plan(0), self.profile, bus) <= seconds:
+            return plan  # With other units, which lie in other places, a step may take a little longer again.
         low, high, found = 0, len(self._rungs) - 1, None
         while low <= high:
             kept = (low + high) // 2
@@ -280,9 +347,10 @@ class _Ring:
         return found
 
     def _device_bytes(self, kept: int) -> int:
-        rung = self._rungs[kept]
-        staging = self.slots * max(self.target_bytes, rung.piece_bytes)
-        return self.outline.model_bytes - rung.streamed_bytes + staging
+        return self.outline.model_bytes - self._rungs[kept].streamed_bytes + self.slots * self._slot_bytes(kept)
+
+    def _slot_bytes(self, kept: int) -> int:
+        return max(self.segment_bytes, self._rungs[kept].piece_bytes)
 
     # Kept: to look them up by outline and profile would hash both, for each number of units that is tried.
     @cached_property
@@ -299,22 +367,29 @@ def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Itera
     rungs = _ladder(outline, profile)
     largest, most = rungs[0].piece_bytes, 0 if config.stream_all else len(rungs) - 1
     for slots in config.slot_counts(largest):
+        grows = not config.synchronous and slots != config.slots
         target = min(config.segment_bytes, config.staging_bytes // slots)
-        yield _Ring(outline, profile, slots, target, most)
+        yield _Ring(outline, profile, slots, target, False, grows, most)
         if target > largest:
-            yield _Ring(outline, profile, slots, 0, most)
+            yield _Ring(outline, profile, slots, 0, False, grows, most)
+        elif profile.learned:
+            yield _Ring(outline, profile, slots, target, True, grows, most)
 
 
-def _fastest(rings: Iterable[_Ring], budget: float) -> Plan | None:
+def _fastest(rings: Iterable[_Ring], budget: float, seconds_of: SecondsOf | None) -> Plan | None:
     """The plan with the shortest step; of those that are about equal the first."""
     usual = 0
     chosen, least = None, math.inf
     for ring in rings:
         usual = usual or ring.slots
         enough = SLOT_TOLERANCE if ring.slots < usual else FORECAST_TOLERANCE
-        best = ring.best(budget)
-        if best is not None and best[0] < least * (1 - enough):
-            least, chosen = best
+        if (best := ring.best(budget, least * (1 - enough))) is None:
+            continue
+        seconds, plan = best
+        if seconds_of is not None:
+            seconds = seconds_of(plan, ring.profile)
+        if seconds < least * (1 - enough):
+            least, chosen = seconds, plan
     return chosen
 
 
@@ -323,51 +398,22 @@ def _as_fast_as_resident(outline: Outline, profile: Profile, config: StreamingCo
     """The plan of least memory whose step takes as long as with everything resident, using that part of the bus."""
     goal = _resident_seconds(profile)
     found = [ring.fewest(goal, bus) for ring in _rings(outline, profile, config)]
-    everything = Plan(outline, (), 0, 0)
+    everything = Plan(outline, (), ())
     return min((plan for plan in found if plan is not None), key=lambda plan: plan.device_bytes, default=everything)
-
-
-def _is_as_fast_as_resident(plan: Plan, profile: Profile, bus: float) -> bool:
-    return forecast_seconds(plan, profile, bus) <= _resident_seconds(profile)
 
 
 def _resident_seconds(profile: Profile) -> float:
     return profile.compute_seconds * (1 + FORECAST_TOLERANCE)
 
 
-def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig) -> Plan:
+def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig, seconds_of: SecondsOf | None = None) -> Plan:
     """``plan`` with what ``profile`` lets expect of it; as it is before anything was measured."""
     if not profile.measured:
         return plan
-    seconds = forecast_seconds(plan, profile)
+    seconds = (seconds_of or forecast_seconds)(plan, profile)
     forecast = Forecast(seconds, profile.compute_seconds, plan.streamed_bytes / profile.bandwidth)
     if forecast.limited_by == "bus":
         enough = _as_fast_as_resident(plan.outline, profile, config, 1.0)
         more = max(0, enough.device_bytes - plan.device_bytes)
         forecast = replace(forecast, more_bytes=more, more_seconds=forecast_seconds(enough, profile))
     return replace(plan, forecast=forecast)
-
-
-def _stages(plan: Plan, profile: Profile, bandwidth: float) -> tuple[list[Stage], float]:
-    """The plan's segments as stages, and the compute before the first of them."""
-    segment_of = {unit: segment for segment in plan.segments for unit in segment.units}
-    begun: list[Segment] = []
-    begins: list[float] = []
-    holds: list[float] = []
-    for moment in timeline(plan.outline, profile):
-        segment = segment_of.get(moment.unit)
-        if segment is None:
-            continue
-        whole = segment.runs == 0
-        if not begun or segment is not begun[-1]:
-            begun.append(segment)
-            begins.append(moment.block_begin if whole else moment.begin)
-            holds.append(profile.block_seconds[segment.block] if whole else 0.0)
-        if not whole:
-            holds[-1] = moment.end - begins[-1]
-    ends = (*begins[1:], profile.compute_seconds)
-    stages = [
-        Stage(segment.nbytes / bandwidth, hold, end - begin)
-        for segment, hold, begin, end in zip(begun, holds, begins, ends, strict=True)
-    ]
-    return stages, begins[0]

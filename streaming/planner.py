@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .backend import DeviceMemory
 from .config import StreamingConfig
-from .plan import Plan, forecast_seconds, make_plan, minimum_bytes, with_forecast
+from .plan import Plan, SecondsOf, forecast_seconds, make_plan, minimum_bytes, with_forecast
 from .profile import Outline, Profile, assumed_profile
 from .recorder import Recorder
 from .residency import SHORTAGE, Residency
@@ -45,6 +45,7 @@ class Planner:
     Args:
         outline: the model.
         config: settings.
+        seconds_of: gives the step that a plan will take, by what is known of it.
 
     Attributes:
         profile: what is known of the next step.
@@ -52,12 +53,13 @@ class Planner:
         by_units: blocks that nobody enters though their units run (by_units.py).
     """
 
-    def __init__(self, outline: Outline, config: StreamingConfig) -> None:
+    def __init__(self, outline: Outline, config: StreamingConfig, seconds_of: SecondsOf = forecast_seconds) -> None:
         self.compiled = False
         self.by_units: frozenset[int] = frozenset()
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
         self._config = config
+        self._seconds_of = seconds_of
         self._residency = Residency(config.headroom_bytes, config.adaptive)
         self._whole_blocks = False
 
@@ -76,7 +78,7 @@ class Planner:
         """
         if self._config.vram_limit is not None:
             budget = min(budget, self._config.vram_limit)
-        return make_plan(self._outline, self.profile, budget, self._config)
+        return make_plan(self._outline, self.profile, budget, self._config, self._seconds_of)
 
     def plan_within(self, budget: float) -> Plan:
         """The plan for ``budget``, or for the least that works where it is less: whether that fits is then tried."""
@@ -95,7 +97,7 @@ class Planner:
             return plan
         if current.device_bytes > plan.budget + self._slack(now) or self._is_worthwhile(plan, now):
             return plan
-        return with_forecast(replace(current, budget=plan.budget), self.profile, self._config)
+        return with_forecast(replace(current, budget=plan.budget), self.profile, self._config, self._seconds_of)
 
     def _slack(self, now: Standing) -> int:
         """Bytes beyond a budget that are not worth moving weights for."""
@@ -110,7 +112,7 @@ class Planner:
         assert now.plan is not None
         if not (plan.segments or now.plan.segments):
             return False
-        gain = 1 - forecast_seconds(plan, self.profile) / forecast_seconds(now.plan, self.profile)
+        gain = 1 - self._seconds_of(plan, self.profile) / self._seconds_of(now.plan, self.profile)
         saved = now.device_bytes - plan.device_bytes
         unasked = plan.budget > now.device_bytes
         return gain >= WORTHWHILE or (unasked and gain >= 0 and saved > MUCH * self._outline.model_bytes)
@@ -154,7 +156,7 @@ class Planner:
         plan = self.plan_within(room)
         if must or self._is_worthwhile(plan, now):
             return Decision(plan, moves=True)
-        return Decision(with_forecast(now.plan, self.profile, self._config), moves=False)
+        return Decision(with_forecast(now.plan, self.profile, self._config, self._seconds_of), moves=False)
 
     def wants_measuring(self) -> bool:
         """Whether the step that comes next can teach something: the first of a shape the order, another one times."""
@@ -238,16 +240,17 @@ class Planner:
         return outdated or short or self._copies_ahead(now.plan) or now.state is State.REDUCED
 
     def _copies_ahead(self, plan: Plan) -> bool:
-        """Whether ``plan`` has slots for copies ahead, which are not made any more."""
-        return self._config.synchronous and plan.slots > max(self._config.slot_counts(plan.slot_bytes))
+        """Whether ``plan`` has memory for copies ahead, which are not made any more."""
+        largest = max((segment.nbytes for segment in plan.segments), default=0)
+        return self._config.synchronous and plan.staging_bytes > max(largest, self._config.segment_bytes)
 
     def _choose_order(self, budget: float) -> None:
         """Take the order of residency that fits the measured times, if it gains enough to move weights for."""
         if not self.profile.measured:
             return
-        kept = forecast_seconds(self.plan_within(budget), self.profile)
+        kept = self._seconds_of(self.plan_within(budget), self.profile)
         before, self.profile = self.profile, _with_best_order(self._outline, replace(self.profile, order=()))
-        if forecast_seconds(self.plan_within(budget), self.profile) > kept * (1 - WORTHWHILE):
+        if self._seconds_of(self.plan_within(budget), self.profile) > kept * (1 - WORTHWHILE):
             self.profile = before
         self._residency.current.profile = self.profile
 

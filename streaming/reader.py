@@ -106,13 +106,13 @@ class Reader:
         return ring.nbytes if ring is not None else 0
 
     def transfer(
-        self, parts: Sequence[Load | Move], after: Event | None, fine: bool = False, background: bool = False
+        self, parts: Sequence[Load | Move], after: Sequence[Event], fine: bool = False, background: bool = False
     ) -> Transfer:
         """Bring ``parts`` to the device, behind everything of its kind that was asked for before.
 
         Args:
             parts: what goes where.
-            after: the copies start when this has happened.
+            after: the copies start when all of this has happened.
             fine: cut copies into fine pieces (backend.py, Note: copies take turns).
             background: whatever is asked for without this goes before it.
         """
@@ -294,7 +294,7 @@ class Reader:
     def _send(self, pieces: list[Piece], transfer: Transfer) -> None:
         event = self._backend.copy([piece.pair for piece in pieces], transfer.after, transfer.fine)
         transfer.events.append(event)
-        transfer.after = None
+        transfer.after = ()
         for piece in pieces:
             if piece.chunk is not None:
                 piece.chunk.sent = event

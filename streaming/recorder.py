@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import groupby
+from functools import partial
+from itertools import groupby, pairwise
 from statistics import median
 from typing import NamedTuple
 
+from .assignment import HOP_SECONDS
 from .backend import Backend, Moment, Stall
 from .profile import Outline, Profile, UnitTime, by_kind
 from .reader import Reader
@@ -19,6 +22,14 @@ LEAST_TIMED_BYTES = 4 * 1024**2
 MOSTLY_TWICE = 0.5
 
 
+# Is told of a block that has run on a device; the function gives its compute once that is over, and waits for it.
+Tell = Callable[[Backend, Callable[[], float]], None]
+
+
+def _nobody() -> None:
+    return None
+
+
 class _Mark(NamedTuple):
     """A unit begins or ends."""
 
@@ -27,11 +38,25 @@ class _Mark(NamedTuple):
     moment: Moment
 
 
-class _Gap(NamedTuple):
-    """Time outside of blocks, and the waits of other devices in it."""
+class _Elsewhere(NamedTuple):
+    """A block that has run on another device, and its compute."""
 
-    begin: Moment
-    stalls: list[Stall]
+    device: Backend
+    seconds: Callable[[], float]
+
+
+class _Gap:
+    """Time outside of the blocks of a device: what others have waited for in it, and their blocks."""
+
+    def __init__(self, begin: Moment) -> None:
+        self.begin = begin
+        self.stalls: list[Stall] = []
+        self.elsewhere: list[_Elsewhere] = []
+
+    def seconds_elsewhere(self) -> float:
+        """As long as what others compute takes, and the activations on their way there and back."""
+        hops = 1 + sum(before.device is not after.device for before, after in pairwise(self.elsewhere))
+        return sum(block.seconds() for block in self.elsewhere) + (1 + hops) * HOP_SECONDS
 
 
 class _BlockRun:
@@ -73,12 +98,16 @@ class Recorder:
         outline: the model.
         backend: the device.
         reader: brings what has no page-locked master copy.
+        tells: gives who tells all that measure the step, on other devices too, of a block that has run here.
     """
 
-    def __init__(self, outline: Outline, backend: Backend, reader: Reader) -> None:
+    def __init__(
+        self, outline: Outline, backend: Backend, reader: Reader, tells: Callable[[], Tell | None] = _nobody
+    ) -> None:
         self._outline = outline
         self._backend = backend
         self._reader = reader
+        self._tells = tells
         self._staged_before = _Staged(0, 0.0)
         self._staged = _Staged(0, 0.0)
         self._begin: Moment | None = None
@@ -109,7 +138,7 @@ class Recorder:
     def begin_step(self) -> None:
         self._begin, self._end = self._backend.moment(), None
         self._staged_before = self._staged_so_far()
-        self._gap = _Gap(self._begin, [])
+        self._gap = _Gap(self._begin)
         self._runs.clear()
         self._open.clear()
         self._alone.clear()
@@ -138,7 +167,9 @@ class Recorder:
                 run = self._open.pop(position)[1]
                 run.end = self._backend.moment()
                 if not self._open:
-                    self._gap = _Gap(run.end, [])
+                    self._gap = _Gap(run.end)
+                    if (tell := self._tells()) is not None:
+                        tell(self._backend, partial(_compute_of, self._backend, run))
                 return
 
     def begin_unit(self, unit: int) -> None:
@@ -166,6 +197,11 @@ class Recorder:
         elif self._gap is not None:
             self._gap.stalls.append(stall)
 
+    def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
+        """A block has run, here or on another device."""
+        if device is not self._backend and self._gap is not None:
+            self._gap.elsewhere.append(_Elsewhere(device, seconds))
+
     def profile(self, known: Profile, with_times: bool) -> Profile:
         """What was recorded. Everything recorded must be over; ``known`` fills what this step has not shown.
 
@@ -186,7 +222,7 @@ class Recorder:
         times: dict[int, _BlockTime] = {}
         for block, run in self._runs:
             if run.end is not None:
-                time = self._block_time(run)
+                time = _block_time(self._backend, run)
                 times[block] = times[block].and_then(time) if block in times else time
         spent = [times[block].seconds if block in times else None for block in range(self._outline.blocks)]
         gaps = self._gap_times()
@@ -209,29 +245,11 @@ class Recorder:
         return found
 
     def _gap_time(self, gap: _Gap, end: Moment) -> float:
+        """Where others compute meanwhile that and no more: they, and the host, may have taken longer."""
+        if gap.elsewhere:
+            return gap.seconds_elsewhere()
         waited = sum(stall() or 0.0 for stall in gap.stalls)
-        return max(0.0, self._seconds(gap.begin, end) - waited)
-
-    def _block_time(self, run: _BlockRun) -> _BlockTime:
-        hold: dict[int, float] = {}
-        work: dict[int, float] = {}
-        begun: dict[int, float] = {}
-        now, stalled, last = 0.0, 0.0, None
-        for event in run.events:
-            if not isinstance(event, _Mark):
-                stalled += event() or 0.0
-                continue
-            now = self._seconds(run.begin, event.moment) - stalled
-            if not event.begins:
-                hold[event.unit] = hold.get(event.unit, 0.0) + now - begun[event.unit]
-                continue
-            if last is not None:
-                work[last] = work.get(last, 0.0) + now - begun[last]
-            begun[event.unit], last = now, event.unit
-        end = self._seconds(run.begin, run.end) - stalled
-        if last is not None:
-            work[last] = work.get(last, 0.0) + end - begun[last]
-        return _BlockTime(max(0.0, end), hold, work)
+        return max(0.0, _seconds(self._backend, gap.begin, end) - waited)
 
     def _unit_times(self, times: dict[int, _BlockTime]) -> tuple[UnitTime, ...]:
         """Of every unit the median of its kind: of the units in its place in blocks that are like its own."""
@@ -260,7 +278,7 @@ class Recorder:
         times = self._backend.copy_times()
         total = sum(time.nbytes for time in times)
         times = [time for time in times if time.nbytes >= LEAST_TIMED_BYTES] or times
-        busy = sum(self._seconds(time.begin, time.end) for time in times)
+        busy = sum(_seconds(self._backend, time.begin, time.end) for time in times)
         if busy <= 0:
             return None
         bus = sum(time.nbytes for time in times) / busy
@@ -268,11 +286,6 @@ class Recorder:
             return bus
         direct = max(0, total - self._staged.nbytes)
         return (direct + self._staged.nbytes) / (direct / bus + self._staged.seconds)
-
-    def _seconds(self, begin: Moment, end: Moment) -> float:
-        seconds = self._backend.seconds(begin, end)
-        assert seconds is not None, "a step is not over"
-        return seconds
 
     def _run_of(self, unit: int) -> _BlockRun | None:
         block = self._outline.unit_block[unit]
@@ -319,3 +332,37 @@ class Recorder:
 
 def _summed(one: dict[int, float], other: dict[int, float]) -> dict[int, float]:
     return {unit: one.get(unit, 0.0) + other.get(unit, 0.0) for unit in {**one, **other}}
+
+
+def _compute_of(backend: Backend, run: _BlockRun) -> float:
+    """Compute of a run, once it is over. It refers to earlier runs alone, so that nothing goes in a circle."""
+    backend.synchronize()
+    return _block_time(backend, run).seconds
+
+
+def _block_time(backend: Backend, run: _BlockRun) -> _BlockTime:
+    hold: dict[int, float] = {}
+    work: dict[int, float] = {}
+    begun: dict[int, float] = {}
+    now, stalled, last = 0.0, 0.0, None
+    for event in run.events:
+        if not isinstance(event, _Mark):
+            stalled += event() or 0.0
+            continue
+        now = _seconds(backend, run.begin, event.moment) - stalled
+        if not event.begins:
+            hold[event.unit] = hold.get(event.unit, 0.0) + now - begun[event.unit]
+            continue
+        if last is not None:
+            work[last] = work.get(last, 0.0) + now - begun[last]
+        begun[event.unit], last = now, event.unit
+    end = _seconds(backend, run.begin, run.end) - stalled
+    if last is not None:
+        work[last] = work.get(last, 0.0) + end - begun[last]
+    return _BlockTime(max(0.0, end), hold, work)
+
+
+def _seconds(backend: Backend, begin: Moment, end: Moment) -> float:
+    seconds = backend.seconds(begin, end)
+    assert seconds is not None, "a step is not over"
+    return seconds

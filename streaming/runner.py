@@ -12,6 +12,7 @@ asks for it (residency.py).
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -23,9 +24,9 @@ from .plan import Plan
 from .planner import Planner
 from .recorder import Recorder
 from .state import State
-from .telemetry import StallListener
 
 if TYPE_CHECKING:
+    from .group import Group
     from .streamer import Streamer
 
 logger = logging.getLogger(__name__)
@@ -46,16 +47,17 @@ class Runner:
 
     Args:
         planner: decides what to have on the device.
-        listeners: are told of compute that waits for copies.
+        group: the streamers of the model, on other devices too.
 
     Attributes:
         recorder: measures the step that runs, or comes next; None when there is nothing to learn from it.
     """
 
-    def __init__(self, planner: Planner, listeners: list[StallListener]) -> None:
+    def __init__(self, planner: Planner, group: Group) -> None:
         self.recorder: Recorder | None = None
         self._planner = planner
-        self._listeners = listeners
+        self._group = group
+        self._has_learned = False
 
     def run(
         self,
@@ -96,12 +98,13 @@ class Runner:
                 streamer.settle()
             # Not inside of "except": the error's frames would keep the activations of the failed step alive.
             remedy(reason)
+            streamer.counters.reruns += 1
             if streamer.state is State.REDUCED:  # A weight could not be brought, in the step that failed or now.
                 self._make_whole(streamer, reload, streamer.plan, reason)
 
     def finish(self, streamer: Streamer) -> None:
         """No step comes next: keep what the last one has shown, and measure no more."""
-        self._learn(streamer)
+        self.learn(streamer)
         self._stop_recording()
 
     # -- before a step -------------------------------------------------------------------------------------------
@@ -114,7 +117,8 @@ class Runner:
         estimate: Callable[[], int] | None,
     ) -> None:
         """Fit the plan to what is known (Note: what the first steps teach)."""
-        measured = self._learn(streamer)
+        self._group.learn()
+        measured, self._has_learned = self._has_learned, False
         plan, moves = self._planner.plan_step(shape, streamer.standing, streamer.memory(), measured, estimate)
         if moves:
             streamer.load_within(plan, reload)
@@ -125,26 +129,27 @@ class Runner:
             self._record(streamer, wanted)
         streamer.build()
 
-    def _learn(self, streamer: Streamer) -> bool:
+    def learn(self, streamer: Streamer) -> None:
         """Keep what the step before has shown, if it was measured; waits for the device then."""
         if self.recorder is None or not self.recorder.complete:
-            return False
+            return
         streamer.drain()
         self._planner.learn(self.recorder)
         self._stop_recording()
-        return True
+        self._has_learned = True
 
     def _record(self, streamer: Streamer, wanted: bool) -> None:
         """Measure the next step, or stop measuring."""
         self._stop_recording()
         if wanted:
-            self.recorder = Recorder(streamer.outline, streamer.backend, streamer.reader)
-            self._listeners.append(self.recorder.stalled)
+            tells = weakref.WeakMethod(self._group.computed)  # The group knows its listeners.
+            self.recorder = Recorder(streamer.outline, streamer.backend, streamer.reader, tells)
+            self._group.listeners.append(self.recorder)
         streamer.attach_hooks()
 
     def _stop_recording(self) -> None:
         if self.recorder is not None:
-            self._listeners.remove(self.recorder.stalled)
+            self._group.listeners.remove(self.recorder)
             self.recorder.close()
         self.recorder = None
 

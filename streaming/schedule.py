@@ -1,29 +1,33 @@
-"""What is copied next, and into which slot. Pure: it knows numbers of segments and slots, no tensors and no streams.
+"""What is copied next. Pure: it knows numbers of segments and where they lie, no tensors and no streams.
 
 [Note: prediction]
 The order of segments is learned from the last whole forward and used as a cycle, so the end of one step asks for the
 start of the next. It may be wrong at any time: blocks are skipped, repeated, replaced or reordered by other nodes. So
-nothing here relies on it. ``enter`` looks the segment up by its number; when no slot holds it that is a miss, and the
-caller copies it then. ``upcoming`` starts again from where the segment was found, and slots that hold segments which
-are not among the upcoming ones are the first to be reused. A wrong prediction costs time, never a wrong weight.
+nothing here relies on it. ``enter`` looks the segment up by its number; when it is not held that is a miss, and the
+caller copies it then. ``upcoming`` starts again from where the segment was found. A segment is copied ahead as soon as
+nothing lies in its place that runs, or is needed before it. A wrong prediction costs time, never a wrong weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from enum import Enum
+from itertools import takewhile
 from typing import NamedTuple
-
-from .errors import RingExhaustedError
 
 # No model runs so many segments in one forward.
 LONGEST_STEP = 100_000
 
 
-class Entry(NamedTuple):
-    """Where a segment that is needed now is, or must be copied to."""
+class Entry(Enum):
+    """How a segment is found that is needed now."""
 
-    slot: int
-    hit: bool
+    HELD = "held"
+    """It is in its place, or on its way there."""
+    MISSING = "missing"
+    """It must be copied to its place, where nothing is held now."""
+    CROWDED_OUT = "crowded out"
+    """A segment that runs is in its place."""
 
 
 class Copy(NamedTuple):
@@ -34,70 +38,83 @@ class Copy(NamedTuple):
     """
 
     segment: int
-    slot: int
     opening: bool
 
 
 class Schedule:
-    """The slots of one device's ring, and who gets them.
+    """Which segments are in the staging memory of one device.
 
     Args:
         order: the streamed segments in the order in which they are expected; a segment may stand in it more than once.
-        slots: number of slots, 1 or more.
-        lookahead: upcoming segments that are held in slots ahead of their use; 0 copies nothing ahead.
+        spans: the place of each segment, by its number; where two overlap only one of them is held.
+        ahead: whether segments are copied before they are needed.
     """
 
-    def __init__(self, order: Sequence[int], slots: int, lookahead: int) -> None:
-        self._learn(order)
-        self.lookahead = min(lookahead, slots)
-        self._held: list[int | None] = [None] * slots
-        self._users = [0] * slots
+    def __init__(self, order: Sequence[int], spans: Sequence[range], ahead: bool = True) -> None:
+        self.ahead = ahead
+        self._starts = [span.start for span in spans]
+        self._stops = [span.stop for span in spans]
+        self._held: dict[int, None] = {}
+        self._users = [0] * len(spans)
         self._position = 0
         self._trace: list[int] = []
+        self.order: list[int] = []
+        self._learn(order)
 
-    def slot_of(self, segment: int) -> int | None:
-        return self._held.index(segment) if segment in self._held else None
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Segments that are in their places, or on their way there."""
+        return tuple(self._held)
 
     def enter(self, segment: int) -> Entry:
-        """A segment starts. Its slot is not given to another segment until it has left.
-
-        Raises:
-            RingExhaustedError: it is in no slot, and every slot is used by a segment that is still running.
-        """
+        """A segment starts. Nothing is copied to its place until it has left, unless it was crowded out."""
         if len(self._trace) >= LONGEST_STEP:
             self._trace.clear()  # Somebody runs segments and never a whole step: there is nothing to learn.
         self._trace.append(segment)
         self._advance_past(segment)
-        slot = self.slot_of(segment)
-        hit = slot is not None
-        if slot is None:
-            slot = self._victim()
-            self._held[slot] = segment
-        self._users[slot] += 1
-        return Entry(slot, hit)
+        found = Entry.HELD
+        if segment not in self._held:
+            others = self._in_place_of(segment)
+            if any(self._users[other] for other in others):
+                return Entry.CROWDED_OUT
+            self._clear(others)
+            found = Entry.MISSING
+        self._users[segment] += 1
+        return found
 
-    def leave(self, slot: int) -> None:
-        """The segment in ``slot`` ends; the slot may be reused when nobody else is in it."""
-        self._users[slot] -= 1
+    def leave(self, segment: int) -> None:
+        """The segment ends; others may be copied to its place when nobody else is in it."""
+        self._users[segment] -= 1
 
     def next_copy(self) -> Copy | None:
-        """The most urgent segment to copy ahead, taken as copied; None when the slots hold all that is wanted."""
-        wanted = self.upcoming(self.lookahead)
-        segment = next((segment for segment in wanted if segment not in self._held), None)
-        slot = self._spare(wanted) if segment is not None else None
-        if segment is None or slot is None:
+        """The most urgent segment to copy ahead; None when what is in its place is needed before, or runs."""
+        if not self.ahead:
             return None
-        self._held[slot] = segment
-        return Copy(segment, slot, segment in self.order[: self.lookahead])
+        upcoming = self._upcoming()
+        sooner = list(takewhile(self._held.__contains__, upcoming))
+        if len(sooner) == len(upcoming):
+            return None
+        segment, users = upcoming[len(sooner)], self._users
+        others = self._in_place_of(segment)
+        for other in others:
+            if users[other] or other in sooner:
+                return None
+        self._clear(others)
+        return Copy(segment, segment in self._opening)
 
-    def drop(self, slot: int) -> None:
-        """The copy into ``slot`` failed: it holds nothing."""
-        self._held[slot] = None
+    def hold(self, segment: int) -> None:
+        """It is in its place, or on its way there. Said when that is so, and not before: an interrupt may come."""
+        self._held[segment] = None
+
+    def drop(self, segment: int) -> None:
+        """It is not in its place: somebody has written to it, say."""
+        self._held.pop(segment, None)
 
     def begin_step(self) -> None:
-        """A forward begins. What an earlier one left behind that did not come to its end is forgotten."""
+        """A forward begins; no segment is running. What one left behind that did not come to its end is forgotten."""
         self._trace = []
         self._position = 0
+        self._users = [0] * len(self._starts)
 
     def end_step(self, completed: bool) -> None:
         """A forward ends. A whole one becomes the prediction of the next."""
@@ -106,28 +123,29 @@ class Schedule:
         self.begin_step()
 
     def forget(self) -> None:
-        """The contents of all slots are out of date; no segment may be running."""
-        self._held = [None] * len(self._held)
+        """What is held is out of date; no segment may be running."""
+        self._held.clear()
 
     def upcoming(self, count: int) -> list[int]:
         """The next ``count`` different segments, in the order in which they are expected."""
-        if len(self._distinct) == len(self.order):
-            ahead = self.order[self._position : self._position + count]
-            return ahead + self.order[: min(count - len(ahead), self._position)]
-        return [segment for segment, _ in zip(self._upcoming_unique(), range(count), strict=False)]
+        return self._upcoming()[:count]
 
     def _learn(self, order: Sequence[int]) -> None:
+        if order == self.order:
+            return
         self.order = list(order)
-        self._distinct = set(order)
+        self._cycle = self.order * 2
+        self._distinct = len(set(order)) == len(order)
+        self._opening: list[int] = []
+        for segment in dict.fromkeys(order):
+            if any(self._overlap(segment, other) for other in self._opening):
+                break
+            self._opening.append(segment)
 
-    def _upcoming_unique(self) -> Iterator[int]:
-        seen: set[int] = set()
-        length = len(self.order)
-        for step in range(length):
-            segment = self.order[(self._position + step) % length]
-            if segment not in seen:
-                seen.add(segment)
-                yield segment
+    def _upcoming(self) -> list[int]:
+        """All segments, in the order in which they are expected from now on."""
+        ahead = self._cycle[self._position : self._position + len(self.order)]
+        return ahead if self._distinct else list(dict.fromkeys(ahead))
 
     def _advance_past(self, segment: int) -> None:
         length = len(self.order)
@@ -137,20 +155,15 @@ class Schedule:
                 self._position = (index + 1) % length
                 return
 
-    def _victim(self) -> int:
-        """The slot to overwrite for a miss: an empty one, else the one whose segment is needed last."""
-        distance = {segment: step for step, segment in enumerate(self._upcoming_unique())}
-        idle = [slot for slot, users in enumerate(self._users) if users == 0]
-        if not idle:
-            raise RingExhaustedError(
-                f"all {len(self._held)} staging slots are used by segments that are still running; "
-                "raise the number of slots"
-            )
-        far = len(distance)
-        return max(idle, key=lambda slot: far + 1 if self._held[slot] is None else distance.get(self._held[slot], far))
+    def _in_place_of(self, segment: int) -> list[int]:
+        """Held segments that lie where ``segment`` will."""
+        starts, stops = self._starts, self._stops
+        start, stop = starts[segment], stops[segment]
+        return [other for other in self._held if starts[other] < stop and start < stops[other]]
 
-    def _spare(self, wanted: Sequence[int]) -> int | None:
-        for slot, held in enumerate(self._held):
-            if self._users[slot] == 0 and held not in wanted:
-                return slot
-        return None
+    def _overlap(self, one: int, other: int) -> bool:
+        return self._starts[one] < self._stops[other] and self._starts[other] < self._stops[one]
+
+    def _clear(self, others: Sequence[int]) -> None:
+        for other in others:
+            del self._held[other]

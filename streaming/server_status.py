@@ -63,10 +63,11 @@ def describe_model(model: dict[str, Any]) -> list[str]:
         return [*lines, "  no run has ended yet"]
     step = "" if run["step_seconds"] is None else f" of {run['step_seconds']:.3f} s"
     rate = "" if run["rate"] is None else f", {format_bytes(run['rate'])}/s on average"
+    again = f" ({run['reruns']} ran again)" if run["reruns"] else ""
     damaged = f"; {run['corrupted']} arrived damaged" if run["corrupted"] else ""
     return [
         *lines,
-        f"  last run: {run['steps']} steps{step}; {format_bytes(run['bytes'])} copied{rate}",
+        f"  last run: {run['steps']} steps{again}{step}; {format_bytes(run['bytes'])} copied{rate}",
         f"  waited {run['stall_ms_per_block']:.3f} ms a block and step; {run['misses']} copies came late{damaged}",
     ]
 

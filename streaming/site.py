@@ -15,7 +15,7 @@ from .masters import Patches
 from .placement import Placement
 from .plan import Plan
 from .supply import Supply, Watch
-from .telemetry import Counters, Meters, StallListener
+from .telemetry import Counters, Meters, StepListener
 from .verify import NoVerifier
 
 
@@ -49,7 +49,7 @@ class Site:
         watch: Watch,
         counters: Counters,
         verifier: NoVerifier,
-        listeners: Sequence[StallListener],
+        listeners: Sequence[StepListener],
     ) -> None:
         largest = max(unit.nbytes for unit in (*blocks.units, blocks.rest))
         self.backend = backend
@@ -184,6 +184,7 @@ class Site:
         self.drop_lane()
         self.placement.clear_device()
         self.supply.reader.close()
+        self.backend.close_feeders()
         self.unbuilt = False
 
     def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:

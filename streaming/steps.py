@@ -144,8 +144,7 @@ class Steps:
             self._end_others(block := self._outline.unit_block[unit])
             if self._by_units.begin_unit(block):
                 self._enter(block)
-        if self._site.placement.arriving:
-            self._site.placement.arrive(self._outline.unit_block[unit])  # It may run outside of its block.
+        self._arrive(self._outline.unit_block[unit])  # It may run outside of its block.
         lane = self._site.lane
         if lane is not None and (number := lane.segment_of.get(unit)) is not None:
             lane.enter(number)
@@ -177,12 +176,20 @@ class Steps:
     # -- blocks --------------------------------------------------------------------------------------------------
 
     def _enter(self, block: int) -> None:
-        if self._site.placement.arriving:
-            self._site.placement.arrive(block)
+        self._arrive(block)
         if self._site.lane is not None:
             self._site.lane.enter_block(block)
         if self._recorder is not None:
             self._recorder.begin_block(block)
+
+    def _arrive(self, block: int) -> None:
+        """Have compute wait for residents of ``block`` that are still on their way."""
+        placement, backend = self._site.placement, self._site.backend
+        if block in placement.arriving:
+            before = backend.moment()
+            placement.arrive(block)
+            after = backend.moment()
+            self._site.meters.stalls.add(lambda: backend.seconds(before, after))
 
     def _leave(self, block: int) -> None:
         if self._recorder is not None:

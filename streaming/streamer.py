@@ -26,6 +26,7 @@ from .backend import Backend, DeviceMemory, is_out_of_memory
 from .blocks import BlockSet
 from .changes import Changes
 from .config import StreamingConfig, format_bytes
+from .group import Group
 from .masters import NoPatches, Patches
 from .plan import Plan
 from .planner import Planner
@@ -38,7 +39,7 @@ from .spread import order_of_residency
 from .state import Standing, State
 from .steps import Steps
 from .supply import Watch
-from .telemetry import Activity, Counters, Run, Snapshot, StallListener
+from .telemetry import Activity, Counters, Run, Snapshot
 from .verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,11 @@ class Streamer:
         pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
         evictable: tells how many bytes others on a device would give up for us, beside what is free.
         watch: is told how far loading is, and may cancel it.
-        listeners: are told when compute waits for a copy. The streamers of a model on several devices share them: what
-            one waits for lies between the blocks of the others.
+        group: the streamers of a model on several devices; what one computes, and waits for, lies between the blocks of
+            the others. None is one alone.
 
     Attributes:
+        group: see above.
         moves: how often weights were loaded, given up or unloaded.
     """
 
@@ -76,7 +78,7 @@ class Streamer:
         pins: PinBudget | None = None,
         evictable: Callable[[torch.device], int] = lambda device: 0,
         watch: Watch = lambda progress: None,
-        listeners: list[StallListener] | None = None,
+        group: Group | None = None,
     ) -> None:
         self.blocks = blocks
         self.outline = blocks.outline
@@ -96,8 +98,9 @@ class Streamer:
         self._pins = pins
         self._evictable = evictable
         self._watch = watch
-        self._listeners = [] if listeners is None else listeners
-        self._planner = Planner(self.outline, config)
+        self.group = Group() if group is None else group
+        self._seconds_of = self.group.join(self)
+        self._planner = self._make_planner()
         self._verifier = self._make_verifier()
         self._equip(backend)
         self.site.placement.show()
@@ -419,7 +422,7 @@ class Streamer:
             loaded = False
         self._planner.take_up(blocks.outline)
         if not same:
-            self._runner = Runner(self._planner, self._listeners)
+            self._runner = Runner(self._planner, self.group)
         self._steps = Steps(self._root, self.blocks, self.site, self._planner)
         self._steps.state = State.REDUCED if loaded else State.UNLOADED
 
@@ -502,7 +505,7 @@ class Streamer:
         """Stream these blocks of the same root from the next load on; nothing of what was built is kept."""
         self.unload()
         self.blocks, self.outline = blocks, blocks.outline
-        self._planner, self._verifier = Planner(self.outline, self.config), self._make_verifier()
+        self._planner, self._verifier = self._make_planner(), self._make_verifier()
         self.move_to(self.backend)
         self.site.placement.show()
 
@@ -517,7 +520,7 @@ class Streamer:
             before, self.config = self.config, config
             if config.verify != before.verify:
                 self._verifier = self._make_verifier()
-            self._planner = Planner(self.outline, config)
+            self._planner = self._make_planner()
             self.move_to(self.backend)
 
     def close(self) -> None:
@@ -531,11 +534,14 @@ class Streamer:
 
     def _equip(self, backend: Backend) -> None:
         """Have what it takes to stream to ``backend``."""
-        told = (self._pins, self._watch, self.counters, self._verifier, self._listeners)
+        told = (self._pins, self._watch, self.counters, self._verifier, self.group.listeners)
         self.site = Site(self.blocks, backend, self.config, *told)
         self.site.supply.arena.budget.join(self)
         self._steps = Steps(self._root, self.blocks, self.site, self._planner)
-        self._runner = Runner(self._planner, self._listeners)
+        self._runner = Runner(self._planner, self.group)
+
+    def _make_planner(self) -> Planner:
+        return Planner(self.outline, self.config, self._seconds_of)
 
     def _make_verifier(self, blocks: BlockSet | None = None) -> NoVerifier:
         return Verifier(blocks or self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
@@ -548,6 +554,10 @@ class Streamer:
     def begin_step(self) -> None:
         """A forward of the root has begun before there were hooks to tell of it."""
         self._steps.begin_step()
+
+    def learn(self) -> None:
+        """Keep what the step before has shown, if it was measured; waits for the device then. No step runs."""
+        self._runner.learn(self)
 
     def settle(self) -> None:
         """Release what an exception or an interrupt left bound. Harmless when there is nothing."""

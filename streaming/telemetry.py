@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .backend import Backend, Moment, Stall
 
@@ -23,6 +23,7 @@ class Counters:
     Attributes:
         runs: times that somebody got it ready to run.
         steps: whole forwards.
+        reruns: times that a step ran again: memory ran out, or a weight was not where it was read.
         copies, streamed_bytes: segments copied to the device, ahead or late, and their bytes.
         hits, misses: segments that were in a slot, or on their way to one, when they were needed; and not.
         stalls, stall_seconds: times that compute waited for a copy, and for how long in all.
@@ -31,6 +32,7 @@ class Counters:
 
     runs: int = 0
     steps: int = 0
+    reruns: int = 0
     copies: int = 0
     streamed_bytes: int = 0
     hits: int = 0
@@ -76,8 +78,14 @@ class Activity(NamedTuple):
     last_run: Run | None
 
 
-# Told of each wait for a copy.
-StallListener = Callable[[Stall], None]
+class StepListener(Protocol):
+    """Measures a step, which may run on several devices."""
+
+    def stalled(self, stall: Stall) -> None:
+        """Compute waits for a copy."""
+
+    def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
+        """A block has run on ``device``; ``seconds`` gives its compute once that is over, and waits for it."""
 
 
 class StallMeter:
@@ -90,7 +98,7 @@ class StallMeter:
     Only the thread that runs the model may use it: a status that another thread asks for reads the counters alone.
     """
 
-    def __init__(self, counters: Counters, listeners: Sequence[StallListener] = ()) -> None:
+    def __init__(self, counters: Counters, listeners: Sequence[StepListener] = ()) -> None:
         self._counters = counters
         self._listeners = listeners
         # Bounded, for callers that run blocks outside of the root's forward and so never collect.
@@ -99,7 +107,7 @@ class StallMeter:
     def add(self, stall: Stall) -> None:
         self._pending.append(stall)
         for listener in self._listeners:
-            listener(stall)
+            listener.stalled(stall)
 
     def collect(self) -> None:
         """Count the waits that are over by now. They end in the order in which they began."""
@@ -176,7 +184,7 @@ class Meters:
         overwritten: what somebody has written to while it was in a slot, so that it is lost; nobody has been told yet.
     """
 
-    def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StallListener]) -> None:
+    def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StepListener]) -> None:
         self.counters = counters
         self.overwritten: list[str] = []
         self.stalls = StallMeter(counters, listeners)

@@ -34,13 +34,19 @@ def timeline(outline: Outline, profile: Profile) -> tuple[Moment, ...]:
     now = max(0.0, profile.other_seconds - sum(gaps))
     for block in blocks_in_order(outline, profile):
         now += gaps[block]
-        block_begin = now
-        head, times = _unit_times(outline, profile, block)
-        now += head
-        for unit in units_in_order(outline, profile, block):
-            found.append(Moment(unit, now, now + times[unit].hold, block_begin))
-            now += times[unit].work
+        moments, now = block_moments(outline, profile, block, now)
+        found += moments
     return tuple(found)
+
+
+def block_moments(outline: Outline, profile: Profile, block: int, begin: float) -> tuple[list[Moment], float]:
+    """The units of a block that begins then, in the order of their need, and when it ends."""
+    head, times = _unit_times(outline, profile, block)
+    found, now = [], begin + head
+    for unit in units_in_order(outline, profile, block):
+        found.append(Moment(unit, now, now + times[unit].hold, begin))
+        now += times[unit].work
+    return found, now
 
 
 def blocks_in_order(outline: Outline, profile: Profile) -> Iterable[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import NamedTuple, TypeVar
@@ -92,7 +92,7 @@ class Transfer:
         error: what went wrong first.
     """
 
-    def __init__(self, after: Event | None, fine: bool) -> None:
+    def __init__(self, after: Sequence[Event], fine: bool) -> None:
         self.queued: Future[Event] = Future()
         self.events: list[Event] = []
         self.after = after

@@ -27,7 +27,6 @@ from .contents import read_range
 from .errors import CorruptionError
 from .lane import Lane, Place, places_in
 from .masters import UnitCopies
-from .schedule import Entry
 from .telemetry import Counters
 
 logger = logging.getLogger(__name__)
@@ -157,9 +156,7 @@ class _VerifiedLane(Lane):
         super().__init__(*args)
         self._verifier = verifier
 
-    def _wait(self, number: int, entry: Entry) -> None:
-        super()._wait(number, entry)
-        buffer = self._ring.slots[entry.slot].buffer
+    def _arrived(self, number: int, buffer: torch.Tensor) -> None:
         with self._backend.record.paused():  # The sums are in some steps and not in others.
             self._verifier.check(f"segment {number}", places_in(buffer, self._copies[number]))
 

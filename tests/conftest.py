@@ -49,7 +49,7 @@ def _prepare() -> None:
     if not comfyui or not (Path(comfyui) / "comfy").is_dir():
         raise pytest.UsageError("COMFYUI_PATH must name a ComfyUI folder; run the tests with: python3 dev.py test")
     os.environ["WEIGHTSTREAM_VIRTUAL"] = VIRTUAL_DEVICES
-    helpers = [str(ROOT / "tests" / folder) for folder in ("streaming", "nodes", "browser")]
+    helpers = [str(ROOT / "tests" / folder) for folder in ("streaming", "nodes", "browser", "gpu")]
     sys.path[:0] = [comfyui, *helpers]
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))

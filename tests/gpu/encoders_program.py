@@ -1,35 +1,20 @@
-"""Text encoders as ComfyUI runs them and through our settings: prints which results agree, as JSON.
-
-    python encoders_program.py COMFYUI FOLDER [host flags]
-
-FOLDER takes the files of the encoders. As host_program.py. With --cpu, and WEIGHTSTREAM_VIRTUAL set, it runs without a
-GPU.
-"""
+"""Text encoders say the same as ComfyUI runs them and through our settings (programs.py)."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+import programs
 
-ROOT = Path(__file__).resolve().parents[2]
 MODES = {"auto": "streamed", "stream": "streamed", "sync": "synchronous"}
 
 
-def main() -> None:
-    comfyui, folder, *flags = sys.argv[1:]
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
-    import comfy_host
-
-    comfy_host.start(Path(comfyui), flags)
-    comfy_host.load_pack("WeightStreamOffloadSettings")
+def cases(found: programs.Found) -> None:
     import comfy.model_management as mm
     import torch
     from safetensors.torch import load_file
     from text_encoders import FAMILIES, PROMPTS, encode, load, random_patches, write_encoder
-    from weightstream_pack.nodes.offload import Mode, OffloadSettings
-    from weightstream_pack.nodes.settings import with_settings
-    from weightstream_pack.nodes.text_encoder import with_patcher
+    from weightstream.nodes.offload import Mode, OffloadSettings
+    from weightstream.nodes.settings import with_settings
+    from weightstream.nodes.text_encoder import with_patcher
 
     def stream(clip, mode: str, limit: int | None):
         with torch.inference_mode():
@@ -44,23 +29,24 @@ def main() -> None:
     def said(clip, runs: int = 1):
         """What the encoder says of all prompts; of several runs the last, with the weights settled on the card."""
         for _ in range(runs):
-            found = [tensor for text in PROMPTS for tensor in encode(clip, text)]
-        return found
+            latest = [tensor for text in PROMPTS for tensor in encode(clip, text)]
+        return latest
 
     def same(ones, others) -> bool:
         return len(ones) == len(others) > 0 and all(map(torch.equal, ones, others))
 
-    agree: dict[str, bool] = {}
-    devices = set()
-    for name, family in FAMILIES.items():
-        path = Path(folder) / f"{name}.safetensors"
+    agree, devices = found.agree, set()
+    modes = MODES if not found.small else {"auto": MODES["auto"]}
+    names = ["qwen"] if found.small else [*FAMILIES]
+    for name in names:
+        family, path = FAMILIES[name], found.folder / f"{name}.safetensors"
         write_encoder(family, path)
         clip = load(family, path)
         devices.add(clip.patcher.load_device)
         expected, patched = said(clip, runs=2), said(patch(clip), runs=2)
         agree[f"{name}, the patch changes what is said"] = not same(expected, patched)
         limit = clip.patcher.model_size() * 2 // 3
-        for mode, state in MODES.items():
+        for mode, state in modes.items():
             ours = stream(clip, mode, limit)
             for run in range(2):
                 agree[f"{name}, {mode}, run {run}"] = same(said(ours), expected)
@@ -77,16 +63,15 @@ def main() -> None:
             mm.unload_all_models()
             agree[f"{name}, {mode}, memory given back"] = ours.patcher.status()["device_bytes"] == 0
     # From a file that cannot be mapped: its weights are shared, by modules that the host has run.
-    family, pickled = FAMILIES["t5"], Path(folder) / "t5.pt"
-    torch.save(load_file(Path(folder) / "t5.safetensors"), pickled)
+    family, pickled = FAMILIES[names[0]], found.folder / f"{names[0]}.pt"
+    torch.save(load_file(found.folder / f"{names[0]}.safetensors"), pickled)
     clip = load(family, pickled)
     expected, patched = said(clip, runs=2), said(patch(clip), runs=2)
     ours = stream(clip, "stream", None)
     agree["shared"] = same(said(ours), expected) and same(said(patch(ours)), patched)
     agree["shared, streams"] = ours.patcher.status()["counters"]["streamed_bytes"] > 0
     agree["all on the device"] = devices == {mm.get_torch_device()}
-    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
 
 
 if __name__ == "__main__":
-    main()
+    programs.alone(cases)

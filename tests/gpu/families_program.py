@@ -1,28 +1,20 @@
-"""Every family with its blocks on two GPUs in turn: prints which latents agree with those of one, as JSON.
+"""Every family with its blocks on two GPUs in turn gives the latents of one (programs.py).
 
-    python families_program.py COMFYUI FOLDER [host flags]
-
-The last line. FOLDER is not used; FAMILIES=2/4 takes the second quarter of them. As host_program.py; it needs two GPUs.
-With --cpu, and WEIGHTSTREAM_VIRTUAL=2x100MB, it runs without any.
+FAMILIES=2/4 takes the second quarter of them. It needs two GPUs, or WEIGHTSTREAM_VIRTUAL=2x100MB.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import programs
+
+# In the smallest form.
+FEW = ("Flux", "Lumina2")
 
 
-def main() -> None:
-    comfyui, _, *flags = sys.argv[1:]
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
-    import comfy_host
-
-    comfy_host.start(Path(comfyui), flags)
-    comfy_host.load_pack("WeightStreamGPUPlacement", "weightstream")  # As the modules of the test suite know it.
+def cases(found: programs.Found) -> None:
     import comfy.model_management as mm
     import torch
     from comfy.model_patcher import ModelPatcher
@@ -48,10 +40,11 @@ def main() -> None:
         split_blocks(patcher, gpus, [1.0, 1.0])
         return patcher
 
-    agree: dict[str, bool] = {}
-    notes: dict[str, str] = {}
+    agree, notes = found.agree, {}
+    found.facts["notes"] = notes
     part, parts = map(int, os.environ.get("FAMILIES", "1/1").split("/"))
-    for name, family in list(FAMILIES.items())[part - 1 :: parts]:
+    for name in FEW if found.small else list(FAMILIES)[part - 1 :: parts]:
+        family = FAMILIES[name]
         native = ModelPatcher(build_tiny(name, family), gpus[0], cpu)
         sample(native, family)
         expected = sample(native, family)
@@ -71,8 +64,7 @@ def main() -> None:
             agree[f"{name}: {type(error).__name__}: {str(error)[:300]}"] = False
         mm.unload_all_models()
         print(name, agree.get(name), file=sys.stderr, flush=True)
-    print(json.dumps({"device": mm.get_torch_device_name(gpus[0]), "agree": agree, "notes": notes}))
 
 
 if __name__ == "__main__":
-    main()
+    programs.alone(cases)

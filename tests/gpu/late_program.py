@@ -1,16 +1,13 @@
-"""The engine with units of real size on a device that is late: prints which cases agree, as JSON in the last line.
+"""The engine computes the same with units of real size on a device that is late (programs.py).
 
-    python late_program.py COMFYUI FOLDER [host flags]
-
-FOLDER is empty, for a file. Kernels, patches and copies begin long after they were queued (``torch.cuda._sleep``), and
-host memory that is let go of is overwritten at once, so whatever does not wait computes with something else. With
---cpu, and WEIGHTSTREAM_VIRTUAL=1x100MB, the same runs in small on a virtual device.
+Kernels, patches and copies begin long after they were queued (``torch.cuda._sleep``), and host memory that is let go of
+is overwritten at once, so whatever does not wait computes with something else. On a CPU the same runs in small on a
+virtual device.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import sys
 import time
@@ -18,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[2]
+import programs
+
 # About 10 ms of a GPU: ten times what copying 50 MB takes.
 LATE_CYCLES = 20_000_000
 LATE_SECONDS = 0.0005
@@ -206,7 +204,7 @@ def late_unlocking(case: Case) -> None:
                 del other
 
 
-CASES: dict[str, Callable[[Case], None]] = {
+WAYS: dict[str, Callable[[Case], None]] = {
     "kernels": late_kernels,
     "patch kernels": late_patch_kernels,
     "copies": late_copies_ahead,
@@ -215,26 +213,17 @@ CASES: dict[str, Callable[[Case], None]] = {
 }
 
 
-def main() -> None:
-    comfyui, folder, *flags = sys.argv[1:]
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "streaming")]
-    import comfy_host
-
-    comfy_host.start(Path(comfyui), flags)
-    comfy_host.load_pack("WeightStreamModelLoader", "weightstream")  # As the modules of the test suite know it.
-    import comfy.model_management as mm
+def cases(found: programs.Found) -> None:
     import torch
 
-    agree: dict[str, bool] = {}
     with torch.no_grad():
-        case = Case(Path(folder), mm.get_torch_device().type == "cuda")
-        for name, run in CASES.items():
+        case = Case(found.folder, on_gpu=not found.small)
+        for name, run in WAYS.items():
             began = time.monotonic()
             run(case)
-            agree[name] = case.agrees()
+            found.agree[name] = case.agrees()
             print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
 
 
 if __name__ == "__main__":
-    main()
+    programs.alone(cases)

@@ -1,42 +1,27 @@
-"""A MODEL, a CLIP and a VAE on each device through our placement: prints which results agree, as JSON in the last line.
-
-    python placement_program.py COMFYUI FOLDER [host flags]
-
-FOLDER holds tiny-flux.safetensors and takes the files of the others. As host_program.py. With --cpu, and
-WEIGHTSTREAM_VIRTUAL set, it runs without a GPU.
-"""
+"""A MODEL, a CLIP and a VAE give the same on each device through our placement (programs.py)."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+import programs
 
-ROOT = Path(__file__).resolve().parents[2]
+# In the smallest form.
+FEW_KINDS = ("wan",)
 
 
-def main() -> None:
-    comfyui, folder, *flags = sys.argv[1:]
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
-    import comfy_host
-
-    comfy_host.start(Path(comfyui), flags)
-    import comfy.model_management as mm
+def cases(found: programs.Found) -> None:
     import comfy.sd
     import comfy.utils
-    import folder_paths
     import torch
     from sampling import MODEL, sample
     from text_encoders import FAMILIES, PROMPTS, encode, load, write_encoder
     from vaes import KINDS, VAE, decode, load_vae, results, write_kind, write_vae
-
-    for kind in ("diffusion_models", "vae"):
-        folder_paths.add_model_folder_path(kind, folder)
-    node = comfy_host.load_pack("WeightStreamGPUPlacement")
-    from weightstream_pack.nodes.gpus import visible_gpus
-    from weightstream_pack.nodes.loader import load_streamed
+    from weightstream.nodes.gpus import visible_gpus
+    from weightstream.nodes.loader import load_streamed
 
     import nodes as host_nodes
+
+    programs.write_flux_files(found.folder, "diffusion_models", "vae")
+    node, agree = programs.node("WeightStreamGPUPlacement"), found.agree
 
     def place(model, **inputs):
         with torch.inference_mode():
@@ -56,15 +41,14 @@ def main() -> None:
     def same(ones, others) -> bool:
         return len(ones) == len(others) > 0 and all(map(torch.equal, ones, others))
 
-    agree: dict[str, bool] = {}
-    path = str(Path(folder) / MODEL)
-    write_encoder(FAMILIES["qwen"], Path(folder) / "qwen.safetensors")
-    write_vae(Path(folder) / VAE)
+    path = str(found.folder / MODEL)
+    write_encoder(FAMILIES["qwen"], found.folder / "qwen.safetensors")
+    write_vae(found.folder / VAE)
     with torch.inference_mode():
         streamed = load_streamed(path, {}, vram_limit=16 * 2**20)
         native = comfy.sd.load_diffusion_model(path)
         vae = host_nodes.VAELoader().load_vae(VAE)[0]
-    clip = load(FAMILIES["qwen"], Path(folder) / "qwen.safetensors")
+    clip = load(FAMILIES["qwen"], found.folder / "qwen.safetensors")
     for _ in range(2):  # The second is with the weights settled on the card.
         latents, said, image = sample(native), encode(clip, PROMPTS[1]), decode(vae)
 
@@ -74,17 +58,17 @@ def main() -> None:
             moved = place(model, devices=name)[0]
             sample(moved)  # As above: a GPU's first may differ from all of its later ones.
             for run in range(2):
-                found, seen = where(moved.model, lambda moved=moved: sample(moved))
-                agree[f"{kind} MODEL on {name}, run {run}"] = torch.equal(found, latents)
+                result, seen = where(moved.model, lambda moved=moved: sample(moved))
+                agree[f"{kind} MODEL on {name}, run {run}"] = torch.equal(result, latents)
                 agree[f"{kind} MODEL on {name}, computed there, run {run}"] = seen == there
         agree[f"streamed MODEL on {name}, streams"] = place(streamed, devices=name)[0].status()["mode"] == "streamed"
         moved_clip = place(native, devices=name, clip=clip, clip_device=name)[1]
-        found, seen = where(moved_clip.cond_stage_model, lambda moved=moved_clip: encode(moved, PROMPTS[1]))
-        agree[f"CLIP on {name}"] = same(found, said)
+        result, seen = where(moved_clip.cond_stage_model, lambda moved=moved_clip: encode(moved, PROMPTS[1]))
+        agree[f"CLIP on {name}"] = same(result, said)
         agree[f"CLIP on {name}, computed there"] = seen == there
         moved_vae = place(native, devices=name, vae=vae, vae_device=name)[2]
-        found, seen = where(moved_vae.first_stage_model, lambda moved=moved_vae: decode(moved))
-        agree[f"VAE on {name}"] = torch.equal(found, image)
+        result, seen = where(moved_vae.first_stage_model, lambda moved=moved_vae: decode(moved))
+        agree[f"VAE on {name}"] = torch.equal(result, image)
         agree[f"VAE on {name}, computed there"] = seen == there
     _, clip_on_cpu, vae_on_cpu = place(native, devices="gpu:0", clip=clip, clip_device="cpu", vae=vae, vae_device="cpu")
     cpu = {torch.device("cpu")}
@@ -97,26 +81,26 @@ def main() -> None:
         and torch.equal(decode(vae), image)
     )
     cpu_device = torch.device("cpu")
-    for kind in KINDS:
-        write_kind(kind, Path(folder) / f"{kind}.safetensors")
-        first = load_vae(f"{kind}.safetensors")
+    for kind in FEW_KINDS if found.small else KINDS:
+        file = found.folder / f"{kind}-vae.safetensors"
+        write_kind(kind, file)
+        first = load_vae(file.name)
         expected = [results(first, kind) for _ in range(2)][-1]  # As above.
         for name in [*visible_gpus(), "cpu"]:
             device = cpu_device if name == "cpu" else visible_gpus()[name]
             moved_vae = place(native, devices="gpu:0", vae=first, vae_device=name)[2]
             results(moved_vae, kind)
-            found, seen = where(moved_vae.first_stage_model, lambda moved=moved_vae, kind=kind: results(moved, kind))
+            result, seen = where(moved_vae.first_stage_model, lambda moved=moved_vae, kind=kind: results(moved, kind))
             agree[f"{kind} VAE on {name}, computed there"] = seen == {torch.empty(0, device=device).device}
             if name == "cpu":
-                tensors = comfy.utils.load_torch_file(str(Path(folder) / f"{kind}.safetensors"))
+                tensors = comfy.utils.load_torch_file(str(file))
                 wanted = results(comfy.sd.VAE(tensors, cpu_device), kind)
             else:
                 wanted = expected
-            for what, tensor in found.items():
+            for what, tensor in result.items():
                 agree[f"{kind} VAE on {name}, {what}"] = torch.equal(tensor, wanted[what])
                 agree[f"{kind} VAE on {name}, {what}, is finite"] = bool(tensor.isfinite().all())
-    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
 
 
 if __name__ == "__main__":
-    main()
+    programs.alone(cases)

@@ -1,44 +1,29 @@
-"""Quantised weights through ComfyUI's own loader and through ours: prints which latents agree, as JSON.
-
-    python quantised_program.py COMFYUI MODELS [host flags]
-
-As host_program.py; the quantised files are made of the plain one. With --cpu, and WEIGHTSTREAM_VIRTUAL set, it runs
-without a GPU.
-"""
+"""Quantised weights give the same latents through ComfyUI's own loader and through ours (programs.py)."""
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+import programs
+
 STRENGTHS = (0.0, 0.7, -0.4, 0.0)
+# In the smallest form.
+FEW_FORMATS = ("fp8", "int8-rotated")
+FEW_STRENGTHS = (0.0, 0.7)
 
 
-def main() -> None:
-    comfyui, models, *flags = sys.argv[1:]
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
-    import comfy_host
-
-    comfy_host.start(Path(comfyui), flags)
-    loader = comfy_host.load_pack("WeightStreamModelLoader")
+def cases(found: programs.Found) -> None:
     import comfy.model_management as mm
-    import folder_paths
     import torch
-    from quantised import FORMATS, write_quantised, write_scaled_fp8
-    from sampling import MB, MODEL, sample, with_lora
+    from sampling import MB, sample, with_lora
 
     import nodes as host_nodes
 
-    for kind in ("diffusion_models", "loras"):
-        folder_paths.add_model_folder_path(kind, models)
-    plain, files = Path(models) / MODEL, {}
-    for name, form in FORMATS.items():
-        files[name] = f"tiny-flux-{name}.safetensors"
-        write_quantised(plain, plain.with_name(files[name]), form)
-    files["scaled-fp8"] = "tiny-flux-scaled-fp8.safetensors"
-    write_scaled_fp8(plain, plain.with_name(files["scaled-fp8"]))
+    programs.write_flux_files(found.folder, "diffusion_models", "loras")
+    loader, agree = programs.node("WeightStreamModelLoader"), found.agree
+    strengths, repeats = (FEW_STRENGTHS, 1) if found.small else (STRENGTHS, 2)
 
     def by_us(file: str, limit: int):
         with torch.inference_mode():
@@ -48,24 +33,16 @@ def main() -> None:
         """The host's latents by LoRA strength: each its second, with the weights settled on the card."""
         with torch.inference_mode():
             theirs = host_nodes.UNETLoader().load_unet(file, "default")[0]
-        found = {}
-        for strength in STRENGTHS:
+        latents = {}
+        for strength in strengths:
             model = with_lora(theirs, strength) if strength else theirs
             sample(model)
-            found[strength] = sample(model)
+            latents[strength] = sample(model)
         mm.unload_all_models()
-        return found
+        return latents
 
-    def error_of(run, *arguments) -> str:
-        try:
-            run(*arguments)
-        except Exception as error:  # Whatever the kernels raise.
-            return str(error)
-        return ""
-
-    agree: dict[str, bool] = {}
     refused: dict[str, str] = {}
-    for name, file in files.items():
+    for name, file in write_files(found.folder, found.small).items():
         try:
             expected = expect(file)
         except ValueError as error:
@@ -81,11 +58,10 @@ def main() -> None:
         for limit in (least + MB // 4, 0):
             ours = by_us(file, limit)
             case = f"{name}, {'streamed' if limit else 'resident'}"
-            for strength in STRENGTHS:
-                for _ in range(2):
+            for strength in strengths:
+                for _ in range(repeats):
                     latent = sample(with_lora(ours, strength) if strength else ours)
-                    key = f"{case}, lora {strength}"
-                    agree[key] = agree.get(key, True) and torch.equal(latent, expected[strength])
+                    found.check(f"{case}, lora {strength}", torch.equal(latent, expected[strength]))
             status = ours.status()
             agree[f"{case}, mode"] = status["mode"] == ("streamed" if limit else "resident")
             agree[f"{case}, no miss"] = status["counters"]["misses"] == 0
@@ -93,9 +69,30 @@ def main() -> None:
             agree[f"{case}, memory given back"] = ours.status()["device_bytes"] == 0
             del ours
     agree["all formats but one run"] = len(refused) <= 1
-    device = mm.get_torch_device_name(mm.get_torch_device())
-    print(json.dumps({"device": device, "agree": agree, "refused by the host": refused}))
+    found.facts["refused by the host"] = refused
+
+
+def write_files(folder: Path, few: bool) -> dict[str, str]:
+    """The names of files of the tiny FLUX in each format, made of the plain one in ``folder``."""
+    from quantised import FORMATS, write_quantised, write_scaled_fp8
+    from sampling import MODEL
+
+    files = {name: f"tiny-flux-{name}.safetensors" for name in (FEW_FORMATS if few else FORMATS)}
+    for name, file in files.items():
+        write_quantised(folder / MODEL, folder / file, FORMATS[name])
+    if not few:
+        files["scaled-fp8"] = "tiny-flux-scaled-fp8.safetensors"
+        write_scaled_fp8(folder / MODEL, folder / files["scaled-fp8"])
+    return files
+
+
+def error_of(run: Callable[..., Any], *arguments: Any) -> str:
+    try:
+        run(*arguments)
+    except Exception as error:  # Whatever the kernels raise.
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":
-    main()
+    programs.alone(cases)

@@ -1,23 +1,22 @@
-"""Steps in which ComfyUI records allocations ("Comfy compiler", 0.35 and newer), natively and streamed, in one process:
-prints which latents agree, and how many breaks and rogue allocations each had, as JSON in the last line.
+"""Steps in which ComfyUI records allocations ("Comfy compiler", 0.35 and newer), natively and streamed (programs.py).
 
-    python recordings_program.py COMFYUI FOLDER [host flags]
-
-FOLDER is not used. As host_program.py. A host without records runs the same steps without them, and the line says so.
-With --cpu, and WEIGHTSTREAM_VIRTUAL=1x100MB, it runs without a GPU.
+Says how many breaks and rogue allocations each had. A host without records runs the same steps without them.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
+import programs
+
 # FLUX is recorded by hooks where the host does not do it; the others are those whose forward the host records itself.
 FAMILIES = ("Flux", "MiniMaxH3", "LTXAV")
 RUNS = 3
@@ -41,16 +40,30 @@ class Counts(logging.Handler):
         return taken
 
 
-def main() -> None:
-    comfyui, _, *flags = sys.argv[1:]
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
-    import comfy_host
+@contextmanager
+def counted() -> Iterator[Counts]:
+    """Counts what the host says meanwhile."""
+    counts, root = Counts(), logging.getLogger()
+    level = root.level
+    root.addHandler(counts)
+    root.setLevel(logging.INFO)
+    try:
+        yield counts
+    finally:
+        root.removeHandler(counts)
+        root.setLevel(level)
 
-    comfy_host.start(Path(comfyui), flags)
-    comfy_host.load_pack("WeightStreamModelLoader", "weightstream")  # As the modules of the test suite know it.
+
+def cases(found: programs.Found) -> None:
+    with counted() as counts:
+        compare(found, counts)
+
+
+def compare(found: programs.Found, counts: Counts) -> None:
     import comfy.memory_management
     import comfy.model_management as mm
     import comfy.model_prefetch
+    import comfy_host
     import torch
     from comfy.model_patcher import ModelPatcher
     from families import FAMILIES as KNOWN
@@ -62,9 +75,6 @@ def main() -> None:
     from weightstream.streaming import Streamer, StreamingConfig, split_model
 
     gpu, cpu = mm.get_torch_device(), torch.device("cpu")
-    counts = Counts()
-    logging.getLogger().addHandler(counts)
-    logging.getLogger().setLevel(logging.INFO)
     records = gpu.type == "cuda" and hasattr(comfy.model_prefetch, "malloc_graph_begin")
 
     def record(model: Any) -> list[Any]:
@@ -125,8 +135,9 @@ def main() -> None:
         list(model.streamer.blocks.blocks)[-1].module.register_forward_pre_hook(ask)
         return hit
 
-    agree: dict[str, bool] = {}
-    found: dict[str, dict[str, list[int]]] = {}
+    agree = found.agree
+    seen: dict[str, dict[str, list[int]]] = {}
+    found.facts |= {"records": records, "breaks_and_rogues": seen}
     for name in (each for each in FAMILIES if each in KNOWN):
         family = KNOWN[name]
         native = ModelPatcher(build(name, family), gpu, cpu)
@@ -134,15 +145,15 @@ def main() -> None:
         expected = latents[-1]
         if not torch.equal(latents[-2], expected):
             agree[f"{name}: ComfyUI's own latents agree from run to run"] = False
-        found[name] = {"native": theirs}
+        seen[name] = {"native": theirs}
         mm.unload_all_models()
         del native
         for way in ("plain", "verified", "out of memory"):
-            os.environ["WEIGHTSTREAM_VERIFY"] = "1" if way == "verified" else ""
-            model = streamed(name, build(name, family), 0.5 if way == "out of memory" else 0.1)
-            hit = run_out_once(model) if way == "out of memory" else []
-            latents, ours = run(model, family)
-            found[name][way] = ours
+            with mock.patch.dict(os.environ, {"WEIGHTSTREAM_VERIFY": "1" if way == "verified" else ""}):
+                model = streamed(name, build(name, family), 0.5 if way == "out of memory" else 0.1)
+                hit = run_out_once(model) if way == "out of memory" else []
+                latents, ours = run(model, family)
+            seen[name][way] = ours
             agree[f"{name}, {way}"] = all(torch.equal(each, expected) for each in latents)
             agree[f"{name}, {way}: streamed"] = model.streamer.counters.streamed_bytes > 0
             agree[f"{name}, {way}: no more breaks and rogues than native"] = all(
@@ -153,9 +164,7 @@ def main() -> None:
             mm.unload_all_models()
             del model
             print(name, way, "native", theirs, "ours", ours, file=sys.stderr, flush=True)
-    device = mm.get_torch_device_name(gpu)
-    print(json.dumps({"device": device, "records": records, "breaks_and_rogues": found, "agree": agree}))
 
 
 if __name__ == "__main__":
-    main()
+    programs.alone(cases)

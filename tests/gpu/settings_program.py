@@ -1,40 +1,27 @@
-"""A MODEL of ComfyUI's own loader, as it is and through our settings: prints which latents agree, as JSON.
-
-    python settings_program.py COMFYUI MODELS [host flags]
-
-As host_program.py. With --cpu, and WEIGHTSTREAM_VIRTUAL set, it runs without a GPU.
-"""
+"""A MODEL of ComfyUI's own loader gives the same latents as it is and through our settings (programs.py)."""
 
 from __future__ import annotations
 
 import gc
-import json
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import programs
+
 MODES = {"auto": "streamed", "stream": "streamed", "sync": "synchronous"}
 STRENGTHS = (0.0, 0.7, -0.4, 0.0)
 
 
-def main() -> None:
-    comfyui, models, *flags = sys.argv[1:]
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
-    import comfy_host
-
-    comfy_host.start(Path(comfyui), flags)
-    node = comfy_host.load_pack("WeightStreamOffloadSettings")
+def cases(found: programs.Found) -> None:
     import comfy.model_management as mm
     import comfy.sd
-    import folder_paths
     import torch
     from safetensors.torch import load_file
     from sampling import MB, MODEL, sample, with_lora
 
     import nodes as host_nodes
 
-    for kind in ("diffusion_models", "loras"):
-        folder_paths.add_model_folder_path(kind, models)
+    programs.write_flux_files(found.folder, "diffusion_models", "loras")
+    node, agree = programs.node("WeightStreamOffloadSettings"), found.agree
+    modes, repeats, repeats_shared = (["auto"], 1, 2) if found.small else (list(MODES), 2, 3)
 
     def settings(model, mode: str, limit: int = 0):
         with torch.inference_mode():
@@ -42,24 +29,24 @@ def main() -> None:
 
     def latents(model, runs: int = 1):
         """By strength of the LoRA; of several runs the last, with the weights settled on the card."""
-        found = {}
+        latest = {}
         for strength in STRENGTHS:
             for _ in range(runs):
-                found[strength] = sample(with_lora(model, strength) if strength else model)
-        return found
+                latest[strength] = sample(with_lora(model, strength) if strength else model)
+        return latest
 
     with torch.inference_mode():
         theirs = host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
     expected = latents(theirs, runs=2)
-    agree = {"the lora changes the latents": not torch.equal(expected[0.0], expected[0.7])}
-    for mode, state in MODES.items():
+    agree["the lora changes the latents"] = not torch.equal(expected[0.0], expected[0.7])
+    for mode in modes:
         # A MODEL that comes in with patches, and one that gets them behind the node.
         model = settings(theirs, mode, 13 * MB)
-        for run in range(2):
+        for run in range(repeats):
             for strength, latent in latents(model).items():
                 agree[f"{mode}, lora {strength}, run {run}"] = torch.equal(latent, expected[strength])
         status = model.status()
-        agree[f"{mode}, is {state}"] = status["mode"] == state
+        agree[f"{mode}, is {MODES[mode]}"] = status["mode"] == MODES[mode]
         agree[f"{mode}, streams"] = status["counters"]["streamed_bytes"] > 0
         agree[f"{mode}, within its limit"] = status["device_peak_bytes"] <= 13 * MB
         if mode == "stream":  # The others may keep none either, where streaming costs no time.
@@ -73,11 +60,11 @@ def main() -> None:
         agree[f"{mode}, off is another patcher"] = not hasattr(off, "streamer")
         agree[f"{mode}, off"] = torch.equal(latents(off, runs=2)[0.7], expected[0.7])
     # A file that cannot be mapped: its weights are shared, by modules that the host has run.
-    pickled = "tiny-flux.pt"
-    torch.save(load_file(Path(models) / MODEL), Path(models) / pickled)
+    pickled = found.folder / "tiny-flux.pt"
+    torch.save(load_file(found.folder / MODEL), pickled)
     with torch.inference_mode():
-        theirs = comfy.sd.load_diffusion_model(str(Path(models) / pickled))
-    for run in range(3):
+        theirs = comfy.sd.load_diffusion_model(str(pickled))
+    for run in range(repeats_shared):
         agree[f"shared, theirs, run {run}"] = torch.equal(latents(theirs)[0.7], expected[0.7])
         model = settings(with_lora(theirs, 0.7) if run else theirs, "auto", 13 * MB)
         agree[f"shared, run {run}"] = torch.equal(latents(model)[0.0], expected[0.7 if run else 0.0])
@@ -86,9 +73,8 @@ def main() -> None:
             del theirs, model  # And all memory that was theirs.
             gc.collect()
             with torch.inference_mode():
-                theirs = comfy.sd.load_diffusion_model(str(Path(models) / pickled))
-    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
+                theirs = comfy.sd.load_diffusion_model(str(pickled))
 
 
 if __name__ == "__main__":
-    main()
+    programs.alone(cases)

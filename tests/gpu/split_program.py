@@ -1,40 +1,38 @@
-"""A MODEL whose blocks lie on two GPUs: prints which latents agree with those of one, as JSON in the last line.
+"""A MODEL whose blocks lie on two GPUs gives the latents of one (programs.py).
 
-    python split_program.py COMFYUI MODELS [host flags]
-
-As host_program.py. With --cpu, and WEIGHTSTREAM_VIRTUAL=2x14MB, it runs without a GPU.
+It fills a GPU meanwhile, so nothing else may run there.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import programs
+
 STRENGTHS = (0.0, 0.7, -0.4, 0.0)
 REPEATS = 8
+# How much of the model each device may hold: it streams to both, or fits.
+LIMITS = (38, 46, 0)
+ORDERS = ("gpu:0,gpu:1", "gpu:1,gpu:0")
+# In the smallest form.
+FEW_STRENGTHS = (0.0, 0.7)
 
 
-def main() -> None:
-    comfyui, models, *flags = sys.argv[1:]
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "nodes")]
-    import comfy_host
-
-    comfy_host.start(Path(comfyui), flags)
+def cases(found: programs.Found) -> None:
     import comfy.hooks
     import comfy.model_management as mm
     import comfy.sd
-    import folder_paths
     import torch
     from sampling import MB, MODEL, sample, sample_with_hook, with_lora
+    from weightstream.nodes import parts
+    from weightstream.nodes.loader import load_streamed
 
-    for kind in ("diffusion_models", "loras"):
-        folder_paths.add_model_folder_path(kind, models)
-    node = comfy_host.load_pack("WeightStreamGPUPlacement")
-    from weightstream_pack.nodes import parts
-    from weightstream_pack.nodes.loader import load_streamed
+    programs.write_flux_files(found.folder, "diffusion_models", "loras")
+    node, agree = programs.node("WeightStreamGPUPlacement"), found.agree
+    limits, orders, strengths, repeats = LIMITS, ORDERS, STRENGTHS, REPEATS
+    if found.small:
+        limits, orders, strengths, repeats = LIMITS[1:2], ORDERS[1:], FEW_STRENGTHS, 1
 
     def split(model, **inputs):
         with torch.inference_mode():
@@ -53,23 +51,22 @@ def main() -> None:
         return latent, seen
 
     def agrees(case: str, ones, others) -> None:
-        agree[case] = agree.get(case, True) and torch.equal(ones, others)
+        found.check(case, torch.equal(ones, others))
 
     def take_all(gpu: int) -> subprocess.Popen:
         """Another process that holds all memory of a GPU that is free."""
-        code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'gpu')!r}); import fill_gpu; fill_gpu.main({gpu})"
+        code = f"import sys; sys.path.insert(0, {str(programs.HERE)!r}); import fill_gpu; fill_gpu.main({gpu})"
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline().strip() == "full"
         return process
 
     current_gpu = torch.cuda.current_device
-    agree: dict[str, bool] = {}
-    path = str(Path(models) / MODEL)
+    path = str(found.folder / MODEL)
     with torch.inference_mode():
         native = comfy.sd.load_diffusion_model(path)
     expected = {}
     for _ in range(2):  # The second is with the weights settled on the card.
-        for strength in STRENGTHS:
+        for strength in strengths:
             expected[strength] = sample(with_lora(native, strength) if strength else native)
         one_step = sample(native, steps=1)
         hooked = {mode: sample_with_hook(native, mode) for mode in comfy.hooks.EnumHookMode}
@@ -80,16 +77,15 @@ def main() -> None:
         if one != other
     )
 
-    # How much of the model each device may hold: it streams to both, or fits.
-    for limit in (38, 46, 0):
+    for limit in limits:
         with torch.inference_mode():
             streamed = load_streamed(path, {}, vram_limit=native.model_size() * limit // 100 or None)
-        for devices in ("gpu:0,gpu:1", "gpu:1,gpu:0"):
+        for devices in orders:
             case = f"limit {limit} %, {devices}"
             model = split(streamed, devices=devices, split="auto" if limit else "equal")
             sample(model)  # A GPU's first may differ from all of its later ones.
-            for _ in range(REPEATS):
-                for strength in STRENGTHS:
+            for _ in range(repeats):
+                for strength in strengths:
                     latent = sample(with_lora(model, strength) if strength else model)
                     agrees(f"{case}, lora {strength}", latent, expected[strength])
             latent, seen = where(model)
@@ -120,7 +116,7 @@ def main() -> None:
                 agrees(f"{case}, after an interrupt", sample(model), expected[0.0])
             misses = sum(streamer.counters.misses for streamer in model.streamers)
             agree[f"{case}, no miss"] = misses == 0 or limit == 46
-            mm.unload_all_models()
+            programs.unload_all()
             agree[f"{case}, memory given back"] = [s.device_bytes for s in model.streamers] == [0, 0]
             agrees(f"{case}, after unloading", sample(model), expected[0.0])
             del model
@@ -157,13 +153,12 @@ def main() -> None:
             mm.unload_all_models()
     # A MODEL of the host's own loader.
     model = split(native, devices="gpu:0,gpu:1", split="ratio", ratio="60,40")
-    for strength in STRENGTHS:
+    for strength in strengths:
         for _ in range(2):
             latent = sample(with_lora(model, strength) if strength else model)
         agrees(f"the host's own, lora {strength}", latent, expected[strength])
     agrees("the one that came in", sample(native), expected[0.0])
-    print(json.dumps({"device": mm.get_torch_device_name(mm.get_torch_device()), "agree": agree}))
 
 
 if __name__ == "__main__":
-    main()
+    programs.alone(cases)

@@ -23,15 +23,27 @@ assert figures.total > 0 and figures.allocated == 0
 """
 
 
+NBYTES = 256 << 20
+# What is free is so for every process: others may take and give back some between two readings.
+TRIES = 20
+
+
 def test_what_torch_has_is_known() -> None:
+    # A context, and what a library keeps, are there before anything is read.
+    torch.ones(2, 2, device="cuda:0").mm(torch.ones(2, 2, device="cuda:0"))
+    taken = []
     with open_vram_reader() as reader:
-        before = reader.read(0)
-        memory = torch.empty(256 << 20, dtype=torch.uint8, device="cuda:0")
-        after = reader.read(0)
-    assert after.allocated - before.allocated == memory.nbytes
-    assert after.reserved >= after.allocated
-    assert after.total > after.free > 0
-    assert before.free is None or before.free - after.free <= (512 << 20)
+        for _ in range(TRIES):
+            torch.cuda.empty_cache()
+            before = reader.read(0)
+            memory = torch.empty(NBYTES, dtype=torch.uint8, device="cuda:0")
+            after = reader.read(0)
+            assert after.allocated - before.allocated == memory.nbytes
+            assert after.reserved >= after.allocated
+            assert after.total > after.free > 0
+            taken.append(before.free - after.free)
+            del memory
+    assert any(NBYTES // 2 <= nbytes <= 2 * NBYTES for nbytes in taken), taken
 
 
 def test_reading_makes_no_context(pytestconfig: pytest.Config) -> None:

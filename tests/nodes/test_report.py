@@ -36,12 +36,25 @@ def test_it_tells_of_plan_and_last_run(node: Any, streamed: Load) -> None:
     assert result.ui == {"text": [text], "weightstream": [told]}
 
 
+def test_it_tells_of_a_step_that_ran_again(node: Any, streamed: Load) -> None:
+    model = streamed(24 * MB)
+    errors = iter([torch.OutOfMemoryError("no room")])
+
+    def fail_once(*_: object) -> None:
+        for error in errors:
+            raise error
+
+    model.model.diffusion_model.double_blocks[0].register_forward_pre_hook(fail_once)
+    sample(model, steps=2)
+    assert "last run: 2 steps (1 ran again)" in node.execute(model).args[0]
+
+
 def test_before_a_run_it_says_so(node: Any, streamed: Load) -> None:
     assert "no run has ended yet" in node.execute(streamed(24 * MB)).args[0]
 
 
 def test_of_a_split_model_it_tells_of_each_device(node: Any, loaded: StreamedModelPatcher) -> None:
-    ours, _ = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None)
+    ours = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None).patcher
     sample(ours)
     text, told = node.execute(ours).args
     assert [name for name in ("on gpu:0: ", "on gpu:1: ") if name in text] == ["on gpu:0: ", "on gpu:1: "]

@@ -167,7 +167,8 @@ def test_settings_of_a_streamed_model(streamed: Load, native: ModelPatcher) -> N
     assert status["device_peak_bytes"] <= 14 * MB
     assert 0 < status["pinned_bytes"] <= 5 * MB
     assert status["staged_bytes"] > 0
-    assert limited.streamer.plan.slots == 2
+    plan = limited.streamer.plan
+    assert plan.staging_bytes <= 2 * max(segment.nbytes for segment in plan.segments)
     assert "this model's limit of 5.2 MB page-locked memory is reached" in status["note"]
     assert torch.equal(sample(model), sample(native))
     assert model.status()["mode"] == "resident"

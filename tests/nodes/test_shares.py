@@ -94,6 +94,7 @@ def test_a_device_that_is_filled_in_mid_run_gets_nothing(
     assert blocks_of(model)[1] == 0
     assert sum(blocks_of(model)) == sum(before)
     assert "virtual:1 is full, so its blocks go to the other devices" in announced
+    assert model.streamer.counters.reruns == 1
     assert model.parts[0].loaded_size() == 0
     handle.remove()
     # What it would gain from that device seems so for the first time, then for the second.
@@ -203,8 +204,9 @@ def test_lasting_pressure_changes_shares_and_a_passing_one_does_not(
         assert torch.equal(sample(model), expected)
     before = blocks_of(model)
     mm.unload_all_models()
-    for budgets in ((18, 10), (18, 18), (18, 10)):
-        memories[1].budget = budgets[1] * MB
+    for budgets in ((30, 10), (18, 18), (30, 10)):
+        for memory, budget in zip(memories, budgets, strict=True):
+            memory.budget = budget * MB
         assert torch.equal(sample(model), expected)
         mm.unload_all_models()
         assert blocks_of(model) == before

@@ -81,7 +81,7 @@ def test_a_run_of_one_step_has_times_of_its_own(streamed: Load, monkeypatch: pyt
 
 
 def test_parts_of_a_split_model_are_told_as_one_model(loaded: StreamedModelPatcher) -> None:
-    ours, _ = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None)
+    ours = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None).patcher
     sample(ours)
     entries = [each for each in full_status()["models"] if each["id"] == str(ours.streamed.number)]
     assert [each["device"] for each in entries] == ["gpu:0", "gpu:1"]

@@ -274,6 +274,8 @@ class FakeCuda:
             self.accesses.write(stream, tensor)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> None:
+        if isinstance(target, DeviceTensor) and isinstance(source, DeviceTensor) and target.index != source.index:
+            return self._copy_across(target, source)
         stream = self.launch(self.current_stream(_of_device(target, source).index))
         self.accesses.read(stream, source)
         self.accesses.write(stream, target)
@@ -281,6 +283,14 @@ class FakeCuda:
         # A driver copies pageable memory while the host waits.
         if host and not (non_blocking and self.is_locked_for(host[0], stream.index)):
             stream.synchronize()
+
+    def _copy_across(self, target: DeviceTensor, source: DeviceTensor) -> None:
+        """On the source's current stream, behind and before what is on the target's."""
+        there, here = (self.launch(self.current_stream(tensor.index)) for tensor in (source, target))
+        self.accesses.see(there, self.accesses.seen_by(here))
+        self.accesses.read(there, source)
+        self.accesses.write(there, target)
+        self.accesses.see(here, self.accesses.seen_by(there))
 
     def is_locked_for(self, memory: torch.Tensor, index: int) -> bool:
         """Whether device ``index`` copies from ``memory`` by itself."""

@@ -93,7 +93,7 @@ def hand_plan(streamer: Streamer, streamed: Iterable[int], slots: int) -> Plan:
     """A plan that streams exactly these units."""
     segments = cut(streamer.outline, frozenset(streamed), streamer.profile, streamer.config.segment_bytes)
     slot_bytes = max(segment.nbytes for segment in segments)
-    return Plan(streamer.outline, segments, min(slots, len(segments)), slot_bytes)
+    return Plan.streaming(streamer.outline, segments, slots * slot_bytes)
 
 
 def units_of(streamer: Streamer, blocks: Iterable[int]) -> list[int]:

@@ -24,9 +24,9 @@ class RaceBackend(Backend):
 
     fine_bytes = 256  # A unit of this file's models takes 512 bytes: two pieces.
 
-    def __init__(self) -> None:
+    def __init__(self, accesses: Accesses | None = None) -> None:
         super().__init__(torch.device("cpu"), "race")
-        self.memory_accesses = Accesses()
+        self.memory_accesses = Accesses() if accesses is None else accesses
         self._all_streams = [COMPUTE]
         self._locked: dict[int, range] = {}
 
@@ -60,7 +60,7 @@ class RaceBackend(Backend):
         return stream
 
     def _create_stream(self) -> str:
-        self._all_streams.append(f"copy stream {len(self._all_streams)}")
+        self._all_streams.append(f"copy stream {len(self._all_streams)} of {id(self)}")
         return self._all_streams[-1]
 
     def _copy_now(self, stream: str | None, pairs: Sequence[Pair], waits: Sequence[Clock]) -> Clock:

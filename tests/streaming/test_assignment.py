@@ -5,6 +5,7 @@ import itertools
 import pytest
 from weightstream.streaming import ConfigError
 from weightstream.streaming.assignment import (
+    HOP_SECONDS,
     Assignment,
     DeviceRoom,
     _bytes_by_room,
@@ -54,6 +55,33 @@ def test_what_does_not_fit_takes_turns_and_all_links_need_the_same_time(sizes: t
     assert max(streamed) - min(streamed) <= 680_000_000
     if min(sizes) == max(sizes):
         assert changes(found) >= 0.8 * (len(FLUX) - 1)
+
+
+def test_little_is_streamed_in_runs_before_anything_is_measured() -> None:
+    assert assign(FLUX, rooms(11, 11)).runs
+    assert not assign(FLUX, rooms(8, 8)).runs
+    assert not assign(FLUX, rooms(2, 20)).runs, "the first would stream most of what it has"
+
+
+def test_by_measured_times_the_shorter_step_is_taken() -> None:
+    total = sum(FLUX)
+    for room in range(1, 12):
+        for compute in (0.001, 0.007, 0.04):
+            found = assign(FLUX, speeds((room, 50, compute), (room, 50, compute)))
+            bus = (total / 2 - room * GB) / 50 / GB
+            own = compute * total / 2 / GB
+            in_runs = 2 * max(own, bus)
+            in_turns = max(2 * own, bus)
+            if abs(in_runs - in_turns) > 60 * HOP_SECONDS:
+                assert found.runs is (in_runs < in_turns)
+            elif in_runs <= in_turns:
+                assert found.runs
+
+
+def test_activations_go_home_at_last() -> None:
+    assert Assignment((0, 0, 1, 0, 1), False).hops == 4
+    assert Assignment((1, 1), True).hops == 2
+    assert Assignment((0, 0), True).hops == 0
 
 
 def test_a_slow_link_gets_less() -> None:

@@ -141,7 +141,7 @@ def test_the_ring_does_not_come_back_when_all_is_page_locked(tmp_path: Path, mon
     for _ in range(2):
         assert torch.equal(stored.model(stored.x), stored.expected)
         assert stored.streamer.reader.ring_bytes == 0
-    assert reads.take() <= 2 * stored.streamer.plan.slot_bytes, "what was on its way before"
+    assert reads.take() <= stored.streamer.plan.staging_bytes, "what was on its way before"
     stored.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -60,7 +60,7 @@ class Machine:
         cuda.synchronize(SECOND)
         cuda.host_waits = 0
 
-    def copy(self, number: int = 0, after: Any = None) -> Any:
+    def copy(self, number: int = 0, after: Sequence[Any] = ()) -> Any:
         return self.backend.copy([(self.slot, self.masters[number])], after)
 
     def compute(self) -> None:
@@ -88,7 +88,7 @@ def test_a_copy_waits_for_the_kernels_before_it(cuda: FakeCuda, copy_streams: in
     machine = Machine(cuda, copy_streams)
     machine.backend.wait(machine.copy())
     machine.compute()
-    machine.copy(1, after=machine.backend.mark())
+    machine.copy(1, after=[machine.backend.mark()])
     machine.close()
 
 
@@ -119,7 +119,9 @@ def test_compute_waits_for_a_copy(machine: Machine) -> None:
 
 def test_all_pieces_of_a_copy_are_behind_its_event(machine: Machine) -> None:
     machine.backend.fine_bytes = BYTES // 4
-    machine.backend.wait(machine.backend.copy([(machine.slot, machine.masters[0])], machine.backend.mark(), fine=True))
+    machine.backend.wait(
+        machine.backend.copy([(machine.slot, machine.masters[0])], [machine.backend.mark()], fine=True)
+    )
     machine.compute()
     assert machine.slot.tolist() == [1] * BYTES
 
@@ -127,7 +129,7 @@ def test_all_pieces_of_a_copy_are_behind_its_event(machine: Machine) -> None:
 def test_all_of_several_copies_is_the_last_one(machine: Machine) -> None:
     half = BYTES // 2
     pairs = [(machine.slot[:half], machine.masters[0][:half]), (machine.slot[half:], machine.masters[1][half:])]
-    machine.backend.wait(machine.backend.all_of([machine.backend.copy([pair], None) for pair in pairs]))
+    machine.backend.wait(machine.backend.all_of([machine.backend.copy([pair]) for pair in pairs]))
     machine.compute()
 
 
@@ -153,7 +155,7 @@ def test_there_are_as_many_copy_streams_as_were_asked_for_last(machine: Machine)
 def test_nothing_of_a_step_makes_the_host_wait(machine: Machine) -> None:
     machine.backend.time_copies()
     for number in (0, 1):
-        stall = machine.backend.wait(machine.copy(number, after=machine.backend.mark()))
+        stall = machine.backend.wait(machine.copy(number, after=[machine.backend.mark()]))
         machine.compute()
         assert stall() is None
     before = machine.backend.moment()
@@ -170,7 +172,7 @@ def test_copies_are_timed_from_their_begin_to_their_end_on_their_stream(machine:
     machine.copy()
     machine.backend.time_copies()
     machine.backend.copy(
-        [(machine.slot[:64], machine.masters[0][:64]), (machine.slot[64:80], machine.masters[0][64:80])], None
+        [(machine.slot[:64], machine.masters[0][:64]), (machine.slot[64:80], machine.masters[0][64:80])]
     )
     machine.copy(1)
     first, second = machine.backend.copy_times()
@@ -187,7 +189,7 @@ def test_a_time_begins_behind_what_the_copy_waits_for(machine: Machine) -> None:
     """Else a copy that waits for a slot would look like a slow bus."""
     machine.backend.time_copies()
     machine.compute()
-    machine.copy(after=machine.backend.mark())
+    machine.copy(after=[machine.backend.mark()])
     (copy,) = machine.backend.copy_times()
     compute = machine.cuda.current_stream(SECOND)
     assert machine.cuda.accesses.seen_by(compute)[compute] == copy.begin.clock[compute]

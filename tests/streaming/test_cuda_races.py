@@ -142,7 +142,7 @@ def test_a_reader_that_is_closed_waits_for_its_copies(cuda: FakeCuda) -> None:
     backend.open(1)
     reader = Reader(backend, Arena(backend), 1, UNIT, 2)
     target, source = backend.allocate(4 * UNIT), torch.ones(4 * UNIT, dtype=torch.uint8)
-    reader.wait(reader.transfer([Move(source, target, False)], backend.mark()), lambda: None)
+    reader.wait(reader.transfer([Move(source, target, False)], [backend.mark()]), lambda: None)
     reader.close()
     assert cuda.registered == {}
     assert target.tolist() == [1] * 4 * UNIT

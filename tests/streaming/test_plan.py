@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from outlines import EAGER, FULL, MB, flux, flux_profile, make_outline, make_profile
+from outlines import EAGER, FULL, MB, flux, flux_profile, linear, make_outline, make_profile
 from weightstream.streaming import (
     BudgetError,
     Outline,
@@ -54,8 +55,8 @@ def test_a_plan_fits_its_budget_whatever_that_is(shape: list[list[int]], thrifty
         for budget in range(least, outline.model_bytes + 3):
             plan = make_plan(outline, profile, budget, config)
             assert plan.device_bytes <= budget
-            assert plan.slots <= slots
-            assert all(segment.nbytes <= plan.slot_bytes for segment in plan.segments)
+            largest = max((segment.nbytes for segment in plan.segments), default=0)
+            assert largest <= plan.staging_bytes <= slots * max(largest, config.segment_bytes)
             streamed = [unit for segment in plan.segments for unit in segment.units]
             assert sorted([*streamed, *plan.resident]) == list(range(len(outline.unit_bytes)))
 
@@ -93,7 +94,7 @@ def best_choice(outline: Outline, profile: Profile, budget: int, config: Streami
         segments = cut(outline, streamed, profile, 0)
         largest = max(segment.nbytes for segment in segments)
         for slots in range(1, config.slots + 1):
-            plan = Plan(outline, segments, min(slots, len(segments)), largest)
+            plan = Plan.streaming(outline, segments, slots * largest)
             if plan.device_bytes <= budget:
                 found.append(forecast_seconds(plan, profile))
     return min(found)
@@ -180,10 +181,43 @@ def test_a_thrifty_plan_keeps_what_makes_streaming_free_and_no_more() -> None:
     assert make_plan(outline, slow, 23_000 * MB, EAGER).device_bytes > 22_000 * MB
 
 
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("seconds", [0.05, 0.15])
+def test_a_thrifty_plan_takes_no_more_memory_because_more_is_offered(seconds: float, learned: bool) -> None:
+    """A model of 40 blocks of 0.7 GB that compute for much longer than they are copied, as Wan's do."""
+    block = [linear(5120, 5120)] * 8 + [linear(5120, 13824), linear(13824, 5120)]
+    outline = make_outline([block] * 40, rest=300 * MB)
+    profile = make_profile(outline, [seconds] * 40, 55e9, other=0.003, learned=learned)
+    plans = [make_plan(outline, profile, outline.model_bytes * part / 10, FULL) for part in range(1, 10)]
+    assert {plan.forecast.limited_by for plan in plans} == {"compute"}
+    for less, more in itertools.pairwise(plans):
+        assert more.device_bytes <= less.device_bytes
+
+
+def test_a_ring_of_two_whole_blocks_is_no_slower_than_two_slots() -> None:
+    """Blocks of which each keeps other parts resident, so what streams of them is of several sizes."""
+    outline = make_outline([[linear(2048, 2048)] * 20] * 100, rest=100 * MB)
+    profile = make_profile(outline, [0.006] * 100, 25e9, other=0.003, learned=False)
+    plan = make_plan(outline, profile, 600 * MB, EAGER)
+    largest = max(segment.nbytes for segment in plan.segments)
+    in_slots = replace(plan, offsets=tuple(largest * (number % 2) for number in range(len(plan.segments))))
+    assert in_slots.device_bytes <= 600 * MB
+    assert forecast_seconds(plan, profile) <= forecast_seconds(in_slots, profile) * ABOUT
+
+
+def test_a_plan_has_a_forecast_where_units_turn_out_to_run_in_another_order() -> None:
+    outline = make_outline([[10, 10, 10]] * 2)
+    known = replace(make_profile(outline, [1, 1], 10), unit_runs=(((0, 1), (2, 1), (1, 1)), ((3, 1), (5, 1), (4, 1))))
+    plan = Plan.streaming(outline, cut(outline, range(6), known, 20), 40)
+    assert forecast_seconds(plan, known) > 0
+    for other in (make_profile(outline, [1, 1], 10), make_profile(outline, [1, 1], 10, learned=False)):
+        assert forecast_seconds(plan, other) >= plan.streamed_bytes / other.bandwidth
+
+
 def test_more_slots_than_fit_are_not_used() -> None:
     outline = make_outline([[10]] * 4)
     plan = make_plan(outline, assumed_profile(outline), 19, StreamingConfig(slots=5, segment_bytes=0))
-    assert plan.slots == 1
+    assert plan.staging_bytes == 10
 
 
 def test_the_order_of_residency_is_the_same_for_every_budget() -> None:
@@ -192,21 +226,21 @@ def test_the_order_of_residency_is_the_same_for_every_budget() -> None:
 
 
 def test_the_plan_explains_itself() -> None:
-    outline = make_outline([[10 * MB]] * 4, rest=MB)
+    outline = make_outline([[10 * MB]] * 5, rest=MB)
     config = StreamingConfig(slots=2, segment_bytes=0)
-    profile = make_profile(outline, [0.006] * 4, 1e9)
+    profile = make_profile(outline, [0.006] * 5, 1e9)
     assert make_plan(outline, profile, 31 * MB, config).explain() == (
-        "30.0 MB a step streamed in 3 segments, from 3 of 4 blocks; 31.0 MB on the device: 10.0 MB of blocks resident, "
-        "1.0 MB outside of blocks, 20.0 MB staging; a step in 0.03 s, limited by the bus (0.024 s of compute); "
-        "10.0 MB more VRAM would make it 0.024 s"
+        "40.0 MB a step streamed in 4 segments, from 4 of 5 blocks; 31.0 MB on the device: 10.0 MB of blocks resident, "
+        "1.0 MB outside of blocks, 20.0 MB staging; a step in 0.04 s, limited by the bus (0.03 s of compute); "
+        "20.0 MB more VRAM would make it 0.03 s"
     )
-    fast = make_profile(outline, [1.0] * 4, 1e9)
+    fast = make_profile(outline, [1.0] * 5, 1e9)
     text = make_plan(outline, fast, 31 * MB, config).explain()
-    assert text.endswith("a step in 4 s, limited by compute (streaming is free)")
-    assert make_plan(outline, profile, 41 * MB, config).explain() == (
-        "all 4 blocks resident (41.0 MB on the device), nothing streamed; a step in 0.024 s, limited by compute"
+    assert text.endswith("a step in 5 s, limited by compute (streaming is free)")
+    assert make_plan(outline, profile, 51 * MB, config).explain() == (
+        "all 5 blocks resident (51.0 MB on the device), nothing streamed; a step in 0.03 s, limited by compute"
     )
-    assert "a step" not in make_plan(outline, assumed_profile(outline), 41 * MB, config).explain()
+    assert "a step" not in make_plan(outline, assumed_profile(outline), 51 * MB, config).explain()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -118,7 +118,7 @@ class Asked:
         return self.target[self.nbytes - nbytes : self.nbytes]
 
     def ask(self, reader: Reader, backend: OrderBackend, **options: bool) -> Asked:
-        self.transfer = reader.transfer(self.parts, backend.mark(), **options)
+        self.transfer = reader.transfer(self.parts, [backend.mark()], **options)
         # On the thread that says so, at that moment.
         self.transfer.queued.add_done_callback(
             lambda _: self.sent.set_result(backend.sent_to(self.target, self.nbytes))

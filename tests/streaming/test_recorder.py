@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 from outlines import make_outline
+from weightstream.streaming.assignment import HOP_SECONDS
 from weightstream.streaming.profile import assumed_profile
 from weightstream.streaming.recorder import Recorder
 from weightstream.streaming.timeline import timeline
@@ -22,6 +24,9 @@ class Clock:
 
     def seconds(self, begin: float, end: float) -> float:
         return end - begin
+
+    def synchronize(self) -> None:
+        """Everything is over."""
 
     def time_copies(self) -> None:
         """No copies are timed."""
@@ -84,3 +89,45 @@ def test_a_second_step_begins_anew(recorder: Recorder, clock: Clock) -> None:
     record(recorder, clock, [2.0, 2.0, 2.0], [0.0] * 3)
     profile = recorder.profile(assumed_profile(recorder._outline), with_times=True)
     assert profile.gap_seconds == (2.0, 2.0, 2.0)
+
+
+def test_what_other_devices_compute_is_known_without_their_waits_and_the_hosts(clock: Clock) -> None:
+    """Two devices take turns, each block computes for one second, and whatever else passes is nobody's compute."""
+    recorders: list[Recorder] = []
+    clocks = [Clock(), Clock()]
+    reader = SimpleNamespace(sent_bytes=0, busy_seconds=0.0)
+
+    def tell(device: Clock, seconds: Callable[[], float]) -> None:
+        for recorder in recorders:
+            recorder.computed(device, seconds)
+
+    for one in clocks:
+        recorders.append(Recorder(make_outline([[1], [1]]), one, reader, lambda: tell))
+
+    def pass_by(seconds: float) -> None:
+        for one in clocks:
+            one.now += seconds
+
+    for recorder in recorders:
+        recorder.begin_step()
+    for turn in range(4):
+        recorder = recorders[turn % 2]
+        pass_by(3.0)  # The host is late.
+        recorder.begin_block(turn // 2)
+        recorder.begin_unit(turn // 2)
+        pass_by(7.0)
+        for one in recorders:
+            one.stalled(lambda: 7.0)
+        pass_by(1.0)
+        recorder.end_unit(turn // 2)
+        recorder.end_block(turn // 2)
+    for recorder in recorders:
+        recorder.end_step()
+    profiles = [recorder.profile(assumed_profile(make_outline([[1], [1]])), with_times=True) for recorder in recorders]
+    there_and_back = 1.0 + 2 * HOP_SECONDS
+    for profile in profiles:
+        assert profile.block_seconds == (1.0, 1.0)
+    assert profiles[0].gap_seconds == pytest.approx((3.0, there_and_back))
+    assert profiles[1].gap_seconds == pytest.approx((there_and_back, there_and_back))
+    assert profiles[0].compute_seconds == pytest.approx(2.0 + 3.0 + 2 * there_and_back)
+    assert profiles[1].compute_seconds == pytest.approx(2.0 + 2 * there_and_back)

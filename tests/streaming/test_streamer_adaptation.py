@@ -133,6 +133,8 @@ def test_out_of_memory_in_a_step_shrinks_the_plan_and_runs_it_again(
             assert torch.equal(step(streamer, model), expected)
             assert memory.allocated == streamer.device_bytes
     assert 0 < taking.failures <= 4
+    assert streamer.counters.reruns == taking.failures
+    assert streamer.counters.steps == failing_step + 6
     assert "out of memory in a step on virtual:0" in caplog.text
     assert "less for weights" in caplog.text
     # It does not grow back into the next failure.
@@ -187,6 +189,7 @@ def test_other_errors_are_not_run_again() -> None:
     with pytest.raises(RuntimeError, match="something else"):
         streamer.run(fail)
     assert calls == [1]
+    assert streamer.counters.reruns == 0
 
 
 def test_giving_way_is_immediate_and_the_next_step_makes_up_for_it() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import suppress
+
 import pytest
 import torch
 from models import Transformer, X, hand_plan, make_streamer, make_transformer, units_of
@@ -15,6 +18,7 @@ from weightstream.streaming import (
     VirtualMemory,
     split_model,
 )
+from weightstream.streaming.schedule import Schedule
 
 
 class Stop(BaseException):
@@ -70,6 +74,59 @@ def test_an_interrupt_in_a_resident_block_teaches_nothing(monkeypatch: pytest.Mo
     assert streamer.site.lane is not None
     assert streamer.site.lane._schedule.order == [0, 1, 2, 3]
     assert streamer.counters.misses == 0
+
+
+def test_after_an_interrupt_modules_do_not_hold_what_is_copied_over() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model, learned=True)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    model(X)
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    handle = model.blocks[2].out.register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        model(X)
+    handle.remove()
+    streamer.settle()
+    ring = streamer.site.lane._ring._memory
+    memory = range(ring.data_ptr(), ring.data_ptr() + ring.nbytes)
+    assert not [name for name, weight in model.blocks.named_parameters() if weight.data_ptr() in memory]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("name", ["next_copy", "enter", "leave"])
+def test_an_interrupt_between_two_lines_costs_no_more_than_its_step(
+    name: str, after: bool, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl+C does: before a call has done its work, or before anybody knows that it has."""
+    model = make_transformer()
+    expected = model(X)
+    streamer = make_streamer(model, copy_streams=2 if ahead else 0)
+    streamer.load(hand_plan(streamer, units_of(streamer, range(6)), 3))
+    method = getattr(Schedule, name)
+    for wanted in range(1, 8):
+        calls = itertools.count(1)
+
+        def interrupted(*args: object, calls: itertools.count[int] = calls, wanted: int = wanted) -> object:
+            stops = next(calls) == wanted
+            done = method(*args) if after or not stops else None
+            if stops:
+                raise Stop
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Schedule, name, interrupted)
+            with suppress(Stop):
+                model(X)
+        streamer.settle()
+        for _ in range(2):
+            assert torch.equal(model(X), expected)
+        misses = streamer.counters.misses
+        assert torch.equal(model(X), expected)
+        assert streamer.counters.misses - misses == (0 if ahead else 6)
 
 
 class FailingBackend(CpuBackend):

@@ -6,6 +6,7 @@ import gc
 import itertools
 import threading
 import weakref
+from functools import partial
 
 import torch
 from models import X, budgets, make_streamer, make_transformer
@@ -87,6 +88,23 @@ def test_a_model_is_freed_without_the_garbage_collector() -> None:
     finally:
         gc.enable()
     assert backend.store.allocated == 0
+
+
+def test_a_model_that_is_dropped_while_it_is_measured_leaves_nothing_to_the_garbage_collector() -> None:
+    """The recorder of its step knows the reader, and so the page-locked ring."""
+    model = make_transformer()
+    backend = CpuBackend(VirtualMemory(10**9))
+    model.streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
+    model.streamer.run(partial(model, X))
+    references = [weakref.ref(model.streamer), weakref.ref(model.streamer._runner.recorder)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [reference() for reference in references] == [None] * 2
+    finally:
+        gc.enable()
 
 
 def test_a_dropped_model_leaves_no_memory_page_locked() -> None:

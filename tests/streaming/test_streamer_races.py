@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import suppress
 
 import pytest
 from models import hand_plan, learn, units_of
 from race import NumberedModel, RaceBackend
 from weightstream.streaming import Streamer, StreamingConfig, split_model
+from weightstream.streaming.reader import Reader
 
 UNIT = 512
 
@@ -133,3 +135,32 @@ def test_the_race_detector_sees_a_slot_freed_too_early(monkeypatch: pytest.Monke
     monkeypatch.setattr(backend, "mark", dict)
     with pytest.raises(AssertionError, match="may still be read"):
         model([0, 1, 2, 3])
+
+
+def test_a_copy_that_could_not_be_read_leaves_its_waits_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read fails once, ahead of time or when it is needed; kernels that were there before are waited for still."""
+    everything = list(range(3))
+    checked = 0
+    for slots, copy_streams in itertools.product((1, 2, 3), (1, 2)):
+        for failing in range(1, 10):
+            backend, model, streamer = make(3, slots, copy_streams, UNIT, pin_memory=False, read_threads=1, chunks=1)
+            learn(streamer, lambda model=model: model(everything))
+            streamer.load(hand_plan(streamer, range(9), slots))
+            reads, read = itertools.count(1), Reader._read
+
+            def fail(reader: Reader, *what: object, reads=reads, read=read, failing=failing) -> None:
+                if next(reads) == failing:
+                    raise OSError("cannot be read")
+                read(reader, *what)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Reader, "_read", fail)
+                for _ in range(4):
+                    with suppress(OSError):
+                        assert model(everything) == everything
+                    streamer.settle()
+            for _ in range(2):
+                assert model(everything) == everything
+            checked += backend.accesses
+            streamer.close()
+    assert checked > 5000

@@ -1,33 +1,24 @@
-"""The benchmarks start in this host, do what its executor does, and run in their smallest form without a GPU."""
+"""The benchmarks start in this host, do what its executor does, and run in their smallest form without a GPU.
+
+run.py does so in test_gpu_command.py.
+"""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("cases", "host_versions", "comfy_host", "contenders", "report")
 HOST = Path(os.environ["COMFYUI_PATH"])
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks measure on Linux alone")
-
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The scripts' modules, which find each other in their folder."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        del sys.modules[name]
 
 
 EXECUTOR = """
@@ -56,17 +47,13 @@ def host_with(folder: Path, calls: list[str], options: str = "") -> Path:
 
 
 @pytest.mark.parametrize("order", [[BUFFERS, QUEUES, WATERMARKS], [QUEUES, BUFFERS, WATERMARKS]])
-def test_a_node_ends_in_the_order_of_the_executor(
-    benchmarks: SimpleNamespace, tmp_path: Path, order: list[str]
-) -> None:
+def test_a_node_ends_in_the_order_of_the_executor(benchmarks: Any, tmp_path: Path, order: list[str]) -> None:
     host = host_with(tmp_path, [f"{name}()" for name in order])
     assert benchmarks.host_versions.end_of_node(host) == order
 
 
 @pytest.mark.parametrize("calls", [[], [f"{BUFFERS}(device)"], ["await comfy.end()"]])
-def test_an_end_that_cannot_be_repeated_is_an_error(
-    benchmarks: SimpleNamespace, tmp_path: Path, calls: list[str]
-) -> None:
+def test_an_end_that_cannot_be_repeated_is_an_error(benchmarks: Any, tmp_path: Path, calls: list[str]) -> None:
     host = host_with(tmp_path, calls)
     if not calls:
         (host / "execution.py").write_text("async def execute(): pass\n", "utf-8")
@@ -74,14 +61,14 @@ def test_an_end_that_cannot_be_repeated_is_an_error(
         benchmarks.host_versions.end_of_node(host)
 
 
-def test_everything_that_this_host_ends_a_node_with_is_there(benchmarks: SimpleNamespace) -> None:
+def test_everything_that_this_host_ends_a_node_with_is_there(benchmarks: Any) -> None:
     assert set(benchmarks.host_versions.end_of_node(HOST)) == {BUFFERS, QUEUES, WATERMARKS}
     calls = benchmarks.comfy_host._calls_at_end_of_node()
     assert len(calls) == 3
     assert all(map(callable, calls))
 
 
-def test_a_host_without_an_option_says_so(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_host_without_an_option_says_so(benchmarks: Any, tmp_path: Path) -> None:
     lacking = benchmarks.host_versions.lacking_option
     assert lacking(HOST, "--fast-disk") is None
     older = host_with(tmp_path, [], 'parser.add_argument("--fast-disk", action="store_true")')
@@ -89,35 +76,23 @@ def test_a_host_without_an_option_says_so(benchmarks: SimpleNamespace, tmp_path:
     assert lacking(older, "--disable-fast-disk") == "ComfyUI 0.99.0 has no --disable-fast-disk"
 
 
-def flags(benchmarks: SimpleNamespace, case: str, contender: str) -> list[str]:
-    job = benchmarks.contenders.Job(benchmarks.cases.CASES[case], contender, Path(), Path(), 1, 10 * 1024**3)
+def flags(benchmarks: Any, case: str, contender: str) -> list[str]:
+    job = benchmarks.job.Job(benchmarks.cases.CASES[case], contender, Path(), Path(), 1, 10 * 1024**3)
     return benchmarks.contenders.comfy_flags(job)
 
 
-def test_the_fast_disk_is_forced_beside_what_a_contender_has_anyway(benchmarks: SimpleNamespace) -> None:
+def test_the_fast_disk_is_forced_beside_what_a_contender_has_anyway(benchmarks: Any) -> None:
     for name, forced in benchmarks.cases.FAST_DISK.items():
         for case in ("flux-1024-8gb", "flux-1024-streamed"):
             assert flags(benchmarks, case, name) == [*flags(benchmarks, case, forced.base), forced.option]
     assert flags(benchmarks, "flux-1024-streamed", "comfy-fast-disk") == ["--vram-headroom", "7.00", "--fast-disk"]
 
 
-def test_a_contender_is_compared_to_the_native_one_with_the_same_of_the_disk(benchmarks: SimpleNamespace) -> None:
-    runs = {
-        "weightstream": {"step_s": 1.0},
-        "comfy-dynamic": {"step_s": 2.0},
-        "weightstream-fast-disk": {"step_s": 1.0},
-        "comfy-fast-disk": {"step_s": 4.0},
-        "weightstream-no-fast-disk": {"step_s": 1.0},
-    }
-    case = benchmarks.cases.CASES["flux-1024-8gb"]
-    found = benchmarks.report.summarize(case, {}, {}, runs)["runs"]
-    assert {name: run.get("ratio_to_comfy_dynamic") for name, run in found.items()} == {
-        "weightstream": 0.5,
-        "comfy-dynamic": 1.0,
-        "weightstream-fast-disk": 0.25,
-        "comfy-fast-disk": 1.0,
-        "weightstream-no-fast-disk": None,
-    }
+def test_the_readme_has_the_table_of_the_committed_results(benchmarks: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((FOLDER / "README.md").read_text("utf-8"), "utf-8")
+    benchmarks.report.update_readme(copy, FOLDER / "results")
+    assert copy.read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
 
 
 def run_script(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -133,33 +108,22 @@ def versions_are_named(versions: dict[str, Any], host_versions: ModuleType) -> N
 
 
 @on_linux
-def test_steps_are_measured(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
-    contenders = ("resident", "h2d", "weightstream", "weightstream-fast-disk", "comfy-no-fast-disk")
-    arguments = ("flux-1024-8gb", "--tiny", "--steps", "2", "--work", str(tmp_path))
-    done = run_script("run.py", tmp_path, *arguments, "--contenders", ",".join(contenders))
-    result = json.loads((tmp_path / "flux-1024-8gb.json").read_text("utf-8"))
-    versions_are_named(result["versions"], benchmarks.host_versions)
-    assert set(result["limits"]) == {"resident", "h2d"}
-    reason = benchmarks.host_versions.lacking_option(HOST, "--disable-fast-disk")
-    assert result["not_offered"] == ({"comfy-no-fast-disk": reason} if reason else {})
-    assert {*result["runs"], *result["not_offered"]} == set(contenders[2:])
-    if reason:
-        assert f"comfy-no-fast-disk is not offered: {reason}" in done.stdout
-    for name, run in result["runs"].items():
-        assert run.get("identical_to_resident"), (name, run)
-
-
-@on_linux
-def test_loading_is_measured(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
-    run_script("loading.py", tmp_path, "cached", "--tiny", "--work", str(tmp_path))
-    row = json.loads((tmp_path / "loading.json").read_text("utf-8"))["rows"]["cached"]
+def test_loading_is_measured(benchmarks: Any, tmp_path: Path) -> None:
+    run_script("loading.py", tmp_path, "cached", "4-steps", "--tiny", "--work", str(tmp_path))
+    rows = json.loads((tmp_path / "loading.json").read_text("utf-8"))["rows"]
+    row, short = rows["cached"], rows["4-steps"]
     assert row.get("first_step_s"), row
     assert row["status"]["streamed_block_bytes"] > 0
     versions_are_named(row["versions"], benchmarks.host_versions)
+    assert short.get("prompts"), short
+    assert [len(prompt["steps_s"]) for prompt in short["prompts"]] == [4, 4]
+    for prompt in short["prompts"]:
+        assert 0 < sum(prompt["steps_s"]) <= prompt["seconds"]
+    assert 0 < short["loader_s"] < short["prompts"][0]["steps_s"][0]
 
 
 @on_linux
-def test_loras_are_measured(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+def test_loras_are_measured(benchmarks: Any, tmp_path: Path) -> None:
     run_script("lora.py", tmp_path, "weightstream", "--tiny", "--work", str(tmp_path))
     row = json.loads((tmp_path / "lora.json").read_text("utf-8"))["rows"]["weightstream"]
     latents = {name: prompt["latent_sha256"] for name, prompt in row.get("prompts", {}).items()}
@@ -169,7 +133,34 @@ def test_loras_are_measured(benchmarks: SimpleNamespace, tmp_path: Path) -> None
 
 
 @on_linux
-def test_watching_is_measured(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path) -> None:
+    arguments = ("8gb", "--tiny", "--prompts", "3", "--steps", "3", "--work", str(tmp_path))
+    run_script("steady.py", tmp_path, *arguments)
+    row = json.loads((tmp_path / "steady.json").read_text("utf-8"))["rows"]["8gb"]
+    assert row.get("prompts"), row
+    assert (row["reruns"], row["plan_changes"], row["latents_equal"]) == (0, 0, True)
+    assert row["first_plan_changes"] > 0
+    assert [prompt["tidied"] for prompt in row["prompts"]] == [True, False, False]
+    assert row["prompts"][0]["calls"]["comfy.model_management.soft_empty_cache"] == 1
+    for prompt in row["prompts"]:
+        columns = ("steps_s", "reruns", "free_bytes", "resident_bytes", "segments", "plan_changes")
+        assert [len(prompt[name]) for name in columns] == [3] * len(columns)
+    versions_are_named(row["versions"], benchmarks.host_versions)
+
+
+@on_linux
+def test_the_host_is_measured(benchmarks: Any, tmp_path: Path) -> None:
+    run_script("host_time.py", tmp_path, "streamed", "--tiny", "--steps", "3", "--work", str(tmp_path))
+    row = json.loads((tmp_path / "host-time.json").read_text("utf-8"))["rows"]["streamed"]
+    assert row.get("cpu_steps_s"), row
+    assert row["cpu_s"] > 0
+    assert row["streamed_bytes"] > 0
+    assert row["calls"] == {}, "no GPU, no calls"
+    versions_are_named(row["versions"], benchmarks.host_versions)
+
+
+@on_linux
+def test_watching_is_measured(benchmarks: Any, tmp_path: Path) -> None:
     run_script("watching.py", tmp_path, "--pairs", "1", "--steps", "2", "--idle", "0.1")
     result = json.loads((tmp_path / "watching.json").read_text("utf-8"))
     assert len(result["ratios"]) == 1

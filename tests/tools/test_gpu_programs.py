@@ -9,53 +9,86 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools.checkpoints import write_flux
+import programs
+import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(program: str, folder: Path, *arguments: str, **environment: str) -> dict[str, Any]:
-    """What a program prints in its last line."""
-    command = [sys.executable, str(ROOT / "tests" / "gpu" / program), os.environ["COMFYUI_PATH"], str(folder)]
-    result = subprocess.run(
-        [*command, *arguments, "--cpu"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def differences(found: dict[str, Any]) -> list[str]:
-    return [case for case, same in found["agree"].items() if not same]
+GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
+HOST = os.environ["COMFYUI_PATH"]
+# The soak has devices on which next to nothing has room.
+TOGETHER = ("host", "settings", "quantised", "encoders", "placement", "recordings", "split", "families", "late")
+# Some that only a program which has gone all its way has found.
+SOME_CASES = {
+    "host": {"limit 16 MB, after unloading", "LoRA behind hooks", "fp8, limit 0 MB, lora -0.4"},
+    "settings": {"auto, streams", "shared, streams, run 1"},
+    "quantised": {"fp8, streamed, mode", "int8-rotated, resident, lora 0.7"},
+    "encoders": {"qwen, auto, patched before", "shared, streams"},
+    "placement": {"VAE on gpu:1", "wan VAE on cpu, encoded in tiles", "VAE on cpu"},
+    "recordings": {"Flux, verified", "MiniMaxH3, out of memory: it did", "LTXAV, plain"},
+    "split": {"limit 46 %, gpu:1,gpu:0, after giving way", "the host's own, lora 0.7"},
+    "families": {"Flux, both"},
+    "late": {"kernels", "patch kernels", "copies", "arrival", "unlocking"},
+}
 
 
-def test_parts_on_each_device(tmp_path: Path) -> None:
-    write_flux(tmp_path / "tiny-flux.safetensors")
-    found = run("placement_program.py", tmp_path, WEIGHTSTREAM_VIRTUAL="2x24MB")
-    assert {"flux VAE on gpu:1, decoded", "wan VAE on cpu, encoded in tiles", "VAE on cpu"} <= found["agree"].keys()
-    assert differences(found) == []
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the programs find in one host."""
+    folder = tmp_path_factory.mktemp("programs")
+    return programs.run_all(TOGETHER, HOST, folder, ["--cpu"], WEIGHTSTREAM_VIRTUAL="2x100MB", OMP_NUM_THREADS="1")
 
 
-def test_steps_whose_allocations_a_host_records(tmp_path: Path) -> None:
-    """A CPU keeps no records; the rest of the program is the same."""
-    found = run("recordings_program.py", tmp_path, WEIGHTSTREAM_VIRTUAL="1x100MB")
-    assert found["records"] is False
-    assert {case.partition(",")[0] for case in found["agree"]} == {"Flux", "MiniMaxH3", "LTXAV"}
-    assert differences(found) == []
+@pytest.mark.parametrize("program", TOGETHER)
+def test_a_program_finds_no_difference(found: dict[str, dict[str, Any]], program: str) -> None:
+    assert programs.differences(found[program]) == [], found[program].get("error")
+    assert SOME_CASES[program] <= found[program]["agree"].keys()
 
 
-def test_a_device_that_is_late(tmp_path: Path) -> None:
-    found = run("late_program.py", tmp_path, WEIGHTSTREAM_VIRTUAL="1x100MB")
-    assert found["agree"] == dict.fromkeys(("kernels", "patch kernels", "copies", "arrival", "unlocking"), True)
+def test_every_program_is_run() -> None:
+    assert {path.name.removesuffix("_program.py") for path in GPU_TESTS.glob("*_program.py")} == {*TOGETHER, "soak"}
+
+
+def test_an_error_of_a_program_is_told_of_with_what_it_has_found_before(tmp_path: Path) -> None:
+    def cases(found: programs.Found) -> None:
+        found.check("one", True)
+        found.check("two", True)
+        found.check("two", False)
+        raise ValueError("no more")
+
+    found = programs.run(cases, tmp_path / "new").as_dict()
+    assert found["agree"] == {"one": True, "two": False}
+    assert programs.differences(found) == ["two", "ValueError: no more"]
+
+
+def test_what_comes_behind_a_program_that_ends_its_process_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One raises an error, one crashes at its begin, and one behind another that has ended well."""
+    started, said = [], iter(([{"agree": {"a": True}}, {"error": "no"}], [], [{"agree": {}}]))
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        names = command[4].split(",")
+        started.append((names, Path(command[3]).relative_to(tmp_path), command[5:]))
+        lines = [json.dumps({"program": name, **line}) for name, line in zip(names, next(said), strict=False)]
+        return subprocess.CompletedProcess(command, -11, "\n".join(["a word", *lines]), "Segmentation fault\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = programs.run_all("abcde", "ComfyUI", tmp_path, ["--cpu"])
+    assert [names for names, _, _ in started] == [[*"abcde"], [*"cde"], [*"de"]]
+    assert len({folder for _, folder, _ in started}) == 3
+    assert all(flags == ["--cpu"] for _, _, flags in started)
+    assert [programs.differences(found[name]) for name in "abcde"] == [
+        *([], ["no"], ["its process ended with -11"], [], ["its process ended with -11"])
+    ]
+    assert "Segmentation fault" in found["c"]["error"]
 
 
 def test_a_soak(tmp_path: Path) -> None:
-    """The seed has everything in six prompts; which faults find a call to fall on hangs on times."""
-    found = run("soak_program.py", tmp_path, "1-6", "2075", "2", WEIGHTSTREAM_VIRTUAL="2x14MB")
+    """By itself. The seed has everything in six prompts; which faults find a call to fall on hangs on times."""
+    command = [sys.executable, str(GPU_TESTS / "soak_program.py"), HOST, str(tmp_path), "1-6", "2075", "2", "--cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WEIGHTSTREAM_VIRTUAL": "2x14MB"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads(result.stdout.splitlines()[-1])
     assert found["failures"] == []
     assert sum(found["ended"].values()) == found["prompts"] == 6
     features = {"LoRA", "LoRA stack", "hooks", "ControlNet", "EasyCache", "ar_video", "2 devices"}

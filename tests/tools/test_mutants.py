@@ -27,7 +27,7 @@ def test_every_mutant_is_one_of_the_code_as_it_is() -> None:
 
 
 def test_a_mutant_is_planted_and_dies() -> None:
-    command = [sys.executable, str(ROOT / "dev.py"), "mutants", "--trust", "slot is taken without a mark"]
+    command = [sys.executable, str(ROOT / "dev.py"), "mutants", "--trust", "the ring's memory is taken without a mark"]
     environment = {**os.environ, "WEIGHTSTREAM_PYTHON": sys.executable, "PYTEST_ADDOPTS": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.stdout.endswith("1 of 1 mutants died\n"), result.stdout + result.stderr

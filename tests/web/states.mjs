@@ -46,7 +46,7 @@ export function model(changes = {}) {
  */
 export function run(changes = {}) {
   return {
-    steps: 20, bytes: 224 * GB, rate: 34.6 * GB, stall_ms_per_block: 2.4, misses: 0, corrupted: 0, step_seconds: 0.324,
+    steps: 20, reruns: 0, bytes: 224 * GB, rate: 34.6 * GB, stall_ms_per_block: 2.4, misses: 0, corrupted: 0, step_seconds: 0.324,
     ...changes,
   };
 }

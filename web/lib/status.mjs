@@ -7,8 +7,8 @@
  * @typedef {{ram_total: number | null, ram_available: number | null, pinned: number | null,
  *   pinned_limit: number | null}} Host
  * @typedef {{done: number, total: number, rate: number | null}} Loading
- * @typedef {{steps: number, bytes: number, rate: number | null, stall_ms_per_block: number | null, misses: number,
- *   corrupted: number, step_seconds: number | null}} Run  rate and step_seconds are means of the run
+ * @typedef {{steps: number, reruns: number, bytes: number, rate: number | null, stall_ms_per_block: number | null,
+ *   misses: number, corrupted: number, step_seconds: number | null}} Run  rate and step_seconds are means of the run
  * @typedef {"unloaded" | "resident" | "pinned" | "staged" | "synchronous"} Ladder
  * @typedef {{id: string, name: string, device: string, node_id: string | null, ladder: Ladder, reason: string,
  *   plan: string, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null,

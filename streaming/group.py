@@ -1,0 +1,67 @@
+"""The streamers of one model on several devices: they measure steps together, and are planned as one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .assignment import Assignment
+from .backend import Backend
+from .plan import Plan, SecondsOf, forecast_seconds
+from .profile import Profile
+from .telemetry import StepListener
+from .turns import Share, forecast_of_all
+
+if TYPE_CHECKING:
+    from .streamer import Streamer
+
+
+class Group:
+    """One or more streamers of a model, which it does not keep alive.
+
+    Attributes:
+        listeners: measure the step that runs.
+        assignment: the device of each block, by the order in which the streamers have joined; None where there is one.
+    """
+
+    def __init__(self, assignment: Assignment | None = None) -> None:
+        self.listeners: list[StepListener] = []
+        self.assignment = assignment
+        self._members: list[weakref.ref[Streamer]] = []
+
+    def join(self, streamer: Streamer) -> SecondsOf:
+        """``streamer`` is one more; gives what tells how long a step takes with a plan of its blocks."""
+        who = weakref.ref(streamer)
+        self._members.append(who)
+        return lambda plan, profile: self._seconds(who, plan, profile)
+
+    def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
+        """A block has run on ``device``; ``seconds`` gives its compute once that is over, and waits for it."""
+        for listener in self.listeners:
+            listener.computed(device, seconds)
+
+    def learn(self) -> None:
+        """All keep what the step before has shown, so that whoever plans first knows what the others take."""
+        for member in self._members:
+            if (streamer := member()) is not None:
+                streamer.learn()
+
+    def _seconds(self, who: Callable[[], Streamer | None], plan: Plan, profile: Profile) -> float:
+        assignment = self.assignment
+        if assignment is None or not profile.measured:
+            return forecast_seconds(plan, profile)
+        shares = []
+        for member in self._members:
+            share = Share(plan, profile) if member is who else _share_of(member())
+            if share is None or share.plan.outline.blocks != len(assignment.blocks_of(len(shares))):
+                return forecast_seconds(plan, profile)
+            shares.append(share)
+        return forecast_of_all(shares, assignment)
+
+
+def _share_of(streamer: Streamer | None) -> Share | None:
+    """What a device does, once it is loaded and was measured."""
+    if streamer is None or streamer.plan is None or not (streamer.profile.measured or not streamer.outline.blocks):
+        return None
+    return Share(streamer.plan, streamer.profile)

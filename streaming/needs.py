@@ -1,0 +1,57 @@
+"""When each segment is needed in a step in which nothing waits, and until when. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from .pipeline import Stage
+from .profile import Profile
+from .segments import Segment
+from .timeline import Moment
+
+
+class Need(NamedTuple):
+    """A segment's place in a step, in seconds of compute from its begin; ``link``: over which it comes."""
+
+    segment: Segment
+    begin: float
+    end: float
+    link: int = 0
+
+
+def segment_needs(
+    segments: Sequence[Segment], profile: Profile, moments: Iterable[Moment], link: int = 0
+) -> list[Need]:
+    """Needs of ``segments``, in order, by the moments at which their units are needed."""
+    segment_of = {unit: segment for segment in segments for unit in segment.units}
+    found: list[Need] = []
+    for moment in moments:
+        segment = segment_of.get(moment.unit)
+        if segment is None:
+            continue
+        if found and found[-1].segment is segment:
+            if segment.runs:
+                found[-1] = found[-1]._replace(end=moment.end)
+        elif segment.runs:
+            found.append(Need(segment, moment.begin, moment.end, link))
+        else:
+            end = moment.block_begin + profile.block_seconds[segment.block]
+            found.append(Need(segment, moment.block_begin, end, link))
+    return found
+
+
+def stages_of(needs: Sequence[Need], bandwidths: Sequence[float], total: float) -> tuple[list[Stage], float]:
+    """Needs as stages of a step that takes ``total`` without waits, and the compute before the first of them."""
+    ends = (*(need.begin for need in needs[1:]), total)
+    stages = [
+        Stage(need.segment.nbytes / bandwidths[need.link], need.end - need.begin, end - need.begin, need.link)
+        for need, end in zip(needs, ends, strict=True)
+    ]
+    return stages, needs[0].begin
+
+
+def waits_of(needs: Sequence[Need], waits: Sequence[Mapping[Segment, Segment]]) -> list[int]:
+    """For each need the place of the one whose memory it gets; ``waits``: those of segments, for each link."""
+    place_of = {(need.link, need.segment): place for place, need in enumerate(needs)}
+    return [place_of[need.link, waits[need.link][need.segment]] for need in needs]
