@@ -25,7 +25,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..streaming import State, UnsupportedModelError
 from .contracts import check_host
-from .devices import make_backend, obtainable, same_device, unload
+from .devices import obtainable, same_device, unload
 from .generators import generators_kept
 from .noted_dtypes import compute_as_noted
 from .offload import OffloadSettings
@@ -100,7 +100,7 @@ def patcher_on(patcher: ModelPatcher, device: torch.device, may_stream: bool = T
 
 
 def _streamed_on(patcher: StreamedModelPatcher, device: torch.device) -> StreamedModelPatcher:
-    backend, streamer = make_backend(device), patcher.streamer
+    backend, streamer = patcher.streamed.backend_on(device), patcher.streamer
     if patcher.parts:
         whole = patcher.clone()
         whole.remove_additional_models(PARTS)

@@ -15,7 +15,7 @@ import torch
 from ..streaming import Plan, State, Streamer, format_bytes
 from ..streaming.shown import shown
 from . import hosts
-from .devices import has_dynamic_vram, make_backend, same_device, unload
+from .devices import has_dynamic_vram, same_device, unload
 from .following import follow
 from .hooked import HookedPatcher
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
@@ -159,7 +159,7 @@ class StreamedModelPatcher(HookedPatcher):
             self.follow()
             if device_to is not None and not same_device(device_to, self.streamer.backend.device):
                 # A clone for another GPU, or back from it.
-                self.streamer.move_to(make_backend(device_to))
+                self.streamer.move_to(self.streamed.backend_on(device_to))
             self.streamed.show_on(self.node_id)
             self.streamer.refresh()
             self.streamer.begin_run()

@@ -77,7 +77,7 @@ def _split_of(
 ) -> Split:
     """The split that there is of this model, where it is still like that; else a new one."""
     known = _splits.setdefault(model.model, {})
-    key = (tuple(devices), None if shares is None else tuple(shares))
+    key = (tuple(devices), None if shares is None else tuple(shares), _settings_of(model).vram_limit)
     found = known.pop(key, None)
     if found is None or not is_current(found.patcher, model):
         found = _split_anew(model, devices, shares, node_id)
@@ -97,7 +97,7 @@ def _split_anew(
     helpers = feed(fresh, devices) if shares is None else []
     if helpers:
         rest = (place for place, device in enumerate(devices[1:], 1) if device not in helpers)
-        left_out = dict.fromkeys(rest, "its link adds nothing to those of the others")
+        left_out = dict.fromkeys(rest, "it can bring nothing to the first")
     else:
         left_out = split_blocks(fresh, devices, shares)
     dtype = fresh.model.get_dtype_inference()

@@ -13,10 +13,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch.utils.hooks import RemovableHandle
 
-from ..streaming import BudgetError, Plan, Streamer, format_bytes, gpu_name, split_model
+from ..streaming import Backend, BudgetError, Feeder, Plan, Streamer, format_bytes, gpu_name, split_model
 from ..streaming.handoff import Boundary
 from . import status
-from .devices import evictable, make_backend, obtainable, pins
+from .devices import evictable, make_backend, obtainable, pins, same_device
 from .generators import generators_kept
 from .noted_dtypes import noted_dtype
 from .offload import GIB, OffloadSettings, host_config
@@ -50,6 +50,7 @@ class StreamedModel:
         boundary: between devices, of a model whose blocks run on several (parts.py).
         shares: which blocks run where, of such a model.
         placed: its blocks, and where they run.
+        fed: the device that others bring weights to, and these (feeding.py).
         held: whether a part keeps its weights, whoever takes them (parts.py, Note: held parts).
         leaves: whether somebody has taken them meanwhile, and nobody has loaded them again.
         title: the checkpoint's file name.
@@ -70,6 +71,7 @@ class StreamedModel:
     boundary: Boundary | None = None
     shares: Shares | None = None
     placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()
+    fed: tuple[torch.device, Sequence[torch.device]] | None = None
     held: bool = False
     leaves: bool = False
     title: str = ""
@@ -88,6 +90,17 @@ class StreamedModel:
     def gpu(self) -> str:
         """The name of its device, as nodes have it."""
         return gpu_name(self.streamer.backend.device.index or 0)
+
+    def feed(self, home: torch.device, helpers: Sequence[torch.device]) -> None:
+        """From the next backend for ``home`` on, ``helpers`` bring weights to it."""
+        self.fed = home, tuple(helpers)
+
+    def backend_on(self, device: torch.device) -> Backend:
+        """A backend for this model there, with those who bring weights to it."""
+        backend = make_backend(device)
+        if self.fed is not None and same_device(self.fed[0], device):
+            backend.feeders += [Feeder(make_backend(helper)) for helper in self.fed[1]]
+        return backend
 
     def place_blocks(self, devices: Sequence[torch.device]) -> None:
         """Blocks run on these devices, as the shares have it, from the next load on."""

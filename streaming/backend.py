@@ -89,7 +89,7 @@ class Backend(ABC):
         name: for people; virtual devices are told apart by it.
         allocated, peak: bytes that this backend has handed out, now and at most.
         record: of allocations in steps, which ours must not be part of.
-        feeders: other devices that bring a part of what streams (feeder.py).
+        feeders: other devices that bring a part of what streams, while they are open (feeder.py).
     """
 
     # Bytes of a fine piece (Note: copies take turns); None where copies are never cut.
@@ -100,6 +100,7 @@ class Backend(ABC):
         self.name = name
         self.record = record
         self.feeders: list[Feeder] = []
+        self._open_feeders: list[Feeder] = []
         self.allocated = 0
         self.peak = 0
         self._live: dict[int, int] = {}
@@ -165,19 +166,27 @@ class Backend(ABC):
         self._turn = 0
         while len(self._streams) < copy_streams:
             self._streams.append(self._create_stream())
-        for feeder in list(self.feeders) if copy_streams else ():
+        if not copy_streams:
+            self.close_feeders()
+        for feeder in self.feeders if copy_streams else ():
             try:
                 feeder.open(self)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 logger.warning("%s has no room for passing weights on to %s", feeder.helper.name, self.name)
-                self.feeders.remove(feeder)
+        self._open_feeders = [feeder for feeder in self.feeders if feeder.is_open]
+
+    @property
+    def links(self) -> int:
+        """Over so many links weights come: its own, and those of open feeders."""
+        return 1 + len(self._open_feeders)
 
     def close_feeders(self) -> None:
         """Give back what feeders hold, until the backend is opened again. No copy may be under way."""
         for feeder in self.feeders:
             feeder.close()
+        self._open_feeders = []
 
     def copy(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
         """Queue copies.
@@ -191,19 +200,20 @@ class Backend(ABC):
 
     def bring(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
         """As :meth:`copy`, from page-locked memory to the device, over the links of its feeders too."""
-        if not self.feeders or not self._streams or count_bytes(pairs) < LEAST_FED_BYTES:
+        if not self._open_feeders or count_bytes(pairs) < LEAST_FED_BYTES:
             return self.copy(pairs, after, fine)
         waits = self._behind(after)
-        own, *others = cut(pairs, 1 + len(self.feeders))
-        parts: list[Event] = []
+        own, *others = cut(pairs, self.links)
         try:
-            parts.append(self._copy_in_turns(own, waits, fine))
-            for feeder, part in zip(self.feeders, others, strict=False):
+            parts = [self._copy_in_turns(own, waits, fine)]
+            for feeder, part in zip(self._open_feeders, others, strict=False):
                 parts.append(feeder.bring(self, part, waits))
         except BaseException:
-            # Race: what was queued may still be under way when the next copy to this memory is.
-            parts += [feeder.last for feeder in self.feeders if feeder.last is not None]
-            self._last_copy = self._all_over(self._next_stream(), [*waits, *parts])
+            # Race: what was queued may still be under way when the next copy to this memory is. Nobody may have been
+            # told of it, so streams are asked.
+            queued = [self._copy_now(stream, [], waits) for stream in self._streams]
+            queued += [event for feeder in self._open_feeders for event in feeder.all_queued(self)]
+            self._last_copy = self._all_over(self._next_stream(), queued)
             raise
         self._last_copy = self._all_over(self._next_stream(), parts)
         return self._last_copy

@@ -54,6 +54,7 @@ class _AllOf:
         return all(future.done() for future in self._futures)
 
     def result(self) -> None:
+        wait_for_futures([future for future in self._futures if isinstance(future, Future)])
         for future in self._futures:
             future.result()
 

@@ -54,9 +54,11 @@ class CudaBackend(Backend):
 
     def bring(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
         times = self._copy_times
-        before = 0 if times is None else len(times)
+        if times is None or self.links == 1:
+            return super().bring(pairs, after, fine)
+        before = len(times)
         done = super().bring(pairs, after, fine)
-        if times is not None and (parts := times[before:]):
+        if parts := times[before:]:
             times[before:] = [CopyTime(count_bytes(pairs), parts[0].begin, parts[-1].end)]
         return done
 
@@ -122,7 +124,6 @@ class CudaBackend(Backend):
     def close(self) -> None:
         self.synchronize()
         super().close()
-        self._out = None
 
     def _drain_error(self) -> None:
         # A failed (un)register stays behind as the thread's last error and would be raised by the next kernel

@@ -50,31 +50,34 @@ class Feeder:
         chunk_bytes, chunks: of the ring on it.
 
     Attributes:
-        last: the last copy out of the ring.
+        is_open: it has its ring.
     """
 
     def __init__(self, helper: Backend, chunk_bytes: int = CHUNK_BYTES, chunks: int = CHUNKS) -> None:
         self.helper = helper
-        self.last: Event | None = None
         self._chunk_bytes, self._count = chunk_bytes, chunks
         self._stream: Any = None
         self._chunks: list[_Chunk] = []
         self._next: Iterator[_Chunk] = iter(())
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._chunks)
 
     def open(self, home: Backend) -> None:
         """Make the ring, if there is none."""
         if self._chunks:
             return
         self.helper.open(1)
-        self._stream = home.create_stream()
+        self._stream = self._stream or home.create_stream()  # torch has few, so it is the same for ever.
         try:
             for _ in range(self._count):
                 # Race: whoever had this memory before may have kernels under way in it.
                 self._chunks.append(_Chunk(self.helper.allocate(self._chunk_bytes), self.helper.mark()))
+            self._next = cycle(self._chunks)
         except BaseException:
             self.close()
             raise
-        self._next = cycle(self._chunks)
 
     def bring(self, home: Backend, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
         """Queue copies from host memory to ``home``, behind ``waits``; at least one (Note: links that add up)."""
@@ -84,7 +87,7 @@ class Feeder:
             memory = chunk.memory[: target.nbytes]
             sent = self.helper.copy([(memory, source)], [chunk.free])
             with self.helper.passing_on():
-                self.last = chunk.free = home.copy_on(self._stream, [(target, memory)], [sent, *waits])
+                chunk.free = home.copy_on(self._stream, [(target, memory)], [sent, *waits])
             events += [sent, chunk.free]
             waits = ()
         return home.all_of(events)
@@ -93,13 +96,16 @@ class Feeder:
         for target, source in pairs:
             yield from zip(target.split(self._chunk_bytes), source.split(self._chunk_bytes), strict=True)
 
+    def all_queued(self, home: Backend) -> list[Event]:
+        """Events that happen when everything is over that was queued here, whoever was told of it."""
+        return [home.copy_on(self._stream, [], []), self.helper.copy([])] if self._chunks else []
+
     def close(self) -> None:
-        """Give the ring back. No copy may be under way on either device."""
-        for chunk in self._chunks:
-            self.helper.free(chunk.memory)
-        self._chunks.clear()
-        self._next, self._stream, self.last = iter(()), None, None
-        self.helper.close()
+        """Give the ring back. No copy may be under way on the home's device."""
+        if self._chunks:
+            self.helper.close()  # Waits for a copy into a chunk that nobody has passed on.
+            self._chunks.clear()
+            self._next = iter(())
 
 
 def cut(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:

@@ -87,8 +87,8 @@ def _memory_text(plan: Plan, placement: Placement, supply: Supply, building: boo
     """What streams from page-locked memory, what from where it is, and why."""
     pinned = placement.pinned_bytes(plan)
     text = f"{format_bytes(pinned)} from page-locked memory"
-    if links := len(placement.backend.feeders):
-        text += f" over {1 + links} links"
+    if placement.backend.links > 1:
+        text += f" over {placement.backend.links} links"
     if pinned == plan.streamed_bytes:
         return text
     staged = format_bytes(plan.streamed_bytes - pinned)

@@ -14,7 +14,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from placing import Machine, place
 from sampling import LORA, MB, sample
-from weightstream.nodes import feeding
+from weightstream.nodes import feeding, streamed_model
+from weightstream.nodes.offload import Mode, OffloadSettings
+from weightstream.nodes.settings import with_settings
 from weightstream.streaming import Feeder, VirtualMemory
 from weightstream.streaming import backend as backends
 from weightstream.streaming.assignment import DeviceRoom
@@ -24,8 +26,10 @@ from weightstream.streaming.assignment import DeviceRoom
 def memories(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> tuple[VirtualMemory, ...]:
     """Three virtual devices, of which the others can bring weights to the first, as GPUs with NVLink can."""
     monkeypatch.setattr(backends, "LEAST_FED_BYTES", 0)
-    monkeypatch.setattr(feeding, "Feeder", partial(Feeder, chunk_bytes=MB))
-    monkeypatch.setattr(feeding, "helpers_of", lambda devices: ([*devices[1:]], float(len(devices))))
+    monkeypatch.setattr(streamed_model, "Feeder", partial(Feeder, chunk_bytes=MB))
+    monkeypatch.setattr(
+        feeding, "helpers_of", lambda devices: feeding.Helpers([*devices[1:]], 1.0, float(len(devices)))
+    )
     # Of virtual devices nobody knows how fast they are.
     monkeypatch.setattr(feeding, "feeding_is_faster", lambda sizes, rooms, _: total(rooms) < sum(sizes))
     memories = machine(3, 5 * MB)
@@ -38,7 +42,7 @@ def total(rooms: list[DeviceRoom]) -> float:
 
 
 def brought_by(model: Any) -> list[str]:
-    return [feeder.helper.name for feeder in model.streamer.backend.feeders]
+    return [feeder.helper.name for feeder in model.streamer.backend.feeders if feeder.is_open]
 
 
 def test_one_device_computes_and_all_links_bring_weights(
@@ -47,7 +51,7 @@ def test_one_device_computes_and_all_links_bring_weights(
     model = place(loaded)[0]
     assert said == ["MODEL on gpu:0, weights over gpu:0, gpu:1, gpu:2"]
     assert model.streamer.backend.name == "virtual:0"
-    assert brought_by(model) == ["virtual:1", "virtual:2"]
+    assert [feeder.helper.name for feeder in model.streamer.backend.feeders] == ["virtual:1", "virtual:2"]
     assert model.parts == []
     tensors = comfy.utils.load_torch_file(str(models / LORA))
     patched = [comfy.sd.load_lora_for_models(one, None, tensors, 0.7, 0)[0] for one in (model, native)]
@@ -98,3 +102,30 @@ def test_what_fits_on_all_devices_streams_on_none(
 def test_virtual_devices_are_not_tried(loaded: Any, machine: Machine) -> None:
     machine(2, 13 * MB)
     assert len(place(loaded)[0].streamers) == 2
+
+
+@pytest.mark.parametrize(
+    "settings", [OffloadSettings(mode=Mode.SYNC), OffloadSettings(pin_memory=False), OffloadSettings(pinned_limit=MB)]
+)
+def test_what_does_not_stream_from_page_locked_memory_is_brought_by_nobody(
+    loaded: Any, native: ModelPatcher, memories: tuple[VirtualMemory, ...], settings: OffloadSettings
+) -> None:
+    for memory in memories:
+        memory.budget = 13 * MB
+    model = place(with_settings(loaded, settings))[0]
+    assert len(model.streamers) == 3
+    assert torch.equal(sample(model), sample(native))
+
+
+def test_who_moves_away_and_back_is_fed_again(
+    loaded: Any, native: ModelPatcher, memories: tuple[VirtualMemory, ...]
+) -> None:
+    model = place(loaded)[0]
+    expected = sample(native)
+    assert torch.equal(sample(model), expected)
+    memories[1].budget = 24 * MB
+    elsewhere = place(model, devices="gpu:1")[0]
+    assert torch.equal(sample(elsewhere), expected)
+    assert torch.equal(sample(model), expected)
+    assert model.streamer.backend.name == "virtual:0"
+    assert brought_by(model) == ["virtual:1", "virtual:2"]

@@ -77,7 +77,7 @@ def test_unlocking_ends_when_a_prompt_begins(streamed: Load, monkeypatch: pytest
 
 
 def test_all_parts_of_a_split_model_are_unloaded(loaded: StreamedModelPatcher) -> None:
-    ours, _ = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None)
+    ours = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None).patcher
     expected = sample(ours)
     models = [model for model in status.watched() if model.number == ours.streamed.number]
     routes.take_off(models)

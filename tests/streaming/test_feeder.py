@@ -173,8 +173,14 @@ def test_a_helper_without_room_is_left_out() -> None:
     feed(backend, CpuBackend(full), CpuBackend(VirtualMemory(10**6, "virtual:2")))
     streamer = make(model, backend, 2, segment_bytes=0)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
-    assert [feeder.helper.name for feeder in backend.feeders] == ["virtual:2"]
+    assert [feeder.is_open for feeder in backend.feeders] == [False, True]
+    assert backend.links == 2
     assert full.allocated == 0
+    assert torch.equal(model(X), expected)
+    full.budget = 10**6
+    streamer.unload()
+    streamer.load(streamer.plan_for(streamer.minimum_bytes))
+    assert backend.links == 3, "there is room now"
     assert torch.equal(model(X), expected)
     streamer.close()
 
@@ -216,24 +222,49 @@ def test_a_copy_that_fails_anywhere_is_made_again(of_helper: bool, monkeypatch: 
 # -- whether it is worth it --------------------------------------------------------------------------------------------
 
 
-def found_by(monkeypatch: pytest.MonkeyPatch, rates: list[float], sound: tuple[bool, ...]) -> tuple[list[str], float]:
-    """The helpers that are taken where so many links together bring so many bytes per second."""
-    home, *helpers = (CpuBackend(VirtualMemory(10**9, f"virtual:{number}")) for number in range(len(sound) + 1))
-    monkeypatch.setattr(feeding, "_bytes_per_second", lambda home, source: rates[len(home.feeders)])
+def found_by(
+    monkeypatch: pytest.MonkeyPatch, rates: list[float], sound: tuple[bool, ...], room: int = 10**9, last: float = 0.0
+) -> tuple[list[str], float]:
+    """The helpers that are taken where so many links together bring so many bytes per second.
+
+    Args:
+        last: what the first link brings when it is tried once more.
+    """
+    home, *helpers = (
+        CpuBackend(VirtualMemory(room, f"virtual:{number}"), torch.device("cpu", number))
+        for number in range(len(sound) + 1)
+    )
+    tries = []
+
+    def bytes_per_second(home: Backend, source: torch.Tensor) -> float:
+        tries.append(home.links)
+        return max(rates[home.links - 1], last if len(tries) > 1 and home.links == 1 else 0.0)
+
+    monkeypatch.setattr(feeding, "_bytes_per_second", bytes_per_second)
     links = Links()
     for helper, is_sound in zip(helpers, sound, strict=True):
         links._sound[helper.device, home.device] = is_sound
-    found, factor = find_feeders(home, helpers, links)
+    found = find_feeders(home, helpers, links)
     assert home.feeders == []
     assert home.store.allocated == 0
     assert all(helper.store.allocated == 0 for helper in helpers)
-    return [helper.name for helper in found], factor
+    assert found.for_ever is (room > 10**8)
+    return [helper.name for helper in found.helpers], found.factor
 
 
 def test_who_adds_bandwidth_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found_by(monkeypatch, [50, 100, 150], (True, True)) == (["virtual:1", "virtual:2"], 3.0)
     assert found_by(monkeypatch, [50, 55, 60], (True, True)) == ([], 1.0)
     assert found_by(monkeypatch, [50, 100, 110], (True, True)) == (["virtual:1"], 2.0)
+    assert found_by(monkeypatch, [50, 100, 150], (False, True)) == (["virtual:2"], 2.0)
+    assert found_by(monkeypatch, [25, 50], (True,), last=50) == ([], 1.0), "its link was slow at first"
+    assert found_by(monkeypatch, [50, 100], (True,), room=10**8) == ([], 1.0), "they have no room for their rings"
+
+
+def test_a_device_without_room_for_the_trial_is_not_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    home, helper = CpuBackend(VirtualMemory(100)), CpuBackend(VirtualMemory(10**9, "virtual:1"))
+    found = find_feeders(home, [helper], Links())
+    assert (found.helpers, found.for_ever) == ([], False)
 
 
 def test_a_trial_copies_what_it_says() -> None:
@@ -251,9 +282,11 @@ FLUX = [680_000_000] * 19 + [283_000_000] * 38
 @pytest.mark.parametrize(
     ("rooms", "factor", "faster"),
     [
-        ([8, 8], 2.0, True),
         ([0.8, 0.8], 2.0, True),
-        ([4, 4, 4, 4], 3.0, True),
+        ([0.8, 0.8, 0.8, 0.8], 4.0, True),
+        # It would be faster if blocks took long, and much slower if they did not.
+        ([8, 8], 2.0, False),
+        ([4, 4, 4, 4], 3.0, False),
         ([5, 5, 5, 5], 3.0, False),
         ([14, 14], 2.0, False),
         ([11, 11], 2.0, False),
@@ -264,3 +297,9 @@ FLUX = [680_000_000] * 19 + [283_000_000] * 38
 def test_one_device_computes_where_that_is_faster(rooms: list[float], factor: float, faster: bool) -> None:
     found = [DeviceRoom(room * GB, 50 * GB) for room in rooms]
     assert feeding_is_faster(FLUX, found, factor) is faster
+
+
+def test_by_measured_times_one_device_computes_where_that_is_faster() -> None:
+    for seconds, faster in ((0.05, False), (0.3, True)):
+        found = [DeviceRoom(4 * GB, 50 * GB, seconds / sum(FLUX))] * 2
+        assert feeding_is_faster(FLUX, found, 2.0) is faster

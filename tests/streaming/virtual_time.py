@@ -49,7 +49,7 @@ class TimedBackend(Backend):
 
     def copy_on(self, stream: object, pairs: Sequence[Pair], waits: Sequence[float]) -> float:
         self._carry_out(pairs)
-        return max(waits) + count_bytes(pairs) / self.passes_on_at
+        return max(waits, default=0.0) + count_bytes(pairs) / self.passes_on_at
 
     def _all_over(self, stream: object, events: Sequence[float]) -> float:
         return max(events)
