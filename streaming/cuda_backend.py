@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from .allocation_record import NO_RECORD, AllocationRecord
-from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes
+from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes, is_out_of_memory
 from .config import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,26 @@ class CudaBackend(Backend):
     def trim(self) -> None:
         with torch.cuda.device(self.device):
             torch.cuda.empty_cache()
+
+    def watch_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> int | None:
+        stats = torch.cuda.memory_stats(self.device)
+        peak, now = (stats.get(f"allocated_bytes.all.{which}", 0) for which in ("peak", "current"))
+        return peak - now if peak else None
+
+    def gather(self, nbytes: int) -> None:
+        self.trim()
+        if not nbytes:
+            return
+        try:
+            with self.record.paused():
+                self._empty(nbytes)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.debug("%s has no %s in one piece: %s", self.name, format_bytes(nbytes), error)
 
     def moment(self) -> Moment:
         return self._timestamp(torch.cuda.current_stream(self.device))

@@ -299,6 +299,47 @@ def test_memory_is_what_is_free_and_what_torch_keeps(machine: Machine) -> None:
     assert machine.cuda.emptied == [1]
 
 
+def test_a_peak_is_what_was_allocated_beyond_what_is(machine: Machine) -> None:
+    stats = machine.cuda.stats = {"allocated_bytes.all.current": 700, "allocated_bytes.all.peak": 5000}
+    machine.backend.watch_peak()
+    stats["allocated_bytes.all.peak"] = 900
+    stats["allocated_bytes.all.current"] = 750
+    assert machine.backend.peak_bytes() == 150
+    machine.cuda.stats = {}
+    assert machine.backend.peak_bytes() is None, "an allocator that does not count"
+
+
+def test_one_piece_is_taken_after_everything_was_given_back(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken: list[tuple[int, int]] = []
+
+    def empty(nbytes: int) -> torch.Tensor:
+        taken.append((nbytes, len(machine.cuda.emptied)))
+        return torch.empty(0)
+
+    monkeypatch.setattr(machine.backend, "_empty", empty)
+    machine.backend.gather(1000)
+    assert taken == [(1000, 1)]
+    machine.backend.gather(0)
+    assert (len(taken), len(machine.cuda.emptied)) == (1, 2), "nothing but to give back"
+
+    def full(nbytes: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(machine.backend, "_empty", full)
+    with caplog.at_level(logging.DEBUG):
+        machine.backend.gather(1000)
+    assert "cuda:1 has no 1.0 KB in one piece: no room" in caplog.text
+
+    def broken(nbytes: int) -> torch.Tensor:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(machine.backend, "_empty", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        machine.backend.gather(1000)
+
+
 # -- page-locking --------------------------------------------------------------------------------------------------
 
 

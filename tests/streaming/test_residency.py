@@ -160,6 +160,78 @@ def test_a_shape_that_ran_out_of_memory_keeps_the_budget_with_which_it_ran(ceili
     assert device.prompt(offered=9000 * MB) > ceiling
 
 
+class Pool(Device):
+    """A card whose allocator is counted. In one piece activations fit, but for some ``cut``; grown, they take more."""
+
+    def __init__(self, residency: Residency, cut: int = 0) -> None:
+        super().__init__(residency)
+        self.cut = cut
+        self.pieces: list[int] = []
+
+    def step(self, shape: str, activations: int, estimate: int = 0) -> float | None:
+        self.residency.enter(shape)
+        budget = self.residency.budget(self.memory, self.weights, lambda: estimate)
+        moved = budget is not None and budget != self.weights
+        if moved:
+            self.weights, self.cached = int(budget), 0
+        piece = self.residency.piece(moved)
+        self.pieces.append(piece)
+        self.cached = piece or self.cached
+        needed = activations + self.cut if self.cached >= activations else activations * 13 // 10
+        self.cached = max(self.cached, needed)
+        assert self.weights + self.cached <= 10_000 * MB, "out of memory"
+        self.residency.observe(self.memory, activations)
+        self.residency.stepped()
+        return budget
+
+
+def test_the_need_of_a_step_is_what_was_allocated_at_once() -> None:
+    pool = Pool(Residency(HEADROOM))
+    pool.step("a", 1600 * MB)
+    assert pool.step("a", 1600 * MB) == (10_000 - 1700 - 200) * MB
+    assert pool.pieces == [0, 1700 * MB]
+
+
+@pytest.mark.parametrize("cut", [0, 60, 110, 250])
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_a_plan_that_held_for_a_prompt_holds_for_all(cut: int, steps: int) -> None:
+    """The host empties torch's memory between them, and less than 300 MB of it all is never used."""
+    pool = Pool(Residency(HEADROOM), cut * MB)
+    for _ in range(2):
+        pool.prompt(offered=4000 * MB)
+        for _ in range(steps):
+            pool.step("a", 1600 * MB)
+    settled = pool.weights
+    for _ in range(20):
+        pool.prompt(offered=4000 * MB)
+        del pool.pieces[:]
+        for _ in range(steps):
+            pool.step("a", 1600 * MB)
+            assert pool.weights == settled
+        assert [bool(piece) for piece in pool.pieces] == [True] + [False] * (steps - 1)
+    assert 10_000 * MB - settled - 1600 * MB - max(cut - 100, 0) * MB <= 300 * MB
+
+
+def test_shapes_in_turn_share_the_largest_piece() -> None:
+    pool = Pool(Residency(HEADROOM))
+    for _ in range(6):
+        pool.step("a", 1600 * MB)
+        pool.step("b", 800 * MB)
+    assert pool.weights == (10_000 - 1700 - 200) * MB
+    assert pool.pieces[4:] == [0] * 8
+
+
+def test_weights_that_moved_have_broken_the_piece() -> None:
+    residency = Residency(HEADROOM)
+    pool = Pool(residency)
+    for _ in range(4):
+        pool.step("a", 1600 * MB)
+    assert residency.piece(moved=False) == 0
+    assert residency.piece(moved=True) == 1700 * MB
+    residency.out_of_memory(3000 * MB, pool.memory, pool.weights)
+    assert residency.piece(moved=False) == 1700 * MB, "torch has given everything back"
+
+
 def test_without_adaptation_the_offer_stands() -> None:
     residency = Residency(HEADROOM, adaptive=False)
     device = Device(residency)
