@@ -288,12 +288,13 @@ class Backend(ABC):
     def trim(self) -> None:
         """Have torch give back the memory that it keeps for later."""
 
+    @abstractmethod
     def watch_peak(self) -> None:
         """From now on watch the most that is allocated at once (:meth:`peak_bytes`)."""
 
+    @abstractmethod
     def peak_bytes(self) -> int | None:
         """Bytes by which more was once allocated since :meth:`watch_peak` than is now; None where nobody counts."""
-        return None
 
     def gather(self, nbytes: int) -> None:
         """Have torch give back what it keeps, and keep ``nbytes`` in one piece instead, if there is room for them."""

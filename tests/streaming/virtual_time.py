@@ -82,6 +82,12 @@ class TimedBackend(Backend):
     def memory(self) -> DeviceMemory:
         return DeviceMemory(1 << 40, 0)
 
+    def watch_peak(self) -> None:
+        """Nobody counts."""
+
+    def peak_bytes(self) -> None:
+        return None
+
     def trim(self) -> None:
         """Nothing is kept for later."""
 
