@@ -6,14 +6,12 @@ leaves it in :attr:`UnitCopies.built`, in one assignment. The thread that runs t
 from there (``adopt``), before it loads or runs the model: while it does so nobody is building.
 
 [Note: when to build]
-No builder works beside a first step: that reads the whole model, and a builder reads a part of it once more. It took
-2.9 s with four threads that filled memory beside it, and 2.1 s without (FLUX, H200). But the reader, which waits for
-room on the device most of the time, leaves what it brings in memory for master copies too (``Lane.keep_in``). Before
-the second step that is page-locked, and what is missing is built, on all threads, while nothing else runs. To build
-everything then takes as long as about two steps; steps with builders beside them were slower by more than that in all,
-since what is not built yet is read for each of them, and a driver that page-locks memory keeps kernels from being
-launched. Before a first step, while the host does other things with the device, builders work behind it, and pause
-between registrations.
+Nothing is built in a first step: it reads the whole model, and a builder beside it reads a part of it once more. It
+took 2.9 s with four threads that filled memory beside it, and 2.1 s without (FLUX, H200). Before the second step
+everything is built at once, on all threads, while nothing else runs. That takes as long as about two steps; steps with
+builders beside them were slower by more than that in all, since what is not built yet is read for each of them, and a
+driver that page-locks memory keeps kernels from being launched. Before a first step, while the host does other things
+with the device, builders work behind it, and pause between registrations.
 """
 
 from __future__ import annotations

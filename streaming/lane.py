@@ -33,7 +33,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.autograd import profiler
 
-from .arena import Arena, HostBuffer
 from .backend import Backend, Event, Pair, is_out_of_memory
 from .config import format_bytes
 from .layout import Binding
@@ -119,7 +118,6 @@ class Lane:
         self._of_block: dict[int, list[int]] = {}
         for number, segment in enumerate(plan.segments):
             self._of_block.setdefault(segment.block, []).append(number)
-        self._arena: Arena | None = None
         self._running: set[int] = set()
         self._open: dict[int, _Run] = {}
         self._copies = [[copies(unit) for unit in segment.units] for segment in plan.segments]
@@ -213,10 +211,6 @@ class Lane:
                 self._release(number)
             self._schedule.end_step(completed=False)
 
-    def keep_in(self, arena: Arena | None) -> None:
-        """What is read from now on is kept in memory of ``arena`` too, for master copies."""
-        self._arena = arena
-
     def forget(self) -> None:
         """Master copies were changed: copy them anew. No copy may be under way."""
         self._schedule.forget()
@@ -224,7 +218,6 @@ class Lane:
 
     def refresh(self) -> None:
         """Master copies were made, and prefetched segments given up; no copy may be under way."""
-        self.keep_in(None)
         for number, group in enumerate(self._copies):
             self._home[number] = [unit.home for unit in group]
             with torch.inference_mode(False):
@@ -370,26 +363,10 @@ class Lane:
         if pairs is not None and self._reader.idle:
             ready = self._backend.bring(pairs, after, opening)
         else:
-            ready = self._read(places_in(buffer, self._copies[number]), after, opening)
+            parts = [_part(place, unit) for place, unit in places_in(buffer, self._copies[number])]
+            ready = self._reader.transfer(parts, after, opening)
         self._counters.copies += 1
         self._counters.streamed_bytes += self._segments[number].nbytes
-        return ready
-
-    def _read(self, places: Sequence[Place], after: Sequence[Event], opening: bool) -> Transfer:
-        """Have a reader bring what lies at ``places``, and keep what shall get a master copy."""
-        arena = self._arena
-        kept = [unit.memory_to_keep(arena) if arena is not None else None for _, unit in places]
-        pairs = list(zip(places, kept, strict=True))
-        try:
-            ready = self._reader.transfer([_part(*place, memory) for place, memory in pairs], after, opening)
-        except BaseException:
-            for memory in kept:
-                if memory is not None:
-                    arena.release(memory)
-            raise
-        for (_, unit), memory in pairs:
-            if memory is not None:
-                unit.keep(memory, ready)
         return ready
 
 
@@ -403,10 +380,10 @@ def places_in(buffer: torch.Tensor, group: Sequence[UnitCopies]) -> list[Place]:
     return places
 
 
-def _part(place: torch.Tensor, unit: UnitCopies, kept: HostBuffer | None) -> Load | Move:
+def _part(place: torch.Tensor, unit: UnitCopies) -> Load | Move:
     """What a reader does for a unit."""
     if unit.master is None:
-        return Load(unit.unit.layout, place, None if kept is None else kept.memory)
+        return Load(unit.unit.layout, place)
     return Move(unit.master.buffer, place, unit.pinned)
 
 

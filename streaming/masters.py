@@ -220,7 +220,6 @@ class UnitCopies:
         self.built: _Master | None = None
         self._master: _Master | None = None
         self._begun: tuple[HostBuffer, int] | None = None
-        self._kept: tuple[HostBuffer, Transfer] | None = None
         self._sums: dict[str, torch.Tensor] | None = None
 
     @property
@@ -235,7 +234,7 @@ class UnitCopies:
     @property
     def master_bytes(self) -> int:
         """Host memory that the master copy takes, one that is being built included."""
-        return self.unit.nbytes if self._master or self.built or self._begun or self._kept else 0
+        return self.unit.nbytes if self._master or self.built or self._begun else 0
 
     def patched_by(self, patches: Patches) -> bool:
         return any(patches.signature(value.name) is not None for value in self.unit.layout.values)
@@ -259,25 +258,6 @@ class UnitCopies:
             arena.release(memory)
             raise
         self._master = _Master(master, memory)
-
-    def memory_to_keep(self, arena: Arena) -> HostBuffer | None:
-        """Memory for a master copy, which a reader fills on its way; None where there is one, or none may be had."""
-        return None if self.master_bytes else arena.claim(self.unit.nbytes)
-
-    def keep(self, memory: HostBuffer, transfer: Transfer) -> None:
-        """``memory`` holds the weights as they were loaded when ``transfer`` has succeeded: it need be locked alone."""
-        self._kept = memory, transfer
-
-    def take_kept(self, arena: Arena) -> None:
-        """See what became of it. The reader is at rest."""
-        kept, self._kept = self._kept, None
-        if kept is None:
-            return
-        memory, transfer = kept
-        if transfer.queued.exception() is None:
-            self._begun = memory, self.unit.nbytes
-        else:
-            arena.release(memory)
 
     def fill_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool, needed: bool = False) -> bool:
         """On a builder's thread: fill memory with the weights as they were loaded, for :meth:`lock_master`.
@@ -347,8 +327,7 @@ class UnitCopies:
         """Let go of the master copy, or of what was built of one; no builder may be at work. Gives its memory."""
         self.adopt()
         dropped, self._master = self._master, None
-        begun, self._begun = self._begun or self._kept, None
-        self._kept = None
+        begun, self._begun = self._begun, None
         self.bind()
         if dropped is not None:
             return dropped.memory
@@ -435,11 +414,10 @@ class UnitCopies:
         if resident is not None:
             backend.free(resident.buffer)
         self.adopt()
-        begun = self._begun or self._kept
-        for memory in (self._master.memory if self._master else None, begun[0] if begun else None):
+        for memory in (self._master.memory if self._master else None, self._begun[0] if self._begun else None):
             if memory is not None:
                 arena.release(memory)
-        self._master = self._begun = self._kept = None
+        self._master = self._begun = None
 
     def written(self) -> list[str]:
         """Names of values that somebody has written to, in ways that torch counts, or exchanged while this copy was in

@@ -76,11 +76,6 @@ class Placement:
         for copies in self._copies:
             copies.adopt()
 
-    def take_kept(self) -> None:
-        """Take the memory for master copies that the reader has filled on its way. It is at rest."""
-        for copies in self._copies:
-            copies.take_kept(self._supply.arena)
-
     def unbuilt(self, plan: Plan) -> list[UnitCopies]:
         """What is streamed without a master copy, in the order in which it is needed."""
         units = (self._copies[unit] for segment in plan.segments for unit in segment.units)

@@ -41,7 +41,7 @@ from .arena import Arena, HostBuffer
 from .backend import Backend, Event
 from .contents import ranges, read_range
 from .in_order import InOrder
-from .layout import ALIGNMENT
+from .layout import ALIGNMENT, Layout
 from .threads import end_with_process
 from .transfer import Chunk, Load, Move, Piece, Tick, Transfer, TransferAbandonedError, wait_for
 
@@ -197,19 +197,12 @@ class Reader:
                 for start, stop in spans
             ]
         return [
-            Piece(transfer, part.target[start:stop], None, self._reads(part, start, stop))
+            Piece(transfer, part.target[start:stop], None, self._reads(part.layout, start, stop))
             for start, stop in ranges(part.layout, self._chunk_bytes)
         ]
 
-    def _reads(self, part: Load, start: int, stop: int) -> Callable[[torch.Tensor], None]:
-        kept = None if part.keep is None else part.keep[start:stop].numpy()
-
-        def read(chunk: torch.Tensor) -> None:
-            read_range(part.layout, start, stop, chunk, self.drop_behind)
-            if kept is not None:
-                np.copyto(kept, chunk.numpy())
-
-        return read
+    def _reads(self, layout: Layout, start: int, stop: int) -> Callable[[torch.Tensor], None]:
+        return lambda chunk: read_range(layout, start, stop, chunk, self.drop_behind)
 
     # -- the threads ---------------------------------------------------------------------------------------------
 

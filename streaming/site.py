@@ -84,8 +84,6 @@ class Site:
             reader, tick = self.supply.reader, self.supply.tick
             copies = self.placement.copies
             self.lane = self._verifier.make_lane(self.backend, plan, copies, reader, copy_streams, self.meters, tick)
-            if builds_for is None:
-                self.lane.keep_in(self.supply.arena)
 
     def prefetch(self) -> None:
         """Begin to copy what the next step needs first."""
@@ -121,7 +119,6 @@ class Site:
 
     def build(self, plan: Plan, owner: PinOwner) -> None:
         """Build what ``plan`` streams and has no master copy. Nothing is under way."""
-        self.placement.take_kept()
         try:
             self.supply.build(self.placement.unbuilt(plan), owner)
             self.unbuilt = False
@@ -229,7 +226,6 @@ class Site:
         self.supply.halt()
         self.backend.synchronize()
         self.placement.adopt()
-        self.placement.take_kept()
         self.placement.stop_awaiting()
 
     def copy_synchronously(self) -> None:

@@ -46,12 +46,10 @@ class Load(NamedTuple):
     Attributes:
         layout: the unit's.
         target: memory on the device, of the layout's size.
-        keep: host memory of that size, which gets the same on the way.
     """
 
     layout: Layout
     target: torch.Tensor
-    keep: torch.Tensor | None = None
 
 
 class Move(NamedTuple):

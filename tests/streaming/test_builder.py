@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ import pytest
 import torch
 from models import Doubled, PinningBackend, Stored
 from reads import Reads
-from weightstream.streaming import PinBudget, masters
+from weightstream.streaming import masters
 from weightstream.streaming.builder import Builder
-from weightstream.streaming.reader import Reader
 
 pytestmark = pytest.mark.usefixtures("watched")
 
@@ -248,7 +246,6 @@ def test_units_that_cannot_be_copied_are_named_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
     """One that fails does not keep the others from being built; after some nobody tries."""
-    monkeypatch.setattr(masters.UnitCopies, "memory_to_keep", lambda *_: None)  # What the reader has read is not read.
     stored = Stored(tmp_path)
     stored.streamer.load(stored.least)
     stored.check()
@@ -361,54 +358,3 @@ def test_moving_while_building(building: Stored) -> None:
     building.streamer.load(building.least)
     building.check(2)
     building.close()
-
-
-def test_what_the_first_step_has_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader leaves it in the memory of master copies, which need only be page-locked."""
-    stored = Stored(tmp_path)
-    reads = Reads(monkeypatch)
-    stored.streamer.load(stored.least)
-    assert torch.equal(stored.run(), stored.expected)
-    assert reads.take() >= stored.tensor_bytes()
-    assert stored.pins.used == sum(stored.streamer.outline.unit_bytes) + stored.streamer.reader.ring_bytes
-    for _ in range(3):
-        assert torch.equal(stored.run(), stored.expected)
-    assert reads.take() < stored.tensor_bytes() / 4, "no more than the first step's end has asked for"
-    assert stored.streamer.snapshot().staged_bytes == 0
-    stored.close()
-
-
-def test_what_a_first_step_could_not_read_is_read_by_the_builder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for failing in range(1, 12, 3):
-        stored = Stored(tmp_path)
-        stored.streamer.load(stored.least)
-        reads, read = itertools.count(1), Reader._read
-
-        def fail(reader: Reader, *what: object, reads=reads, read=read, failing=failing) -> None:
-            if next(reads) == failing:
-                raise OSError("cannot be read")
-            read(reader, *what)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Reader, "_read", fail)
-            for _ in range(3):
-                try:
-                    assert torch.equal(stored.run(), stored.expected)
-                except OSError:
-                    stored.streamer.settle()
-        assert torch.equal(stored.run(), stored.expected)
-        stored.check(2)
-        stored.close()
-        assert stored.pins.used == 0
-
-
-@pytest.mark.parametrize("limit", [0, 10_000])
-def test_no_more_is_kept_than_may_be_page_locked(tmp_path: Path, limit: int) -> None:
-    stored = Stored(tmp_path, pins=PinBudget(limit))
-    stored.streamer.load(stored.least)
-    for _ in range(3):
-        assert torch.equal(stored.run(), stored.expected)
-        assert stored.pins.used <= limit
-    stored.close()
