@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Protocol
@@ -13,6 +15,10 @@ import torch
 
 from .backend import Backend
 from .config import format_bytes
+
+# To ask the system how much memory is spare takes a millisecond, in which nobody else may: so long an answer is taken to
+# hold, less what was taken since.
+SPARE_SECONDS = 0.1
 
 # After a registration has failed, this part of what was page-locked then is the limit, and so many bytes more with each
 # later attempt: what the system allows changes.
@@ -58,6 +64,8 @@ class PinBudget:
         self._others = others
         self._spare = spare
         self._ask_others = ask_others
+        self._left = 0
+        self._asked = -math.inf
         self._ceiling: int | None = None
         self._refused = ""
         self._owners: weakref.WeakSet[PinOwner] = weakref.WeakSet()
@@ -70,6 +78,7 @@ class PinBudget:
             reason = self._refusal(nbytes)
             if reason is None:
                 self.used += nbytes
+                self._left -= nbytes
             return reason
 
     def _refusal(self, nbytes: int) -> str | None:
@@ -83,7 +92,13 @@ class PinBudget:
 
     def has_room(self, nbytes: int) -> bool:
         """Whether host memory has room for ``nbytes`` more, page-locked or not."""
-        return self._spare is None or nbytes <= self._spare()
+        if self._spare is None:
+            return True
+        with self._counting:
+            now = time.monotonic()
+            if nbytes > self._left or now - self._asked > SPARE_SECONDS:
+                self._left, self._asked = self._spare(), now
+            return nbytes <= self._left
 
     def give(self, nbytes: int) -> None:
         with self._counting:

@@ -17,6 +17,7 @@ from .errors import CheckpointError
 from .layout import Place, TensorSpec, Value
 from .masters import UnitCopies
 from .shown import Watched, memory_of, settled
+from .sums import Summing
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,30 @@ class Change:
             self.place.holder[self.place.attribute] = tensor
 
 
-def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset()) -> Iterator[Change]:
+# Resident copies, by the object that holds them and the name of the value.
+Overwritten = Set[tuple[int, str]]
+
+
+def find_overwritten(copies: Iterable[UnitCopies]) -> Overwritten:
+    """The resident copies of values that hold something else than they did; waits for their device, once."""
+    sums = Summing()
+    found = [(id(each), name, differs) for each in copies for name, differs in each.compare_sums(sums)]
+    flags = torch.stack([differs for _, _, differs in found]).tolist() if found else ()
+    return {(each, name) for (each, name, _), differs in zip(found, flags, strict=True) if differs}
+
+
+def find_changes(
+    copies: UnitCopies, exchanged: Set[str] = frozenset(), overwritten: Overwritten | None = None
+) -> Iterator[Change]:
     """The changes of one unit, of which no block runs and nothing is on its way.
 
     Args:
         copies: of the unit.
         exchanged: full names of those in whose place the host has put something else, for as long as a MODEL is loaded.
             That is a change also where the copy carries patches, which are for what is there now.
+        overwritten: of all units, from :func:`find_overwritten`; None to look at this one.
     """
+    overwritten = find_overwritten([copies]) if overwritten is None else overwritten
     home, weights = copies.bound, copies.bound_weights
     copies.note_writes()
     for value in copies.unit.layout.values:
@@ -81,7 +98,7 @@ def find_changes(copies: UnitCopies, exchanged: Set[str] = frozenset()) -> Itera
             yield Change(value, place, present, _kept(present), gone=gone)
         if replaced or patched:
             continue
-        if _is_written(copies, value):
+        if _is_written(copies, value, (id(copies), value.name) in overwritten):
             kept = home.holds(value)
             in_copy = weights is not None
             yield from (Change(value, place, kept, _kept(kept, copy=in_copy), in_copy) for place in value.places)
@@ -106,12 +123,12 @@ def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) ->
     return True
 
 
-def _is_written(copies: UnitCopies, value: Value) -> bool:
+def _is_written(copies: UnitCopies, value: Value, overwritten: bool) -> bool:
     """Whether what modules point at is not what was loaded."""
     home = copies.bound
     if home.written(value):
         return True
-    if copies.bound_weights is not None and copies.sums_differ(value):
+    if copies.bound_weights is not None and overwritten:
         return True
     if not home.handed_out(value):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from .forms import Form, OtherForm, PlainForm, take_apart
 from .homes import Home, ShownHome, home_in
 from .layout import Binding, Value
 from .reader import Reader
-from .sums import sums
+from .sums import Summing
 from .transfer import Tick, Transfer
 
 
@@ -385,17 +385,21 @@ class UnitCopies:
 
     # -- what others do to it ------------------------------------------------------------------------------------
 
-    def sum_up(self) -> None:
+    def sum_up(self, sums: Summing) -> None:
         """Remember what the resident copy holds, where that was not done yet. The host does not wait for the device."""
         resident = self.resident
         if resident is not None and self._sums is None:
             values = [value for value in self.unit.layout.values if not resident.is_baked(value.name)]
             self._sums = {value.name: sums(resident.buffer, value) for value in values}
 
-    def sums_differ(self, value: Value) -> bool:
-        """Whether the resident copy of ``value`` holds something else than it did; waits for the device."""
-        before = None if self._sums is None or self.resident is None else self._sums.get(value.name)
-        return before is not None and not torch.equal(before, sums(self.resident.buffer, value))
+    def compare_sums(self, sums: Summing) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of each value that was summed up: its name, and on the device whether the resident copy holds something else
+        than it did. The host does not wait."""
+        if self._sums is None or self.resident is None:
+            return
+        for value in self.unit.layout.values:
+            if (before := self._sums.get(value.name)) is not None:
+                yield value.name, (sums(self.resident.buffer, value) != before).any()
 
     def take_up(self, unit: Unit, changed: bool) -> None:
         """The unit was laid out anew. Its copies hold it, what was ``changed`` included."""

@@ -10,9 +10,10 @@ from .arena import HostBuffer
 from .backend import Backend
 from .baking import bake_masters, bake_residents
 from .blocks import BlockSet, Unit
-from .changes import Changes, find_changes
+from .changes import Changes, find_changes, find_overwritten
 from .masters import NoPatches, Patches, UnitCopies, Weights
 from .plan import Plan
+from .sums import Summing
 from .supply import Supply
 from .transfer import Load
 from .verify import NoVerifier
@@ -140,7 +141,9 @@ class Placement:
 
     def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
         """What somebody has written to, exchanged or deleted; no block runs, and nothing is on its way."""
-        return Changes(change for copies in (*self._copies, self._rest) for change in find_changes(copies, exchanged))
+        everything = (*self._copies, self._rest)
+        overwritten = find_overwritten(everything)
+        return Changes(change for copies in everything for change in find_changes(copies, exchanged, overwritten))
 
     def written(self) -> list[str]:
         """Names of weights that were written to or exchanged, but for small buffers (blocks.py)."""
@@ -315,9 +318,10 @@ class Placement:
         self._supply.arrived()
         if not self._summed:
             self._summed = True
+            sums = Summing()
             with self.backend.record.paused():
                 for copies in (*self._copies, self._rest):
-                    copies.sum_up()
+                    copies.sum_up(sums)
 
     def stop_awaiting(self) -> None:
         """Every transfer is over or given up, and the device has nothing to do: keep what has arrived."""

@@ -332,19 +332,30 @@ class _Ring:
         segments = cut(self.outline, streamed, self.profile, self.segment_bytes if self.fine else slot)
         return Plan.streaming(self.outline, segments, self.slots * slot + more)
 
-    def fewest(self, seconds: float, bus: float) -> Plan | None:
-        """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth."""
-        if forecast_seconds(plan := self.plan(0), self.profile, bus) <= seconds:
-            return plan  # With other units, which lie in other places, a step may take a little longer again.
-        low, high, found = 0, len(self._rungs) - 1, None
+    def fewest(self, seconds: float, bus: float, below: float) -> Plan | None:
+        """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth; None
+        where it would need ``below`` bytes, or more, or nothing helps."""
+        smaller = [kept for kept in range(len(self._rungs)) if self._device_bytes(kept) < below]
+        if not smaller or (found := self._within(seconds, bus, smaller[-1])) is None:
+            return None
+        # With other units, which lie in other places, a step may take a little longer again.
+        if (plan := self._within(seconds, bus, smaller[0])) is not None:
+            return plan
+        low, high = 1, len(smaller) - 2
         while low <= high:
-            kept = (low + high) // 2
-            enough = self._rungs[kept].streamed_bytes / (self.profile.bandwidth * bus) <= seconds
-            if enough and forecast_seconds(plan := self.plan(kept), self.profile, bus) <= seconds:
-                found, high = plan, kept - 1
+            middle = (low + high) // 2
+            if (plan := self._within(seconds, bus, smaller[middle])) is not None:
+                found, high = plan, middle - 1
             else:
-                low = kept + 1
+                low = middle + 1
         return found
+
+    def _within(self, seconds: float, bus: float, kept: int) -> Plan | None:
+        """The plan that keeps so many units, if it takes at most ``seconds``."""
+        if self._rungs[kept].streamed_bytes / (self.profile.bandwidth * bus) > seconds:
+            return None
+        plan = self.plan(kept)
+        return plan if forecast_seconds(plan, self.profile, bus) <= seconds else None
 
     def _device_bytes(self, kept: int) -> int:
         return self.outline.model_bytes - self._rungs[kept].streamed_bytes + self.slots * self._slot_bytes(kept)
@@ -397,9 +408,10 @@ def _fastest(rings: Iterable[_Ring], budget: float, seconds_of: SecondsOf | None
 def _as_fast_as_resident(outline: Outline, profile: Profile, config: StreamingConfig, bus: float) -> Plan:
     """The plan of least memory whose step takes as long as with everything resident, using that part of the bus."""
     goal = _resident_seconds(profile)
-    found = [ring.fewest(goal, bus) for ring in _rings(outline, profile, config)]
-    everything = Plan(outline, (), ())
-    return min((plan for plan in found if plan is not None), key=lambda plan: plan.device_bytes, default=everything)
+    least = Plan(outline, (), ())
+    for ring in _rings(outline, profile, config):
+        least = ring.fewest(goal, bus, least.device_bytes) or least
+    return least
 
 
 def _resident_seconds(profile: Profile) -> float:

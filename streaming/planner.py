@@ -62,6 +62,7 @@ class Planner:
         self._seconds_of = seconds_of
         self._residency = Residency(config.headroom_bytes, config.adaptive)
         self._whole_blocks = False
+        self._chosen: tuple[Profile, float] | None = None
 
     @property
     def minimum_bytes(self) -> int:
@@ -254,13 +255,20 @@ class Planner:
 
     def _choose_order(self, budget: float) -> None:
         """Take the order of residency that fits the measured times, if it gains enough to move weights for."""
-        if not self.profile.measured:
+        if not self.profile.measured or self._has_chosen(budget):
             return
         kept = self._seconds_of(self.plan_within(budget), self.profile)
         before, self.profile = self.profile, _with_best_order(self._outline, replace(self.profile, order=()))
         if self._seconds_of(self.plan_within(budget), self.profile) > kept * (1 - WORTHWHILE):
             self.profile = before
         self._residency.current.profile = self.profile
+        self._chosen = self.profile, budget
+
+    def _has_chosen(self, budget: float) -> bool:
+        """Whether these times, and about this budget, have led to an order already."""
+        if self._chosen is None or self._chosen[0] is not self.profile:
+            return False
+        return abs(self._chosen[1] - budget) <= self._config.headroom_bytes
 
 
 def _with_best_order(outline: Outline, profile: Profile) -> Profile:

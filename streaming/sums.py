@@ -11,17 +11,30 @@ import torch
 
 from .layout import ALIGNMENT, Value
 
-# Words of 8 bytes that are summed at once. The products take as much memory of the device.
-BATCH_WORDS = 1 << 20
+# Words of 8 bytes that are summed at once. Factors and products take as much memory of the device, each.
+BATCH_WORDS = 1 << 22
 
 # From Knuth's multiplicative hashing: 2^64 divided by the golden ratio, as a signed number.
 _MULTIPLIER = -7046029254386353131
 
 
-def sums(buffer: torch.Tensor, value: Value) -> torch.Tensor:
-    """A sum for each batch of what ``value`` has in ``buffer``, where that is, in memory of its device."""
-    found = [(words * _factors(words)).sum() for words in _batches(buffer, value)]
-    return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64, device=buffer.device)
+class Summing:
+    """Takes the sums of one value after another. What all of them need is kept for as long as this object is."""
+
+    def __init__(self) -> None:
+        self._factors = torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, buffer: torch.Tensor, value: Value) -> torch.Tensor:
+        """A sum for each batch of what ``value`` has in ``buffer``, where that is, in memory of its device."""
+        found = [(words * self._factors_of(words)).sum() for words in _batches(buffer, value)]
+        return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64, device=buffer.device)
+
+    def _factors_of(self, words: torch.Tensor) -> torch.Tensor:
+        """An odd number for each word."""
+        count = words.numel()
+        if self._factors.device != words.device or self._factors.numel() < count:
+            self._factors = torch.arange(1, 2 * count, 2, device=words.device).mul_(_MULTIPLIER)
+        return self._factors[:count]
 
 
 def _batches(buffer: torch.Tensor, value: Value) -> Iterator[torch.Tensor]:
@@ -29,8 +42,3 @@ def _batches(buffer: torch.Tensor, value: Value) -> Iterator[torch.Tensor]:
         # What lies between tensors stays as it is, too.
         end = spec.offset + -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
         yield from buffer[spec.offset : end].view(torch.int64).split(BATCH_WORDS) if spec.nbytes else ()
-
-
-def _factors(words: torch.Tensor) -> torch.Tensor:
-    """An odd number for each word."""
-    return torch.arange(1, 2 * words.numel(), 2, device=words.device).mul_(_MULTIPLIER)

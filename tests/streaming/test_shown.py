@@ -16,7 +16,7 @@ from torch import nn
 from weightstream.streaming import Checkpoint, checkpoint_file
 from weightstream.streaming.layout import NamedTensor, Place, Value, make_layout
 from weightstream.streaming.shown import StandIn, laid_out, shown
-from weightstream.streaming.sums import sums
+from weightstream.streaming.sums import Summing
 
 NAMES = ("weight", "bias")
 
@@ -208,6 +208,7 @@ def test_sums_tell_any_other_bytes_and_any_other_order() -> None:
     buffer = torch.zeros(weight.nbytes, dtype=torch.uint8)
     view = value.specs[0].view(buffer)
     view.copy_(weight)
+    sums = Summing()
     before = sums(buffer, value)
     assert torch.equal(sums(buffer, value), before)
     for changed in (weight.flip(0), weight.flip(1), weight.roll(1, 0), -weight, weight + torch.eye(64, 32)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import Transformer, X, make_streamer, make_transformer
 from torch import nn
-from weightstream.streaming import DeviceMemoryError, State, Streamer, StreamingError, VirtualMemory
+from weightstream.streaming import DeviceMemoryError, State, Streamer, StreamingError, VirtualMemory, planner
 
 BLOCK = 35_840
 
@@ -80,6 +80,21 @@ def test_one_shape_has_one_plan_from_the_third_step_on() -> None:
     assert len(streamer._steps._entries._handles) == 2 + 2 * len({s.block for s in plans[2].segments}) + 2 * len(
         plans[2].streamed
     )
+
+
+def test_an_order_of_residency_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a tenth of a second where there are many parts, at the begin of a prompt."""
+    model = make_transformer()
+    streamer = make_streamer(model, adaptive=False, headroom_bytes=1000)
+    budget = streamer.minimum_bytes + BLOCK
+    streamer.load(streamer.plan_for(budget))
+    for _ in range(3):
+        step(streamer, model)
+    looked: list[object] = []
+    monkeypatch.setattr(planner, "best_order", lambda outline, profile: looked.append(profile) or ())
+    for nbytes, times in ((0, 1), (0, 1), (1000, 1), (1001, 2)):
+        streamer.next_plan(budget + nbytes)
+        assert len(looked) == times
 
 
 def test_the_order_learned_survives_unloading() -> None:
