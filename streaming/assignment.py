@@ -30,6 +30,13 @@ HOP_SECONDS = 0.0002
 # time in which they are copied (an H200 at 55 GB/s), and where links are slower cards mostly are so too.
 SELDOM_LATE = 0.25
 
+# In runs a link is idle for a part of a step, since a device streams into a small ring while others compute, and blocks
+# of one kind, which follow each other, stream longer than they compute and those of another kind shorter. So much of a
+# link is used, and so much of what a device is given goes into its ring (FLUX on 2 to 8 GPUs, simulated from a measured
+# step: docs/design.md).
+RUN_LINK_USE = 0.7
+RUN_RING = 0.06
+
 # Halvings of an interval of times: to less than a part in 2^40 of it.
 BISECTIONS = 40
 
@@ -110,12 +117,18 @@ def _are_runs_better(
 ) -> bool:
     """See the note: runs or turns."""
     given = runs.bytes_of(block_bytes, len(rooms))
-    pairs = [(nbytes, max(0.0, nbytes - room.nbytes), room) for nbytes, room in zip(given, rooms, strict=True)]
     if not all(room.seconds_per_byte for room in rooms):
-        return all(streamed <= SELDOM_LATE * nbytes for nbytes, streamed, _ in pairs)
-    alone = sum(max(nbytes * room.seconds_per_byte, streamed / room.bandwidth) for nbytes, streamed, room in pairs)
+        missing = [(nbytes - room.nbytes, nbytes) for nbytes, room in zip(given, rooms, strict=True)]
+        return all(streamed <= SELDOM_LATE * nbytes for streamed, nbytes in missing)
+    alone = sum(_seconds_of_run(nbytes, room) for nbytes, room in zip(given, rooms, strict=True))
     together = step_seconds(turns.bytes_of(block_bytes, len(rooms)), rooms)
     return alone + runs.hops * HOP_SECONDS <= together + turns.hops * HOP_SECONDS
+
+
+def _seconds_of_run(nbytes: float, room: DeviceRoom) -> float:
+    """How long a device takes for blocks that follow each other."""
+    streamed = nbytes * (1 + RUN_RING) - room.nbytes if nbytes > room.nbytes else 0.0
+    return max(nbytes * room.seconds_per_byte, streamed / (room.bandwidth * RUN_LINK_USE))
 
 
 @dataclass(frozen=True)

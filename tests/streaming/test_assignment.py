@@ -6,6 +6,8 @@ import pytest
 from weightstream.streaming import ConfigError
 from weightstream.streaming.assignment import (
     HOP_SECONDS,
+    RUN_LINK_USE,
+    RUN_RING,
     Assignment,
     DeviceRoom,
     _bytes_by_room,
@@ -70,12 +72,24 @@ def test_by_measured_times_the_shorter_step_is_taken() -> None:
             found = assign(FLUX, speeds((room, 50, compute), (room, 50, compute)))
             bus = (total / 2 - room * GB) / 50 / GB
             own = compute * total / 2 / GB
-            in_runs = 2 * max(own, bus)
+            ring = RUN_RING * total / 2 / 50 / GB
+            in_runs = 2 * max(own, (bus + ring) / RUN_LINK_USE if bus > 0 else 0.0)
             in_turns = max(2 * own, bus)
             if abs(in_runs - in_turns) > 60 * HOP_SECONDS:
                 assert found.runs is (in_runs < in_turns)
             elif in_runs <= in_turns:
                 assert found.runs
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gigabytes", "bandwidth", "runs"),
+    [(2, 11, 55, True), (2, 8, 55, False), (3, 6, 53, False), (3, 11, 53, True), (4, 6, 41, True), (4, 4, 41, False)],
+)
+def test_flux_is_given_out_as_a_simulated_step_takes_less(
+    gpus: int, gigabytes: float, bandwidth: float, runs: bool
+) -> None:
+    """docs/design.md, Several devices: FLUX at 1024^2 on H200."""
+    assert assign(FLUX, speeds(*[(gigabytes, bandwidth, 0.177 * GB / sum(FLUX))] * gpus)).runs is runs
 
 
 def test_activations_go_home_at_last() -> None:
