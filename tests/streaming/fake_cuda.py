@@ -221,7 +221,8 @@ class FakeCuda:
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         assert self._index(device) == 1
-        self.stats["allocated_bytes.all.peak"] = self.stats["allocated_bytes.all.current"]
+        if (now := self.stats.get("allocated_bytes.all.current")) is not None:
+            self.stats["allocated_bytes.all.peak"] = now
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return self.free_bytes[self._index(device)], 1 << 40
@@ -232,7 +233,7 @@ class FakeCuda:
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         self.contexts.add(self.current_device())
         span = range(address, address + nbytes)
-        if any(span.start < other.stop and other.start < span.stop for other, _ in self.registered.values()):
+        if any(span.start < other.stop and other.start < span.stop for other, _ in list(self.registered.values())):
             return self._fail(ALREADY_REGISTERED)
         if nbytes == 0 or self.refuses(nbytes):
             return self._fail(OUT_OF_MEMORY if nbytes else INVALID_VALUE)
