@@ -225,7 +225,8 @@ class FakeCuda:
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         assert self._index(device) == 1
-        self.stats["allocated_bytes.all.peak"] = self.stats["allocated_bytes.all.current"]
+        if self.stats:
+            self.stats["allocated_bytes.all.peak"] = self.stats["allocated_bytes.all.current"]
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return self.free_bytes[self._index(device)], 1 << 40
