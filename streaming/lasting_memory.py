@@ -23,12 +23,13 @@ weights, and 2 makes it needless.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -84,16 +85,18 @@ class LastingMemory:
         self._pages = Pages(driver, range_bytes)
         self._as_tensor = as_tensor
         self._synchronize = synchronize
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._busy = False
         self._gone: deque[int] = deque()
         self._orphans: set[int] = set()
         self.works = True
 
     def allocate(self, nbytes: int) -> torch.Tensor | None:
         """A uint8 buffer of ``nbytes``, at least one; None where there is no room, or no driver that works."""
-        with self._lock:
-            self._work_off()
-            address = self._try_pages(nbytes)
+        with self._turn() as ours:
+            if ours:
+                self._work_off()
+            address = self._try_pages(nbytes) if ours else None
         if address is None:
             return None
         memory = Memory(address, nbytes)
@@ -104,13 +107,15 @@ class LastingMemory:
     def give_back(self) -> None:
         """Give the driver what was dropped (Note: memory that goes later); waits for the device if there is any."""
         if self._gone:
-            with self._lock:
-                self._work_off()
+            with self._turn() as ours:
+                if ours:
+                    self._work_off()
 
     def orphan(self, addresses: Iterable[int]) -> None:
         """Nobody will ask for buffers at these addresses to be given back; others are left out."""
-        with self._lock:
-            self._orphans.update(address for address in addresses if self._pages.size(address))
+        for address in addresses:
+            if self._pages.size(address):
+                self._orphans.add(address)
 
     def counts(self) -> PageCounts:
         """How much there is. Waits for nobody, so that the two may be of moments that follow one another."""
@@ -131,13 +136,30 @@ class LastingMemory:
     def _let_go(self, address: int) -> None:
         """The last reference has gone, anywhere."""
         self._gone.append(address)
-        if address not in self._orphans or sys.is_finalizing() or not self._lock.acquire(blocking=False):
+        if address not in self._orphans or sys.is_finalizing():
             return
+        with self._turn(wait=False) as ours:
+            try:
+                if ours:
+                    self._work_off()
+            except RuntimeError as error:  # Nobody can be told here, and whoever uses the device next is.
+                logger.debug("the device has failed before memory could be given back: %s", error)
+
+    @contextlib.contextmanager
+    def _turn(self, wait: bool = True) -> Iterator[bool]:
+        """Whether the account is ours while this lasts.
+
+        Not where another thread has it, unless we ``wait``, and not where this one does already: a garbage collection
+        in the middle of it may end a model.
+        """
+        if not self._lock.acquire(blocking=wait):
+            yield False
+            return
+        ours, self._busy = not self._busy, True
         try:
-            self._work_off()
-        except RuntimeError as error:  # Nobody can be told here, and whoever uses the device next is.
-            logger.debug("the device has failed before memory could be given back: %s", error)
+            yield ours
         finally:
+            self._busy = not ours
             self._lock.release()
 
     def _work_off(self) -> None:

@@ -207,6 +207,25 @@ def test_an_orphan_that_goes_while_memory_is_taken_waits_for_the_next_time(devic
     assert device.mapped == kept.nbytes
 
 
+def test_a_model_that_ends_while_memory_is_taken_or_given_back_disturbs_nobody(device: Device) -> None:
+    """A garbage collection closes its backend on the thread that is in the middle of it."""
+    buffers = [device.allocate() for _ in range(3)]
+
+    def collect(*_: int) -> None:
+        device.memory.orphan([buffers[0].data_ptr()] if buffers else [])
+        device.memory.give_back()
+
+    device.driver.before_map = device.driver.before_unmap = collect
+    buffers.pop()
+    kept = device.allocate()
+    buffers.pop()
+    device.memory.give_back()
+    buffers.clear()
+    assert (device.mapped, device.waits) == (kept.nbytes, 3)
+    device.memory.give_back()
+    assert not device.memory._busy
+
+
 def test_an_orphans_address_is_forgotten_with_it(device: Device) -> None:
     orphan = device.allocate()
     device.memory.orphan([orphan.data_ptr()])
