@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -58,19 +59,26 @@ class StepClock:
         return [after - before for before, after in pairs]
 
 
+def page_counts(gpu: int) -> tuple[int, int]:
+    """Bytes that our pack has on a GPU in pages, beside torch: used for weights, and in all; none without the pack."""
+    pack = sys.modules.get("weightstream_pack.streaming.cuda_pages")
+    return (0, 0) if pack is None else pack.page_counts(gpu)
+
+
 def step_figures(clock: StepClock, job: Job) -> dict[str, Any]:
     """Step times, and memory as torch counts it, on the GPU that took most, and as the first GPU does.
 
-    aimdo's own memory only shows in the latter.
+    aimdo's own memory only shows in the latter. Our weights in pages, as they are now, count with torch's.
     """
     steps = clock.step_seconds()
     figures: dict[str, Any] = {"steps_s": steps, "step_s": statistics.median(steps), "peak_bytes": {}}
     if clock.on_gpu:
         total = torch.cuda.mem_get_info()[1]
         used_by_others = total - job.free_bytes
+        gpus = range(job.case.gpus)
         figures["peak_bytes"] = {
-            "torch_allocated": max(map(torch.cuda.max_memory_allocated, range(job.case.gpus))),
-            "torch_reserved": max(map(torch.cuda.max_memory_reserved, range(job.case.gpus))),
+            "torch_allocated": max(torch.cuda.max_memory_allocated(gpu) + page_counts(gpu)[0] for gpu in gpus),
+            "torch_reserved": max(torch.cuda.max_memory_reserved(gpu) + page_counts(gpu)[1] for gpu in gpus),
             "device": clock.peak_used_bytes - used_by_others,
         }
     return figures

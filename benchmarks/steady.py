@@ -68,8 +68,9 @@ def summarize(prompts: list[dict[str, Any]]) -> dict[str, Any]:
 def unused_bytes(prompt: dict[str, Any]) -> list[int]:
     """For each step, the memory that no tensor had at the step's fullest moment.
 
-    What is free and what torch has reserved come to the same all the time, as long as nobody else takes any. So it is
-    their sum at the end of the step, less the most that was allocated in it. Without a GPU: what is free then.
+    What is free and what torch has reserved come to the same all the time, as long as nobody else takes any; weights in
+    pages are in neither, and stay for the step. So it is their sum at the end of the step, less the most that torch had
+    allocated in it. Without a GPU: what is free then.
     """
     return _at_fullest(prompt, "allocated_peak_bytes")
 

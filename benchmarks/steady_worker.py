@@ -96,7 +96,7 @@ class StepWatch:
         self._plans.append(plan_of(self._model))
         now = {"free_bytes": free, "kept_by_torch_bytes": cached, "reruns": self._reruns - before}
         now |= {"device_bytes": streamer.device_bytes, "resident_bytes": streamer.plan.resident_bytes}
-        now |= {"segments": len(streamer.plan.segments), **torch_counts()}
+        now |= {"segments": len(streamer.plan.segments), **torch_counts(), **counts_of_pages()}
         for name, value in now.items():
             self.columns.setdefault(name, []).append(value)
 
@@ -114,6 +114,17 @@ def torch_counts() -> dict[str, int]:
     counts = torch.cuda.memory_stats()
     torch.cuda.reset_peak_memory_stats()
     return {name: counts[key] for name, key in TORCH_COUNTS.items() if key in counts}
+
+
+def counts_of_pages() -> dict[str, int]:
+    """What weights have on the GPU beside torch; nothing without a GPU."""
+    import torch
+    from clock import page_counts
+
+    if not torch.cuda.is_available():
+        return {}
+    used, mapped = page_counts(torch.cuda.current_device())
+    return {"pages_used_bytes": used, "pages_mapped_bytes": mapped}
 
 
 def allocator() -> str:

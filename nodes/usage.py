@@ -40,7 +40,8 @@ class DeviceUsage:
         virtual: it lives in RAM.
         total, free: all; what nobody has.
         resident, staging: streamed models: weights that stay; slots through which the others pass.
-        torch, cache: what else torch has given out; what it keeps for its next allocations.
+        torch, cache: what else torch has given out; what it keeps for its next allocations, with what weights leave
+            unused of their pages.
         other: other processes, contexts of drivers, models with ComfyUI's dynamic VRAM.
         peak: the most that was seen in use since the last run began. Nobody samples while nobody looks; but torch keeps
             what activations took, so that a sample after the run sees that too.

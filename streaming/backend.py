@@ -130,15 +130,20 @@ class Backend(ABC):
             return None
         return int(named["cached"] or named["driver"]) == self.device.index
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
+    def allocate(self, nbytes: int, lasting: bool = False) -> torch.Tensor:
         """A uint8 buffer of ``nbytes``. It is never an inference tensor, whatever mode the caller is in.
+
+        Args:
+            nbytes: its size.
+            lasting: it stays for many steps, and no other GPU copies into it: a GPU may have memory of its own for that
+                (lasting_memory.py, Note: weights in pages).
 
         Raises:
             DeviceMemoryError: a virtual device's budget is exceeded.
             torch.OutOfMemoryError: the GPU has no room.
         """
         with self.record.paused():  # A slot or a resident stays longer than the step.
-            buffer = self._empty(nbytes)
+            buffer = self._lasting(nbytes) if lasting else self._empty(nbytes)
         self._live[buffer.data_ptr()] = nbytes
         self.allocated += nbytes
         self.peak = max(self.peak, self.allocated)
@@ -147,6 +152,9 @@ class Backend(ABC):
     def _empty(self, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def _lasting(self, nbytes: int) -> torch.Tensor:
+        return self._empty(nbytes)
 
     def free(self, buffer: torch.Tensor) -> int:
         """Count ``buffer`` as given back; its memory goes when the last reference does.
@@ -282,11 +290,15 @@ class Backend(ABC):
 
     @abstractmethod
     def memory(self) -> DeviceMemory:
-        """What is free now. Waits for nothing."""
+        """What is free now. Waits for nothing, unless something was dropped that is given back here."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Give others what was dropped, where that does not happen by itself. Waits for the device if there is any."""
 
     @abstractmethod
     def trim(self) -> None:
-        """Have torch give back the memory that it keeps for later."""
+        """As :meth:`give_back`, and have torch give back the memory that it keeps for later."""
 
     @abstractmethod
     def watch_peak(self) -> None:

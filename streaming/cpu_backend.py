@@ -94,10 +94,10 @@ class CpuBackend(Backend):
             return str(error).startswith(f"{self.name} has ")
         return super()._names(error)
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
+    def allocate(self, nbytes: int, lasting: bool = False) -> torch.Tensor:
         self.store.take(nbytes)
         try:
-            return super().allocate(nbytes)
+            return super().allocate(nbytes, lasting)
         except BaseException:
             self.store.give(nbytes)
             raise
@@ -135,6 +135,9 @@ class CpuBackend(Backend):
 
     def memory(self) -> DeviceMemory:
         return DeviceMemory(self.store.budget - self.store.allocated, 0)
+
+    def give_back(self) -> None:
+        """Memory goes with the last reference to it."""
 
     def trim(self) -> None:
         """Nothing is kept for later."""

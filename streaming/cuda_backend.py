@@ -11,6 +11,7 @@ import torch
 from .allocation_record import NO_RECORD, AllocationRecord
 from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes, is_out_of_memory
 from .config import format_bytes
+from .cuda_pages import lasting_memory, opened_memory
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +20,23 @@ HOST_REGISTER_PORTABLE = 1
 
 
 class CudaBackend(Backend):
-    """A CUDA device. Nothing here blocks the host but :meth:`synchronize` and :meth:`finish`."""
+    """A CUDA device. What blocks the host are :meth:`synchronize`, :meth:`finish` and giving back dropped memory."""
 
     def __init__(self, device: torch.device, record: AllocationRecord = NO_RECORD) -> None:
         index = device.index if device.index is not None else torch.cuda.current_device()
         super().__init__(torch.device("cuda", index), f"cuda:{index}", record)
         self._out: torch.cuda.Stream | None = None
+
+    def _lasting(self, nbytes: int) -> torch.Tensor:
+        memory = lasting_memory(self.device.index) if nbytes else None
+        if memory is None:
+            return self._empty(nbytes)
+        buffer = memory.allocate(nbytes)
+        if buffer is None:
+            self.trim()  # What torch keeps may be what is missing.
+            buffer = memory.allocate(nbytes)
+        # The host may make room where torch asks for it, and torch says what there was when there is none.
+        return self._empty(nbytes) if buffer is None else buffer
 
     def _create_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
@@ -69,12 +81,19 @@ class CudaBackend(Backend):
         return torch.cuda.stream(self._out)
 
     def memory(self) -> DeviceMemory:
+        self.give_back()
         stats = torch.cuda.memory_stats(self.device)
         cached = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
         held = self.record.held_bytes(self.device)
         return DeviceMemory(torch.cuda.mem_get_info(self.device)[0], max(0, cached) + held)
 
+    def give_back(self) -> None:
+        memory = opened_memory(self.device.index)
+        if memory is not None:
+            memory.give_back()
+
     def trim(self) -> None:
+        self.give_back()
         with torch.cuda.device(self.device):
             torch.cuda.empty_cache()
 
@@ -143,6 +162,10 @@ class CudaBackend(Backend):
 
     def close(self) -> None:
         self.synchronize()
+        memory = opened_memory(self.device.index)
+        if memory is not None:
+            memory.give_back()
+            memory.orphan(self._live)
         super().close()
 
     def _drain_error(self) -> None:

@@ -362,7 +362,7 @@ class UnitCopies:
     def copy_resident(self, backend: Backend) -> None:
         """Make the resident copy from the master copy, patches included."""
         assert self.master is not None
-        buffer = backend.allocate(self.unit.nbytes)
+        buffer = backend.allocate(self.unit.nbytes, lasting=True)
         try:
             resident = Weights(self.unit, buffer)
             resident.write_from(self.master)

@@ -275,7 +275,7 @@ class Placement:
                 self._check(copies)
             else:
                 self._supply.reader.open()
-                self._read_resident(copies, self.backend.allocate(copies.unit.nbytes))
+                self._read_resident(copies, self.backend.allocate(copies.unit.nbytes, lasting=True))
 
     def _read_resident(self, copies: UnitCopies, buffer: torch.Tensor) -> None:
         """Have ``buffer`` become the resident copy."""

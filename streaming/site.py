@@ -163,6 +163,7 @@ class Site:
             if before - self.backend.allocated >= nbytes:
                 break
             self.placement.drop_residents([unit])
+        self.backend.give_back()
         return before - self.backend.allocated
 
     def give_up_masters(self, nbytes: int) -> int:
@@ -183,6 +184,7 @@ class Site:
         """Take everything off the device; modules use the originals again. Master copies stay. Nothing is under way."""
         self.drop_lane()
         self.placement.clear_device()
+        self.backend.give_back()
         self.supply.reader.close()
         self.backend.close_feeders()
         self.unbuilt = False

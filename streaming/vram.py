@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .cuda_pages import page_counts
 from .gpus import Nvml, gpu_uuid, open_nvml
 
 
@@ -17,7 +18,8 @@ class Vram(NamedTuple):
     Attributes:
         total: all.
         free: nobody has them.
-        allocated, reserved: torch has given them out, and has them from the device.
+        allocated, reserved: this process has given them out, and has them from the device: torch's allocator, and pages
+            for weights (lasting_memory.py).
     """
 
     total: int | None
@@ -42,12 +44,12 @@ class VramReader:
         total, free = self._nvml.memory(gpu_uuid(properties))
         if free is None and torch._C._cuda_hasPrimaryContext(index):
             free, total = torch.cuda.mem_get_info(index)
-        statistics = torch.cuda.memory_stats(index)
+        statistics, pages = torch.cuda.memory_stats(index), page_counts(index)
         return Vram(
             properties.total_memory if total is None else total,
             free,
-            statistics.get("allocated_bytes.all.current", 0),
-            statistics.get("reserved_bytes.all.current", 0),
+            statistics.get("allocated_bytes.all.current", 0) + pages.used,
+            statistics.get("reserved_bytes.all.current", 0) + pages.mapped,
         )
 
 

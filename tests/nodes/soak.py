@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import random
 import sys
@@ -189,7 +190,8 @@ class Soak:
         import torch
 
         process, pins = psutil.Process(), self._devices.pins
-        on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+        pages = importlib.import_module("..streaming.cuda_pages", self._devices.__package__)
+        on_gpu = torch.cuda.memory_allocated() + pages.page_counts(0).used if torch.cuda.is_initialized() else 0
         return Held(
             on_gpu + sum(memory.allocated for memory in self._devices.virtual_devices()),
             pins.used + int(mm.TOTAL_PINNED_MEMORY),

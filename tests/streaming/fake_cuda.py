@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 import torch
 from accesses import Accesses, Clock, span_of
+from page_drivers import RamPages, as_tensor
 from weightstream.streaming import backend, cuda_backend, forms
+from weightstream.streaming.lasting_memory import LastingMemory, Memory
 
 # Of the CUDA runtime API.
 PORTABLE = 1
@@ -146,6 +148,7 @@ class FakeCuda:
         emptied: devices whose cached memory was given back.
         free_bytes: of each device.
         stats: of torch's allocator.
+        page_memories: lasting memory of devices that have pages; none has any unless the test says so.
         refuses: says whether so many bytes cannot be page-locked.
         late_errors: a thread's last error is raised when it waits, and not by its next launch.
         faults: of what nobody could be told.
@@ -160,6 +163,7 @@ class FakeCuda:
         self.free_bytes = {index: (index + 1) << 30 for index in range(devices)}
         self.stats: dict[str, int] = {}
         self.faults: list[str] = []
+        self.page_memories: dict[int, LastingMemory] = {}
         self.refuses: Callable[[int], bool] = lambda nbytes: False
         self.late_errors = False
         self.ticks = itertools.count(1)
@@ -260,6 +264,23 @@ class FakeCuda:
         self.accesses.write(self.launch(owner), tensor)
         weakref.finalize(memory, self._freed, owner, span_of(tensor)).atexit = False
         return tensor
+
+    def give_pages(self, index: int, free_pages: int = 1 << 20) -> RamPages:
+        """Have a device give pages to who asks for lasting memory; from when they are unmapped nobody may use them."""
+
+        def make(memory: Memory) -> DeviceTensor:
+            tensor = as_tensor(memory).as_subclass(DeviceTensor)
+            tensor.machine, tensor.index = self, index
+            return tensor
+
+        def unmap(address: int, nbytes: int) -> None:
+            span = range(address, address + nbytes)
+            self.accesses.end(threading.current_thread(), span, "unmaps memory that may be in use")
+
+        driver = RamPages(free_pages=free_pages)
+        driver.before_unmap = unmap
+        self.page_memories[index] = LastingMemory(driver, 1 << 22, make, lambda: self.synchronize(index))
+        return driver
 
     def _freed(self, owner: Stream, span: range) -> None:
         """The next who computes on its stream gets the memory, at once."""
@@ -366,6 +387,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     for module in (backend, cuda_backend):
         monkeypatch.setattr(module, "torch", FakeTorch(fake))
+    monkeypatch.setattr(cuda_backend, "lasting_memory", fake.page_memories.get)
+    monkeypatch.setattr(cuda_backend, "opened_memory", fake.page_memories.get)
     monkeypatch.setattr(forms, "PLAIN_CLASSES", (*forms.PLAIN_CLASSES, DeviceTensor))
     yield fake
     assert fake.faults == []

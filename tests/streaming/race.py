@@ -43,8 +43,8 @@ class RaceBackend(Backend):
         thread waited for may be written by another."""
         self.memory_accesses.watch_reader(patch)
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        buffer = super().allocate(nbytes)
+    def allocate(self, nbytes: int, lasting: bool = False) -> torch.Tensor:
+        buffer = super().allocate(nbytes, lasting)
         # Whoever had this memory before has kernels under way in it.
         self.memory_accesses.write(self._launch(COMPUTE), buffer)
         return buffer
@@ -88,6 +88,9 @@ class RaceBackend(Backend):
 
     def peak_bytes(self) -> None:
         return None
+
+    def give_back(self) -> None:
+        """Memory goes with the last reference to it."""
 
     def trim(self) -> None:
         """Nothing is kept for later."""

@@ -340,6 +340,96 @@ def test_one_piece_is_taken_after_everything_was_given_back(
         machine.backend.gather(1000)
 
 
+# -- lasting memory ------------------------------------------------------------------------------------------------
+
+
+def test_what_lasts_is_in_pages_and_nothing_else(machine: Machine) -> None:
+    driver = machine.cuda.give_pages(1)
+    buffer = machine.backend.allocate(BYTES, lasting=True)
+    assert sum(driver.mapped.values()) == BYTES
+    passing = machine.backend.allocate(BYTES)
+    nothing = machine.backend.allocate(0, lasting=True)
+    assert sum(driver.mapped.values()) == BYTES
+    assert machine.backend.allocated == machine.backend.peak == 3 * BYTES, "the slot counts too"
+    for each in (buffer, passing, nothing):
+        assert machine.backend.free(each) == each.nbytes
+    assert machine.backend.allocated == BYTES
+
+
+def test_pages_are_not_part_of_a_step(cuda: FakeCuda) -> None:
+    record = Record()
+    machine = Machine(cuda, record=record)
+    cuda.give_pages(1)
+    before = record.pauses
+    machine.backend.allocate(BYTES, lasting=True)
+    assert record.pauses > before
+    machine.close()
+
+
+def drop_a_resident_that_a_kernel_reads(machine: Machine) -> None:
+    buffer = machine.backend.allocate(BYTES, lasting=True)
+    machine.backend.finish(machine.backend.copy([(buffer, machine.masters[0])]))
+    with machine.cuda.stream(machine.cuda.Stream(SECOND)):
+        machine.cuda.kernel(reads=[buffer])
+    machine.backend.free(buffer)
+
+
+@pytest.mark.parametrize("ask", ["memory", "trim", "give_back", "close", "allocate"])
+def test_dropped_pages_go_back_behind_kernels_that_read_them(machine: Machine, ask: str) -> None:
+    driver = machine.cuda.give_pages(1)
+    drop_a_resident_that_a_kernel_reads(machine)
+    assert driver.mapped
+    if ask == "allocate":
+        machine.backend.allocate(2 * BYTES, lasting=True)
+        assert sum(driver.mapped.values()) == 2 * BYTES
+    else:
+        getattr(machine.backend, ask)()
+        assert driver.mapped == {}
+
+
+def test_memory_that_is_asked_for_counts_what_was_dropped(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = machine.cuda.give_pages(1)
+    drop_a_resident_that_a_kernel_reads(machine)
+    monkeypatch.setattr(machine.cuda, "mem_get_info", lambda device: (1000 - sum(driver.mapped.values()), 0))
+    assert machine.backend.memory().free == 1000
+
+
+def test_nobody_waits_for_pages_where_none_were_dropped(machine: Machine) -> None:
+    machine.cuda.give_pages(1)
+    buffer = machine.backend.allocate(BYTES, lasting=True)
+    machine.backend.memory()
+    machine.backend.trim()
+    machine.backend.give_back()
+    machine.backend.allocate(BYTES, lasting=True)
+    assert machine.cuda.host_waits == 0
+    machine.backend.free(buffer)
+
+
+def test_torch_gives_what_has_no_room_in_pages(machine: Machine) -> None:
+    driver = machine.cuda.give_pages(1, free_pages=1)
+    buffer = machine.backend.allocate(BYTES, lasting=True)
+    assert machine.cuda.emptied == [1], "torch was asked for what it keeps before"
+    assert driver.maps == 0
+    assert machine.backend.free(buffer) == BYTES
+
+
+def test_what_torch_gives_back_is_room_for_pages(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = machine.cuda.give_pages(1, free_pages=1)
+    monkeypatch.setattr(machine.cuda, "empty_cache", lambda: setattr(driver, "free_pages", 10))
+    buffer = machine.backend.allocate(BYTES, lasting=True)
+    assert sum(driver.mapped.values()) == buffer.nbytes == BYTES
+
+
+def test_residents_of_a_closed_backend_go_with_their_last_reference(machine: Machine) -> None:
+    driver = machine.cuda.give_pages(1)
+    buffer = machine.backend.allocate(BYTES, lasting=True)
+    machine.backend.close()
+    machine.cuda.kernel(reads=[buffer])
+    assert driver.mapped
+    del buffer
+    assert driver.mapped == {}
+
+
 # -- page-locking --------------------------------------------------------------------------------------------------
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+import time
 from typing import Any
 
 import pytest
 import torch
 from fake_cuda import FakeCuda, cuda
 from models import hand_plan, learn, units_of
+from page_drivers import RamPages
 from race import NumberedModel
 from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
 from weightstream.streaming.arena import Arena
@@ -65,6 +68,8 @@ def test_page_locked_segments(cuda: FakeCuda, slots: int, copy_streams: int) -> 
 def test_staged_segments_and_residents(
     cuda: FakeCuda, chunks: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if chunks == 3:
+        cuda.give_pages(1)
     everything = list(range(4))
     cuda.accesses.watch_reader(monkeypatch)
     for pin, slots in itertools.product((False, True), (1, 2)):
@@ -147,3 +152,45 @@ def test_a_reader_that_is_closed_waits_for_its_copies(cuda: FakeCuda) -> None:
     assert cuda.registered == {}
     assert target.tolist() == [1] * 4 * UNIT
     backend.close()
+
+
+def mapped(driver: RamPages) -> int:
+    return sum(driver.mapped.values())
+
+
+def test_residents_come_and_go_in_pages(cuda: FakeCuda) -> None:
+    """Behind kernels that nobody has waited for, of this plan and of the one before."""
+    driver = cuda.give_pages(1)
+    model, streamer = make(cuda, 4, 2)
+    everything, chance = [0, 1, 2, 3], random.Random(5)
+    learn(streamer, lambda: model(everything))
+    for _ in range(30):
+        streamed = chance.sample(everything, chance.randint(1, 4))
+        streamer.load(hand_plan(streamer, units_of(streamer, streamed), 2))
+        streamer.finish_building()
+        for _ in range(2):
+            assert model(everything) == everything
+        resident = streamer.plan.resident_bytes + streamer.outline.rest_bytes
+        assert resident <= mapped(driver) < resident + 2 * driver.page_bytes * 13
+    streamer.load(hand_plan(streamer, units_of(streamer, [2])[:1], 2))
+    assert model(everything) == everything
+    before = mapped(driver)
+    assert streamer.give_way(9 * UNIT) >= 9 * UNIT
+    assert mapped(driver) < before, "another model may need it at once"
+    streamer.unload()
+    assert driver.mapped == {}, "nobody may ever ask again"
+    streamer.close()
+
+
+def test_a_model_that_is_dropped_leaves_no_page(cuda: FakeCuda) -> None:
+    driver = cuda.give_pages(1)
+    model, streamer = make(cuda, 4, 2)
+    streamer.load(hand_plan(streamer, units_of(streamer, [1]), 2))
+    assert model([0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert driver.mapped
+    del model, streamer
+    gc.collect()
+    assert driver.mapped == {}
+    give_up = time.monotonic() + 10
+    while cuda.registered and time.monotonic() < give_up:
+        time.sleep(0.01)  # Threads that read end by themselves, and with them the memory that they fill.

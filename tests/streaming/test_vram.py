@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from weightstream.streaming import Vram, VramReader
+from weightstream.streaming import Vram, VramReader, vram
+from weightstream.streaming.lasting_memory import PageCounts
 
 GB = 10**9
 
@@ -59,3 +60,10 @@ def test_without_nvml_a_gpu_without_context_gets_none(
     reader: Any = VramReader(Library())
     assert reader.read(1) == Vram(24 * GB, 10 * GB if context else None, 3 * GB, 4 * GB)
     assert asked == ([1] if context else [])
+
+
+def test_weights_in_pages_count_too(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    has_context(monkeypatch, True)
+    monkeypatch.setattr(vram, "page_counts", lambda index: PageCounts(index * GB, (index + 1) * GB))
+    reader: Any = VramReader(Library(25 * GB, 9 * GB))
+    assert reader.read(1) == Vram(25 * GB, 9 * GB, 4 * GB, 6 * GB)

@@ -88,6 +88,9 @@ class TimedBackend(Backend):
     def peak_bytes(self) -> None:
         return None
 
+    def give_back(self) -> None:
+        """Memory goes with the last reference to it."""
+
     def trim(self) -> None:
         """Nothing is kept for later."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,11 +216,17 @@ def test_what_torch_counts_on_a_gpu_is_taken_under_our_names(benchmarks: Any, mo
     counts = {"reserved_bytes.all.current": 5, "allocated_bytes.all.peak": 4, "num_ooms": 1, "other": 9}
     blocks = [{"size": 7, "state": "active_allocated"}, {"size": 3, "state": "inactive"}]
     assert (worker.torch_counts(), worker.allocator(), worker.largest_cached_block()) == ({}, "", None)
+    assert worker.counts_of_pages() == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda: counts)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [{"blocks": blocks}, {"blocks": []}])
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert worker.counts_of_pages() == {"pages_used_bytes": 0, "pages_mapped_bytes": 0}
+    pack = SimpleNamespace(page_counts=lambda gpu: (gpu, gpu + 1))
+    monkeypatch.setitem(sys.modules, "weightstream_pack.streaming.cuda_pages", pack)
+    assert worker.counts_of_pages() == {"pages_used_bytes": 1, "pages_mapped_bytes": 2}
     assert worker.torch_counts() == {"reserved_bytes": 5, "allocated_peak_bytes": 4, "ooms": 1}
     assert (len(resets), worker.largest_cached_block()) == (1, 3)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")

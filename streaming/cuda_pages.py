@@ -1,0 +1,224 @@
+"""Pages of a CUDA device, from the driver itself (CUDA driver API, virtual memory management).
+
+Used where torch is CUDA's, with an allocator of its own, and the driver and the device have all that is needed; else
+there is no such memory, and torch gives all of it. An allocator that somebody has plugged into torch may account for
+every byte of a device, so nothing is taken beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_ulonglong, c_ushort, c_void_p
+from typing import Any
+
+import torch
+
+from .lasting_memory import LastingMemory, PageCounts
+from .pages import OutOfPagesError
+
+logger = logging.getLogger(__name__)
+
+# Of cuda.h.
+OUT_OF_MEMORY = 2
+ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102
+ALLOCATION_TYPE_PINNED = 1
+LOCATION_TYPE_DEVICE = 1
+ACCESS_READ_WRITE = 3
+GRANULARITY_MINIMUM = 0
+
+# So many times a device's memory are the addresses that are reserved at once.
+ADDRESSES = 4
+
+
+class Location(ctypes.Structure):
+    _fields_ = [("type", c_int), ("id", c_int)]
+
+
+class AllocationFlags(ctypes.Structure):
+    _fields_ = [
+        ("compression_type", c_ubyte),
+        ("gpu_direct_rdma_capable", c_ubyte),
+        ("usage", c_ushort),
+        ("reserved", c_ubyte * 4),
+    ]
+
+
+class AllocationProperties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = [
+        ("type", c_int),
+        ("requested_handle_types", c_int),
+        ("location", Location),
+        ("win32_handle_metadata", c_void_p),
+        ("flags", AllocationFlags),
+    ]
+
+
+class Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = [("location", Location), ("flags", c_int)]
+
+
+# CUdevice is an int, CUcontext a pointer, CUdeviceptr and CUmemGenericAllocationHandle are unsigned long longs.
+PROTOTYPES: dict[str, list[Any]] = {
+    "cuInit": [c_uint],
+    "cuGetErrorName": [c_int, POINTER(c_char_p)],
+    "cuDeviceGet": [POINTER(c_int), c_int],
+    "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
+    "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
+    "cuCtxPushCurrent_v2": [c_void_p],
+    "cuCtxPopCurrent_v2": [POINTER(c_void_p)],
+    "cuMemGetAllocationGranularity": [POINTER(c_size_t), POINTER(AllocationProperties), c_int],
+    "cuMemAddressReserve": [POINTER(c_ulonglong), c_size_t, c_size_t, c_ulonglong, c_ulonglong],
+    "cuMemAddressFree": [c_ulonglong, c_size_t],
+    "cuMemCreate": [POINTER(c_ulonglong), c_size_t, POINTER(AllocationProperties), c_ulonglong],
+    "cuMemRelease": [c_ulonglong],
+    "cuMemMap": [c_ulonglong, c_size_t, c_size_t, c_ulonglong, c_ulonglong],
+    "cuMemUnmap": [c_ulonglong, c_size_t],
+    "cuMemSetAccess": [c_ulonglong, c_size_t, POINTER(Access), c_size_t],
+}
+
+
+def open_library() -> Any:
+    """The driver's library with the functions above.
+
+    Raises:
+        OSError: there is no driver.
+        AttributeError: it is too old.
+    """
+    library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
+    for name, arguments in PROTOTYPES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, c_int
+    return library
+
+
+class CudaPageDriver:
+    """A :class:`PageDriver` of one device, in the context that torch computes in.
+
+    Args:
+        library: of :func:`open_library`.
+        index: of the device, as torch and the driver number those that are visible.
+
+    Raises:
+        RuntimeError: the driver has refused something, or the device cannot do this.
+    """
+
+    def __init__(self, library: Any, index: int) -> None:
+        self._library = library
+        self._call("cuInit", 0)
+        device, supported, page = c_int(), c_int(), c_size_t()
+        self._call("cuDeviceGet", byref(device), index)
+        self._call("cuDeviceGetAttribute", byref(supported), ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device)
+        if not supported.value:
+            raise RuntimeError("the device has no virtual memory management")
+        location = Location(LOCATION_TYPE_DEVICE, device.value)
+        self._properties = AllocationProperties(ALLOCATION_TYPE_PINNED, 0, location)
+        self._access = Access(location, ACCESS_READ_WRITE)
+        self._call("cuMemGetAllocationGranularity", byref(page), byref(self._properties), GRANULARITY_MINIMUM)
+        self.page_bytes = page.value
+        # The one that torch has, or will have: it is never given back, as torch's is not.
+        self._context = c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
+
+    def reserve(self, nbytes: int) -> int:
+        address = c_ulonglong()
+        with self._current():
+            self._call("cuMemAddressReserve", byref(address), nbytes, 0, 0, 0)
+        return address.value
+
+    def unreserve(self, address: int, nbytes: int) -> None:
+        with self._current():
+            self._call("cuMemAddressFree", address, nbytes)
+
+    def map(self, address: int, nbytes: int) -> None:
+        with self._current():
+            handle = c_ulonglong()
+            self._call("cuMemCreate", byref(handle), nbytes, byref(self._properties), 0)
+            try:
+                self._call("cuMemMap", address, nbytes, 0, handle, 0)
+            finally:
+                self._call("cuMemRelease", handle)  # The mapping keeps the memory, and gives it back when it goes.
+            try:
+                self._call("cuMemSetAccess", address, nbytes, byref(self._access), 1)
+            except BaseException:
+                self._call("cuMemUnmap", address, nbytes)
+                raise
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        with self._current():
+            self._call("cuMemUnmap", address, nbytes)
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """While it lasts, this thread is in the device's context; a thread may have none, or another device's."""
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code == OUT_OF_MEMORY:
+            raise OutOfPagesError(f"{name} found no memory")
+        if code:
+            text = c_char_p()
+            self._library.cuGetErrorName(code, byref(text))
+            raise RuntimeError(f"{name} failed with {(text.value or b'an unknown error').decode()} ({code})")
+
+
+_MEMORIES: dict[int, LastingMemory | None] = {}
+_OPENING = threading.Lock()
+
+
+def lasting_memory(index: int) -> LastingMemory | None:
+    """The memory in pages of this device, one for the process; None where torch must give all memory."""
+    if _is_limited(index):
+        return None
+    with _OPENING:
+        if index not in _MEMORIES:
+            _MEMORIES[index] = _open(index)
+    memory = _MEMORIES[index]
+    return memory if memory is not None and memory.works else None
+
+
+def opened_memory(index: int) -> LastingMemory | None:
+    """As :func:`lasting_memory`, but only what somebody has opened; also where the driver has refused something."""
+    return _MEMORIES.get(index)
+
+
+def page_counts(index: int) -> PageCounts:
+    """What this process has of this device in pages."""
+    memory = opened_memory(index)
+    return PageCounts() if memory is None else memory.counts()
+
+
+def _is_limited(index: int) -> bool:
+    """Whether somebody has told torch how much of this device the process may have: that is for weights too."""
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # Since torch 2.7.
+    return fraction is not None and fraction(index) < 1
+
+
+def _open(index: int) -> LastingMemory | None:
+    if torch.version.cuda is None or torch.cuda.get_allocator_backend() == "pluggable":
+        return None
+    try:
+        driver = CudaPageDriver(open_library(), index)
+    except (OSError, AttributeError, RuntimeError, OutOfPagesError) as error:
+        logger.info("cuda:%d has no pages for weights, torch gives their memory: %s", index, error)
+        return None
+    device = torch.device("cuda", index)
+    return LastingMemory(
+        driver,
+        ADDRESSES * torch.cuda.get_device_properties(index).total_memory,
+        lambda memory: torch.as_tensor(memory, device=device),
+        lambda: torch.cuda.synchronize(device),
+    )

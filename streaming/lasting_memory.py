@@ -1,0 +1,184 @@
+"""Device memory for what stays, in pages of its own instead of torch's allocator.
+
+[Note: weights in pages]
+torch's allocators keep memory in large pieces: the driver's pool behind cudaMallocAsync grows by 32 MiB. Residents are
+made and dropped whenever the plan changes, and what a dropped one leaves between two that stay was in pieces that
+nobody could use: 0.4 to 1.1 GB of FLUX in 16 GB. In pages (pages.py) all of it goes back to the driver, and torch has
+activations and slots alone. Slots stay with torch: other GPUs copy into them, and pages can be reached by their own
+device only.
+
+[Note: memory that goes later]
+torch frees behind the kernels of a stream; a page that is unmapped is gone at once, also for kernels that read it. And
+the last reference to a buffer may go anywhere: on any thread, in a garbage collection, while a lock is held.
+ 1. What ends with a buffer only puts its address in a queue, which takes no lock and waits for nothing.
+ 2. The queue is worked off where memory is asked for, counted or given back, and only behind a synchronize of the whole
+    device: streams of others may read weights too. Where nothing was dropped that costs a look at an empty queue.
+ 3. What is worked off is taken out of the queue before the synchronize: what comes into it meanwhile may have been read
+    by kernels that were launched after that began.
+ 4. Of a model that was dropped without unloading nobody may ever ask again. Its buffers are orphans once its backend is
+    closed: whoever drops one works the queue off, unless somebody is doing so.
+torch's ``record_stream`` knows no such memory, and with cudaMallocAsync raises; nothing here or in the host calls it on
+weights, and 2 makes it needless.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from .pages import OutOfPagesError, PageDriver, Pages
+
+logger = logging.getLogger(__name__)
+
+
+class PageCounts(NamedTuple):
+    """Bytes of one device: in buffers that somebody has, and of all pages that are in memory."""
+
+    used: int = 0
+    mapped: int = 0
+
+
+class Memory:
+    """A buffer's memory, as ``torch.as_tensor`` takes it: torch keeps this object as long as any view of it."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address = address
+        self.nbytes = nbytes
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "stream": None,
+            "version": 3,
+        }
+
+
+class LastingMemory:
+    """Buffers of one device in pages of its own (Note: weights in pages), for every model in the process.
+
+    Args:
+        driver: of the device.
+        range_bytes: see :class:`Pages`.
+        as_tensor: makes a uint8 tensor, which keeps the object.
+        synchronize: waits for everything that was launched on the device.
+
+    Attributes:
+        works: False once the driver has refused something; what there is stays, and nothing is added.
+    """
+
+    def __init__(
+        self,
+        driver: PageDriver,
+        range_bytes: int,
+        as_tensor: Callable[[Memory], torch.Tensor],
+        synchronize: Callable[[], None],
+    ) -> None:
+        self._pages = Pages(driver, range_bytes)
+        self._as_tensor = as_tensor
+        self._synchronize = synchronize
+        self._lock = threading.RLock()
+        self._busy = False
+        self._gone: deque[int] = deque()
+        self._orphans: set[int] = set()
+        self.works = True
+
+    def allocate(self, nbytes: int) -> torch.Tensor | None:
+        """A uint8 buffer of ``nbytes``, at least one; None where there is no room, or no driver that works."""
+        with self._turn() as ours:
+            if ours:
+                self._work_off()
+            address = self._try_pages(nbytes) if ours else None
+        if address is None:
+            return None
+        memory = Memory(address, nbytes)
+        weakref.finalize(memory, self._let_go, address).atexit = False  # The pages go with the process.
+        with torch.inference_mode(False):
+            return self._as_tensor(memory)
+
+    def give_back(self) -> None:
+        """Give the driver what was dropped (Note: memory that goes later); waits for the device if there is any."""
+        if self._gone:
+            with self._turn() as ours:
+                if ours:
+                    self._work_off()
+
+    def orphan(self, addresses: Iterable[int]) -> None:
+        """Nobody will ask for buffers at these addresses to be given back; others are left out."""
+        for address in addresses:
+            if self._pages.size(address):
+                self._orphans.add(address)
+
+    def counts(self) -> PageCounts:
+        """How much there is. Waits for nobody, so that the two may be of moments that follow one another."""
+        dropped = sum(map(self._pages.size, tuple(self._gone)))
+        return PageCounts(self._pages.buffer_bytes - dropped, self._pages.mapped_bytes)
+
+    def _try_pages(self, nbytes: int) -> int | None:
+        if not self.works:
+            return None
+        try:
+            return self._pages.allocate(nbytes)
+        except OutOfPagesError:
+            return None
+        except RuntimeError as error:
+            self._stop(error)
+            return None
+
+    def _let_go(self, address: int) -> None:
+        """The last reference has gone, anywhere."""
+        self._gone.append(address)
+        if address not in self._orphans or sys.is_finalizing():
+            return
+        with self._turn(wait=False) as ours:
+            try:
+                if ours:
+                    self._work_off()
+            except RuntimeError as error:  # Nobody can be told here, and whoever uses the device next is.
+                logger.debug("the device has failed before memory could be given back: %s", error)
+
+    @contextlib.contextmanager
+    def _turn(self, wait: bool = True) -> Iterator[bool]:
+        """Whether the account is ours while this lasts.
+
+        Not where another thread has it, unless we ``wait``, and not where this one does already: a garbage collection
+        in the middle of it may end a model.
+        """
+        if not self._lock.acquire(blocking=wait):
+            yield False
+            return
+        ours, self._busy = not self._busy, True
+        try:
+            yield ours
+        finally:
+            self._busy = not ours
+            self._lock.release()
+
+    def _work_off(self) -> None:
+        gone = [self._gone.popleft() for _ in range(len(self._gone))]
+        if not gone:
+            return
+        try:
+            self._synchronize()  # Race: kernels may still read what nobody has a reference to.
+        except BaseException:
+            self._gone.extend(gone)
+            raise
+        self._orphans.difference_update(gone)
+        for address in gone:
+            try:
+                self._pages.free(address)
+            except RuntimeError as error:
+                self._stop(error)
+
+    def _stop(self, error: RuntimeError) -> None:
+        if self.works:
+            logger.warning("weights get their memory from torch from now on: %s", error)
+        self.works = False
