@@ -182,13 +182,9 @@ class Planner:
         """A whole step has run."""
         self._residency.stepped()
 
-    def observe(self, memory: DeviceMemory, peak: int) -> None:
-        """The step that is over had ``peak`` bytes at once for its activations."""
-        self._residency.observe(memory, peak)
-
-    def piece(self, moved: bool) -> int:
-        """Bytes to have in one piece for the step that comes next (residency.py, Note: one piece for activations)."""
-        return self._residency.piece(moved)
+    def begins_prompt(self) -> bool:
+        """Whether the step that comes next is the first of a prompt; told once."""
+        return self._residency.begins()
 
     def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
         """A step did not run, and is tried again with ``budget`` bytes."""

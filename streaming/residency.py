@@ -1,18 +1,17 @@
 """How much device memory a model may use, step by step: what the host allowed first, then what was measured. Pure.
 
 [Note: no thrashing]
-Memory is looked at before each step. While a shape is new (its first two steps) the budget follows what the activations
-of the steps before have needed. From the third step on weights only ever go, never come: when the step after needs
+Memory is looked at before each step. While a shape is new (its first two steps) the budget follows what torch kept for
+the activations of the steps before. From the third step on weights only ever go, never come: when the step after needs
 more than is left, or when somebody else takes memory, and then only after two looks in a row. They come back when the
 host loads the model anew, for a prompt, or at the second of two like steps; and then no further than the largest shape
 of this prompt allows. A shape that ran out of memory keeps the budget with which it then ran, until more is free.
 
-[Note: one piece for activations]
-What a step's activations need is the most that was allocated at once while it ran. torch takes the memory for them in
-pieces, as they are asked for, and what is cut up so needs more than that, in each prompt another amount, because hosts
-have torch's memory emptied between prompts: a plan that was right for one prompt ran out of memory in the next. So
-before a step of a known need torch is made to keep that need in one piece, from which activations are cut and into
-which they fall back. What a step takes beyond the piece, because it was cut up badly after all, belongs to the need.
+[Note: from the same begin]
+What torch keeps for the activations of a step is more than they are, because it is cut up badly, and how badly depends
+on what was kept before. So before the first step of each prompt, and wherever weights have moved, torch gives back what
+it keeps: steps of one shape then begin as the one did that was measured. Otherwise a plan that was right for one prompt
+ran out of memory in the next.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from .profile import Profile
 
 # Steps of a new shape that are measured.
 MEASURED_STEPS = 2
-# What is cut out of one piece leaves gaps: this part of the need is added.
-GAPS = 1 / 16
 # A shortage is when this part of the headroom is missing, or when no more than it is left.
 SHORTAGE = 0.25
 MOST_SHAPES = 32
@@ -41,8 +38,7 @@ class Regime:
     Attributes:
         steps: whole ones so far; in_a_row since the last step of another shape.
         timed: whether ``profile`` has the times of such a step.
-        activation_bytes: what the activations of a step need; None before one was measured.
-        counted: whether that is what was allocated, and not what torch kept.
+        activation_bytes: what torch keeps for activations after a step; None before one was measured.
         profile: how such a step behaves.
         ceiling: after such a step ran out of memory, the budget with which it was tried again; no budget goes beyond.
         ceiling_available: bytes that weights and activations had together then.
@@ -53,7 +49,6 @@ class Regime:
     in_a_row: int = 0
     timed: bool = False
     activation_bytes: int | None = None
-    counted: bool = False
     profile: Profile | None = None
     ceiling: float = math.inf
     ceiling_available: int = 0
@@ -75,14 +70,19 @@ class Residency:
         self.current = Regime()
         self._in_prompt: list[Regime] = []
         self._ran = False
-        self._piece = 0
+        self._begins = False
 
     def begin_prompt(self) -> None:
         """The host has loaded the model, or let go of it. What torch keeps now says nothing about activations."""
         self._in_prompt.clear()
         self._ran = False
-        self._piece = 0
+        self._begins = True
         self.current.in_a_row = 0
+
+    def begins(self) -> bool:
+        """Whether the step that comes next is the first of a prompt; told once."""
+        begins, self._begins = self._begins, False
+        return begins
 
     def stepped(self) -> None:
         """A whole step has run."""
@@ -90,31 +90,8 @@ class Residency:
         self.current.steps += 1
         self.current.in_a_row += 1
 
-    def observe(self, memory: DeviceMemory, peak: int) -> None:
-        """The step that is over had ``peak`` bytes at once for its activations."""
-        need = int(peak * (1 + GAPS))
-        if self._piece:
-            need += max(0, memory.cached - self._piece)
-            self._piece = max(self._piece, memory.cached)
-        self.current.activation_bytes = max(need, self.current.activation_bytes or 0)
-        self.current.counted = True
-
-    def piece(self, moved: bool) -> int:
-        """Bytes that torch should keep in one piece for the step that comes next; 0 where it does, or nobody knows.
-
-        Args:
-            moved: whether weights have come or gone, and torch has given back what it kept.
-        """
-        need = self.current.activation_bytes if self.current.counted else 0
-        assert need is not None
-        if need <= self._piece and not (moved and self._piece):
-            return 0
-        self._piece = max(need, self._piece)
-        return self._piece
-
     def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
         """A step did not run, and is tried again with ``budget`` bytes."""
-        self._piece = 0
         self.current.ceiling = budget
         self.current.ceiling_available = memory.free + memory.cached + device_bytes
 
@@ -146,10 +123,8 @@ class Residency:
             room = self._room_for(memory, estimate() if estimate is not None else 0)
             return device_bytes + room if room < 0 else None
         if regime.steps <= MEASURED_STEPS and self._ran:
-            if not regime.counted:
-                regime.activation_bytes = max(memory.cached, regime.activation_bytes or 0)
-                return min(device_bytes + memory.free - self._headroom, regime.ceiling)
-            return min(device_bytes + self._room_for(memory, self._most_activations()), regime.ceiling)
+            regime.activation_bytes = max(memory.cached, regime.activation_bytes or 0)
+            return min(device_bytes + memory.free - self._headroom, regime.ceiling)
         if regime.in_a_row <= 1 and regime.activation_bytes is not None:
             if (room := self._room_for(memory, regime.activation_bytes)) < 0:
                 return min(device_bytes + room, regime.ceiling)

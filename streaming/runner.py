@@ -77,7 +77,7 @@ class Runner:
         while True:
             try:
                 streamer.take_overwritten()  # Of a step that has failed: its slots are empty now.
-                output = self._watched(streamer, forward)
+                output = forward()
                 _check_writes(streamer)
                 return output
             except Exception as error:
@@ -107,16 +107,6 @@ class Runner:
         self.learn(streamer)
         self._stop_recording()
 
-    def _watched(self, streamer: Streamer, forward: Callable[[], T]) -> T:
-        """Run a step; where it teaches something, note how much memory its activations take."""
-        if self.recorder is None:
-            return forward()
-        streamer.backend.watch_peak()
-        output = forward()
-        if (peak := streamer.backend.peak_bytes()) is not None:
-            self._planner.observe(streamer.backend.memory(), peak)
-        return output
-
     # -- before a step -------------------------------------------------------------------------------------------
 
     def _adapt(
@@ -134,8 +124,8 @@ class Runner:
             streamer.load_within(plan, reload)
         else:
             streamer.keep(plan)
-        if piece := self._planner.piece(moves):
-            streamer.backend.gather(piece)
+        if self._planner.begins_prompt() and not moves:
+            streamer.backend.trim()  # residency.py, Note: from the same begin.
         wanted = self._planner.wants_measuring()
         if measured or wanted != (self.recorder is not None):
             self._record(streamer, wanted)
@@ -173,7 +163,8 @@ class Runner:
     def _tidy(self, streamer: Streamer, reason: str) -> None:
         """After a step ran out of memory for the first time: have torch give back what it keeps."""
         _say_out_of_memory(streamer, reason, "with torch's memory tidied up")
-        streamer.backend.gather(self._planner.piece(moved=True))
+        streamer.backend.synchronize()  # What kernels still use cannot be given back.
+        streamer.backend.trim()
 
     def _shrink(self, streamer: Streamer, share: float, reload: Callable[[Plan], None], reason: str) -> None:
         """After a step ran out of memory: leave it a part of what is on the device."""
@@ -183,7 +174,6 @@ class Runner:
         _say_out_of_memory(streamer, reason, f"with {format_bytes(before - budget)} less for weights")
         self._planner.out_of_memory(budget, streamer.backend.memory(), before)
         streamer.load_within(self._planner.plan_within(budget), reload)
-        streamer.backend.gather(self._planner.piece(moved=True))
 
     def _make_whole(self, streamer: Streamer, reload: Callable[[Plan], None], plan: Plan | None, reason: str) -> None:
         """Weights are missing that the plan has on the device: have all of them there."""

@@ -42,6 +42,7 @@ def memory() -> Iterator[LastingMemory]:
 
 def free() -> int:
     torch.cuda.synchronize(DEVICE)
+    torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(DEVICE)[0]
 
 

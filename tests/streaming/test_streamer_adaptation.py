@@ -97,6 +97,21 @@ def test_an_order_of_residency_is_looked_for_once(monkeypatch: pytest.MonkeyPatc
         assert len(looked) == times
 
 
+def test_the_first_step_of_a_prompt_begins_without_what_torch_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_transformer()
+    streamer = make_streamer(model, adaptive=False)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
+    for _ in range(3):
+        step(streamer, model)
+    trims: list[int] = []
+    monkeypatch.setattr(streamer.backend, "trim", lambda: trims.append(streamer.counters.steps))
+    for _ in range(2):
+        streamer.begin_prompt()
+        for _ in range(3):
+            step(streamer, model)
+    assert trims == [3, 6]
+
+
 def test_the_order_learned_survives_unloading() -> None:
     model = make_transformer()
     streamer = make_streamer(model, adaptive=False, learned=True)

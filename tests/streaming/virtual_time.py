@@ -82,12 +82,6 @@ class TimedBackend(Backend):
     def memory(self) -> DeviceMemory:
         return DeviceMemory(1 << 40, 0)
 
-    def watch_peak(self) -> None:
-        """Nobody counts."""
-
-    def peak_bytes(self) -> None:
-        return None
-
     def give_back(self) -> None:
         """Memory goes with the last reference to it."""
 
