@@ -43,7 +43,7 @@ class DeviceMemory(NamedTuple):
 
     Attributes:
         free: nobody has them.
-        cached: torch keeps them for its next allocations. After a step that is what its activations need.
+        cached: torch keeps them for its next allocations.
     """
 
     free: int
@@ -299,6 +299,18 @@ class Backend(ABC):
     @abstractmethod
     def trim(self) -> None:
         """As :meth:`give_back`, and have torch give back the memory that it keeps for later."""
+
+    @abstractmethod
+    def watch_peak(self) -> None:
+        """From now on watch the most that is allocated at once (:meth:`peak_bytes`)."""
+
+    @abstractmethod
+    def peak_bytes(self) -> int | None:
+        """Bytes by which more was once allocated since :meth:`watch_peak` than is now; None where nobody counts."""
+
+    @abstractmethod
+    def keep(self, nbytes: int) -> None:
+        """Have torch keep ``nbytes`` for later, in one piece, if there is room for them."""
 
     @abstractmethod
     def moment(self) -> Moment:

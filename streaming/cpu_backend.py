@@ -24,13 +24,14 @@ class VirtualMemory:
     Attributes:
         name: of the device.
         budget: bytes in all.
-        allocated: bytes handed out now.
+        allocated, peak: bytes handed out now, and at most since somebody set it back.
     """
 
     def __init__(self, budget: int, name: str = "virtual:0") -> None:
         self.name = name
         self.budget = budget
         self.allocated = 0
+        self.peak = 0
 
     def take(self, nbytes: int) -> None:
         if self.allocated + nbytes > self.budget:
@@ -39,6 +40,7 @@ class VirtualMemory:
                 f"{format_bytes(nbytes)} were asked for"
             )
         self.allocated += nbytes
+        self.peak = max(self.peak, self.allocated)
 
     def give(self, nbytes: int) -> None:
         self.allocated -= nbytes
@@ -139,6 +141,15 @@ class CpuBackend(Backend):
 
     def trim(self) -> None:
         """Nothing is kept for later."""
+
+    def keep(self, nbytes: int) -> None:
+        """Nothing is kept for later."""
+
+    def watch_peak(self) -> None:
+        self.store.peak = self.store.allocated
+
+    def peak_bytes(self) -> int:
+        return self.store.peak - self.store.allocated
 
     def moment(self) -> Moment:
         return time.perf_counter()

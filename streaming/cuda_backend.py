@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from .allocation_record import NO_RECORD, AllocationRecord
-from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes
+from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes, is_out_of_memory
 from .config import format_bytes
 from .cuda_pages import lasting_memory, opened_memory
 
@@ -96,6 +96,23 @@ class CudaBackend(Backend):
         self.give_back()
         with torch.cuda.device(self.device):
             torch.cuda.empty_cache()
+
+    def watch_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> int | None:
+        stats = torch.cuda.memory_stats(self.device)
+        peak, now = (stats.get(f"allocated_bytes.all.{which}", 0) for which in ("peak", "current"))
+        return peak - now if peak else None
+
+    def keep(self, nbytes: int) -> None:
+        try:
+            with self.record.paused():
+                self._empty(nbytes)  # And let go of at once.
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.debug("%s has no %s in one piece: %s", self.name, format_bytes(nbytes), error)
 
     def moment(self) -> Moment:
         return self._timestamp(torch.cuda.current_stream(self.device))

@@ -182,9 +182,19 @@ class Planner:
         """A whole step has run."""
         self._residency.stepped()
 
-    def begins_prompt(self) -> bool:
-        """Whether the step that comes next is the first of a prompt; told once."""
-        return self._residency.begins()
+    def observe(self, memory: DeviceMemory, peak: int) -> None:
+        """The step that is over had ``peak`` bytes at once for its activations."""
+        self._residency.observe(memory, peak)
+
+    @property
+    def lacks_piece(self) -> bool:
+        """Whether torch should keep other memory for the step that comes next (residency.py, Note: from the same
+        begin)."""
+        return self._residency.lacks_piece
+
+    def piece(self, memory: DeviceMemory) -> int:
+        """Torch has given back what it could: bytes that it should keep in one piece."""
+        return self._residency.piece(memory)
 
     def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
         """A step did not run, and is tried again with ``budget`` bytes."""

@@ -63,15 +63,17 @@ class Reader:
         threads, chunk_bytes, chunks: see :class:`StreamingConfig`.
 
     Attributes:
-        sent_bytes: bytes whose copies were queued so far.
+        sent_bytes: bytes whose copies were queued so far; step_bytes: those of them that were not asked for in the
+            background.
         drop_behind: have the system forget the parts of files that were read (RAM is short).
         workers: its threads.
     """
 
     def __init__(self, backend: Backend, arena: Arena, threads: int, chunk_bytes: int, chunks: int) -> None:
         self.sent_bytes = 0
+        self.step_bytes = 0
         self._forsaken = False
-        self._busy_seconds = 0.0
+        self._step_seconds = 0.0
         self.drop_behind = False
         self._backend = backend
         self._arena = arena
@@ -85,7 +87,8 @@ class Reader:
         self._asked = threading.Condition()
         self._counting = threading.Lock()
         self._pending: set[Transfer] = set()
-        self._busy_since = 0.0
+        self._for_steps = 0
+        self._since = 0.0
         self.workers: list[threading.Thread] = []
 
     @property
@@ -94,10 +97,10 @@ class Reader:
         return not self._pending
 
     @property
-    def busy_seconds(self) -> float:
-        """Time so far in which something was on its way."""
+    def step_seconds(self) -> float:
+        """Time so far in which something was on its way that was not asked for in the background."""
         with self._counting:
-            return self._busy_seconds + (time.perf_counter() - self._busy_since if self._pending else 0.0)
+            return self._step_seconds + (time.perf_counter() - self._since if self._for_steps else 0.0)
 
     @property
     def ring_bytes(self) -> int:
@@ -117,16 +120,17 @@ class Reader:
             background: whatever is asked for without this goes before it.
         """
         self.open()
-        transfer = Transfer(after, fine)
+        transfer = Transfer(after, fine, background)
         pieces = [piece for part in parts for piece in self._pieces(transfer, part)]
         if not pieces:
             transfer.queued.set_result(self._backend.mark())
             return transfer
         pieces[-1].last = True
         with self._counting:
-            if not self._pending:
-                self._busy_since = time.perf_counter()
+            if not (background or self._for_steps):
+                self._since = time.perf_counter()
             self._pending.add(transfer)
+            self._for_steps += not background
         with self._asked:
             (self._background if background else self._urgent).extend(pieces)
             self._asked.notify(len(pieces))
@@ -299,14 +303,16 @@ class Reader:
             if piece.chunk is not None:
                 piece.chunk.sent = event
             self.sent_bytes += piece.target.nbytes
+            self.step_bytes += 0 if transfer.background else piece.target.nbytes
         if self._forsaken:
             self._backend.finish(event)  # Note: what the collector may do.
 
     def _finish(self, transfer: Transfer) -> None:
         with self._counting:
             self._pending.discard(transfer)
-            if not self._pending:
-                self._busy_seconds += time.perf_counter() - self._busy_since
+            self._for_steps -= not transfer.background
+            if not (transfer.background or self._for_steps):
+                self._step_seconds += time.perf_counter() - self._since
         if transfer.error is not None:
             transfer.queued.set_exception(transfer.error)
         elif transfer.abandoned or self._forsaken:

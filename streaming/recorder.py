@@ -73,7 +73,8 @@ class _BlockRun:
 
 
 class _Staged(NamedTuple):
-    """What a reader has brought, and the time in which it was at work."""
+    """What a reader has brought for steps, and the time in which it was at work for them. Residents that it brings
+    come once, and say nothing of the steps behind."""
 
     nbytes: int
     seconds: float
@@ -151,7 +152,7 @@ class Recorder:
         self._staged = _Staged(now.nbytes - before.nbytes, now.seconds - before.seconds)
 
     def _staged_so_far(self) -> _Staged:
-        return _Staged(self._reader.sent_bytes, self._reader.busy_seconds)
+        return _Staged(self._reader.step_bytes, self._reader.step_seconds)
 
     def begin_block(self, block: int) -> None:
         if not self._running:

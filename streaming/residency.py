@@ -1,17 +1,19 @@
 """How much device memory a model may use, step by step: what the host allowed first, then what was measured. Pure.
 
 [Note: no thrashing]
-Memory is looked at before each step. While a shape is new (its first two steps) the budget follows what torch kept for
-the activations of the steps before. From the third step on weights only ever go, never come: when the step after needs
+Memory is looked at before each step. While a shape is new (its first two steps) the budget follows what the activations
+of the steps before have needed. From the third step on weights only ever go, never come: when the step after needs
 more than is left, or when somebody else takes memory, and then only after two looks in a row. They come back when the
 host loads the model anew, for a prompt, or at the second of two like steps; and then no further than the largest shape
 of this prompt allows. A shape that ran out of memory keeps the budget with which it then ran, until more is free.
 
 [Note: from the same begin]
-What torch keeps for the activations of a step is more than they are, because it is cut up badly, and how badly depends
-on what was kept before. So before the first step of each prompt, and wherever weights have moved, torch gives back what
-it keeps: steps of one shape then begin as the one did that was measured. Otherwise a plan that was right for one prompt
-ran out of memory in the next.
+Activations need what was allocated at once while a step ran, and a part more, because memory is cut up. torch takes it
+from the device in pieces, as it is asked for: then more is cut up, and how much depends on what was kept before. So a
+plan that was right for one prompt ran out of memory in the next. Therefore, before the first step of each prompt, and
+wherever weights have moved, torch gives back what it keeps, and then keeps in one piece what a step of a known shape
+needs. What it cannot give back, since something that stays lies beside it, is of use to nobody (``_stuck``: 130 to 160
+MB with cudaMallocAsync, FLUX), and what a step takes beyond the piece belongs to its need.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from .profile import Profile
 
 # Steps of a new shape that are measured.
 MEASURED_STEPS = 2
+# To what was allocated at once this part is added.
+GAPS = 1 / 8
 # A shortage is when this part of the headroom is missing, or when no more than it is left.
 SHORTAGE = 0.25
 MOST_SHAPES = 32
@@ -38,7 +42,8 @@ class Regime:
     Attributes:
         steps: whole ones so far; in_a_row since the last step of another shape.
         timed: whether ``profile`` has the times of such a step.
-        activation_bytes: what torch keeps for activations after a step; None before one was measured.
+        activation_bytes: what the activations of a step need; None before one was measured.
+        counted: whether that was counted. Else it is what torch kept after a step.
         profile: how such a step behaves.
         ceiling: after such a step ran out of memory, the budget with which it was tried again; no budget goes beyond.
         ceiling_available: bytes that weights and activations had together then.
@@ -49,6 +54,7 @@ class Regime:
     in_a_row: int = 0
     timed: bool = False
     activation_bytes: int | None = None
+    counted: bool = False
     profile: Profile | None = None
     ceiling: float = math.inf
     ceiling_available: int = 0
@@ -70,7 +76,8 @@ class Residency:
         self.current = Regime()
         self._in_prompt: list[Regime] = []
         self._ran = False
-        self._begins = False
+        self._begins = True
+        self._stuck = self._piece = 0
 
     def begin_prompt(self) -> None:
         """The host has loaded the model, or let go of it. What torch keeps now says nothing about activations."""
@@ -79,10 +86,27 @@ class Residency:
         self._begins = True
         self.current.in_a_row = 0
 
-    def begins(self) -> bool:
-        """Whether the step that comes next is the first of a prompt; told once."""
-        begins, self._begins = self._begins, False
-        return begins
+    def observe(self, memory: DeviceMemory, peak: int) -> None:
+        """The step that is over had ``peak`` bytes at once for its activations."""
+        need = int(peak * (1 + GAPS))
+        kept = memory.cached - self._stuck
+        if 0 < self._piece < kept:
+            need = self._piece = kept
+        self.current.activation_bytes, self.current.counted = need, True
+
+    @property
+    def lacks_piece(self) -> bool:
+        """Whether torch should keep other memory for the step that comes next than it does."""
+        return self._begins or self._most_counted() > self._piece * (1 + GAPS / 2)
+
+    def piece(self, memory: DeviceMemory) -> int:
+        """Torch has given back what it could, and ``memory`` is left: bytes to keep in one piece; 0 if nobody knows."""
+        self._begins, self._stuck = False, memory.cached
+        self._piece = self._most_counted()
+        return self._piece
+
+    def _most_counted(self) -> int:
+        return max((regime.activation_bytes or 0 for regime in self._in_prompt if regime.counted), default=0)
 
     def stepped(self) -> None:
         """A whole step has run."""
@@ -123,6 +147,8 @@ class Residency:
             room = self._room_for(memory, estimate() if estimate is not None else 0)
             return device_bytes + room if room < 0 else None
         if regime.steps <= MEASURED_STEPS and self._ran:
+            if regime.counted:
+                return min(device_bytes + self._room_for(memory, self._most_activations()), regime.ceiling)
             regime.activation_bytes = max(memory.cached, regime.activation_bytes or 0)
             return min(device_bytes + memory.free - self._headroom, regime.ceiling)
         if regime.in_a_row <= 1 and regime.activation_bytes is not None:
@@ -147,7 +173,7 @@ class Residency:
         return max(regime.activation_bytes or 0 for regime in self._in_prompt)
 
     def _room_for(self, memory: DeviceMemory, activation_bytes: int) -> int:
-        return memory.free + memory.cached - activation_bytes - self._headroom
+        return memory.free + memory.cached - self._stuck - activation_bytes - self._headroom
 
     def _under_pressure(self, memory: DeviceMemory, device_bytes: int) -> float | None:
         regime = self.current

@@ -72,12 +72,12 @@ class Runner:
             raise StreamingError("the model is not loaded: it would run with its originals")
         self._adapt(streamer, shape, reload, estimate)
         shrinks = (partial(self._shrink, streamer, share, reload) for share in OUT_OF_MEMORY_SHARES)
-        remedies = [partial(self._tidy, streamer), *shrinks]
+        remedies = [partial(self._tidy_again, streamer), *shrinks]
         whole_again = [partial(self._make_whole, streamer, reload, streamer.plan)]
         while True:
             try:
                 streamer.take_overwritten()  # Of a step that has failed: its slots are empty now.
-                output = forward()
+                output = self._watched(streamer, forward)
                 _check_writes(streamer)
                 return output
             except Exception as error:
@@ -107,6 +107,16 @@ class Runner:
         self.learn(streamer)
         self._stop_recording()
 
+    def _watched(self, streamer: Streamer, forward: Callable[[], T]) -> T:
+        """Run a step; where it teaches something, note how much memory its activations take."""
+        if self.recorder is None:
+            return forward()
+        streamer.backend.watch_peak()
+        output = forward()
+        if (peak := streamer.backend.peak_bytes()) is not None:
+            self._planner.observe(streamer.backend.memory(), peak)
+        return output
+
     # -- before a step -------------------------------------------------------------------------------------------
 
     def _adapt(
@@ -124,12 +134,20 @@ class Runner:
             streamer.load_within(plan, reload)
         else:
             streamer.keep(plan)
-        if self._planner.begins_prompt() and not moves:
-            streamer.backend.trim()  # residency.py, Note: from the same begin.
+        if moves or self._planner.lacks_piece:
+            self._tidy(streamer)
         wanted = self._planner.wants_measuring()
         if measured or wanted != (self.recorder is not None):
             self._record(streamer, wanted)
         streamer.build()
+
+    def _tidy(self, streamer: Streamer) -> None:
+        """Have torch keep what the step needs, in one piece, and no more (residency.py, Note: from the same begin)."""
+        backend = streamer.backend
+        backend.synchronize()  # What kernels still use cannot be given back.
+        backend.trim()
+        if piece := self._planner.piece(backend.memory()):
+            backend.keep(piece)
 
     def learn(self, streamer: Streamer) -> None:
         """Keep what the step before has shown, if it was measured; waits for the device then."""
@@ -160,11 +178,10 @@ class Runner:
     def _can_shrink(self, streamer: Streamer) -> bool:
         return streamer.plan is not None and streamer.device_bytes > self._planner.minimum_bytes
 
-    def _tidy(self, streamer: Streamer, reason: str) -> None:
-        """After a step ran out of memory for the first time: have torch give back what it keeps."""
+    def _tidy_again(self, streamer: Streamer, reason: str) -> None:
+        """After a step ran out of memory for the first time."""
         _say_out_of_memory(streamer, reason, "with torch's memory tidied up")
-        streamer.backend.synchronize()  # What kernels still use cannot be given back.
-        streamer.backend.trim()
+        self._tidy(streamer)
 
     def _shrink(self, streamer: Streamer, share: float, reload: Callable[[Plan], None], reason: str) -> None:
         """After a step ran out of memory: leave it a part of what is on the device."""
@@ -174,6 +191,7 @@ class Runner:
         _say_out_of_memory(streamer, reason, f"with {format_bytes(before - budget)} less for weights")
         self._planner.out_of_memory(budget, streamer.backend.memory(), before)
         streamer.load_within(self._planner.plan_within(budget), reload)
+        self._tidy(streamer)
 
     def _make_whole(self, streamer: Streamer, reload: Callable[[Plan], None], plan: Plan | None, reason: str) -> None:
         """Weights are missing that the plan has on the device: have all of them there."""

@@ -88,15 +88,17 @@ class Transfer:
     Attributes:
         queued: the event behind its last copy, once all of its copies are queued; or what went wrong.
         events: of its copies so far.
+        background: whatever is not in the background goes before it.
         abandoned: nobody wants it any more.
         error: what went wrong first.
     """
 
-    def __init__(self, after: Sequence[Event], fine: bool) -> None:
+    def __init__(self, after: Sequence[Event], fine: bool, background: bool = False) -> None:
         self.queued: Future[Event] = Future()
         self.events: list[Event] = []
         self.after = after
         self.fine = fine
+        self.background = background
         self.abandoned = False
         self.error: BaseException | None = None
 

@@ -223,6 +223,11 @@ class FakeCuda:
     def memory_stats(self, device: Any = None) -> dict[str, int]:
         return dict(self.stats) if self._index(device) == 1 else {}
 
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        assert self._index(device) == 1
+        if (now := self.stats.get("allocated_bytes.all.current")) is not None:
+            self.stats["allocated_bytes.all.peak"] = now
+
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return self.free_bytes[self._index(device)], 1 << 40
 

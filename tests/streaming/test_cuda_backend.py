@@ -299,6 +299,36 @@ def test_memory_is_what_is_free_and_what_torch_keeps(machine: Machine) -> None:
     assert machine.cuda.emptied == [1]
 
 
+def test_a_peak_is_what_was_allocated_beyond_what_is(machine: Machine) -> None:
+    stats = machine.cuda.stats = {"allocated_bytes.all.current": 700, "allocated_bytes.all.peak": 5000}
+    machine.backend.watch_peak()
+    stats["allocated_bytes.all.peak"] = 900
+    stats["allocated_bytes.all.current"] = 750
+    assert machine.backend.peak_bytes() == 150
+    machine.cuda.stats = {}
+    assert machine.backend.peak_bytes() is None, "an allocator that does not count"
+
+
+def test_a_piece_is_kept_where_there_is_room(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(machine.backend, "_empty", taken.append)
+    machine.backend.keep(1000)
+    assert taken == [1000]
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(machine.backend, "_empty", lambda nbytes: fail(torch.OutOfMemoryError("no room")))
+    with caplog.at_level(logging.DEBUG):
+        machine.backend.keep(1000)
+    assert "cuda:1 has no 1.0 KB in one piece: no room" in caplog.text
+    monkeypatch.setattr(machine.backend, "_empty", lambda nbytes: fail(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        machine.backend.keep(1000)
+
+
 # -- page-locking --------------------------------------------------------------------------------------------------
 
 

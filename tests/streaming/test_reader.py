@@ -145,7 +145,7 @@ def opened(backend: OrderBackend, threads: int, chunks: int, copy_streams: int =
         for _ in range(2):
             assert reader.idle
             assert reader.sent_bytes == sum(nbytes for _, nbytes in backend.copies)
-            assert 0 <= reader.busy_seconds < 60
+            assert 0 <= reader.step_seconds < 60
             reader.close()
             assert (reader.ring_bytes, arena.pinned_bytes, arena.pageable_bytes, arena.budget.used) == (0, 0, 0, 0)
             again = Asked(backend.allocate(2 * CHUNK))
@@ -375,3 +375,17 @@ def test_a_unit_is_the_same_whatever_ranges_it_is_read_in() -> None:
 def assert_tiles(spans: list[tuple[int, int]], nbytes: int) -> None:
     """The spans cover everything, once."""
     assert [0, *(stop for _, stop in spans)] == [*(start for start, _ in spans), nbytes]
+
+
+def test_what_comes_in_the_background_does_not_count_for_steps() -> None:
+    backend = OrderBackend()
+    with opened(backend, threads=1, chunks=2) as reader:
+        resident = Asked(backend.allocate(2 * CHUNK))
+        resident.load([b"\1" * 2 * CHUNK])
+        resident.ask(reader, backend, background=True).check(reader, backend)
+        assert (reader.sent_bytes, reader.step_bytes, reader.step_seconds) == (2 * CHUNK, 0, 0.0)
+        streamed = Asked(backend.allocate(3 * CHUNK))
+        streamed.load([b"\2" * 3 * CHUNK])
+        streamed.ask(reader, backend).check(reader, backend)
+        assert (reader.sent_bytes, reader.step_bytes) == (5 * CHUNK, 3 * CHUNK)
+        assert reader.step_seconds > 0

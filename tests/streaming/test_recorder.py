@@ -42,7 +42,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def recorder(clock: Clock) -> Recorder:
-    return Recorder(make_outline([[1], [1], [1]]), clock, SimpleNamespace(sent_bytes=0, busy_seconds=0.0))
+    return Recorder(make_outline([[1], [1], [1]]), clock, SimpleNamespace(step_bytes=0, step_seconds=0.0))
 
 
 def wait(recorder: Recorder, clock: Clock, seconds: float) -> None:
@@ -95,7 +95,7 @@ def test_what_other_devices_compute_is_known_without_their_waits_and_the_hosts(c
     """Two devices take turns, each block computes for one second, and whatever else passes is nobody's compute."""
     recorders: list[Recorder] = []
     clocks = [Clock(), Clock()]
-    reader = SimpleNamespace(sent_bytes=0, busy_seconds=0.0)
+    reader = SimpleNamespace(step_bytes=0, step_seconds=0.0)
 
     def tell(device: Clock, seconds: Callable[[], float]) -> None:
         for recorder in recorders:

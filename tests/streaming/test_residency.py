@@ -160,6 +160,83 @@ def test_a_shape_that_ran_out_of_memory_keeps_the_budget_with_which_it_ran(ceili
     assert device.prompt(offered=9000 * MB) > ceiling
 
 
+STUCK = 130 * MB
+
+
+class Pool(Device):
+    """A card whose allocator is counted. It never gives back all, and what is cut out of one piece may need more."""
+
+    def __init__(self, residency: Residency, more: int = 0) -> None:
+        super().__init__(residency)
+        self.more = more
+        self.pieces: list[int] = []
+
+    def step(self, shape: str, activations: int, estimate: int = 0) -> float | None:
+        self.residency.enter(shape)
+        budget = self.residency.budget(self.memory, self.weights, lambda: estimate)
+        moved = budget is not None and budget != self.weights
+        if moved:
+            self.weights = int(budget)
+        if moved or self.residency.lacks_piece:
+            self.cached = STUCK
+            self.pieces.append(self.residency.piece(self.memory))
+            self.cached += self.pieces[-1]
+        in_pieces = self.cached - STUCK < activations
+        self.cached = max(self.cached, STUCK + (activations * 13 // 10 if in_pieces else activations + self.more))
+        assert self.weights + self.cached <= 10_000 * MB, "out of memory"
+        if self.residency.current.steps < 2:
+            self.residency.observe(self.memory, activations)
+        self.residency.stepped()
+        return budget
+
+
+def test_the_need_of_a_step_is_what_was_allocated_at_once() -> None:
+    pool = Pool(Residency(HEADROOM))
+    assert pool.step("a", 1600 * MB) is None
+    assert pool.step("a", 1600 * MB) == (10_000 - 130 - 1800 - 200) * MB
+    assert pool.pieces == [0, 1800 * MB]
+
+
+@pytest.mark.parametrize("more", [0, 60, 199, 250])
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_a_plan_that_held_for_a_prompt_holds_for_all(more: int, steps: int) -> None:
+    """The host empties torch's memory between them, and little of it all is never used."""
+    pool = Pool(Residency(HEADROOM), more * MB)
+    for _ in range(2):
+        pool.prompt(offered=4000 * MB)
+        for _ in range(steps):
+            pool.step("a", 1600 * MB)
+    settled = pool.weights
+    for _ in range(20):
+        pool.prompt(offered=4000 * MB)
+        del pool.pieces[:]
+        for _ in range(steps):
+            pool.step("a", 1600 * MB)
+            assert pool.weights == settled
+        assert len(pool.pieces) == 1
+    unused = 10_000 * MB - settled - STUCK - 1600 * MB
+    assert unused == (200 + max(200, more)) * MB
+
+
+def test_shapes_in_turn_share_the_largest_piece() -> None:
+    pool = Pool(Residency(HEADROOM))
+    for _ in range(6):
+        pool.step("a", 1600 * MB)
+        pool.step("b", 800 * MB)
+    assert pool.weights == (10_000 - 130 - 1800 - 200) * MB
+    assert pool.pieces == [0, 1800 * MB, 1800 * MB], "before the first b, and when weights have moved"
+
+
+def test_after_running_out_of_memory_the_piece_is_taken_anew() -> None:
+    residency = Residency(HEADROOM)
+    pool = Pool(residency)
+    for _ in range(4):
+        pool.step("a", 1600 * MB)
+    assert not residency.lacks_piece
+    assert residency.piece(pool.memory) == 1800 * MB
+    assert residency.budget(pool.memory, pool.weights, None) is None
+
+
 def test_without_adaptation_the_offer_stands() -> None:
     residency = Residency(HEADROOM, adaptive=False)
     device = Device(residency)

@@ -97,19 +97,35 @@ def test_an_order_of_residency_is_looked_for_once(monkeypatch: pytest.MonkeyPatc
         assert len(looked) == times
 
 
-def test_the_first_step_of_a_prompt_begins_without_what_torch_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_begins_with_one_piece_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_transformer()
-    streamer = make_streamer(model, adaptive=False)
+    streamer = make_streamer(model, budget=7 * BLOCK)
+    Activations(model, streamer.backend.store, BLOCK)
     streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(streamer.backend, "trim", lambda: done.append(("trim", streamer.counters.steps)))
+    monkeypatch.setattr(streamer.backend, "keep", lambda nbytes: done.append(("keep", nbytes)))
     for _ in range(3):
         step(streamer, model)
-    trims: list[int] = []
-    monkeypatch.setattr(streamer.backend, "trim", lambda: trims.append(streamer.counters.steps))
-    for _ in range(2):
+    assert ("keep", BLOCK * 9 // 8) in done, "as much as they took, and an eighth"
+    for begins in (3, 6):
         streamer.begin_prompt()
+        done.clear()
         for _ in range(3):
             step(streamer, model)
-    assert trims == [3, 6]
+        assert done == [("trim", begins), ("keep", BLOCK * 9 // 8)]
+
+
+def test_activations_are_counted_with_what_copies_take_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only steps that teach something are counted: torch's own statistics are set back for that."""
+    model = make_transformer()
+    streamer = make_streamer(model, budget=7 * BLOCK)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
+    watched: list[int] = []
+    monkeypatch.setattr(streamer.backend, "watch_peak", lambda: watched.append(streamer.counters.steps))
+    for _ in range(6):
+        step(streamer, model)
+    assert watched == [0, 1]
 
 
 def test_the_order_learned_survives_unloading() -> None:
