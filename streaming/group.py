@@ -47,6 +47,13 @@ class Group:
             if (streamer := member()) is not None:
                 streamer.learn()
 
+    def doubt(self) -> None:
+        """All measure the next step once more, where one finds that its times cannot be."""
+        members = [streamer for member in self._members if (streamer := member()) is not None]
+        if any(streamer.doubts for streamer in members):
+            for streamer in members:
+                streamer.measure_again()
+
     def _seconds(self, who: Callable[[], Streamer | None], plan: Plan, profile: Profile) -> float:
         assignment = self.assignment
         if assignment is None or not profile.measured:

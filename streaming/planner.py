@@ -14,12 +14,16 @@ from .config import StreamingConfig
 from .plan import Plan, SecondsOf, forecast_seconds, make_plan, minimum_bytes, with_forecast
 from .profile import Outline, Profile, assumed_profile
 from .recorder import Recorder
-from .residency import SHORTAGE, Residency
+from .residency import MEASURED_STEPS, SHORTAGE, Residency
 from .spread import best_order
 from .state import Standing, State
 
 # A plan that is predicted to gain less than this is not worth moving weights for.
 WORTHWHILE = 0.02
+# A step that is over in this part of the time that its compute was measured to take: in the one that was measured the
+# host was late, which happens where it launches kernels on several devices. So often it is measured again.
+DISPROVED = 0.9
+MOST_DOUBTS = 2
 # Nor is giving memory back, where nobody asks for it, that is less than this part of the model.
 MUCH = 0.1
 # What is offered moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Moving
@@ -166,6 +170,18 @@ class Planner:
             return True
         return not regime.timed
 
+    def doubts(self, step_seconds: float | None) -> bool:
+        """Whether the compute that was measured is more than that of a step which took so long, one of the last."""
+        regime = self._residency.current
+        if step_seconds is None or not regime.timed or regime.in_a_row <= MEASURED_STEPS:
+            return False
+        return regime.doubts < MOST_DOUBTS and step_seconds < DISPROVED * self.profile.compute_seconds
+
+    def measure_again(self) -> None:
+        """The next step of this shape teaches its times once more."""
+        self._residency.current.timed = False
+        self._residency.current.doubts += 1
+
     def learn(self, recorder: Recorder) -> None:
         """Keep what ``recorder`` has seen of a whole step, which is over."""
         if recorder.never_entered:
@@ -176,7 +192,8 @@ class Planner:
         profile = recorder.profile(self.profile, with_times=regime.timed)
         if self.compiled or self._whole_blocks:
             profile = replace(profile, unit_runs=None, unit_times=None)
-        regime.profile = self.profile = profile
+        if not (regime.doubts and profile.compute_seconds >= self.profile.compute_seconds):
+            regime.profile = self.profile = profile
 
     def stepped(self) -> None:
         """A whole step has run."""

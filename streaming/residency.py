@@ -41,7 +41,7 @@ class Regime:
 
     Attributes:
         steps: whole ones so far; in_a_row since the last step of another shape.
-        timed: whether ``profile`` has the times of such a step.
+        timed: whether ``profile`` has the times of such a step; doubts: how often they turned out to be too long.
         activation_bytes: what the activations of a step need; None before one was measured.
         counted: whether that was counted. Else it is what torch kept after a step.
         profile: how such a step behaves.
@@ -53,6 +53,7 @@ class Regime:
     steps: int = 0
     in_a_row: int = 0
     timed: bool = False
+    doubts: int = 0
     activation_bytes: int | None = None
     counted: bool = False
     profile: Profile | None = None

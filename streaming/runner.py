@@ -5,8 +5,8 @@ Before the first step nobody knows in which order the parts of a block run, or w
 all (some code reads a layer's weight without calling it). So in that step all that is streamed of a block is one
 segment, on the device from the block's begin to its end, and hooks write down who runs. From then on segments are parts
 of blocks. Copies are timed, and in step two each unit too, less its waits; the plan for step three is made from that,
-and then stays. Making a plan waits for the device; that is done after the first two steps of a shape, and when memory
-asks for it (residency.py).
+and then stays, unless a later step shows that those times were too long (``Planner.doubts``). Making a plan waits for
+the device; that is done after the first two steps of a shape, and when memory asks for it (residency.py).
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ class Runner:
     ) -> None:
         """Fit the plan to what is known (Note: what the first steps teach)."""
         self._group.learn()
+        self._group.doubt()
         measured, self._has_learned = self._has_learned, False
         plan, moves = self._planner.plan_step(shape, streamer.standing, streamer.memory(), measured, estimate)
         if moves:

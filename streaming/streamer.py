@@ -161,6 +161,15 @@ class Streamer:
         return self._planner.profile
 
     @property
+    def doubts(self) -> bool:
+        """Whether a step was over sooner than its compute alone was measured to take."""
+        return self._planner.doubts(self.site.meters.step.times().last)
+
+    def measure_again(self) -> None:
+        """The next step teaches its times once more."""
+        self._planner.measure_again()
+
+    @property
     def standing(self) -> Standing:
         """How the model stands on the device now."""
         device_bytes = self.device_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from virtual_time import Clock, TimedBackend, TimedModel
+from virtual_time import Clock, TimedBackend, TimedLayer, TimedModel
 from weightstream.streaming import Group, Streamer, StreamingConfig, split_model
 from weightstream.streaming.assignment import HOP_SECONDS, DeviceRoom, assign
 from weightstream.streaming.turns import Share, forecast_of_all
@@ -86,6 +86,26 @@ class Devices:
     def close(self) -> None:
         for streamer in self.streamers:
             streamer.close()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("late", [3, 6])
+def test_times_that_are_too_long_are_measured_again(devices: int, late: int) -> None:
+    """The host may be late in the step that is measured, and in the one after that."""
+    placed = Devices(devices, 1e9, 54e9)
+    layers = [layer for layer in placed.model.modules() if isinstance(layer, TimedLayer)]
+    true_seconds = sum(layer.work for layer in layers) + OUTSIDE
+    for streamer in placed.streamers:
+        streamer.load(streamer.plan_for(max(placed.budget, streamer.minimum_bytes)))
+    for number in range(12):
+        factor = late if number in (1, 4) else 1 / late if number in (2, 5) else 1
+        for layer in layers:
+            layer.hold, layer.work = layer.hold * factor, layer.work * factor
+        step = placed.step()
+    for streamer in placed.streamers:
+        assert true_seconds <= streamer.profile.compute_seconds <= true_seconds + 60 * HOP_SECONDS
+        assert streamer._runner.recorder is None
+    assert placed.promised == pytest.approx(step, rel=0.02)
 
 
 @pytest.mark.parametrize(
