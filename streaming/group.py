@@ -48,7 +48,10 @@ class Group:
                 streamer.learn()
 
     def doubt(self) -> None:
-        """All measure the next step once more, where one finds that its times cannot be."""
+        """All measure the next step once more, where one finds that its times cannot be. A host that launches kernels on
+        one device is seldom late."""
+        if self.assignment is None:
+            return
         members = [streamer for member in self._members if (streamer := member()) is not None]
         if any(streamer.doubts for streamer in members):
             for streamer in members:

@@ -22,7 +22,7 @@ from .state import Standing, State
 WORTHWHILE = 0.02
 # A step that is over in this part of the time that its compute was measured to take: in the one that was measured the
 # host was late, which happens where it launches kernels on several devices. So often it is measured again.
-DISPROVED = 0.9
+DISPROVED = 0.85
 MOST_DOUBTS = 2
 # Nor is giving memory back, where nobody asks for it, that is less than this part of the model.
 MUCH = 0.1
