@@ -48,8 +48,10 @@ class Group:
                 streamer.learn()
 
     def doubt(self) -> None:
-        """All measure the next step once more, where one finds that its times cannot be. A host that launches kernels on
-        one device is seldom late."""
+        """Where one finds that the times that were measured cannot be, all measure the next step once more.
+
+        A host that launches kernels on one device alone is seldom late.
+        """
         if self.assignment is None:
             return
         members = [streamer for member in self._members if (streamer := member()) is not None]
