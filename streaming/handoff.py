@@ -180,6 +180,7 @@ class Boundary:
     def _enter(
         self, device: torch.device, args: tuple, kwargs: dict[str, Any], strange: bool
     ) -> tuple[tuple, dict[str, Any]]:
+        was_on = self._witness.off()  # What is brought here need not be told of.
         guest = Guest(device, self.home, self._mirrors, self._move, self._is_compiled)
         if device == self.home:
             self._mirrors.all_come_home()  # A block may have the original from anywhere.
@@ -193,9 +194,12 @@ class Boundary:
         self._visits.append(_Call(visit, guest))
         args, kwargs = visit.exchange.all_of(args, kwargs)
         if not (strange or visit.exchange.has_strangers):
-            if self._witness.off():
+            if was_on:
                 visit.afterwards(self._witness.on)
-        elif device != self.home and self.home.type != "cpu" and not self._is_compiled:
+            return args, kwargs
+        if was_on:
+            self._witness.on()
+        if device != self.home and self.home.type != "cpu" and not self._is_compiled:
             meeting = guest.meeting = Meeting(device, self.home, self._move, guest.note_writes, guest.renew)
             visit.meanwhile(meeting)
         return args, kwargs
