@@ -13,6 +13,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..streaming import State, StreamingError, WeightsMovedError
+from ..streaming.collector import uncollected
 from .hosts import end_recordings, nesting_pauses
 from .shares import PartFullError
 from .step_state import RepeatableStep, StepState
@@ -61,6 +62,7 @@ def _roots_of(executor: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dic
     return {**named, "its input": x, "its arguments": given, "a wrapper": getattr(executor, "wrappers", None)}
 
 
+@uncollected()
 def repeatable(patcher: StreamedModelPatcher, forward: Callable[[], T], roots: dict[str, Any]) -> RepeatableStep[T]:
     """A step of ``patcher`` that may be called again when it has failed; ``roots`` is what it can get hold of."""
     devices = [patcher.load_device, *(part.load_device for part in patcher.parts)]

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from .collector import uncollected
 from .errors import UnsupportedModelError
 from .forms import PlainForm
 from .layout import Layout, Locate, NamedTensor, Place, TensorSpec, Value, make_layout, nowhere
@@ -207,6 +208,7 @@ def _parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
+@uncollected()
 def split_model(
     model: nn.Module,
     target_dtype: TargetDtype | None = None,

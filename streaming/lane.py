@@ -34,6 +34,7 @@ import torch
 from torch.autograd import profiler
 
 from .backend import Backend, Event, Pair, is_out_of_memory
+from .collector import uncollected
 from .config import format_bytes
 from .layout import Binding
 from .masters import UnitCopies
@@ -97,6 +98,7 @@ class Lane:
         tick: is called while the host waits for a reader, and may raise.
     """
 
+    @uncollected()
     def __init__(
         self,
         backend: Backend,

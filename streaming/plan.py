@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from .collector import uncollected
 from .config import StreamingConfig, format_bytes
 from .errors import BudgetError
 from .needs import segment_needs, stages_of, waits_of
@@ -163,6 +164,7 @@ def minimum_bytes(outline: Outline, profile: Profile) -> int:
 SecondsOf = Callable[["Plan", Profile], float]
 
 
+@uncollected()
 def make_plan(
     outline: Outline,
     profile: Profile,
@@ -418,6 +420,7 @@ def _resident_seconds(profile: Profile) -> float:
     return profile.compute_seconds * (1 + FORECAST_TOLERANCE)
 
 
+@uncollected()
 def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig, seconds_of: SecondsOf | None = None) -> Plan:
     """``plan`` with what ``profile`` lets expect of it; as it is before anything was measured."""
     if not profile.measured:
