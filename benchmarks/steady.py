@@ -58,7 +58,7 @@ def summarize(prompts: list[dict[str, Any]]) -> dict[str, Any]:
         "prompts_with_reruns": again,
         "first_plan_changes": sum(prompts[0]["plan_changes"]),
         "plan_changes": sum(sum(prompt["plan_changes"]) for prompt in later),
-        "least_unused_bytes": min(min(unused_bytes(prompt)) for prompt in later or prompts),
+        "least_unused_bytes": min(min(_behind_the_first(unused_bytes(prompt))) for prompt in later or prompts),
         "least_free_bytes": min(min(free_at_fullest(prompt)) for prompt in later or prompts),
         "most_kept_by_torch_bytes": max(max(prompt["kept_by_torch_bytes"]) for prompt in prompts),
         "latents_equal": len({prompt["latent_sha256"] for prompt in later}) <= 1,
@@ -70,7 +70,8 @@ def unused_bytes(prompt: dict[str, Any]) -> list[int]:
 
     What is free and what torch has reserved come to the same all the time, as long as nobody else takes any; weights in
     pages are in neither, and stay for the step. So it is their sum at the end of the step, less the most that torch had
-    allocated in it. Without a GPU: what is free then.
+    allocated in it. Without a GPU: what is free then. In the first step of a prompt torch is made to take one piece for
+    what activations need, which no tensor has.
     """
     return _at_fullest(prompt, "allocated_peak_bytes")
 
@@ -78,6 +79,10 @@ def unused_bytes(prompt: dict[str, Any]) -> list[int]:
 def free_at_fullest(prompt: dict[str, Any]) -> list[int]:
     """For each step, what the driver still had to give when torch had reserved the most."""
     return _at_fullest(prompt, "reserved_peak_bytes")
+
+
+def _behind_the_first(steps: list[int]) -> list[int]:
+    return steps[1:] or steps
 
 
 def _at_fullest(prompt: dict[str, Any], taken: str) -> list[int]:

@@ -165,13 +165,13 @@ def prompt(changes: list[int], reruns: list[int], free: int, latent: str = "a", 
 
 
 def test_what_many_prompts_come_to(benchmarks: Any) -> None:
-    torch = {"reserved_bytes": [80, 80, 90], "allocated_peak_bytes": [70, 85, 60], "reserved_peak_bytes": [80, 95, 90]}
+    torch = {"reserved_bytes": [80, 80, 90], "allocated_peak_bytes": [95, 85, 60], "reserved_peak_bytes": [80, 95, 90]}
     prompts = [
         prompt([1, 1, 0], [0, 0, 0], free=1, latent="first", **torch),
         prompt([0, 0, 0], [0, 0, 0], free=20, **torch),
         prompt([0, 1, 0], [0, 2, 0], free=30, **torch),
     ]
-    assert benchmarks.steady.unused_bytes(prompts[1]) == [30, 15, 50]
+    assert benchmarks.steady.unused_bytes(prompts[1]) == [5, 15, 50]
     assert benchmarks.steady.free_at_fullest(prompts[1]) == [20, 5, 20]
     found = benchmarks.steady.summarize(prompts)
     assert found == {
