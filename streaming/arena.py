@@ -16,8 +16,8 @@ import torch
 from .backend import Backend
 from .config import format_bytes
 
-# To ask the system how much memory is spare takes a millisecond, in which nobody else may. For so long an answer holds,
-# less what was taken since.
+# To ask the system how much memory is spare takes a millisecond, in which nobody else may ask. For so long an answer
+# holds, less what was taken since.
 SPARE_SECONDS = 0.1
 
 # After a registration has failed, this part of what was page-locked then is the limit, and so many bytes more with each

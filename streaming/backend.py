@@ -297,8 +297,9 @@ class Backend(ABC):
         """Give others what was dropped, where that does not happen by itself. Waits for the device if there is any."""
 
     @abstractmethod
-    def trim(self) -> None:
-        """As :meth:`give_back`, and have torch give back the memory that it keeps for later."""
+    def trim(self) -> int:
+        """As :meth:`give_back`, and have torch give back the memory that it keeps for later, on all devices: torch asks
+        for no less, and waits for them. Gives the bytes that it keeps all the same, on this one."""
 
     @abstractmethod
     def watch_peak(self) -> None:
@@ -306,7 +307,7 @@ class Backend(ABC):
 
     @abstractmethod
     def peak_bytes(self) -> int | None:
-        """Bytes by which more was once allocated since :meth:`watch_peak` than is now; None where nobody counts."""
+        """Bytes by which more was once allocated since :meth:`watch_peak` than is now; None where nobody counts all."""
 
     @abstractmethod
     def keep(self, nbytes: int) -> None:

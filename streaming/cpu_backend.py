@@ -139,8 +139,9 @@ class CpuBackend(Backend):
     def give_back(self) -> None:
         """Memory goes with the last reference to it."""
 
-    def trim(self) -> None:
+    def trim(self) -> int:
         """Nothing is kept for later."""
+        return 0
 
     def keep(self, nbytes: int) -> None:
         """Nothing is kept for later."""

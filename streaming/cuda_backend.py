@@ -82,25 +82,30 @@ class CudaBackend(Backend):
 
     def memory(self) -> DeviceMemory:
         self.give_back()
-        stats = torch.cuda.memory_stats(self.device)
-        cached = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
         held = self.record.held_bytes(self.device)
-        return DeviceMemory(torch.cuda.mem_get_info(self.device)[0], max(0, cached) + held)
+        return DeviceMemory(torch.cuda.mem_get_info(self.device)[0], self._kept_bytes() + held)
+
+    def _kept_bytes(self) -> int:
+        stats = torch.cuda.memory_stats(self.device)
+        return max(0, stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0))
 
     def give_back(self) -> None:
         memory = opened_memory(self.device.index)
         if memory is not None:
             memory.give_back()
 
-    def trim(self) -> None:
+    def trim(self) -> int:
         self.give_back()
         with torch.cuda.device(self.device):
             torch.cuda.empty_cache()
+        return self._kept_bytes()
 
     def watch_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int | None:
+        if self.record.held_bytes(self.device):
+            return None  # Activations in a record have memory that is not torch's.
         stats = torch.cuda.memory_stats(self.device)
         peak, now = (stats.get(f"allocated_bytes.all.{which}", 0) for which in ("peak", "current"))
         return peak - now if peak else None
@@ -161,8 +166,8 @@ class CudaBackend(Backend):
         self.synchronize()
         memory = opened_memory(self.device.index)
         if memory is not None:
+            memory.orphan(self._live)  # First: what goes meanwhile is worked off by whoever drops it.
             memory.give_back()
-            memory.orphan(self._live)
         super().close()
 
     def _drain_error(self) -> None:

@@ -135,7 +135,7 @@ class CudaPageDriver:
         return address.value
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        with self._current():
+        with self._giving_back(), self._current():
             self._call("cuMemAddressFree", address, nbytes)
 
     def map(self, address: int, nbytes: int) -> None:
@@ -153,8 +153,16 @@ class CudaPageDriver:
                 raise
 
     def unmap(self, address: int, nbytes: int) -> None:
-        with self._current():
+        with self._giving_back(), self._current():
             self._call("cuMemUnmap", address, nbytes)
+
+    @contextlib.contextmanager
+    def _giving_back(self) -> Iterator[None]:
+        """Who gives memory back asks for none: that a driver finds none all the same is a fault like any other."""
+        try:
+            yield
+        except OutOfPagesError as error:
+            raise RuntimeError(str(error)) from error
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
@@ -181,13 +189,11 @@ _OPENING = threading.Lock()
 
 def lasting_memory(index: int) -> LastingMemory | None:
     """The memory in pages of this device, one for the process; None where torch must give all memory."""
-    if _is_limited(index):
-        return None
     with _OPENING:
         if index not in _MEMORIES:
             _MEMORIES[index] = _open(index)
     memory = _MEMORIES[index]
-    return memory if memory is not None and memory.works else None
+    return memory if memory is not None and memory.works and not _is_limited(index) else None
 
 
 def opened_memory(index: int) -> LastingMemory | None:

@@ -101,8 +101,12 @@ class LastingMemory:
             return None
         memory = Memory(address, nbytes)
         weakref.finalize(memory, self._let_go, address).atexit = False  # The pages go with the process.
-        with torch.inference_mode(False):
-            return self._as_tensor(memory)
+        try:
+            with torch.inference_mode(False):
+                return self._as_tensor(memory)
+        except RuntimeError as error:  # torch makes no tensor of it: it may have been built without numpy.
+            self._stop(error)
+            return None
 
     def give_back(self) -> None:
         """Give the driver what was dropped (Note: memory that goes later); waits for the device if there is any."""
@@ -163,9 +167,11 @@ class LastingMemory:
             self._lock.release()
 
     def _work_off(self) -> None:
+        while self._gone:  # What comes into the queue meanwhile may be an orphan, whose turn this is.
+            self._work_off_what_is_there()
+
+    def _work_off_what_is_there(self) -> None:
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
-        if not gone:
-            return
         try:
             self._synchronize()  # Race: kernels may still read what nobody has a reference to.
         except BaseException:
@@ -180,5 +186,6 @@ class LastingMemory:
 
     def _stop(self, error: RuntimeError) -> None:
         if self.works:
-            logger.warning("weights get their memory from torch from now on: %s", error)
+            # As text: who keeps log records would keep, with the error's frames, the buffer.
+            logger.warning("weights get their memory from torch from now on: %s", str(error))
         self.works = False

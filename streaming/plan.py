@@ -336,7 +336,11 @@ class _Ring:
 
     def fewest(self, seconds: float, bus: float, below: float) -> Plan | None:
         """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth; None
-        where it would need ``below`` bytes, or more, or nothing helps."""
+        where it would need ``below`` bytes, or more, or nothing helps.
+
+        More residents are taken to make a step shorter, which is not always so: what is found is good enough, and there
+        may be something smaller (FLUX: by up to 340 MB, in 22 of 144 cases).
+        """
         smaller = [kept for kept in range(len(self._rungs)) if self._device_bytes(kept) < below]
         if not smaller or (found := self._within(seconds, bus, smaller[-1])) is None:
             return None

@@ -192,8 +192,11 @@ class Planner:
         profile = recorder.profile(self.profile, with_times=regime.timed)
         if self.compiled or self._whole_blocks:
             profile = replace(profile, unit_runs=None, unit_times=None)
-        if not (regime.doubts and profile.compute_seconds >= self.profile.compute_seconds):
-            regime.profile = self.profile = profile
+        # In doubt a step may teach that compute takes less time, but not, where a cache answers, that less is computed.
+        fewer = set(profile.block_order) < set(self.profile.block_order)
+        if regime.doubts and (fewer or profile.compute_seconds >= self.profile.compute_seconds):
+            return
+        regime.profile = self.profile = profile
 
     def stepped(self) -> None:
         """A whole step has run."""
@@ -204,14 +207,22 @@ class Planner:
         self._residency.observe(memory, peak)
 
     @property
+    def begins_prompt(self) -> bool:
+        """Whether the step that comes next is the first of a prompt."""
+        return self._residency.begins
+
+    def trimmed(self, kept: int) -> None:
+        """Torch has given back what it could, and still keeps so many bytes."""
+        self._residency.trimmed(kept)
+
+    @property
     def lacks_piece(self) -> bool:
-        """Whether torch should keep other memory for the step that comes next (residency.py, Note: from the same
-        begin)."""
+        """Whether torch keeps no piece that is large enough for the step that comes next."""
         return self._residency.lacks_piece
 
-    def piece(self, memory: DeviceMemory) -> int:
-        """Torch has given back what it could: bytes that it should keep in one piece."""
-        return self._residency.piece(memory)
+    def piece(self) -> int:
+        """Bytes for torch to keep in one piece (residency.py, Note: from the same begin); 0 where it does already."""
+        return self._residency.piece() if self.lacks_piece else 0
 
     def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
         """A step did not run, and is tried again with ``budget`` bytes."""
@@ -234,11 +245,11 @@ class Planner:
 
     def configure(self, config: StreamingConfig) -> None:
         """Other settings from now on. What was measured stays true: compute and copies were measured apart."""
-        self._config = config
+        self._config, self._chosen = config, None
 
     def take_up(self, outline: Outline) -> None:
         """The model was laid out anew. Of other blocks nothing is known."""
-        before, self._outline = self._outline, outline
+        before, self._outline, self._chosen = self._outline, outline, None
         if replace(outline, rest_bytes=before.rest_bytes) != before:
             self.by_units, self._whole_blocks = frozenset(), False
             self.profile = _with_best_order(outline, assumed_profile(outline))

@@ -127,7 +127,7 @@ class Reader:
             return transfer
         pieces[-1].last = True
         with self._counting:
-            if not (background or self._for_steps):
+            if not self._for_steps:
                 self._since = time.perf_counter()
             self._pending.add(transfer)
             self._for_steps += not background

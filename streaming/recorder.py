@@ -73,11 +73,12 @@ class _BlockRun:
 
 
 class _Staged(NamedTuple):
-    """What a reader has brought for steps, and the time in which it was at work for them. Residents that it brings
-    come once, and say nothing of the steps behind."""
+    """What a reader has brought for steps, the time in which it was at work for them, and what it has brought in all.
+    Residents that it brings come once, and say nothing of the steps behind."""
 
     nbytes: int
     seconds: float
+    sent: int
 
 
 class _BlockTime(NamedTuple):
@@ -109,8 +110,7 @@ class Recorder:
         self._backend = backend
         self._reader = reader
         self._tells = tells
-        self._staged_before = _Staged(0, 0.0)
-        self._staged = _Staged(0, 0.0)
+        self._staged_before = self._staged = _Staged(0, 0.0, 0)
         self._begin: Moment | None = None
         self._end: Moment | None = None
         self._runs: list[tuple[int, _BlockRun]] = []
@@ -149,10 +149,10 @@ class Recorder:
         self._end = self._backend.moment()
         self._running = False
         before, now = self._staged_before, self._staged_so_far()
-        self._staged = _Staged(now.nbytes - before.nbytes, now.seconds - before.seconds)
+        self._staged = _Staged(*(after - earlier for after, earlier in zip(now, before, strict=True)))
 
     def _staged_so_far(self) -> _Staged:
-        return _Staged(self._reader.step_bytes, self._reader.step_seconds)
+        return _Staged(self._reader.step_bytes, self._reader.step_seconds, self._reader.sent_bytes)
 
     def begin_block(self, block: int) -> None:
         if not self._running:
@@ -285,7 +285,7 @@ class Recorder:
         bus = sum(time.nbytes for time in times) / busy
         if self._staged.nbytes == 0:
             return bus
-        direct = max(0, total - self._staged.nbytes)
+        direct = max(0, total - self._staged.sent)
         return (direct + self._staged.nbytes) / (direct / bus + self._staged.seconds)
 
     def _run_of(self, unit: int) -> _BlockRun | None:

@@ -43,7 +43,7 @@ class Regime:
         steps: whole ones so far; in_a_row since the last step of another shape.
         timed: whether ``profile`` has the times of such a step; doubts: how often they turned out to be too long.
         activation_bytes: what the activations of a step need; None before one was measured.
-        counted: whether that was counted. Else it is what torch kept after a step.
+        counts: how often that was counted. If never, it is what torch kept after a step.
         profile: how such a step behaves.
         ceiling: after such a step ran out of memory, the budget with which it was tried again; no budget goes beyond.
         ceiling_available: bytes that weights and activations had together then.
@@ -55,7 +55,7 @@ class Regime:
     timed: bool = False
     doubts: int = 0
     activation_bytes: int | None = None
-    counted: bool = False
+    counts: int = 0
     profile: Profile | None = None
     ceiling: float = math.inf
     ceiling_available: int = 0
@@ -68,6 +68,9 @@ class Residency:
     Args:
         headroom: bytes that stay free.
         adaptive: whether to go beyond and below what the host offered.
+
+    Attributes:
+        begins: whether the step that comes next is the first of a prompt.
     """
 
     def __init__(self, headroom: int, adaptive: bool = True) -> None:
@@ -77,14 +80,14 @@ class Residency:
         self.current = Regime()
         self._in_prompt: list[Regime] = []
         self._ran = False
-        self._begins = True
+        self.begins = True
         self._stuck = self._piece = 0
 
     def begin_prompt(self) -> None:
         """The host has loaded the model, or let go of it. What torch keeps now says nothing about activations."""
         self._in_prompt.clear()
         self._ran = False
-        self._begins = True
+        self.begins = True
         self.current.in_a_row = 0
 
     def observe(self, memory: DeviceMemory, peak: int) -> None:
@@ -93,21 +96,29 @@ class Residency:
         kept = memory.cached - self._stuck
         if 0 < self._piece < kept:
             need = self._piece = kept
-        self.current.activation_bytes, self.current.counted = need, True
+        regime = self.current
+        if regime.counts > 1:  # The first may have more in it: kernels are loaded, and tried, beside a first step.
+            need = max(need, regime.activation_bytes or 0)
+        regime.activation_bytes = need
+        regime.counts += 1
+
+    def trimmed(self, kept: int) -> None:
+        """Torch has given back what it could, and still keeps so many bytes."""
+        self.begins = False
+        self._stuck, self._piece = kept, 0
 
     @property
     def lacks_piece(self) -> bool:
-        """Whether torch should keep other memory for the step that comes next than it does."""
-        return self._begins or self._most_counted() > self._piece * (1 + GAPS / 2)
+        """Whether a step of a known need comes next, for which torch keeps no piece that is large enough."""
+        return self._most_counted() > self._piece * (1 + GAPS / 2)
 
-    def piece(self, memory: DeviceMemory) -> int:
-        """Torch has given back what it could, and ``memory`` is left: bytes to keep in one piece; 0 if nobody knows."""
-        self._begins, self._stuck = False, memory.cached
+    def piece(self) -> int:
+        """Bytes for torch to keep in one piece from now on."""
         self._piece = self._most_counted()
         return self._piece
 
     def _most_counted(self) -> int:
-        return max((regime.activation_bytes or 0 for regime in self._in_prompt if regime.counted), default=0)
+        return max((regime.activation_bytes or 0 for regime in self._in_prompt if regime.counts), default=0)
 
     def stepped(self) -> None:
         """A whole step has run."""
@@ -148,7 +159,7 @@ class Residency:
             room = self._room_for(memory, estimate() if estimate is not None else 0)
             return device_bytes + room if room < 0 else None
         if regime.steps <= MEASURED_STEPS and self._ran:
-            if regime.counted:
+            if regime.counts:
                 return min(device_bytes + self._room_for(memory, self._most_activations()), regime.ceiling)
             regime.activation_bytes = max(memory.cached, regime.activation_bytes or 0)
             return min(device_bytes + memory.free - self._headroom, regime.ceiling)
@@ -174,7 +185,7 @@ class Residency:
         return max(regime.activation_bytes or 0 for regime in self._in_prompt)
 
     def _room_for(self, memory: DeviceMemory, activation_bytes: int) -> int:
-        return memory.free + memory.cached - self._stuck - activation_bytes - self._headroom
+        return memory.free + max(0, memory.cached - self._stuck) - activation_bytes - self._headroom
 
     def _under_pressure(self, memory: DeviceMemory, device_bytes: int) -> float | None:
         regime = self.current

@@ -5,8 +5,9 @@ Before the first step nobody knows in which order the parts of a block run, or w
 all (some code reads a layer's weight without calling it). So in that step all that is streamed of a block is one
 segment, on the device from the block's begin to its end, and hooks write down who runs. From then on segments are parts
 of blocks. Copies are timed, and in step two each unit too, less its waits; the plan for step three is made from that,
-and then stays, unless a later step shows that those times were too long (``Planner.doubts``). Making a plan waits for
-the device; that is done after the first two steps of a shape, and when memory asks for it (residency.py).
+and then stays, unless a later step on several devices shows that those times were too long (``Group.doubt``). Making
+a plan waits for the device; that is done after the first two steps of a shape, and when memory asks for it
+(residency.py).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Runner:
             raise StreamingError("the model is not loaded: it would run with its originals")
         self._adapt(streamer, shape, reload, estimate)
         shrinks = (partial(self._shrink, streamer, share, reload) for share in OUT_OF_MEMORY_SHARES)
-        remedies = [partial(self._tidy_again, streamer), *shrinks]
+        remedies = [partial(self._tidy, streamer), *shrinks]
         whole_again = [partial(self._make_whole, streamer, reload, streamer.plan)]
         while True:
             try:
@@ -109,12 +110,11 @@ class Runner:
 
     def _watched(self, streamer: Streamer, forward: Callable[[], T]) -> T:
         """Run a step; where it teaches something, note how much memory its activations take."""
-        if self.recorder is None:
-            return forward()
-        streamer.backend.watch_peak()
         output = forward()
-        if (peak := streamer.backend.peak_bytes()) is not None:
-            self._planner.observe(streamer.backend.memory(), peak)
+        if self.recorder is not None and self.recorder.complete:
+            peak = streamer.backend.peak_bytes()
+            if peak is not None:
+                self._planner.observe(streamer.backend.memory(), peak)
         return output
 
     # -- before a step -------------------------------------------------------------------------------------------
@@ -130,25 +130,23 @@ class Runner:
         self._group.learn()
         self._group.doubt()
         measured, self._has_learned = self._has_learned, False
+        if begins := self._planner.begins_prompt:
+            self._trim(streamer)
         plan, moves = self._planner.plan_step(shape, streamer.standing, streamer.memory(), measured, estimate)
         if moves:
             streamer.load_within(plan, reload)
         else:
             streamer.keep(plan)
-        if moves or self._planner.lacks_piece:
-            self._tidy(streamer)
+        if moves or (self._planner.lacks_piece and not begins):
+            self._trim(streamer)
         wanted = self._planner.wants_measuring()
         if measured or wanted != (self.recorder is not None):
             self._record(streamer, wanted)
         streamer.build()
 
-    def _tidy(self, streamer: Streamer) -> None:
-        """Have torch keep what the step needs, in one piece, and no more (residency.py, Note: from the same begin)."""
-        backend = streamer.backend
-        backend.synchronize()  # What kernels still use cannot be given back.
-        backend.trim()
-        if piece := self._planner.piece(backend.memory()):
-            backend.keep(piece)
+    def _trim(self, streamer: Streamer) -> None:
+        """Have torch give back what it keeps (residency.py, Note: from the same begin)."""
+        self._planner.trimmed(streamer.backend.trim())
 
     def learn(self, streamer: Streamer) -> None:
         """Keep what the step before has shown, if it was measured; waits for the device then."""
@@ -179,10 +177,10 @@ class Runner:
     def _can_shrink(self, streamer: Streamer) -> bool:
         return streamer.plan is not None and streamer.device_bytes > self._planner.minimum_bytes
 
-    def _tidy_again(self, streamer: Streamer, reason: str) -> None:
+    def _tidy(self, streamer: Streamer, reason: str) -> None:
         """After a step ran out of memory for the first time."""
         _say_out_of_memory(streamer, reason, "with torch's memory tidied up")
-        self._tidy(streamer)
+        self._trim(streamer)
 
     def _shrink(self, streamer: Streamer, share: float, reload: Callable[[Plan], None], reason: str) -> None:
         """After a step ran out of memory: leave it a part of what is on the device."""
@@ -192,7 +190,7 @@ class Runner:
         _say_out_of_memory(streamer, reason, f"with {format_bytes(before - budget)} less for weights")
         self._planner.out_of_memory(budget, streamer.backend.memory(), before)
         streamer.load_within(self._planner.plan_within(budget), reload)
-        self._tidy(streamer)
+        self._trim(streamer)
 
     def _make_whole(self, streamer: Streamer, reload: Callable[[Plan], None], plan: Plan | None, reason: str) -> None:
         """Weights are missing that the plan has on the device: have all of them there."""

@@ -101,6 +101,11 @@ class Steps:
             )
         self.last_used = time.monotonic()
         self.settle()
+        if piece := self._planner.piece():
+            # Not before: when torch gives back what it keeps, for another device, it does so on all of them.
+            self._site.backend.keep(piece)
+        if self._recorder is not None:
+            self._site.backend.watch_peak()
         self._site.meters.step.begin()
         if self._site.lane is not None:
             self._site.lane.begin_step()

@@ -12,14 +12,14 @@ import torch
 from .layout import ALIGNMENT, Value
 
 # Words of 8 bytes that are summed at once. Factors and products take as much memory of the device, each.
-BATCH_WORDS = 1 << 22
+BATCH_WORDS = 1 << 21
 
 # From Knuth's multiplicative hashing: 2^64 divided by the golden ratio, as a signed number.
 _MULTIPLIER = -7046029254386353131
 
 
 class Summing:
-    """Takes the sums of one value after another. What all of them need is kept for as long as this object is."""
+    """Takes the sums of one value after another, all on one device. What they need is kept for as long as this is."""
 
     def __init__(self) -> None:
         self._factors = torch.empty(0, dtype=torch.int64)
@@ -32,7 +32,7 @@ class Summing:
     def _factors_of(self, words: torch.Tensor) -> torch.Tensor:
         """An odd number for each word."""
         count = words.numel()
-        if self._factors.device != words.device or self._factors.numel() < count:
+        if self._factors.numel() < count:
             self._factors = torch.arange(1, 2 * count, 2, device=words.device).mul_(_MULTIPLIER)
         return self._factors[:count]
 

@@ -297,3 +297,24 @@ def test_every_function_has_its_prototype(monkeypatch: pytest.MonkeyPatch) -> No
     assert cuda_pages.open_library() is loaded
     assert all(function.restype is ctypes.c_int for function in functions.values())
     assert {name: function.argtypes for name, function in functions.items()} == PROTOTYPES
+
+
+def test_who_gives_memory_back_is_not_told_that_there_is_none(library: Library, driver: CudaPageDriver) -> None:
+    address = driver.reserve(PAGE)
+    driver.map(address, PAGE)
+    library.fails = {"cuMemUnmap": OUT_OF_MEMORY, "cuMemAddressFree": OUT_OF_MEMORY}
+    with pytest.raises(RuntimeError, match="cuMemUnmap found no memory"):
+        driver.unmap(address, PAGE)
+    with pytest.raises(RuntimeError, match="cuMemAddressFree found no memory"):
+        driver.unreserve(address, PAGE)
+
+
+def test_an_allocator_that_is_plugged_in_is_not_asked_for_its_limit(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(index: int) -> float:
+        raise RuntimeError("CUDAPluggableAllocator does not yet support getMemoryFraction.")
+
+    machine.allocator = "pluggable"
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", refuse, raising=False)
+    assert lasting_memory(1) is None

@@ -116,14 +116,19 @@ def test_pages_go_when_the_device_is_done(device: Device) -> None:
     assert as_tensor(Memory(address, PAGE)).eq(GONE).all()
 
 
-def test_what_is_dropped_while_the_host_waits_stays_for_the_next_time(device: Device) -> None:
+def test_what_is_dropped_while_the_host_waits_is_waited_for_anew(device: Device) -> None:
     """Its kernels may have been launched after the wait had begun."""
     buffers = [device.allocate(), device.allocate()]
-    device.while_waiting = lambda: buffers.clear()
+    left: list[int] = []
+
+    def meanwhile() -> None:
+        left.append(device.mapped)
+        buffers.clear()
+
+    device.while_waiting = meanwhile
     buffers.pop()
     device.memory.give_back()
-    assert (device.mapped, device.waits) == (PAGE, 1)
-    device.memory.give_back()
+    assert left == [2 * PAGE, PAGE], "the one dropped first went alone"
     assert (device.mapped, device.waits) == (0, 2)
 
 
@@ -293,3 +298,32 @@ def test_a_process_ends_with_buffers_that_somebody_has(pytestconfig: pytest.Conf
     program = [sys.executable, "-c", AT_EXIT, str(root), str(Path(__file__).parent)]
     result = subprocess.run(program, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_orphan_that_is_dropped_while_somebody_waits_goes_too(device: Device) -> None:
+    """Who drops it finds somebody at work, and nobody may ever come again."""
+    first, second = device.allocate(), device.allocate()
+    device.memory.orphan([first.data_ptr(), second.data_ptr()])
+    left = [second]
+    del second
+
+    def meanwhile() -> None:
+        if left:
+            thread = threading.Thread(target=left.clear)
+            thread.start()
+            thread.join()
+
+    device.while_waiting = meanwhile
+    del first
+    assert device.mapped == 0
+
+
+def test_memory_of_which_torch_makes_no_tensor_comes_from_torch() -> None:
+    def fail(memory: Memory) -> torch.Tensor:
+        raise RuntimeError("Numpy is not available")
+
+    memory = LastingMemory(RamPages(PAGE, 1 << 20), 1 << 20, fail, lambda: None)
+    assert memory.allocate(PAGE) is None
+    assert not memory.works
+    memory.give_back()
+    assert memory.counts() == (0, 0)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from outlines import make_outline
 from weightstream.streaming.assignment import HOP_SECONDS
+from weightstream.streaming.backend import CopyTime
 from weightstream.streaming.profile import assumed_profile
 from weightstream.streaming.recorder import Recorder
 from weightstream.streaming.timeline import timeline
@@ -18,6 +19,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.copies: list[CopyTime] = []
 
     def moment(self) -> float:
         return self.now
@@ -31,8 +33,8 @@ class Clock:
     def time_copies(self) -> None:
         """No copies are timed."""
 
-    def copy_times(self) -> list:
-        return []
+    def copy_times(self) -> list[CopyTime]:
+        return self.copies
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def recorder(clock: Clock) -> Recorder:
-    return Recorder(make_outline([[1], [1], [1]]), clock, SimpleNamespace(step_bytes=0, step_seconds=0.0))
+    return Recorder(make_outline([[1], [1], [1]]), clock, SimpleNamespace(step_bytes=0, step_seconds=0.0, sent_bytes=0))
 
 
 def wait(recorder: Recorder, clock: Clock, seconds: float) -> None:
@@ -84,6 +86,18 @@ def test_a_unit_is_needed_after_what_comes_before_its_block(recorder: Recorder, 
     assert [moment.begin for moment in timeline(recorder._outline, profile)] == [1.25, 6.25, 11.25]
 
 
+def test_residents_that_come_in_a_step_are_none_of_what_it_stages() -> None:
+    """The reader has brought 4 MB for the step in 2 s, and residents of 16 MB; copies alone pass 100 MB a second."""
+    clock = Clock()
+    reader = SimpleNamespace(step_bytes=0, step_seconds=0.0, sent_bytes=0)
+    recorder = Recorder(make_outline([[1], [1], [1]]), clock, reader)
+    recorder.begin_step()
+    reader.step_bytes, reader.step_seconds, reader.sent_bytes = 4_000_000, 2.0, 20_000_000
+    recorder.end_step()
+    clock.copies = [CopyTime(5_000_000, 0.0, 0.05)] * 4
+    assert recorder.profile(assumed_profile(recorder._outline), with_times=True).bandwidth == pytest.approx(2_000_000)
+
+
 def test_a_second_step_begins_anew(recorder: Recorder, clock: Clock) -> None:
     record(recorder, clock, [9.0, 9.0, 9.0], [1.0, 1.0, 1.0])
     record(recorder, clock, [2.0, 2.0, 2.0], [0.0] * 3)
@@ -95,7 +109,7 @@ def test_what_other_devices_compute_is_known_without_their_waits_and_the_hosts(c
     """Two devices take turns, each block computes for one second, and whatever else passes is nobody's compute."""
     recorders: list[Recorder] = []
     clocks = [Clock(), Clock()]
-    reader = SimpleNamespace(step_bytes=0, step_seconds=0.0)
+    reader = SimpleNamespace(step_bytes=0, step_seconds=0.0, sent_bytes=0)
 
     def tell(device: Clock, seconds: Callable[[], float]) -> None:
         for recorder in recorders:

@@ -171,15 +171,27 @@ class Pool(Device):
         self.more = more
         self.pieces: list[int] = []
 
+    def trim(self) -> None:
+        self.cached = STUCK
+        self.residency.trimmed(STUCK)
+
+    def prompt(self, offered: int = 0) -> float:
+        self.weights = int(self.residency.prompt_budget(self.memory, self.weights, offered))
+        self.residency.begin_prompt()
+        return self.weights
+
     def step(self, shape: str, activations: int, estimate: int = 0) -> float | None:
+        if begins := self.residency.begins:
+            self.trim()
         self.residency.enter(shape)
         budget = self.residency.budget(self.memory, self.weights, lambda: estimate)
         moved = budget is not None and budget != self.weights
         if moved:
             self.weights = int(budget)
-        if moved or self.residency.lacks_piece:
-            self.cached = STUCK
-            self.pieces.append(self.residency.piece(self.memory))
+        if moved or (self.residency.lacks_piece and not begins):
+            self.trim()
+        if self.residency.lacks_piece:
+            self.pieces.append(self.residency.piece())
             self.cached += self.pieces[-1]
         in_pieces = self.cached - STUCK < activations
         self.cached = max(self.cached, STUCK + (activations * 13 // 10 if in_pieces else activations + self.more))
@@ -194,7 +206,7 @@ def test_the_need_of_a_step_is_what_was_allocated_at_once() -> None:
     pool = Pool(Residency(HEADROOM))
     assert pool.step("a", 1600 * MB) is None
     assert pool.step("a", 1600 * MB) == (10_000 - 130 - 1800 - 200) * MB
-    assert pool.pieces == [0, 1800 * MB]
+    assert pool.pieces == [1800 * MB]
 
 
 @pytest.mark.parametrize("more", [0, 60, 199, 250])
@@ -224,17 +236,40 @@ def test_shapes_in_turn_share_the_largest_piece() -> None:
         pool.step("a", 1600 * MB)
         pool.step("b", 800 * MB)
     assert pool.weights == (10_000 - 130 - 1800 - 200) * MB
-    assert pool.pieces == [0, 1800 * MB, 1800 * MB], "before the first b, and when weights have moved"
+    assert pool.pieces == [1800 * MB, 1800 * MB], "before the first b, and when weights have moved"
 
 
-def test_after_running_out_of_memory_the_piece_is_taken_anew() -> None:
+def test_after_torch_gave_everything_back_the_piece_is_kept_anew() -> None:
     residency = Residency(HEADROOM)
     pool = Pool(residency)
     for _ in range(4):
         pool.step("a", 1600 * MB)
     assert not residency.lacks_piece
-    assert residency.piece(pool.memory) == 1800 * MB
+    residency.trimmed(STUCK)
+    assert residency.lacks_piece
+    assert residency.piece() == 1800 * MB
     assert residency.budget(pool.memory, pool.weights, None) is None
+
+
+def test_a_second_look_at_the_need_replaces_the_first_and_later_ones_only_add() -> None:
+    residency = Residency(HEADROOM)
+    residency.enter("a")
+    needs = []
+    for peak in (3200, 1600, 800, 2400):
+        residency.observe(DeviceMemory(0, 0), peak)
+        needs.append(residency.current.activation_bytes)
+    assert needs == [3600, 1800, 1800, 2700]
+
+
+def test_what_was_taken_beyond_a_piece_stays_part_of_the_need() -> None:
+    residency = Residency(HEADROOM)
+    residency.enter("a")
+    residency.trimmed(STUCK)
+    residency.observe(DeviceMemory(0, STUCK), 1600)
+    assert residency.piece() == 1800
+    for kept, need in ((2100, 2100), (2100, 2100), (2200, 2200)):
+        residency.observe(DeviceMemory(0, STUCK + kept), 1600)
+        assert residency.current.activation_bytes == need
 
 
 def test_without_adaptation_the_offer_stands() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_a_prompt_begins_with_one_piece_for_activations(monkeypatch: pytest.Monk
     Activations(model, streamer.backend.store, BLOCK)
     streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
     done: list[tuple[str, int]] = []
-    monkeypatch.setattr(streamer.backend, "trim", lambda: done.append(("trim", streamer.counters.steps)))
+    monkeypatch.setattr(streamer.backend, "trim", lambda: done.append(("trim", streamer.counters.steps)) or 0)
     monkeypatch.setattr(streamer.backend, "keep", lambda nbytes: done.append(("keep", nbytes)))
     for _ in range(3):
         step(streamer, model)
@@ -114,6 +115,39 @@ def test_a_prompt_begins_with_one_piece_for_activations(monkeypatch: pytest.Monk
         for _ in range(3):
             step(streamer, model)
         assert done == [("trim", begins), ("keep", BLOCK * 9 // 8)]
+
+
+def test_a_step_that_a_cache_answers_says_nothing_of_activations() -> None:
+    model = make_transformer()
+    streamer = make_streamer(model, budget=7 * BLOCK)
+    taking = Activations(model, streamer.backend.store, 2 * BLOCK)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
+    step(streamer, model)
+    streamer.run(lambda: X, shape=tuple(X.shape), reload=streamer.load)
+    for _ in range(3):
+        step(streamer, model)
+    assert (taking.failures, streamer.counters.reruns) == (0, 0)
+
+
+def test_each_of_several_devices_has_its_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives back what it keeps on all of them, whichever was meant."""
+    kept: dict[int, int] = {}
+    placed: list[tuple[Streamer, Transformer]] = []
+    for number in range(2):
+        model = make_transformer()
+        streamer = make_streamer(model, budget=60 * BLOCK, headroom_bytes=0)
+        Activations(model, streamer.backend.store, BLOCK)
+        monkeypatch.setattr(streamer.backend, "trim", lambda: kept.clear() or 0)
+        monkeypatch.setattr(streamer.backend, "keep", partial(kept.__setitem__, number))
+        streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
+        placed.append((streamer, model))
+    (first, one), (second, other) = placed
+    for _ in range(4):
+        first.run(lambda: second.run(lambda: (one(X), other(X)), 1, second.load), 1, first.load)
+    for streamer, _ in placed:
+        streamer.begin_prompt()
+    first.run(lambda: second.run(lambda: (one(X), other(X)), 1, second.load), 1, first.load)
+    assert kept == {0: BLOCK * 9 // 8, 1: BLOCK * 9 // 8}
 
 
 def test_activations_are_counted_with_what_copies_take_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

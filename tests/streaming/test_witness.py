@@ -164,3 +164,58 @@ def test_strangers_are_found() -> None:
     del third.forward
     strangers.look()
     assert strangers.found == [first]
+
+
+class Doubles:
+    """An object of somebody's own, which has a tensor of the model and writes to it; what it has nobody can see."""
+
+    __slots__ = ("_what",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._what = lambda: tensor.mul_(2)
+
+    def __call__(self) -> None:
+        self._what()
+
+
+class Sharing(nn.Module):
+    """Blocks that add what all of them get. The second has an object in its options, which writes to that."""
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor, shared: torch.Tensor, options: dict[str, Doubles]) -> torch.Tensor:
+            for act in options.values():
+                act()
+            return x + shared
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x, shared, {"of anybody": Doubles(shared)} if number == 1 else {})
+        return x
+
+
+@pytest.mark.parametrize("places", [(1, 0, 1), (0, 0, 1), (1, 0, 0)])
+def test_what_an_object_in_a_block_writes_is_seen(places: tuple[int, ...]) -> None:
+    """In a block with such an object the witness stays on."""
+    model = Sharing()
+    with torch.inference_mode():
+        expected = model(torch.ones(1, 2), torch.ones(1, 2))
+        boundary = Boundary(HOME, Links())
+        boundary.attach(model, [(b, (HOME, THERE)[p]) for b, p in zip(model.blocks, places, strict=True)])
+        assert torch.equal(model(torch.ones(1, 2), torch.ones(1, 2)), expected)
+        boundary.detach()
+
+
+def test_what_blocks_are_brought_is_not_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[torch.Tensor] = []
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    boundary = Boundary(HOME, Links())
+    boundary.attach(model, [(block, place) for block, place in zip(model, (THERE, HOME, THERE), strict=True)])
+    monkeypatch.setattr(boundary._witness, "_touched", lambda tensor, writes: told.append(tensor))
+    with torch.inference_mode():
+        model(torch.ones(1, 2))
+    assert told == []
+    boundary.detach()

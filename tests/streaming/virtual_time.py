@@ -94,8 +94,9 @@ class TimedBackend(Backend):
     def give_back(self) -> None:
         """Memory goes with the last reference to it."""
 
-    def trim(self) -> None:
+    def trim(self) -> int:
         """Nothing is kept for later."""
+        return 0
 
     def register(self, buffer: torch.Tensor) -> str | None:
         return None
