@@ -359,16 +359,11 @@ class UnitCopies:
         else:
             backend.free(arriving.buffer)
 
-    def copy_resident(self, backend: Backend) -> None:
-        """Make the resident copy from the master copy, patches included."""
+    def copy_resident(self, buffer: torch.Tensor) -> None:
+        """Make the resident copy from the master copy, patches included, in ``buffer``."""
         assert self.master is not None
-        buffer = backend.allocate(self.unit.nbytes, lasting=True)
-        try:
-            resident = Weights(self.unit, buffer)
-            resident.write_from(self.master)
-        except BaseException:
-            backend.free(buffer)
-            raise
+        resident = Weights(self.unit, buffer)
+        resident.write_from(self.master)
         self.resident = resident
 
     def take_resident_buffer(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 
 import torch
 
@@ -63,7 +63,7 @@ class Placement:
         # What was freed goes back as it is. Else it would be cut up for the next copies, and what is left between them
         # would be too small for a step's activations.
         self.backend.trim()
-        self._make_residents([self._rest, *resident])
+        self._make_residents([self._rest, *resident], [self._copies[unit] for unit in plan.order])
         if not plan.segments:
             self.arrive_all()  # No block is hooked then, after the first step.
         self.arrive(-1)
@@ -265,17 +265,31 @@ class Placement:
                 self._supply.reader.open()  # It may fail: the resident must not be lost then.
                 self._read_resident(copies, copies.take_resident_buffer())
 
-    def _make_residents(self, wanted: Iterable[UnitCopies]) -> None:
-        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`)."""
-        for copies in wanted:
-            if copies.resident is not None or copies.arriving is not None:
-                continue
-            if copies.master is not None:
-                copies.copy_resident(self.backend)
-                self._check(copies)
-            else:
-                self._supply.reader.open()
-                self._read_resident(copies, self.backend.allocate(copies.unit.nbytes, lasting=True))
+    def _make_residents(self, wanted: Sequence[UnitCopies], order: Sequence[UnitCopies]) -> None:
+        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`).
+
+        Those that will give way together lie together, by ``order``: then all of their pages go back (pages.py, Note:
+        shared pages).
+        """
+        missing = [copies for copies in wanted if copies.resident is None and copies.arriving is None]
+        places = {id(copies): place for place, copies in enumerate(order)}
+        buffers: dict[int, torch.Tensor] = {}
+        try:
+            for copies in sorted(missing, key=lambda copies: places.get(id(copies), -1)):
+                buffers[id(copies)] = self.backend.allocate(copies.unit.nbytes, lasting=True)
+            for copies in missing:
+                if copies.master is not None:
+                    copies.copy_resident(buffers[id(copies)])
+                    del buffers[id(copies)]
+                    self._check(copies)
+                else:
+                    self._supply.reader.open()
+                    self._read_resident(copies, buffers[id(copies)])
+                    del buffers[id(copies)]
+        except BaseException:
+            for buffer in buffers.values():
+                self.backend.free(buffer)
+            raise
 
     def _read_resident(self, copies: UnitCopies, buffer: torch.Tensor) -> None:
         """Have ``buffer`` become the resident copy."""

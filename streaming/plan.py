@@ -67,6 +67,7 @@ class Plan:
         budget: bytes that it may use.
         learned: whether it was known which units run by themselves.
         forecast: None before a step was measured.
+        order: units in the order in which they become resident, and the other way round give way.
     """
 
     outline: Outline = field(repr=False)
@@ -75,6 +76,7 @@ class Plan:
     budget: float = field(default=0.0, compare=False)
     learned: bool = field(default=False, compare=False)
     forecast: Forecast | None = field(default=None, compare=False)
+    order: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def streaming(cls, outline: Outline, segments: tuple[Segment, ...], room: int) -> Plan:
@@ -200,7 +202,9 @@ def make_plan(
     thrifty = config.thrifty and not config.stream_all
     if best.segments and profile.measured and thrifty and forecast_seconds(best, profile) <= _resident_seconds(profile):
         best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
-    return with_forecast(replace(best, budget=budget, learned=profile.learned), profile, config, seconds_of)
+    order = order_of_residency(outline, profile)
+    best = replace(best, budget=budget, learned=profile.learned, order=order)
+    return with_forecast(best, profile, config, seconds_of)
 
 
 def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:

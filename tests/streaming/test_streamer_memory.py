@@ -8,6 +8,7 @@ import threading
 import weakref
 from functools import partial
 
+import pytest
 import torch
 from models import X, budgets, make_streamer, make_transformer
 from weightstream.streaming import (
@@ -61,6 +62,27 @@ def test_no_memory_is_kept_alive_by_what_has_moved_on() -> None:
     model(X)
     streamer.unload()
     assert backend.alive == 0
+
+
+def test_residents_lie_in_the_order_in_which_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that give way together then leave no pages to others between them."""
+    model = make_transformer(depth=8)
+    streamer = make_streamer(model)
+    taken: list[int] = []
+    allocate = streamer.backend.allocate
+
+    def note(nbytes: int, lasting: bool = False) -> torch.Tensor:
+        if lasting:
+            taken.append(nbytes)
+        return allocate(nbytes, lasting)
+
+    monkeypatch.setattr(streamer.backend, "allocate", note)
+    plan = streamer.plan_for(streamer.outline.model_bytes // 2)
+    streamer.load(plan)
+    sizes = streamer.outline.unit_bytes
+    kept = [unit for unit in plan.order if unit in set(plan.resident)]
+    assert kept != sorted(kept)
+    assert taken == [streamer.outline.rest_bytes, *(sizes[unit] for unit in kept)]
 
 
 def test_masters_exist_for_what_is_streamed_only() -> None:

@@ -217,10 +217,10 @@ def test_a_resident_made_from_a_damaged_copy_of_its_master(monkeypatch: pytest.M
     made = settled()
     write_from = verify.UnitCopies.copy_resident
 
-    def damaged(copies: verify.UnitCopies, backend: CorruptingBackend) -> None:
-        write_from(copies, backend)
-        flip_a_bit(copies.resident.buffer)
-        backend.damaged += 1
+    def damaged(copies: verify.UnitCopies, buffer: torch.Tensor) -> None:
+        write_from(copies, buffer)
+        flip_a_bit(buffer)
+        made.backend.damaged += 1
 
     monkeypatch.setattr(verify.UnitCopies, "copy_resident", damaged)
     made.streamer.load(made.streamer.plan_for(10**9))
