@@ -197,3 +197,22 @@ def test_a_process_ends_with_buffers_that_somebody_has(pytestconfig: pytest.Conf
     result = subprocess.run(program, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_gpu_has_pages_of_its_own_and_others_may_read_them() -> None:
+    other = torch.device("cuda", 1)
+    torch.ones(1, device=other)
+    memory = lasting_memory(1)
+    if memory is None:
+        pytest.skip("torch gives all memory of this GPU")
+    with torch.cuda.device(0):
+        before = page_counts(1).used
+        buffer = take(memory, 5 * MB)
+        assert buffer.device == other
+        assert page_counts(1).used == before + 5 * MB
+        buffer.fill_(7)
+        assert bool((buffer.to(DEVICE) == 7).all())
+        del buffer
+        memory.give_back()
+        assert page_counts(1).used == before
