@@ -13,13 +13,13 @@ import pytest
 import torch
 from accesses import Accesses, Clock, span_of
 from torch import nn
-from weightstream.streaming import Backend, DeviceMemory
+from uncounted import UncountedBackend
 from weightstream.streaming.backend import Pair
 
 COMPUTE = "compute"
 
 
-class RaceBackend(Backend):
+class RaceBackend(UncountedBackend):
     """Copies take place at once; what is checked is whether anything would have made them wait."""
 
     fine_bytes = 256  # A unit of this file's models takes 512 bytes: two pieces.
@@ -79,25 +79,6 @@ class RaceBackend(Backend):
     def wait(self, event: Clock):
         self.memory_accesses.see(self._launch(COMPUTE), event)
         return lambda: 0.0
-
-    def memory(self) -> DeviceMemory:
-        return DeviceMemory(1 << 40, 0)
-
-    def keep(self, nbytes: int) -> None:
-        """Nothing is kept for later."""
-
-    def watch_peak(self) -> None:
-        """Nobody counts."""
-
-    def peak_bytes(self) -> None:
-        return None
-
-    def give_back(self) -> None:
-        """Memory goes with the last reference to it."""
-
-    def trim(self) -> int:
-        """Nothing is kept for later."""
-        return 0
 
     def moment(self) -> float:
         return 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from weightstream.streaming import Backend, DeviceMemory
+from uncounted import UncountedBackend
 from weightstream.streaming.backend import CopyTime, Pair, count_bytes
 
 # LEAST_TIMED_BYTES of the recorder would leave out copies of models as small as these only if there were larger ones.
@@ -23,7 +23,7 @@ class Clock:
     now: float = 0.0
 
 
-class TimedBackend(Backend):
+class TimedBackend(UncountedBackend):
     """A device behind a link of so many bytes per second."""
 
     fine_bytes = None
@@ -78,25 +78,6 @@ class TimedBackend(Backend):
 
     def synchronize(self) -> None:
         self.clock.now = max(self.clock.now, self.link_free)
-
-    def memory(self) -> DeviceMemory:
-        return DeviceMemory(1 << 40, 0)
-
-    def keep(self, nbytes: int) -> None:
-        """Nothing is kept for later."""
-
-    def watch_peak(self) -> None:
-        """Nobody counts."""
-
-    def peak_bytes(self) -> None:
-        return None
-
-    def give_back(self) -> None:
-        """Memory goes with the last reference to it."""
-
-    def trim(self) -> int:
-        """Nothing is kept for later."""
-        return 0
 
     def register(self, buffer: torch.Tensor) -> str | None:
         return None
