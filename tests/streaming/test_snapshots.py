@@ -1,60 +1,102 @@
-"""A status is asked for on one thread while another loads, runs and unloads the model."""
+"""A status is asked for on one thread while another loads, runs and unloads the model.
+
+Between any two lines of a snapshot the other thread may do anything. So a snapshot is taken once for each of its lines,
+and before that line something is done to the streamer.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
+import weightstream.streaming
 from models import X, make_streamer, make_transformer
 from weightstream.streaming import Snapshot, Streamer
 
 BLOCK = 35_840
-ROUNDS = 12
+ENGINE = str(Path(weightstream.streaming.__file__).parent)
 
 
-@contextmanager
-def asking(streamer: Streamer) -> Iterator[list[Snapshot]]:
-    """Snapshots, as many as another thread can take meanwhile."""
-    taken: list[Snapshot] = []
-    failures: list[BaseException] = []
-    stop = threading.Event()
+class Model:
+    """A streamed model, and what its own thread does to it: each deed can follow each other one."""
 
-    def ask() -> None:
-        try:
-            while not stop.is_set():
-                taken.append(streamer.snapshot())
-        except BaseException as error:
-            failures.append(error)
+    def __init__(self) -> None:
+        self.model = make_transformer()
+        self.expected = self.model(X)
+        self.streamer = make_streamer(self.model)
+        self._whole = self.streamer.blocks
+        self._half = self._whole.part({0, 1}, with_outside=True)
+        self.load()
 
-    thread = threading.Thread(target=ask)
-    thread.start()
+    def load(self) -> None:
+        self.streamer.load(self.streamer.plan_for(self.streamer.minimum_bytes + BLOCK))
+
+    def load_others(self) -> None:
+        """Other blocks than those that it has."""
+        self.streamer.unload()
+        self.streamer.take_blocks(self._whole if self.streamer.blocks is self._half else self._half)
+        self.load()
+
+    def step(self) -> None:
+        if self.streamer.standing.plan is None:
+            self.load()
+        assert torch.equal(self.streamer.run(lambda: self.model(X), shape=tuple(X.shape)), self.expected)
+
+    def prompt(self) -> None:
+        self.step()
+        self.streamer.begin_run()
+        self.step()
+
+
+def snapshot_meanwhile(streamer: Streamer, deed: Callable[[], None], line: int) -> tuple[Snapshot, bool]:
+    """A snapshot before whose ``line``-th line ``deed`` is done, and whether it has so many lines."""
+    left = line
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(ENGINE):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                deed()  # Nothing is traced meanwhile.
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
     try:
-        yield taken
+        return streamer.snapshot(), left <= 0
     finally:
-        stop.set()
-        thread.join()
-    assert not failures, failures[0]
+        sys.settrace(before)
 
 
-@pytest.mark.usefixtures("watched")
-def test_snapshots_of_a_model_that_is_loaded_run_and_unloaded() -> None:
-    model = make_transformer()
-    expected = model(X)
-    streamer = make_streamer(model)
-    whole, half = streamer.blocks, streamer.blocks.part({0, 1}, with_outside=True)
-    with asking(streamer) as taken:
-        for number in range(ROUNDS):
-            streamer.take_blocks(half if number % 2 else whole)
-            streamer.begin_run()
-            streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
-            for _ in range(3):
-                assert torch.equal(streamer.run(lambda: model(X), shape=tuple(X.shape)), expected)
-            streamer.unload()
-    assert len(taken) > ROUNDS
-    assert {snapshot.mode for snapshot in taken} >= {"off", "streamed"}
-    assert all(0 <= snapshot.run.counters.steps <= snapshot.counters.steps for snapshot in taken)
-    assert all(snapshot.staged_bytes >= 0 and snapshot.resident_bytes >= 0 for snapshot in taken)
+def check(snapshot: Snapshot) -> None:
+    """It is of one set of blocks, and nothing that was counted is less than nothing."""
+    counted = snapshot.counters
+    assert 0 <= snapshot.run.counters.steps <= counted.steps
+    assert 0 <= snapshot.run.counters.streamed_bytes <= counted.streamed_bytes
+    assert snapshot.mode == "off" or f" {snapshot.blocks} blocks" in snapshot.explain
+    assert snapshot.staged_bytes >= 0
+    assert snapshot.resident_bytes >= 0
+    assert 0 <= snapshot.streamed_blocks <= snapshot.blocks
+
+
+@pytest.mark.parametrize("deed", ["load", "load_others", "unload", "step", "prompt"])
+def test_anything_happens_before_any_line_of_a_snapshot(deed: str) -> None:
+    model = Model()
+    streamer = model.streamer
+    do = getattr(streamer if deed == "unload" else model, deed)
+    line, reached = 0, True
+    while reached:
+        line += 1
+        if streamer.standing.plan is None:
+            model.load()
+        snapshot, reached = snapshot_meanwhile(streamer, do, line)
+        check(snapshot)
+    assert line > 50
     streamer.close()
