@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..streaming import feeding_is_faster, find_feeders
-from ..streaming.profile import ASSUMED_BANDWIDTH
+from ..streaming.planning.profile import ASSUMED_BANDWIDTH
 from . import status
 from .devices import make_backend, pins, same_device
 from .offload import OffloadSettings, host_config

@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
-from ..streaming.device_names import CPU, DEFAULT
+from ..streaming.machine.device_names import CPU, DEFAULT
 from . import status
 from .components import clip_on, model_on
 from .contents import count_outdated

@@ -10,7 +10,7 @@ import comfy.model_management as mm
 import torch
 
 from ..streaming import ConfigError, gpu_name, in_parts, parse_gpus, parse_shares
-from ..streaming.device_names import GPUS_VARIABLE
+from ..streaming.machine.device_names import GPUS_VARIABLE
 from .devices import read_environment, virtual_devices
 
 # How much of a MODEL each of several GPUs gets: by memory and speed, as much as the others, or as the user says.

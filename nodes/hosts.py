@@ -36,7 +36,7 @@ import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..streaming.allocation_record import AllocationRecord
+from ..streaming.devices.allocation_record import AllocationRecord
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import take_apart
-from ..streaming.entries import Method
+from ..streaming.model.entries import Method
 from .equality import first_difference
 from .loaded_state import ON_MODELS, ON_MODULES
 from .noted_dtypes import NOTE, PLAIN, noted_dtype

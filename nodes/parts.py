@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from ..streaming import Backend, BudgetError, Streamer, UnsupportedModelError
-from ..streaming.handoff import Boundary
-from ..streaming.links import Links
+from ..streaming.handoff.boundary import Boundary
+from ..streaming.split.links import Links
 from . import hosts, status
 from .devices import evictable, make_backend, pins, same_device
 from .offload import host_config

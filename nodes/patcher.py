@@ -13,7 +13,7 @@ import comfy.model_management as mm
 import torch
 
 from ..streaming import Plan, State, Streamer, format_bytes
-from ..streaming.shown import shown
+from ..streaming.model.shown import shown
 from . import hosts
 from .devices import has_dynamic_vram, same_device, unload
 from .following import follow

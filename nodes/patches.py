@@ -34,7 +34,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import UnsupportedModelError
-from ..streaming.layout import Value
+from ..streaming.model.layout import Value
 from .hosts import LazyCastingParam, QuantizedTensor
 
 # The host loads a module of at most so many bytes whole, with dynamic VRAM on (ModelPatcherDynamic.load).

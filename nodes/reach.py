@@ -28,8 +28,8 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import is_shown
-from ..streaming.blocks import SMALL_BUFFER_BYTES as SMALL_BUFFER_BYTES
-from ..streaming.entries import Method
+from ..streaming.model.blocks import SMALL_BUFFER_BYTES as SMALL_BUFFER_BYTES
+from ..streaming.model.entries import Method
 from .kinds import MISSING, OURS, SETTLED, Kind, both, is_stateless, nothing, only_parts, package_of
 from .kinds_of_code import CLASS, FUNCTION, OBJECT, PYTHON_MODULE, UNKNOWN, VARIABLES, Variables, is_unknown, slots
 from .kinds_of_containers import CONTAINERS, FUNCTION_WITH_CACHE, VIEWS, refill_dict

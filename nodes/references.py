@@ -20,7 +20,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..streaming import UnsupportedModelError
-from ..streaming.entries import Method
+from ..streaming.model.entries import Method
 
 OUR_PACKAGE = __name__.partition(".")[0]
 

@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..streaming import open_vram_reader
-from ..streaming.server_status import describe_model as entry_as_text
+from ..streaming.machine.server_status import describe_model as entry_as_text
 from . import status
 from .description import describe_models
 from .notices import describe_notices

@@ -23,8 +23,8 @@ import comfy.model_management as mm
 import torch
 
 from ..streaming import Backend, BlockSet, Group, Streamer, UnsupportedModelError
-from ..streaming.assignment import Assignment, DeviceRoom, Distribution, describe, distribute, step_seconds
-from ..streaming.gpus import best_links
+from ..streaming.machine.gpus import best_links
+from ..streaming.split.assignment import Assignment, DeviceRoom, Distribution, describe, distribute, step_seconds
 from . import status
 from .devices import obtainable
 from .notices import keep_notice, withdraw_notice

@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..streaming import format_bytes
-from ..streaming.away import Away
-from ..streaming.backend import is_out_of_memory
-from ..streaming.forms import PLAIN_CLASSES
-from ..streaming.shown import is_shown
+from ..streaming.devices.backend import is_out_of_memory
+from ..streaming.handoff.away import Away
+from ..streaming.model.forms import PLAIN_CLASSES
+from ..streaming.model.shown import is_shown
 
 # Of a tensor of so many bytes there is a copy, as long as all copies of a step take no more than the second.
 SMALL_BYTES = 8 << 20

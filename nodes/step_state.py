@@ -9,7 +9,7 @@ before memory is made or weights move. Keeping takes about a millisecond of the 
 and no wait for a device.
 
 Of small tensors there is a copy, registered buffers of the model among them, which always lie on a device
-(streaming/blocks.py). Of large ones on a device that the model runs on there is a fingerprint, which costs one reading
+(model/blocks.py). Of large ones on a device that the model runs on there is a fingerprint, which costs one reading
 of them; those in host memory tell how often they were written to, or are read as well. If one has changed, the step is
 not run again. The same goes for weights that a block has written to, and for whatever else cannot be put back: the
 prompt fails with the reason. What hooks of torch on modules have counted stays counted.
@@ -23,8 +23,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..streaming import StepNotRepeatedError, is_shown
-from ..streaming.away import Away
-from ..streaming.backend import is_out_of_memory
+from ..streaming.devices.backend import is_out_of_memory
+from ..streaming.handoff.away import Away
 from ..streaming.runner import may_be_mended
 from .generators import GeneratorStates
 from .kinds import Kind

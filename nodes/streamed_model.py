@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from torch.utils.hooks import RemovableHandle
 
 from ..streaming import Backend, BudgetError, Feeder, Plan, Streamer, format_bytes, gpu_name, split_model
-from ..streaming.handoff import Boundary
+from ..streaming.handoff.boundary import Boundary
 from . import status
 from .devices import evictable, make_backend, obtainable, pins, same_device
 from .generators import generators_kept

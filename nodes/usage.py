@@ -2,7 +2,7 @@
 
 [Note: watching costs nothing]
 A sample asks the driver and torch's statistics, which wait for no stream, and makes no context on a GPU that nobody
-uses (streaming/vram.py). It is taken when somebody asks, and never by itself. What lies between two samples gives
+uses (machine/vram.py). It is taken when somebody asks, and never by itself. What lies between two samples gives
 rates.
 """
 

@@ -1,10 +1,5 @@
 """The engine: streams the blocks of any ``nn.Module`` from page-locked RAM to a device. It knows nothing of ComfyUI."""
 
-from .arena import PinBudget
-from .backend import Backend, DeviceMemory
-from .blocks import Block, BlockSet, Unit, find_blocks, held_tensors, split_model, uncompiled
-from .checkpoint import Checkpoint
-from .checkpoint_file import CheckpointFile, FileSlice
 from .config import (
     StreamingConfig,
     VirtualDevices,
@@ -12,9 +7,10 @@ from .config import (
     parse_switch,
     parse_virtual_devices,
 )
-from .cpu_backend import CpuBackend, VirtualMemory
-from .cuda_backend import CudaBackend
-from .device_names import gpu_name, in_parts, parse_device, parse_gpus, parse_shares
+from .devices.backend import Backend, DeviceMemory
+from .devices.cpu_backend import CpuBackend, VirtualMemory
+from .devices.cuda_backend import CudaBackend
+from .devices.kernels import warm_up
 from .errors import (
     BudgetError,
     CheckpointChangedError,
@@ -29,26 +25,30 @@ from .errors import (
     UnsupportedModelError,
     WeightsMovedError,
 )
-from .feeder import Feeder
-from .feeding import feeding_is_faster, find_feeders
-from .forms import take_apart
-from .gpus import Gpu, list_gpus
+from .files.checkpoint import Checkpoint
+from .files.checkpoint_file import CheckpointFile, FileSlice
+from .files.header import Entry
 from .group import Group
-from .header import Entry
-from .host_memory import HostMemory, group_memory
-from .kernels import warm_up
-from .masters import NoPatches, Patches
-from .plan import Forecast, Plan, make_plan, minimum_bytes
-from .profile import Outline, Profile, assumed_profile
-from .residency import Residency
-from .schedule import Schedule
-from .segments import Segment
-from .shown import is_shown
-from .state import State
+from .machine.device_names import gpu_name, in_parts, parse_device, parse_gpus, parse_shares
+from .machine.gpus import Gpu, list_gpus
+from .machine.host_memory import HostMemory, group_memory
+from .machine.vram import Vram, VramReader, open_vram_reader
+from .memory.arena import PinBudget
+from .memory.masters import NoPatches, Patches
+from .memory.supply import Progress
+from .model.blocks import Block, BlockSet, Unit, find_blocks, held_tensors, split_model, uncompiled
+from .model.forms import take_apart
+from .model.shown import is_shown
+from .planning.plan import Forecast, Plan, make_plan, minimum_bytes
+from .planning.profile import Outline, Profile, assumed_profile
+from .planning.residency import Residency
+from .planning.segments import Segment
+from .planning.state import State
+from .run.schedule import Schedule
+from .run.telemetry import Counters, Run, Snapshot
+from .split.feeder import Feeder
+from .split.feeding import feeding_is_faster, find_feeders
 from .streamer import Streamer
-from .supply import Progress
-from .telemetry import Counters, Run, Snapshot
-from .vram import Vram, VramReader, open_vram_reader
 
 __all__ = [
     "Backend",

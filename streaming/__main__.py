@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from .errors import StreamingError
-from .gpus import as_table, list_gpus
-from .server_status import DEFAULT_URL, as_text, ask
+from .machine.gpus import as_table, list_gpus
+from .machine.server_status import DEFAULT_URL, as_text, ask
 
 NONE = "no GPU that torch can use through CUDA or ROCm"
 

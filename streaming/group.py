@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .assignment import Assignment
-from .backend import Backend
-from .plan import Plan, SecondsOf, forecast_seconds
-from .profile import Profile
-from .telemetry import StepListener
-from .turns import Share, forecast_of_all
+from .devices.backend import Backend
+from .planning.plan import Plan, SecondsOf, forecast_seconds
+from .planning.profile import Profile
+from .run.telemetry import StepListener
+from .split.assignment import Assignment
+from .split.turns import Share, forecast_of_all
 
 if TYPE_CHECKING:
     from .streamer import Streamer

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .backend import Backend
 from .config import StreamingConfig, format_bytes
-from .placement import Placement
-from .plan import Plan
-from .profile import Profile
-from .state import Standing, State
-from .supply import Supply
-from .telemetry import Activity, Snapshot
+from .devices.backend import Backend
+from .memory.placement import Placement
+from .memory.supply import Supply
+from .planning.plan import Plan
+from .planning.profile import Profile
+from .planning.state import Standing, State
+from .run.telemetry import Activity, Snapshot
 
 
 def explain(now: Standing, placement: Placement, supply: Supply, building: bool, finding: str) -> str:

@@ -18,13 +18,13 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from .backend import is_out_of_memory
 from .config import format_bytes
+from .devices.backend import is_out_of_memory
 from .errors import StreamingError, WeightsMovedError
-from .plan import Plan
-from .planner import Planner
-from .recorder import Recorder
-from .state import State
+from .planning.plan import Plan
+from .planning.planner import Planner
+from .planning.state import State
+from .run.recorder import Recorder
 
 if TYPE_CHECKING:
     from .group import Group

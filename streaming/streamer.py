@@ -21,26 +21,26 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .arena import PinBudget
-from .backend import Backend, DeviceMemory, is_out_of_memory
-from .blocks import BlockSet
-from .changes import Changes
 from .config import StreamingConfig, format_bytes
+from .devices.backend import Backend, DeviceMemory, is_out_of_memory
 from .group import Group
-from .masters import NoPatches, Patches
-from .plan import Plan
-from .planner import Planner
-from .profile import Profile
-from .reader import Reader
+from .memory.arena import PinBudget
+from .memory.changes import Changes
+from .memory.masters import NoPatches, Patches
+from .memory.reader import Reader
+from .memory.supply import Watch
+from .model.blocks import BlockSet
+from .planning.plan import Plan
+from .planning.planner import Planner
+from .planning.profile import Profile
+from .planning.spread import order_of_residency
+from .planning.state import Standing, State
 from .report import explain, take_snapshot
+from .run.site import Site
+from .run.steps import Steps
+from .run.telemetry import Activity, Counters, Run, Snapshot
+from .run.verify import NoVerifier, Verifier
 from .runner import Runner
-from .site import Site
-from .spread import order_of_residency
-from .state import Standing, State
-from .steps import Steps
-from .supply import Watch
-from .telemetry import Activity, Counters, Run, Snapshot
-from .verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
 

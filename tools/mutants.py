@@ -2,7 +2,7 @@
 """Plants small faults in a copy of the pack, one after another, and runs the tests that ought to notice each.
 
     python3 dev.py mutants                       all of them
-    python3 dev.py mutants streaming/lane.py     those in a file
+    python3 dev.py mutants streaming/run/lane.py     those in a file
     python3 dev.py mutants "resident is read"    those whose file or name contains any of these texts
     python3 dev.py mutants --list
 

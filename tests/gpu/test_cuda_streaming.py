@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from models import Transformer, make_transformer
 from weightstream.streaming import Checkpoint, CudaBackend, PinBudget, Streamer, StreamingConfig, split_model
-from weightstream.streaming.arena import Arena
+from weightstream.streaming.memory.arena import Arena
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from models import make_transformer
 from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
-from weightstream.streaming.cuda_pages import lasting_memory, page_counts
-from weightstream.streaming.lasting_memory import LastingMemory
+from weightstream.streaming.devices.cuda_pages import lasting_memory, page_counts
+from weightstream.streaming.devices.lasting_memory import LastingMemory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -35,7 +35,7 @@ from weightstream.streaming import (
     minimum_bytes,
     split_model,
 )
-from weightstream.streaming.shown import memory_of
+from weightstream.streaming.model.shown import memory_of
 
 STEPS = 3
 

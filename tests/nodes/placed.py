@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
-from weightstream.streaming.away import Away
+from weightstream.streaming.handoff.away import Away
 
 ATEN = torch.ops.aten
 # What goes from device to device, and what takes indices from the CPU.

@@ -30,10 +30,10 @@ from transformer_patches import Points
 from weightstream.nodes.parts import AROUND_STEPS, TRANSFORMER_PATCHES
 from weightstream.nodes.streamed_model import model_dtype
 from weightstream.streaming import handoff, split_model
-from weightstream.streaming.away import Away
-from weightstream.streaming.entries import Entries
-from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.links import Links
+from weightstream.streaming.handoff.away import Away
+from weightstream.streaming.handoff.boundary import Boundary
+from weightstream.streaming.model.entries import Entries
+from weightstream.streaming.split.links import Links
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("default")]
 

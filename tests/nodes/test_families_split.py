@@ -15,7 +15,7 @@ from family import Family
 from family_models import build_tiny, make_tiny, sample, whole
 from weightstream.nodes.streamed_model import model_dtype
 from weightstream.streaming import split_model
-from weightstream.streaming.handoff import Boundary
+from weightstream.streaming.handoff.boundary import Boundary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

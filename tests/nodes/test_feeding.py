@@ -19,7 +19,7 @@ from weightstream.nodes.offload import Mode, OffloadSettings
 from weightstream.nodes.settings import with_settings
 from weightstream.streaming import Feeder, VirtualMemory
 from weightstream.streaming import backend as backends
-from weightstream.streaming.assignment import DeviceRoom
+from weightstream.streaming.split.assignment import DeviceRoom
 
 
 @pytest.fixture

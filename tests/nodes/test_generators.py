@@ -21,7 +21,7 @@ from weightstream.nodes.offload import OffloadSettings
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.takeover import give_back
 from weightstream.streaming import UnsupportedModelError
-from weightstream.streaming.links import Links
+from weightstream.streaming.split.links import Links
 
 import nodes as host_nodes
 

@@ -18,7 +18,7 @@ from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.streaming import CheckpointError
-from weightstream.streaming.open_file import OpenFile
+from weightstream.streaming.files.open_file import OpenFile
 
 Load = Callable[..., StreamedModelPatcher]
 

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 from weightstream.nodes.likeness import difference, held_by
 from weightstream.nodes.references import refers_to
-from weightstream.streaming.entries import Entries
+from weightstream.streaming.model.entries import Entries
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ from sampling import MB, MODEL, sample, settle, with_lora
 from weightstream.nodes import devices
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.streaming.host_memory import HostMemory
+from weightstream.streaming.machine.host_memory import HostMemory
 
 Load = Callable[..., StreamedModelPatcher]
 GB = 1 << 30

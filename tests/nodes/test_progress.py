@@ -20,7 +20,7 @@ from sampling import MB, sample, with_lora
 from weightstream.nodes import status
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.streaming import format_bytes
-from weightstream.streaming.state import State
+from weightstream.streaming.planning.state import State
 
 Load = Callable[..., StreamedModelPatcher]
 NODE = "loader"

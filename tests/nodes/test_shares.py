@@ -16,7 +16,7 @@ from sampling import MB, sample, sample_with_hook, with_lora
 from weightstream.nodes import notices, shares, status
 from weightstream.nodes.shares import Shares, _times
 from weightstream.streaming import State, VirtualMemory
-from weightstream.streaming.gpus import Link
+from weightstream.streaming.machine.gpus import Link
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from weightstream.nodes.routes import full_status
 from weightstream.nodes.split import split_over
 from weightstream.nodes.version import VERSION
 from weightstream.streaming import Snapshot, VramReader, format_bytes
-from weightstream.streaming.gpus import Nvml
+from weightstream.streaming.machine.gpus import Nvml
 
 ROOT = Path(status.__file__).parent.parent
 Load = Callable[..., StreamedModelPatcher]

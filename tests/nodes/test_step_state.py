@@ -24,7 +24,7 @@ import torch
 from weightstream.nodes import step_memory, step_state
 from weightstream.nodes.step_state import RepeatableStep, StepModules, StepState
 from weightstream.streaming import StepNotRepeatedError, WeightsMovedError
-from weightstream.streaming.away import Away
+from weightstream.streaming.handoff.away import Away
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.routes import full_status
 from weightstream.nodes.usage import DeviceUsage, Sampler
 from weightstream.streaming import Snapshot, Streamer, VramReader
-from weightstream.streaming.gpus import Nvml
+from weightstream.streaming.machine.gpus import Nvml
 
 Load = Callable[..., StreamedModelPatcher]
 READER = VramReader(Nvml(None))

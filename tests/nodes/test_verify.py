@@ -12,7 +12,7 @@ from sampling import MB, sample, settle, with_lora
 from weightstream.nodes import devices, routes
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.streaming import ConfigError
-from weightstream.streaming.backend import Event, Pair
+from weightstream.streaming.devices.backend import Event, Pair
 
 Load = Callable[..., StreamedModelPatcher]
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from weightstream.streaming import reader
-from weightstream.streaming.transfer import Piece
+from weightstream.streaming.memory.transfer import Piece
 
 Agent = Hashable
 # Of each agent, the number of its accesses that are over.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from weightstream.streaming.links import Links
+from weightstream.streaming.split.links import Links
 
 
 class CountingLinks(Links):

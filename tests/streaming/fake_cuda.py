@@ -23,7 +23,7 @@ import torch
 from accesses import Accesses, Clock, span_of
 from page_drivers import RamPages, as_tensor
 from weightstream.streaming import backend, cuda_backend, forms
-from weightstream.streaming.lasting_memory import LastingMemory, Memory
+from weightstream.streaming.devices.lasting_memory import LastingMemory, Memory
 
 # Of the CUDA runtime API.
 PORTABLE = 1

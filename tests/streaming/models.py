@@ -21,7 +21,7 @@ from weightstream.streaming import (
     VirtualMemory,
     split_model,
 )
-from weightstream.streaming.segments import cut
+from weightstream.streaming.planning.segments import cut
 
 
 class Layer(nn.Module):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from weightstream.streaming.lasting_memory import Memory
-from weightstream.streaming.pages import OutOfPagesError
+from weightstream.streaming.devices.lasting_memory import Memory
+from weightstream.streaming.devices.pages import OutOfPagesError
 
 # What a page holds that nobody has written to, and one that is gone.
 NEW, GONE = 0xAA, 0xDD

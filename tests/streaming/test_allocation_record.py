@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 from weightstream.streaming import CpuBackend, CudaBackend, DeviceMemory, VirtualMemory
-from weightstream.streaming.allocation_record import NO_RECORD, AllocationRecord
+from weightstream.streaming.devices.allocation_record import NO_RECORD, AllocationRecord
 
 GPU = torch.device("cuda", 0)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from weightstream.streaming import CpuBackend, PinBudget, VirtualMemory
-from weightstream.streaming.arena import Arena
+from weightstream.streaming.memory.arena import Arena
 
 
 class RegisteringBackend(CpuBackend):

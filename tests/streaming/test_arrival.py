@@ -18,7 +18,7 @@ from weightstream.streaming import (
     reader,
     split_model,
 )
-from weightstream.streaming.layout import Layout
+from weightstream.streaming.model.layout import Layout
 
 
 class Gate:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 from weightstream.streaming import ConfigError
-from weightstream.streaming.assignment import (
+from weightstream.streaming.split.assignment import (
     HOP_SECONDS,
     RUN_LINK_USE,
     RUN_RING,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from weightstream.streaming.away import Away
+from weightstream.streaming.handoff.away import Away
 
 HOME, THERE = torch.device("cpu", 0), torch.device("cpu", 1)
 

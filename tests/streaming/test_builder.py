@@ -12,7 +12,7 @@ import torch
 from models import Doubled, PinningBackend, Stored
 from reads import Reads
 from weightstream.streaming import masters
-from weightstream.streaming.builder import Builder
+from weightstream.streaming.memory.builder import Builder
 
 pytestmark = pytest.mark.usefixtures("watched")
 

@@ -18,8 +18,8 @@ import torch
 from models import Doubled, PinningBackend, Stored
 from reads import join_threads
 from weightstream.streaming import PinBudget, State, masters
-from weightstream.streaming.in_order import InOrder
-from weightstream.streaming.reader import Reader
+from weightstream.streaming.memory.in_order import InOrder
+from weightstream.streaming.memory.reader import Reader
 
 pytestmark = pytest.mark.usefixtures("watched")
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from weightstream.streaming import verify
-from weightstream.streaming.verify import PIECE_WORDS, checksums
+from weightstream.streaming.run.verify import PIECE_WORDS, checksums
 
 PIECE_BYTES = 4 * PIECE_WORDS
 

@@ -13,7 +13,7 @@ import torch
 from accesses import RaceError
 from fake_cuda import PORTABLE, FakeCuda, cuda
 from weightstream.streaming import CudaBackend
-from weightstream.streaming.allocation_record import AllocationRecord
+from weightstream.streaming.devices.allocation_record import AllocationRecord
 
 __all__ = ["cuda"]
 

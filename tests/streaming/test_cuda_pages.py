@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from weightstream.streaming import cuda_pages
-from weightstream.streaming.cuda_pages import (
+from weightstream.streaming.devices.cuda_pages import (
     PROTOTYPES,
     Access,
     AllocationFlags,
@@ -19,8 +19,8 @@ from weightstream.streaming.cuda_pages import (
     opened_memory,
     page_counts,
 )
-from weightstream.streaming.lasting_memory import LastingMemory, PageCounts
-from weightstream.streaming.pages import OutOfPagesError, Pages
+from weightstream.streaming.devices.lasting_memory import LastingMemory, PageCounts
+from weightstream.streaming.devices.pages import OutOfPagesError, Pages
 
 PAGE = 1 << 21
 CONTEXT, BASE = 0xC0, 1 << 40

@@ -15,9 +15,9 @@ from models import hand_plan, learn, units_of
 from page_drivers import RamPages
 from race import NumberedModel
 from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
-from weightstream.streaming.arena import Arena
-from weightstream.streaming.reader import Reader
-from weightstream.streaming.transfer import Move
+from weightstream.streaming.memory.arena import Arena
+from weightstream.streaming.memory.reader import Reader
+from weightstream.streaming.memory.transfer import Move
 
 __all__ = ["cuda"]
 

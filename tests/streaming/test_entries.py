@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
-from weightstream.streaming.entries import Entries, Method, entry_methods
+from weightstream.streaming.model.entries import Entries, Method, entry_methods
 
 
 class Stop(BaseException):

@@ -23,10 +23,10 @@ from weightstream.streaming import (
 )
 from weightstream.streaming import backend as backends
 from weightstream.streaming import feeder as feeders
-from weightstream.streaming.assignment import DeviceRoom
-from weightstream.streaming.feeder import Feeder, cut
-from weightstream.streaming.feeding import feeding_is_faster, find_feeders
-from weightstream.streaming.links import Links
+from weightstream.streaming.split.assignment import DeviceRoom
+from weightstream.streaming.split.feeder import Feeder, cut
+from weightstream.streaming.split.feeding import feeding_is_faster, find_feeders
+from weightstream.streaming.split.links import Links
 
 __all__ = ["cuda"]
 

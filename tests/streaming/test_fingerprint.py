@@ -10,8 +10,8 @@ import torch
 from models import Stored, make_transformer
 from safetensors.torch import save_file
 from weightstream.streaming import CheckpointChangedError, CheckpointFile
-from weightstream.streaming.fingerprint import SAMPLE_BYTES, SAMPLED_TENSORS, places
-from weightstream.streaming.header import Entry
+from weightstream.streaming.files.fingerprint import SAMPLE_BYTES, SAMPLED_TENSORS, places
+from weightstream.streaming.files.header import Entry
 
 
 def entry(begin: int, end: int) -> Entry:

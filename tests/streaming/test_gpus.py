@@ -15,7 +15,7 @@ import pytest
 import torch
 from weightstream import streaming
 from weightstream.streaming import ConfigError, Gpu, in_parts, parse_device, parse_gpus, parse_shares
-from weightstream.streaming.gpus import NO_LINK, Figures, Link, Nvml, as_table, list_gpus
+from weightstream.streaming.machine.gpus import NO_LINK, Figures, Link, Nvml, as_table, list_gpus
 
 ROOT = Path(streaming.__file__).parent.parent
 MEMORY = 24 * 10**9

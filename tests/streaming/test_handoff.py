@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from weightstream.streaming.away import Away
-from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.links import Links
+from weightstream.streaming.handoff.away import Away
+from weightstream.streaming.handoff.boundary import Boundary
+from weightstream.streaming.split.links import Links
 
 
 class CountingLinks(Links):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
-from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.links import Links
+from weightstream.streaming.handoff.boundary import Boundary
+from weightstream.streaming.split.links import Links
 
 HOME, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightstream.streaming.host_memory import HostMemory, group_memory
+from weightstream.streaming.machine.host_memory import HostMemory, group_memory
 
 
 def write(folder: Path, **files: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from schedules import Schedule, SharedDeque, SharedLock, all_runs
-from weightstream.streaming.in_order import InOrder
+from weightstream.streaming.memory.in_order import InOrder
 
 
 class Item:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from page_drivers import GONE, NEW, RamPages, as_tensor
-from weightstream.streaming.lasting_memory import LastingMemory, Memory, PageCounts
+from weightstream.streaming.devices.lasting_memory import LastingMemory, Memory, PageCounts
 
 PAGE = 2048
 
@@ -279,7 +279,7 @@ pack = types.ModuleType("weightstream")
 pack.__path__ = [sys.argv[1]]
 sys.modules["weightstream"] = pack
 from page_drivers import RamPages, as_tensor
-from weightstream.streaming.lasting_memory import LastingMemory
+from weightstream.streaming.devices.lasting_memory import LastingMemory
 
 def wait():
     raise SystemError("nobody may ask a device at the end of the process")

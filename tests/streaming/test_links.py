@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from weightstream.streaming import ConfigError, links
-from weightstream.streaming.links import PEER_VARIABLE, Links
+from weightstream.streaming.split.links import PEER_VARIABLE, Links
 
 BASE = torch.arange(240.0).view(4, 6, 10)
 TENSORS: dict[str, Callable[[], torch.Tensor]] = {

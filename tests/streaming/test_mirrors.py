@@ -13,8 +13,8 @@ import pytest
 import torch
 from counting_links import CountingLinks
 from torch import nn
-from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.mirrors import Mirrors
+from weightstream.streaming.handoff.boundary import Boundary
+from weightstream.streaming.handoff.mirrors import Mirrors
 
 HOME, SECOND, THIRD = (torch.device("cpu", index) for index in range(3))
 SPLITS = {

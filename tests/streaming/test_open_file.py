@@ -14,7 +14,7 @@ import pytest
 from files import POSIX
 from models import Stored
 from weightstream.streaming import open_file as module
-from weightstream.streaming.open_file import SPARE_HANDLES, OpenFileInTurns, open_file
+from weightstream.streaming.files.open_file import SPARE_HANDLES, OpenFileInTurns, open_file
 
 HANDLES = Path("/proc/self/fd")
 counted = pytest.mark.skipif(not HANDLES.is_dir(), reason="counts descriptors where Linux lists them")

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from page_drivers import RamPages
-from weightstream.streaming.pages import ALIGNMENT, OutOfPagesError, Pages
+from weightstream.streaming.devices.pages import ALIGNMENT, OutOfPagesError, Pages
 
 PAGE = 2048
 

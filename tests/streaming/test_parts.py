@@ -9,9 +9,9 @@ import torch
 from models import SETTINGS, X, make_transformer
 from torch import nn
 from weightstream.streaming import CpuBackend, Streamer, StreamingConfig, VirtualMemory, split_model
-from weightstream.streaming.assignment import DeviceRoom, assign
-from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.links import Links
+from weightstream.streaming.handoff.boundary import Boundary
+from weightstream.streaming.split.assignment import DeviceRoom, assign
+from weightstream.streaming.split.links import Links
 
 DEPTH = 9
 

@@ -16,9 +16,9 @@ from weightstream.streaming import (
     make_plan,
     minimum_bytes,
 )
-from weightstream.streaming.plan import FORECAST_TOLERANCE, SLOT_TOLERANCE, forecast_seconds
-from weightstream.streaming.segments import cut
-from weightstream.streaming.spread import order_of_residency
+from weightstream.streaming.planning.plan import FORECAST_TOLERANCE, SLOT_TOLERANCE, forecast_seconds
+from weightstream.streaming.planning.segments import cut
+from weightstream.streaming.planning.spread import order_of_residency
 
 # Plans whose forecasts differ by less count as equal.
 ABOUT = (1 + SLOT_TOLERANCE) * (1 + FORECAST_TOLERANCE)

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from outlines import make_outline
-from weightstream.streaming.assignment import HOP_SECONDS
-from weightstream.streaming.backend import CopyTime
-from weightstream.streaming.profile import assumed_profile
-from weightstream.streaming.recorder import Recorder
-from weightstream.streaming.timeline import timeline
+from weightstream.streaming.devices.backend import CopyTime
+from weightstream.streaming.planning.profile import assumed_profile
+from weightstream.streaming.planning.timeline import timeline
+from weightstream.streaming.run.recorder import Recorder
+from weightstream.streaming.split.assignment import HOP_SECONDS
 
 
 class Clock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from weightstream.streaming import CpuBackend, DeviceMemoryError, VirtualMemory
-from weightstream.streaming.ring import Ring
+from weightstream.streaming.run.ring import Ring
 
 SPANS = [range(512), range(512, 1536), range(256, 1024)]
 

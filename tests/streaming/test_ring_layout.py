@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from weightstream.streaming.ring_layout import lay_out, used_bytes, waited_for
+from weightstream.streaming.planning.ring_layout import lay_out, used_bytes, waited_for
 
 
 def test_every_segment_has_a_place_and_laps_are_as_few_as_there_can_be() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from weightstream.streaming import Schedule
-from weightstream.streaming.ring_layout import lay_out
-from weightstream.streaming.schedule import Entry
+from weightstream.streaming.planning.ring_layout import lay_out
+from weightstream.streaming.run.schedule import Entry
 
 # Bytes of segments, by their number: like ones, and two kinds that do not divide each other.
 SIZES = {"like": (2,), "unlike": (2, 3, 1, 4)}

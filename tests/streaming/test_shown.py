@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from weightstream.streaming import Checkpoint, checkpoint_file
-from weightstream.streaming.layout import NamedTensor, Place, Value, make_layout
-from weightstream.streaming.shown import StandIn, laid_out, shown
-from weightstream.streaming.sums import Summing
+from weightstream.streaming.model.layout import NamedTensor, Place, Value, make_layout
+from weightstream.streaming.model.shown import StandIn, laid_out, shown
+from weightstream.streaming.model.sums import Summing
 
 NAMES = ("weight", "bias")
 

@@ -18,7 +18,7 @@ from weightstream.streaming import (
     VirtualMemory,
     split_model,
 )
-from weightstream.streaming.schedule import Schedule
+from weightstream.streaming.run.schedule import Schedule
 
 
 class Stop(BaseException):

@@ -8,7 +8,7 @@ from models import Doubled, X, budgets, make_streamer, make_transformer
 from weightstream.streaming import (
     masters,
 )
-from weightstream.streaming.layout import Layout
+from weightstream.streaming.model.layout import Layout
 
 
 def test_patches_are_baked_once_and_taken_out_again() -> None:

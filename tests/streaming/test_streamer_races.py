@@ -10,7 +10,7 @@ import pytest
 from models import hand_plan, learn, units_of
 from race import NumberedModel, RaceBackend
 from weightstream.streaming import Streamer, StreamingConfig, split_model
-from weightstream.streaming.reader import Reader
+from weightstream.streaming.memory.reader import Reader
 
 UNIT = 512
 

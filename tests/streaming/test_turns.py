@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from virtual_time import Clock, TimedBackend, TimedLayer, TimedModel
 from weightstream.streaming import Group, Streamer, StreamingConfig, split_model
-from weightstream.streaming.assignment import HOP_SECONDS, DeviceRoom, assign
-from weightstream.streaming.turns import Share, forecast_of_all
+from weightstream.streaming.split.assignment import HOP_SECONDS, DeviceRoom, assign
+from weightstream.streaming.split.turns import Share, forecast_of_all
 
 # A FLUX of a thousandth of its bytes, and links of a thousandth of their speed. Of a layer: bytes, seconds of the
 # kernels that read it, and of all until the next begins (an H200 at 1024^2).

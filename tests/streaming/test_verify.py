@@ -12,9 +12,9 @@ import pytest
 import torch
 from models import SETTINGS, Doubled, PinningBackend, Stored, X, make_transformer
 from weightstream.streaming import CorruptionError, State, Streamer, StreamingConfig, cpu_backend, split_model, verify
-from weightstream.streaming.backend import Event, Pair
-from weightstream.streaming.lane import Lane
-from weightstream.streaming.verify import Verifier
+from weightstream.streaming.devices.backend import Event, Pair
+from weightstream.streaming.run.lane import Lane
+from weightstream.streaming.run.verify import Verifier
 
 
 def flip_a_bit(target: torch.Tensor) -> None:

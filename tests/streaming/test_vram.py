@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from weightstream.streaming import Vram, VramReader, vram
-from weightstream.streaming.lasting_memory import PageCounts
+from weightstream.streaming.devices.lasting_memory import PageCounts
 
 GB = 10**9
 

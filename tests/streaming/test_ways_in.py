@@ -13,7 +13,7 @@ from race import NumberedBlock, NumberedModel, RaceBackend
 from torch import nn
 from ways_in import KINDS, ByMethods, LayerByLayer, Stop, make, run
 from weightstream.streaming import Streamer, StreamingConfig, split_model
-from weightstream.streaming.by_units import ByUnits
+from weightstream.streaming.run.by_units import ByUnits
 
 
 @pytest.mark.parametrize("kind", KINDS)

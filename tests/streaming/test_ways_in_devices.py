@@ -10,7 +10,7 @@ from models import X, make_streamer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ways_in import ByMethods, LayerByLayer, Stop, make, run
-from weightstream.streaming.handoff import Boundary
+from weightstream.streaming.handoff.boundary import Boundary
 
 
 def test_what_methods_are_given_and_give_crosses_between_devices() -> None:

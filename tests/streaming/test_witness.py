@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from weightstream.streaming.entries import Entries
 from weightstream.streaming.errors import StreamingError
-from weightstream.streaming.handoff import Boundary
-from weightstream.streaming.links import Links
-from weightstream.streaming.strangers import Strangers
-from weightstream.streaming.witness import Witness
+from weightstream.streaming.handoff.boundary import Boundary
+from weightstream.streaming.handoff.strangers import Strangers
+from weightstream.streaming.handoff.witness import Witness
+from weightstream.streaming.model.entries import Entries
+from weightstream.streaming.split.links import Links
 
 HOME, THERE = torch.device("cpu", 0), torch.device("cpu", 1)
 

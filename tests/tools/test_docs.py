@@ -22,7 +22,7 @@ PICTURES = {"docs/images/widget.png", "docs/images/nodes.png"}
 def texts() -> Iterator[str]:
     """Every text in the code; … stands for what is put in."""
     for folder in ("nodes", "streaming"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             for found in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(found, ast.JoinedStr):
                     parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in found.values)

@@ -35,7 +35,7 @@ def test_a_mutant_is_planted_and_dies() -> None:
 
 
 def test_what_no_test_notices_lives_and_leaves_no_trace(tmp_path: Path) -> None:
-    copy, file = Copy(tmp_path), "streaming/ring.py"
+    copy, file = Copy(tmp_path), "streaming/run/ring.py"
     before = (copy.root / file).read_bytes()
     line = "        self.slots.clear()"
     mutant = Mutant(file, "untested", (line,), (line, line), ("tests/streaming/test_config.py",))

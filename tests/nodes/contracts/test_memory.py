@@ -15,7 +15,7 @@ from sampling import MB
 from small_patcher import CPU, small_patcher
 from weightstream.nodes import devices, hosts
 from weightstream.streaming import State, group_memory
-from weightstream.streaming.host_memory import HostMemory
+from weightstream.streaming.machine.host_memory import HostMemory
 
 GB = 1 << 30
 

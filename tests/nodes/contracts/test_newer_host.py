@@ -51,7 +51,7 @@ def test_nothing_is_broken_on_this_host() -> None:
 def test_every_name_of_the_host_that_we_use_is_asked_for() -> None:
     """By its full name, as ``mm.free_memory``: what is imported by name fails at the start, or is borrowed."""
     used: set[tuple[str, str]] = set()
-    for path in (ROOT / "nodes").glob("*.py"):
+    for path in (ROOT / "nodes").rglob("*.py"):
         tree = ast.parse(path.read_text("utf-8"))
         imports = [each for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names]
         modules = {each.asname or each.name: each.name for each in imports if each.name.startswith("comfy.")}

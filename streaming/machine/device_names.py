@@ -1,0 +1,83 @@
+"""Names that users give devices: ``gpu:0``, ``cpu``, ``default``; and lists of GPUs and of shares."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..errors import ConfigError
+
+# Names the devices that a process uses where nobody names others.
+GPUS_VARIABLE = "WEIGHTSTREAM_GPUS"
+
+CPU, DEFAULT = "cpu", "default"
+
+
+def gpu_name(index: int) -> str:
+    return f"gpu:{index}"
+
+
+def parse_device(text: str, source: str = "device") -> str:
+    """The one device that ``text`` names, in the form in which names are compared.
+
+    Args:
+        text: ``gpu:N``, ``cpu`` or ``default``, in any case, with spaces anywhere around its parts.
+        source: what has this value, for the message.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    name = _one(text)
+    if name is None:
+        raise ConfigError(f"{source}={text!r}: expected default, cpu, or a GPU such as gpu:0")
+    return name
+
+
+def parse_gpus(text: str, source: str = "devices") -> tuple[str, ...]:
+    """The GPUs that ``text`` names, in its order: none where it is empty or ``default``.
+
+    Raises:
+        ConfigError: it names something else, or a GPU twice.
+    """
+    if not text.strip() or _one(text) == DEFAULT:
+        return ()
+    names = []
+    for part in text.split(","):
+        name = _one(part)
+        if name is None or name in (CPU, DEFAULT):
+            raise ConfigError(f"{source}={text!r}: {part.strip()!r} is no GPU; expected a list such as gpu:0,gpu:1")
+        if name in names:
+            raise ConfigError(f"{source}={text!r}: {name} is there twice; name each GPU once")
+        names.append(name)
+    return tuple(names)
+
+
+def parse_shares(text: str, source: str = "ratio") -> tuple[float, ...]:
+    """The numbers of a list such as ``60,40``, as parts of one.
+
+    Raises:
+        ConfigError: it is no list of numbers above 0.
+    """
+    shares = [_share(part) for part in text.split(",")]
+    if not all(shares):
+        raise ConfigError(f"{source}={text!r}: expected a number above 0 for each device, such as 60,40")
+    return in_parts(shares)
+
+
+def in_parts(shares: Sequence[float]) -> tuple[float, ...]:
+    """``shares`` as parts of one."""
+    return tuple(share / sum(shares) for share in shares)
+
+
+def _one(text: object) -> str | None:
+    name = str(text).strip().lower()
+    match = re.fullmatch(r"gpu\s*:\s*([0-9]{1,4})", name)
+    if match:
+        return gpu_name(int(match[1]))
+    return name if name in (CPU, DEFAULT) else None
+
+
+def _share(text: str) -> float:
+    """The number; 0 for what is none."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*%?\s*", text)
+    return float(match[1]) if match else 0.0

@@ -1,0 +1,85 @@
+"""What a running ComfyUI says of its streamed models, asked over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from ..config import format_bytes
+from ..errors import ServerError
+
+DEFAULT_URL = "http://127.0.0.1:8188"
+SCHEMA = 1
+ROUTE = "/weightstream/v1/status"
+TIMEOUT_SECONDS = 10
+UNKNOWN = "-"
+
+
+def ask(url: str) -> dict[str, Any]:
+    """The status of the server at ``url``.
+
+    Raises:
+        ServerError: nobody answers there, or somebody who has not this pack, or another version of it.
+    """
+    if "://" not in url:
+        url = f"http://{url}"
+    try:
+        with urllib.request.urlopen(url.rstrip("/") + ROUTE, timeout=TIMEOUT_SECONDS) as answer:
+            status = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ServerError(f"{url}: {error.code} for {ROUTE}; is WeightStream installed there?") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ServerError(f"{url}: no ComfyUI answers ({error}); start it, or give its address with --url") from None
+    if not isinstance(status, dict) or status.get("schema") != SCHEMA:
+        raise ServerError(f"{url}: it has another version of WeightStream, whose status cannot be read here")
+    return status
+
+
+def as_text(status: dict[str, Any]) -> str:
+    """For people: a line for each device, the host and each notice, and some for each model."""
+    lines = [_device(device) for device in status["devices"]] or [f"no devices: {status['why_no_devices']}"]
+    host = status["host"]
+    limit = "" if host["pinned_limit"] is None else f" of {format_bytes(host['pinned_limit'])}"
+    lines.append(
+        f"RAM    {format_bytes(host['ram_available'])} of {format_bytes(host['ram_total'])} available; "
+        f"page-locked {format_bytes(host['pinned'])}{limit}"
+    )
+    lines += [line for model in status["models"] for line in describe_model(model)]
+    return "\n".join(lines + [f"{notice['name']}: {notice['text']}" for notice in status["notices"]])
+
+
+def describe_model(model: dict[str, Any]) -> list[str]:
+    """Lines about one model on one device: the way of its weights, its plan, and its last run."""
+    reason = f" ({model['reason']})" if model["reason"] else ""
+    state = ", running" if model["running"] else ""
+    lines = [f"{model['name']} on {model['device']}: {model['ladder']}{reason}{state}", f"  plan: {model['plan']}"]
+    if (loading := model["loading"]) is not None:
+        lines.append(f"  loading: {format_bytes(loading['done'])} of {format_bytes(loading['total'])}")
+    run = model["last_run"]
+    if run is None:
+        return [*lines, "  no run has ended yet"]
+    step = "" if run["step_seconds"] is None else f" of {run['step_seconds']:.3f} s"
+    rate = "" if run["rate"] is None else f", {format_bytes(run['rate'])}/s on average"
+    again = f" ({run['reruns']} ran again)" if run["reruns"] else ""
+    damaged = f"; {run['corrupted']} arrived damaged" if run["corrupted"] else ""
+    return [
+        *lines,
+        f"  last run: {run['steps']} steps{again}{step}; {format_bytes(run['bytes'])} copied{rate}",
+        f"  waited {run['stall_ms_per_block']:.3f} ms a block and step; {run['misses']} copies came late{damaged}",
+    ]
+
+
+def _device(device: dict[str, Any]) -> str:
+    parts = ("resident", "staging", "torch", "cache", "other", "free")
+    used = ", ".join(f"{name} {_bytes(device[name])}" for name in parts)
+    rate = UNKNOWN if device["copy_rate"] is None else f"{format_bytes(device['copy_rate'])}/s"
+    stalled = UNKNOWN if device["stalled"] is None else f"{device['stalled']:.0%}"
+    title = f"{device['device']}  {device['name']}, {_bytes(device['total'])}"
+    return f"{title}: {used}; peak {_bytes(device['peak'])}; copies {rate}, stalled {stalled}"
+
+
+def _bytes(count: int | None) -> str:
+    return UNKNOWN if count is None else format_bytes(count)

@@ -1,0 +1,60 @@
+"""How the memory of a CUDA device is used now, for those who watch. Waits for no stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..devices.cuda_pages import page_counts
+from .gpus import Nvml, gpu_uuid, open_nvml
+
+
+class Vram(NamedTuple):
+    """Bytes of one device; None where it is not known.
+
+    Attributes:
+        total: all.
+        free: nobody has them.
+        allocated, reserved: this process has given them out, and has them from the device: torch's allocator, and pages
+            for weights (lasting_memory.py).
+    """
+
+    total: int | None
+    free: int | None
+    allocated: int
+    reserved: int
+
+
+class VramReader:
+    """Reads it again and again (:func:`open_vram_reader`).
+
+    A device on which this process has no context gets none (gpus.py, Note: no context): without NVML nothing is known
+    of what is free there.
+    """
+
+    def __init__(self, nvml: Nvml) -> None:
+        self._nvml = nvml
+
+    def read(self, index: int) -> Vram:
+        """The memory of the device that torch gives this number."""
+        properties = torch.cuda.get_device_properties(index)
+        total, free = self._nvml.memory(gpu_uuid(properties))
+        if free is None and torch._C._cuda_hasPrimaryContext(index):
+            free, total = torch.cuda.mem_get_info(index)
+        statistics, pages = torch.cuda.memory_stats(index), page_counts(index)
+        return Vram(
+            properties.total_memory if total is None else total,
+            free,
+            statistics.get("allocated_bytes.all.current", 0) + pages.used,
+            statistics.get("reserved_bytes.all.current", 0) + pages.mapped,
+        )
+
+
+@contextlib.contextmanager
+def open_vram_reader() -> Iterator[VramReader]:
+    """A reader, with NVML where this machine has it."""
+    with open_nvml() as nvml:
+        yield VramReader(nvml)

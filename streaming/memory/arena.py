@@ -1,0 +1,337 @@
+"""Host memory that holds the master copies of what is streamed: page-locked where that is allowed and works."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from ..config import format_bytes
+from ..devices.backend import Backend
+
+# To ask the system how much memory is spare takes a millisecond, in which nobody else may ask. For so long an answer
+# holds, less what was taken since.
+SPARE_SECONDS = 0.1
+
+# After a registration has failed, this part of what was page-locked then is the limit, and so many bytes more with each
+# later attempt: what the system allows changes.
+BACK_OFF = 0.95
+PROBE_BYTES = 256 * 1024**2
+
+
+class PinOwner(Protocol):
+    """A model that has page-locked memory and could do without."""
+
+    last_used: float
+
+    def give_up_masters(self, nbytes: int) -> int:
+        """Free at least ``nbytes`` of page-locked memory, or all; gives what was freed."""
+
+
+class PinBudget:
+    """Page-locked bytes that all arenas of a process may have together.
+
+    Args:
+        limit: bytes; None sets no limit of our own.
+        others: tells how many bytes of the same kind others in the process have locked.
+        spare: tells how many bytes of host memory may be taken besides; None where nobody counts.
+        ask_others: asks others in the process to unlock so many bytes.
+
+    Attributes:
+        used: bytes that are locked, or about to be.
+        locked: bytes that are locked.
+        failures: registrations that the system refused.
+    """
+
+    def __init__(
+        self,
+        limit: int | None = None,
+        others: Callable[[], int] = lambda: 0,
+        spare: Callable[[], int] | None = None,
+        ask_others: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
+        self.limit = limit
+        self.used = 0
+        self.locked = 0
+        self.failures = 0
+        self._others = others
+        self._spare = spare
+        self._ask_others = ask_others
+        self._left = 0
+        self._asked = -math.inf
+        self._ceiling: int | None = None
+        self._refused = ""
+        self._owners: weakref.WeakSet[PinOwner] = weakref.WeakSet()
+        # The garbage collector may free a buffer, and so call give, on the thread that is counting.
+        self._counting = threading.RLock()
+
+    def take(self, nbytes: int) -> str | None:
+        """Count ``nbytes`` more as locked; gives None, or the reason why they may not be."""
+        with self._counting:
+            reason = self._refusal(nbytes)
+            if reason is None:
+                self.used += nbytes
+                self._left -= nbytes
+            return reason
+
+    def _refusal(self, nbytes: int) -> str | None:
+        if self.limit is not None and self.used + self._others() + nbytes > self.limit:
+            return f"the limit of {format_bytes(self.limit)} page-locked memory is reached"
+        if self._ceiling is not None and self.used + nbytes > self._ceiling:
+            return self._refused
+        if not self.has_room(nbytes):
+            return "host memory is nearly full"
+        return None
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether host memory has room for ``nbytes`` more, page-locked or not."""
+        if self._spare is None:
+            return True
+        with self._counting:
+            now = time.monotonic()
+            if nbytes > self._left or now - self._asked > SPARE_SECONDS:
+                self._left, self._asked = self._spare(), now
+            return nbytes <= self._left
+
+    def give(self, nbytes: int) -> None:
+        with self._counting:
+            self.used -= nbytes
+            if self.used == 0:
+                self._ceiling = None  # What the system allows may be another by now: try again.
+
+    def register(self, backend: Backend, memory: torch.Tensor) -> str | None:
+        """Page-lock memory that was taken; gives None, or the reason why it could not be done."""
+        reason = backend.register(memory)
+        with self._counting:
+            if reason is None:
+                self.locked += memory.nbytes
+            else:
+                self.failures += 1
+                self._ceiling = int(self.locked * BACK_OFF)
+                self._refused = reason
+        return reason
+
+    def probe(self) -> None:
+        """Somebody tries anew: more than was refused before may be allowed by now."""
+        with self._counting:
+            if self._ceiling is not None:
+                self._ceiling += PROBE_BYTES
+
+    def unlocked(self, nbytes: int) -> None:
+        with self._counting:
+            self.locked -= nbytes
+
+    def join(self, owner: PinOwner) -> None:
+        """``owner`` may be asked to give memory up for others, on the thread that calls :meth:`make_room`."""
+        self._owners.add(owner)
+
+    def make_room(self, nbytes: int, keep: PinOwner) -> None:
+        """Have others give up what stands in the way of ``nbytes`` more, the least recently used model first."""
+        short = self._shortage(nbytes)
+        if short > 0:
+            self._ask_others(short)
+        for owner in sorted(self._owners, key=lambda owner: owner.last_used):
+            if (short := self._shortage(nbytes)) <= 0:
+                return
+            if owner is not keep:
+                owner.give_up_masters(short)
+
+    def _shortage(self, nbytes: int) -> int:
+        limits = [limit for limit in (self.limit, self._ceiling) if limit is not None]
+        by_limit = self.used + self._others() + nbytes - min(limits) if limits else 0
+        by_memory = nbytes - self._spare() if self._spare is not None else 0
+        return max(by_limit, by_memory)
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    """Untouched memory, where the system has them in huge pages: it is touched, and page-locked, in less time then.
+
+    A child process does not get it. Else a write after the fork would move a private page away from under the device.
+    """
+    if not hasattr(mmap, "MADV_DONTFORK"):
+        return mmap.mmap(-1, nbytes)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_DONTFORK)
+    with contextlib.suppress(OSError):  # A kernel without them.
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+class HostBuffer:
+    """Anonymous host memory, page-locked by :meth:`Arena.lock` once it has been filled.
+
+    Attributes:
+        memory: uint8 tensor over the whole buffer. Views of it keep the memory mapped; only this object keeps it
+            page-locked.
+        pinned: whether it is page-locked.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        with torch.inference_mode(False):
+            self.memory = torch.frombuffer(_map(max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+        self.nbytes = nbytes
+        self.pinned = False
+        self._claim: weakref.finalize | None = None
+        self._lock: weakref.finalize | None = None
+
+    @property
+    def claimed(self) -> bool:
+        """Whether it counts towards a budget."""
+        return self._claim is not None
+
+    def claim(self, budget: PinBudget) -> str | None:
+        """Count towards ``budget`` until the end; gives None, or the reason why that is not allowed."""
+        if self._claim is not None:
+            return None
+        reason = budget.take(self.nbytes)
+        if reason is None:
+            self._claim = weakref.finalize(self, budget.give, self.nbytes)
+            self._claim.atexit = False
+        return reason
+
+    def lock(self, backend: Backend, budget: PinBudget) -> str | None:
+        """Page-lock; gives None, or the reason why not."""
+        if (reason := self.claim(budget)) is not None:
+            return reason
+        try:
+            reason = budget.register(backend, self.memory)
+        except BaseException:
+            self._end_claim()
+            raise
+        if reason is not None:
+            self._end_claim()
+            return reason
+        self.pinned = True
+        # Memory that is freed while registered makes a later registration of other memory fail, so the unlocking
+        # hangs on this object's end and holds the memory until then. Not at exit: the process's pages go anyway,
+        # and the driver may be gone.
+        self._lock = weakref.finalize(self, _unlock, backend, self.memory, budget)
+        self._lock.atexit = False
+        return None
+
+    def close(self) -> None:
+        """Undo the locking. The memory goes with the last view of it. No copy from it may be under way."""
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
+        self.pinned = False
+        self._end_claim()
+
+    def _end_claim(self) -> None:
+        if self._claim is not None:
+            self._claim()
+            self._claim = None
+
+
+def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget) -> None:
+    backend.unregister(memory.data_ptr())
+    budget.unlocked(memory.nbytes)
+
+
+class Arena:
+    """Hands out host buffers and counts them.
+
+    Args:
+        backend: the device to page-lock for.
+        pin_memory: whether to page-lock at all.
+        budget: page-locked memory that is shared with other arenas.
+        limit: bytes that this arena may page-lock; None sets none.
+
+    Attributes:
+        pinned_bytes, pageable_bytes: bytes in live buffers, by kind.
+        reason: why something is not page-locked, in words; None when everything is.
+    """
+
+    def __init__(
+        self, backend: Backend, pin_memory: bool = True, budget: PinBudget | None = None, limit: int | None = None
+    ) -> None:
+        self.budget = budget or PinBudget()
+        self._backend = backend
+        self._pin_memory = pin_memory
+        self._limit = limit
+        self._counting = threading.Lock()
+        self._claimed_bytes = 0
+        self.pinned_bytes = 0
+        self.pageable_bytes = 0
+        self.reason: str | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Try anew: what stood in the way before may be gone."""
+        self.budget.probe()
+        self.reason = None if self._pin_memory else "page-locking is switched off"
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        """Pageable memory. Fill it, then :meth:`lock` it: registering touched pages is several times faster."""
+        buffer = HostBuffer(nbytes)
+        with self._counting:
+            self.pageable_bytes += nbytes
+        return buffer
+
+    def claim(self, nbytes: int) -> HostBuffer | None:
+        """Memory that may be page-locked once it is filled; None, and :attr:`reason`, where that is not allowed.
+
+        What is only good when it is page-locked need not be filled in vain.
+        """
+        if not self._pin_memory:
+            return None
+        buffer = HostBuffer(nbytes)
+        if (reason := self._claim(buffer)) is not None:
+            self.reason = reason
+            return None
+        with self._counting:
+            self.pageable_bytes += nbytes
+        return buffer
+
+    def lock(self, buffer: HostBuffer) -> bool:
+        """Page-lock ``buffer`` if that is allowed and works; else it stays pageable and :attr:`reason` says why."""
+        if not self._pin_memory or buffer.nbytes == 0:
+            return False
+        if (reason := self._claim(buffer)) is None:
+            try:
+                reason = buffer.lock(self._backend, self.budget)
+            finally:
+                self._count_claim(buffer)
+        with self._counting:
+            if reason is None:
+                self.pinned_bytes += buffer.nbytes
+                self.pageable_bytes -= buffer.nbytes
+            else:
+                self.reason = reason
+        return reason is None
+
+    def _claim(self, buffer: HostBuffer) -> str | None:
+        """Count ``buffer`` towards this arena's limit and the budget; gives None, or the reason why not."""
+        if buffer.claimed:
+            return None
+        with self._counting:
+            if self._limit is not None and self._claimed_bytes + buffer.nbytes > self._limit:
+                return f"this model's limit of {format_bytes(self._limit)} page-locked memory is reached"
+            self._claimed_bytes += buffer.nbytes
+        reason = buffer.claim(self.budget)
+        self._count_claim(buffer)
+        return reason
+
+    def _count_claim(self, buffer: HostBuffer) -> None:
+        """``buffer`` was counted; it no longer is if its claim has ended."""
+        if not buffer.claimed:
+            with self._counting:
+                self._claimed_bytes -= buffer.nbytes
+
+    def release(self, buffer: HostBuffer) -> None:
+        """Take ``buffer`` back."""
+        with self._counting:
+            if buffer.pinned:
+                self.pinned_bytes -= buffer.nbytes
+            else:
+                self.pageable_bytes -= buffer.nbytes
+            if buffer.claimed:
+                self._claimed_bytes -= buffer.nbytes
+        buffer.close()

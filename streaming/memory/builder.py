@@ -1,0 +1,191 @@
+"""Builds master copies: behind other work, or at once while somebody waits.
+
+[Note: handed over, not shared]
+A thread of the builder works on host memory that nobody else knows of: it fills it from the file, page-locks it and
+leaves it in :attr:`UnitCopies.built`, in one assignment. The thread that runs the model stops the builder, and takes it
+from there (``adopt``), before it loads or runs the model: while it does so nobody is building.
+
+[Note: when to build]
+Nothing is built in a first step: it reads the whole model, and a builder beside it reads a part of it once more. It
+took 2.9 s with four threads that filled memory beside it, and 2.1 s without (FLUX, H200). Before the second step
+everything is built at once, on all threads, while nothing else runs. That takes as long as about two steps; steps with
+builders beside them were slower by more than that in all, since what is not built yet is read for each of them, and a
+driver that page-locks memory keeps kernels from being launched. Before a first step, while the host does other things
+with the device, builders work behind it, and pause between registrations.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ..threads import end_with_process
+from .arena import Arena
+from .masters import UnitCopies
+from .transfer import TICK_SECONDS, Tick
+
+logger = logging.getLogger(__name__)
+
+# A driver keeps its lock while it page-locks memory, and kernels cannot be launched then. Without a pause behind each
+# registration one thread starves the other: steps of 0.16 s took 11 s; with 1 ms behind pieces of 64 MB nothing shows
+# (H200, docs/design.md).
+LOCK_PAUSE_SECONDS = 0.001
+
+
+# After so many units could not be copied the others are left alone: the disk, or the memory, is at fault.
+MOST_FAILURES = 3
+
+
+class Builder:
+    """Builds master copies. What it cannot build goes on streaming from where it is, and fails there if so.
+
+    Args:
+        arena: where host memory comes from.
+        threads: that read and page-lock behind other work. Few: the system's threads also run models.
+
+    Attributes:
+        drop_behind: have the system forget the parts of files that were read (RAM is short).
+        needed_bytes: that were filled while somebody needed them.
+        workers: its threads.
+    """
+
+    def __init__(self, arena: Arena, threads: int) -> None:
+        self.drop_behind = False
+        self.needed_bytes = 0
+        self.workers: list[threading.Thread] = []
+        self._arena = arena
+        self._threads = threads
+        self._queue: deque[UnitCopies] = deque()
+        self._needed = False
+        self._failures = 0
+        self._error: Exception | None = None
+        self._stopping = threading.Event()
+        self._full = threading.Event()
+        self._locking = threading.Lock()
+        end_with_process(self)
+
+    @property
+    def active(self) -> bool:
+        return any(worker.is_alive() for worker in self.workers)
+
+    def start(self, copies: Sequence[UnitCopies]) -> None:
+        """Build the master copies of these units, in this order, behind other work. The builder is at rest."""
+        self._begin(copies, self._threads, self._lock_and_pause, needed=False)
+
+    def build(self, copies: Sequence[UnitCopies], threads: int, tick: Tick, needed: bool = False) -> None:
+        """Build the master copies of these units now, on ``threads`` threads. The builder is at rest.
+
+        Args:
+            copies: the units.
+            threads: how many.
+            tick: is called meanwhile, and may raise: what is begun then is taken up again another time.
+            needed: they must be built, in pageable memory where no other may be had; what goes wrong is raised.
+        """
+        try:
+            self._begin(copies, threads, self._lock, needed)
+            self.wait(tick)
+        finally:
+            self.stop()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self, tick: Tick) -> None:
+        """Wait until all that was started is built."""
+        for worker in self.workers:
+            while worker.is_alive():
+                worker.join(TICK_SECONDS)
+                tick()
+
+    def stop(self) -> None:
+        """Stop, soon: nothing is being built when this returns. What was begun is taken up again by the next start."""
+        self._stopping.set()
+        for worker in self.workers:
+            worker.join()
+        self.workers.clear()
+        self._queue.clear()
+
+    def forsake(self) -> None:
+        """As :meth:`stop`, for an owner that the garbage collector takes: waits for nothing."""
+        self._stopping.set()
+
+    def _begin(
+        self, copies: Sequence[UnitCopies], threads: int, lock: Callable[[UnitCopies], None], needed: bool
+    ) -> None:
+        assert not self.workers
+        self._stopping.clear()
+        self._full.clear()
+        self._queue.extend(copies)
+        self._needed, self._failures, self._error = needed, 0, None
+        try:
+            for _ in range(min(threads, len(copies))):
+                worker = threading.Thread(target=self._work, args=[lock], name="weightstream-build", daemon=True)
+                worker.start()
+                self.workers.append(worker)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _work(self, lock: Callable[[UnitCopies], None]) -> None:
+        # A function for each unit: a thread that waits keeps no memory of the one before alive.
+        while not self._stopping.is_set() and self._build_next(lock):
+            """One more."""
+
+    def _build_next(self, lock: Callable[[UnitCopies], None]) -> bool:
+        try:
+            copies = self._queue.popleft()
+        except IndexError:
+            return False
+        if self._full.is_set():
+            copies.give_up_begun(self._arena)
+        elif self._try(copies, self._fill):
+            lock(copies)
+        return True
+
+    def _fill(self, copies: UnitCopies) -> bool:
+        filled = copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind, self._needed)
+        if self._needed:
+            with self._locking:
+                self.needed_bytes += copies.unit.nbytes
+        return filled
+
+    def _lock_and_pause(self, copies: UnitCopies) -> None:
+        with self._locking:
+            if not self._stopping.is_set():
+                self._lock(copies)
+                time.sleep(LOCK_PAUSE_SECONDS)
+
+    def _lock(self, copies: UnitCopies) -> None:
+        if self._full.is_set():
+            copies.give_up_begun(self._arena)
+        else:
+            self._try(copies, lambda copies: copies.lock_master(self._arena, self._needed))
+
+    def _try(self, copies: UnitCopies, step: Callable[[UnitCopies], bool]) -> bool:
+        """Where no more memory may be page-locked, or several units could not be copied, others need not try."""
+        try:
+            more = step(copies)
+        except Exception as error:
+            self._failed(copies, error)
+            return False
+        if not more and not self._needed:
+            self._full.set()
+        return more
+
+    def _failed(self, copies: UnitCopies, error: Exception) -> None:
+        """Of what is needed the first error counts, and ends the rest."""
+        traceback.clear_frames(error.__traceback__)  # They hold memory.
+        if self._needed:
+            self._error = self._error or error
+            self._stopping.set()
+            return
+        # As text: who keeps log records would keep, with the error's frames, the copies and their memory.
+        logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, str(error))
+        self._arena.reason = f"{copies.unit.name} could not be copied ({error})"
+        self._failures += 1
+        if self._failures >= MOST_FAILURES:
+            self._full.set()

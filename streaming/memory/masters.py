@@ -1,0 +1,485 @@
+"""The copies of one unit: original, master copy in host memory, resident copy on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..devices.backend import Backend
+from ..errors import StreamingError, UnsupportedModelError
+from ..model.blocks import Unit, is_small_buffer
+from ..model.contents import needs_work, ranges, read_range
+from ..model.forms import Form, OtherForm, PlainForm, take_apart
+from ..model.homes import Home, ShownHome, home_in
+from ..model.layout import Binding, Value
+from ..model.sums import Summing
+from .arena import Arena, HostBuffer
+from .reader import Reader
+from .transfer import Tick, Transfer
+
+
+class Patches(Protocol):
+    """Changes to weights (LoRA and others), as the engine sees them."""
+
+    def signature(self, name: str) -> object | None:
+        """Something that equals another signature only if both give the same weight; None where nothing changes."""
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        """The changed weight.
+
+        Of a plain tensor dtype, device and even shape are up to the callee. One of a class of its own stays of that
+        class, and its parts keep shapes and dtypes; its context or attributes may be others.
+        """
+
+
+class NoPatches:
+    """Weights as they were loaded."""
+
+    def signature(self, name: str) -> object | None:
+        return None
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        return original
+
+
+class Weights:
+    """A buffer with a unit's weights, and which patches are in them.
+
+    Attributes:
+        buffer: uint8 memory on the host or on the device.
+        written: names of patched values that somebody has written to.
+
+    Args:
+        computes: kernels are given tensors in this buffer.
+    """
+
+    def __init__(self, unit: Unit, buffer: torch.Tensor, computes: bool = True) -> None:
+        self.unit = unit
+        self.buffer = buffer
+        self._computes = computes
+        self.written: set[str] = set()
+        self._baked: dict[str, object] = {}
+        self._forms: dict[str, Form] = {}
+        self._home: Home | None = None
+
+    @property
+    def home(self) -> Home:
+        """Points the unit's module at this buffer."""
+        if self._home is None:
+            self._home = home_in(self.unit.layout, self.buffer, self._forms, self._computes)
+        return self._home
+
+    def take_up(self, unit: Unit) -> None:
+        """The unit was laid out anew, and lies in the buffer as before."""
+        self.unit, self._home = unit, None
+
+    def binding_to(self, buffer: torch.Tensor) -> Binding:
+        """Points the unit's module at another buffer, which holds or will hold a copy of this one."""
+        with torch.inference_mode(False):
+            return self.unit.layout.binding(buffer, self._forms)
+
+    @property
+    def patched(self) -> bool:
+        return bool(self._baked)
+
+    def is_baked(self, name: str) -> bool:
+        return name in self._baked
+
+    def spoil_written(self) -> None:
+        """Patched values that somebody has written to are not as they were patched."""
+        self._baked.update((name, _UNFINISHED) for name in self.written)
+        self.written.clear()
+
+    def stale(self, patches: Patches) -> list[Value]:
+        """What has other patches in this buffer than ``patches``."""
+        values = self.unit.layout.values
+        return [value for value in values if patches.signature(value.name) != self._baked.get(value.name)]
+
+    def write_from(self, other: Weights) -> None:
+        """Copy another buffer of the same unit as it is, patches included."""
+        self.buffer.copy_(other.buffer)
+        self._baked, self.written = dict(other._baked), set(other.written)
+        self._take_forms(dict(other._forms))
+
+    def spoiled(self, patches: Patches) -> bool:
+        """Whether something must be patched whose original is not in this buffer any more."""
+        return any(value.name in self._baked for value in self.stale(patches))
+
+    def bake(
+        self, values: Iterable[Value], patches: Patches, tick: Tick, place: torch.Tensor | None = None
+    ) -> dict[str, object]:
+        """Patch ``values``, whose originals are in ``place``; gives signatures for :meth:`sign`.
+
+        Args:
+            values: of this unit.
+            patches: changes.
+            tick: called before each; it may raise.
+            place: what holds a copy of the values, on the device; the buffer itself by default.
+        """
+        place = self.buffer if place is None else place
+        signatures = {}
+        for value in values:
+            tick()
+            # While it is written the tensor is neither the old nor the new one: should that fail or be interrupted,
+            # nobody may take it for either. This copy may outlive the failure.
+            self._baked[value.name] = _UNFINISHED
+            signatures[value.name] = patches.signature(value.name)
+            with torch.inference_mode(False):
+                original = value.form.assemble(iter([spec.view(place) for spec in value.specs]))
+            form = _write(value, place, patches.compute(value.name, original))
+            if not value.is_plain or isinstance(form, OtherForm):
+                self._take_forms({**self._forms, value.name: form})
+        return signatures
+
+    def sign(self, signatures: dict[str, object]) -> None:
+        """The buffer holds these patched values."""
+        self._baked.update(signatures)
+        self.written -= signatures.keys()
+
+    def _take_forms(self, forms: dict[str, Form]) -> None:
+        """From now on the buffer's tensors make these."""
+        if forms or self._forms:
+            self._forms, self._home = forms, None
+
+
+_UNFINISHED = object()
+
+
+def _write(value: Value, buffer: torch.Tensor, patched: torch.Tensor) -> Form:
+    """Write what ``patched`` is made of to the places of ``value``'s parts; gives how it is made of them."""
+    parts, form = take_apart(value.name, patched)
+    if isinstance(form, PlainForm) != value.is_plain or parts.keys() != {spec.name for spec in value.specs}:
+        found, expected = type(patched).__name__, type(value.original).__name__
+        raise UnsupportedModelError(
+            f"a patch makes a {found} of {value.name}, which is a {expected} made of other tensors; "
+            "load this model with the host's own loader"
+        )
+    if value.is_plain and patched.shape != value.specs[0].shape:
+        with torch.inference_mode(False):
+            return OtherForm(torch.empty_like(patched, dtype=value.dtype, device=buffer.device).copy_(patched))
+    _check_parts(value, parts)
+    for spec in value.specs:
+        spec.view(buffer).copy_(parts[spec.name].detach().reshape(spec.shape))
+    return form
+
+
+def _check_parts(value: Value, parts: dict[str, torch.Tensor]) -> None:
+    """Raise where a part has no room. A scale may be a number or an array of one: the patched form knows which."""
+    for spec in value.specs:
+        part = parts[spec.name]
+        one_number = not value.is_plain and part.numel() == spec.shape.numel() == 1
+        if part.shape != spec.shape and not one_number:
+            change = f"shape of {spec.name} from {tuple(spec.shape)} to {tuple(part.shape)}"
+        elif part.dtype != spec.dtype and not value.is_plain:
+            change = f"dtype of {spec.name} from {spec.dtype} to {part.dtype}"
+        else:
+            continue
+        raise UnsupportedModelError(f"a patch changes the {change}; load this model with the host's own loader")
+
+
+# A builder looks after so many bytes whether it shall stop: 16 threads have 64 MB under way.
+BUILD_BYTES = 4 * 1024**2
+
+
+class _Master(NamedTuple):
+    """A master copy and the memory that it lies in."""
+
+    weights: Weights
+    memory: HostBuffer
+
+
+class _Arriving(NamedTuple):
+    """Device memory that is being filled."""
+
+    buffer: torch.Tensor
+    transfer: Transfer
+
+
+class UnitCopies:
+    """Every copy of one unit that exists now.
+
+    The original is a view of the mapped file (or memory that the host filled), so letting go of any other copy
+    loses nothing but work.
+
+    Attributes:
+        arriving: a resident copy that is on its way.
+        bound: what modules point at between blocks.
+        built: a master copy that a builder's thread has finished and nobody has adopted (builder.py, Note: handed over,
+            not shared).
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.original_binding = unit.layout.original_binding()
+        self.shown = ShownHome(unit.layout)
+        self.bound: Home = self.shown
+        self.resident: Weights | None = None
+        self.arriving: _Arriving | None = None
+        self.built: _Master | None = None
+        self._master: _Master | None = None
+        self._begun: tuple[HostBuffer, int] | None = None
+        self._sums: dict[str, torch.Tensor] | None = None
+
+    @property
+    def master(self) -> Weights | None:
+        return self._master.weights if self._master is not None else None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether there is a master copy in page-locked memory."""
+        return self._master is not None and self._master.memory.pinned
+
+    @property
+    def master_bytes(self) -> int:
+        """Host memory that the master copy takes, one that is being built included."""
+        return self.unit.nbytes if self._master or self.built or self._begun else 0
+
+    def patched_by(self, patches: Patches) -> bool:
+        return any(patches.signature(value.name) is not None for value in self.unit.layout.values)
+
+    def holds(self, names: Collection[str]) -> bool:
+        """Whether one of these tensors is the unit's."""
+        return any(name in names for value in self.unit.layout.values for name in value.names)
+
+    # -- master copies -------------------------------------------------------------------------------------------
+
+    def move_to_master(self, arena: Arena) -> None:
+        """Make the master copy from the resident one, patches included."""
+        assert self.resident is not None
+        memory, _ = self._begun or (arena.allocate(self.unit.nbytes), 0)
+        self._begun = None
+        try:
+            master = Weights(self.unit, memory.memory, computes=False)
+            master.write_from(self.resident)
+            arena.lock(memory)
+        except BaseException:
+            arena.release(memory)
+            raise
+        self._master = _Master(master, memory)
+
+    def fill_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool, needed: bool = False) -> bool:
+        """On a builder's thread: fill memory with the weights as they were loaded, for :meth:`lock_master`.
+
+        What was begun before is taken up again. Gives whether memory may be had. An unpatched master copy in pageable
+        memory would have no use, since the original is as good, unless weights are cast on the way, or it is needed
+        for somebody to write to.
+        """
+        memory, filled = self._begun or (arena.claim(self.unit.nbytes), 0)
+        self._begun = None
+        if memory is None:
+            of_use = needs_work(self.unit.layout) and arena.budget.has_room(self.unit.nbytes)
+            if not (of_use or needed):
+                return False
+            memory = arena.allocate(self.unit.nbytes)
+        try:
+            for start, end in ranges(self.unit.layout, BUILD_BYTES):
+                if start < filled:
+                    continue
+                if stopped():
+                    break
+                read_range(self.unit.layout, start, end, memory.memory[start:end], forget)
+                filled = end
+        except BaseException:
+            arena.release(memory)
+            raise
+        self._begun = memory, filled
+        return True
+
+    def lock_master(self, arena: Arena, needed: bool = False) -> bool:
+        """On a builder's thread: page-lock what was filled, and leave it to be adopted if it was filled as a whole.
+
+        Gives whether others shall be built: false when no more memory may be page-locked.
+        """
+        memory, filled = self._begun
+        if filled < self.unit.nbytes:
+            return True
+        self._begun = None
+        try:
+            locked = memory.pinned or arena.lock(memory)
+            if locked or needed or needs_work(self.unit.layout):
+                self.built = _Master(Weights(self.unit, memory.memory, computes=False), memory)
+            else:
+                arena.release(memory)
+        except BaseException:
+            arena.release(memory)
+            raise
+        return locked
+
+    def give_up_begun(self, arena: Arena) -> None:
+        """On a builder's thread: free what was filled and shall not be page-locked after all."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            arena.release(begun[0])
+
+    def adopt(self) -> None:
+        """Take what a builder has finished, if there is anything."""
+        built, self.built = self.built, None
+        self._master = built or self._master
+
+    def begin_master_anew(self) -> None:
+        """The master copy holds patches that nobody wants: have it filled again, in the same memory."""
+        assert self._master is not None
+        self._begun, self._master = (self._master.memory, 0), None
+
+    def drop_master(self) -> HostBuffer | None:
+        """Let go of the master copy, or of what was built of one; no builder may be at work. Gives its memory."""
+        self.adopt()
+        dropped, self._master = self._master, None
+        begun, self._begun = self._begun, None
+        self.bind()
+        if dropped is not None:
+            return dropped.memory
+        return begun[0] if begun is not None else None
+
+    # -- resident copies -----------------------------------------------------------------------------------------
+
+    def await_resident(self, buffer: torch.Tensor, transfer: Transfer) -> None:
+        """``buffer`` on the device will hold the weights as they were loaded, once ``transfer`` is over."""
+        self.arriving = _Arriving(buffer, transfer)
+
+    def arrive(self, backend: Backend, reader: Reader, tick: Tick) -> None:
+        """Take what was awaited as the resident copy; the host waits until its copies are queued."""
+        if self.arriving is None:
+            return
+        event = reader.wait(self.arriving.transfer, tick)
+        backend.wait(event)  # Race: kernels must not read the buffer before the copies into it are done.
+        self.resident, self.arriving = Weights(self.unit, self.arriving.buffer), None
+        self.bind()
+
+    def stop_awaiting(self, backend: Backend) -> None:
+        """No copy is under way any more: keep what has arrived, and free what has not."""
+        arriving, self.arriving = self.arriving, None
+        if arriving is None:
+            return
+        if arriving.transfer.queued.exception() is None:
+            self.resident = Weights(self.unit, arriving.buffer)
+            self.bind()
+        else:
+            backend.free(arriving.buffer)
+
+    def copy_resident(self, buffer: torch.Tensor) -> None:
+        """Make the resident copy from the master copy, patches included, in ``buffer``."""
+        assert self.master is not None
+        resident = Weights(self.unit, buffer)
+        resident.write_from(self.master)
+        self.resident = resident
+
+    def take_resident_buffer(self) -> torch.Tensor:
+        """The memory of the resident copy, which is none any more."""
+        assert self.resident is not None
+        resident, self.resident, self._sums = self.resident, None, None
+        return resident.buffer
+
+    def drop_resident(self, backend: Backend) -> None:
+        resident, self.resident, self._sums = self.resident, None, None
+        self.bind()  # A module that still pointed at the buffer would keep its memory.
+        if resident is not None:
+            backend.free(resident.buffer)
+
+    # -- what others do to it ------------------------------------------------------------------------------------
+
+    def sum_up(self, sums: Summing) -> None:
+        """Remember what the resident copy holds, where that was not done yet. The host does not wait for the device."""
+        resident = self.resident
+        if resident is not None and self._sums is None:
+            values = [value for value in self.unit.layout.values if not resident.is_baked(value.name)]
+            self._sums = {value.name: sums(resident.buffer, value) for value in values}
+
+    def compare_sums(self, sums: Summing) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of each value that was summed up: its name, and on the device whether the resident copy holds something else
+        than it did. The host does not wait."""
+        if self._sums is None or self.resident is None:
+            return
+        for value in self.unit.layout.values:
+            if (before := self._sums.get(value.name)) is not None:
+                yield value.name, (sums(self.resident.buffer, value) != before).any()
+
+    def take_up(self, unit: Unit, changed: bool) -> None:
+        """The unit was laid out anew. Its copies hold it, what was ``changed`` included."""
+        self.unit = unit
+        self.original_binding, self.shown = unit.layout.original_binding(), ShownHome(unit.layout)
+        self.bound = self.shown
+        for weights in (self.resident, self.master):
+            if weights is not None:
+                weights.take_up(unit)
+        if changed:
+            self._sums = None
+
+    def release(self, backend: Backend, arena: Arena) -> None:
+        """Free every copy, of a unit that is not laid out like this any more; modules are left as they are."""
+        resident, self.resident = self.resident, None
+        if resident is not None:
+            backend.free(resident.buffer)
+        self.adopt()
+        for memory in (self._master.memory if self._master else None, self._begun[0] if self._begun else None):
+            if memory is not None:
+                arena.release(memory)
+        self._master = self._begun = None
+
+    def written(self) -> list[str]:
+        """Names of values that somebody has written to, in ways that torch counts, or exchanged while this copy was in
+        use; small buffers are left out."""
+        values = [value for value in self.unit.layout.values if not is_small_buffer(value)]
+        return [value.name for value in values if self.bound.written(value) or self.bound.replaced(value)]
+
+    def check_may_go(self) -> None:
+        """Raise if the resident copy is the only one that has what somebody has written to it between two loads."""
+        weights = self.bound_weights
+        if weights is None or weights is not self.resident:
+            return
+        lost = [name for name in self.written() if not weights.is_baked(name)]
+        if lost:
+            raise StreamingError(
+                f"{lost[0]} was written to while the model ran, and would be lost now that it must make room on the "
+                "device. Lower vram_limit_gb or free memory, and queue the prompt once more, or have ComfyUI load this "
+                "model itself (mode off)"
+            )
+
+    def note_writes(self) -> None:
+        """Remember which patched values somebody has written to: that goes when the copy goes out of use."""
+        weights = self.bound_weights
+        for value in self.unit.layout.values if weights is not None else ():
+            if weights.is_baked(value.name) and (self.bound.written(value) or self.bound.handed_out(value)):
+                weights.written.add(value.name)
+
+    def forget_writes(self) -> None:
+        """The copy goes out of use: what somebody has written to patched values goes with their patches."""
+        self.note_writes()
+        if self.bound_weights is not None:
+            self.bound_weights.spoil_written()
+
+    def settle(self) -> None:
+        """What somebody has written to it was undone."""
+        for value in self.unit.layout.values:
+            self.bound.settle(value)
+
+    # -- modules -------------------------------------------------------------------------------------------------
+
+    @property
+    def home(self) -> Home:
+        """Points the modules at the resident copy, else at the master copy, else at what they show without one."""
+        weights = self.resident or self.master
+        return weights.home if weights is not None else self.shown
+
+    @property
+    def bound_weights(self) -> Weights | None:
+        """The copy that modules point at between blocks; None while that is none."""
+        return None if self.bound is self.shown else self.resident or self.master
+
+    def bind(self) -> None:
+        """Point the modules at the copy in use, where they do not yet: what somebody has put in its place stays."""
+        home = self.home
+        if home is not self.bound:
+            self.bound = home
+            home.apply()
+
+    def show(self) -> None:
+        """Point the modules at what they show while no copy is bound."""
+        self.bound = self.shown
+        self.bound.apply()
+
+    def binding_to(self, place: torch.Tensor) -> Binding:
+        """Points the module at a place in a slot, to which the weights will be copied from where they are now."""
+        return self.unit.layout.binding(place) if self.master is None else self.master.binding_to(place)

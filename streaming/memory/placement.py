@@ -1,0 +1,368 @@
+"""Carries out plans: which copies of which unit exist, and which of them the modules point at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence, Set
+
+import torch
+
+from ..devices.backend import Backend
+from ..model.blocks import BlockSet, Unit
+from ..model.sums import Summing
+from ..planning.plan import Plan
+from ..run.verify import NoVerifier
+from .arena import HostBuffer
+from .baking import bake_masters, bake_residents
+from .changes import Changes, find_changes, find_overwritten
+from .masters import NoPatches, Patches, UnitCopies, Weights
+from .supply import Supply
+from .transfer import Load
+
+
+class Placement:
+    """Every copy of every unit of one model, on one device and in host memory.
+
+    Args:
+        blocks: the model cut into blocks and rest.
+        backend: the device.
+        supply: where weights come from.
+        verifier: is told of resident copies that have arrived.
+    """
+
+    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: NoVerifier) -> None:
+        self.backend = backend
+        self._supply = supply
+        self._verifier = verifier
+        self._copies = [UnitCopies(unit) for unit in blocks.units]
+        self._rest = UnitCopies(blocks.rest)
+        self._arriving: dict[int, list[UnitCopies]] = {}
+        specs = [spec for copies in (*self._copies, self._rest) for spec in copies.unit.layout.specs]
+        self._files = [*{id(spec.source.file): spec.source.file for spec in specs if spec.source is not None}.values()]
+        self._summed = False
+
+    def copies(self, unit: int) -> UnitCopies:
+        return self._copies[unit]
+
+    def carry_out(self, plan: Plan, patches: Patches) -> None:
+        """Make the copies that a step needs and drop the others; first what frees memory.
+
+        Only streamed units whose weights are patched get a master copy here. The others stream from where they are,
+        until a builder has made one (:meth:`unbuilt`). Residents without patches may still be on their way
+        (:meth:`arrive`).
+        """
+        streamed = [self._copies[unit] for unit in sorted(plan.streamed)]
+        resident = [self._copies[unit] for unit in plan.resident]
+        self._summed = False
+        for copies in streamed:
+            copies.check_may_go()
+        self._renew(streamed, [self._rest, *resident], patches)
+        needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
+        self._make_masters(needed, patches)
+        for copies in streamed:
+            copies.drop_resident(self.backend)
+        # What was freed goes back as it is. Else it would be cut up for the next copies, and what is left between them
+        # would be too small for a step's activations.
+        self.backend.trim()
+        self._make_residents([self._rest, *resident], [self._copies[unit] for unit in plan.order])
+        if not plan.segments:
+            self.arrive_all()  # No block is hooked then, after the first step.
+        self.arrive(-1)
+        for block in {copies.unit.block for copies in resident if copies.arriving and copies.patched_by(patches)}:
+            self.arrive(block)
+        for copies in resident:
+            self._free(copies.drop_master())
+
+    def adopt(self) -> None:
+        """Take the master copies that a builder has finished."""
+        for copies in self._copies:
+            copies.adopt()
+
+    def unbuilt(self, plan: Plan) -> list[UnitCopies]:
+        """What is streamed without a master copy, in the order in which it is needed."""
+        units = (self._copies[unit] for segment in plan.segments for unit in segment.units)
+        return [copies for copies in units if copies.master is None]
+
+    def pinned_bytes(self, plan: Plan) -> int:
+        """Bytes that ``plan`` streams from page-locked master copies."""
+        return sum(self._copies[unit].unit.nbytes for unit in plan.streamed if self._copies[unit].pinned)
+
+    def check_sources(self) -> int:
+        """Raise if a file is not the one that was loaded any more; gives how often files were touched."""
+        for file in self._files:
+            file.check_unchanged()
+        return sum(file.touches for file in self._files)
+
+    def unread_bytes(self, plan: Plan) -> int:
+        """Bytes that ``plan`` needs on the device and that are in no copy yet."""
+        needed = [self._rest, *self._copies]
+        return sum(copies.unit.nbytes for copies in needed if copies.resident is None and copies.master is None)
+
+    def is_stale(self, plan: Plan, patches: Patches) -> bool:
+        """Whether some weight has other patches in it than ``patches``."""
+        unpatched = [self._copies[unit] for unit in plan.streamed if self._copies[unit].master is None]
+        unpatched += [copies for waiting in self._arriving.values() for copies in waiting]
+        return any(copies.patched_by(patches) for copies in unpatched) or any(
+            weights.stale(patches) for weights in self._weights(plan)
+        )
+
+    def bake(self, plan: Plan, patches: Patches) -> None:
+        """Write the weights whose patches have changed; no other is touched. There is no ring on the device now."""
+        stale = [weights for weights in self._weights(plan) if weights.stale(patches)]
+        if not stale:
+            return
+        masters = {id(copies.master) for copies in self._copies}
+        bake_residents([one for one in stale if id(one) not in masters], patches, self._supply.tick)
+        held = [one for one in stale if id(one) in masters]
+        if held:
+            self.arrive_all()  # The reader queues copies too.
+        bake_masters(self.backend, held, patches, plan.staging_bytes, self._supply.tick)
+
+    def bind(self) -> None:
+        """Point the modules at the copies that are in use."""
+        for copies in (*self._copies, self._rest):
+            copies.bind()
+
+    def bind_again(self) -> None:
+        """As :meth:`bind`, where modules have been pointed elsewhere."""
+        for copies in (*self._copies, self._rest):
+            copies.bound.apply()
+
+    def bind_originals(self) -> None:
+        """Point the modules at the weights as loaded, in the dtypes of the file."""
+        for copies in (*self._copies, self._rest):
+            copies.original_binding.apply()
+
+    def show(self) -> None:
+        """Point the modules at what they show while no copy is bound (shown.py)."""
+        for copies in (*self._copies, self._rest):
+            copies.show()
+
+    # -- what others do to it ------------------------------------------------------------------------------------
+
+    def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
+        """What somebody has written to, exchanged or deleted; no block runs, and nothing is on its way."""
+        everything = (*self._copies, self._rest)
+        overwritten = find_overwritten(everything)
+        return Changes(change for copies in everything for change in find_changes(copies, exchanged, overwritten))
+
+    def written(self) -> list[str]:
+        """Names of weights that were written to or exchanged, but for small buffers (blocks.py)."""
+        return [name for copies in (*self._copies, self._rest) for name in copies.written()]
+
+    def settle(self) -> None:
+        """What somebody has written to weights was undone."""
+        for copies in (*self._copies, self._rest):
+            copies.settle()
+
+    def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:
+        """The model was cut anew, after ``changes``: keep copies of units that lie as before and hold what is there."""
+        known = {_identity(copies.unit): copies for copies in (*self._copies, self._rest)}
+        self._copies = [self._taken_up(unit, known, changes) for unit in blocks.units]
+        self._rest = self._taken_up(blocks.rest, known, changes)
+        self._verifier = verifier
+        for copies in known.values():
+            copies.release(self.backend, self._supply.arena)
+        self.show()
+
+    def _taken_up(self, unit: Unit, known: dict[object, UnitCopies], changes: Changes) -> UnitCopies:
+        copies = known.get(_identity(unit))
+        if copies is None:
+            return UnitCopies(unit)
+        changed = changes.of(copies.unit.layout.values)
+        if not all(change.in_copy for change in changed):
+            return UnitCopies(unit)
+        del known[_identity(unit)]
+        if changed and copies.resident is not None:
+            self._free(copies.drop_master())
+        copies.take_up(unit, bool(changed))
+        return copies
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of units that have a resident copy now."""
+        return sum(copies.unit.nbytes for copies in self._copies if copies.resident or copies.arriving)
+
+    def drop_residents(self, units: Iterable[int]) -> None:
+        """Let go of resident copies, and make nothing in their place; but for those that somebody has written to."""
+        for unit in units:
+            if not any(find_changes(self._copies[unit])):
+                self._copies[unit].drop_resident(self.backend)
+
+    def drop_masters(self, nbytes: int) -> int:
+        """Drop master copies until ``nbytes`` of host memory are free, or all; gives what was freed."""
+        freed = 0
+        for copies in reversed(self._copies):
+            if freed >= nbytes:
+                break
+            if copies.master_bytes and not any(find_changes(copies)):  # Those that somebody has written to stay.
+                freed += self._free(copies.drop_master())
+        return freed
+
+    def clear_device(self) -> None:
+        """Drop everything on the device. Modules use the originals then: master copies may have patches in them."""
+        for copies in (*self._copies, self._rest):
+            copies.forget_writes()
+            copies.drop_resident(self.backend)
+        self.show()
+
+    def clear_host(self) -> None:
+        """Drop the master copies."""
+        for copies in self._copies:
+            self._free(copies.drop_master())
+
+    def _free(self, memory: HostBuffer | None) -> int:
+        if memory is None:
+            return 0
+        self._supply.arena.release(memory)
+        return memory.nbytes
+
+    def _weights(self, plan: Plan) -> Iterable[Weights]:
+        """The copies that a step uses; of units that stream from where they are there is none, and no patch."""
+        for unit, copies in enumerate(self._copies):
+            weights = copies.master if unit in plan.streamed else copies.resident
+            if weights is not None:
+                yield weights
+        if self._rest.resident is not None:
+            yield self._rest.resident
+
+    def bare(self, names: Collection[str]) -> set[str]:
+        """Those of these tensors of which there is the original alone."""
+        units = [copies.unit for copies in (*self._copies, self._rest) if copies.resident is None and not copies.master]
+        values = (value for unit in units for value in unit.layout.values)
+        return {name for value in values for name in value.names if name in names}
+
+    def make_masters(self, names: Collection[str]) -> None:
+        """Make master copies of units that hold one of these tensors and of which there is no copy yet."""
+        bare = [copies for copies in self._copies if copies.resident is None and copies.master is None]
+        self._make_masters([copies for copies in bare if copies.holds(names)], NoPatches())
+
+    def _make_masters(self, copies: list[UnitCopies], patches: Patches) -> None:
+        """Make master copies that somebody will write to: of patched residents as they are, of others as loaded."""
+        if not copies:
+            return
+        residents = [item for item in copies if item.resident is not None and item.resident.patched]
+        moved = [item for item in residents if not item.resident.spoiled(patches)]
+        for item in moved:
+            self._supply.tick()
+            item.move_to_master(self._supply.arena)
+        try:
+            self._supply.build_needed([item for item in copies if item not in moved])
+        finally:
+            self.adopt()
+
+    def _renew(self, streamed: Iterable[UnitCopies], resident: Iterable[UnitCopies], patches: Patches) -> None:
+        """Have copies with patches in them that nobody wants filled again, in their memory, as they were loaded.
+
+        Residents begin to come: they need no memory that others must give up first.
+        """
+        for copies in streamed:
+            if copies.master is not None and copies.master.spoiled(patches):
+                copies.begin_master_anew()
+        for copies in resident:
+            if copies.master is not None and copies.master.spoiled(patches):
+                self._free(copies.drop_master())
+            if copies.resident is not None and copies.resident.spoiled(patches):
+                self._supply.reader.open()  # It may fail: the resident must not be lost then.
+                self._read_resident(copies, copies.take_resident_buffer())
+
+    def _make_residents(self, wanted: Sequence[UnitCopies], order: Sequence[UnitCopies]) -> None:
+        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`).
+
+        Those that will give way together lie together, by ``order``: then all of their pages go back (pages.py, Note:
+        shared pages).
+        """
+        missing = [copies for copies in wanted if copies.resident is None and copies.arriving is None]
+        places = {id(copies): place for place, copies in enumerate(order)}
+        buffers: dict[int, torch.Tensor] = {}
+        try:
+            for copies in sorted(missing, key=lambda copies: places.get(id(copies), -1)):
+                buffers[id(copies)] = self.backend.allocate(copies.unit.nbytes, lasting=True)
+            for copies in missing:
+                if copies.master is not None:
+                    copies.copy_resident(buffers[id(copies)])
+                    del buffers[id(copies)]
+                    self._check(copies)
+                else:
+                    self._supply.reader.open()
+                    self._read_resident(copies, buffers[id(copies)])
+                    del buffers[id(copies)]
+        except BaseException:
+            for buffer in buffers.values():
+                self.backend.free(buffer)
+            raise
+
+    def _read_resident(self, copies: UnitCopies, buffer: torch.Tensor) -> None:
+        """Have ``buffer`` become the resident copy."""
+        # Race: whoever had this memory before may have kernels under way in it.
+        free = self.backend.mark()
+        load = Load(copies.unit.layout, buffer)
+        copies.await_resident(buffer, self._supply.reader.transfer([load], [free], background=True))
+        self._arriving.setdefault(copies.unit.block, []).append(copies)
+
+    def _check(self, copies: UnitCopies) -> None:
+        try:
+            with self.backend.record.paused():  # It may have arrived in the middle of a step.
+                self._verifier.check_resident(copies)
+        except BaseException:
+            copies.drop_resident(self.backend)  # Nobody may take it for a good one.
+            raise
+
+    # -- residents on their way ----------------------------------------------------------------------------------
+
+    @property
+    def arriving(self) -> Collection[int]:
+        """Numbers of blocks of which residents are on their way; -1 for what is outside of blocks."""
+        return self._arriving.keys()
+
+    def arrive(self, block: int) -> None:
+        """A block begins: its residents must be there. The host waits until the copies of all of them are queued."""
+        waiting = self._arriving.get(block, ())
+        while waiting:
+            waiting[0].arrive(self.backend, self._supply.reader, self._supply.tick)
+            self._check(waiting.pop(0))
+        self._arriving.pop(block, None)
+
+    def arrive_all(self) -> None:
+        for block in list(self._arriving):
+            self.arrive(block)
+
+    def complete(self) -> None:
+        """A whole step has run: everything that it needs has been read."""
+        self.arrive_all()
+        self._supply.arrived()
+        if not self._summed:
+            self._summed = True
+            sums = Summing()
+            with self.backend.record.paused():
+                for copies in (*self._copies, self._rest):
+                    copies.sum_up(sums)
+
+    def stop_awaiting(self) -> None:
+        """Every transfer is over or given up, and the device has nothing to do: keep what has arrived."""
+        for waiting in self._arriving.values():
+            for copies in waiting:
+                copies.stop_awaiting(self.backend)
+                if not self._verifier.trusting:
+                    copies.drop_resident(self.backend)
+        self._arriving.clear()
+
+    def lacks(self, plan: Plan) -> bool:
+        """Whether a resident of ``plan`` is missing, because it could not be read."""
+        residents = [self._rest, *(self._copies[unit] for unit in plan.resident)]
+        return any(copies.resident is None and not _is_on_its_way(copies) for copies in residents)
+
+
+def _identity(unit: Unit) -> object:
+    """Equal for two units that consist of the same places of the same modules, and lie alike."""
+    return tuple(
+        (value.names, tuple((id(place.holder), place.attribute) for place in value.places), value.is_plain, *lies)
+        for value in unit.layout.values
+        for lies in [tuple((spec.shape, spec.stride, spec.dtype, spec.offset) for spec in value.specs)]
+    )
+
+
+def _is_on_its_way(copies: UnitCopies) -> bool:
+    if copies.arriving is None:
+        return False
+    queued = copies.arriving.transfer.queued
+    return not queued.done() or queued.exception() is None

@@ -1,0 +1,132 @@
+"""Where a model's weights come from: the arena, the reader, the builder, and how far they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..config import StreamingConfig
+from ..devices.backend import Backend
+from .arena import Arena, PinBudget, PinOwner
+from .builder import Builder
+from .masters import UnitCopies
+from .reader import Reader
+
+
+class Progress(NamedTuple):
+    """How much of a model has been read since it was loaded.
+
+    Attributes:
+        done_bytes, total_bytes: of what its plan needs on the device in a step.
+        seconds: since it began.
+    """
+
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+
+
+# Is told now and then, on the thread that loads or runs the model; None while nothing is being loaded. May raise, to
+# cancel.
+Watch = Callable[[Progress | None], None]
+
+
+class Supply:
+    """Brings the weights of one model into memory.
+
+    Args:
+        backend: the device.
+        config: settings.
+        largest_bytes: of one unit.
+        pins: page-locked memory that this model shares with others.
+        watch: is told how far loading is.
+
+    Attributes:
+        arena: host memory for master copies.
+        reader: brings to the device what has none.
+        builder: makes them.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: StreamingConfig,
+        largest_bytes: int,
+        pins: PinBudget | None,
+        watch: Watch,
+    ) -> None:
+        chunk_bytes = min(config.chunk_bytes, largest_bytes)
+        self.arena = Arena(backend, config.pin_memory, pins, config.pinned_limit)
+        self.reader = Reader(backend, self.arena, config.read_threads, chunk_bytes, config.chunks)
+        self.builder = Builder(self.arena, config.build_threads)
+        self._threads = config.threads
+        self._watch = watch
+        self._total = 0
+        self._started = 0.0
+        self._before = 0
+
+    # -- progress ------------------------------------------------------------------------------------------------
+
+    def begin(self, nbytes: int) -> None:
+        """A model of which ``nbytes`` must be read is loaded."""
+        self._total = nbytes
+        self._started = time.monotonic()
+        self._before = self._read_bytes
+
+    def tick(self) -> None:
+        """Tell how far it is. Called by who waits; raises when somebody has cancelled."""
+        self._watch(self._progress() if self._total else None)
+
+    def arrived(self) -> None:
+        """A step has run: everything was read."""
+        if self._total:
+            progress = self._progress()._replace(done_bytes=self._total)
+            self._total = 0
+            self._watch(progress)
+
+    def _progress(self) -> Progress:
+        done = min(self._total, self._read_bytes - self._before)
+        return Progress(done, self._total, time.monotonic() - self._started)
+
+    @property
+    def _read_bytes(self) -> int:
+        """Bytes that were read so far, by the reader and for master copies that are needed."""
+        return self.reader.sent_bytes + self.builder.needed_bytes
+
+    # -- master copies -------------------------------------------------------------------------------------------
+
+    def build(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
+        """Build the master copies of these units; others may have to give up theirs. The builder is at rest."""
+        self._make_room(copies, owner)
+        self.builder.build(copies, self._threads, self.tick)
+
+    def build_needed(self, copies: Sequence[UnitCopies]) -> None:
+        """Build the master copies of these units, which somebody will write to. The builder is at rest."""
+        self.builder.build(copies, self._threads, self.tick, needed=True)
+
+    def build_behind(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
+        """As :meth:`build`, but go on meanwhile."""
+        self._make_room(copies, owner)
+        self.builder.start(copies)
+
+    def _make_room(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
+        needed = sum(unit.unit.nbytes for unit in copies if not unit.master_bytes)  # Some may have been begun.
+        budget = self.arena.budget
+        self.reader.drop_behind = self.builder.drop_behind = not budget.has_room(needed)
+        if needed:
+            budget.make_room(needed, owner)
+
+    def halt(self) -> None:
+        """Give up what is under way. Copies that are queued already still take place."""
+        self.builder.stop()
+        self.reader.abandon()
+
+    def close(self) -> None:
+        self.builder.stop()
+        self.reader.close()
+
+    def forsake(self) -> None:
+        """As :meth:`close`, for an owner that the garbage collector takes, on any thread."""
+        self.builder.forsake()
+        self.reader.forsake()

@@ -1,0 +1,442 @@
+"""Who is resident, who is streamed, and what that costs. Pure: an outline, a profile and a budget in, a plan out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from ..collector import uncollected
+from ..config import StreamingConfig, format_bytes
+from ..errors import BudgetError
+from .needs import segment_needs, stages_of, waits_of
+from .pipeline import step_seconds
+from .profile import Outline, Profile
+from .ring_layout import lay_out, used_bytes, waited_for
+from .segments import Segment, cut
+from .spread import order_of_residency
+from .timeline import timeline
+
+# Streaming counts as free while copies use no more than this part of the bus. Kernels run slower beside copies, by
+# 2.3 % where those used 90 % of the bus (FLUX 1024^2 on an H200), and other machines have less to spare.
+FREE_BUS = 0.3
+# Two forecasts that differ by less are the same.
+FORECAST_TOLERANCE = 0.005
+# Slots make up for what no forecast sees, so fewer than the usual ones must gain more than this.
+SLOT_TOLERANCE = 0.02
+# So many units at most are streamed to have a larger ring.
+MOST_IN_EXCHANGE = 2
+# Memory that the next unit in order does not fit into is used for later ones from this part of the model on.
+WORTH_FILLING = 0.01
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a step will take.
+
+    Attributes:
+        seconds: the step.
+        compute_seconds: the same step with everything resident.
+        bus_seconds: the transfer of all that is streamed.
+        more_bytes: device memory that would make it as fast as it can be; 0 when it is.
+        more_seconds: the step with that.
+    """
+
+    seconds: float
+    compute_seconds: float
+    bus_seconds: float
+    more_bytes: int = 0
+    more_seconds: float = 0.0
+
+    @property
+    def limited_by(self) -> str:
+        """``compute`` or ``bus``."""
+        return "bus" if self.seconds > self.compute_seconds * (1 + FORECAST_TOLERANCE) else "compute"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement of a model's units on one device.
+
+    Attributes:
+        outline: the model.
+        segments: what is streamed, in the order of need. All other units are resident.
+        offsets: where in the staging memory each segment lies (ring_layout.py).
+        budget: bytes that it may use.
+        learned: whether it was known which units run by themselves.
+        forecast: None before a step was measured.
+        order: units in the order in which they become resident, and the other way round give way.
+    """
+
+    outline: Outline = field(repr=False)
+    segments: tuple[Segment, ...]
+    offsets: tuple[int, ...]
+    budget: float = field(default=0.0, compare=False)
+    learned: bool = field(default=False, compare=False)
+    forecast: Forecast | None = field(default=None, compare=False)
+    order: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def streaming(cls, outline: Outline, segments: tuple[Segment, ...], room: int) -> Plan:
+        """The plan that streams ``segments`` through at most ``room`` bytes of staging memory."""
+        return cls(outline, segments, lay_out([segment.nbytes for segment in segments], room))
+
+    @cached_property
+    def streamed(self) -> frozenset[int]:
+        """Units that are streamed."""
+        return frozenset(unit for segment in self.segments for unit in segment.units)
+
+    @cached_property
+    def waits(self) -> dict[Segment, Segment]:
+        """For each segment the one whose memory it gets."""
+        waits = waited_for([segment.nbytes for segment in self.segments], self.offsets)
+        return {segment: self.segments[other] for segment, other in zip(self.segments, waits, strict=True)}
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """Units that stay on the device, ascending."""
+        return tuple(unit for unit in range(len(self.outline.unit_bytes)) if unit not in self.streamed)
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks of which nothing is streamed."""
+        return self.outline.blocks - len({segment.block for segment in self.segments})
+
+    @property
+    def rest_bytes(self) -> int:
+        return self.outline.rest_bytes
+
+    @cached_property
+    def staging_bytes(self) -> int:
+        return used_bytes([segment.nbytes for segment in self.segments], self.offsets)
+
+    @cached_property
+    def streamed_bytes(self) -> int:
+        """Bytes that cross the bus in one step."""
+        return sum(segment.nbytes for segment in self.segments)
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.outline.model_bytes - self.outline.rest_bytes - self.streamed_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device in all: rest, residents and staging."""
+        return self.rest_bytes + self.resident_bytes + self.staging_bytes
+
+    def explain(self) -> str:
+        """The plan in a line, for the log and the node."""
+        return "; ".join(part for part in (self._placement_text(), self._forecast_text()) if part)
+
+    def _placement_text(self) -> str:
+        blocks = self.outline.blocks
+        if not self.segments:
+            return f"all {blocks} blocks resident ({format_bytes(self.device_bytes)} on the device), nothing streamed"
+        return (
+            f"{format_bytes(self.streamed_bytes)} a step streamed in {len(self.segments)} segments, from "
+            f"{blocks - self.resident_blocks} of {blocks} blocks; {format_bytes(self.device_bytes)} on the device: "
+            f"{format_bytes(self.resident_bytes)} of blocks resident, {format_bytes(self.rest_bytes)} outside of "
+            f"blocks, {format_bytes(self.staging_bytes)} staging"
+        )
+
+    def _forecast_text(self) -> str:
+        if (forecast := self.forecast) is None:
+            return ""
+        text = f"a step in {forecast.seconds:.3g} s, limited by {_LIMIT_NAMES[forecast.limited_by]}"
+        if forecast.limited_by == "bus":
+            text += f" ({forecast.compute_seconds:.3g} s of compute)"
+        elif self.segments:
+            text += " (streaming is free)"
+        if forecast.more_bytes:
+            text += f"; {format_bytes(forecast.more_bytes)} more VRAM would make it {forecast.more_seconds:.3g} s"
+        return text
+
+
+_LIMIT_NAMES = {"bus": "the bus", "compute": "compute"}
+
+
+def minimum_bytes(outline: Outline, profile: Profile) -> int:
+    """The least device memory that a plan needs: the rest, and one slot for what cannot be cut further."""
+    return outline.rest_bytes + _ladder(outline, profile)[0].piece_bytes
+
+
+# Gives the step that a plan will take, by what is known of it.
+SecondsOf = Callable[["Plan", Profile], float]
+
+
+@uncollected()
+def make_plan(
+    outline: Outline,
+    profile: Profile,
+    budget: float,
+    config: StreamingConfig,
+    seconds_of: SecondsOf | None = None,
+) -> Plan:
+    """Keep what ``budget`` allows and what saves time, and spread what is streamed evenly.
+
+    What is kept is a beginning of one order (spread.py), as long as the budget allows; of the numbers of slots the one
+    with the shortest step is taken.
+
+    Args:
+        budget: bytes for everything: rest, residents and staging.
+        config: how many slots, and how large. When it is thrifty and the profile measured, no more is kept of a model
+            that does not fit than makes streaming free.
+        seconds_of: where the step is more than that of this plan (turns.py); None is :func:`forecast_seconds`.
+
+    Raises:
+        BudgetError: the budget has no room for the rest and one slot.
+    """
+    if not outline.unit_bytes or (outline.model_bytes <= budget and not config.stream_all):
+        best = Plan(outline, (), ())
+    else:
+        best = _fastest(_rings(outline, profile, config), budget, seconds_of)
+    if best is None:
+        least = minimum_bytes(outline, profile)
+        raise BudgetError(
+            f"{format_bytes(budget)} are too few: the largest part that is copied at once and what lies outside of "
+            f"blocks need {format_bytes(least)}",
+            least,
+        )
+    thrifty = config.thrifty and not config.stream_all
+    if best.segments and profile.measured and thrifty and forecast_seconds(best, profile) <= _resident_seconds(profile):
+        best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
+    order = order_of_residency(outline, profile)
+    best = replace(best, budget=budget, learned=profile.learned, order=order)
+    return with_forecast(best, profile, config, seconds_of)
+
+
+def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
+    """The step that ``plan`` will take, with ``bus`` times the bandwidth."""
+    if not plan.segments:
+        return profile.compute_seconds
+    needs = segment_needs(plan.segments, profile, timeline(plan.outline, profile))
+    stages, lead = stages_of(needs, [profile.bandwidth * bus], profile.compute_seconds)
+    return max(profile.compute_seconds, step_seconds(stages, waits_of(needs, [plan.waits]), lead))
+
+
+class _Rung(NamedTuple):
+    """What follows from keeping the first so many units of the order of residency.
+
+    Attributes:
+        streamed_bytes: of the others.
+        piece_bytes: the largest of their segments that cannot be cut further.
+    """
+
+    streamed_bytes: int
+    piece_bytes: int
+
+
+@lru_cache(maxsize=16)
+def _ladder(outline: Outline, profile: Profile) -> tuple[_Rung, ...]:
+    """For each number of kept units, none to all but one, what is left to stream."""
+    alone = {unit for runs in profile.unit_runs or () for unit, _ in runs}
+    if not outline.unit_bytes:
+        return (_Rung(0, 0),)  # A device of several may have no block.
+    left = [set(units) for units in outline.block_units]
+    pieces = [_largest_piece(outline, units, alone) for units in left]
+    streamed = sum(outline.unit_bytes)
+    rungs = [_Rung(streamed, max(pieces))]
+    for unit in order_of_residency(outline, profile)[:-1]:
+        block = outline.unit_block[unit]
+        left[block].discard(unit)
+        pieces[block] = _largest_piece(outline, left[block], alone)
+        streamed -= outline.unit_bytes[unit]
+        rungs.append(_Rung(streamed, max(pieces)))
+    return tuple(rungs)
+
+
+def _largest_piece(outline: Outline, units: Collection[int], alone: Collection[int]) -> int:
+    sizes = [outline.unit_bytes[unit] for unit in units]
+    return max(sizes, default=0) if all(unit in alone for unit in units) else sum(sizes)
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """How much staging memory there is, and how it is used; makes plans that use it so.
+
+    Attributes:
+        slots: it holds so many of the largest segments.
+        segment_bytes: up to which parts of a block share a segment, or up to the largest part where that is more.
+        fine: not up to the largest part, though segments are then of other sizes.
+        grows: it may be larger, by what no unit fits into, or instead of the last units that would stay.
+        most_kept: units that may stay.
+    """
+
+    outline: Outline
+    profile: Profile
+    slots: int
+    segment_bytes: int
+    fine: bool
+    grows: bool
+    most_kept: int
+
+    def plan(self, kept: int) -> Plan:
+        """The plan that keeps the first ``kept`` units of the order."""
+        return self._plan_streaming(self._order[kept:])
+
+    def best(self, budget: float, below: float = math.inf) -> tuple[float, Plan] | None:
+        """The plan that keeps the most within ``budget``, and its step; None where none fits, or none can be ``below``
+        so many seconds."""
+        fitting = (kept for kept in range(self.most_kept, -1, -1) if self._device_bytes(kept) <= budget)
+        if (kept := next(fitting, None)) is None:
+            return None
+        room = budget - self._device_bytes(kept)
+        if self._least_seconds(kept, room) >= below:
+            return None
+        plan = self.plan(kept)
+        found = forecast_seconds(plan, self.profile), plan
+        if self._least_seconds(kept) < found[0] * (1 - FORECAST_TOLERANCE):
+            found = self._better_of(found, self._in_slots(plan))
+        left = self._without_what_fits(self._order[kept:], room)
+        if len(left) < len(plan.streamed):
+            found = self._better_of(found, self._plan_streaming(left))
+        for fewer in range(kept, max(-1, kept - MOST_IN_EXCHANGE - 1), -1) if self.grows else ():
+            if self._least_seconds(fewer) < found[0] * (1 - FORECAST_TOLERANCE):
+                more = min(budget - self._device_bytes(fewer), self._slot_bytes(fewer))  # By one slot it is another.
+                found = self._better_of(found, self._plan_streaming(self._order[fewer:], int(more)))
+        return found
+
+    def _in_slots(self, plan: Plan) -> Plan:
+        """The same with as much memory for each segment as for the largest, taken in turn.
+
+        Where segments differ and only two or three lie in the ring at once, one that lies where two others were would
+        wait for both.
+        """
+        largest = max(segment.nbytes for segment in plan.segments)
+        return replace(plan, offsets=tuple(largest * (number % self.slots) for number in range(len(plan.segments))))
+
+    def _least_seconds(self, kept: int, room: float = 0.0) -> float:
+        """No plan that keeps so many units, and others in ``room`` bytes, takes less."""
+        streamed = max(0.0, self._rungs[kept].streamed_bytes - room)
+        return max(self.profile.compute_seconds, streamed / self.profile.bandwidth)
+
+    def _better_of(self, one: tuple[float, Plan], other: Plan) -> tuple[float, Plan]:
+        """``other`` where its step is shorter by a part that counts."""
+        seconds = forecast_seconds(other, self.profile)
+        return (seconds, other) if seconds < one[0] * (1 - FORECAST_TOLERANCE) else one
+
+    def _without_what_fits(self, streamed: tuple[int, ...], room: float) -> list[int]:
+        """Units to stream when some are kept out of order because the next in order does not fit.
+
+        Only where that saves a part of the model that counts: every such unit moves again with the next budget.
+        """
+        left = list(streamed)
+        if room < WORTH_FILLING * self.outline.model_bytes or self.most_kept == 0:
+            return left
+        for unit in streamed:
+            if self.outline.unit_bytes[unit] <= room and len(left) > 1:
+                left.remove(unit)
+                room -= self.outline.unit_bytes[unit]
+        return left
+
+    def _plan_streaming(self, units: Collection[int], more: int = 0) -> Plan:
+        """The plan that streams ``units`` through the ring, or one that is by ``more`` bytes larger."""
+        streamed = frozenset(units)
+        slot = self._slot_bytes(len(self._order) - len(streamed))
+        segments = cut(self.outline, streamed, self.profile, self.segment_bytes if self.fine else slot)
+        return Plan.streaming(self.outline, segments, self.slots * slot + more)
+
+    def fewest(self, seconds: float, bus: float, below: float) -> Plan | None:
+        """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth; None
+        where it would need ``below`` bytes, or more, or nothing helps.
+
+        More residents are taken to make a step shorter, which is not always so: what is found is good enough, and there
+        may be something smaller (FLUX: by up to 340 MB, in 22 of 144 cases).
+        """
+        smaller = [kept for kept in range(len(self._rungs)) if self._device_bytes(kept) < below]
+        if not smaller or (found := self._within(seconds, bus, smaller[-1])) is None:
+            return None
+        # With other units, which lie in other places, a step may take a little longer again.
+        if (plan := self._within(seconds, bus, smaller[0])) is not None:
+            return plan
+        low, high = 1, len(smaller) - 2
+        while low <= high:
+            middle = (low + high) // 2
+            if (plan := self._within(seconds, bus, smaller[middle])) is not None:
+                found, high = plan, middle - 1
+            else:
+                low = middle + 1
+        return found
+
+    def _within(self, seconds: float, bus: float, kept: int) -> Plan | None:
+        """The plan that keeps so many units, if it takes at most ``seconds``."""
+        if self._rungs[kept].streamed_bytes / (self.profile.bandwidth * bus) > seconds:
+            return None
+        plan = self.plan(kept)
+        return plan if forecast_seconds(plan, self.profile, bus) <= seconds else None
+
+    def _device_bytes(self, kept: int) -> int:
+        return self.outline.model_bytes - self._rungs[kept].streamed_bytes + self.slots * self._slot_bytes(kept)
+
+    def _slot_bytes(self, kept: int) -> int:
+        return max(self.segment_bytes, self._rungs[kept].piece_bytes)
+
+    # Kept: to look them up by outline and profile would hash both, for each number of units that is tried.
+    @cached_property
+    def _order(self) -> tuple[int, ...]:
+        return order_of_residency(self.outline, self.profile)
+
+    @cached_property
+    def _rungs(self) -> tuple[_Rung, ...]:
+        return _ladder(self.outline, self.profile)
+
+
+def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Iterator[_Ring]:
+    """Rings worth trying, the preferred one first; where it makes a difference also with less in a segment."""
+    rungs = _ladder(outline, profile)
+    largest, most = rungs[0].piece_bytes, 0 if config.stream_all else len(rungs) - 1
+    for slots in config.slot_counts(largest):
+        grows = not config.synchronous and slots != config.slots
+        target = min(config.segment_bytes, config.staging_bytes // slots)
+        yield _Ring(outline, profile, slots, target, False, grows, most)
+        if target > largest:
+            yield _Ring(outline, profile, slots, 0, False, grows, most)
+        elif profile.learned:
+            yield _Ring(outline, profile, slots, target, True, grows, most)
+
+
+def _fastest(rings: Iterable[_Ring], budget: float, seconds_of: SecondsOf | None) -> Plan | None:
+    """The plan with the shortest step; of those that are about equal the first."""
+    usual = 0
+    chosen, least = None, math.inf
+    for ring in rings:
+        usual = usual or ring.slots
+        enough = SLOT_TOLERANCE if ring.slots < usual else FORECAST_TOLERANCE
+        if (best := ring.best(budget, least * (1 - enough))) is None:
+            continue
+        seconds, plan = best
+        if seconds_of is not None:
+            seconds = seconds_of(plan, ring.profile)
+        if seconds < least * (1 - enough):
+            least, chosen = seconds, plan
+    return chosen
+
+
+@lru_cache(maxsize=16)
+def _as_fast_as_resident(outline: Outline, profile: Profile, config: StreamingConfig, bus: float) -> Plan:
+    """The plan of least memory whose step takes as long as with everything resident, using that part of the bus."""
+    goal = _resident_seconds(profile)
+    least = Plan(outline, (), ())
+    for ring in _rings(outline, profile, config):
+        least = ring.fewest(goal, bus, least.device_bytes) or least
+    return least
+
+
+def _resident_seconds(profile: Profile) -> float:
+    return profile.compute_seconds * (1 + FORECAST_TOLERANCE)
+
+
+@uncollected()
+def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig, seconds_of: SecondsOf | None = None) -> Plan:
+    """``plan`` with what ``profile`` lets expect of it; as it is before anything was measured."""
+    if not profile.measured:
+        return plan
+    seconds = (seconds_of or forecast_seconds)(plan, profile)
+    forecast = Forecast(seconds, profile.compute_seconds, plan.streamed_bytes / profile.bandwidth)
+    if forecast.limited_by == "bus":
+        enough = _as_fast_as_resident(plan.outline, profile, config, 1.0)
+        more = max(0, enough.device_bytes - plan.device_bytes)
+        forecast = replace(forecast, more_bytes=more, more_seconds=forecast_seconds(enough, profile))
+    return replace(plan, forecast=forecast)

@@ -1,0 +1,309 @@
+"""Decides which plan comes next, from what is known of a model's steps and of the memory that they leave.
+
+Nothing is moved here. A plan in effect gives way where it cannot stay, or where another is worth moving weights for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..config import StreamingConfig
+from ..devices.backend import DeviceMemory
+from ..run.recorder import Recorder
+from .plan import Plan, SecondsOf, forecast_seconds, make_plan, minimum_bytes, with_forecast
+from .profile import Outline, Profile, assumed_profile
+from .residency import MEASURED_STEPS, SHORTAGE, Residency
+from .spread import best_order
+from .state import Standing, State
+
+# A plan that is predicted to gain less than this is not worth moving weights for.
+WORTHWHILE = 0.02
+# A step that is over in this part of the time that its compute was measured to take: in the one that was measured the
+# host was late, which happens where it launches kernels on several devices. So often it is measured again.
+DISPROVED = 0.85
+MOST_DOUBTS = 2
+# Nor is giving memory back, where nobody asks for it, that is less than this part of the model.
+MUCH = 0.1
+# What is offered moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Moving
+# weights for that costs more than it gains.
+MOST_SLACK = 400 * 1024**2
+
+
+class Decision(NamedTuple):
+    """What to do before a step.
+
+    Attributes:
+        plan: the one to have then.
+        moves: whether it must be carried out. Else it is the one in effect, maybe with another forecast.
+    """
+
+    plan: Plan
+    moves: bool
+
+
+class Planner:
+    """What is known about one model on one device, and the plans that follow from it.
+
+    Args:
+        outline: the model.
+        config: settings.
+        seconds_of: gives the step that a plan will take, by what is known of it.
+
+    Attributes:
+        profile: what is known of the next step.
+        compiled: whether steps run compiled (hooks.py, Note: compiled models).
+        by_units: blocks that nobody enters though their units run (by_units.py).
+    """
+
+    def __init__(self, outline: Outline, config: StreamingConfig, seconds_of: SecondsOf = forecast_seconds) -> None:
+        self.compiled = False
+        self.by_units: frozenset[int] = frozenset()
+        self.profile = _with_best_order(outline, assumed_profile(outline))
+        self._outline = outline
+        self._config = config
+        self._seconds_of = seconds_of
+        self._residency = Residency(config.headroom_bytes, config.adaptive)
+        self._whole_blocks = False
+        self._chosen: tuple[Profile, float] | None = None
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The least device memory with which the model streams; less once the order of its parts is known."""
+        return minimum_bytes(self._outline, self.profile)
+
+    # -- plans for a budget --------------------------------------------------------------------------------------
+
+    def plan_for(self, budget: float) -> Plan:
+        """The plan for ``budget`` bytes, the configured limit respected.
+
+        Raises:
+            BudgetError: too little for the least that streams.
+        """
+        if self._config.vram_limit is not None:
+            budget = min(budget, self._config.vram_limit)
+        return make_plan(self._outline, self.profile, budget, self._config, self._seconds_of)
+
+    def plan_within(self, budget: float) -> Plan:
+        """The plan for ``budget``, or for the least that works where it is less: whether that fits is then tried."""
+        return self.plan_for(max(budget, self.minimum_bytes))
+
+    def next_plan(self, budget: float, now: Standing) -> Plan:
+        """The plan in effect, where that fits into ``budget`` and another would gain too little; else a new one.
+
+        Between prompts is also the time for another order of residency: it moves more than a plan in the old order, and
+        in the middle of a prompt that would cost more time than most prompts have steps to win it back.
+        """
+        if self._residency.current.timed and self._residency.current.profile is self.profile:
+            self._choose_order(max(budget, self.minimum_bytes))
+        plan, current = self.plan_for(budget), now.plan
+        if current is None or (current.segments and current.learned != plan.learned) or self._copies_ahead(current):
+            return plan
+        if current.device_bytes > plan.budget + self._slack(now) or self._is_worthwhile(plan, now):
+            return plan
+        return with_forecast(replace(current, budget=plan.budget), self.profile, self._config, self._seconds_of)
+
+    def _slack(self, now: Standing) -> int:
+        """Bytes beyond a budget that are not worth moving weights for."""
+        if now.device_budget is not None or now.state is not State.LOADED:
+            return 0
+        if self.profile.measured:
+            return int(self._config.headroom_bytes * SHORTAGE)
+        return min(MOST_SLACK, self._outline.model_bytes // 50)
+
+    def _is_worthwhile(self, plan: Plan, now: Standing) -> bool:
+        """Whether ``plan`` makes a step faster than the one in effect by enough, or takes much less memory for it."""
+        assert now.plan is not None
+        if not (plan.segments or now.plan.segments):
+            return False
+        gain = 1 - self._seconds_of(plan, self.profile) / self._seconds_of(now.plan, self.profile)
+        saved = now.device_bytes - plan.device_bytes
+        unasked = plan.budget > now.device_bytes
+        return gain >= WORTHWHILE or (unasked and gain >= 0 and saved > MUCH * self._outline.model_bytes)
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def begin_prompt(self) -> None:
+        """The host has loaded the model, or let go of it."""
+        self._residency.begin_prompt()
+
+    def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
+        """Bytes to use for the next prompt: ``offered``, or what earlier steps have shown to be possible."""
+        return self._residency.prompt_budget(memory, device_bytes, offered)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def plan_step(
+        self,
+        shape: Hashable,
+        now: Standing,
+        memory: DeviceMemory,
+        measured: bool,
+        estimate: Callable[[], int] | None,
+    ) -> Decision:
+        """A step of ``shape`` comes next: what to have on the device then.
+
+        Args:
+            shape: equal for steps that need the same memory and time.
+            now: a loaded model.
+            memory: of the device.
+            measured: whether :meth:`learn` was told of the step before.
+            estimate: gives the bytes that activations may take, for a shape that has not run yet.
+        """
+        assert now.plan is not None
+        self._enter(shape)
+        budget = self._residency.budget(memory, now.device_bytes, estimate)
+        room = self._fallback_budget(now) if budget is None else budget
+        must = self._must_change(budget, now)
+        if not (must or measured or budget is not None):
+            return Decision(now.plan, moves=False)
+        plan = self.plan_within(room)
+        if must or self._is_worthwhile(plan, now):
+            return Decision(plan, moves=True)
+        return Decision(with_forecast(now.plan, self.profile, self._config, self._seconds_of), moves=False)
+
+    def wants_measuring(self) -> bool:
+        """Whether the step that comes next can teach something: the first of a shape the order, another one times."""
+        regime = self._residency.current
+        if regime.steps == 0 or not (self.profile.learned or self.compiled or self._whole_blocks):
+            return True
+        return not regime.timed
+
+    def doubts(self, step_seconds: float | None) -> bool:
+        """Whether the compute that was measured is more than that of a step which took so long, one of the last."""
+        regime = self._residency.current
+        if step_seconds is None or not regime.timed or regime.in_a_row <= MEASURED_STEPS:
+            return False
+        return regime.doubts < MOST_DOUBTS and step_seconds < DISPROVED * self.profile.compute_seconds
+
+    def measure_again(self) -> None:
+        """The next step of this shape teaches its times once more."""
+        self._residency.current.timed = False
+        self._residency.current.doubts += 1
+
+    def learn(self, recorder: Recorder) -> None:
+        """Keep what ``recorder`` has seen of a whole step, which is over."""
+        if recorder.never_entered:
+            self.by_units |= recorder.never_entered
+            return  # In the step that comes next these are entered: it is measured anew.
+        regime = self._residency.current
+        regime.timed = regime.steps > 1
+        profile = recorder.profile(self.profile, with_times=regime.timed)
+        if self.compiled or self._whole_blocks:
+            profile = replace(profile, unit_runs=None, unit_times=None)
+        # In doubt a step may teach that compute takes less time, but not, where a cache answers, that less is computed.
+        fewer = set(profile.block_order) < set(self.profile.block_order)
+        if regime.doubts and (fewer or profile.compute_seconds >= self.profile.compute_seconds):
+            return
+        regime.profile = self.profile = profile
+
+    def stepped(self) -> None:
+        """A whole step has run."""
+        self._residency.stepped()
+
+    def observe(self, memory: DeviceMemory, peak: int) -> None:
+        """The step that is over had ``peak`` bytes at once for its activations."""
+        self._residency.observe(memory, peak)
+
+    @property
+    def begins_prompt(self) -> bool:
+        """Whether the step that comes next is the first of a prompt."""
+        return self._residency.begins
+
+    def trimmed(self, kept: int) -> None:
+        """Torch has given back what it could, and still keeps so many bytes."""
+        self._residency.trimmed(kept)
+
+    @property
+    def lacks_piece(self) -> bool:
+        """Whether torch keeps no piece that is large enough for the step that comes next."""
+        return self._residency.lacks_piece
+
+    def piece(self) -> int:
+        """Bytes for torch to keep in one piece (residency.py, Note: from the same begin); 0 where it does already."""
+        return self._residency.piece() if self.lacks_piece else 0
+
+    def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
+        """A step did not run, and is tried again with ``budget`` bytes."""
+        self._residency.out_of_memory(budget, memory, device_bytes)
+
+    def stream_whole_blocks(self) -> None:
+        """Units do not always run by themselves: from now on blocks stream as a whole."""
+        self._whole_blocks = True
+        self._forget_units()
+
+    def expect_compiled(self, compiled: bool) -> None:
+        """Steps run compiled from now on, or no longer: blocks then stream as a whole, or in parts again."""
+        if compiled != self.compiled:
+            self.compiled = compiled
+            self._forget_units()
+
+    def _forget_units(self) -> None:
+        self._forget_memory()
+        self.profile = replace(self.profile, unit_runs=None, unit_times=None, measured=False)
+
+    def configure(self, config: StreamingConfig) -> None:
+        """Other settings from now on. What was measured stays true: compute and copies were measured apart."""
+        self._config, self._chosen = config, None
+
+    def take_up(self, outline: Outline) -> None:
+        """The model was laid out anew. Of other blocks nothing is known."""
+        before, self._outline, self._chosen = self._outline, outline, None
+        if replace(outline, rest_bytes=before.rest_bytes) != before:
+            self.by_units, self._whole_blocks = frozenset(), False
+            self.profile = _with_best_order(outline, assumed_profile(outline))
+            self._forget_memory()
+
+    def change_device(self) -> None:
+        """Another device comes: keep only what is true of the model on any."""
+        self._forget_memory()
+        self.profile = replace(self.profile, measured=False)
+
+    def _forget_memory(self) -> None:
+        self._residency = Residency(self._config.headroom_bytes, self._config.adaptive)
+
+    def _enter(self, shape: Hashable) -> None:
+        """Take up what is known of ``shape``."""
+        regime = self._residency.enter(shape)
+        # The times of another shape say nothing about this one; the order in which units run does.
+        self.profile = regime.profile or replace(self.profile, measured=False)
+
+    def _fallback_budget(self, now: Standing) -> float:
+        """Where nothing new is known of the memory: what the plan in effect was made for, or what was left of it."""
+        assert now.plan is not None
+        return now.device_bytes if now.state is State.REDUCED else now.plan.budget
+
+    def _must_change(self, budget: float | None, now: Standing) -> bool:
+        """Whether the plan in effect cannot stay, however little another would gain."""
+        assert now.plan is not None
+        outdated = bool(now.plan.segments) and self.profile.learned and not now.plan.learned
+        # A little of the headroom may go: moving weights for it is not worth it.
+        short = budget is not None and now.device_bytes > budget + self._config.headroom_bytes * SHORTAGE
+        return outdated or short or self._copies_ahead(now.plan) or now.state is State.REDUCED
+
+    def _copies_ahead(self, plan: Plan) -> bool:
+        """Whether ``plan`` has memory for copies ahead, which are not made any more."""
+        largest = max((segment.nbytes for segment in plan.segments), default=0)
+        return self._config.synchronous and plan.staging_bytes > max(largest, self._config.segment_bytes)
+
+    def _choose_order(self, budget: float) -> None:
+        """Take the order of residency that fits the measured times, if it gains enough to move weights for."""
+        if not self.profile.measured or self._has_chosen(budget):
+            return
+        kept = self._seconds_of(self.plan_within(budget), self.profile)
+        before, self.profile = self.profile, _with_best_order(self._outline, replace(self.profile, order=()))
+        if self._seconds_of(self.plan_within(budget), self.profile) > kept * (1 - WORTHWHILE):
+            self.profile = before
+        self._residency.current.profile = self.profile
+        self._chosen = self.profile, budget
+
+    def _has_chosen(self, budget: float) -> bool:
+        """Whether these times, and about this budget, have led to an order already."""
+        if self._chosen is None or self._chosen[0] is not self.profile:
+            return False
+        return abs(self._chosen[1] - budget) <= self._config.headroom_bytes
+
+
+def _with_best_order(outline: Outline, profile: Profile) -> Profile:
+    return replace(profile, order=best_order(outline, profile))

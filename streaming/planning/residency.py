@@ -1,0 +1,197 @@
+"""How much device memory a model may use, step by step: what the host allowed first, then what was measured. Pure.
+
+[Note: no thrashing]
+Memory is looked at before each step. While a shape is new (its first two steps) the budget follows what the activations
+of the steps before have needed. From the third step on weights only ever go, never come: when the step after needs
+more than is left, or when somebody else takes memory, and then only after two looks in a row. They come back when the
+host loads the model anew, for a prompt, or at the second of two like steps; and then no further than the largest shape
+of this prompt allows. A shape that ran out of memory keeps the budget with which it then ran, until more is free.
+
+[Note: from the same begin]
+Activations need what was allocated at once while a step ran, and a part more, because memory is cut up. torch takes it
+from the device in pieces, as it is asked for: then more is cut up, and how much depends on what was kept before. So a
+plan that was right for one prompt ran out of memory in the next. Therefore, before the first step of each prompt, and
+wherever weights have moved, torch gives back what it keeps, and then keeps in one piece what a step of a known shape
+needs. What it cannot give back, since something that stays lies beside it, is of use to nobody (``_stuck``: 130 to 160
+MB with cudaMallocAsync, FLUX), and what a step takes beyond the piece belongs to its need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from ..devices.backend import DeviceMemory
+from .profile import Profile
+
+# Steps of a new shape that are measured.
+MEASURED_STEPS = 2
+# To what was allocated at once this part is added.
+GAPS = 1 / 8
+# A shortage is when this part of the headroom is missing, or when no more than it is left.
+SHORTAGE = 0.25
+MOST_SHAPES = 32
+
+
+@dataclass(eq=False)
+class Regime:
+    """What is known about steps of one shape.
+
+    Attributes:
+        steps: whole ones so far; in_a_row since the last step of another shape.
+        timed: whether ``profile`` has the times of such a step; doubts: how often they turned out to be too long.
+        activation_bytes: what the activations of a step need; None before one was measured.
+        counts: how often that was counted. If never, it is what torch kept after a step.
+        profile: how such a step behaves.
+        ceiling: after such a step ran out of memory, the budget with which it was tried again; no budget goes beyond.
+        ceiling_available: bytes that weights and activations had together then.
+        shortages: looks in a row that found too little free memory.
+    """
+
+    steps: int = 0
+    in_a_row: int = 0
+    timed: bool = False
+    doubts: int = 0
+    activation_bytes: int | None = None
+    counts: int = 0
+    profile: Profile | None = None
+    ceiling: float = math.inf
+    ceiling_available: int = 0
+    shortages: int = 0
+
+
+class Residency:
+    """Budgets for one model on one device.
+
+    Args:
+        headroom: bytes that stay free.
+        adaptive: whether to go beyond and below what the host offered.
+
+    Attributes:
+        begins: whether the step that comes next is the first of a prompt.
+    """
+
+    def __init__(self, headroom: int, adaptive: bool = True) -> None:
+        self._headroom = headroom
+        self._adaptive = adaptive
+        self._regimes: OrderedDict[Hashable, Regime] = OrderedDict()
+        self.current = Regime()
+        self._in_prompt: list[Regime] = []
+        self._ran = False
+        self.begins = True
+        self._stuck = self._piece = 0
+
+    def begin_prompt(self) -> None:
+        """The host has loaded the model, or let go of it. What torch keeps now says nothing about activations."""
+        self._in_prompt.clear()
+        self._ran = False
+        self.begins = True
+        self.current.in_a_row = 0
+
+    def observe(self, memory: DeviceMemory, peak: int) -> None:
+        """The step that is over had ``peak`` bytes at once for its activations."""
+        need = int(peak * (1 + GAPS))
+        kept = memory.cached - self._stuck
+        if 0 < self._piece < kept:
+            need = self._piece = kept
+        regime = self.current
+        if regime.counts > 1:  # The first may have more in it: kernels are loaded, and tried, beside a first step.
+            need = max(need, regime.activation_bytes or 0)
+        regime.activation_bytes = need
+        regime.counts += 1
+
+    def trimmed(self, kept: int) -> None:
+        """Torch has given back what it could, and still keeps so many bytes."""
+        self.begins = False
+        self._stuck, self._piece = kept, 0
+
+    @property
+    def lacks_piece(self) -> bool:
+        """Whether a step of a known need comes next, for which torch keeps no piece that is large enough."""
+        return self._most_counted() > self._piece * (1 + GAPS / 2)
+
+    def piece(self) -> int:
+        """Bytes for torch to keep in one piece from now on."""
+        self._piece = self._most_counted()
+        return self._piece
+
+    def _most_counted(self) -> int:
+        return max((regime.activation_bytes or 0 for regime in self._in_prompt if regime.counts), default=0)
+
+    def stepped(self) -> None:
+        """A whole step has run."""
+        self._ran = True
+        self.current.steps += 1
+        self.current.in_a_row += 1
+
+    def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
+        """A step did not run, and is tried again with ``budget`` bytes."""
+        self.current.ceiling = budget
+        self.current.ceiling_available = memory.free + memory.cached + device_bytes
+
+    def enter(self, shape: Hashable) -> Regime:
+        """A step of ``shape`` comes next."""
+        regime = self._regimes.setdefault(shape, Regime())
+        self._regimes.move_to_end(shape)
+        if len(self._regimes) > MOST_SHAPES:
+            self._regimes.popitem(last=False)
+        if regime is not self.current:
+            regime.in_a_row = regime.shortages = 0
+            self.current = regime
+        if regime not in self._in_prompt:
+            self._in_prompt.append(regime)
+        return regime
+
+    def budget(self, memory: DeviceMemory, device_bytes: int, estimate: Callable[[], int] | None) -> float | None:
+        """Bytes for all weights and staging of the next step; None leaves things as they are.
+
+        Args:
+            memory: of the device, now.
+            device_bytes: what the model has of it, now.
+            estimate: activations of a step like the next one, for a shape that has not run yet.
+        """
+        regime = self.current
+        if not self._adaptive:
+            return None
+        if regime.steps == 0:
+            room = self._room_for(memory, estimate() if estimate is not None else 0)
+            return device_bytes + room if room < 0 else None
+        if regime.steps <= MEASURED_STEPS and self._ran:
+            if regime.counts:
+                return min(device_bytes + self._room_for(memory, self._most_activations()), regime.ceiling)
+            regime.activation_bytes = max(memory.cached, regime.activation_bytes or 0)
+            return min(device_bytes + memory.free - self._headroom, regime.ceiling)
+        if regime.in_a_row <= 1 and regime.activation_bytes is not None:
+            if (room := self._room_for(memory, regime.activation_bytes)) < 0:
+                return min(device_bytes + room, regime.ceiling)
+            if regime.in_a_row == 1:
+                return min(device_bytes + self._room_for(memory, self._most_activations()), regime.ceiling)
+            return None
+        return self._under_pressure(memory, device_bytes)
+
+    def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
+        """Bytes for the next prompt, for which the host offers ``offered``: its estimate, where we have measured."""
+        regime = self.current
+        if memory.free + memory.cached + device_bytes > regime.ceiling_available + self._headroom:
+            regime.ceiling = math.inf
+        if regime.activation_bytes is None or not self._adaptive:
+            return min(offered, regime.ceiling)
+        return min(device_bytes + self._room_for(memory, regime.activation_bytes), regime.ceiling)
+
+    def _most_activations(self) -> int:
+        """Of the shapes of this prompt: they may come back in any order."""
+        return max(regime.activation_bytes or 0 for regime in self._in_prompt)
+
+    def _room_for(self, memory: DeviceMemory, activation_bytes: int) -> int:
+        return memory.free + max(0, memory.cached - self._stuck) - activation_bytes - self._headroom
+
+    def _under_pressure(self, memory: DeviceMemory, device_bytes: int) -> float | None:
+        regime = self.current
+        short = memory.free < self._headroom * SHORTAGE
+        regime.shortages = regime.shortages + 1 if short else 0
+        if regime.shortages < 2:
+            return None
+        regime.shortages = 0
+        return device_bytes + memory.free - self._headroom

@@ -1,0 +1,130 @@
+"""Tells when a step, a block and a unit begin and end.
+
+Blocks are entered by any method of theirs (entries.py), and so are units that consist of several modules. A layer runs
+by its call; its other methods are about loading.
+
+A model that is loaded again when its root is called gets its hooks anew then, while torch goes through those of before,
+which it calls without keywords.
+
+After an ``Exception`` ends are told too, but not after an interrupt of another kind (a ``BaseException``): who listens
+must be able to settle what such a one left behind.
+
+[Note: compiled models]
+torch.compile would trace through hooks: what they do to streams, threads and clocks is no part of a graph, and what
+they bind would come into effect when the graph ends. So hooks are hidden from it: a graph ends before each of them and
+a new one begins behind it. With hooks on every layer little would be left to compile, and each layer would count as a
+function that is compiled anew for every shape, of which torch allows eight. So a compiled model streams whole blocks,
+and nothing inside of them is hooked: a block is one graph, as it is without streaming.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..model.entries import Entries
+
+
+class Listener(Protocol):
+    """Who wants to know."""
+
+    def begin_step(self) -> None: ...
+
+    def end_step(self, completed: bool) -> None: ...
+
+    def enter_block(self, block: int) -> None: ...
+
+    def leave_block(self, block: int) -> None: ...
+
+    def enter_unit(self, unit: int) -> None: ...
+
+    def leave_unit(self, unit: int) -> None: ...
+
+    def recorded(self, block: int | None) -> None:
+        """Gradients are recorded through ``block``, or through a step."""
+
+
+def attach(
+    root: nn.Module,
+    blocks: Iterable[tuple[int, nn.Module]],
+    units: Iterable[tuple[int, nn.Module]],
+    listener: Listener,
+) -> Entries:
+    """Watch ``root``, the numbered ``blocks`` and ``units``, referring to the listener weakly, until it is removed.
+
+    A unit that raises is not told to have ended: the end of its block says so.
+    """
+    who = weakref.ref(listener)
+    entries = Entries()
+    entries.watch(root, _step_begins(who), _step_ends(who), methods=False)
+    for number, module in blocks:
+        entries.watch(module, _block_begins(who, number), _block_ends(who, number))
+    for number, module in units:
+        has_parts = any(True for _ in module.children())
+        entries.watch(module, _unit_begins(who, number), _unit_ends(who, number), always_ends=False, methods=has_parts)
+    return entries
+
+
+# One closure for each event, and no common dispatcher: they run hundreds of times in every step.
+Reference = Callable[[], "Listener | None"]
+
+
+def _step_begins(who: Reference) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, kwargs: object = None) -> None:
+        if (listener := who()) is not None:
+            listener.begin_step()
+
+    return hook
+
+
+def _step_ends(who: Reference) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        if (listener := who()) is not None:
+            listener.end_step(completed=output is not None)  # There is no output after an exception.
+            if torch.is_grad_enabled() and _has_gradients(output):
+                listener.recorded(None)
+
+    return hook
+
+
+def _block_begins(who: Reference, block: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, kwargs: object) -> None:
+        if (listener := who()) is not None:
+            listener.enter_block(block)
+
+    return hook
+
+
+def _block_ends(who: Reference, block: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        if (listener := who()) is not None:
+            listener.leave_block(block)
+            if torch.is_grad_enabled() and _has_gradients(output):
+                listener.recorded(block)
+
+    return hook
+
+
+def _has_gradients(output: object) -> bool:
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else (output,)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
+def _unit_begins(who: Reference, unit: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, kwargs: object) -> None:
+        if (listener := who()) is not None:
+            listener.enter_unit(unit)
+
+    return hook
+
+
+def _unit_ends(who: Reference, unit: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        if (listener := who()) is not None:
+            listener.leave_unit(unit)
+
+    return hook

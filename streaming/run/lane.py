@@ -1,0 +1,398 @@
+"""The hot path of one device: a segment is copied ahead, waited for, bound while its units run, and released.
+
+[Note: two events guard a slot]
+A segment has one slot, the same in every step; slots overlap, and a segment is copied to its own when nobody needs any
+more what lies there. The memory is written by copies and read by the compute stream. Four things keep them apart:
+ 1. write after read: a copy into a slot waits for the events that were recorded on the compute stream when the
+    segments that lay there had queued their kernels (``_release``). When a copy is queued that waits for such an event
+    nobody else need do so: by 3 all later copies come behind it (``Ring.filled``);
+ 2. read after write: a segment's kernels are queued behind a wait for ``ready``, recorded after the copy (``_begin``);
+ 3. write after write: the backend carries copies out in the order in which they are queued;
+ 4. the host never rewrites a master copy while a copy from it may be under way: who does drains the copy streams
+    first (``streamer.py``).
+Segments with page-locked master copies are copied straight from them. The others, and then those behind them, go
+through a reader, which reads and queues copies on threads of its own, in the same order (reader.py, Note: one order
+for all copies). One that fails may have waited for nothing, so its events stay for the next (``Ring.guards``).
+A segment that is needed while another one that runs lies in its place gets memory of its own, for that time. (Units
+that run inside of others come to that where nobody expected them.)
+What a block writes to its weights while they are in a slot, or puts in their place, would be lost with the next copy.
+It shows in torch's count of writes to the slot, and in what modules hold; the step ends in an error then (runner.py).
+A segment is released when its units have run as often as they did before, and at the latest when its block or the
+step ends. A unit that runs once more begins its segment anew, with a wait and a binding of its own; so nothing here
+relies on how often units ran before. The host itself waits for nothing but for readers. Tensors never tell torch's
+allocator about the second stream (``record_stream``): staging memory is freed only after ``synchronize``.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.autograd import profiler
+
+from ..collector import uncollected
+from ..config import format_bytes
+from ..devices.backend import Backend, Event, Pair, is_out_of_memory
+from ..memory.masters import UnitCopies
+from ..memory.reader import Reader
+from ..memory.transfer import Load, Move, Tick, Transfer
+from ..model.layout import Binding
+from ..planning.plan import Plan
+from .ring import Ring, Slot
+from .schedule import Entry, Schedule
+from .telemetry import Meters
+
+logger = logging.getLogger(__name__)
+
+# A unit's memory in a slot, and the unit.
+Place = tuple[torch.Tensor, UnitCopies]
+
+
+class _Run:
+    """A segment that is bound.
+
+    Attributes:
+        active: its units that are running now.
+        left: runs of its units after which it is released; never reached by one that its block holds.
+        buffer: the memory in which it is: its slot, or its own.
+        bindings: to that memory.
+        writes: how often the memory had been written to when it was bound; None before that.
+    """
+
+    __slots__ = ("active", "bindings", "buffer", "left", "writes")
+
+    def __init__(self, left: int, buffer: torch.Tensor, bindings: Sequence[Binding]) -> None:
+        self.active = 0
+        self.left = left
+        self.buffer = buffer
+        self.bindings = bindings
+        self.writes: int | None = None
+
+    def bind(self) -> None:
+        """Point the modules at its memory."""
+        for binding in self.bindings:
+            binding.apply()
+        self.writes = self.buffer._version
+
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has written to it since, or put other weights in its place."""
+        if self.writes is None:
+            return False
+        return self.buffer._version != self.writes or not all(map(_is_in_place, self.bindings))
+
+
+class Lane:
+    """Streams the segments of a plan through a ring.
+
+    Args:
+        backend: the device.
+        plan: a plan with segments.
+        copies: gives the copies of a streamed unit.
+        reader: brings what has no page-locked master copy.
+        copy_streams: 0 copies each segment when it is needed, on the compute stream.
+        meters: where to count.
+        tick: is called while the host waits for a reader, and may raise.
+    """
+
+    @uncollected()
+    def __init__(
+        self,
+        backend: Backend,
+        plan: Plan,
+        copies: Callable[[int], UnitCopies],
+        reader: Reader,
+        copy_streams: int,
+        meters: Meters,
+        tick: Tick,
+    ) -> None:
+        self._backend = backend
+        self._segments = plan.segments
+        self._reader = reader
+        self._counters = meters.counters
+        self._stalls = meters.stalls
+        self._overwritten = meters.overwritten
+        self._tick = tick
+        self.segment_of = {unit: number for number, segment in enumerate(plan.segments) for unit in segment.units}
+        self._of_block: dict[int, list[int]] = {}
+        for number, segment in enumerate(plan.segments):
+            self._of_block.setdefault(segment.block, []).append(number)
+        self._running: set[int] = set()
+        self._open: dict[int, _Run] = {}
+        self._copies = [[copies(unit) for unit in segment.units] for segment in plan.segments]
+        self._home = [[unit.home for unit in group] for group in self._copies]
+        ends = zip(plan.offsets, plan.segments, strict=True)
+        spans = [range(offset, offset + segment.nbytes) for offset, segment in ends]
+        self._ring = Ring(backend, plan.staging_bytes, spans)
+        self._schedule = Schedule(range(len(spans)), spans, ahead=copy_streams > 0)
+        self._pairs: list[list[Pair] | None] = []
+        self._bindings: list[list[Binding]] = []
+        try:
+            self._prepare()
+        except BaseException:
+            self._ring.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Make once what steps use, so that a step makes no view and no parameter.
+
+        For each segment: the bindings to its slot, and, where all units have page-locked master copies, the copies.
+        """
+        with torch.inference_mode(False):
+            for number, slot in enumerate(self._ring.slots):
+                self._bindings.append(self._bindings_to(number, slot.buffer))
+                self._pairs.append(self._pairs_to(number, slot.buffer))
+
+    def _bindings_to(self, number: int, buffer: torch.Tensor) -> list[Binding]:
+        return [unit.binding_to(place) for place, unit in places_in(buffer, self._copies[number])]
+
+    def _pairs_to(self, number: int, buffer: torch.Tensor) -> list[Pair] | None:
+        """What to copy to ``buffer`` from where; None where not all of it is page-locked."""
+        group = self._copies[number]
+        if not all(unit.pinned for unit in group):
+            return None
+        return [(place, unit.master.buffer) for place, unit in places_in(buffer, group)]
+
+    @property
+    def streamed_blocks(self) -> tuple[int, ...]:
+        return tuple(self._of_block)
+
+    # -- steps and blocks ----------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        self.settle()
+        self._schedule.begin_step()
+
+    def end_step(self, completed: bool) -> None:
+        self._release_all(list(self._open))
+        self._schedule.end_step(completed)
+        if completed:
+            self.prefetch()
+
+    def enter_block(self, block: int) -> None:
+        """A block begins: bind what it needs all the time."""
+        self._running.add(block)
+        for number in self._of_block.get(block, ()):
+            if self._segments[number].runs == 0 and number not in self._open:
+                self._begin(number)
+
+    def leave_block(self, block: int) -> None:
+        """A block ends: release what is left of it."""
+        self._running.discard(block)
+        if self._open:
+            self._release_all([number for number in self._of_block.get(block, ()) if number in self._open])
+
+    # -- units ---------------------------------------------------------------------------------------------------
+
+    def enter(self, number: int) -> None:
+        """A unit of segment ``number`` begins: its weights are on the device, or on their way, and bound."""
+        run = self._open.get(number)
+        if run is None:
+            run = self._begin(number)
+        run.active += 1
+
+    def leave(self, number: int) -> None:
+        """A unit of segment ``number`` ends."""
+        run = self._open.get(number)
+        if run is None:
+            return  # Released already: an exception inside was handled by somebody.
+        run.active -= 1
+        run.left -= 1
+        if run.left == 0 and run.active == 0:
+            self._release(number)
+            self.prefetch()
+
+    def settle(self) -> None:
+        """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
+        self._running.clear()
+        if self._open:
+            for number in list(self._open):
+                self._release(number)
+            self._schedule.end_step(completed=False)
+
+    def forget(self) -> None:
+        """Master copies were changed: copy them anew. No copy may be under way."""
+        self._schedule.forget()
+        self.prefetch()
+
+    def refresh(self) -> None:
+        """Master copies were made, and prefetched segments given up; no copy may be under way."""
+        for number, group in enumerate(self._copies):
+            self._home[number] = [unit.home for unit in group]
+            with torch.inference_mode(False):
+                self._pairs[number] = self._pairs_to(number, self._ring.slots[number].buffer)
+        self.forget()
+
+    def prefetch(self) -> None:
+        """Queue copies of what is needed next, as far as there is room."""
+        while (copy := self._schedule.next_copy()) is not None:
+            self._fill(copy.segment, copy.opening)
+
+    def copy_nothing_ahead(self) -> None:
+        """From now on a segment is copied when it is needed."""
+        self._schedule.ahead = False
+
+    def close(self) -> None:
+        """Give the staging memory back. No copy may be under way, and no segment bound."""
+        self._ring.close()
+
+    # -- one segment ---------------------------------------------------------------------------------------------
+
+    def _begin(self, number: int) -> _Run:
+        self._make_way(number)
+        entry = self._schedule.enter(number)
+        if entry is Entry.CROWDED_OUT:
+            return self._begin_elsewhere(number)
+        slot = self._ring.slots[number]
+        run = self._open[number] = _Run(self._segments[number].runs, slot.buffer, self._bindings[number])
+        try:
+            if entry is Entry.HELD:
+                self._counters.hits += 1
+            else:
+                self._counters.misses += 1
+                self._fill(number, opening=True)
+            with _phase("stream::wait"):
+                self._wait(number, slot, entry)
+            self._arrived(number, slot.buffer)
+            run.bind()
+        except BaseException:
+            self._release(number)
+            self._schedule.drop(number)
+            raise
+        return run
+
+    def _begin_elsewhere(self, number: int) -> _Run:
+        """Begin a segment in memory of its own, to which it is copied while compute waits."""
+        self._counters.misses += 1
+        buffer = self._own_memory(number)
+        try:
+            with torch.inference_mode(False):
+                run = _Run(self._segments[number].runs, buffer, self._bindings_to(number, buffer))
+            # Race: whoever had this memory before may have kernels under way in it.
+            ready = self._copy(number, buffer, self._pairs_to(number, buffer), [self._backend.mark()], opening=True)
+            self._backend.wait(self._reader.wait(ready, self._tick) if isinstance(ready, Transfer) else ready)
+            self._arrived(number, buffer)
+        except BaseException:
+            self._reader.flush()
+            self._backend.synchronize()  # Race: a copy to it may be under way.
+            self._backend.free(buffer)
+            raise
+        self._open[number] = run
+        run.bind()
+        return run
+
+    def _own_memory(self, number: int) -> torch.Tensor:
+        nbytes = self._segments[number].nbytes
+        try:
+            return self._backend.allocate(nbytes)
+        except Exception as error:
+            if is_out_of_memory(error):
+                text = "%s runs inside of another part and needs %s beside that: the VRAM limit is too small for both"
+                logger.warning(text, self._copies[number][0].unit.name, format_bytes(nbytes))
+            raise
+
+    def _wait(self, number: int, slot: Slot, entry: Entry) -> None:
+        """Make compute wait for the slot; the host waits too where a reader has not queued the copies yet."""
+        if not isinstance(slot.ready, Transfer):
+            self._stalls.add(self._backend.wait(slot.ready))
+            return
+        backend = self._backend  # A wait that is kept does not keep the lane.
+        before = backend.moment()
+        try:
+            slot.ready = self._reader.wait(slot.ready, self._tick)
+        except Exception:
+            if entry is not Entry.HELD:
+                raise
+            # What went wrong ahead of time may go well now, and else fails now.
+            self._counters.misses += 1
+            self._fill(number, opening=True)
+            slot.ready = self._reader.wait(slot.ready, self._tick) if isinstance(slot.ready, Transfer) else slot.ready
+        self._ring.filled(slot)
+        backend.wait(slot.ready)
+        after = backend.moment()
+        self._stalls.add(lambda: backend.seconds(before, after))
+
+    def _arrived(self, number: int, buffer: torch.Tensor) -> None:
+        """Compute waits for the segment in ``buffer``, which it runs next."""
+
+    def _make_way(self, number: int) -> None:
+        """Release segments in its place that nobody uses now: a unit of theirs was left out this time."""
+        slots = self._ring.slots
+        for other, run in list(self._open.items()) if self._open else ():
+            segment = self._segments[other]
+            unused = run.active == 0 and (segment.runs > 0 or segment.block not in self._running)
+            if unused and slots[other].overlaps(slots[number]):
+                self._release(other)
+
+    def _release_all(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._release(number)
+        if numbers:
+            self.prefetch()
+
+    def _release(self, number: int) -> None:
+        run = self._open.pop(number)
+        with _phase("stream::release"):
+            slot = self._ring.slots[number]
+            is_in_slot = run.buffer is slot.buffer
+            if is_in_slot:
+                self._schedule.leave(number)
+                self._ring.release(slot)
+            if run.is_written:
+                self._overwritten += [copies.unit.name for copies in self._copies[number]]
+                if is_in_slot:  # It is not what the next run of the segment shall find.
+                    self._schedule.drop(number)
+            for binding in self._home[number]:
+                binding.apply()
+            if not is_in_slot:
+                self._backend.free(run.buffer)
+
+    def _fill(self, number: int, opening: bool) -> None:
+        with _phase("stream::prefetch"):
+            slot = self._ring.slots[number]
+            slot.ready = self._copy(number, slot.buffer, self._pairs[number], self._ring.guards(slot), opening)
+            if not isinstance(slot.ready, Transfer):
+                self._ring.filled(slot)
+            self._schedule.hold(number)
+
+    def _copy(
+        self, number: int, buffer: torch.Tensor, pairs: list[Pair] | None, after: Sequence[Event], opening: bool
+    ) -> Event | Transfer:
+        """Have a segment copied to ``buffer``, straight from its page-locked master copies or by a reader."""
+        if pairs is not None and self._reader.idle:
+            ready = self._backend.bring(pairs, after, opening)
+        else:
+            parts = [_part(place, unit) for place, unit in places_in(buffer, self._copies[number])]
+            ready = self._reader.transfer(parts, after, opening)
+        self._counters.copies += 1
+        self._counters.streamed_bytes += self._segments[number].nbytes
+        return ready
+
+
+def places_in(buffer: torch.Tensor, group: Sequence[UnitCopies]) -> list[Place]:
+    """Where in a slot each unit of a segment lies: one behind another."""
+    places, offset = [], 0
+    for unit in group:
+        end = offset + unit.unit.nbytes
+        places.append((buffer[offset:end], unit))
+        offset = end
+    return places
+
+
+def _part(place: torch.Tensor, unit: UnitCopies) -> Load | Move:
+    """What a reader does for a unit."""
+    if unit.master is None:
+        return Load(unit.unit.layout, place)
+    return Move(unit.master.buffer, place, unit.pinned)
+
+
+_is_in_place = operator.methodcaller("is_in_place")
+_NO_PHASE = nullcontext()
+
+
+def _phase(name: str) -> AbstractContextManager[object]:
+    """A span in a profiler's trace; nothing while nobody profiles."""
+    return profiler.record_function(name) if profiler._is_profiler_enabled else _NO_PHASE

@@ -1,0 +1,369 @@
+"""Measures one step: compute of every block, the bus, and which units run in which order. Nothing in it waits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import groupby, pairwise
+from statistics import median
+from typing import NamedTuple
+
+from ..devices.backend import Backend, Moment, Stall
+from ..memory.reader import Reader
+from ..planning.profile import Outline, Profile, UnitTime, by_kind
+from ..split.assignment import HOP_SECONDS
+
+# Shorter copies say more about starting a copy than about the bus.
+LEAST_TIMED_BYTES = 4 * 1024**2
+
+# A block that runs more than this part of its bytes twice in a row streams as a whole.
+MOSTLY_TWICE = 0.5
+
+
+# Is told of a block that has run on a device; the function gives its compute once that is over, and waits for it.
+Tell = Callable[[Backend, Callable[[], float]], None]
+
+
+def _nobody() -> None:
+    return None
+
+
+class _Mark(NamedTuple):
+    """A unit begins or ends."""
+
+    unit: int
+    begins: bool
+    moment: Moment
+
+
+class _Elsewhere(NamedTuple):
+    """A block that has run on another device, and its compute."""
+
+    device: Backend
+    seconds: Callable[[], float]
+
+
+class _Gap:
+    """Time outside of the blocks of a device: what others have waited for in it, and their blocks."""
+
+    def __init__(self, begin: Moment) -> None:
+        self.begin = begin
+        self.stalls: list[Stall] = []
+        self.elsewhere: list[_Elsewhere] = []
+
+    def seconds_elsewhere(self) -> float:
+        """As long as what others compute takes, and the activations on their way there and back."""
+        hops = 1 + sum(before.device is not after.device for before, after in pairwise(self.elsewhere))
+        return sum(block.seconds() for block in self.elsewhere) + (1 + hops) * HOP_SECONDS
+
+
+class _BlockRun:
+    """One run of one block: what happened in it, in order, and what came between it and the one before."""
+
+    def __init__(self, begin: Moment, gap: _Gap | None) -> None:
+        self.begin = begin
+        self.gap = gap
+        self.end: Moment | None = None
+        self.events: list[_Mark | Stall] = []
+        self.runs: dict[int, int] = {}
+        self.running: list[int] = []
+        self.outer: set[int] = set()
+
+
+class _Staged(NamedTuple):
+    """What a reader has brought for steps, the time in which it was at work for them, and what it has brought in all.
+    Residents that it brings come once, and say nothing of the steps behind."""
+
+    nbytes: int
+    seconds: float
+    sent: int
+
+
+class _BlockTime(NamedTuple):
+    """Compute of a block, of its units' runs, and between their begins; without waits."""
+
+    seconds: float
+    hold: dict[int, float]
+    work: dict[int, float]
+
+    def and_then(self, later: _BlockTime) -> _BlockTime:
+        """Of a block that runs more than once in a step."""
+        return _BlockTime(self.seconds + later.seconds, _summed(self.hold, later.hold), _summed(self.work, later.work))
+
+
+class Recorder:
+    """The events of one step, told by the streamer; afterwards a :class:`Profile`. What is outside of it is left out.
+
+    Args:
+        outline: the model.
+        backend: the device.
+        reader: brings what has no page-locked master copy.
+        tells: gives who tells all that measure the step, on other devices too, of a block that has run here.
+    """
+
+    def __init__(
+        self, outline: Outline, backend: Backend, reader: Reader, tells: Callable[[], Tell | None] = _nobody
+    ) -> None:
+        self._outline = outline
+        self._backend = backend
+        self._reader = reader
+        self._tells = tells
+        self._staged_before = self._staged = _Staged(0, 0.0, 0)
+        self._begin: Moment | None = None
+        self._end: Moment | None = None
+        self._runs: list[tuple[int, _BlockRun]] = []
+        self._open: list[tuple[int, _BlockRun]] = []
+        self._gap: _Gap | None = None
+        self._running = False
+        self._alone: set[int] = set()
+        backend.time_copies()
+
+    @property
+    def complete(self) -> bool:
+        """Whether a whole step was recorded, and blocks ran in it: a cache may have answered in their place."""
+        return self._end is not None and bool(self._runs or self._alone)
+
+    @property
+    def never_entered(self) -> set[int]:
+        """Blocks of which units ran in the step, though nobody has entered the block."""
+        return self._alone - {block for block, _ in self._runs}
+
+    @property
+    def not_entered(self) -> list[int]:
+        """Blocks that nobody has entered yet."""
+        entered = {block for block, _ in self._runs}
+        return [block for block in range(self._outline.blocks) if block not in entered]
+
+    def begin_step(self) -> None:
+        self._begin, self._end = self._backend.moment(), None
+        self._staged_before = self._staged_so_far()
+        self._gap = _Gap(self._begin)
+        self._runs.clear()
+        self._open.clear()
+        self._alone.clear()
+        self._running = True
+
+    def end_step(self) -> None:
+        self._end = self._backend.moment()
+        self._running = False
+        before, now = self._staged_before, self._staged_so_far()
+        self._staged = _Staged(*(after - earlier for after, earlier in zip(now, before, strict=True)))
+
+    def _staged_so_far(self) -> _Staged:
+        return _Staged(self._reader.step_bytes, self._reader.step_seconds, self._reader.sent_bytes)
+
+    def begin_block(self, block: int) -> None:
+        if not self._running:
+            return
+        run = _BlockRun(self._backend.moment(), self._gap)
+        self._gap = None  # A block inside of another one has none before it.
+        self._runs.append((block, run))
+        self._open.append((block, run))
+
+    def end_block(self, block: int) -> None:
+        for position in range(len(self._open) - 1, -1, -1):
+            if self._open[position][0] == block:
+                run = self._open.pop(position)[1]
+                run.end = self._backend.moment()
+                if not self._open:
+                    self._gap = _Gap(run.end)
+                    if (tell := self._tells()) is not None:
+                        tell(self._backend, partial(_compute_of, self._backend, run))
+                return
+
+    def begin_unit(self, unit: int) -> None:
+        run = self._run_of(unit)
+        if run is None:
+            if self._running:
+                self._alone.add(self._outline.unit_block[unit])
+            return
+        run.runs[unit] = run.runs.get(unit, 0) + 1
+        # Whatever runs inside another unit may come before that one reads its weights: keep the outer one.
+        run.outer.update(run.running)
+        run.running.append(unit)
+        run.events.append(_Mark(unit, True, self._backend.moment()))
+
+    def end_unit(self, unit: int) -> None:
+        run = self._run_of(unit)
+        if run is not None and unit in run.running:
+            run.running.remove(unit)
+            run.events.append(_Mark(unit, False, self._backend.moment()))
+
+    def stalled(self, stall: Stall) -> None:
+        """Compute waits for a copy: in the block that runs now, or on another device."""
+        if self._open:
+            self._open[-1][1].events.append(stall)
+        elif self._gap is not None:
+            self._gap.stalls.append(stall)
+
+    def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
+        """A block has run, here or on another device."""
+        if device is not self._backend and self._gap is not None:
+            self._gap.elsewhere.append(_Elsewhere(device, seconds))
+
+    def profile(self, known: Profile, with_times: bool) -> Profile:
+        """What was recorded. Everything recorded must be over; ``known`` fills what this step has not shown.
+
+        Args:
+            with_times: false leaves the times as they are known: in a first step kernels are loaded, and the driver
+                sees memory for the first time.
+        """
+        bandwidth = self._bandwidth()
+        order = tuple(dict.fromkeys(block for block, _ in self._runs))
+        profile = replace(
+            known,
+            bandwidth=bandwidth or known.bandwidth,
+            unit_runs=known.unit_runs or self._unit_runs(),
+            block_order=order or known.block_order,
+        )
+        if not with_times:
+            return profile
+        times: dict[int, _BlockTime] = {}
+        for block, run in self._runs:
+            if run.end is not None:
+                time = _block_time(self._backend, run)
+                times[block] = times[block].and_then(time) if block in times else time
+        spent = [times[block].seconds if block in times else None for block in range(self._outline.blocks)]
+        gaps = self._gap_times()
+        after = self._gap_time(self._gap, self._end) if self._gap is not None else 0.0
+        return replace(
+            profile,
+            block_seconds=by_kind(self._outline, spent),
+            other_seconds=sum(gaps.values()) + after,
+            gap_seconds=tuple(gaps.get(block, 0.0) for block in range(self._outline.blocks)),
+            unit_times=self._unit_times(times),
+            measured=bandwidth is not None or known.measured,
+        )
+
+    def _gap_times(self) -> dict[int, float]:
+        """What came before each block that did not run inside of another one."""
+        found: dict[int, float] = {}
+        for block, run in self._runs:
+            if run.gap is not None:
+                found[block] = found.get(block, 0.0) + self._gap_time(run.gap, run.begin)
+        return found
+
+    def _gap_time(self, gap: _Gap, end: Moment) -> float:
+        """Where others compute meanwhile that and no more: they, and the host, may have taken longer."""
+        if gap.elsewhere:
+            return gap.seconds_elsewhere()
+        waited = sum(stall() or 0.0 for stall in gap.stalls)
+        return max(0.0, _seconds(self._backend, gap.begin, end) - waited)
+
+    def _unit_times(self, times: dict[int, _BlockTime]) -> tuple[UnitTime, ...]:
+        """Of every unit the median of its kind: of the units in its place in blocks that are like its own."""
+        outline = self._outline
+        found: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        for block, time in times.items():
+            first = min(outline.block_units[block], default=0)
+            for unit, work in time.work.items():
+                place = outline.block_kind[block], unit - first
+                found.setdefault(place, []).append((time.hold.get(unit, 0.0), work))
+        medians = {
+            place: UnitTime(*(max(0.0, median(values)) for values in zip(*pairs, strict=True)))
+            for place, pairs in found.items()
+        }
+        return tuple(
+            medians.get((outline.block_kind[block], unit - min(outline.block_units[block])), UnitTime(0.0, 0.0))
+            for unit, block in enumerate(outline.unit_block)
+        )
+
+    def close(self) -> None:
+        """Stop timing copies."""
+        self._backend.copy_times()
+
+    def _bandwidth(self) -> float | None:
+        """Bytes per second of all copies; of those that a reader queued, as fast as it could read them."""
+        times = self._backend.copy_times()
+        total = sum(time.nbytes for time in times)
+        times = [time for time in times if time.nbytes >= LEAST_TIMED_BYTES] or times
+        busy = sum(_seconds(self._backend, time.begin, time.end) for time in times)
+        if busy <= 0:
+            return None
+        bus = sum(time.nbytes for time in times) / busy
+        if self._staged.nbytes == 0:
+            return bus
+        direct = max(0, total - self._staged.sent)
+        return (direct + self._staged.nbytes) / (direct / bus + self._staged.seconds)
+
+    def _run_of(self, unit: int) -> _BlockRun | None:
+        block = self._outline.unit_block[unit]
+        return next((run for number, run in reversed(self._open) if number == block), None)
+
+    def _unit_runs(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Which units run by themselves. A block that did not run is taken to be like others of its kind."""
+        outline = self._outline
+        shown: dict[int, list[tuple[int, int]]] = {}
+        of_block: dict[int, tuple[tuple[int, int], ...]] = {}
+        for block in dict.fromkeys(block for block, _ in self._runs):
+            found = self._units_alone_in(block)
+            of_block[block] = tuple(found)
+            first = min(outline.block_units[block], default=0)
+            shown[outline.block_kind[block]] = [(unit - first, count) for unit, count in found]
+        for block, kind in enumerate(outline.block_kind):
+            if block not in of_block:
+                first = min(outline.block_units[block], default=0)
+                of_block[block] = tuple((first + unit, count) for unit, count in shown.get(kind, []))
+        return tuple(of_block[block] for block in range(outline.blocks))
+
+    def _units_alone_in(self, block: int) -> list[tuple[int, int]]:
+        """Units of a block that run by themselves, in the order of its fullest run, and how often they run in one.
+
+        A block that is entered by several methods need not run the same units in each. One that runs most of them twice
+        in a row gives none: in parts each would be copied twice, and as a whole it is still there for the second time.
+        """
+        if self._bytes_run_twice(block) > MOSTLY_TWICE * self._outline.block_bytes(block):
+            return []
+        runs = sorted((run for number, run in self._runs if number == block), key=lambda run: -len(run.runs))
+        outer = set().union(*(run.outer for run in runs))
+        units = dict.fromkeys(unit for run in runs for unit in run.runs if unit not in outer)
+        return [(unit, max(run.runs.get(unit, 0) for run in runs)) for unit in units]
+
+    def _bytes_run_twice(self, block: int) -> int:
+        """Bytes of the units that run in several runs of a block with no other block between them."""
+        found: set[int] = set()
+        for number, runs in groupby(self._runs, lambda run: run[0]):
+            if number == block:
+                ran = Counter(unit for _, run in runs for unit in run.runs)
+                found |= {unit for unit, times in ran.items() if times > 1}
+        return sum(self._outline.unit_bytes[unit] for unit in found)
+
+
+def _summed(one: dict[int, float], other: dict[int, float]) -> dict[int, float]:
+    return {unit: one.get(unit, 0.0) + other.get(unit, 0.0) for unit in {**one, **other}}
+
+
+def _compute_of(backend: Backend, run: _BlockRun) -> float:
+    """Compute of a run, once it is over. It refers to earlier runs alone, so that nothing goes in a circle."""
+    backend.synchronize()
+    return _block_time(backend, run).seconds
+
+
+def _block_time(backend: Backend, run: _BlockRun) -> _BlockTime:
+    hold: dict[int, float] = {}
+    work: dict[int, float] = {}
+    begun: dict[int, float] = {}
+    now, stalled, last = 0.0, 0.0, None
+    for event in run.events:
+        if not isinstance(event, _Mark):
+            stalled += event() or 0.0
+            continue
+        now = _seconds(backend, run.begin, event.moment) - stalled
+        if not event.begins:
+            hold[event.unit] = hold.get(event.unit, 0.0) + now - begun[event.unit]
+            continue
+        if last is not None:
+            work[last] = work.get(last, 0.0) + now - begun[last]
+        begun[event.unit], last = now, event.unit
+    end = _seconds(backend, run.begin, run.end) - stalled
+    if last is not None:
+        work[last] = work.get(last, 0.0) + end - begun[last]
+    return _BlockTime(max(0.0, end), hold, work)
+
+
+def _seconds(backend: Backend, begin: Moment, end: Moment) -> float:
+    seconds = backend.seconds(begin, end)
+    assert seconds is not None, "a step is not over"
+    return seconds

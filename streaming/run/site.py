@@ -1,0 +1,248 @@
+"""A model on one device: what lies there, what streams there, and the host memory that both come from."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable, Sequence
+
+from ..config import StreamingConfig
+from ..devices.backend import Backend
+from ..memory.arena import PinBudget, PinOwner
+from ..memory.changes import Changes
+from ..memory.masters import Patches
+from ..memory.placement import Placement
+from ..memory.supply import Supply, Watch
+from ..model.blocks import BlockSet
+from ..planning.plan import Plan
+from .lane import Lane
+from .telemetry import Counters, Meters, StepListener
+from .verify import NoVerifier
+
+
+class Site:
+    """The streamer says when; here is what happens to the weights then. One for each device that a model uses.
+
+    Args:
+        blocks: the model cut into blocks, units and rest.
+        backend: the device.
+        config: settings.
+        pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
+        watch: is told how far loading is, and may cancel it.
+        counters: where to count.
+        verifier: is told of copies that have arrived.
+        listeners: are told of waits for copies.
+
+    Attributes:
+        supply: where weights come from.
+        placement: every copy of every unit.
+        meters: count and time what happens.
+        lane: what streams; None where nothing does, or not yet.
+        unbuilt: whether there are streamed units of which nobody has tried yet to build a master copy.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockSet,
+        backend: Backend,
+        config: StreamingConfig,
+        pins: PinBudget | None,
+        watch: Watch,
+        counters: Counters,
+        verifier: NoVerifier,
+        listeners: Sequence[StepListener],
+    ) -> None:
+        largest = max(unit.nbytes for unit in (*blocks.units, blocks.rest))
+        self.backend = backend
+        self.supply = Supply(backend, config, largest, pins, watch)
+        self.placement = Placement(blocks, backend, self.supply, verifier)
+        self.meters = Meters(backend, counters, listeners)
+        self.lane: Lane | None = None
+        self.unbuilt = False
+        self._verifier = verifier
+        # Threads and streams end before the memory goes, also when a model is dropped without unloading.
+        self._finalizer = weakref.finalize(self, _close, self.supply, backend)
+        self._finalizer.atexit = False
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def carry_out(self, plan: Plan, patches: Patches, copy_streams: int, builds_for: PinOwner | None) -> None:
+        """Have the weights where ``plan`` has them, with ``patches``; nothing is under way, and there is no lane.
+
+        Args:
+            builds_for: who accounts for the master copies that are built now; None builds none before they are asked
+                for.
+        """
+        self.supply.arena.begin()
+        self.backend.open(copy_streams)
+        self.placement.carry_out(plan, patches)
+        self.unbuilt = True
+        if builds_for is not None:
+            self.build(plan, builds_for)
+        self.placement.bake(plan, patches)
+        self.placement.bind()
+        if plan.segments:
+            reader, tick = self.supply.reader, self.supply.tick
+            copies = self.placement.copies
+            self.lane = self._verifier.make_lane(self.backend, plan, copies, reader, copy_streams, self.meters, tick)
+
+    def prefetch(self) -> None:
+        """Begin to copy what the next step needs first."""
+        if self.lane is not None:
+            self.lane.prefetch()
+
+    def put_away(self, plan: Plan) -> None:
+        """Give the reader's ring back once everything streams from page-locked memory."""
+        if self.supply.reader.ring_bytes and not self.placement.arriving:
+            self.placement.adopt()
+            if self.placement.pinned_bytes(plan) == plan.streamed_bytes:
+                self.supply.reader.flush()
+                self.supply.reader.close()
+
+    def bind(self) -> None:
+        """Point the modules at the copies that are in use, which may be others now."""
+        self.placement.bind()
+        if self.lane is not None:
+            self.lane.refresh()
+
+    # -- master copies -------------------------------------------------------------------------------------------
+
+    @property
+    def building(self) -> bool:
+        """Whether master copies are being built, or will be before the next step."""
+        return self.unbuilt or self.supply.builder.active
+
+    def prepare(self, plan: Plan, owner: PinOwner) -> None:
+        """``plan`` may be carried out soon: begin to build what streams then."""
+        self.supply.builder.stop()  # Called again: two may not build the same.
+        self.placement.adopt()
+        self.supply.build_behind(self.placement.unbuilt(plan), owner)
+
+    def build(self, plan: Plan, owner: PinOwner) -> None:
+        """Build what ``plan`` streams and has no master copy. Nothing is under way."""
+        try:
+            self.supply.build(self.placement.unbuilt(plan), owner)
+            self.unbuilt = False
+        finally:
+            self.placement.adopt()
+
+    def finish_building(self, plan: Plan | None, owner: PinOwner) -> None:
+        """Build all master copies that are wanted and missing."""
+        self.supply.builder.wait(self.supply.tick)
+        if self.unbuilt:
+            assert plan is not None
+            self.drain()
+            self.build(plan, owner)
+            self.bind()
+
+    def retry_building(self, plan: Plan) -> None:
+        """What could not be page-locked before may be possible now."""
+        if self.placement.unbuilt(plan):
+            self.supply.arena.begin()
+            self.unbuilt = True
+
+    def make_masters(self, names: Collection[str]) -> None:
+        """Have copies of these tensors that somebody may write to where the modules point."""
+        self.placement.arrive_all()
+        self.halt()
+        try:
+            self.placement.make_masters(names)
+        finally:
+            self.bind()
+            self.unbuilt = True
+
+    # -- giving memory back --------------------------------------------------------------------------------------
+
+    def give_way(self, nbytes: int, residents: Iterable[int]) -> int:
+        """Give up these residents, in this order, until ``nbytes`` are free; gives what was freed."""
+        before = self.backend.allocated
+        if self.placement.arriving:
+            self.halt()  # What is still on its way need not come.
+        else:
+            self.drain()
+        for unit in residents:
+            if before - self.backend.allocated >= nbytes:
+                break
+            self.placement.drop_residents([unit])
+        self.backend.give_back()
+        return before - self.backend.allocated
+
+    def give_up_masters(self, nbytes: int) -> int:
+        """Free ``nbytes`` of page-locked memory or all, the reader's ring included; gives what was freed."""
+        self.halt()
+        before = self.supply.reader.ring_bytes
+        self.supply.reader.close()
+        return before + self.placement.drop_masters(nbytes)
+
+    def drop_lane(self) -> None:
+        """Give the staging memory back. No copy may be under way."""
+        if self.lane is not None:
+            self.lane.close()
+        self.lane = None
+        self.meters.stalls.clear()
+
+    def clear_device(self) -> None:
+        """Take everything off the device; modules use the originals again. Master copies stay. Nothing is under way."""
+        self.drop_lane()
+        self.placement.clear_device()
+        self.backend.give_back()
+        self.supply.reader.close()
+        self.backend.close_feeders()
+        self.unbuilt = False
+
+    def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:
+        """The model was cut anew, after ``changes``; modules show what is there. Nothing is under way."""
+        self._verifier = verifier
+        self.placement.take_up(blocks, verifier, changes)
+
+    def close(self) -> None:
+        """Free the master copies too, and end threads and copy streams. The site can be used again."""
+        self.supply.close()
+        self.placement.clear_host()
+        self.backend.close()
+
+    def leave(self) -> None:
+        """As :meth:`close`, for good: the backend goes on with another one."""
+        self.close()
+        self._finalizer.detach()
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
+        if self.lane is not None:
+            self.lane.settle()
+
+    def drain(self) -> None:
+        """Let every copy and every kernel that uses our memory finish (lane.py, Note: two events guard a slot, 4)."""
+        self.settle()
+        self.finish_copies()
+
+    def finish_copies(self) -> None:
+        """As :meth:`drain`, also in the middle of a step."""
+        self.supply.reader.flush()
+        self.backend.synchronize()
+
+    def halt(self) -> None:
+        """As :meth:`drain`, but what is not queued yet is given up, and nothing is being built any more."""
+        self.settle()
+        self.supply.halt()
+        self.backend.synchronize()
+        self.placement.adopt()
+        self.placement.stop_awaiting()
+
+    def copy_synchronously(self) -> None:
+        """Copy nothing ahead from now on, also in the middle of a step. Nothing is on its way."""
+        self.backend.open(0)
+        if self.lane is not None:
+            self.lane.copy_nothing_ahead()
+
+    def forget_copies(self) -> None:
+        """Weights were changed in place, by somebody else: copy them anew."""
+        if self.lane is not None:
+            self.drain()
+            self.lane.forget()
+
+
+def _close(supply: Supply, backend: Backend) -> None:
+    supply.forsake()
+    backend.close()

@@ -1,0 +1,251 @@
+"""What streaming did: counters, and one snapshot of them for logs, nodes and routes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import NamedTuple, Protocol
+
+from ..devices.backend import Backend, Moment, Stall
+
+# More waits than any step has; the oldest are dropped beyond.
+MOST_PENDING = 4096
+
+# A wait shorter than this is the cost of asking, not a stall.
+STALL_SECONDS = 20e-6
+
+
+@dataclass
+class Counters:
+    """Totals since the model was loaded.
+
+    Attributes:
+        runs: times that somebody got it ready to run.
+        steps: whole forwards.
+        reruns: times that a step ran again: memory ran out, or a weight was not where it was read.
+        copies, streamed_bytes: segments copied to the device, ahead or late, and their bytes.
+        hits, misses: segments that were in a slot, or on their way to one, when they were needed; and not.
+        stalls, stall_seconds: times that compute waited for a copy, and for how long in all.
+        corrupted: copies that were not what was sent; 0 where nobody looks (verify.py).
+    """
+
+    runs: int = 0
+    steps: int = 0
+    reruns: int = 0
+    copies: int = 0
+    streamed_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+    corrupted: int = 0
+
+    def since(self, before: Counters) -> Counters:
+        """What was counted after ``before``, a copy of these."""
+        return Counters(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came since somebody got a model ready to run.
+
+    Attributes:
+        counters: of these steps.
+        step_seconds: how long one took on average, of those that were timed; None without any.
+    """
+
+    counters: Counters
+    step_seconds: float | None
+
+
+class Activity(NamedTuple):
+    """What a model does and has done, at one moment.
+
+    Attributes:
+        busy: whether it runs a step, or is being loaded, or its device still computes one.
+        idle_seconds: since it was loaded or began a step.
+        step_seconds: how long the last step took; None before the first.
+        counters: totals.
+        run, last_run: the run that is on or has ended last, and the one before in which there were steps.
+    """
+
+    busy: bool
+    idle_seconds: float
+    step_seconds: float | None
+    counters: Counters
+    run: Run
+    last_run: Run | None
+
+
+class StepListener(Protocol):
+    """Measures a step, which may run on several devices."""
+
+    def stalled(self, stall: Stall) -> None:
+        """Compute waits for a copy."""
+
+    def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
+        """A block has run on ``device``; ``seconds`` gives its compute once that is over, and waits for it."""
+
+
+class StallMeter:
+    """Collects waits whose length is known only later, without ever waiting for them.
+
+    Args:
+        counters: where to count.
+        listeners: are told of each wait too.
+
+    Only the thread that runs the model may use it: a status that another thread asks for reads the counters alone.
+    """
+
+    def __init__(self, counters: Counters, listeners: Sequence[StepListener] = ()) -> None:
+        self._counters = counters
+        self._listeners = listeners
+        # Bounded, for callers that run blocks outside of the root's forward and so never collect.
+        self._pending: deque[Stall] = deque(maxlen=MOST_PENDING)
+
+    def add(self, stall: Stall) -> None:
+        self._pending.append(stall)
+        for listener in self._listeners:
+            listener.stalled(stall)
+
+    def collect(self) -> None:
+        """Count the waits that are over by now. They end in the order in which they began."""
+        while self._pending and (seconds := self._pending[0]()) is not None:
+            self._pending.popleft()
+            if seconds > STALL_SECONDS:
+                self._counters.stalls += 1
+                self._counters.stall_seconds += seconds
+
+    def clear(self) -> None:
+        self._pending.clear()
+
+
+class StepTimes(NamedTuple):
+    """How long steps took, in seconds, and whether the device still computes one; None where nothing was timed."""
+
+    last: float | None
+    average: float | None
+    computing: bool
+
+
+class StepMeter:
+    """How long steps take on the device, known when they are over and without waiting for them.
+
+    Where the host is ahead of the device by more than a step some are not timed. Only the thread that runs the model
+    may use it, but for :meth:`times`.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._begin: Moment | None = None
+        self._pending: tuple[Moment, Moment] | None = None
+        self._last: float | None = None
+        # Of this run: steps that were timed, and their seconds.
+        self._timed = (0, 0.0)
+
+    def begin_run(self) -> None:
+        """Steps from now on are averaged anew."""
+        self._collect()
+        self._pending, self._timed = None, (0, 0.0)
+
+    def begin(self) -> None:
+        self._collect()
+        self._begin = self._backend.moment()
+
+    def end(self, completed: bool) -> None:
+        if completed and self._pending is None:
+            self._pending = (self._begin, self._backend.moment())
+
+    def _collect(self) -> None:
+        if self._pending is not None and (seconds := self._backend.seconds(*self._pending)) is not None:
+            count, total = self._timed
+            # In this order, for who reads: a step may be missing for a moment, but is never there twice.
+            self._pending = None
+            self._last, self._timed = seconds, (count + 1, total + seconds)
+
+    def times(self) -> StepTimes:
+        """As far as it is known, on any thread."""
+        last, (count, total) = self._last, self._timed
+        pending = self._pending
+        seconds = self._backend.seconds(*pending) if pending is not None else None
+        if seconds is not None:
+            last, count, total = seconds, count + 1, total + seconds
+        return StepTimes(last, total / count if count else None, pending is not None and seconds is None)
+
+
+class Meters:
+    """What is counted and timed of one model on one device.
+
+    Attributes:
+        counters: totals, which other threads may read.
+        stalls: waits for copies.
+        step: the times of steps.
+        overwritten: what somebody has written to while it was in a slot, so that it is lost; nobody has been told yet.
+    """
+
+    def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StepListener]) -> None:
+        self.counters = counters
+        self.overwritten: list[str] = []
+        self.stalls = StallMeter(counters, listeners)
+        self.step = StepMeter(backend)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of one streamed model at one moment. Sizes in bytes.
+
+    Attributes:
+        device: name of the device.
+        mode: ``off`` (not loaded), ``resident``, ``streamed`` or ``synchronous``.
+        explain: the plan in effect, in a line.
+        note: why something that was wished is not in effect; empty when all is.
+        blocks, resident_blocks, streamed_blocks: all; those that stay as a whole; those of which some part is streamed.
+        segments: copies in one step.
+        streamed_block_bytes: bytes that cross the bus in one step.
+        pinned_bytes, pageable_bytes: host memory for master copies and for the ring through which others are staged.
+        staged_bytes: of the bytes that stream, those that come through that ring, from a file or pageable memory.
+        ring_bytes: host memory of that ring; 0 when it is not needed.
+        building: whether master copies are being built, or will be before the next step.
+        device_bytes, device_peak_bytes, device_budget_bytes: what this model has allocated, now and at most, and
+            what the device's backend allows (None: no limit of its own).
+        limited_by: ``compute`` or ``bus``; empty before a step was measured.
+        predicted_step_seconds, step_seconds: what the plan expects of a step, and what the last one took.
+        compute_seconds, bandwidth_bytes_per_second: as measured: a step with everything resident, and the bus.
+        busy, idle_seconds, counters, run, last_run: as :class:`Activity` has them.
+    """
+
+    device: str
+    mode: str
+    explain: str
+    note: str
+    blocks: int
+    resident_blocks: int
+    streamed_blocks: int
+    segments: int
+    resident_bytes: int
+    rest_bytes: int
+    staging_bytes: int
+    streamed_block_bytes: int
+    pinned_bytes: int
+    pageable_bytes: int
+    staged_bytes: int
+    ring_bytes: int
+    building: bool
+    device_bytes: int
+    device_peak_bytes: int
+    device_budget_bytes: int | None
+    limited_by: str
+    predicted_step_seconds: float | None
+    step_seconds: float | None
+    compute_seconds: float | None
+    bandwidth_bytes_per_second: float | None
+    busy: bool
+    idle_seconds: float
+    counters: Counters
+    run: Run
+    last_run: Run | None
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values, ready for JSON."""
+        return asdict(self)

@@ -1,0 +1,127 @@
+"""Brings weights to a device over the link of another one, which passes them on.
+
+[Note: links that add up]
+GPUs that reach each other's memory by something faster than the host's bus (NVLink) can all bring weights to the one
+that computes. A feeder takes its part of a copy from host memory into a small ring of chunks on its own GPU, and from
+there to where it belongs:
+ 1. the copy into a chunk waits until the copy out of it before is over (``free``), and nothing else: so a feeder goes
+    ahead of the device, as far as it has chunks;
+ 2. the copy out of a chunk waits for the one into it, and for all that the whole copy waits for: it is the one that
+    writes to the device;
+ 3. copies out are on one stream of their own, so they are over in the order in which they were queued.
+The whole copy is over when all of its parts are (``Backend.bring``), and later copies wait for that. So on the device
+all is as if one link had brought it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..model.layout import ALIGNMENT
+
+if TYPE_CHECKING:
+    from ..devices.backend import Backend, Event, Pair
+
+# A copy of 16 MB and more has all of a link's bandwidth, and costs the host as much as a small one.
+CHUNK_BYTES = 32 * 1024**2
+CHUNKS = 4
+
+
+class _Chunk:
+    """Memory on the feeder's device.
+
+    Attributes:
+        free: the last copy out of it.
+    """
+
+    def __init__(self, memory: torch.Tensor, free: Event) -> None:
+        self.memory = memory
+        self.free = free
+
+
+class Feeder:
+    """Copies that go through ``helper``, a device of which nobody else uses this backend.
+
+    Args:
+        chunk_bytes, chunks: of the ring on it.
+
+    Attributes:
+        is_open: it has its ring.
+    """
+
+    def __init__(self, helper: Backend, chunk_bytes: int = CHUNK_BYTES, chunks: int = CHUNKS) -> None:
+        self.helper = helper
+        self._chunk_bytes, self._count = chunk_bytes, chunks
+        self._stream: Any = None
+        self._chunks: list[_Chunk] = []
+        self._next: Iterator[_Chunk] = iter(())
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._chunks)
+
+    def open(self, home: Backend) -> None:
+        """Make the ring, if there is none."""
+        if self._chunks:
+            return
+        self.helper.open(1)
+        self._stream = self._stream or home.create_stream()  # torch has few, so it is the same for ever.
+        try:
+            for _ in range(self._count):
+                # Race: whoever had this memory before may have kernels under way in it.
+                self._chunks.append(_Chunk(self.helper.allocate(self._chunk_bytes), self.helper.mark()))
+            self._next = cycle(self._chunks)
+        except BaseException:
+            self.close()
+            raise
+
+    def bring(self, home: Backend, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
+        """Queue copies from host memory to ``home``, behind ``waits``; at least one (Note: links that add up)."""
+        events = []
+        for target, source in self._in_chunks(pairs):
+            chunk = next(self._next)
+            memory = chunk.memory[: target.nbytes]
+            sent = self.helper.copy([(memory, source)], [chunk.free])
+            with self.helper.passing_on():
+                chunk.free = home.copy_on(self._stream, [(target, memory)], [sent, *waits])
+            events += [sent, chunk.free]
+            waits = ()
+        return home.all_of(events)
+
+    def _in_chunks(self, pairs: Sequence[Pair]) -> Iterator[Pair]:
+        for target, source in pairs:
+            yield from zip(target.split(self._chunk_bytes), source.split(self._chunk_bytes), strict=True)
+
+    def all_queued(self, home: Backend) -> list[Event]:
+        """Events that happen when everything is over that was queued here, whoever was told of it."""
+        return [home.copy_on(self._stream, [], []), self.helper.copy([])] if self._chunks else []
+
+    def close(self) -> None:
+        """Give the ring back. No copy may be under way on the home's device."""
+        if self._chunks:
+            self.helper.close()  # Waits for a copy into a chunk that nobody has passed on.
+            self._chunks.clear()
+            self._next = iter(())
+
+
+def cut(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
+    """Copies as so many lists of about equally many bytes, each tensor of which begins at a multiple of 512 bytes."""
+    total = sum(target.nbytes for target, _ in pairs)
+    share = max(ALIGNMENT, -(-total // (parts * ALIGNMENT)) * ALIGNMENT)
+    found: list[list[Pair]] = [[]]
+    left = share
+    for target, source in pairs:
+        start = 0
+        while start < target.nbytes:
+            if left <= 0 and len(found) < parts:
+                found.append([])
+                left = share
+            stop = target.nbytes if len(found) == parts else min(target.nbytes, start + left)
+            found[-1].append((target[start:stop], source[start:stop]))
+            left -= stop - start
+            start = stop
+    return found
