@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ..streaming import Checkpoint, CheckpointError
-from . import status
+from .streamed_model import streamed_models
 
 
 class _Known(NamedTuple):
@@ -54,7 +54,7 @@ def _stamps(files: tuple[str, ...]) -> list[tuple[int, ...]]:
 
 def count_outdated() -> int:
     """How many of our models had their files changed so far."""
-    for model in status.watched():
+    for model in streamed_models():
         try:
             model.streamer.check_files()
         except CheckpointError:

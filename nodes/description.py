@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..streaming import Run, Snapshot, format_bytes
 from .names import without_folders
-
-if TYPE_CHECKING:
-    from .streamed_model import StreamedModel
+from .streamed_model import StreamedModel
 
 # A model is running for so many seconds after it began a step: samplers do something between two.
 RUNNING_SECONDS = 2.0

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import comfy.memory_management
 import torch
 
 from ..streaming import Streamer, UnsupportedModelError, held_tensors, split_model, uncompiled
-from . import status
+from . import sharing, status
 from .streamed_model import model_dtype
-
-if TYPE_CHECKING:
-    from .patcher import StreamedModelPatcher
+from .streamed_patcher import StreamedPatcher
 
 logger = logging.getLogger(__name__)
 
 
-def follow(patcher: StreamedModelPatcher) -> None:
+def follow(patcher: StreamedPatcher) -> None:
     """Lay out anew what of the model of ``patcher`` is not as it was laid out (Note: what is there counts).
 
     Raises:
@@ -46,7 +43,7 @@ def follow(patcher: StreamedModelPatcher) -> None:
         blocks = split_model(patcher.model, _run_dtype, minimum_share=0)
         shares = patcher.streamed.shares
         if shares is not None:
-            shares.take_up(patcher, blocks)
+            sharing.take_up(patcher, blocks)
         for number, (streamer, each) in enumerate(zip(streamers, changes, strict=True)):
             streamer.take_up(blocks if shares is None else shares.part(number), each)
     except BaseException as error:
@@ -106,7 +103,7 @@ def _run_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) ->
     return model_dtype(module, attribute, tensor) if comfy.memory_management.aimdo_enabled else tensor.dtype
 
 
-def _say(patcher: StreamedModelPatcher, names: Sequence[str], moved: bool) -> None:
+def _say(patcher: StreamedPatcher, names: Sequence[str], moved: bool) -> None:
     what = [f"{len(names)} of its weights ({names[0]})"] if names else []
     what += ["its layers"] * moved
     text = f"somebody has changed {' and '.join(what)} since it was laid out, which is followed"

@@ -14,39 +14,24 @@ Should a copy go with hooks in it all the same, what was kept for it is forgotte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from comfy.model_patcher import ModelPatcher
-
-from ..streaming import State
-
-if TYPE_CHECKING:
-    from ..streaming import Streamer
-    from .streamed_model import StreamedModel
+from .streamed_patcher import StreamedPatcher
 
 
-class HookedPatcher(ModelPatcher):
+class HookedPatcher(StreamedPatcher):
     """A :class:`ModelPatcher` whose hooks write into weights that streamers place.
 
     Attributes:
-        streamed: all about the streaming of its model.
-        streamers: of all devices.
         prompt_has_hooks: whether hooks hang on the conditioning of the prompt that the host has last prepared.
     """
 
-    streamed: StreamedModel
-    streamers: list[Streamer]
     prompt_has_hooks = False
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all of it is loaded, on all devices, with nothing given up."""
-        return all(streamer.state is State.LOADED for streamer in self.streamers)
-
-    @property
-    def moves(self) -> list[int]:
-        """How often its weights were moved, on each device."""
-        return [streamer.moves for streamer in self.streamers]
+    def hooked(self) -> HookedPatcher:
+        """Whose hooks are in the weights here, and whose patches."""
+        return self
 
     def holds_hooks(self, hooks: Any) -> bool:
         """Whether ``hooks``, and no others, are in the weights."""

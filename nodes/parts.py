@@ -192,7 +192,6 @@ def _make_part(patcher: StreamedModelPatcher, device: torch.device, streamer: St
     whole = patcher.streamed
     streamed = StreamedModel(name, streamer, patcher.node_id, LoadingBar(None), title=whole.title, number=whole.number)
     setattr(part, ATTRIBUTE, streamed)
-    status.watch(streamed)
     made = {**hosts.made_with(patcher), "load_device": device, "size": streamer.model_bytes}
     found = PartPatcher(part, **made)
     found.settings, found.owner = patcher.settings, weakref.ref(patcher)

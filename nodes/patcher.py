@@ -12,22 +12,20 @@ from typing import Any
 import comfy.model_management as mm
 import torch
 
-from ..streaming import Plan, State, Streamer, format_bytes
+from ..streaming import Plan, State, format_bytes
 from ..streaming.model.shown import shown
 from . import hosts
 from .devices import has_dynamic_vram, same_device, unload
 from .following import follow
 from .hooked import HookedPatcher
 from .hosts import COMPILE_KEY, CallbacksMP, WrappersMP, wipe_lowvram_weight
-from .offload import OffloadSettings, host_config
+from .offload import host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
 from .steps import load_again, load_when_called, run_streamed
-from .streamed_model import ATTRIBUTE, StreamedModel
+from .streamed_model import ATTRIBUTE
+from .streamed_patcher import PARTS
 
 logger = logging.getLogger(__name__)
-
-# Under this key of additional models are the patchers of a model's parts on other devices (parts.py).
-PARTS = "weightstream_parts"
 
 
 class StreamedModelPatcher(HookedPatcher):
@@ -36,16 +34,12 @@ class StreamedModelPatcher(HookedPatcher):
     The base class keeps what is not about weights: patches, clones, hooks, callbacks, injections, object patches.
 
     Attributes:
-        settings: how this MODEL streams. Patchers of one model may differ; the one that is loaded counts.
-        node_id: the node that shows what is in effect when this one is loaded.
         without_dynamic: whether somebody has asked for this one without dynamic VRAM. A streamed one never has it, but
             weights are then patched in another way (patches.py, Note: ways of the host).
     """
 
     def __init__(self, model: torch.nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
-        self.settings = OffloadSettings()
-        self.node_id: str | None = None
         self.without_dynamic = False
         self.wrap_steps()
 
@@ -81,29 +75,6 @@ class StreamedModelPatcher(HookedPatcher):
     def model_patches_models(self) -> list[Any]:
         """Models that the host loads with this one, also where a node has it load the MODEL alone."""
         return [*super().model_patches_models(), *self.parts]
-
-    @property
-    def streamed(self) -> StreamedModel:
-        return getattr(self.model, ATTRIBUTE)
-
-    @property
-    def streamer(self) -> Streamer:
-        return self.streamed.streamer
-
-    @property
-    def hooked(self) -> StreamedModelPatcher:
-        """Whose hooks are in the weights here, and whose patches."""
-        return self
-
-    @property
-    def parts(self) -> list[Any]:
-        """The patchers of what is on other devices; none of a model on one."""
-        return self.get_additional_models_with_key(PARTS)
-
-    @property
-    def streamers(self) -> list[Streamer]:
-        """Of all devices, ours first."""
-        return [self.streamer, *(part.streamer for part in self.parts)]
 
     @property
     def would_be_dynamic(self) -> bool:
@@ -181,7 +152,6 @@ class StreamedModelPatcher(HookedPatcher):
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def follow(self) -> None:
-        """Lay out anew what somebody has changed since the model was laid out (following.py)."""
         follow(self)
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *_: Any, **__: Any) -> float:
@@ -247,10 +217,6 @@ class StreamedModelPatcher(HookedPatcher):
         return HostPatches(self, values, kind=kind, dynamic=self.would_be_dynamic)
 
     def reload(self, plan: Plan) -> None:
-        """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.
-
-        What somebody has unloaded meanwhile is for the host to load, or it would not know of it.
-        """
         known = (loaded.model is self for loaded in mm.current_loaded_models)
         if self.streamer.state is State.UNLOADED and not any(known):
             return load_again(self)

@@ -28,14 +28,13 @@ from .devices import unload
 from .gpus import visible_gpus, why_no_gpus
 from .notices import describe_notices
 from .patcher import StreamedModelPatcher
+from .streamed_model import StreamedModel, streamed_models
 from .usage import sampler
 from .version import VERSION
 from .watching import LEASE_SECONDS, SCHEMA, Watch
 
 if TYPE_CHECKING:
     from server import PromptServer
-
-    from .streamed_model import StreamedModel
 
 STATUS_ROUTE = "/weightstream/v1/status"
 WATCH_ROUTE = "/weightstream/v1/watch"
@@ -62,7 +61,7 @@ def full_status() -> dict[str, Any]:
         **now.as_dict(),
         "comfyui": {"version": hosts.VERSION, "broken": list(broken_contracts())},
         "why_no_devices": None if visible_gpus() else why_no_gpus(),
-        "models": describe_models(status.watched()),
+        "models": describe_models(streamed_models()),
         "notices": describe_notices(),
     }
 
@@ -168,7 +167,7 @@ def add_routes() -> None:
         if body.get("what") not in (MODEL, PINNED):
             return _refused(400, f'what must be "{MODEL}" or "{PINNED}"')
         wanted = str(body.get("model"))
-        models = [model for model in status.watched() if str(model.number) == wanted]
+        models = [model for model in streamed_models() if str(model.number) == wanted]
         if not models:
             return _refused(404, f"there is no model {wanted}; it may be gone already")
         try:

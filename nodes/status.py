@@ -1,35 +1,15 @@
-"""What is in effect, for people: log lines and text on the node; and the models that the status tells of."""
+"""What is in effect, for people: log lines and text on the node."""
 
 from __future__ import annotations
 
 import logging
 import sys
-import threading
-import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from server import PromptServer
 
-    from .streamed_model import StreamedModel
-
 logger = logging.getLogger(__name__)
-
-_models: weakref.WeakSet[StreamedModel] = weakref.WeakSet()
-# Routes answer on other threads while the worker loads models.
-_watching = threading.Lock()
-
-
-def watch(model: StreamedModel) -> None:
-    """Show ``model`` in the status for as long as it lives."""
-    with _watching:
-        _models.add(model)
-
-
-def watched() -> list[StreamedModel]:
-    """The streamed models that live, by name."""
-    with _watching:
-        return sorted(_models, key=lambda model: (model.name, model.number))
 
 
 def announce(name: str, text: str, node_id: str | None, again: bool = False) -> None:

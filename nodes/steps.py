@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import comfy.model_management as mm
 import torch
@@ -14,12 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..streaming import State, StreamingError, WeightsMovedError
 from ..streaming.collector import uncollected
+from . import sharing
+from .hooked import HookedPatcher
 from .hosts import end_recordings, nesting_pauses
-from .shares import PartFullError
+from .sharing import PartFullError
 from .step_state import RepeatableStep, StepState
-
-if TYPE_CHECKING:
-    from .patcher import StreamedModelPatcher
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +43,10 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
         shapes_of((x, *args, *kwargs.values())),
         lambda: int(patcher.memory_required(x.shape)),
     )
-    shares = patcher.streamed.shares
-    if shares is None:
+    if patcher.streamed.shares is None:
         return step()
     try:
-        return shares.run(patcher, step)
+        return sharing.run(patcher, step)
     finally:
         for part in patcher.parts:
             part.let_go()
@@ -63,7 +61,7 @@ def _roots_of(executor: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dic
 
 
 @uncollected()
-def repeatable(patcher: StreamedModelPatcher, forward: Callable[[], T], roots: dict[str, Any]) -> RepeatableStep[T]:
+def repeatable(patcher: HookedPatcher, forward: Callable[[], T], roots: dict[str, Any]) -> RepeatableStep[T]:
     """A step of ``patcher`` that may be called again when it has failed; ``roots`` is what it can get hold of."""
     devices = [patcher.load_device, *(part.load_device for part in patcher.parts)]
     modules = patcher.streamed.step_modules(getattr(patcher.model, "diffusion_model", patcher.model))
@@ -73,7 +71,7 @@ def repeatable(patcher: StreamedModelPatcher, forward: Callable[[], T], roots: d
         return RepeatableStep(forward, before, patcher.streamed.name)
 
 
-def in_effect(patcher: StreamedModelPatcher, forward: Callable[[], T]) -> Callable[[], T]:
+def in_effect(patcher: HookedPatcher, forward: Callable[[], T]) -> Callable[[], T]:
     """``forward``, for one step, with what is in effect now: with these hooks in the weights, and not without weights.
 
     It raises :class:`WeightsMovedError` if somebody has moved weights while it ran, and may then be called again.
@@ -81,7 +79,7 @@ def in_effect(patcher: StreamedModelPatcher, forward: Callable[[], T]) -> Callab
     return partial(_with_hooks, patcher, patcher.current_hooks, forward)
 
 
-def _with_hooks(patcher: StreamedModelPatcher, hooks: Any, forward: Callable[[], T]) -> T:
+def _with_hooks(patcher: HookedPatcher, hooks: Any, forward: Callable[[], T]) -> T:
     if not patcher.is_whole:
         raise _moved(patcher)  # On one of several devices, and this is another, which runs its part again.
     patcher.put_hooks_on(hooks)
@@ -105,7 +103,7 @@ def _with_hooks(patcher: StreamedModelPatcher, hooks: Any, forward: Callable[[],
     return output
 
 
-def _moved(patcher: StreamedModelPatcher) -> WeightsMovedError:
+def _moved(patcher: HookedPatcher) -> WeightsMovedError:
     for part in patcher.parts:
         part.hold()  # The step runs again, and so does who has taken them.
     return WeightsMovedError(
@@ -116,7 +114,7 @@ def _moved(patcher: StreamedModelPatcher) -> WeightsMovedError:
 
 
 def run_step(
-    patcher: StreamedModelPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
+    patcher: HookedPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
 ) -> T:
     """Run ``forward``, one step of the model that ``patcher`` has loaded (:meth:`streaming.Streamer.run`)."""
     forward = partial(_leaving_nothing_open, forward)
@@ -142,13 +140,13 @@ def _leaving_nothing_open(forward: Callable[[], T]) -> T:
         raise
 
 
-def ensure_loaded(patcher: StreamedModelPatcher, estimate: Callable[[], int] = lambda: 0) -> None:
+def ensure_loaded(patcher: HookedPatcher, estimate: Callable[[], int] = lambda: 0) -> None:
     """Before a step: load a MODEL that somebody has unloaded since the last one. ``estimate``: bytes of activations."""
     if patcher.streamer.state is State.UNLOADED:
         load_again(patcher, 0 if patcher.streamer.backend.budget is not None else estimate())
 
 
-def load_again(patcher: StreamedModelPatcher, memory: int = 0) -> None:
+def load_again(patcher: HookedPatcher, memory: int = 0) -> None:
     """Have the host load a MODEL that somebody has unloaded since its last step.
 
     Args:
@@ -174,7 +172,7 @@ def load_again(patcher: StreamedModelPatcher, memory: int = 0) -> None:
     patcher.put_hooks_on(hooks)
 
 
-def load_when_called(patcher: StreamedModelPatcher) -> RemovableHandle:
+def load_when_called(patcher: HookedPatcher) -> RemovableHandle:
     """Have a call of the root of a MODEL that is not whole load it again first: for code that calls it by itself, or
     has it give up weights in a step before that comes to the root."""
     reference = weakref.ref(patcher)
@@ -204,9 +202,7 @@ def load_when_called(patcher: StreamedModelPatcher) -> RemovableHandle:
     return handle
 
 
-def _run_part(
-    part: StreamedModelPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
-) -> T:
+def _run_part(part: HookedPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None) -> T:
     """A step on another device, inside of the one on the model's own."""
     if part.streamer.state is State.UNLOADED:
         mm.load_models_gpu([part])  # Somebody needed the memory there, or has loaded the MODEL alone.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.memory_management
 import torch
@@ -24,11 +25,18 @@ from .progress import LoadingBar
 from .shares import Shares
 from .step_state import StepModules
 
-if TYPE_CHECKING:
-    from .patcher import StreamedModelPatcher
-
 # Where the shared model keeps the one object that holds everything about its streaming.
 ATTRIBUTE = "weightstream"
+
+_living: weakref.WeakSet[StreamedModel] = weakref.WeakSet()
+# Routes answer on other threads while the worker loads models.
+_watching = threading.Lock()
+
+
+def streamed_models() -> list[StreamedModel]:
+    """Those that live, by name: what the status tells of."""
+    with _watching:
+        return sorted(_living, key=lambda model: (model.name, model.number))
 
 
 @dataclass(eq=False)
@@ -64,7 +72,7 @@ class StreamedModel:
     load_by_host: Callable[[], ModelPatcher] | None = None
     kind: type[ModelPatcher] = ModelPatcher
     origin: Callable[[], ModelPatcher | None] = lambda: None
-    loaded: Callable[[], StreamedModelPatcher | None] = lambda: None
+    loaded: Callable[[], ModelPatcher | None] = lambda: None
     hooks: Any = None
     exchanged: set[str] = field(default_factory=set)
     step_hooks: Any = None
@@ -85,6 +93,8 @@ class StreamedModel:
 
     def __post_init__(self) -> None:
         self.title = self.title or self.name
+        with _watching:
+            _living.add(self)
 
     @property
     def gpu(self) -> str:
@@ -142,7 +152,7 @@ class StreamedModel:
             )
             status.announce(self.name, text, self.node_id)
 
-    def set_loaded(self, patcher: StreamedModelPatcher) -> None:
+    def set_loaded(self, patcher: ModelPatcher) -> None:
         """``patcher`` has put its patches into the weights; its node shows what is in effect."""
         self.loaded = weakref.ref(patcher)
         self.guard(None)
@@ -204,7 +214,6 @@ def make_streamed(
     check_limit(settings.vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id, bar)
     setattr(model, ATTRIBUTE, streamed)
-    status.watch(streamed)
     status.announce(
         name,
         f"{len(blocks.blocks)} blocks, {format_bytes(streamer.model_bytes)}, ready to stream to {backend.name}",

@@ -20,9 +20,9 @@ import psutil
 import torch
 
 from ..streaming import Snapshot, Vram, VramReader
-from . import status
 from .devices import pins, virtual_devices
 from .gpus import visible_gpus
+from .streamed_model import streamed_models
 
 # Rates are of at least so long. After a longer time than the other without samples they begin anew.
 SHORTEST_SECONDS = 0.5
@@ -118,7 +118,7 @@ class Sampler:
     def sample(self, reader: VramReader) -> Sample:
         """How things stand now."""
         with self._lock:
-            models = {(model.number, model.gpu): model.streamer.snapshot() for model in status.watched()}
+            models = {(model.number, model.gpu): model.streamer.snapshot() for model in streamed_models()}
             now = time.monotonic()
             self._remember(now, models)
             devices = [self._usage(name, device, models, now, reader) for name, device in visible_gpus().items()]

@@ -13,9 +13,9 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from ..streaming import VramReader, open_vram_reader
-from . import status
 from .description import describe_models
 from .notices import describe_notices
+from .streamed_model import streamed_models
 from .usage import DeviceUsage, HostUsage, sampler
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", 
 def make_event(reader: VramReader) -> dict[str, Any]:
     """How things stand, in few words."""
     now = sampler.sample(reader)
-    models = describe_models(status.watched())
+    models = describe_models(streamed_models())
     loading = [[model["id"], *model["loading"].values()] for model in models if model["loading"] is not None]
     running = [model["id"] for model in models if model["running"]]
     return {

@@ -63,10 +63,10 @@ class Soak:
 
     def __init__(self, workflow: Workflow, seed: int) -> None:
         import weightstream_pack.nodes.devices as devices
-        import weightstream_pack.nodes.status as status
+        import weightstream_pack.nodes.streamed_model as streamed_model
 
         self._workflow, self._seed = workflow, seed
-        self._devices, self._status = devices, status
+        self._devices, self._models = devices, streamed_model.streamed_models
         self._chance = random.Random(seed)
         self._where = f"seed {seed}, before the first prompt"
         self.rss: list[tuple[int, int]] = []
@@ -196,7 +196,7 @@ class Soak:
             on_gpu + sum(memory.allocated for memory in self._devices.virtual_devices()),
             pins.used + int(mm.TOTAL_PINNED_MEMORY),
             pins.locked,
-            len(self._status.watched()),
+            len(self._models()),
             # Drivers and systems have threads of their own, which come and go.
             process.num_threads() if sys.platform == "linux" and not on_gpu else threading.active_count(),
             process.num_fds() if hasattr(process, "num_fds") else len(process.open_files()),

@@ -14,7 +14,8 @@ from comfy.model_patcher import ModelPatcher
 from placing import Machine, place
 from sampling import MB, sample, sample_with_hook, with_lora
 from weightstream.nodes import notices, shares, status
-from weightstream.nodes.shares import Shares, _times
+from weightstream.nodes.shares import Shares
+from weightstream.nodes.sharing import _times
 from weightstream.streaming import State, VirtualMemory
 from weightstream.streaming.machine.gpus import Link
 
@@ -269,13 +270,13 @@ def test_a_slower_link_gets_less_before_anything_was_measured(split: Callable, m
     backends = [SimpleNamespace(device=torch.device("cuda", number), budget=None, name="x") for number in range(2)]
     for one, other, expected in ((Link(4, 16), Link(4, 4), 4.0), (Link(5, 8), Link(4, 16), 1.0)):
         monkeypatch.setattr(shares, "best_links", lambda indices, links=(one, other): [links[i] for i in indices])
-        rates = shares._links(backends)
+        rates = shares.links_of(backends)
         assert rates[0] / rates[1] == pytest.approx(expected, rel=1e-3)
     monkeypatch.setattr(shares, "best_links", lambda indices: [Link(4, 16), Link(4, None)])
-    assert shares._links(backends) == [1.0, 1.0]
-    monkeypatch.setattr(shares, "_links", lambda backends: [4.0, 1.0])
-    monkeypatch.setattr(shares, "_room", lambda backend, settings: 10 * MB)
-    found = Shares(model.streamed.shares._blocks, None).begin(backends, model.settings)
+    assert shares.links_of(backends) == [1.0, 1.0]
+    monkeypatch.setattr(shares, "links_of", lambda backends: [4.0, 1.0])
+    monkeypatch.setattr(shares, "room_on", lambda backend, settings: 10 * MB)
+    found = Shares(model.streamed.shares.blocks, None).begin(backends, model.settings)
     assert found.assignment.devices.count(0) > 1.5 * found.assignment.devices.count(1)
 
 

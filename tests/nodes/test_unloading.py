@@ -11,11 +11,12 @@ import torch
 from placing import Machine
 from sampling import MB, MODEL, sample, settle
 from told import entry_of
-from weightstream.nodes import devices, routes, status
+from weightstream.nodes import devices, routes
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.patcher import StreamedModelPatcher
 from weightstream.nodes.routes import full_status
 from weightstream.nodes.split import split_over
+from weightstream.nodes.streamed_model import streamed_models
 from weightstream.streaming import VirtualMemory
 
 Load = Callable[..., StreamedModelPatcher]
@@ -79,7 +80,7 @@ def test_unlocking_ends_when_a_prompt_begins(streamed: Load, monkeypatch: pytest
 def test_all_parts_of_a_split_model_are_unloaded(loaded: StreamedModelPatcher) -> None:
     ours = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None).patcher
     expected = sample(ours)
-    models = [model for model in status.watched() if model.number == ours.streamed.number]
+    models = [model for model in streamed_models() if model.number == ours.streamed.number]
     routes.take_off(models)
     assert [memory.allocated for memory in devices.virtual_devices()] == [0, 0]
     assert torch.equal(sample(ours), expected)
