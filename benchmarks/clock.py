@@ -61,7 +61,7 @@ class StepClock:
 
 def page_counts(gpu: int) -> tuple[int, int]:
     """Bytes that our pack has on a GPU in pages, beside torch: used for weights, and in all; none without the pack."""
-    pack = sys.modules.get("weightstream_pack.streaming.cuda_pages")
+    pack = sys.modules.get("weightstream_pack.streaming.devices.cuda_pages")
     return (0, 0) if pack is None else pack.page_counts(gpu)
 
 

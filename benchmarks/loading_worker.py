@@ -102,7 +102,7 @@ def anonymous_bytes() -> int:
 
 def adjust(settings: dict[str, int], pin_limit: int | None) -> None:
     """Use other settings than the pack's own, for this process."""
-    nodes = [sys.modules[f"weightstream_pack.nodes.{name}"] for name in ("streamed_model", "patcher")]
+    nodes = [sys.modules[f"weightstream_pack.nodes.model.{name}"] for name in ("streamed_model", "patcher")]
     own = nodes[0].host_config
     for node in nodes:
         node.host_config = lambda *args: dataclasses.replace(own(*args), **settings)

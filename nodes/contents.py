@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ..streaming import Checkpoint, CheckpointError
-from .streamed_model import streamed_models
+from .model.streamed_model import streamed_models
 
 
 class _Known(NamedTuple):

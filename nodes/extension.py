@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import contracts, devices, routes
 from .gpu_placement import GpuPlacement
+from .host import contracts, devices
 from .loader import StreamedModelLoader
+from .page import routes
 from .report import StreamingReport
 from .settings import AsyncOffloadSettings
 

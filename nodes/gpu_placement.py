@@ -12,15 +12,15 @@ from comfy_api.latest import io
 
 from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
 from ..streaming.machine.device_names import CPU, DEFAULT
-from . import status
-from .components import clip_on, model_on
 from .contents import count_outdated
-from .gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
-from .notices import keep_notice, withdraw_notice
-from .parts import OneDeviceError
-from .patcher import StreamedModelPatcher
-from .split import split_over
-from .vae import vae_on
+from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
+from .model.parts import OneDeviceError
+from .model.patcher import StreamedModelPatcher
+from .tell import status
+from .tell.notices import keep_notice, withdraw_notice
+from .twins.components import clip_on, model_on
+from .twins.split import split_over
+from .twins.vae import vae_on
 
 NAME = "GPU Placement"
 # The same on every machine: a workflow of another one must load here.

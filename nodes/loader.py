@@ -19,17 +19,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..streaming import Checkpoint, CheckpointError, UnsupportedModelError, warm_up
-from . import status
 from .contents import fingerprint_of
-from .devices import make_backend
-from .generators import GeneratorStates
-from .hosts import made_with
-from .mapped import SAFETENSORS_ENDINGS, mapped_loading, opened
-from .names import shown_name
-from .notices import keep_notice
-from .offload import GIB, OffloadSettings
-from .patcher import StreamedModelPatcher
-from .streamed_model import make_streamed
+from .host.devices import make_backend
+from .host.generators import GeneratorStates
+from .host.hosts import made_with
+from .host.mapped import SAFETENSORS_ENDINGS, mapped_loading, opened
+from .model.offload import GIB, OffloadSettings
+from .model.patcher import StreamedModelPatcher
+from .model.streamed_model import make_streamed
+from .tell import status
+from .tell.names import shown_name
+from .tell.notices import keep_notice
 
 # The options of the host's Load Diffusion Model, and what each of them means to its loading function.
 WEIGHT_DTYPES = {

@@ -10,12 +10,12 @@ from comfy_api.latest import io
 
 from ..streaming import open_vram_reader
 from ..streaming.machine.server_status import describe_model as entry_as_text
-from . import status
-from .description import describe_models
-from .notices import describe_notices
-from .patcher import StreamedModelPatcher
-from .usage import sampler
-from .watching import SCHEMA
+from .model.patcher import StreamedModelPatcher
+from .page.description import describe_models
+from .page.usage import sampler
+from .page.watching import SCHEMA
+from .tell import status
+from .tell.notices import describe_notices
 
 
 class StreamingReport(io.ComfyNode):

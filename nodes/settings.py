@@ -8,15 +8,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..streaming import UnsupportedModelError
-from . import status
-from .components import patcher_on
 from .contents import count_outdated
-from .notices import keep_notice, withdraw_notice
-from .offload import GIB, Mode, OffloadSettings
-from .patcher import StreamedModelPatcher
-from .streamed_model import check_limit
-from .takeover import give_back, take_over
-from .text_encoder import with_patcher
+from .model.offload import GIB, Mode, OffloadSettings
+from .model.patcher import StreamedModelPatcher
+from .model.streamed_model import check_limit
+from .model.text_encoder import with_patcher
+from .tell import status
+from .tell.notices import keep_notice, withdraw_notice
+from .twins.components import patcher_on
+from .twins.takeover import give_back, take_over
 
 MOST_GIB = 1024.0
 PINNING = {"auto": None, "on": True, "off": False}

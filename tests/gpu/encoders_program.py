@@ -12,9 +12,9 @@ def cases(found: programs.Found) -> None:
     import torch
     from safetensors.torch import load_file
     from text_encoders import FAMILIES, PROMPTS, encode, load, random_patches, write_encoder
-    from weightstream.nodes.offload import Mode, OffloadSettings
+    from weightstream.nodes.model.offload import Mode, OffloadSettings
+    from weightstream.nodes.model.text_encoder import with_patcher
     from weightstream.nodes.settings import with_settings
-    from weightstream.nodes.text_encoder import with_patcher
 
     def stream(clip, mode: str, limit: int | None):
         with torch.inference_mode():

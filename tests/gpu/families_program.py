@@ -20,12 +20,12 @@ def cases(found: programs.Found) -> None:
     from comfy.model_patcher import ModelPatcher
     from families import FAMILIES
     from family_models import build_tiny, sample
-    from weightstream.nodes.devices import make_backend
-    from weightstream.nodes.gpus import visible_gpus
-    from weightstream.nodes.offload import OffloadSettings
-    from weightstream.nodes.parts import split_blocks
-    from weightstream.nodes.patcher import StreamedModelPatcher
-    from weightstream.nodes.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
+    from weightstream.nodes.host.devices import make_backend
+    from weightstream.nodes.host.gpus import visible_gpus
+    from weightstream.nodes.model.offload import OffloadSettings
+    from weightstream.nodes.model.parts import split_blocks
+    from weightstream.nodes.model.patcher import StreamedModelPatcher
+    from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
     from weightstream.streaming import Streamer, StreamingConfig, UnsupportedModelError, split_model
 
     cpu, gpus = torch.device("cpu"), list(visible_gpus().values())[:2]

@@ -67,7 +67,7 @@ class Case:
     def streamer(self, **settings: Any) -> Iterator[tuple[Any, Streamer]]:
         """A model whose weights are views of the file, and its streamer."""
         from models import make_transformer
-        from weightstream.nodes.devices import make_backend
+        from weightstream.nodes.host.devices import make_backend
         from weightstream.streaming import Checkpoint, Streamer, StreamingConfig, split_model
 
         checkpoint = Checkpoint.open(self.path)

@@ -15,7 +15,7 @@ def cases(found: programs.Found) -> None:
     from sampling import MODEL, sample
     from text_encoders import FAMILIES, PROMPTS, encode, load, write_encoder
     from vaes import KINDS, VAE, decode, load_vae, results, write_kind, write_vae
-    from weightstream.nodes.gpus import visible_gpus
+    from weightstream.nodes.host.gpus import visible_gpus
     from weightstream.nodes.loader import load_streamed
 
     import nodes as host_nodes

@@ -68,10 +68,10 @@ def compare(found: programs.Found, counts: Counts) -> None:
     from comfy.model_patcher import ModelPatcher
     from families import FAMILIES as KNOWN
     from family_models import build_tiny, sample
-    from weightstream.nodes.devices import make_backend
-    from weightstream.nodes.offload import OffloadSettings
-    from weightstream.nodes.patcher import StreamedModelPatcher
-    from weightstream.nodes.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
+    from weightstream.nodes.host.devices import make_backend
+    from weightstream.nodes.model.offload import OffloadSettings
+    from weightstream.nodes.model.patcher import StreamedModelPatcher
+    from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
     from weightstream.streaming import Streamer, StreamingConfig, split_model
 
     gpu, cpu = mm.get_torch_device(), torch.device("cpu")

@@ -30,12 +30,12 @@ from family_models import build_tiny
 from prompts import conditioning, latent, output
 from sampling import LORA, MODEL
 from soak_cases import STEPS, Picture, Prompt
-from weightstream.nodes.devices import make_backend
+from weightstream.nodes.host.devices import make_backend
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.offload import OffloadSettings
-from weightstream.nodes.parts import split_blocks
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
+from weightstream.nodes.model.offload import OffloadSettings
+from weightstream.nodes.model.parts import split_blocks
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
 from weightstream.streaming import Streamer, StreamingConfig, split_model
 
 import nodes as host_nodes

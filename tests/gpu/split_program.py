@@ -25,8 +25,8 @@ def cases(found: programs.Found) -> None:
     import comfy.sd
     import torch
     from sampling import MB, MODEL, sample, sample_with_hook, with_lora
-    from weightstream.nodes import parts
     from weightstream.nodes.loader import load_streamed
+    from weightstream.nodes.model import parts
 
     programs.write_flux_files(found.folder, "diffusion_models", "loras")
     node, agree = programs.node("WeightStreamGPUPlacement"), found.agree

@@ -17,8 +17,10 @@ from reads import Reads
 from sampling import LORA, MB, MODEL, sample
 from text_encoders import FAMILIES, load, write_encoder
 from vaes import VAE, write_vae
-from weightstream.nodes import devices, gpu_placement, hosts, status
+from weightstream.nodes import gpu_placement
+from weightstream.nodes.host import devices, hosts
 from weightstream.nodes.loader import load_streamed
+from weightstream.nodes.tell import status
 from weightstream.streaming import UnsupportedModelError, VirtualMemory
 
 import nodes as host_nodes

@@ -9,7 +9,7 @@ from image_families import IMAGES
 from newer_families import NEWER, WAYS
 from unet_families import UNETS
 from video_families import VIDEOS
-from weightstream.nodes.hosts import NEWEST_KNOWN, release
+from weightstream.nodes.host.hosts import NEWEST_KNOWN, release
 
 # Every family that is known, whether this host has it or not.
 KNOWN: dict[str, Family] = {**UNETS, **IMAGES, **VIDEOS, **NEWER}

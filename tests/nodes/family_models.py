@@ -23,8 +23,8 @@ from family import Family
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
 from weightstream.streaming import (
     BlockSet,
     CpuBackend,

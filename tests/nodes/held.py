@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import comfy.model_management as mm
-from weightstream.nodes import devices
+from weightstream.nodes.host import devices
 
 # Longer than threads need to see that nobody wants what they read.
 SETTLED_SECONDS = 0.6

@@ -10,9 +10,9 @@ from typing import Any
 
 import comfy.model_management as mm
 import torch
-from weightstream.nodes import devices
-from weightstream.nodes.parts import PartPatcher
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.host import devices
+from weightstream.nodes.model.parts import PartPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 
 Act = Callable[[Any], None]
 

@@ -62,8 +62,8 @@ class Soak:
     """
 
     def __init__(self, workflow: Workflow, seed: int) -> None:
-        import weightstream_pack.nodes.devices as devices
-        import weightstream_pack.nodes.streamed_model as streamed_model
+        import weightstream_pack.nodes.host.devices as devices
+        import weightstream_pack.nodes.model.streamed_model as streamed_model
 
         self._workflow, self._seed = workflow, seed
         self._devices, self._models = devices, streamed_model.streamed_models
@@ -190,7 +190,7 @@ class Soak:
         import torch
 
         process, pins = psutil.Process(), self._devices.pins
-        pages = importlib.import_module("..streaming.cuda_pages", self._devices.__package__)
+        pages = importlib.import_module("...streaming.devices.cuda_pages", self._devices.__package__)
         on_gpu = torch.cuda.memory_allocated() + pages.page_counts(0).used if torch.cuda.is_initialized() else 0
         return Held(
             on_gpu + sum(memory.allocated for memory in self._devices.virtual_devices()),

@@ -16,7 +16,7 @@ from adapters import ADAPTERS, LAYERS, lora_file
 from comfy.model_patcher import ModelPatcher
 from prompts import check_same, conditioning, guided
 from sampling import MB, sample, with_lora
-from weightstream.nodes.patches import HostPatches
+from weightstream.nodes.model.patches import HostPatches
 
 Load = Callable[..., Any]
 

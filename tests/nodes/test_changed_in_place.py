@@ -19,14 +19,14 @@ from placing import CPU, SECOND, Machine, place, place_clip, place_vae
 from sampling import MB, MODEL, sample
 from text_encoders import PROMPTS, encode
 from vaes import decode
-from weightstream.nodes.components import model_on
 from weightstream.nodes.gpu_placement import STREAMS
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.offload import Mode, OffloadSettings
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import clip_with_settings, with_settings
-from weightstream.nodes.takeover import anew, give_back
-from weightstream.nodes.vae import vae_on
+from weightstream.nodes.twins.components import model_on
+from weightstream.nodes.twins.takeover import anew, give_back
+from weightstream.nodes.twins.vae import vae_on
 from weightstream.streaming import UnsupportedModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,9 +17,9 @@ from placing import Machine, place
 from prompts import output
 from sampling import MB, MODEL, sample, with_lora
 from torch import nn
-from weightstream.nodes import following
 from weightstream.nodes.loader import WEIGHT_DTYPES, load_streamed
-from weightstream.nodes.patches import HostPatches
+from weightstream.nodes.model import following
+from weightstream.nodes.model.patches import HostPatches
 from weightstream.nodes.settings import AsyncOffloadSettings
 from weightstream.streaming import GradientError, State
 

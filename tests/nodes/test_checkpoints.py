@@ -20,9 +20,10 @@ import safetensors.torch
 import torch
 from comfy.model_patcher import ModelPatcher
 from sampling import MB, MODEL, sample, with_lora
-from weightstream.nodes import devices, loader
+from weightstream.nodes import loader
+from weightstream.nodes.host import devices
 from weightstream.nodes.loader import CheckpointError, StreamedModelLoader, load_streamed
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.streaming import UnsupportedModelError
 
 import nodes as host_nodes

@@ -18,12 +18,13 @@ from prompts import check_streams, guided
 from sampling import MB, MODEL, sample, with_lora
 from text_encoders import PROMPTS, encode, random_patches
 from vaes import decode
-from weightstream.nodes import components, gpu_placement
+from weightstream.nodes import gpu_placement
 from weightstream.nodes.gpu_placement import STREAMS
-from weightstream.nodes.offload import Mode, OffloadSettings
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.text_encoder import with_patcher
 from weightstream.nodes.settings import with_settings
-from weightstream.nodes.text_encoder import with_patcher
+from weightstream.nodes.twins.twins import components
 from weightstream.streaming import UnsupportedModelError
 
 import nodes as host_nodes

@@ -16,7 +16,7 @@ from placing import Machine
 from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.gpu_placement import GpuPlacement
 from weightstream.nodes.loader import StreamedModelLoader
-from weightstream.nodes.offload import OffloadSettings
+from weightstream.nodes.model.offload import OffloadSettings
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
 from weightstream.streaming import CheckpointChangedError
 

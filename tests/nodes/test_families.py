@@ -25,11 +25,11 @@ from families import (
 from family import Family
 from family_models import HostWeights, build, build_tiny, make_tiny, sample, streamed, whole
 from family_table import Row
-from weightstream.nodes.hosts import NEWEST_KNOWN
-from weightstream.nodes.hosts import VERSION as HOST_VERSION
-from weightstream.nodes.likeness import difference, held_by
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.streamed_model import model_dtype
+from weightstream.nodes.host.hosts import NEWEST_KNOWN
+from weightstream.nodes.host.hosts import VERSION as HOST_VERSION
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.streamed_model import model_dtype
+from weightstream.nodes.twins.likeness import difference, held_by
 from weightstream.streaming import split_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -27,8 +27,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformer_patches import Points
-from weightstream.nodes.parts import AROUND_STEPS, TRANSFORMER_PATCHES
-from weightstream.nodes.streamed_model import model_dtype
+from weightstream.nodes.model.parts import AROUND_STEPS, TRANSFORMER_PATCHES
+from weightstream.nodes.model.streamed_model import model_dtype
 from weightstream.streaming import handoff, split_model
 from weightstream.streaming.handoff.away import Away
 from weightstream.streaming.handoff.boundary import Boundary

@@ -13,7 +13,7 @@ from counting_links import CountingLinks
 from families import USES
 from family import Family
 from family_models import build_tiny, make_tiny, sample, whole
-from weightstream.nodes.streamed_model import model_dtype
+from weightstream.nodes.model.streamed_model import model_dtype
 from weightstream.streaming import split_model
 from weightstream.streaming.handoff.boundary import Boundary
 

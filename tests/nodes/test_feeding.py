@@ -14,9 +14,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from placing import Machine, place
 from sampling import LORA, MB, sample
-from weightstream.nodes import feeding, streamed_model
-from weightstream.nodes.offload import Mode, OffloadSettings
+from weightstream.nodes.model import streamed_model
+from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.settings import with_settings
+from weightstream.nodes.twins.twins import feeding
 from weightstream.streaming import Feeder, VirtualMemory
 from weightstream.streaming import backend as backends
 from weightstream.streaming.split.assignment import DeviceRoom

@@ -14,12 +14,12 @@ import torch
 from placing import Machine
 from sampling import MB, MODEL, sample
 from weightstream.nodes import loader
-from weightstream.nodes.components import CPU, model_on
-from weightstream.nodes.generators import generators_kept
 from weightstream.nodes.gpu_placement import GpuPlacement
-from weightstream.nodes.offload import OffloadSettings
+from weightstream.nodes.host.generators import generators_kept
+from weightstream.nodes.model.offload import OffloadSettings
 from weightstream.nodes.settings import with_settings
-from weightstream.nodes.takeover import give_back
+from weightstream.nodes.twins.components import CPU, model_on
+from weightstream.nodes.twins.takeover import give_back
 from weightstream.streaming import UnsupportedModelError
 from weightstream.streaming.split.links import Links
 

@@ -19,8 +19,8 @@ from comfy.model_patcher import ModelPatcher
 from gguf import GGMLQuantizationType as Kind
 from placing import Machine, place
 from sampling import MB, MODEL, sample, with_lora
-from weightstream.nodes.offload import Mode, OffloadSettings
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
 from weightstream.streaming import VirtualMemory
 

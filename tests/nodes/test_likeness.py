@@ -15,9 +15,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import load_file, save_file
 from sampling import MODEL, sample, with_lora
-from weightstream.nodes.equality import PIECE
-from weightstream.nodes.likeness import difference, held_by
-from weightstream.nodes.twins import build_like, factory_of
+from weightstream.nodes.twins.equality import PIECE
+from weightstream.nodes.twins.likeness import difference, held_by
+from weightstream.nodes.twins.twins import build_like, factory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

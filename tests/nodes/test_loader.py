@@ -19,11 +19,11 @@ import torch
 from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from sampling import LORA, MB, MODEL, sample
-from weightstream.nodes import devices, mapped
 from weightstream.nodes.gpu_placement import GpuPlacement
+from weightstream.nodes.host import devices, mapped
 from weightstream.nodes.loader import CheckpointError, StreamedModelLoader, load_streamed
-from weightstream.nodes.offload import OffloadSettings, host_config
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.offload import OffloadSettings, host_config
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.report import StreamingReport
 from weightstream.nodes.settings import AsyncOffloadSettings
 from weightstream.streaming import BudgetError, ConfigError, CpuBackend, CudaBackend, VirtualMemory, blocks

@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from held import check_nothing_is_held, held_by_others
 from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.streaming import CheckpointError
 from weightstream.streaming.files.open_file import OpenFile
 

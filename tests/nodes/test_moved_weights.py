@@ -38,9 +38,9 @@ from moving import (
 from placing import Machine
 from prompts import conditioning, guided
 from sampling import LORA, MB, sample, with_lora
-from weightstream.nodes import devices
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.split import split_over
+from weightstream.nodes.host import devices
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.twins.split import split_over
 from weightstream.streaming import State, WeightsMovedError
 
 Load = Callable[..., Any]

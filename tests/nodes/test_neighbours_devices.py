@@ -20,9 +20,9 @@ from prompts import check_streams, guided, output
 from quantised import FORMATS, write_quantised
 from safetensors.torch import load_file
 from sampling import MB, MODEL, with_lora
-from weightstream.nodes import devices
+from weightstream.nodes.host import devices
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.offload import Mode, OffloadSettings
+from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.settings import with_settings
 from weightstream.streaming import VirtualMemory
 

@@ -18,7 +18,7 @@ from family import Family
 from family_models import build_tiny, streamed, whole
 from prompts import Change, check_same, guided, output
 from unet_families import UNET
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,9 +14,9 @@ import comfy_aimdo.model_mmap
 import pytest
 import torch
 from sampling import MB, MODEL, sample, with_lora
+from weightstream.nodes.host.mapped import mapped_loading
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.mapped import mapped_loading
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.streaming import CheckpointError, VirtualMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")

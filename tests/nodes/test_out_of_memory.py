@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from sampling import LORA, MB, sample, with_lora
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 
 import nodes as host_nodes
 

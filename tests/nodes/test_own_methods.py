@@ -8,8 +8,8 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
-from weightstream.nodes.likeness import difference, held_by
-from weightstream.nodes.references import refers_to
+from weightstream.nodes.state.references import refers_to
+from weightstream.nodes.twins.likeness import difference, held_by
 from weightstream.streaming.model.entries import Entries
 
 

@@ -15,9 +15,9 @@ from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from held import held_by_others
 from sampling import MB, MODEL, sample, settle, with_lora
-from weightstream.nodes import devices
+from weightstream.nodes.host import devices
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.streaming.machine.host_memory import HostMemory
 
 Load = Callable[..., StreamedModelPatcher]

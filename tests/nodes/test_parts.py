@@ -17,13 +17,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
 from comfy_extras.nodes_model_merging import ModelSubtract
 from sampling import MB, MODEL, sample, sample_with_hook, with_lora
-from weightstream.nodes import devices, split
+from weightstream.nodes.host import devices
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.offload import Mode, OffloadSettings
-from weightstream.nodes.parts import split_blocks
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.parts import split_blocks
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
-from weightstream.nodes.split import split_over
+from weightstream.nodes.twins.split import split_over
+from weightstream.nodes.twins.twins import split
 from weightstream.streaming import State, UnsupportedModelError, VirtualMemory
 
 from tools.checkpoints import write_flux

@@ -15,8 +15,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.patches import HostPatches
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patches import HostPatches
 from weightstream.streaming import CpuBackend, UnsupportedModelError, VirtualMemory
 
 import nodes as host_nodes

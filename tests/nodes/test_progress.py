@@ -17,8 +17,8 @@ from comfy_execution.progress import NodeState, get_progress_state
 from held import check_nothing_is_held, held_by_others
 from reads import Reads
 from sampling import MB, sample, with_lora
-from weightstream.nodes import status
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.tell import status
 from weightstream.streaming import format_bytes
 from weightstream.streaming.planning.state import State
 

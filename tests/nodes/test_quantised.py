@@ -17,8 +17,8 @@ from comfy.quant_ops import QuantizedTensor
 from quantised import FORMATS, write_quantised, write_scaled_fp8
 from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.patches import HostPatches
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patches import HostPatches
 from weightstream.streaming import VirtualMemory
 
 import nodes as host_nodes

@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from reads import Reads
 from sampling import MB, MODEL, sample, sample_with_hook, settle, with_lora
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 
 Load = Callable[..., StreamedModelPatcher]
 

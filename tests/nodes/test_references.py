@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from weightstream.nodes.references import refers_to
+from weightstream.nodes.state.references import refers_to
 
 TABLE: dict[Any, Any] = {}
 WEAK: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from sampling import MB, MODEL, sample
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.split import split_over
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.twins.split import split_over
 
 Load = Callable[..., StreamedModelPatcher]
 

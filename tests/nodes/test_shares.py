@@ -13,9 +13,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from placing import Machine, place
 from sampling import MB, sample, sample_with_hook, with_lora
-from weightstream.nodes import notices, shares, status
-from weightstream.nodes.shares import Shares
-from weightstream.nodes.sharing import _times
+from weightstream.nodes.model import shares
+from weightstream.nodes.model.shares import Shares
+from weightstream.nodes.model.sharing import _times
+from weightstream.nodes.tell import notices, status
 from weightstream.streaming import State, VirtualMemory
 from weightstream.streaming.machine.gpus import Link
 

@@ -14,19 +14,20 @@ import torch
 from placing import Machine
 from sampling import MB, MODEL, sample, settle
 from told import entry_of, parts_of
-from weightstream.nodes import description, status, watching
-from weightstream.nodes.description import ladder_step
+from weightstream.nodes.host.version import VERSION
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.names import shown_name, without_folders
-from weightstream.nodes.notices import keep_notice, withdraw_notice
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.routes import full_status
-from weightstream.nodes.split import split_over
-from weightstream.nodes.version import VERSION
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.page import description, watching
+from weightstream.nodes.page.description import ladder_step
+from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.tell import status
+from weightstream.nodes.tell.names import shown_name, without_folders
+from weightstream.nodes.tell.notices import keep_notice, withdraw_notice
+from weightstream.nodes.twins.split import split_over
 from weightstream.streaming import Snapshot, VramReader, format_bytes
 from weightstream.streaming.machine.gpus import Nvml
 
-ROOT = Path(status.__file__).parent.parent
+ROOT = Path(status.__file__).parents[2]
 Load = Callable[..., StreamedModelPatcher]
 READER = VramReader(Nvml(None))
 

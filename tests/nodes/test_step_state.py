@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from weightstream.nodes import step_memory, step_state
-from weightstream.nodes.step_state import RepeatableStep, StepModules, StepState
+from weightstream.nodes.state import step_memory, step_state
+from weightstream.nodes.state.step_state import RepeatableStep, StepModules, StepState
 from weightstream.streaming import StepNotRepeatedError, WeightsMovedError
 from weightstream.streaming.handoff.away import Away
 

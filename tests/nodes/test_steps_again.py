@@ -23,8 +23,8 @@ from family_models import streamed as stream_family
 from placing import Machine, place
 from prompts import Change, guided, output
 from sampling import MB
-from weightstream.nodes import step_memory
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.state import step_memory
 from weightstream.streaming import StepNotRepeatedError
 
 Load = Callable[..., StreamedModelPatcher]

@@ -20,12 +20,14 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from quantised import FORMATS, write_quantised
 from safetensors.torch import load_file, save_file
 from sampling import LORA, MB, MODEL, sample, with_lora
-from weightstream.nodes import devices, status, streamed_model
-from weightstream.nodes.loaded_state import ON_MODELS, ON_MODULES
+from weightstream.nodes.host import devices
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.offload import Mode, OffloadSettings
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model import streamed_model
+from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
+from weightstream.nodes.state.loaded_state import ON_MODELS, ON_MODULES
+from weightstream.nodes.tell import status
 from weightstream.streaming import UnsupportedModelError, VirtualMemory
 
 Load = Callable[..., StreamedModelPatcher]

@@ -14,9 +14,9 @@ import torch
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetClipHooks, SetHookKeyframes
 from moving import Act, home_gives_way, originals_stay, unload_everything
 from text_encoders import PROMPTS, random_patches, tokens_of
-from weightstream.nodes.offload import OffloadSettings
+from weightstream.nodes.model.offload import OffloadSettings
+from weightstream.nodes.model.text_encoder import with_patcher
 from weightstream.nodes.settings import with_settings
-from weightstream.nodes.text_encoder import with_patcher
 from weightstream.streaming import VirtualMemory
 
 HOOKED, PATCHED = 0.9, 0.4

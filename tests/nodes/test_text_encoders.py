@@ -13,11 +13,11 @@ import pytest
 import torch
 from sampling import MB
 from text_encoders import FAMILIES, PROMPTS, Family, encode, load, random_patches, tokens_of, write_encoder
-from weightstream.nodes.offload import Mode, OffloadSettings
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.text_encoder import with_patcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
-from weightstream.nodes.takeover import give_back
-from weightstream.nodes.text_encoder import with_patcher
+from weightstream.nodes.twins.takeover import give_back
 from weightstream.streaming import UnsupportedModelError, VirtualMemory
 
 Device = Callable[[int], VirtualMemory]

@@ -13,7 +13,7 @@ from placing import Machine, place
 from prompts import conditioning
 from sampling import MB, MODEL, sample
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.offload import OffloadSettings
+from weightstream.nodes.model.offload import OffloadSettings
 from weightstream.nodes.settings import with_settings
 from weightstream.streaming import GradientError
 

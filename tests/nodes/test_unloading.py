@@ -11,12 +11,13 @@ import torch
 from placing import Machine
 from sampling import MB, MODEL, sample, settle
 from told import entry_of
-from weightstream.nodes import devices, routes
+from weightstream.nodes.host import devices
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.routes import full_status
-from weightstream.nodes.split import split_over
-from weightstream.nodes.streamed_model import streamed_models
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.streamed_model import streamed_models
+from weightstream.nodes.page import routes
+from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.twins.split import split_over
 from weightstream.streaming import VirtualMemory
 
 Load = Callable[..., StreamedModelPatcher]

@@ -17,11 +17,12 @@ import torch
 from placing import Machine
 from sampling import MB, MODEL, sample, settle
 from told import entry_of, parts_of
-from weightstream.nodes import devices, usage, watching
+from weightstream.nodes.host import devices
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.routes import full_status
-from weightstream.nodes.usage import DeviceUsage, Sampler
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.page import usage, watching
+from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.page.usage import DeviceUsage, Sampler
 from weightstream.streaming import Snapshot, Streamer, VramReader
 from weightstream.streaming.machine.gpus import Nvml
 

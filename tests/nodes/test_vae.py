@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 from placing import CPU, SECOND, Machine
 from safetensors.torch import load_file
 from vaes import KINDS, load_vae, results, write_kind
-from weightstream.nodes.vae import vae_on
+from weightstream.nodes.twins.vae import vae_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

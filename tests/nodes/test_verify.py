@@ -9,8 +9,9 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from sampling import MB, sample, settle, with_lora
-from weightstream.nodes import devices, routes
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.host import devices
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.page import routes
 from weightstream.streaming import ConfigError
 from weightstream.streaming.devices.backend import Event, Pair
 

@@ -14,11 +14,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from sampling import MB, MODEL, sample, sample_with_hook, with_lora
-from weightstream.nodes import patcher as patcher_module
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.offload import Mode, OffloadSettings
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.patches import HostPatches
+from weightstream.nodes.model import patcher as patcher_module
+from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patches import HostPatches
 from weightstream.nodes.settings import with_settings
 from weightstream.streaming import VirtualMemory
 

@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from placing import Machine, place
 from sampling import MB, sample
 from test_steps_again import failing
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.streaming import DeviceMemoryError, StepNotRepeatedError, StreamingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

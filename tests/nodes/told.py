@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.routes import full_status
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.page.routes import full_status
 
 
 def entry_of(model: StreamedModelPatcher) -> dict[str, Any]:

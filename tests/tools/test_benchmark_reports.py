@@ -225,7 +225,7 @@ def test_what_torch_counts_on_a_gpu_is_taken_under_our_names(benchmarks: Any, mo
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert worker.counts_of_pages() == {"pages_used_bytes": 0, "pages_mapped_bytes": 0}
     pack = SimpleNamespace(page_counts=lambda gpu: (gpu, gpu + 1))
-    monkeypatch.setitem(sys.modules, "weightstream_pack.streaming.cuda_pages", pack)
+    monkeypatch.setitem(sys.modules, "weightstream_pack.streaming.devices.cuda_pages", pack)
     assert worker.counts_of_pages() == {"pages_used_bytes": 1, "pages_mapped_bytes": 2}
     assert worker.torch_counts() == {"reserved_bytes": 5, "allocated_peak_bytes": 4, "ooms": 1}
     assert (len(resets), worker.largest_cached_block()) == (1, 3)

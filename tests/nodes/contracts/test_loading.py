@@ -17,9 +17,9 @@ from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
 from sampling import MODEL
 from small_patcher import CPU, small_patcher
-from weightstream.nodes import hosts
+from weightstream.nodes.host import hosts
+from weightstream.nodes.host.mapped import mapped_loading
 from weightstream.nodes.loader import _open
-from weightstream.nodes.mapped import mapped_loading
 
 MARKS_FILES = hosts.release(hosts.VERSION) >= (0, 37)
 

@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from sampling import MB
 from small_patcher import CPU, small_patcher
-from weightstream.nodes import devices, hosts
+from weightstream.nodes.host import devices, hosts
 from weightstream.streaming import State, group_memory
 from weightstream.streaming.machine.host_memory import HostMemory
 

@@ -23,17 +23,17 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import torch_compile
 from recording import RecordingHost, recording_host  # noqa: F401
 from sampling import MB, MODEL, sample
-from weightstream.nodes import contracts, hosts
-from weightstream.nodes.components import patcher_on
+from weightstream.nodes.host import contracts, hosts
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.offload import OffloadSettings
-from weightstream.nodes.patcher import StreamedModelPatcher
-from weightstream.nodes.routes import full_status
+from weightstream.nodes.model.offload import OffloadSettings
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.page.routes import full_status
 from weightstream.nodes.settings import with_settings
-from weightstream.nodes.split import split_over
+from weightstream.nodes.twins.components import patcher_on
+from weightstream.nodes.twins.split import split_over
 from weightstream.streaming import UnsupportedModelError
 
-ROOT = Path(contracts.__file__).parent.parent
+ROOT = Path(contracts.__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -269,10 +269,10 @@ def test_the_pack_starts_where_a_name_that_it_borrows_is_gone(
     with monkeypatch.context() as patch:
         patch.delattr(mm, "MAX_PINNED_MEMORY")
         extension = loaded_anew()
-    loader, found = (sys.modules[f"weightstream_anew.nodes.{name}"] for name in ("loader", "hosts"))
+    loader, found = (sys.modules[f"weightstream_anew.nodes.{name}"] for name in ("loader", "host.hosts"))
     assert found.VERSION == "unknown"
     monkeypatch.setattr(found, "broken_recordings", lambda: iter(()))
-    assert sys.modules["weightstream_anew.nodes.contracts"].broken_contracts() == (
+    assert sys.modules["weightstream_anew.nodes.host.contracts"].broken_contracts() == (
         "comfy.model_patcher.LazyCastingParam is gone",
         "comfy_aimdo.model_vbar.vbars_analyze is gone",
     )

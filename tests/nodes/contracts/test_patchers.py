@@ -17,12 +17,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from sampling import MB, MODEL, sample, with_lora
 from small_patcher import CPU, WEIGHT, SmallModel, difference, small_patcher
-from weightstream.nodes import hosts
-from weightstream.nodes.components import patcher_on
-from weightstream.nodes.offload import Mode, OffloadSettings
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.host import hosts
+from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
-from weightstream.nodes.takeover import carry_over
+from weightstream.nodes.twins.components import patcher_on
+from weightstream.nodes.twins.takeover import carry_over
 
 import nodes as host_nodes
 
@@ -140,7 +140,7 @@ def test_an_argument_that_nobody_has_heard_of_stays_with_the_model(streamed: Loa
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_streamed_model_passes_on_what_it_is_given(streamed: Load, machine: Any, models: Path, devices: int) -> None:
     from weightstream.nodes.loader import load_streamed
-    from weightstream.nodes.parts import split_blocks
+    from weightstream.nodes.model.parts import split_blocks
 
     machine(2)
     with torch.inference_mode():

@@ -17,10 +17,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from recording import FAILED, HELD_BYTES, RecordingHost, StrictRecord, recording_host  # noqa: F401
 from sampling import MB, MODEL, sample, with_lora
-from weightstream.nodes import hosts
+from weightstream.nodes.host import hosts
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.parts import split_blocks
-from weightstream.nodes.patcher import StreamedModelPatcher
+from weightstream.nodes.model.parts import split_blocks
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.streaming import CpuBackend, VirtualMemory
 
 Load = Callable[..., StreamedModelPatcher]

@@ -15,7 +15,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from quantised import FORMATS, Format
 from sampling import MB, sample
 from small_patcher import difference
-from weightstream.nodes import hosts
+from weightstream.nodes.host import hosts
 from weightstream.streaming import take_apart
 
 

@@ -1,0 +1,1 @@
+"""ComfyUI as it is here: its version, its devices, what differs between hosts, and what we rely on."""

@@ -1,0 +1,98 @@
+"""Settings of one MODEL: what the user asked for, ComfyUI's command line, and what the engine makes of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import comfy.model_management as mm
+from comfy.cli_args import args
+
+from ...streaming import Backend, StreamingConfig
+from ..host.devices import verifying
+
+GIB = 1024**3
+
+
+class Mode(str, Enum):
+    """How a MODEL's weights reach the GPU."""
+
+    AUTO = "auto"
+    """Keep what fits, stream the rest."""
+    STREAM = "stream"
+    """Keep no block: the least VRAM."""
+    SYNC = "sync"
+    """Keep what fits, copy the rest when it is needed: the reference that all else must equal."""
+    OFF = "off"
+    """ComfyUI's own way."""
+
+
+@dataclass(frozen=True)
+class OffloadSettings:
+    """What a user may choose. None, and 0 of a number of streams or segments, leave it to us.
+
+    Attributes:
+        mode: see :class:`Mode`.
+        copy_streams: streams that copy in turn.
+        prefetch_depth: segments that are copied ahead of the one that is computed.
+        vram_limit: bytes of VRAM for weights and staging.
+        pin_memory: whether to page-lock.
+        pinned_limit: bytes of this model that may be page-locked.
+        reserve_vram: bytes of VRAM that stay free beside what a step needs.
+    """
+
+    mode: Mode = Mode.AUTO
+    copy_streams: int = 0
+    prefetch_depth: int = 0
+    vram_limit: int | None = None
+    pin_memory: bool | None = None
+    pinned_limit: int | None = None
+    reserve_vram: int | None = None
+
+    def over(self, earlier: OffloadSettings) -> OffloadSettings:
+        """These settings, where nothing is said about the limit of VRAM with that of a node before."""
+        return replace(self, vram_limit=earlier.vram_limit if self.vram_limit is None else self.vram_limit)
+
+
+def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
+    """The engine's settings for ``backend``: the user's, else those of the host's command line.
+
+    --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram. Whether copies are
+    verified is for the environment to say.
+    """
+    virtual = backend.budget is not None
+    return StreamingConfig(
+        copy_streams=_copy_streams(settings),
+        slots=settings.prefetch_depth + 1 if settings.prefetch_depth else 0,
+        pin_memory=not args.disable_pinned_memory if settings.pin_memory is None else settings.pin_memory,
+        pinned_limit=settings.pinned_limit,
+        vram_limit=settings.vram_limit,
+        stream_all=settings.mode is Mode.STREAM,
+        headroom_bytes=_headroom(settings, virtual),
+        adaptive=mm.vram_state != mm.VRAMState.NO_VRAM,
+        # How fast a CPU computes, and copies from its own memory, says nothing about a GPU.
+        thrifty=not virtual,
+        verify=verifying(),
+    )
+
+
+def _headroom(settings: OffloadSettings, virtual: bool) -> int:
+    if settings.reserve_vram is not None:
+        return settings.reserve_vram
+    if virtual:
+        return 0
+    if args.reserve_vram is not None:
+        return int(args.reserve_vram * GIB)
+    return StreamingConfig.headroom_bytes
+
+
+def _copy_streams(settings: OffloadSettings) -> int:
+    if settings.mode is Mode.SYNC:
+        return 0
+    if settings.copy_streams:
+        return settings.copy_streams
+    if mm.NUM_STREAMS > 0:
+        return mm.NUM_STREAMS
+    # On a CPU host this is 0 without anybody asking for it.
+    switched_off = args.disable_async_offload or args.async_offload == 0
+    return 0 if switched_off else 2

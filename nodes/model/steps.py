@@ -1,0 +1,222 @@
+"""Steps of streamed models, under their streamers' care (:meth:`streaming.Streamer.run`)."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+import comfy.model_management as mm
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from ...streaming import State, StreamingError, WeightsMovedError
+from ...streaming.collector import uncollected
+from ..host.hosts import end_recordings, nesting_pauses
+from ..state.step_state import RepeatableStep, StepState
+from . import sharing
+from .hooked import HookedPatcher
+from .sharing import PartFullError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run the model once. The host calls this around each step of a MODEL.
+
+    An interrupt is no ``Exception``, so torch runs no hook for it: the streamer releases here what it hit.
+    """
+    patcher = getattr(executor.class_obj, "current_patcher", None)
+    if not hasattr(patcher, "streamer"):
+        return executor(x, *args, **kwargs)
+    ensure_loaded(patcher, lambda: int(patcher.memory_required(x.shape)))
+    step = partial(
+        run_step,
+        patcher,
+        repeatable(
+            patcher, in_effect(patcher, lambda: executor(x, *args, **kwargs)), _roots_of(executor, x, args, kwargs)
+        ),
+        shapes_of((x, *args, *kwargs.values())),
+        lambda: int(patcher.memory_required(x.shape)),
+    )
+    if patcher.streamed.shares is None:
+        return step()
+    try:
+        return sharing.run(patcher, step)
+    finally:
+        for part in patcher.parts:
+            part.let_go()
+
+
+def _roots_of(executor: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the code of a step gets, by names for people."""
+    given = (*args, *kwargs.values())
+    options = next((value for value in given if isinstance(value, dict) and "wrappers" in value), {})
+    named = {f"transformer_options[{name!r}]": value for name, value in options.items()}
+    return {**named, "its input": x, "its arguments": given, "a wrapper": getattr(executor, "wrappers", None)}
+
+
+@uncollected()
+def repeatable(patcher: HookedPatcher, forward: Callable[[], T], roots: dict[str, Any]) -> RepeatableStep[T]:
+    """A step of ``patcher`` that may be called again when it has failed; ``roots`` is what it can get hold of."""
+    devices = [patcher.load_device, *(part.load_device for part in patcher.parts)]
+    modules = patcher.streamed.step_modules(getattr(patcher.model, "diffusion_model", patcher.model))
+    streamers = patcher.streamers
+    with patcher.streamer.backend.record.paused():
+        before = StepState(roots, modules, devices, lambda: {name for each in streamers for name in each.written()})
+        return RepeatableStep(forward, before, patcher.streamed.name)
+
+
+def in_effect(patcher: HookedPatcher, forward: Callable[[], T]) -> Callable[[], T]:
+    """``forward``, for one step, with what is in effect now: with these hooks in the weights, and not without weights.
+
+    It raises :class:`WeightsMovedError` if somebody has moved weights while it ran, and may then be called again.
+    """
+    return partial(_with_hooks, patcher, patcher.current_hooks, forward)
+
+
+def _with_hooks(patcher: HookedPatcher, hooks: Any, forward: Callable[[], T]) -> T:
+    if not patcher.is_whole:
+        raise _moved(patcher)  # On one of several devices, and this is another, which runs its part again.
+    patcher.put_hooks_on(hooks)
+    patcher.streamed.step_hooks = hooks
+    moves = patcher.moves
+    try:
+        output = forward()
+    except StreamingError as error:
+        if isinstance(error, WeightsMovedError) and not patcher.is_whole:
+            raise _moved(patcher) from error
+        raise
+    except Exception as error:
+        # What has met an original instead of a weight: that is in host memory, and may have another dtype.
+        if patcher.moves == moves or patcher.streamer.backend.is_full(error):
+            raise
+        raise _moved(patcher) from error
+    finally:
+        patcher.streamed.step_hooks = None
+    if not (patcher.is_whole and patcher.holds_hooks(hooks)):
+        raise _moved(patcher)
+    return output
+
+
+def _moved(patcher: HookedPatcher) -> WeightsMovedError:
+    for part in patcher.parts:
+        part.hold()  # The step runs again, and so does who has taken them.
+    return WeightsMovedError(
+        f"weights of {patcher.streamed.name} were taken off their device while a step of it ran, and were not loaded "
+        "again before it went on. Some node frees memory in the middle of a step: move it before the sampler, or have "
+        "ComfyUI load this model itself (mode off)"
+    )
+
+
+def run_step(
+    patcher: HookedPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
+) -> T:
+    """Run ``forward``, one step of the model that ``patcher`` has loaded (:meth:`streaming.Streamer.run`)."""
+    forward = partial(_leaving_nothing_open, forward)
+    # Activations are never on a virtual device.
+    virtual = patcher.streamer.backend.budget is not None
+    # Where somebody has loaded another clone meanwhile the host runs on with its patches.
+    patcher = patcher.streamed.loaded() or patcher
+    for part in patcher.parts:
+        forward = partial(_run_part, part, forward, shape, estimate)
+    output = patcher.streamer.run(forward, shape, patcher.reload, None if virtual else estimate)
+    patcher.streamed.announce_changes()
+    return output
+
+
+def _leaving_nothing_open(forward: Callable[[], T]) -> T:
+    """Run ``forward``. If it fails nothing of the host's recordings is left open: memory is taken, or it runs again,
+    right behind this."""
+    try:
+        with nesting_pauses:
+            return forward()
+    except BaseException:
+        end_recordings()
+        raise
+
+
+def ensure_loaded(patcher: HookedPatcher, estimate: Callable[[], int] = lambda: 0) -> None:
+    """Before a step: load a MODEL that somebody has unloaded since the last one. ``estimate``: bytes of activations."""
+    if patcher.streamer.state is State.UNLOADED:
+        load_again(patcher, 0 if patcher.streamer.backend.budget is not None else estimate())
+
+
+def load_again(patcher: HookedPatcher, memory: int = 0) -> None:
+    """Have the host load a MODEL that somebody has unloaded since its last step.
+
+    Args:
+        patcher: of the MODEL.
+        memory: bytes to keep for activations.
+
+    Raises:
+        StreamingError: it is not loaded then either.
+    """
+    hooks, name = patcher.streamed.step_hooks or patcher.current_hooks, patcher.streamed.name
+    ours = [patcher, *patcher.get_nested_additional_models()]
+    # Others that the prompt uses stay where they are, and count as used. A part may be loaded while the MODEL runs.
+    used = [loaded.model for loaded in mm.current_loaded_models if loaded.currently_used and loaded.model is not None]
+    is_part = patcher.hooked is not patcher
+    others = [other for other in used if not (is_part or any(one.is_clone(other) for one in ours))]
+    logger.info("%s is not loaded though it runs: loading it", name)
+    mm.load_models_gpu([*ours, *others], memory_required=memory)
+    if patcher.streamer.state is State.UNLOADED:
+        raise StreamingError(
+            f"{name} was unloaded while it was in use, and there is no room to load it again. Free memory, or lower "
+            "vram_limit_gb, and queue the prompt once more."
+        )
+    patcher.put_hooks_on(hooks)
+
+
+def load_when_called(patcher: HookedPatcher) -> RemovableHandle:
+    """Have a call of the root of a MODEL that is not whole load it again first: for code that calls it by itself, or
+    has it give up weights in a step before that comes to the root."""
+    reference = weakref.ref(patcher)
+
+    @torch.compiler.disable
+    def load(*_: object) -> None:
+        moved = reference()
+        if moved is None:
+            return  # Nobody knows any more with what it was loaded.
+        running = getattr(moved.model, "current_patcher", None)
+        whole = running if hasattr(running, "streamer") else moved
+        if whole.is_whole:
+            handle.remove()  # The step before this call has loaded it.
+            return
+        late = [streamer for streamer in whole.streamers if streamer.state is State.UNLOADED]
+        load_again(whole)
+        if not whole.is_whole:
+            missing = [one.backend.name for one in whole.streamers if one.state is not State.LOADED]
+            raise StreamingError(
+                f"{whole.streamed.name} was called while part of it was not loaded, and there is no room for that "
+                f"part. Free memory on {', '.join(missing)}, or use fewer GPUs."
+            )
+        for streamer in late:
+            streamer.begin_step()  # The hooks that tell of it have only just been attached.
+
+    handle = patcher.streamer.root.register_forward_pre_hook(load, prepend=True)
+    return handle
+
+
+def _run_part(part: HookedPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None) -> T:
+    """A step on another device, inside of the one on the model's own."""
+    if part.streamer.state is State.UNLOADED:
+        mm.load_models_gpu([part])  # Somebody needed the memory there, or has loaded the MODEL alone.
+        if part.streamer.state is State.UNLOADED:
+            raise PartFullError(part)
+    return run_step(part, forward, shape, estimate)
+
+
+def shapes_of(values: Iterable[Any]) -> tuple:
+    """What of a step's arguments its time and memory hang on: the shapes of tensors, also of those in lists."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(tuple(value.shape))
+        elif isinstance(value, (list, tuple)):
+            found.append(shapes_of(value))
+    return tuple(found)

@@ -1,0 +1,246 @@
+"""One loaded model that streams: what all patchers of it share."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import comfy.memory_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch.utils.hooks import RemovableHandle
+
+from ...streaming import Backend, BudgetError, Feeder, Plan, Streamer, format_bytes, gpu_name, split_model
+from ...streaming.handoff.boundary import Boundary
+from ..host.devices import evictable, make_backend, obtainable, pins, same_device
+from ..host.generators import generators_kept
+from ..host.noted_dtypes import noted_dtype
+from ..state.step_state import StepModules
+from ..tell import status
+from ..tell.progress import LoadingBar
+from .offload import GIB, OffloadSettings, host_config
+from .shares import Shares
+
+# Where the shared model keeps the one object that holds everything about its streaming.
+ATTRIBUTE = "weightstream"
+
+_living: weakref.WeakSet[StreamedModel] = weakref.WeakSet()
+# Routes answer on other threads while the worker loads models.
+_watching = threading.Lock()
+
+
+def streamed_models() -> list[StreamedModel]:
+    """Those that live, by name: what the status tells of."""
+    with _watching:
+        return sorted(_living, key=lambda model: (model.name, model.number))
+
+
+@dataclass(eq=False)
+class StreamedModel:
+    """Everything about the streaming of one loaded model, shared by all patchers of it.
+
+    Attributes:
+        name: the checkpoint's file name, with the device behind it for a part on another one (parts.py).
+        streamer: moves the weights.
+        node_id: the node where the effective plan is shown; None outside of a prompt.
+        bar: shows on it how far loading is.
+        load_by_host: loads the same model ComfyUI's own way; None where nobody can.
+        kind: the class of the patcher that the model came with; its way of patching weights is kept (patches.py).
+        origin: gives the patcher that came in, of a model that another node has loaded.
+        loaded: the patcher whose patches are in the weights.
+        hooks: the group of the host's hooks that is in the weights too (hooked.py).
+        exchanged: where object patches have come or gone since that was followed, by name (following.py).
+        step_hooks: the one that the step that runs began with.
+        boundary: between devices, of a model whose blocks run on several (parts.py).
+        shares: which blocks run where, of such a model.
+        placed: its blocks, and where they run.
+        fed: the device that others bring weights to, and these (feeding.py).
+        held: whether a part keeps its weights, whoever takes them (parts.py, Note: held parts).
+        leaves: whether somebody has taken them meanwhile, and nobody has loaded them again.
+        title: the checkpoint's file name.
+        number: tells models of a process apart; a part has the one of its whole model.
+    """
+
+    name: str
+    streamer: Streamer
+    node_id: str | None
+    bar: LoadingBar
+    load_by_host: Callable[[], ModelPatcher] | None = None
+    kind: type[ModelPatcher] = ModelPatcher
+    origin: Callable[[], ModelPatcher | None] = lambda: None
+    loaded: Callable[[], ModelPatcher | None] = lambda: None
+    hooks: Any = None
+    exchanged: set[str] = field(default_factory=set)
+    step_hooks: Any = None
+    boundary: Boundary | None = None
+    shares: Shares | None = None
+    placed: Sequence[tuple[torch.nn.Module, torch.device]] = ()
+    fed: tuple[torch.device, Sequence[torch.device]] | None = None
+    held: bool = False
+    leaves: bool = False
+    title: str = ""
+    number: int = field(default_factory=count(1).__next__)
+    _native: ModelPatcher | None = None
+    _step_modules: tuple[int, StepModules] | None = None
+    _guard: RemovableHandle | None = None
+    _told_of_hooks: bool = False
+    _announced: object = None
+    _shown: tuple[Plan | None, bool, bool, int] = (None, False, False, 0)
+
+    def __post_init__(self) -> None:
+        self.title = self.title or self.name
+        with _watching:
+            _living.add(self)
+
+    @property
+    def gpu(self) -> str:
+        """The name of its device, as nodes have it."""
+        return gpu_name(self.streamer.backend.device.index or 0)
+
+    def feed(self, home: torch.device, helpers: Sequence[torch.device]) -> None:
+        """From the next backend for ``home`` on, ``helpers`` bring weights to it."""
+        self.fed = home, tuple(helpers)
+
+    def backend_on(self, device: torch.device) -> Backend:
+        """A backend for this model there, with those who bring weights to it."""
+        backend = make_backend(device)
+        if self.fed is not None and same_device(self.fed[0], device):
+            backend.feeders += [Feeder(make_backend(helper)) for helper in self.fed[1]]
+        return backend
+
+    def place_blocks(self, devices: Sequence[torch.device]) -> None:
+        """Blocks run on these devices, as the shares have it, from the next load on."""
+        assert self.boundary is not None
+        assert self.shares is not None
+        self.boundary.detach()
+        self.placed = self.shares.placed_on(devices)
+
+    def step_modules(self, root: torch.nn.Module) -> StepModules:
+        """The modules that run in steps, since the host has loaded the model for them; below ``root``."""
+        run = self.streamer.counters.runs
+        if self._step_modules is None or self._step_modules[0] != run:
+            self._step_modules = run, StepModules(root)
+        return self._step_modules[1]
+
+    def announce_changes(self) -> None:
+        """After a step: announce what it has changed or measured, and that everything is page-locked now."""
+        plan, *shown = self._shown
+        now = [self.streamer.building, self.streamer.config.synchronous, len(self.streamer.never_entered)]
+        if self.streamer.plan is not plan or now != shown or self.bar.wrote:
+            self.announce()
+
+    def announce(self) -> None:
+        """Say which plan is in effect; in the log only when it is another than before."""
+        plan, building = self.streamer.plan, self.streamer.building
+        synchronous, never_entered = self.streamer.config.synchronous, len(self.streamer.never_entered)
+        timed = plan is not None and plan.forecast is not None
+        now = (plan, building, synchronous, self.streamer.state, timed, never_entered)
+        status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
+        self._announced, self._shown = now, (plan, building, synchronous, never_entered)
+        self.bar.wrote = False
+
+    def tell_of_hooks(self) -> None:
+        """Say once that weights change within steps, and what that costs."""
+        if not self._told_of_hooks:
+            self._told_of_hooks = True
+            text = (
+                "a LoRA that hangs on conditioning changes weights between steps, ComfyUI's own way, which takes time"
+            )
+            status.announce(self.name, text, self.node_id)
+
+    def set_loaded(self, patcher: ModelPatcher) -> None:
+        """``patcher`` has put its patches into the weights; its node shows what is in effect."""
+        self.loaded = weakref.ref(patcher)
+        self.guard(None)
+
+    def guard(self, handle: RemovableHandle | None) -> None:
+        """While it is unloaded ``handle`` sees to calls of its root; None where nobody must."""
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = handle
+
+    def show_on(self, node_id: str | None) -> None:
+        """From now on this node shows plan and progress."""
+        self.node_id = self.bar.node_id = node_id
+
+    def load_native(self) -> ModelPatcher | None:
+        """A patcher of the same model that the host moves; None where nobody can load it.
+
+        One with dynamic VRAM takes no memory while it is not loaded, and is kept for the next time.
+        """
+        if self._native is not None:
+            return self._native.clone()
+        if self.load_by_host is None:
+            return None
+        with generators_kept():
+            native = self.load_by_host()
+        if native.is_dynamic():
+            self._native = native
+        return native
+
+
+def make_streamed(
+    model: torch.nn.Module,
+    root: torch.nn.Module,
+    load_device: torch.device,
+    name: str,
+    locate: Callable[[torch.Tensor], Any],
+    settings: OffloadSettings,
+    node_id: str | None,
+) -> StreamedModel:
+    """Make ``model`` stream, which the host has just built and nobody else uses.
+
+    Args:
+        model: what a patcher holds.
+        root: the module whose forward is one step.
+        load_device: where the host wants it.
+        name: for people.
+        locate: finds the part of a file that a tensor maps.
+        settings: of the node that asks.
+        node_id: that node.
+
+    Raises:
+        UnsupportedModelError: it cannot stream, or not to this device.
+        BudgetError: the limit has no room for the largest block.
+    """
+    backend = make_backend(load_device)
+    blocks = split_model(model, model_dtype, locate, shown_dtype=dtype_by_host)
+    bar = LoadingBar(node_id)
+    streamer = Streamer(root, blocks, backend, host_config(settings, backend), pins, evictable, bar)
+    check_limit(settings.vram_limit, streamer, name)
+    streamed = StreamedModel(name, streamer, node_id, bar)
+    setattr(model, ATTRIBUTE, streamed)
+    status.announce(
+        name,
+        f"{len(blocks.blocks)} blocks, {format_bytes(streamer.model_bytes)}, ready to stream to {backend.name}",
+        node_id,
+    )
+    streamer.prepare(obtainable(backend))
+    return streamed
+
+
+def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
+    """Raise where ``vram_limit`` has no room for what must be there."""
+    if vram_limit is not None and vram_limit < streamer.minimum_bytes:
+        # Rounded up, so that the value in the message works when typed in.
+        gib = -(-streamer.minimum_bytes * 1000 // GIB) / 1000
+        raise BudgetError(
+            f"vram_limit_gb={vram_limit / GIB:.3f} is too small for {name}: its largest block and what lies outside of "
+            f"blocks need at least {gib:.3f}. Set vram_limit_gb to that or more, or to 0 for automatic.",
+            streamer.minimum_bytes,
+        )
+
+
+def model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that the host built this tensor with, which a file's tensor that was only mapped may not have."""
+    return noted_dtype(module, attribute) or tensor.dtype
+
+
+def dtype_by_host(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
+    """In which the host's own loader leaves this tensor: in the file's with dynamic VRAM, else as the model runs."""
+    dynamic = comfy.memory_management.aimdo_enabled
+    return tensor.dtype if dynamic else model_dtype(module, attribute, tensor)

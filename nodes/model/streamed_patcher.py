@@ -1,0 +1,68 @@
+"""What a MODEL that streams consists of, for all who act on one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...streaming import Plan, State, Streamer
+from .offload import OffloadSettings
+from .streamed_model import ATTRIBUTE, StreamedModel
+
+# Under this key of additional models are the patchers of a model's parts on other devices (parts.py).
+PARTS = "weightstream_parts"
+
+
+class StreamedPatcher(ModelPatcher):
+    """A :class:`ModelPatcher` of a model that streams. It may have parts on other devices.
+
+    Attributes:
+        settings: how this MODEL streams. Patchers of one model may differ; the one that is loaded counts.
+        node_id: the node that shows what is in effect when this one is loaded.
+    """
+
+    def __init__(self, model: torch.nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.settings = OffloadSettings()
+        self.node_id: str | None = None
+
+    @property
+    def streamed(self) -> StreamedModel:
+        return getattr(self.model, ATTRIBUTE)
+
+    @property
+    def streamer(self) -> Streamer:
+        return self.streamed.streamer
+
+    @property
+    def parts(self) -> list[Any]:
+        """The patchers of what is on other devices; none of a model on one."""
+        return self.get_additional_models_with_key(PARTS)
+
+    @property
+    def streamers(self) -> list[Streamer]:
+        """Of all devices, ours first."""
+        return [self.streamer, *(part.streamer for part in self.parts)]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is loaded, on all devices, with nothing given up."""
+        return all(streamer.state is State.LOADED for streamer in self.streamers)
+
+    @property
+    def moves(self) -> list[int]:
+        """How often its weights were moved, on each device."""
+        return [streamer.moves for streamer in self.streamers]
+
+    def follow(self) -> None:
+        """Lay out anew what somebody has changed since the model was laid out (following.py)."""
+        raise NotImplementedError
+
+    def reload(self, plan: Plan) -> None:
+        """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.
+
+        What somebody has unloaded meanwhile is for the host to load, or it would not know of it.
+        """
+        raise NotImplementedError

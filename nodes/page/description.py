@@ -1,0 +1,85 @@
+"""What the status tells of streamed models: plain values, ready for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ...streaming import Run, Snapshot, format_bytes
+from ..model.streamed_model import StreamedModel
+from ..tell.names import without_folders
+
+# A model is running for so many seconds after it began a step: samplers do something between two.
+RUNNING_SECONDS = 2.0
+
+
+def describe_models(models: Iterable[StreamedModel], ended: bool = False) -> list[dict[str, Any]]:
+    """One entry for each of them, and so for each device of a split one. Plain values, ready for JSON.
+
+    ``ended``: who asks knows that nothing runs.
+    """
+    return [describe_model(model, model.streamer.snapshot(), ended) for model in models]
+
+
+def describe_model(model: StreamedModel, now: Snapshot, ended: bool) -> dict[str, Any]:
+    """How a model stands on its device: plain values; sizes in bytes, rates in bytes per second."""
+    ladder, reason = ladder_step(now)
+    loading = model.bar.progress()
+    running = not ended and (now.busy or (now.mode != "off" and now.idle_seconds < RUNNING_SECONDS))
+    return {
+        **now.as_dict(),
+        "id": str(model.number),
+        "name": model.title,
+        "device": model.gpu,
+        "node_id": model.node_id,
+        "ladder": ladder,
+        "reason": without_folders(reason),
+        "plan": without_folders(now.explain),
+        "explain": without_folders(now.explain),
+        "note": without_folders(now.note),
+        "running": running,
+        "loading": loading
+        and {
+            "done": loading.done_bytes,
+            "total": loading.total_bytes,
+            "rate": loading.done_bytes / loading.seconds if loading.seconds > 0 else None,
+        },
+        "last_run": _describe_run(now.last_run if running else now.run, now.blocks),
+    }
+
+
+def ladder_step(now: Snapshot) -> tuple[str, str]:
+    """How weights reach the device, and why not in a better way.
+
+    The steps, the best first: ``resident``, ``pinned`` (page-locked memory), ``staged`` (through a small ring),
+    ``synchronous`` (copied when needed); ``unloaded`` stands beside them.
+    """
+    if now.mode == "off":
+        return "unloaded", ""
+    if now.mode == "resident":
+        return "resident", now.note
+    if now.mode == "synchronous":
+        return "synchronous", now.note or "its settings ask for it"
+    if now.staged_bytes == 0:
+        kept = now.resident_bytes + now.rest_bytes
+        return "pinned", f"{format_bytes(kept)} of {format_bytes(kept + now.streamed_block_bytes)} stay in VRAM"
+    if now.building:
+        return "staged", now.note or "page-locked copies are still being made"
+    return "staged", now.note
+
+
+def _describe_run(run: Run | None, blocks: int) -> dict[str, Any] | None:
+    """A run with steps; None for one without."""
+    if run is None or run.counters.steps == 0:
+        return None
+    counters, seconds = run.counters, run.step_seconds
+    return {
+        "steps": counters.steps,
+        "reruns": counters.reruns,
+        "bytes": counters.streamed_bytes,
+        "rate": counters.streamed_bytes / counters.steps / seconds if seconds else None,
+        "stall_ms_per_block": 1000 * counters.stall_seconds / counters.steps / max(1, blocks),
+        "misses": counters.misses,
+        "corrupted": counters.corrupted,
+        "step_seconds": seconds,
+    }

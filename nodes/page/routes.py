@@ -1,0 +1,190 @@
+"""The pack's routes.
+
+[Note: who may unload]
+Models are loaded and run by the host's worker, in one thread. A route that took one off the device meanwhile would pull
+memory from under it. So it holds the lock with which the worker takes a prompt from the queue, and goes away where one
+runs. The host's page waits for that lock too. To let go of device memory takes no time; to unlock RAM does, so that is
+done in pieces, and others have the lock between them. What is left is the host's own "Free model and node cache" in the
+moment in which the worker carries it out: while that is still waiting, nothing is unloaded here either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import comfy.model_management as mm
+from aiohttp import web
+
+from ...streaming import open_vram_reader
+from ..host import hosts
+from ..host.contracts import broken_contracts
+from ..host.devices import unload
+from ..host.gpus import visible_gpus, why_no_gpus
+from ..host.version import VERSION
+from ..model.patcher import StreamedModelPatcher
+from ..model.streamed_model import StreamedModel, streamed_models
+from ..tell import status
+from ..tell.notices import describe_notices
+from .description import describe_models
+from .usage import sampler
+from .watching import LEASE_SECONDS, SCHEMA, Watch
+
+if TYPE_CHECKING:
+    from server import PromptServer
+
+STATUS_ROUTE = "/weightstream/v1/status"
+WATCH_ROUTE = "/weightstream/v1/watch"
+UNLOAD_ROUTE = "/weightstream/v1/unload"
+
+MODEL, PINNED = "model", "pinned"
+UNLOCKED_AT_ONCE = 1 << 30
+
+BetweenPrompts = Callable[[], AbstractContextManager[None]]
+
+
+class BusyError(Exception):
+    """Nothing can be unloaded now; the text says why."""
+
+
+def full_status() -> dict[str, Any]:
+    """Devices, host memory, models and notices: plain values, sizes in bytes."""
+    with open_vram_reader() as reader:
+        now = sampler.sample(reader)
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "time": now.time,
+        **now.as_dict(),
+        "comfyui": {"version": hosts.VERSION, "broken": list(broken_contracts())},
+        "why_no_devices": None if visible_gpus() else why_no_gpus(),
+        "models": describe_models(streamed_models()),
+        "notices": describe_notices(),
+    }
+
+
+def free(models: list[StreamedModel], what: str, between_prompts: BetweenPrompts) -> dict[str, int]:
+    """Take models off their devices, or free their page-locked memory; gives the bytes that came free, of each kind.
+
+    Args:
+        models: the parts of one.
+        what: :data:`MODEL` or :data:`PINNED`.
+        between_prompts: while it lasts no prompt runs (Note: who may unload).
+
+    Raises:
+        BusyError: they are in use.
+    """
+    before = _held(models)
+    if what == PINNED:
+        unlock(models, between_prompts)
+    else:
+        with between_prompts():
+            take_off(models)
+    after = _held(models)
+    return {"freed_device": before.device - after.device, "freed_pinned": before.pinned - after.pinned}
+
+
+def unlock(models: list[StreamedModel], between_prompts: BetweenPrompts) -> None:
+    """Free the page-locked memory of models, as far as nobody begins to use it.
+
+    Raises:
+        BusyError: they give none of what they have.
+    """
+    freed, had = 0, _held(models).pinned
+    for model in models:
+        while left := model.streamer.snapshot().pinned_bytes:
+            try:
+                with between_prompts():
+                    piece = model.streamer.give_up_masters(min(left, UNLOCKED_AT_ONCE))
+            except BusyError:
+                if not freed:
+                    raise
+                return
+            freed += piece
+            if not piece:
+                break
+    if had and not freed:
+        raise BusyError("it is in use; interrupt the prompt, or try again when it is done")
+
+
+def take_off(models: list[StreamedModel]) -> None:
+    """Have the host take these models off their devices."""
+    for loaded in list(mm.current_loaded_models):
+        if isinstance(patcher := loaded.model, StreamedModelPatcher) and patcher.streamed in models:
+            unload(patcher)
+
+
+@contextlib.contextmanager
+def idle(server: PromptServer) -> Iterator[None]:
+    """While this lasts the host's worker begins no prompt.
+
+    Raises:
+        BusyError: one runs.
+    """
+    queue = server.prompt_queue
+    with queue.mutex:
+        if queue.currently_running:
+            raise BusyError("a prompt is running; interrupt it, or try again when it is done")
+        if queue.flags:
+            raise BusyError("ComfyUI is about to free models itself; try again in a moment")
+        yield
+
+
+class _Held(NamedTuple):
+    device: int
+    pinned: int
+
+
+def _held(models: list[StreamedModel]) -> _Held:
+    snapshots = [model.streamer.snapshot() for model in models]
+    return _Held(sum(each.device_bytes for each in snapshots), sum(each.pinned_bytes for each in snapshots))
+
+
+def add_routes() -> None:
+    """Register the routes. Without a server there is nothing to do."""
+    server = status.find_server()
+    if server is None:
+        return
+    watch = Watch(server)
+
+    @server.routes.get(STATUS_ROUTE)
+    async def get_status(_request: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(full_status))
+
+    @server.routes.post(WATCH_ROUTE)
+    async def post_watch(request: web.Request) -> web.Response:
+        client_id = (await _body(request)).get("client_id")
+        if not isinstance(client_id, str) or not watch.renew(client_id):
+            return _refused(400, "client_id must be that of a page that is open")
+        return web.json_response({"seconds": LEASE_SECONDS})
+
+    @server.routes.post(UNLOAD_ROUTE)
+    async def post_unload(request: web.Request) -> web.Response:
+        body = await _body(request)
+        if body.get("what") not in (MODEL, PINNED):
+            return _refused(400, f'what must be "{MODEL}" or "{PINNED}"')
+        wanted = str(body.get("model"))
+        models = [model for model in streamed_models() if str(model.number) == wanted]
+        if not models:
+            return _refused(404, f"there is no model {wanted}; it may be gone already")
+        try:
+            return web.json_response(await asyncio.to_thread(free, models, body["what"], partial(idle, server)))
+        except BusyError as error:
+            return _refused(409, str(error))
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    """The JSON object that was sent; an empty one where it is something else."""
+    try:
+        body = await request.json()
+    except (ValueError, LookupError, RecursionError):  # No JSON, an encoding that nobody knows, nested without end.
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _refused(code: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=code)

@@ -1,0 +1,206 @@
+"""How devices and the host's memory are used, sampled for those who watch.
+
+[Note: watching costs nothing]
+A sample asks the driver and torch's statistics, which wait for no stream, and makes no context on a GPU that nobody
+uses (machine/vram.py). It is taken when somebody asks, and never by itself. What lies between two samples gives
+rates.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from ...streaming import Snapshot, Vram, VramReader
+from ..host.devices import pins, virtual_devices
+from ..host.gpus import visible_gpus
+from ..model.streamed_model import streamed_models
+
+# Rates are of at least so long. After a longer time than the other without samples they begin anew.
+SHORTEST_SECONDS = 0.5
+LONGEST_SECONDS = 5.0
+# A minute of them, or more: two steps seldom take longer.
+MOST_SAMPLES = 120
+
+
+@dataclass(frozen=True)
+class DeviceUsage:
+    """How the memory of one device is used, in bytes; None where it is not known. The parts add up to ``total``.
+
+    Attributes:
+        device, name: as nodes name it, and what it is sold as.
+        virtual: it lives in RAM.
+        total, free: all; what nobody has.
+        resident, staging: streamed models: weights that stay; slots through which the others pass.
+        torch, cache: what else torch has given out; what it keeps for its next allocations, with what weights leave
+            unused of their pages.
+        other: other processes, contexts of drivers, models with ComfyUI's dynamic VRAM.
+        peak: the most that was seen in use since the last run began. Nobody samples while nobody looks; but torch keeps
+            what activations took, so that a sample after the run sees that too.
+        copy_rate: bytes per second that were copied to it of late.
+        stalled: the part of that time for which compute waited for copies, at most 1.
+    """
+
+    device: str
+    name: str
+    virtual: bool
+    total: int | None
+    free: int | None
+    resident: int
+    staging: int
+    torch: int | None
+    cache: int | None
+    other: int | None
+    peak: int | None = None
+    copy_rate: float | None = None
+    stalled: float | None = None
+
+    @property
+    def used(self) -> int | None:
+        return None if self.total is None or self.free is None else self.total - self.free
+
+
+@dataclass(frozen=True)
+class HostUsage:
+    """Host memory in bytes: the machine's, and what this pack has page-locked of it (no limit: None)."""
+
+    ram_total: int
+    ram_available: int
+    pinned: int
+    pinned_limit: int | None
+
+
+class Sample(NamedTuple):
+    """All of it at one moment, which is in ``time``'s seconds."""
+
+    time: float
+    devices: tuple[DeviceUsage, ...]
+    host: HostUsage
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"devices": [asdict(device) for device in self.devices], "host": asdict(self.host)}
+
+
+class _Done(NamedTuple):
+    """What a model has copied to a device, in bytes, and waited for, in seconds, since it was made."""
+
+    copied: int = 0
+    stalled: float = 0.0
+
+
+class _Rates(NamedTuple):
+    copy_rate: float | None = None
+    stalled: float | None = None
+
+
+# A model on a device: its number, and the device's name. Not the model: who watches must not keep it alive.
+_Key = tuple[int, str]
+
+
+class Sampler:
+    """Takes samples, on any thread, and keeps what later ones are compared with."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._history: deque[tuple[float, dict[_Key, _Done]]] = deque(maxlen=MOST_SAMPLES)
+        self._runs: dict[_Key, int] = {}
+        self._peaks: dict[str, int] = {}
+
+    def sample(self, reader: VramReader) -> Sample:
+        """How things stand now."""
+        with self._lock:
+            models = {(model.number, model.gpu): model.streamer.snapshot() for model in streamed_models()}
+            now = time.monotonic()
+            self._remember(now, models)
+            devices = [self._usage(name, device, models, now, reader) for name, device in visible_gpus().items()]
+            self._runs = {key: snapshot.counters.runs for key, snapshot in models.items()}
+            return Sample(time.time(), tuple(devices), _host_usage())
+
+    def _remember(self, now: float, models: Mapping[_Key, Snapshot]) -> None:
+        last = self._history[-1][0] if self._history else -math.inf
+        if now - last > LONGEST_SECONDS:
+            self._history.clear()
+        if now - last >= SHORTEST_SECONDS:
+            counted = {key: snapshot.counters for key, snapshot in models.items()}
+            done = {key: _Done(counters.streamed_bytes, counters.stall_seconds) for key, counters in counted.items()}
+            self._history.append((now, done))
+
+    def _rates(self, device: str, models: Mapping[_Key, Snapshot], now: float) -> _Rates:
+        """Over the last second, or over two steps where those take longer: copies are counted when they are queued."""
+        ours = {key: snapshot for key, snapshot in models.items() if key[1] == device}
+        steps = [snapshot.step_seconds or 0.0 for snapshot in ours.values() if snapshot.busy]
+        since = now - max([1.0, *(2 * seconds for seconds in steps)])
+        before = next((sample for sample in reversed(self._history) if sample[0] <= since), None)
+        if before is None and self._history and now - self._history[0][0] >= SHORTEST_SECONDS:
+            before = self._history[0]
+        if before is None:
+            return _Rates()
+        moment, done = before
+        then = {key: done.get(key, _Done()) for key in ours}
+        copied = sum(snapshot.counters.streamed_bytes - then[key].copied for key, snapshot in ours.items())
+        stalled = sum(snapshot.counters.stall_seconds - then[key].stalled for key, snapshot in ours.items())
+        return _Rates(copied / (now - moment), min(1.0, stalled / (now - moment)))
+
+    def _usage(
+        self,
+        name: str,
+        device: torch.device,
+        models: Mapping[_Key, Snapshot],
+        now: float,
+        reader: VramReader,
+    ) -> DeviceUsage:
+        ours = {key: snapshot for key, snapshot in models.items() if key[1] == name}
+        usage = _memory(name, device, list(ours.values()), reader)
+        begun = any(snapshot.counters.runs > self._runs.get(key, 0) for key, snapshot in ours.items())
+        return replace(usage, peak=self._peak(usage, begun), **self._rates(name, models, now)._asdict())
+
+    def _peak(self, usage: DeviceUsage, begun: bool) -> int | None:
+        """The most that was seen in use of a device since a run on it has ``begun``."""
+        if usage.used is None:
+            return None
+        if begun:
+            self._peaks.pop(usage.device, None)
+        self._peaks[usage.device] = max(usage.used, self._peaks.get(usage.device, 0))
+        return self._peaks[usage.device]
+
+
+sampler = Sampler()
+
+
+def _memory(name: str, device: torch.device, ours: Sequence[Snapshot], reader: VramReader) -> DeviceUsage:
+    held = sum(snapshot.device_bytes for snapshot in ours)
+    staging = sum(min(snapshot.staging_bytes, snapshot.device_bytes) for snapshot in ours)
+    if device.type == "cpu":
+        memory = virtual_devices()[device.index or 0]
+        vram = Vram(memory.budget, memory.budget - memory.allocated, memory.allocated, memory.allocated)
+        title = "virtual device in RAM"
+    else:
+        vram, title = reader.read(device.index), torch.cuda.get_device_properties(device.index).name
+    # The figures are from moments that follow one another: what is negative is of something that just came or went.
+    other = None if vram.free is None else max(0, vram.total - vram.free - vram.reserved)
+    return DeviceUsage(
+        name,
+        title,
+        device.type == "cpu",
+        vram.total,
+        vram.free,
+        held - staging,
+        staging,
+        max(0, vram.allocated - held),
+        max(0, vram.reserved - vram.allocated),
+        other,
+    )
+
+
+def _host_usage() -> HostUsage:
+    memory = psutil.virtual_memory()
+    return HostUsage(memory.total, memory.available, pins.locked, pins.limit)

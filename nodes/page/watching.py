@@ -1,0 +1,125 @@
+"""Tells pages once a second how devices are used, while they ask for it.
+
+A page that shows it renews a lease, and stops when nobody looks. Without a lease there is no task and no sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from ...streaming import VramReader, open_vram_reader
+from ..model.streamed_model import streamed_models
+from ..tell.notices import describe_notices
+from .description import describe_models
+from .usage import DeviceUsage, HostUsage, sampler
+
+if TYPE_CHECKING:
+    from server import PromptServer
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+EVENT = "weightstream.status"
+LEASE_SECONDS = 10.0
+INTERVAL_SECONDS = 1.0
+# An event is small: about 2 KB with eight devices.
+MOST_LOADING = 4
+MOST_RUNNING = 16
+
+# The fields of a device and of the host in an event, in order.
+DEVICE_FIELDS = ("device", "total", "free", "resident", "staging", "torch", "cache", "other", "peak")
+DEVICE_FIELDS += ("copy_rate", "stalled")
+HOST_FIELDS = ("ram_total", "ram_available", "pinned", "pinned_limit")
+
+# What of a model's entry moves all the time, or is in the event already.
+STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", "last_run", "pinned_bytes")
+
+
+def make_event(reader: VramReader) -> dict[str, Any]:
+    """How things stand, in few words."""
+    now = sampler.sample(reader)
+    models = describe_models(streamed_models())
+    loading = [[model["id"], *model["loading"].values()] for model in models if model["loading"] is not None]
+    running = [model["id"] for model in models if model["running"]]
+    return {
+        "schema": SCHEMA,
+        "time": round(now.time, 1),
+        "revision": _revision(models, now.devices),
+        "devices": [_row(device, DEVICE_FIELDS) for device in now.devices],
+        "host": _row(now.host, HOST_FIELDS),
+        "loading": [[_short(value) for value in row] for row in loading[:MOST_LOADING]],
+        "running": list(dict.fromkeys(running))[:MOST_RUNNING],
+    }
+
+
+def _row(usage: DeviceUsage | HostUsage, fields: tuple[str, ...]) -> list[Any]:
+    return [_short(getattr(usage, name)) for name in fields]
+
+
+def _short(value: Any) -> Any:
+    """Whole bytes, and parts of one in thousandths."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 3) if value <= 1 else round(value)
+
+
+def _revision(models: list[dict[str, Any]], devices: tuple[DeviceUsage, ...]) -> str:
+    """Another one when anything has changed that the event leaves out."""
+    told: list[Any] = [[device.device, device.name] for device in devices]
+    told += [[model[name] for name in STEADY_FIELDS] for model in models]
+    told += describe_notices()
+    return f"{zlib.crc32(json.dumps(told).encode()):08x}"
+
+
+class Watch:
+    """Sends events to the pages that have a lease. Used on the server's event loop alone."""
+
+    def __init__(self, server: PromptServer) -> None:
+        self._server = server
+        self._leases: dict[str, float] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def renew(self, client_id: str) -> bool:
+        """Send events to this page for the next :data:`LEASE_SECONDS`; False where no page has this id."""
+        if client_id not in self._server.sockets:
+            return False
+        self._leases[client_id] = time.monotonic() + LEASE_SECONDS
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._send())
+            self._task.add_done_callback(_tell_of_failure)
+        return True
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody gets events."""
+        return self._task is not None and not self._task.done()
+
+    async def _send(self) -> None:
+        with open_vram_reader() as reader:
+            while self._drop_ended():
+                # In a thread: a driver that is just page-locking memory lets those who ask wait.
+                event = await asyncio.to_thread(make_event, reader)
+                for client_id in self._drop_ended():
+                    self._server.send_sync(EVENT, event, client_id)
+                await asyncio.sleep(INTERVAL_SECONDS)
+
+    def _drop_ended(self) -> list[str]:
+        """Forget leases that have ended, and pages that are gone; gives the others."""
+        now = time.monotonic()
+        self._leases = {
+            client_id: until
+            for client_id, until in self._leases.items()
+            if until > now and client_id in self._server.sockets
+        }
+        return list(self._leases)
+
+
+def _tell_of_failure(task: asyncio.Task[None]) -> None:
+    """Pages see that nothing comes any more; with their next renewal it is tried again."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("[WeightStream] the use of devices cannot be read: %s", error, exc_info=error)
