@@ -7,7 +7,7 @@ from .config import (
     parse_switch,
     parse_virtual_devices,
 )
-from .devices.backend import Backend, DeviceMemory
+from .devices.backend import Backend
 from .devices.cpu_backend import CpuBackend, VirtualMemory
 from .devices.cuda_backend import CudaBackend
 from .devices.kernels import warm_up
@@ -41,7 +41,7 @@ from .model.forms import take_apart
 from .model.shown import is_shown
 from .planning.plan import Forecast, Plan, make_plan, minimum_bytes
 from .planning.profile import Outline, Profile, assumed_profile
-from .planning.residency import Residency
+from .planning.residency import DeviceMemory, Residency
 from .planning.segments import Segment
 from .planning.state import State
 from .run.schedule import Schedule

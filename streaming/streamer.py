@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .config import StreamingConfig, format_bytes
-from .devices.backend import Backend, DeviceMemory, is_out_of_memory
+from .devices.backend import Backend, is_out_of_memory
 from .group import Group
 from .memory.arena import PinBudget
 from .memory.changes import Changes
@@ -33,6 +33,7 @@ from .model.blocks import BlockSet
 from .planning.plan import Plan
 from .planning.planner import Planner
 from .planning.profile import Profile
+from .planning.residency import DeviceMemory
 from .planning.spread import order_of_residency
 from .planning.state import Standing, State
 from .report import explain, take_snapshot

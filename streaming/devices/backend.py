@@ -17,56 +17,47 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 
 from ..errors import DeviceMemoryError
-from ..split.feeder import Feeder, cut
+from ..planning.residency import DeviceMemory
 from .allocation_record import NO_RECORD, AllocationRecord
+from .copies import CopyTime, Event, Moment, Pair, Stall, count_bytes, cut
 
 logger = logging.getLogger(__name__)
-
-# An event is opaque above this file: a torch.cuda.Event or a Future.
-Event = Any
-# A function that gives the seconds that compute waited, or None while the device has not got there.
-Stall = Callable[[], float | None]
-
-# A moment of compute, opaque like an event: a torch.cuda.Event with a time, or seconds.
-Moment = Any
-
-
-class DeviceMemory(NamedTuple):
-    """Bytes of a device at one moment.
-
-    Attributes:
-        free: nobody has them.
-        cached: torch keeps them for its next allocations.
-    """
-
-    free: int
-    cached: int
-
 
 # Less is not worth cutting up.
 LEAST_FED_BYTES = 8 * 1024**2
 
-# Where to copy, and from where.
-Pair = tuple[torch.Tensor, torch.Tensor]
 
+class Brings(Protocol):
+    """Brings weights to a device over the link of another one (split/feeder.py).
 
-class CopyTime(NamedTuple):
-    """A copy that was timed: bytes, and the moments at which it began and ended on its stream."""
+    Attributes:
+        helper: the other one.
+        is_open: whether it has the memory that it needs.
+    """
 
-    nbytes: int
-    begin: Moment
-    end: Moment
+    helper: Backend
 
+    @property
+    def is_open(self) -> bool: ...
 
-def count_bytes(pairs: Sequence[Pair]) -> int:
-    return sum(target.nbytes for target, _ in pairs)
+    def open(self, home: Backend) -> None:
+        """Take that memory, if it has none."""
+
+    def bring(self, home: Backend, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
+        """Queue copies from host memory to ``home``, behind ``waits``; at least one."""
+
+    def all_queued(self, home: Backend) -> list[Event]:
+        """Events that happen when everything is over that was queued here, whoever was told of it."""
+
+    def close(self) -> None:
+        """Give the memory back. No copy may be under way on the home's device."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -99,8 +90,8 @@ class Backend(ABC):
         self.device = device
         self.name = name
         self.record = record
-        self.feeders: list[Feeder] = []
-        self._open_feeders: list[Feeder] = []
+        self.feeders: list[Brings] = []
+        self._open_feeders: list[Brings] = []
         self.allocated = 0
         self.peak = 0
         self._live: dict[int, int] = {}

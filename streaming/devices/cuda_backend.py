@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..config import format_bytes
+from ..planning.residency import DeviceMemory
 from .allocation_record import NO_RECORD, AllocationRecord
-from .backend import Backend, CopyTime, DeviceMemory, Event, Moment, Pair, Stall, count_bytes, is_out_of_memory
+from .backend import Backend, is_out_of_memory
+from .copies import CopyTime, Event, Moment, Pair, Stall, count_bytes
 from .cuda_pages import lasting_memory, opened_memory
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-# Where buffers begin, as torch's allocators have it (layout.py says what for).
-ALIGNMENT = 512
+from .copies import ALIGNMENT
 
 
 class OutOfPagesError(Exception):

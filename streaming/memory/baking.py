@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from ..devices.backend import Backend, Event, Pair
+from ..devices.backend import Backend
+from ..devices.copies import Event, Pair
 from ..model.layout import Value
 from .masters import Patches, Weights
 from .transfer import Tick

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence, Set
+from typing import Protocol
 
 import torch
 
@@ -10,13 +11,25 @@ from ..devices.backend import Backend
 from ..model.blocks import BlockSet, Unit
 from ..model.sums import Summing
 from ..planning.plan import Plan
-from ..run.verify import NoVerifier
 from .arena import HostBuffer
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
 from .masters import NoPatches, Patches, UnitCopies, Weights
 from .supply import Supply
 from .transfer import Load
+
+
+class Checks(Protocol):
+    """Looks at resident copies that have arrived (run/verify.py).
+
+    Attributes:
+        trusting: whether copies that arrived while nobody waited for them may be kept.
+    """
+
+    trusting: bool
+
+    def check_resident(self, copies: UnitCopies) -> None:
+        """A resident copy has arrived."""
 
 
 class Placement:
@@ -29,7 +42,7 @@ class Placement:
         verifier: is told of resident copies that have arrived.
     """
 
-    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: NoVerifier) -> None:
+    def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: Checks) -> None:
         self.backend = backend
         self._supply = supply
         self._verifier = verifier
@@ -154,7 +167,7 @@ class Placement:
         for copies in (*self._copies, self._rest):
             copies.settle()
 
-    def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:
+    def take_up(self, blocks: BlockSet, verifier: Checks, changes: Changes) -> None:
         """The model was cut anew, after ``changes``: keep copies of units that lie as before and hold what is there."""
         known = {_identity(copies.unit): copies for copies in (*self._copies, self._rest)}
         self._copies = [self._taken_up(unit, known, changes) for unit in blocks.units]

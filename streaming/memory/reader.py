@@ -37,9 +37,10 @@ from concurrent.futures import wait as wait_for_futures
 import numpy as np
 import torch
 
-from ..devices.backend import Backend, Event
+from ..devices.backend import Backend
+from ..devices.copies import ALIGNMENT, Event
 from ..model.contents import ranges, read_range
-from ..model.layout import ALIGNMENT, Layout
+from ..model.layout import Layout
 from ..threads import end_with_process
 from .arena import Arena, HostBuffer
 from .in_order import InOrder

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from ..devices.backend import Event, Pair
+from ..devices.copies import Event, Pair
 from ..model.layout import Layout
 
 # How often a thread that waits looks whether it shall go on.

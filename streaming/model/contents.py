@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from .layout import ALIGNMENT, Layout, TensorSpec
+from ..devices.copies import ALIGNMENT
+from .layout import Layout, TensorSpec
 
 
 def ranges(layout: Layout, largest: int) -> Iterator[tuple[int, int]]:

@@ -11,11 +11,8 @@ from typing import Protocol
 
 import torch
 
+from ..devices.copies import ALIGNMENT
 from .forms import Form, PlainForm, take_apart
-
-# Every tensor starts on a 512-byte boundary, as torch's CUDA allocator gives it: matrix libraries choose their
-# kernels by alignment, and another kernel may round differently.
-ALIGNMENT = 512
 
 
 @dataclass(frozen=True)

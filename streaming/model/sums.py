@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .layout import ALIGNMENT, Value
+from ..devices.copies import ALIGNMENT
+from .layout import Value
 
 # Words of 8 bytes that are summed at once. Factors and products take as much memory of the device, each.
 BATCH_WORDS = 1 << 21

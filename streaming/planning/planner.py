@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..config import StreamingConfig
-from ..devices.backend import DeviceMemory
-from ..run.recorder import Recorder
 from .plan import Plan, SecondsOf, forecast_seconds, make_plan, minimum_bytes, with_forecast
 from .profile import Outline, Profile, assumed_profile
-from .residency import MEASURED_STEPS, SHORTAGE, Residency
+from .residency import MEASURED_STEPS, SHORTAGE, DeviceMemory, Residency
 from .spread import best_order
 from .state import Standing, State
 
@@ -41,6 +39,20 @@ class Decision(NamedTuple):
 
     plan: Plan
     moves: bool
+
+
+class StepRecord(Protocol):
+    """What was recorded of a whole step (run/recorder.py).
+
+    Attributes:
+        never_entered: blocks of which units ran, though nobody has entered the block.
+    """
+
+    @property
+    def never_entered(self) -> set[int]: ...
+
+    def profile(self, known: Profile, with_times: bool) -> Profile:
+        """What is known now; ``known`` fills what the step has not shown. Without ``with_times`` its times stay."""
 
 
 class Planner:
@@ -182,14 +194,14 @@ class Planner:
         self._residency.current.timed = False
         self._residency.current.doubts += 1
 
-    def learn(self, recorder: Recorder) -> None:
-        """Keep what ``recorder`` has seen of a whole step, which is over."""
-        if recorder.never_entered:
-            self.by_units |= recorder.never_entered
+    def learn(self, record: StepRecord) -> None:
+        """Keep what ``record`` has seen of a whole step, which is over."""
+        if record.never_entered:
+            self.by_units |= record.never_entered
             return  # In the step that comes next these are entered: it is measured anew.
         regime = self._residency.current
         regime.timed = regime.steps > 1
-        profile = recorder.profile(self.profile, with_times=regime.timed)
+        profile = record.profile(self.profile, with_times=regime.timed)
         if self.compiled or self._whole_blocks:
             profile = replace(profile, unit_runs=None, unit_times=None)
         # In doubt a step may teach that compute takes less time, but not, where a cache answers, that less is computed.

@@ -22,8 +22,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from ..devices.backend import DeviceMemory
 from .profile import Profile
 
 # Steps of a new shape that are measured.
@@ -33,6 +33,18 @@ GAPS = 1 / 8
 # A shortage is when this part of the headroom is missing, or when no more than it is left.
 SHORTAGE = 0.25
 MOST_SHAPES = 32
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of a device at one moment.
+
+    Attributes:
+        free: nobody has them.
+        cached: torch keeps them for its next allocations.
+    """
+
+    free: int
+    cached: int
 
 
 @dataclass(eq=False)

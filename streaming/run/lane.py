@@ -35,7 +35,8 @@ from torch.autograd import profiler
 
 from ..collector import uncollected
 from ..config import format_bytes
-from ..devices.backend import Backend, Event, Pair, is_out_of_memory
+from ..devices.backend import Backend, is_out_of_memory
+from ..devices.copies import Event, Pair
 from ..memory.masters import UnitCopies
 from ..memory.reader import Reader
 from ..memory.transfer import Load, Move, Tick, Transfer

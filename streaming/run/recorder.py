@@ -10,7 +10,8 @@ from itertools import groupby, pairwise
 from statistics import median
 from typing import NamedTuple
 
-from ..devices.backend import Backend, Moment, Stall
+from ..devices.backend import Backend
+from ..devices.copies import Moment, Stall
 from ..memory.reader import Reader
 from ..planning.profile import Outline, Profile, UnitTime, by_kind
 from ..split.assignment import HOP_SECONDS

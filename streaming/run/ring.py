@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..devices.backend import Backend, Event
+from ..devices.backend import Backend
+from ..devices.copies import Event
 from ..memory.transfer import Transfer
 
 

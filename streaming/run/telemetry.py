@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import NamedTuple, Protocol
 
-from ..devices.backend import Backend, Moment, Stall
+from ..devices.backend import Backend
+from ..devices.copies import Moment, Stall
 
 # More waits than any step has; the oldest are dropped beyond.
 MOST_PENDING = 4096

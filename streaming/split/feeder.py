@@ -17,14 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..model.layout import ALIGNMENT
-
-if TYPE_CHECKING:
-    from ..devices.backend import Backend, Event, Pair
+from ..devices.backend import Backend
+from ..devices.copies import Event, Pair
 
 # A copy of 16 MB and more has all of a link's bandwidth, and costs the host as much as a small one.
 CHUNK_BYTES = 32 * 1024**2
@@ -106,22 +104,3 @@ class Feeder:
             self.helper.close()  # Waits for a copy into a chunk that nobody has passed on.
             self._chunks.clear()
             self._next = iter(())
-
-
-def cut(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
-    """Copies as so many lists of about equally many bytes, each tensor of which begins at a multiple of 512 bytes."""
-    total = sum(target.nbytes for target, _ in pairs)
-    share = max(ALIGNMENT, -(-total // (parts * ALIGNMENT)) * ALIGNMENT)
-    found: list[list[Pair]] = [[]]
-    left = share
-    for target, source in pairs:
-        start = 0
-        while start < target.nbytes:
-            if left <= 0 and len(found) < parts:
-                found.append([])
-                left = share
-            stop = target.nbytes if len(found) == parts else min(target.nbytes, start + left)
-            found[-1].append((target[start:stop], source[start:stop]))
-            left -= stop - start
-            start = stop
-    return found

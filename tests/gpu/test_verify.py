@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import make_transformer
 from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
-from weightstream.streaming.devices.backend import Event, Pair
+from weightstream.streaming.devices.copies import Event, Pair
 from weightstream.streaming.run.verify import BATCH_BYTES, PIECE_WORDS, checksums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

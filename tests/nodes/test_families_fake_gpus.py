@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from transformer_patches import Points
 from weightstream.nodes.model.parts import AROUND_STEPS, TRANSFORMER_PATCHES
 from weightstream.nodes.model.streamed_model import model_dtype
-from weightstream.streaming import handoff, split_model
+from weightstream.streaming import split_model
+from weightstream.streaming.handoff import boundary as handoff
 from weightstream.streaming.handoff.away import Away
 from weightstream.streaming.handoff.boundary import Boundary
 from weightstream.streaming.model.entries import Entries

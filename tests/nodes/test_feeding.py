@@ -19,7 +19,7 @@ from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.twins.twins import feeding
 from weightstream.streaming import Feeder, VirtualMemory
-from weightstream.streaming import backend as backends
+from weightstream.streaming.devices import backend as backends
 from weightstream.streaming.split.assignment import DeviceRoom
 
 

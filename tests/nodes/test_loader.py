@@ -26,7 +26,8 @@ from weightstream.nodes.model.offload import OffloadSettings, host_config
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.report import StreamingReport
 from weightstream.nodes.settings import AsyncOffloadSettings
-from weightstream.streaming import BudgetError, ConfigError, CpuBackend, CudaBackend, VirtualMemory, blocks
+from weightstream.streaming import BudgetError, ConfigError, CpuBackend, CudaBackend, VirtualMemory
+from weightstream.streaming.model import blocks
 
 import nodes as host_nodes
 

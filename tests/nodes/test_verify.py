@@ -13,7 +13,7 @@ from weightstream.nodes.host import devices
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.page import routes
 from weightstream.streaming import ConfigError
-from weightstream.streaming.devices.backend import Event, Pair
+from weightstream.streaming.devices.copies import Event, Pair
 
 Load = Callable[..., StreamedModelPatcher]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from weightstream.streaming import reader
+from weightstream.streaming.memory import reader
 from weightstream.streaming.memory.transfer import Piece
 
 Agent = Hashable

@@ -22,8 +22,9 @@ import pytest
 import torch
 from accesses import Accesses, Clock, span_of
 from page_drivers import RamPages, as_tensor
-from weightstream.streaming import backend, cuda_backend, forms
+from weightstream.streaming.devices import backend, cuda_backend
 from weightstream.streaming.devices.lasting_memory import LastingMemory, Memory
+from weightstream.streaming.model import forms
 
 # Of the CUDA runtime API.
 PORTABLE = 1

@@ -14,7 +14,7 @@ import torch
 from accesses import Accesses, Clock, span_of
 from torch import nn
 from uncounted import UncountedBackend
-from weightstream.streaming.devices.backend import Pair
+from weightstream.streaming.devices.copies import Pair
 
 COMPUTE = "compute"
 

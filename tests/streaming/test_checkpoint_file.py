@@ -12,7 +12,8 @@ import pytest
 import torch
 from files import POSIX, memory, read, write
 from safetensors.torch import save_file
-from weightstream.streaming import CheckpointError, CheckpointFile, StreamingError, checkpoint_file
+from weightstream.streaming import CheckpointError, CheckpointFile, StreamingError
+from weightstream.streaming.files import checkpoint_file
 
 # -- opening ---------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from weightstream.streaming import verify
+from weightstream.streaming.run import verify
 from weightstream.streaming.run.verify import PIECE_WORDS, checksums
 
 PIECE_BYTES = 4 * PIECE_WORDS

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightstream.streaming import cuda_pages
+from weightstream.streaming.devices import cuda_pages
 from weightstream.streaming.devices.cuda_pages import (
     PROTOTYPES,
     Access,

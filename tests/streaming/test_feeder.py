@@ -21,10 +21,11 @@ from weightstream.streaming import (
     feeding,
     split_model,
 )
-from weightstream.streaming import backend as backends
-from weightstream.streaming import feeder as feeders
+from weightstream.streaming.devices import backend as backends
+from weightstream.streaming.devices import copies
+from weightstream.streaming.devices.copies import cut
 from weightstream.streaming.split.assignment import DeviceRoom
-from weightstream.streaming.split.feeder import Feeder, cut
+from weightstream.streaming.split.feeder import Feeder
 from weightstream.streaming.split.feeding import feeding_is_faster, find_feeders
 from weightstream.streaming.split.links import Links
 
@@ -37,7 +38,7 @@ UNIT = 512
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of these models are small, and are cut up all the same."""
     monkeypatch.setattr(backends, "LEAST_FED_BYTES", 0)
-    monkeypatch.setattr(feeders, "ALIGNMENT", 128)
+    monkeypatch.setattr(copies, "ALIGNMENT", 128)
 
 
 def feed(home: Backend, *helpers: Backend, chunks: int = 2) -> None:

@@ -12,8 +12,9 @@ from reads import Reads
 from torch import nn
 from torch.utils._pytree import tree_map
 from weightstream.streaming import Streamer, UnsupportedModelError
+from weightstream.streaming.devices.copies import ALIGNMENT
 from weightstream.streaming.model.forms import take_apart
-from weightstream.streaming.model.layout import ALIGNMENT, Layout, NamedTensor, Place, make_layout
+from weightstream.streaming.model.layout import Layout, NamedTensor, Place, make_layout
 
 pytestmark = pytest.mark.usefixtures("watched")
 

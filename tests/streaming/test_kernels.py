@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from weightstream.streaming import kernels
+from weightstream.streaming.devices import kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

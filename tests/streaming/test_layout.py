@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from weightstream.streaming.model.layout import ALIGNMENT, Layout, NamedTensor, Place, make_layout
+from weightstream.streaming.devices.copies import ALIGNMENT
+from weightstream.streaming.model.layout import Layout, NamedTensor, Place, make_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
 

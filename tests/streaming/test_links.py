@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from weightstream.streaming import ConfigError, links
+from weightstream.streaming import ConfigError
+from weightstream.streaming.split import links
 from weightstream.streaming.split.links import PEER_VARIABLE, Links
 
 BASE = torch.arange(240.0).view(4, 6, 10)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from files import POSIX
 from models import Stored
-from weightstream.streaming import open_file as module
+from weightstream.streaming.files import open_file as module
 from weightstream.streaming.files.open_file import SPARE_HANDLES, OpenFileInTurns, open_file
 
 HANDLES = Path("/proc/self/fd")

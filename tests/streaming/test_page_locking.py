@@ -11,7 +11,8 @@ import pytest
 import torch
 from models import Doubled, PinningBackend, Stored
 from reads import join_threads
-from weightstream.streaming import PinBudget, State, arena
+from weightstream.streaming import PinBudget, State
+from weightstream.streaming.memory import arena
 
 pytestmark = pytest.mark.usefixtures("watched")
 

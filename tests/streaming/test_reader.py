@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from weightstream.streaming import CpuBackend, VirtualMemory
-from weightstream.streaming.devices.backend import Event, Pair
+from weightstream.streaming.devices.copies import ALIGNMENT, Event, Pair
 from weightstream.streaming.memory.arena import Arena
 from weightstream.streaming.memory.reader import Reader
 from weightstream.streaming.memory.transfer import Load, Move, Transfer, TransferAbandonedError
 from weightstream.streaming.model.contents import ranges, read_range
-from weightstream.streaming.model.layout import ALIGNMENT, NamedTensor, make_layout
+from weightstream.streaming.model.layout import NamedTensor, make_layout
 
 pytestmark = pytest.mark.usefixtures("watched")
 

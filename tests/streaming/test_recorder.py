@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from outlines import make_outline
-from weightstream.streaming.devices.backend import CopyTime
+from weightstream.streaming.devices.copies import CopyTime
 from weightstream.streaming.planning.profile import assumed_profile
 from weightstream.streaming.planning.timeline import timeline
 from weightstream.streaming.run.recorder import Recorder

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from weightstream.streaming import Checkpoint, checkpoint_file
+from weightstream.streaming import Checkpoint
+from weightstream.streaming.files import checkpoint_file
 from weightstream.streaming.model.layout import NamedTensor, Place, Value, make_layout
 from weightstream.streaming.model.shown import StandIn, laid_out, shown
 from weightstream.streaming.model.sums import Summing

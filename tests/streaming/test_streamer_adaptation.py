@@ -9,7 +9,8 @@ import pytest
 import torch
 from models import Transformer, X, make_streamer, make_transformer
 from torch import nn
-from weightstream.streaming import DeviceMemoryError, State, Streamer, StreamingError, VirtualMemory, planner
+from weightstream.streaming import DeviceMemoryError, State, Streamer, StreamingError, VirtualMemory
+from weightstream.streaming.planning import planner
 
 BLOCK = 35_840
 

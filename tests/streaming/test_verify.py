@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import SETTINGS, Doubled, PinningBackend, Stored, X, make_transformer
-from weightstream.streaming import CorruptionError, State, Streamer, StreamingConfig, cpu_backend, split_model, verify
-from weightstream.streaming.devices.backend import Event, Pair
+from weightstream.streaming import CorruptionError, State, Streamer, StreamingConfig, split_model
+from weightstream.streaming.devices import cpu_backend
+from weightstream.streaming.devices.copies import Event, Pair
+from weightstream.streaming.run import verify
 from weightstream.streaming.run.lane import Lane
 from weightstream.streaming.run.verify import Verifier
 

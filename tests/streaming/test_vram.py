@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from weightstream.streaming import Vram, VramReader, vram
+from weightstream.streaming import Vram, VramReader
 from weightstream.streaming.devices.lasting_memory import PageCounts
+from weightstream.streaming.machine import vram
 
 GB = 10**9
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from uncounted import UncountedBackend
-from weightstream.streaming.devices.backend import CopyTime, Pair, count_bytes
+from weightstream.streaming.devices.copies import CopyTime, Pair, count_bytes
 
 # LEAST_TIMED_BYTES of the recorder would leave out copies of models as small as these only if there were larger ones.
 

@@ -1,0 +1,52 @@
+"""What is copied between a host and its devices, in the words that all who queue copies share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+# Every tensor starts on a 512-byte boundary, as torch's CUDA allocator gives it: matrix libraries choose their
+# kernels by alignment, and another kernel may round differently.
+ALIGNMENT = 512
+
+# Opaque to all but the backends: a torch.cuda.Event or a Future.
+Event = Any
+# A function that gives the seconds that compute waited, or None while the device has not got there.
+Stall = Callable[[], float | None]
+# A moment of compute, opaque like an event: a torch.cuda.Event with a time, or seconds.
+Moment = Any
+# Where to copy, and from where.
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class CopyTime(NamedTuple):
+    """A copy that was timed: bytes, and the moments at which it began and ended on its stream."""
+
+    nbytes: int
+    begin: Moment
+    end: Moment
+
+
+def count_bytes(pairs: Sequence[Pair]) -> int:
+    return sum(target.nbytes for target, _ in pairs)
+
+
+def cut(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
+    """Copies as so many lists of about equally many bytes, each tensor of which begins at a multiple of 512 bytes."""
+    total = sum(target.nbytes for target, _ in pairs)
+    share = max(ALIGNMENT, -(-total // (parts * ALIGNMENT)) * ALIGNMENT)
+    found: list[list[Pair]] = [[]]
+    left = share
+    for target, source in pairs:
+        start = 0
+        while start < target.nbytes:
+            if left <= 0 and len(found) < parts:
+                found.append([])
+                left = share
+            stop = target.nbytes if len(found) == parts else min(target.nbytes, start + left)
+            found[-1].append((target[start:stop], source[start:stop]))
+            left -= stop - start
+            start = stop
+    return found
