@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from .devices.backend import Backend
 from .planning.plan import Plan, SecondsOf, forecast_seconds
-from .planning.profile import Profile
+from .planning.profile import Outline, Profile
 from .run.telemetry import StepListener
 from .split.assignment import Assignment
 from .split.turns import Share, forecast_of_all
 
-if TYPE_CHECKING:
-    from .streamer import Streamer
+
+class Member(Protocol):
+    """A streamer of a model on one of its devices.
+
+    Attributes:
+        outline: of what it streams there.
+        plan: in effect; None while unloaded.
+        profile: what is known of its next step.
+        doubts: whether a step was over sooner than its compute alone was measured to take.
+    """
+
+    outline: Outline
+    plan: Plan | None
+
+    @property
+    def profile(self) -> Profile: ...
+
+    @property
+    def doubts(self) -> bool: ...
+
+    def learn(self) -> None:
+        """Keep what the step before has shown, if it was measured."""
+
+    def measure_again(self) -> None:
+        """The next step teaches its times once more."""
 
 
 class Group:
@@ -28,9 +51,9 @@ class Group:
     def __init__(self, assignment: Assignment | None = None) -> None:
         self.listeners: list[StepListener] = []
         self.assignment = assignment
-        self._members: list[weakref.ref[Streamer]] = []
+        self._members: list[weakref.ref[Member]] = []
 
-    def join(self, streamer: Streamer) -> SecondsOf:
+    def join(self, streamer: Member) -> SecondsOf:
         """``streamer`` is one more; gives what tells how long a step takes with a plan of its blocks."""
         who = weakref.ref(streamer)
         self._members.append(who)
@@ -59,7 +82,7 @@ class Group:
             for streamer in members:
                 streamer.measure_again()
 
-    def _seconds(self, who: Callable[[], Streamer | None], plan: Plan, profile: Profile) -> float:
+    def _seconds(self, who: Callable[[], Member | None], plan: Plan, profile: Profile) -> float:
         assignment = self.assignment
         if assignment is None or not profile.measured:
             return forecast_seconds(plan, profile)
@@ -72,7 +95,7 @@ class Group:
         return forecast_of_all(shares, assignment)
 
 
-def _share_of(streamer: Streamer | None) -> Share | None:
+def _share_of(streamer: Member | None) -> Share | None:
     """What a device does, once it is loaded and was measured."""
     if streamer is None or streamer.plan is None or not (streamer.profile.measured or not streamer.outline.blocks):
         return None

@@ -9,15 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import Doubled, Transformer, X, make_transformer, units_of
-from weightstream.streaming import (
-    CpuBackend,
-    State,
-    Streamer,
-    StreamingConfig,
-    VirtualMemory,
-    reader,
-    split_model,
-)
+from weightstream.streaming import CpuBackend, State, Streamer, StreamingConfig, VirtualMemory, split_model
+from weightstream.streaming.memory import reader
 from weightstream.streaming.model.layout import Layout
 
 

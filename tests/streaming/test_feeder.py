@@ -18,12 +18,12 @@ from weightstream.streaming import (
     Streamer,
     StreamingConfig,
     VirtualMemory,
-    feeding,
     split_model,
 )
 from weightstream.streaming.devices import backend as backends
 from weightstream.streaming.devices import copies
 from weightstream.streaming.devices.copies import cut
+from weightstream.streaming.split import feeding
 from weightstream.streaming.split.assignment import DeviceRoom
 from weightstream.streaming.split.feeder import Feeder
 from weightstream.streaming.split.feeding import feeding_is_faster, find_feeders

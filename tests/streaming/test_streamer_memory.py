@@ -119,7 +119,7 @@ def test_a_model_that_is_dropped_while_it_is_measured_leaves_nothing_to_the_garb
     model.streamer = Streamer(model, split_model(model), backend, StreamingConfig())
     model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
     model.streamer.run(partial(model, X))
-    references = [weakref.ref(model.streamer), weakref.ref(model.streamer._runner.recorder)]
+    references = [weakref.ref(model.streamer), weakref.ref(model.streamer.measuring.recorder)]
     gc.collect()
     gc.disable()
     try:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import Doubled, X, budgets, make_streamer, make_transformer
-from weightstream.streaming import (
-    masters,
-)
+from weightstream.streaming.memory import masters
 from weightstream.streaming.model.layout import Layout
 
 

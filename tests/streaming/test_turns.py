@@ -104,7 +104,7 @@ def test_times_that_are_too_long_are_measured_again(devices: int, late: int) -> 
         step = placed.step()
     for streamer in placed.streamers:
         assert true_seconds <= streamer.profile.compute_seconds <= true_seconds + 60 * HOP_SECONDS
-        assert streamer._runner.recorder is None
+        assert streamer.measuring.recorder is None
     assert placed.promised == pytest.approx(step, rel=0.02)
 
 

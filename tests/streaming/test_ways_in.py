@@ -35,7 +35,7 @@ def test_it_streams_in_parts_and_ahead_from_the_third_step_on(kind: str, blocks_
     assert streamer.profile.measured
     assert min(streamer.profile.block_seconds) > 0
     assert all(segment.runs > 0 for segment in streamer.plan.segments)
-    assert streamer._runner.recorder is None, "it is measured for ever"
+    assert streamer.measuring.recorder is None, "it is measured for ever"
     assert len(streamer.never_entered) == {"methods": 0, "layers": 6, "layers of some": 4}[kind]
     streamer.unload()
     assert torch.equal(model(X), expected)

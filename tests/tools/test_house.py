@@ -1,0 +1,104 @@
+"""The order of the rooms (docs/architecture.md): imports go downward, in circles nowhere, those for types included."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Each room may import those before it. "" is what lies beside the rooms, above all of them.
+ROOMS = {
+    "streaming": ["planning", "files", "devices", "machine", "split", "model", "memory", "run", "handoff", ""],
+    "nodes": ["host", "tell", "state", "model", "twins", "page", ""],
+}
+# Beside the rooms, and for everybody.
+SHARED = {"streaming": {"config", "errors", "collector", "threads"}, "nodes": set()}
+PROGRAMS = ("benchmarks", "tools")
+
+Module = tuple[str, ...]
+
+
+def modules(folder: str) -> dict[Module, Path]:
+    """The files of a folder by what they are imported as, its rooms included."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    return {path.relative_to(ROOT).with_suffix("").parts: path for path in paths}
+
+
+def imported(module: Module, path: Path, known: dict[Module, Path]) -> Iterator[Module]:
+    """Those of ``known`` that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            # A package is named by its __init__, which is one step further in.
+            base = (*module[: -node.level], *(node.module.split(".") if node.module else ()))
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            base = (module[0], *node.module.split("."))
+        elif isinstance(node, ast.Import):
+            yield from (one for name in node.names if (one := (module[0], *name.name.split("."))) in known)
+            continue
+        else:
+            continue
+        for name in node.names:
+            found = ((*base, name.name), base, (*base, "__init__"))
+            yield from [one for one in found if one in known][:1]
+
+
+def graph(folder: str) -> dict[Module, set[Module]]:
+    known = modules(folder)
+    return {module: set(imported(module, path, known)) - {module} for module, path in known.items()}
+
+
+@pytest.mark.parametrize("folder", [*ROOMS, *PROGRAMS])
+def test_nobody_imports_in_a_circle(folder: str) -> None:
+    found = graph(folder)
+    assert sum(map(len, found.values())) > 10, "imports are not found"
+    try:
+        TopologicalSorter(found).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join("/".join(module) for module in error.args[1]))
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_rooms_import_what_lies_below_them(folder: str) -> None:
+    order = ROOMS[folder]
+    upward = [
+        f"{'/'.join(module)} imports {'/'.join(other)}"
+        for module, others in graph(folder).items()
+        for other in others
+        if order.index(room_of(other)) > order.index(room_of(module)) and other[-1] not in SHARED[folder]
+    ]
+    assert upward == []
+
+
+def room_of(module: Module) -> str:
+    return module[1] if len(module) > 2 else ""
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_each_room_is_in_the_order_and_says_what_it_is_for(folder: str) -> None:
+    rooms = {path.parent.name: path for path in (ROOT / folder).glob("*/__init__.py")}
+    assert rooms.keys() == {room for room in ROOMS[folder] if room}
+    assert all(ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in rooms.values())
+
+
+def test_planning_is_pure() -> None:
+    """It is tried over all small sizes, and in simulations: nothing there depends on a device or a clock."""
+    allowed = {"__future__", "bisect", "collections", "dataclasses", "enum", "functools", "heapq", "itertools", "math"}
+    allowed |= {"numpy", "operator", "statistics", "typing"}
+    found = {
+        (path.name, name.partition(".")[0])
+        for path in (ROOT / "streaming" / "planning").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for name in names_of(node)
+    }
+    assert {name for name in found if name[1] not in allowed} == set()
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """What a line imports that is not ours."""
+    if isinstance(node, ast.Import):
+        return [name.name for name in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
