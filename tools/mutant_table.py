@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("mutants.txt")
+ROOT = TABLE.parents[1]
+# The tests of the engine by their names, wherever they lie.
+TESTS = {path.stem: path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "streaming").rglob("test_*.py")}
 
 
 class Mutant(NamedTuple):
@@ -59,7 +62,7 @@ def _mutant(heads: dict[str, str], difference: Iterable[str]) -> Mutant:
     lines = [(line[0], line[1:]) for line in difference]
     old = tuple(line for kind, line in lines if kind != "+")
     new = tuple(line for kind, line in lines if kind != "-")
-    tests = tuple(f"tests/streaming/{test}.py" for test in heads["tests"].split())
+    tests = tuple(TESTS[test] for test in heads["tests"].split())
     return Mutant(heads["file"], heads["mutant"], old, new, tests)
 
 

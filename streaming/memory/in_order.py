@@ -5,7 +5,7 @@ Whoever has finished an item hands on, with it, all finished items that are next
 time, who holds ``_handing_on``. Another that finishes an item meanwhile does not wait: it goes, and the holder, having
 let go, looks once more. So does everybody who has held it, whatever for (:meth:`InOrder.pause`). Nothing is forgotten:
 an item is marked as finished before its thread tries to get hold, and if that fails the holder has not let go yet, so
-that it looks after the mark was made. ``tests/streaming/test_in_order.py`` tries all orders of these few operations.
+that it looks after the mark was made. ``test_in_order.py`` tries all orders of these few operations.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
-from weightstream.nodes.twins.twins import takeover
+from weightstream.nodes.twins import takeover
 from weightstream.streaming import BudgetError, VirtualMemory
 
 import nodes as host_nodes

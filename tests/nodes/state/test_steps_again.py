@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from failing import OUT_OF_MEMORY, failing
 from families import FAMILIES
 from family_models import build_tiny, whole
 from family_models import streamed as stream_family
@@ -30,30 +30,7 @@ from weightstream.streaming import StepNotRepeatedError
 Load = Callable[..., StreamedModelPatcher]
 WRAPPERS = comfy.patcher_extension.WrappersMP
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("no room")
 OTHER_DEVICE = RuntimeError("Expected all tensors to be on the same device")
-
-
-@contextmanager
-def failing(block: torch.nn.Module, *calls: int, error: Exception = OUT_OF_MEMORY) -> Iterator[list[int]]:
-    """``block`` fails when it is called for the first time (0), or for others; gives which have come to pass.
-
-    By a hook of torch, because what that counts stays counted.
-    """
-    numbers = iter(range(10**6))
-    failed: list[int] = []
-
-    def fail(*_: Any) -> None:
-        number = next(numbers)
-        if number in calls:
-            failed.append(number)
-            raise type(error)(*error.args)  # One that is kept would keep the frames that it went through.
-
-    handle = block.register_forward_pre_hook(fail)
-    try:
-        yield failed
-    finally:
-        handle.remove()
 
 
 class Residual:

@@ -328,7 +328,7 @@ atexit.register(threads._end_all)
 
 def test_a_process_does_not_wait_for_what_is_built_behind(tmp_path: Path) -> None:
     """A builder that has seconds of work left."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     program = PROGRAM.partition("stored = ")[0] + BUILDING
     command = [sys.executable, "-c", program, str(root), str(tmp_path)]
     ended = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True)
@@ -338,7 +338,7 @@ def test_a_process_does_not_wait_for_what_is_built_behind(tmp_path: Path) -> Non
 
 def test_a_process_may_end_while_weights_are_read(tmp_path: Path) -> None:
     """A thread that is inside of torch at that moment would abort it."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     for _ in range(4):
         ended = subprocess.run([sys.executable, "-c", PROGRAM, str(root), str(tmp_path)], timeout=60, check=False)
         assert ended.returncode == 0

@@ -17,7 +17,7 @@ from sampling import LORA, MB, sample
 from weightstream.nodes.model import streamed_model
 from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.settings import with_settings
-from weightstream.nodes.twins.twins import feeding
+from weightstream.nodes.twins import feeding
 from weightstream.streaming import Feeder, VirtualMemory
 from weightstream.streaming.devices import backend as backends
 from weightstream.streaming.split.assignment import DeviceRoom

@@ -295,7 +295,7 @@ sys.kept = kept
 
 def test_a_process_ends_with_buffers_that_somebody_has(pytestconfig: pytest.Config) -> None:
     root = pytestconfig.rootpath
-    program = [sys.executable, "-c", AT_EXIT, str(root), str(Path(__file__).parent)]
+    program = [sys.executable, "-c", AT_EXIT, str(root), str(Path(__file__).parents[1])]
     result = subprocess.run(program, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
 

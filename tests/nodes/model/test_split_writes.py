@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from failing import failing
 from placing import Machine, place
 from sampling import MB, sample
-from test_steps_again import failing
 
 Change = Callable[[Any], Any]
 BLOCKS = [*(("double_block", number) for number in range(2)), *(("single_block", number) for number in range(4))]

@@ -23,8 +23,8 @@ from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.model.parts import split_blocks
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
+from weightstream.nodes.twins import split
 from weightstream.nodes.twins.split import split_over
-from weightstream.nodes.twins.twins import split
 from weightstream.streaming import State, UnsupportedModelError, VirtualMemory
 
 from tools.checkpoints import write_flux

@@ -24,7 +24,7 @@ from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.text_encoder import with_patcher
 from weightstream.nodes.settings import with_settings
-from weightstream.nodes.twins.twins import components
+from weightstream.nodes.twins import components
 from weightstream.streaming import UnsupportedModelError
 
 import nodes as host_nodes

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from failing import failing
 from placing import Machine, place
 from sampling import MB, sample
-from test_steps_again import failing
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.streaming import DeviceMemoryError, StepNotRepeatedError, StreamingError
 
