@@ -19,6 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # One virtual device: small enough that the tiny FLUX (35 MB) must stream.
 VIRTUAL_DEVICES = "2x24MB"
+# Torch's own threads, here and in the processes that tests start. The matrices are small and the tests run in as many
+# processes as there are cores: with a thread for each core in each process the whole takes twice as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _start_host() -> None:
