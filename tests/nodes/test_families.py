@@ -1,3 +1,8 @@
+"""Every family of the host streams, on one device and over two, and the latents are the host's own to the bit.
+
+Virtual devices: tensors on the second are copies, so what one block writes the others see only if it is handed on.
+"""
+
 from __future__ import annotations
 
 import logging
@@ -10,6 +15,8 @@ import family_table
 import pytest
 import torch
 import unknown_family
+from comfy.model_patcher import ModelPatcher
+from counting_links import CountingLinks
 from families import (
     FAMILIES,
     KNOWN,
@@ -31,8 +38,11 @@ from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.streamed_model import model_dtype
 from weightstream.nodes.twins.likeness import difference, held_by
 from weightstream.streaming import split_model
+from weightstream.streaming.handoff.boundary import Boundary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+HOME, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +155,21 @@ def _check_streams(name: str, family: Family, make: Callable[[], torch.nn.Module
     assert torch.equal(latents, expected)
     assert host_weights.found == set()
     assert model.streamer.never_entered == []
+    mm.unload_all_models()
+
+    _check_two_devices(native, family, expected)
+
+
+def _check_two_devices(native: ModelPatcher, family: Family, expected: torch.Tensor) -> None:
+    """Blocks in turn: what crosses the boundary arrives, and is what it should be."""
+    links = CountingLinks()
+    boundary = Boundary(HOME, links)
+    blocks = [block.module for block in split_model(native.model, model_dtype, minimum_share=0).blocks]
+    places = [(block, SECOND if number % 2 else HOME) for number, block in enumerate(blocks)]
+    boundary.attach(native.model.diffusion_model, places)
+    assert torch.equal(sample(native, family), expected)
+    assert links.moves > 0 or len(blocks) == 1
+    mm.unload_all_models()
 
 
 def _shrink(model: StreamedModelPatcher) -> None:
