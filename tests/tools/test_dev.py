@@ -122,3 +122,29 @@ def test_an_archive_cannot_write_outside(dev: ModuleType, tmp_path: Path, name: 
 
 def test_the_cache_can_be_moved(dev: ModuleType, tmp_path: Path) -> None:
     assert dev.cache_dir({"WEIGHTSTREAM_CACHE": str(tmp_path / "elsewhere")}) == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], ["--numprocesses"]),
+        (["--fast"], ["--numprocesses", "tests/streaming", "not slow"]),
+        (["--fast", "-x"], ["--numprocesses", "not slow", "-x"]),
+        (["-q", "tests/web"], ["-q", "tests/web"]),
+    ],
+)
+def test_what_pytest_is_asked_for(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, given: list[str], expected: list[str]
+) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(dev, "call", lambda host, command: called.append(command) or 0)
+    assert dev.test(given) == 0
+    asked = called[0][called[0].index("pytest") + 1 :]
+    assert set(expected) <= set(asked)
+    assert "--fast" not in asked
+    if "--numprocesses" not in expected:
+        assert asked == given
+
+
+def test_what_is_fast_is_there(dev: ModuleType) -> None:
+    assert all((ROOT / path).exists() for path in dev.FAST if path.startswith("tests"))

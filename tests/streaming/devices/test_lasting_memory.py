@@ -293,6 +293,7 @@ sys.kept = kept
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_buffers_that_somebody_has(pytestconfig: pytest.Config) -> None:
     root = pytestconfig.rootpath
     program = [sys.executable, "-c", AT_EXIT, str(root), str(Path(__file__).parents[1])]

@@ -68,6 +68,7 @@ def read_while_one_reads(file: OpenFileInTurns) -> bytes:
     return bytes(target)
 
 
+@pytest.mark.slow
 @counted
 def test_handles_are_as_many_as_threads_that_read_at_once_and_few_are_kept(file: OpenFileInTurns) -> None:
     before = handles()
@@ -106,6 +107,7 @@ def test_where_the_name_is_another_files_threads_take_turns(file: OpenFileInTurn
     read_at_once(file, 6)
 
 
+@pytest.mark.slow
 @counted
 @pytest.mark.parametrize("positioned", [True, False])
 def test_handles_of_a_model_do_not_grow_and_go_with_it(

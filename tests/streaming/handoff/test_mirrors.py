@@ -347,6 +347,7 @@ def program(seed: int) -> tuple[Callable[..., Any], Callable[..., Any], Callable
     return act, run, make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_any_program_gives_what_it_gives_on_one_device(split: str) -> None:
     for seed in SEEDS:

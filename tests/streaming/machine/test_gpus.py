@@ -31,6 +31,7 @@ def run(*arguments: str, virtual: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_lists_virtual_devices_where_there_is_no_gpu() -> None:
     table = run("gpus", virtual="2x24MB")
     assert table.returncode == 0, table.stderr
@@ -44,6 +45,7 @@ def test_the_command_lists_virtual_devices_where_there_is_no_gpu() -> None:
     assert {gpu["virtual"] for gpu in listed} == {True}
 
 
+@pytest.mark.slow
 def test_the_command_without_any_gpu_says_so() -> None:
     result = run("gpus")
     assert (result.returncode, result.stdout) == (0, "no GPU that torch can use through CUDA or ROCm\n")
@@ -51,6 +53,7 @@ def test_the_command_without_any_gpu_says_so() -> None:
     assert (result.returncode, json.loads(result.stdout)) == (0, {"gpus": []})
 
 
+@pytest.mark.slow
 def test_the_command_with_what_it_cannot_read() -> None:
     result = run("gpus", virtual="two")
     assert result.returncode == 2

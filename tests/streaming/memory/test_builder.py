@@ -114,6 +114,7 @@ def test_threads_that_do_not_start_leave_no_pool(tmp_path: Path, monkeypatch: py
     stored.close()
 
 
+@pytest.mark.slow
 def test_steps_are_right_between_and_after_what_is_built_behind_them(tmp_path: Path) -> None:
     """What was built behind other work when the model is loaded is used, and what was begun is built later."""
     units = len(Stored(tmp_path).streamer.blocks.units)

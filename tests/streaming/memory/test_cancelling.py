@@ -70,6 +70,7 @@ class CancelAt:
             raise Cancelled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("stage", ["residents", "masters", "step"])
 def test_who_cancels_waits_for_the_reads_under_way_alone(
@@ -210,6 +211,7 @@ def test_a_cancelled_step_is_followed_by_a_right_one(tmp_path: Path, gate: Gate)
     stored.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collected", [True, False])
 @pytest.mark.parametrize("under_way", ["master copies", "transfers", "transfers through a page-locked ring"])
 def test_a_model_is_dropped(tmp_path: Path, gate: Gate, under_way: str, collected: bool) -> None:
@@ -326,6 +328,7 @@ atexit.register(threads._end_all)
 """
 
 
+@pytest.mark.slow
 def test_a_process_does_not_wait_for_what_is_built_behind(tmp_path: Path) -> None:
     """A builder that has seconds of work left."""
     root = Path(__file__).parents[3]
@@ -336,6 +339,7 @@ def test_a_process_does_not_wait_for_what_is_built_behind(tmp_path: Path) -> Non
     assert float(ended.stdout) < 2
 
 
+@pytest.mark.slow
 def test_a_process_may_end_while_weights_are_read(tmp_path: Path) -> None:
     """A thread that is inside of torch at that moment would abort it."""
     root = Path(__file__).parents[3]

@@ -77,6 +77,7 @@ class Run:
         assert self.paused == pauses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("finish", "pauses", "preemptions"),
     [

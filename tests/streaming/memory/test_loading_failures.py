@@ -131,6 +131,7 @@ def fail_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[range], None]:
     return fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("pin_memory", [True, False])
 @pytest.mark.parametrize("count", [1, 3])

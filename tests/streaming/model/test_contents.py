@@ -37,6 +37,7 @@ def test_weights_come_from_the_file_and_not_from_its_mapping(
     stored.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored_dtype", [torch.float8_e4m3fn, torch.float16, torch.float32])
 def test_weights_are_cast_on_the_way(tmp_path: Path, stored_dtype: torch.dtype) -> None:
     for pin_memory in (True, False):

@@ -39,6 +39,7 @@ def input_of(model: Transformer) -> torch.Tensor:
     return torch.linspace(-1, 1, 3 * width).reshape(1, 3, width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False], ids=["parameters", "bare"])
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_1, Kind.Q4_0, Kind.BF16, Kind.Q4_K, Kind.Q6_K])
 def test_packed_weights_stream_as_bytes(load: Load, kind: Kind, wrapped: bool) -> None:

@@ -43,6 +43,7 @@ def inference_mode() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy_streams", [0, 2])
 @pytest.mark.parametrize("room", [0, 1])
 @pytest.mark.parametrize("devices", [2, 3])

@@ -45,6 +45,7 @@ def make(cuda: FakeCuda, blocks: int, slots: int, **settings: Any) -> tuple[Numb
     return model, Streamer(model, split_model(model), backend, StreamingConfig(slots=slots, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy_streams", range(4))
 @pytest.mark.parametrize("slots", range(1, 4))
 def test_page_locked_segments(cuda: FakeCuda, slots: int, copy_streams: int) -> None:
@@ -63,6 +64,7 @@ def test_page_locked_segments(cuda: FakeCuda, slots: int, copy_streams: int) -> 
     assert cuda.contexts == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_staged_segments_and_residents(

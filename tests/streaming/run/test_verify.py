@@ -125,6 +125,7 @@ def check_that_it_was_found(made: Made, caplog: pytest.LogCaptureFixture, times:
     assert now.as_dict()["counters"]["corrupted"] == times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [*DAMAGE, None])
 @pytest.mark.parametrize("pin_memory", [True, False], ids=["page-locked", "staged"])
 @pytest.mark.parametrize("copy", [1, 4, 9])
@@ -167,6 +168,7 @@ def test_a_damaged_patched_copy_is_found_and_mended(
     check_that_it_was_found(made, caplog)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("copy", [1, 2, 4, 7, 11])
 def test_what_comes_from_a_file_is_compared_with_the_file(

@@ -16,6 +16,7 @@ from weightstream.streaming import Streamer, StreamingConfig, split_model
 from weightstream.streaming.run.by_units import ByUnits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks_resident", [0, 2])
 def test_it_streams_in_parts_and_ahead_from_the_third_step_on(kind: str, blocks_resident: int) -> None:
@@ -148,6 +149,7 @@ def test_a_block_that_begins_to_be_called_streams_as_others() -> None:
     assert streamer.counters.misses == misses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [False, True], ids=["first step", "later"])
 @pytest.mark.parametrize("fails_in", [0, 3, 5])
 def test_an_interrupt_between_layers_is_settled(fails_in: int, learned: bool) -> None:
@@ -168,6 +170,7 @@ def test_an_interrupt_between_layers_is_settled(fails_in: int, learned: bool) ->
         assert torch.equal(run(streamer, model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [Stop, ValueError])
 def test_an_error_in_a_method_is_settled(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(ByMethods)
@@ -227,6 +230,7 @@ def compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("told", [False, True], ids=["nobody said so", "expected"])
 def test_compiled_models_enter_blocks_by_methods_too(told: bool) -> None:
@@ -282,6 +286,7 @@ class RacingModel(NumberedModel):
         return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [False, True], ids=["blocks", "parts"])
 @pytest.mark.parametrize("ways", [("methods",), ("parts",), ("methods", "parts", "call")], ids="-".join)
 def test_every_access_to_a_slot_is_ordered(ways: tuple[str, ...], learned: bool) -> None:

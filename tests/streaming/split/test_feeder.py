@@ -71,6 +71,7 @@ def test_copies_are_cut_into_like_parts(parts: int) -> None:
         assert all(map(torch.equal, targets, sources))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helpers", [1, 2, 3])
 @pytest.mark.parametrize("copy_streams", [0, 1, 2])
 def test_output_is_the_same(copy_streams: int, helpers: int) -> None:
@@ -96,6 +97,7 @@ def test_output_is_the_same(copy_streams: int, helpers: int) -> None:
 # -- order ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helpers", [1, 2])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_every_access_is_ordered(slots: int, helpers: int) -> None:
@@ -186,6 +188,7 @@ def test_a_helper_without_room_is_left_out() -> None:
     streamer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_helper", [True, False])
 def test_a_copy_that_fails_anywhere_is_made_again(of_helper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_transformer(depth=4)

@@ -88,6 +88,7 @@ class Devices:
             streamer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize("late", [3, 6])
 def test_times_that_are_too_long_are_measured_again(devices: int, late: int) -> None:
@@ -108,6 +109,7 @@ def test_times_that_are_too_long_are_measured_again(devices: int, late: int) -> 
     assert placed.promised == pytest.approx(step, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "gigabytes", "bandwidth"),
     [
