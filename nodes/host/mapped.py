@@ -66,7 +66,7 @@ _mapping = threading.RLock()
 
 @contextmanager
 def mapped_loading() -> Iterator[MappedFiles]:
-    """While this lasts the host, on this thread, loads models as views of their files (Note: what is exchanged)."""
+    """While this lasts the host loads models as views of their files (Note: what is exchanged, and for whom)."""
     files = MappedFiles()
     with _mapping:
         patcher, load = comfy.model_patcher.CoreModelPatcher, comfy.utils.load_torch_file

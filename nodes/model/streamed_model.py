@@ -58,7 +58,7 @@ class StreamedModel:
         boundary: between devices, of a model whose blocks run on several (parts.py).
         shares: which blocks run where, of such a model.
         placed: its blocks, and where they run.
-        fed: the device that others bring weights to, and these (feeding.py).
+        fed: the device that others bring weights to, and these (twins/feeding.py).
         held: whether a part keeps its weights, whoever takes them (parts.py, Note: held parts).
         leaves: whether somebody has taken them meanwhile, and nobody has loaded them again.
         title: the checkpoint's file name.

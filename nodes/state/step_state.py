@@ -2,11 +2,11 @@
 
 [Note: a step that runs again]
 A step runs again when it was out of memory, and when weights turned out to be needed elsewhere (streaming/runner.py,
-shares.py). Nodes keep a state from step to step: caches that skip steps, counters, schedules, random generators, keys
-and values of frames before. A second run must find all of that as the first one did. So before each step everything
-that its code can get hold of is kept (reach.py, Note: what is reached), and put back as soon as the step has failed,
-before memory is made or weights move. Keeping takes about a millisecond of the CPU for a model of a thousand modules,
-and no wait for a device.
+model/sharing.py). Nodes keep a state from step to step: caches that skip steps, counters, schedules, random generators,
+keys and values of frames before. A second run must find all of that as the first one did. So before each step
+everything that its code can get hold of is kept (reach.py, Note: what is reached), and put back as soon as the step has
+failed, before memory is made or weights move. Keeping takes about a millisecond of the CPU for a model of a thousand
+modules, and no wait for a device.
 
 Of small tensors there is a copy, registered buffers of the model among them, which always lie on a device
 (model/blocks.py). Of large ones on a device that the model runs on there is a fingerprint, which costs one reading

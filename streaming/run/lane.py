@@ -9,7 +9,7 @@ more what lies there. The memory is written by copies and read by the compute st
  2. read after write: a segment's kernels are queued behind a wait for ``ready``, recorded after the copy (``_begin``);
  3. write after write: the backend carries copies out in the order in which they are queued;
  4. the host never rewrites a master copy while a copy from it may be under way: who does drains the copy streams
-    first (``streamer.py``).
+    first (``site.py``).
 Segments with page-locked master copies are copied straight from them. The others, and then those behind them, go
 through a reader, which reads and queues copies on threads of its own, in the same order (reader.py, Note: one order
 for all copies). One that fails may have waited for nothing, so its events stay for the next (``Ring.guards``).

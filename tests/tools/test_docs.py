@@ -1,9 +1,11 @@
-"""What the documents quote is said by the pack, and where they link to is there."""
+"""What the documents quote is said by the pack, and where they link to is there; so are files that any text names."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,29 @@ PAGE_TEXTS = ROOT / "web" / "lib" / "strings.mjs"
 DASH = "\N{EN DASH}"
 # What is made with a browser comes with the page.
 PICTURES = {"docs/images/widget.png", "docs/images/nodes.png"}
+
+FOLDERS = (
+    "streaming",
+    "nodes",
+    "tests",
+    "tools",
+    "benchmarks",
+    "docs",
+    "web",
+    "locales",
+    "example_workflows",
+    ".github",
+)
+PROGRAMS = [ROOT / "dev.py", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+# A room's file is named by its room and its own name, too.
+ABOVE_ROOMS = (ROOT / "streaming", ROOT / "nodes")
+FILE = re.compile(r"(?<![\w./<>*$-])(?:[\w.-]+/)*[\w-]+\.(?:py|mjs|js|css|html|md|yml|toml|txt)\b(?![\w/])")
+FOLDER = re.compile(rf"(?<![\w./<>*$-])(?:{'|'.join(map(re.escape, FOLDERS))})(?:/[\w-]+)+(?![\w/<*-]|\.\w)")
+NOTE = re.compile(
+    r"(?P<file>[\w/]+\.py)?[`,:( ]*\*?(?<!\[)Note: (?P<title>[^`]+?)(?=\* in `(?P<where>[\w/]+\.py)|\*|\)|$)"
+)
+# Of ComfyUI, written by a command, or standing for a name.
+FOREIGN = {"main.py", "custom_node_manager.py", "table.txt", "NAME_program.py"}
 
 
 def texts() -> Iterator[str]:
@@ -76,3 +101,84 @@ def test_links_lead_somewhere(document: Path) -> None:
             continue
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), target
+
+
+def names_of_files(text: str) -> list[str]:
+    """Files and folders that a text names; a part in capitals stands for a name."""
+    text = re.sub(r"https?://\S+", "", text)
+    found = [*FILE.findall(text), *FOLDER.findall(text)]
+    return [name for name in found if name not in FOREIGN and not any(part.isupper() for part in Path(name).parts[:-1])]
+
+
+def is_there(name: str, beside: Path, known: set[str]) -> bool:
+    """A bare name may be that of any file."""
+    places = (ROOT, beside, *ABOVE_ROOMS)
+    return any((place / name).exists() for place in places) or ("/" not in name and name in known)
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    """The names of all files."""
+    paths = (*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*")))
+    return {path.name for path in paths if path.is_file()}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "tools" / "mutants.txt"], ids=lambda path: path.name)
+def test_files_that_a_document_names_are_there(document: Path, known: set[str]) -> None:
+    names = names_of_files(document.read_text("utf-8"))
+    assert [name for name in names if not is_there(name, document.parent, known)] == []
+
+
+def explanations(program: Path) -> Iterator[str]:
+    """Docstrings, and comments; of several lines that follow each other as one text."""
+    source, comment, last = program.read_text("utf-8"), "", 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if token.start[0] != last + 1:
+                yield comment
+                comment = ""
+            comment, last = f"{comment} {token.string.lstrip('# ')}", token.start[0]
+    yield comment
+
+
+def test_files_that_a_program_explains_are_there(known: set[str]) -> None:
+    told = [(path, name) for path in PROGRAMS for text in explanations(path) for name in names_of_files(text)]
+    assert len(told) > 100
+    assert [(path.name, name) for path, name in told if not is_there(name, path.parent, known)] == []
+
+
+def test_names_of_files_are_found_and_missed(known: set[str]) -> None:
+    names = names_of_files(
+        "`run/lane.py`, `lane.py` or tests/gpu, not run/lame.py, DIR/unpack.py, lame.py (tests/nowhere)"
+    )
+    assert names == ["run/lane.py", "lane.py", "run/lame.py", "lame.py", "tests/gpu", "tests/nowhere"]
+    missing = [name for name in names if not is_there(name, ROOT, known)]
+    assert missing == ["run/lame.py", "lame.py", "tests/nowhere"]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_notes_that_somebody_cites_are_there() -> None:
+    """By their titles, and in the file that is named with them."""
+    notes = {
+        (path, title)
+        for path in PROGRAMS
+        for text in explanations(path)
+        for title in re.findall(r"\[Note: ([^\]]+)\]", one_line(text))
+    }
+    texts = [(path, one_line(text)) for path in PROGRAMS for text in explanations(path)]
+    texts += [(path, one_line(path.read_text("utf-8"))) for path in DOCUMENTS]
+    cited = [(path, found) for path, text in texts for found in NOTE.finditer(text)]
+    assert len(cited) > 100
+    missing = []
+    for path, found in cited:
+        where = found["file"] or found["where"] or ""
+        holders = [holder.as_posix() for holder, title in notes if found["title"].startswith(title)]
+        if not any(holder.endswith(f"/{where}" if where else "") for holder in holders):
+            missing.append((path.name, found[0]))
+    assert missing == []
