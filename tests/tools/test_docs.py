@@ -21,22 +21,23 @@ DASH = "\N{EN DASH}"
 PICTURES = {"docs/images/widget.png", "docs/images/nodes.png"}
 
 FOLDERS = (
-    "streaming",
-    "nodes",
-    "tests",
-    "tools",
+    ".github",
     "benchmarks",
     "docs",
-    "web",
-    "locales",
     "example_workflows",
-    ".github",
+    "locales",
+    "nodes",
+    "streaming",
+    "tests",
+    "tools",
+    "web",
 )
 PROGRAMS = [ROOT / "dev.py", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
-# A room's file is named by its room and its own name, too.
+# A file of a room is named by its room and its own name, too.
 ABOVE_ROOMS = (ROOT / "streaming", ROOT / "nodes")
 FILE = re.compile(r"(?<![\w./<>*$-])(?:[\w.-]+/)*[\w-]+\.(?:py|mjs|js|css|html|md|yml|toml|txt)\b(?![\w/])")
 FOLDER = re.compile(rf"(?<![\w./<>*$-])(?:{'|'.join(map(re.escape, FOLDERS))})(?:/[\w-]+)+(?![\w/<*-]|\.\w)")
+# (hooks.py, Note: compiled models), `hooks.py` (*Note: compiled models*), or *Note: compiled models* in `hooks.py`
 NOTE = re.compile(
     r"(?P<file>[\w/]+\.py)?[`,:( ]*\*?(?<!\[)Note: (?P<title>[^`]+?)(?=\* in `(?P<where>[\w/]+\.py)|\*|\)|$)"
 )
@@ -151,9 +152,7 @@ def test_files_that_a_program_explains_are_there(known: set[str]) -> None:
 
 
 def test_names_of_files_are_found_and_missed(known: set[str]) -> None:
-    names = names_of_files(
-        "`run/lane.py`, `lane.py` or tests/gpu, not run/lame.py, DIR/unpack.py, lame.py (tests/nowhere)"
-    )
+    names = names_of_files("`run/lane.py`, lane.py, tests/gpu; run/lame.py, lame.py, DIR/any.py (tests/nowhere).")
     assert names == ["run/lane.py", "lane.py", "run/lame.py", "lame.py", "tests/gpu", "tests/nowhere"]
     missing = [name for name in names if not is_there(name, ROOT, known)]
     assert missing == ["run/lame.py", "lame.py", "tests/nowhere"]
