@@ -7,6 +7,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,9 @@ PROGRAMS = [ROOT / "dev.py", *(path for folder in FOLDERS for path in (ROOT / fo
 ABOVE_ROOMS = (ROOT / "streaming", ROOT / "nodes")
 FILE = re.compile(r"(?<![\w./<>*$-])(?:[\w.-]+/)*[\w-]+\.(?:py|mjs|js|css|html|md|yml|toml|txt)\b(?![\w/])")
 FOLDER = re.compile(rf"(?<![\w./<>*$-])(?:{'|'.join(map(re.escape, FOLDERS))})(?:/[\w-]+)+(?![\w/<*-]|\.\w)")
-# (hooks.py, Note: compiled models), `hooks.py` (*Note: compiled models*), or *Note: compiled models* in `hooks.py`
-NOTE = re.compile(
-    r"(?P<file>[\w/]+\.py)?[`,:( ]*\*?(?<!\[)Note: (?P<title>[^`]+?)(?=\* in `(?P<where>[\w/]+\.py)|\*|\)|$)"
-)
+# Cited as (hooks.py, Note: compiled models), `hooks.py` (*Note: compiled models*), or with "in `hooks.py`" behind it.
+NOTE = re.compile(r"(?<!\[)Note: (?P<title>[^`]+?)(?=\* in `(?P<file>[\w/]+\.py)|\*|\)|$)")
+BEFORE_NOTE = re.compile(r"([\w/]+\.py)[`,:( ]*\*?$")
 # Of ComfyUI, written by a command, or standing for a name.
 FOREIGN = {"main.py", "custom_node_manager.py", "table.txt", "NAME_program.py"}
 
@@ -130,8 +130,13 @@ def test_files_that_a_document_names_are_there(document: Path, known: set[str]) 
     assert [name for name in names if not is_there(name, document.parent, known)] == []
 
 
-def explanations(program: Path) -> Iterator[str]:
+@cache
+def explanations(program: Path) -> list[str]:
     """Docstrings, and comments; of several lines that follow each other as one text."""
+    return [text for text in _explanations(program) if text]
+
+
+def _explanations(program: Path) -> Iterator[str]:
     source, comment, last = program.read_text("utf-8"), "", 0
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -176,7 +181,8 @@ def test_notes_that_somebody_cites_are_there() -> None:
     assert len(cited) > 100
     missing = []
     for path, found in cited:
-        where = found["file"] or found["where"] or ""
+        before = BEFORE_NOTE.search(found.string[max(0, found.start() - 80) : found.start()])
+        where = found["file"] or (before[1] if before else "")
         holders = [holder.as_posix() for holder, title in notes if found["title"].startswith(title)]
         if not any(holder.endswith(f"/{where}" if where else "") for holder in holders):
             missing.append((path.name, found[0]))
