@@ -13,6 +13,17 @@ Conditioning = list[list[Any]]
 Change = Callable[[Any], Any]
 Run = Callable[[Any], torch.Tensor]
 
+# Of "Async Offload Settings", as the node has them at first.
+SETTINGS: dict[str, Any] = {
+    "mode": "auto",
+    "copy_streams": 0,
+    "prefetch_depth": 0,
+    "vram_limit_gb": 0.0,
+    "pin_memory": "auto",
+    "pinned_limit_gb": 0.0,
+    "reserve_vram_gb": 0.0,
+}
+
 
 def output(result: Any) -> Any:
     """A node's first output: a V3 node gives its outputs in a NodeOutput, an older one in a tuple."""

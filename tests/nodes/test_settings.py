@@ -13,6 +13,7 @@ import comfy.model_management as mm
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from prompts import SETTINGS
 from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.model.patcher import StreamedModelPatcher
@@ -25,20 +26,10 @@ import nodes as host_nodes
 Load = Callable[..., StreamedModelPatcher]
 Device = Callable[[int], VirtualMemory]
 
-DEFAULTS: dict[str, Any] = {
-    "mode": "auto",
-    "copy_streams": 0,
-    "prefetch_depth": 0,
-    "vram_limit_gb": 0.0,
-    "pin_memory": "auto",
-    "pinned_limit_gb": 0.0,
-    "reserve_vram_gb": 0.0,
-}
-
 
 def settings_node(model: ModelPatcher, **changes: Any) -> Any:
     with torch.inference_mode():
-        return AsyncOffloadSettings.execute(model, **{**DEFAULTS, **changes}).result[0]
+        return AsyncOffloadSettings.execute(model, **{**SETTINGS, **changes}).result[0]
 
 
 @pytest.fixture

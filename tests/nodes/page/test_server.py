@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from prompts import SETTINGS
 
 from tools import demo
 from tools.checkpoints import write_flux
@@ -25,15 +26,6 @@ from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptReje
 
 TINY = demo.SIZES["tiny"]
 READY = "ready to stream"
-SETTINGS: dict[str, Any] = {
-    "mode": "auto",
-    "copy_streams": 0,
-    "prefetch_depth": 0,
-    "vram_limit_gb": 0.0,
-    "pin_memory": "auto",
-    "pinned_limit_gb": 0.0,
-    "reserve_vram_gb": 0.0,
-}
 # As it is saved on a machine with four GPUs.
 PLACEMENT: dict[str, Any] = {
     "devices": "gpu:3,gpu:1,gpu:0,gpu:2",

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from every_plan import run_every_plan
 from fake_cuda import FakeCuda, cuda
 from models import X, hand_plan, learn, make_transformer, units_of
 from race import NumberedModel, RaceBackend
@@ -133,14 +134,7 @@ def test_every_access_is_ordered_on_cuda(cuda: FakeCuda, slots: int) -> None:
     feed(backend, CudaBackend(torch.device("cuda", 0)))
     streamer = make(model, backend, slots)
     learn(streamer, lambda: model(everything))
-    for streamed in range(1, 2**4, 2):
-        chosen = [index for index in everything if streamed >> index & 1]
-        streamer.load(hand_plan(streamer, units_of(streamer, chosen), slots))
-        streamer.finish_building()
-        cuda.host_waits = 0
-        for order, parts in itertools.product((everything, everything[::-1], [0, 0]), ("012", "210", "0011")):
-            assert model(order, parts) == order
-        assert cuda.host_waits == 0, "the device is late, and nobody waits for it"
+    run_every_plan(cuda, model, streamer, slots)
     streamer.close()
     assert cuda.contexts == {0, 1}
     assert cuda.faults == []
