@@ -67,7 +67,7 @@ class CpuBackend(Backend):
     """A virtual device in ordinary RAM: a byte budget, and one worker thread for each copy stream.
 
     Compute is what the calling thread does, so an event of compute has always happened already, and waiting for a
-    copy blocks the caller. Copies are never cut into pieces: nobody else uses these threads, and a copy's event
+    copy blocks the caller. Copies are never cut into pieces: nothing else uses these threads, and a copy's event
     must fail when any part of it does.
 
     Args:

@@ -151,7 +151,7 @@ class LastingMemory:
 
     @contextlib.contextmanager
     def _turn(self, wait: bool = True) -> Iterator[bool]:
-        """Lock the account for this call while this lasts; gives whether that worked.
+        """Lock the account for this call while this lasts; yields whether that worked.
 
         It does not while another thread has the account, unless we ``wait``, nor if this thread has it already: a
         garbage collection in the middle of its work may end a model.
@@ -173,7 +173,7 @@ class LastingMemory:
     def _work_off_what_is_there(self) -> None:
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
         try:
-            self._synchronize()  # Race: kernels may still read what nobody has a reference to.
+            self._synchronize()  # Race: kernels may still read memory without references.
         except BaseException:
             self._gone.extend(gone)
             raise

@@ -277,8 +277,8 @@ class _Ring:
         return self._plan_streaming(self._order[kept:])
 
     def best(self, budget: float, below: float = math.inf) -> tuple[float, Plan] | None:
-        """Return the plan that keeps the most within ``budget``, or a faster variant, and before it the seconds of its
-        step; None if no plan fits, or none can take less than ``below`` seconds."""
+        """Return the seconds of a step and its plan, which keeps the most within ``budget`` or is a faster variant of
+        that; None if no plan fits, or none can take less than ``below`` seconds."""
         fitting = (kept for kept in range(self.most_kept, -1, -1) if self._device_bytes(kept) <= budget)
         if (kept := next(fitting, None)) is None:
             return None

@@ -104,7 +104,7 @@ class Planner:
     def next_plan(self, budget: float, now: Standing) -> Plan:
         """Return the plan in effect if it fits into ``budget`` and another would gain too little; else a new plan.
 
-        Between prompts it may also choose another order of residency. That moves more weights than a plan in the old
+        Between prompts this may also choose another order of residency. That moves more weights than a plan in the old
         order, and in the middle of a prompt it would cost more time than most prompts have steps to win it back.
         """
         if self._residency.current.timed and self._residency.current.profile is self.profile:
@@ -137,7 +137,7 @@ class Planner:
     # -- prompts -------------------------------------------------------------------------------------------------
 
     def begin_prompt(self) -> None:
-        """The host has loaded the model, or let go of it."""
+        """The host has loaded or unloaded the model."""
         self._residency.begin_prompt()
 
     def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:

@@ -96,7 +96,7 @@ class Residency:
         self._stuck = self._piece = 0
 
     def begin_prompt(self) -> None:
-        """The host has loaded the model, or let go of it. What torch keeps now says nothing about activations."""
+        """The host has loaded or unloaded the model. What torch keeps now says nothing about activations."""
         self._in_prompt.clear()
         self._ran = False
         self.begins = True

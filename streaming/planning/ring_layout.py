@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# The length of laps is searched to one part in so many of the room.
+# The length of laps is searched for to 1 / PRECISION of the room.
 PRECISION = 1 << 10
 
 
