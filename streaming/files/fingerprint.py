@@ -3,10 +3,9 @@
 [Note: touched is not changed]
 Programs that synchronise, restore or index files set the modification time and leave the bytes. The system cannot tell
 this from a change of the contents, so when the time differs, a fingerprint is taken again: size, header, and bytes at
-the begin, in the middle and at the end of tensors, of all of them in a file of up to 100. A model that was trained
-differently differs nearly everywhere. A change that the fingerprint misses, such as a few numbers written between those
-places, is not mixed with the old contents: when the model is loaded next, all copies are made anew
-(``Streamer.refresh``).
+the begin, in the middle and at the end of tensors, of all of them in a file of up to 100. Another training of a model
+differs nearly everywhere. A change that the fingerprint misses, such as a few numbers between those places, is not
+mixed with the old contents: when the model is loaded next, all copies are made anew (``Streamer.refresh``).
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _bytes(bits: int) -> str:
 
 
 def _check_torch_holds(label: str, shape: tuple[int, ...]) -> None:
-    """Raise if an empty tensor has sizes beyond torch's range; one with bytes has none, as no file is so long."""
+    """Raise if an empty tensor has sizes beyond torch's range; for one with bytes no file is long enough."""
     try:
         torch.empty(0, device="cpu").reshape(shape)
     except (RuntimeError, TypeError, OverflowError) as error:

@@ -152,8 +152,7 @@ def find_blocks(root: nn.Module) -> list[tuple[str, nn.Module]]:
     [Note: what is a block]
     A block must be entered as a module; otherwise little shows when its weights are needed. What cannot be called (a
     ``ModuleList``, a ``ModuleDict``, any module without a ``forward``) is a container. So is a ``Sequential``, whose
-    callers may run its children one by one. A block is the first module below a container that is none itself. Two
-    exceptions:
+    callers may run its children one by one. The first module below containers is a block, with two exceptions:
 
     - A ``Sequential`` of single layers (a small MLP) is no list of blocks unless it stands in a list itself.
     - A module that consists of such a list but for a tenth (the spatial transformers of SDXL have ten layers each)

@@ -74,7 +74,7 @@ class Entries:
             begins: called before.
             ends: called after.
             always_ends: whether ``ends`` is called after an ``Exception`` too. After another ``BaseException`` it is
-                not, as with torch's hooks: :meth:`settle`.
+                not called, as with torch's hooks, and :meth:`settle` is needed.
             methods: whether other methods are entries too, not only a call.
         """
         found = entry_methods(type(module)) if methods else ()
@@ -271,7 +271,7 @@ def _nothing(*args: Any) -> None:
 
 
 def _in_use(value: Any) -> Any:
-    """Return what is beneath each :class:`Method` that reports nothing."""
+    """Return ``value``, or what is beneath it if it is a :class:`Method` that reports nothing."""
     while isinstance(value, Method) and not value.in_use:
         value = value._beneath
     return value

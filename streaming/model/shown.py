@@ -8,10 +8,9 @@ without its counter, and so do some views in inference mode. So our class looks 
 the class too, and a tensor whose memory is in any other result counts as handed out, and its bytes are compared then
 (changes.py). Only ``torch.utils.dlpack.to_dlpack`` asks no class.
 
-Each such tensor has a counter of its own, which torch only gives to ``data`` of another tensor. Inference tensors have
-no counter, so their memory is put into a tensor that is not one. Each has a storage of its own too, for code that
-writes to a storage from its begin on. What computes on a device must be of torch's own classes: there sums tell
-(sums.py).
+Each such tensor has a counter of its own, which torch only gives to ``data`` of another; inference tensors have none,
+so their memory is put into a tensor that is not one. It has a storage of its own too, for code that writes to a storage
+from its begin on. What computes on a device must be of torch's own classes: there sums tell (sums.py).
 
 [Note: stand-ins]
 A weight that is cast on its way to the device exists nowhere in the dtype in which modules have it with the host's own

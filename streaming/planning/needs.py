@@ -42,10 +42,7 @@ def segment_needs(
 
 
 def stages_of(needs: Sequence[Need], bandwidths: Sequence[float], total: float) -> tuple[list[Stage], float]:
-    """Return needs as stages of a step of ``total`` seconds without waits, and the seconds before the first of them.
-
-    ``bandwidths`` are those of the links, in bytes per second.
-    """
+    """Return needs as stages of a step of ``total`` seconds without waits, and the seconds before the first of them."""
     ends = (*(need.begin for need in needs[1:]), total)
     stages = [
         Stage(need.segment.nbytes / bandwidths[need.link], need.end - need.begin, end - need.begin, need.link)

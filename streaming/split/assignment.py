@@ -3,15 +3,14 @@
 [Note: runs or turns]
 In runs, the blocks of a device follow each other: activations change devices as seldom as possible, but what a device
 streams must arrive while it computes itself. In turns, activations change devices with nearly every block, and a link
-can use the time in which other devices compute too. So runs are better for little streaming, and turns for much. The
-faster by measured times is taken; before there are any, runs if each device streams no more than a quarter of its
-blocks.
+can use the time in which other devices compute too. So runs suit little streaming, and turns much. The faster by
+measured times is taken; before there are any, runs if each device streams no more than a quarter of its blocks.
 
 [Note: how much each gets]
-Devices compute one after another, and stream what they cannot hold at the same time, each over its own link. So a step
-takes as long as the compute of all, or as the slowest link. Where everything fits, the fastest devices hold what they
-can, and devices of one speed the same part of their room. Where it does not, the shortest time is searched in which the
-links can bring what is missing and the compute is done, with bytes given out in the same way.
+Devices compute one after another, but stream all at the same time, each over its own link what it cannot hold. So a
+step takes as long as the compute of all, or as the slowest link. Where everything fits, the fastest devices hold what
+they can, and devices of one speed the same part of their room. Where it does not, the shortest time is searched in
+which the links can bring what is missing and the compute is done, with bytes given out in the same way.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class _Chunk:
 
 
 class Feeder:
-    """Brings copies through ``helper``, a backend of another device, for this feeder alone.
+    """Brings copies through ``helper``, a backend of another device, which serves this feeder alone.
 
     Args:
         chunk_bytes, chunks: size and number of the chunks in its ring.
