@@ -2,12 +2,12 @@
 
 [Note: copies take turns]
 Copies take turns on the copy streams, and each waits for the one before it. So they are carried out in the order in
-which they were queued, whichever stream each is on. The turns are not for bandwidth, one stream has all of it. They
-are for others: a GPU's copy engine stays with a stream until that stream has nothing to do, and a host copies small
-tensors to the device in every step (the time step, conditioning). Behind a stream with two blocks of FLUX in its queue
-such a copy waited 21 ms. At the end of each of our copies the engine must look for another stream, and takes the small
-copy then. Around the begin of a step, where a host makes its small copies, ours are cut into fine pieces, so that none
-of them waits long; elsewhere nobody waits, and a turn costs 4 to 5 us on the bus.
+which they were queued, whichever stream each is on. The turns are not for bandwidth, since one stream has all of it.
+They let other copies through: a GPU's copy engine stays with a stream until that stream has nothing to do, and a host
+copies small tensors to the device in every step (the time step, conditioning). Behind a stream with two blocks of FLUX
+in its queue such a copy waited 21 ms. At the end of each of our copies the engine must look for another stream, and
+takes the small copy then. Around the begin of a step, where a host makes its small copies, ours are cut into fine
+pieces, so that no small copy waits long; elsewhere no small copy waits, and a turn costs 4 to 5 us on the bus.
 
 Two kinds: CUDA (cuda_backend.py), and virtual devices in RAM (cpu_backend.py).
 """
@@ -30,7 +30,7 @@ from .copies import CopyTime, Event, Moment, Pair, Stall, count_bytes, cut
 
 logger = logging.getLogger(__name__)
 
-# Less is not worth cutting up.
+# A copy of fewer bytes is not worth dividing among links.
 LEAST_FED_BYTES = 8 * 1024**2
 
 
@@ -38,8 +38,8 @@ class Brings(Protocol):
     """Brings weights to a device over the link of another one (split/feeder.py).
 
     Attributes:
-        helper: the other one.
-        is_open: whether it has the memory that it needs.
+        helper: backend of the other device.
+        is_open: whether the memory that this needs is allocated.
     """
 
     helper: Backend
@@ -48,27 +48,27 @@ class Brings(Protocol):
     def is_open(self) -> bool: ...
 
     def open(self, home: Backend) -> None:
-        """Take that memory, if it has none."""
+        """Allocate that memory, unless this has been done."""
 
     def bring(self, home: Backend, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
-        """Queue copies from host memory to ``home``, behind ``waits``; at least one."""
+        """Queue copies, at least one, from host memory to ``home``, behind ``waits``; return the event of their end."""
 
     def all_queued(self, home: Backend) -> list[Event]:
-        """Events that happen when everything is over that was queued here, whoever was told of it."""
+        """Return events that happen when all that was queued here is done, also copies whose event got lost."""
 
     def close(self) -> None:
-        """Give the memory back. No copy may be under way on the home's device."""
+        """Free the memory. No copy may be under way on the home's device."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a device has no room; libraries under torch say it in their own words."""
+    """Whether ``error`` says that a device is out of memory; libraries below torch have their own words for it."""
     if isinstance(error, (torch.OutOfMemoryError, DeviceMemoryError)):
         return True
     text = str(error) if isinstance(error, RuntimeError) else ""
     return "CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text
 
 
-# How torch's two allocators name the device that has no room.
+# How torch's two allocators name the device that is out of memory.
 _FULL_GPU = re.compile(r"GPU (?P<cached>\d+) has a total capacity|on device (?P<driver>\d+) would exceed")
 
 
@@ -77,9 +77,9 @@ class Backend(ABC):
 
     Attributes:
         device: where tensors live.
-        name: for people; virtual devices are told apart by it.
+        name: for people; it also tells virtual devices apart.
         allocated, peak: bytes that this backend has handed out, now and at most.
-        record: of allocations in steps, which ours must not be part of.
+        record: of allocations in steps; it must not contain ours.
         feeders: other devices that bring a part of what streams, while they are open (feeder.py).
     """
 
@@ -106,32 +106,32 @@ class Backend(ABC):
         return None
 
     def is_full(self, error: BaseException) -> bool:
-        """Whether ``error`` says that this device has no room, or one that it does not name."""
+        """Whether ``error`` says that this device is out of memory, or a device that it does not name."""
         return is_out_of_memory(error) and self._names(error) is not False
 
     def is_named(self, error: BaseException, broke_on: torch.device | None = None) -> bool:
-        """Whether ``error`` says that just this device has no room; where it names none, it ``broke_on`` that one."""
+        """Whether ``error`` says that this very device is out of memory; if it names none, the one that it broke on."""
         named = self._names(error)
         return is_out_of_memory(error) and (broke_on == self.device if named is None else named)
 
     def _names(self, error: BaseException) -> bool | None:
-        """Whether this is the device that ``error`` speaks of; None if it speaks of none."""
+        """Whether ``error`` names this device; None if it names none."""
         named = _FULL_GPU.search(str(error))
         if named is None or self.device.index is None:
             return None
         return int(named["cached"] or named["driver"]) == self.device.index
 
     def allocate(self, nbytes: int, lasting: bool = False) -> torch.Tensor:
-        """A uint8 buffer of ``nbytes``. It is never an inference tensor, whatever mode the caller is in.
+        """Return a uint8 buffer of ``nbytes`` bytes. It is never an inference tensor, whatever mode the caller is in.
 
         Args:
             nbytes: its size.
-            lasting: it stays for many steps, and no other GPU copies into it: a GPU may have memory of its own for that
-                (lasting_memory.py, Note: weights in pages).
+            lasting: whether it stays for many steps and no other GPU copies into it: a GPU may have memory of its own
+                for such buffers (lasting_memory.py, Note: weights in pages).
 
         Raises:
             DeviceMemoryError: a virtual device's budget is exceeded.
-            torch.OutOfMemoryError: the GPU has no room.
+            torch.OutOfMemoryError: the GPU is out of memory.
         """
         with self.record.paused():  # A slot or a resident stays longer than the step.
             buffer = self._lasting(nbytes) if lasting else self._empty(nbytes)
@@ -148,18 +148,18 @@ class Backend(ABC):
         return self._empty(nbytes)
 
     def free(self, buffer: torch.Tensor) -> int:
-        """Count ``buffer`` as given back; its memory goes when the last reference does.
+        """Count ``buffer`` as freed; its memory is freed with the last reference to it.
 
-        Gives the bytes that count no longer: none for what :meth:`close` has given back already.
+        Returns the bytes that count no longer: 0 if :meth:`close` has taken them off already.
         """
         nbytes = self._live.pop(buffer.data_ptr(), 0)
         self.allocated -= nbytes
         return nbytes
 
     def open(self, copy_streams: int) -> None:
-        """Have ``copy_streams`` streams for copies; with 0 they run on the compute stream, or in the caller.
+        """Have ``copy_streams`` streams for copies; with 0 copies run on the compute stream, or on the calling thread.
 
-        No copy may be under way where there were more.
+        If there were more streams before, no copy may be under way.
         """
         del self._streams[copy_streams:]
         self._turn = 0
@@ -178,11 +178,11 @@ class Backend(ABC):
 
     @property
     def links(self) -> int:
-        """Over so many links weights come: its own, and those of open feeders."""
+        """The number of links that bring weights: its own, and those of open feeders."""
         return 1 + len(self._open_feeders)
 
     def close_feeders(self) -> None:
-        """Give back what feeders hold, until the backend is opened again. No copy may be under way."""
+        """Free the memory of feeders until the backend is opened again. No copy may be under way."""
         for feeder in self.feeders:
             feeder.close()
         self._open_feeders = []
@@ -190,9 +190,9 @@ class Backend(ABC):
     def copy(self, pairs: Sequence[Pair], after: Sequence[Event] = (), fine: bool = False) -> Event:
         """Queue copies.
 
-        They start when all of ``after`` has happened, and the event that is given back says when all are done. Copies
-        are carried out in the order in which they are queued; in ``fine`` pieces where the device's user may have small
-        copies of its own to make (Note: copies take turns).
+        They start when all of ``after`` has happened, and the returned event happens when all are done. Copies are
+        carried out in the order in which they are queued; in ``fine`` pieces where the host may have small copies of
+        its own to make (Note: copies take turns).
         """
         last = self._last_copy = self._copy_in_turns(pairs, self._behind(after), fine)
         return last
@@ -208,8 +208,8 @@ class Backend(ABC):
             for feeder, part in zip(self._open_feeders, others, strict=False):
                 parts.append(feeder.bring(self, part, waits))
         except BaseException:
-            # Race: what was queued may still be under way when the next copy to this memory is. Nobody may have been
-            # told of it, so streams are asked.
+            # Race: the copies that were queued may still be under way when the next copy to this memory starts. Their
+            # events may be lost, so the next copy waits for all that is on the streams.
             queued = [self._copy_now(stream, [], waits) for stream in self._streams]
             queued += [event for feeder in self._open_feeders for event in feeder.all_queued(self)]
             self._last_copy = self._all_over(self._next_stream(), queued)
@@ -218,7 +218,7 @@ class Backend(ABC):
         return self._last_copy
 
     def _behind(self, after: Sequence[Event]) -> list[Event]:
-        """What a copy waits for: the one before it, and ``after``."""
+        """Return what a copy waits for: the one before it, and ``after``."""
         return [*after] if self._last_copy is None else [self._last_copy, *after]
 
     def _copy_in_turns(self, pairs: Sequence[Pair], waits: Sequence[Event], fine: bool) -> Event:
@@ -238,23 +238,23 @@ class Backend(ABC):
         return self._streams[self._turn]
 
     def _all_over(self, stream: Any, events: Sequence[Event]) -> Event:
-        """An event on ``stream`` that happens when all of ``events`` have, and fails when one of them does."""
+        """Return an event on ``stream`` that happens when all of ``events`` have, and fails when one of them does."""
         return self._copy_now(stream, [], events)
 
     def copy_on(self, stream: Any, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
-        """Queue copies on a stream of :meth:`create_stream`, whatever the order of others."""
+        """Queue copies on a stream of :meth:`create_stream`, outside of the order of other copies."""
         return self._copy_now(stream, pairs, waits)
 
     def create_stream(self) -> Any:
-        """A stream for copies that is in no turn."""
+        """Return a stream for copies that takes no part in the turns."""
         return self._create_stream()
 
     def passing_on(self) -> AbstractContextManager[object]:
-        """While this lasts this device passes on what others copy out of its memory, whatever it computes."""
+        """While this lasts, copies out of this device's memory to another device do not wait for its compute."""
         return nullcontext()
 
     def all_of(self, events: Sequence[Event]) -> Event:
-        """An event that happens when the copies behind all of ``events`` are done, and fails when one of them does.
+        """Return an event that happens when the copies of all ``events`` are done, and fails when one of them does.
 
         Args:
             events: of copies, in the order in which they were queued.
@@ -275,30 +275,30 @@ class Backend(ABC):
         self._copy_times = []
 
     def copy_times(self) -> list[CopyTime]:
-        """The times taken since :meth:`time_copies`, and no more."""
+        """Return the times taken since :meth:`time_copies`, and take no more."""
         times, self._copy_times = self._copy_times or [], None
         return times
 
     @abstractmethod
     def memory(self) -> DeviceMemory:
-        """What is free now. Waits for nothing, unless something was dropped that is given back here."""
+        """Return what is free now. Waits for the device only if dropped buffers are freed here."""
 
     @abstractmethod
     def give_back(self) -> None:
-        """Give others what was dropped, where that does not happen by itself. Waits for the device if there is any."""
+        """Free dropped buffers, where that does not happen by itself. Waits for the device if there are any."""
 
     @abstractmethod
     def trim(self) -> int:
-        """As :meth:`give_back`, and have torch give back the memory that it keeps for later, on all devices: torch asks
-        for no less, and waits for them. Gives the bytes that it keeps all the same, on this one."""
+        """As :meth:`give_back`, and have torch free its cache, which it does on all devices at once, waiting for them.
+        Returns the bytes that it still keeps on this device."""
 
     @abstractmethod
     def watch_peak(self) -> None:
-        """From now on watch the most that is allocated at once (:meth:`peak_bytes`)."""
+        """Record the most that is allocated at once from now on (:meth:`peak_bytes`)."""
 
     @abstractmethod
     def peak_bytes(self) -> int | None:
-        """Bytes by which more was once allocated since :meth:`watch_peak` than is now; None where nobody counts all."""
+        """Return by how many bytes the peak since :meth:`watch_peak` exceeds what is allocated now; None if unknown."""
 
     @abstractmethod
     def keep(self, nbytes: int) -> None:
@@ -306,11 +306,11 @@ class Backend(ABC):
 
     @abstractmethod
     def moment(self) -> Moment:
-        """The moment at which all compute queued so far is done."""
+        """Return the moment at which all compute queued so far is done."""
 
     @abstractmethod
     def seconds(self, begin: Moment, end: Moment) -> float | None:
-        """From one moment to another; None while the device has not got there."""
+        """Return the seconds from one moment to another; None while the device has not reached the later one."""
 
     @abstractmethod
     def _create_stream(self) -> Any:
@@ -318,19 +318,19 @@ class Backend(ABC):
 
     @abstractmethod
     def _copy_now(self, stream: Any, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
-        """Queue copies on ``stream`` behind all of ``waits``. The event fails when one of them does."""
+        """Queue copies on ``stream`` behind all of ``waits``. The event fails when one of these copies does."""
 
     @abstractmethod
     def mark(self) -> Event:
-        """An event that happens when all compute queued so far is done."""
+        """Return an event that happens when all compute queued so far is done."""
 
     @abstractmethod
     def wait(self, event: Event) -> Stall:
-        """Make compute that is queued from now on start after ``event``."""
+        """Make compute that is queued from now on start after ``event``; return how long it waits."""
 
     @abstractmethod
     def finish(self, event: Event) -> None:
-        """Wait, on the host, for a copy's event; whether the copy failed is the concern of others."""
+        """Wait, on the host, for a copy's event. A failure of the copy is not raised here."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -338,14 +338,14 @@ class Backend(ABC):
 
     @abstractmethod
     def register(self, buffer: torch.Tensor) -> str | None:
-        """Page-lock host memory. Gives None, or the reason why it could not be done."""
+        """Page-lock host memory. Returns None, or the reason why that failed."""
 
     @abstractmethod
     def unregister(self, address: int) -> None:
         """Undo :meth:`register` for the memory that starts at ``address``."""
 
     def close(self) -> None:
-        """Let go of streams and threads, and of what was allocated. No copy uses that memory afterwards."""
+        """Drop streams, threads and what was allocated. No copy uses that memory afterwards."""
         self.close_feeders()
         self._streams.clear()
         self._last_copy = None

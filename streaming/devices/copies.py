@@ -1,4 +1,4 @@
-"""What is copied between a host and its devices, in the words that all who queue copies share."""
+"""Copies between a host and its devices: the types that all code shares which queues copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALIGNMENT = 512
 
 # Opaque to all but the backends: a torch.cuda.Event or a Future.
 Event = Any
-# A function that gives the seconds that compute waited, or None while the device has not got there.
+# A function that returns the seconds that compute waited, or None while the device has not got there.
 Stall = Callable[[], float | None]
 # A moment of compute, opaque like an event: a torch.cuda.Event with a time, or seconds.
 Moment = Any
@@ -34,7 +34,10 @@ def count_bytes(pairs: Sequence[Pair]) -> int:
 
 
 def cut(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
-    """Copies as so many lists of about equally many bytes, each tensor of which begins at a multiple of 512 bytes."""
+    """Divide copies into at most ``parts`` lists of about equally many bytes.
+
+    If the sizes of all tensors are multiples of 512 bytes, so are the offsets at which they are cut.
+    """
     total = sum(target.nbytes for target, _ in pairs)
     share = max(ALIGNMENT, -(-total // (parts * ALIGNMENT)) * ALIGNMENT)
     found: list[list[Pair]] = [[]]

@@ -26,7 +26,7 @@ class VirtualMemory:
     Attributes:
         name: of the device.
         budget: bytes in all.
-        allocated, peak: bytes handed out now, and at most since somebody set it back.
+        allocated, peak: bytes handed out now, and at most since the peak was last reset.
     """
 
     def __init__(self, budget: int, name: str = "virtual:0") -> None:
@@ -49,7 +49,7 @@ class VirtualMemory:
 
 
 class _AllOf:
-    """Several futures, asked as one."""
+    """Several futures as one."""
 
     def __init__(self, futures: Sequence[Future[None]]) -> None:
         self._futures = tuple(futures)
@@ -67,12 +67,12 @@ class CpuBackend(Backend):
     """A virtual device in ordinary RAM: a byte budget, and one worker thread for each copy stream.
 
     Compute is what the calling thread does, so an event of compute has always happened already, and waiting for a
-    copy blocks the caller. Copies are never cut into pieces: nobody else uses these threads, and a copy's event
+    copy blocks the caller. Copies are never cut into pieces: nothing else uses these threads, and a copy's event
     must fail when any part of it does.
 
     Args:
         memory: of the device.
-        device: by which name torch and callers know it: several virtual devices are CPUs with different indices.
+        device: the name that torch and callers use: several virtual devices are CPUs with different indices.
         record: see :class:`Backend`.
     """
 
@@ -116,7 +116,7 @@ class CpuBackend(Backend):
         times = self._copy_times
 
         def run() -> None:
-            # Only for the order: that an earlier copy failed is the concern of who waits for that one.
+            # Only for the order: if an earlier copy has failed, that is raised where that copy is waited for.
             wait_for_futures(waits)
             begin = time.perf_counter()
             for target, source in pairs:
@@ -139,7 +139,7 @@ class CpuBackend(Backend):
         return DeviceMemory(self.store.budget - self.store.allocated, 0)
 
     def give_back(self) -> None:
-        """Memory goes with the last reference to it."""
+        """Memory is freed with the last reference to it."""
 
     def trim(self) -> int:
         """Nothing is kept for later."""
@@ -176,7 +176,7 @@ class CpuBackend(Backend):
         wait_for_futures([event])
 
     def synchronize(self) -> None:
-        # A worker lets go of what a copy used when it takes up the next task, not when the copy is done.
+        # A worker drops its references to what a copy used when it takes up the next task, not when the copy is done.
         wait_for_futures([stream.submit(_nothing) for stream in self._streams])
 
     def register(self, buffer: torch.Tensor) -> str | None:
@@ -186,9 +186,9 @@ class CpuBackend(Backend):
         """Nothing was locked."""
 
     def close(self) -> None:
-        # The streams are not shut down: the garbage collector may bring us here on a thread that holds their lock. They
-        # end when nobody knows them any more. What a copy under way uses stays alive until it is done.
-        # A model that is dropped without unloading gives its share back here.
+        # The streams are not shut down: the garbage collector may call this on a thread that holds their lock. They end
+        # when nothing refers to them any more. What a copy under way uses stays alive until it is done.
+        # The bytes of a model that is dropped without unloading are given back here.
         self.store.give(self.allocated)
         super().close()
 

@@ -1,4 +1,4 @@
-"""A CUDA device. ROCm's builds of torch answer to the same names."""
+"""A CUDA device. ROCm's builds of torch use the same names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOST_REGISTER_PORTABLE = 1
 
 
 class CudaBackend(Backend):
-    """A CUDA device. What blocks the host are :meth:`synchronize`, :meth:`finish` and giving back dropped memory."""
+    """A CUDA device. The host is blocked by :meth:`synchronize`, :meth:`finish` and when dropped memory is freed."""
 
     def __init__(self, device: torch.device, record: AllocationRecord = NO_RECORD) -> None:
         index = device.index if device.index is not None else torch.cuda.current_device()
@@ -35,9 +35,9 @@ class CudaBackend(Backend):
             return self._empty(nbytes)
         buffer = memory.allocate(nbytes)
         if buffer is None:
-            self.trim()  # What torch keeps may be what is missing.
+            self.trim()  # torch's cache may have what is missing.
             buffer = memory.allocate(nbytes)
-        # The host may make room where torch asks for it, and torch says what there was when there is none.
+        # If torch allocates, the host may make room for it; if there is none, torch's error says what there was.
         return self._empty(nbytes) if buffer is None else buffer
 
     def _create_stream(self) -> torch.cuda.Stream:
@@ -115,7 +115,7 @@ class CudaBackend(Backend):
     def keep(self, nbytes: int) -> None:
         try:
             with self.record.paused():
-                self._empty(nbytes)  # And let go of at once.
+                self._empty(nbytes)  # Dropped at once: torch keeps the memory.
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -141,7 +141,7 @@ class CudaBackend(Backend):
         return lambda: self.seconds(before, after)
 
     def finish(self, event: Event) -> None:
-        if not event.query():  # Asking is quick; to wait, a thread lets go of the interpreter.
+        if not event.query():  # A query is quick; a thread that waits releases the interpreter.
             event.synchronize()
 
     def synchronize(self) -> None:
@@ -168,7 +168,7 @@ class CudaBackend(Backend):
         self.synchronize()
         memory = opened_memory(self.device.index)
         if memory is not None:
-            memory.orphan(self._live)  # First: what goes meanwhile is worked off by whoever drops it.
+            memory.orphan(self._live)  # First: buffers that are dropped later are freed by the thread that drops them.
             memory.give_back()
         super().close()
 

@@ -1,8 +1,8 @@
 """Pages of a CUDA device, from the driver itself (CUDA driver API, virtual memory management).
 
-Used where torch is CUDA's, with an allocator of its own, and the driver and the device have all that is needed; else
-there is no such memory, and torch gives all of it. An allocator that somebody has plugged into torch may account for
-every byte of a device, so nothing is taken beside it.
+They are used if torch is built for CUDA, with an allocator of its own, and the driver and the device have all that is
+needed; otherwise torch allocates all memory. An allocator that was plugged into torch may account for every byte of a
+device, so nothing is allocated beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .pages import OutOfPagesError
 
 logger = logging.getLogger(__name__)
 
-# Of cuda.h.
+# Constants of cuda.h.
 OUT_OF_MEMORY = 2
 ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102
 ALLOCATION_TYPE_PINNED = 1
@@ -31,7 +31,7 @@ LOCATION_TYPE_DEVICE = 1
 ACCESS_READ_WRITE = 3
 GRANULARITY_MINIMUM = 0
 
-# So many times a device's memory are the addresses that are reserved at once.
+# Addresses that are reserved at once, as a multiple of the device's memory.
 ADDRESSES = 4
 
 
@@ -87,11 +87,11 @@ PROTOTYPES: dict[str, list[Any]] = {
 
 
 def open_library() -> Any:
-    """The driver's library with the functions above.
+    """Load the driver's library, with the functions above.
 
     Raises:
         OSError: there is no driver.
-        AttributeError: it is too old.
+        AttributeError: the driver is too old.
     """
     library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
     for name, arguments in PROTOTYPES.items():
@@ -124,7 +124,7 @@ class CudaPageDriver:
         self._access = Access(location, ACCESS_READ_WRITE)
         self._call("cuMemGetAllocationGranularity", byref(page), byref(self._properties), GRANULARITY_MINIMUM)
         self.page_bytes = page.value
-        # The one that torch has, or will have: it is never given back, as torch's is not.
+        # The context that torch has, or will have. It is never released, as torch never releases its own.
         self._context = c_void_p()
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
 
@@ -158,7 +158,7 @@ class CudaPageDriver:
 
     @contextlib.contextmanager
     def _giving_back(self) -> Iterator[None]:
-        """Who gives memory back asks for none: that a driver finds none all the same is a fault like any other."""
+        """Freeing needs no memory: if the driver finds none all the same, that is a fault like any other."""
         try:
             yield
         except OutOfPagesError as error:
@@ -166,7 +166,7 @@ class CudaPageDriver:
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
-        """While it lasts, this thread is in the device's context; a thread may have none, or another device's."""
+        """While this lasts, the device's context is this thread's; before, it may have none, or another device's."""
         self._call("cuCtxPushCurrent_v2", self._context)
         try:
             yield
@@ -188,7 +188,7 @@ _OPENING = threading.Lock()
 
 
 def lasting_memory(index: int) -> LastingMemory | None:
-    """The memory in pages of this device, one for the process; None where torch must give all memory."""
+    """Return the memory in pages of this device, one for the process; None if torch must allocate all memory."""
     with _OPENING:
         if index not in _MEMORIES:
             _MEMORIES[index] = _open(index)
@@ -197,18 +197,18 @@ def lasting_memory(index: int) -> LastingMemory | None:
 
 
 def opened_memory(index: int) -> LastingMemory | None:
-    """As :func:`lasting_memory`, but only what somebody has opened; also where the driver has refused something."""
+    """As :func:`lasting_memory`, but without opening it, and also if the driver has refused something."""
     return _MEMORIES.get(index)
 
 
 def page_counts(index: int) -> PageCounts:
-    """What this process has of this device in pages."""
+    """Return the bytes of this device that this process has in pages."""
     memory = opened_memory(index)
     return PageCounts() if memory is None else memory.counts()
 
 
 def _is_limited(index: int) -> bool:
-    """Whether somebody has told torch how much of this device the process may have: that is for weights too."""
+    """Whether torch was given a limit to this process's memory on this device: that must hold for weights too."""
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # Since torch 2.7.
     return fraction is not None and fraction(index) < 1
 

@@ -1,13 +1,13 @@
-"""Has a GPU load the kernels of a first step while the model is loaded.
+"""Loads the kernels of a first step onto a GPU while the model is being loaded.
 
 [Note: kernels come with their first launch]
 CUDA loads a kernel when it is first launched. Of a process's first step of FLUX that is about a second (H200), in which
 neither the GPU nor the disk has anything to do, one kernel after another on the thread that runs the model. Many are
-the same in every diffusion transformer, so a thread launches them on a few numbers while that thread loads the model.
-What it does not launch is loaded later, as ever, and where a text encoder has run before there is little to do.
-Attention must not be among them: of a process's attentions torch has the first one done by cuDNN and all others by its
-own kernel (README, The same picture), so to call it early changes the first picture. Matrix products do not: with them
-called early the first picture is the one that ComfyUI makes, bit by bit, and so is the second (FLUX, H200).
+the same in every diffusion transformer, so another thread launches them on a few numbers while that thread loads the
+model. Other kernels are loaded later, as usual, and if a text encoder has run before there is little to do. Attention
+must not be among them: torch has the first attention of a process computed by cuDNN and all others by its own kernel
+(README, The same picture), so an early call changes the first picture. Matrix products do not: with them called early
+the first picture is the one that ComfyUI makes, bit by bit, and so is the second (FLUX, H200).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-# Of one layer's activations, small.
+# The size of one layer's activations, kept small.
 TOKENS, WIDTH = 16, 3072
 
 _begun: set[tuple[torch.device, torch.dtype]] = set()
@@ -29,7 +29,7 @@ _begun: set[tuple[torch.device, torch.dtype]] = set()
 def warm_up(device: torch.device, dtype: torch.dtype) -> threading.Thread | None:
     """Begin to load the kernels of a transformer that computes in ``dtype``, once in a process for each GPU and dtype.
 
-    Gives the thread that does it; None where there is nothing to do. Nobody need wait for it.
+    Returns the thread that does it, which need not be waited for; None if there is nothing to do.
     """
     if device.type != "cuda" or (device, dtype) in _begun:
         return None

@@ -2,21 +2,21 @@
 
 [Note: weights in pages]
 torch's allocators keep memory in large pieces: the driver's pool behind cudaMallocAsync grows by 32 MiB. Residents are
-made and dropped whenever the plan changes, and what a dropped one leaves between two that stay was in pieces that
-nobody could use: 0.4 to 1.1 GB of FLUX in 16 GB. In pages (pages.py) all of it goes back to the driver, and torch has
-activations and slots alone. Slots stay with torch: other GPUs copy into them, and pages can be reached by their own
-device only.
+made and dropped whenever the plan changes, and what a dropped one left between two that stay was in unusable pieces:
+0.4 to 1.1 GB of FLUX in 16 GB. In pages (pages.py) all of it goes back to the driver, and torch has activations and
+slots alone. Slots stay with torch: other GPUs copy into them, and pages can be reached by their own device only.
 
 [Note: memory that goes later]
 torch frees behind the kernels of a stream; a page that is unmapped is gone at once, also for kernels that read it. And
-the last reference to a buffer may go anywhere: on any thread, in a garbage collection, while a lock is held.
- 1. What ends with a buffer only puts its address in a queue, which takes no lock and waits for nothing.
- 2. The queue is worked off where memory is asked for, counted or given back, and only behind a synchronize of the whole
-    device: streams of others may read weights too. Where nothing was dropped that costs a look at an empty queue.
- 3. What is worked off is taken out of the queue before the synchronize: what comes into it meanwhile may have been read
-    by kernels that were launched after that began.
- 4. Of a model that was dropped without unloading nobody may ever ask again. Its buffers are orphans once its backend is
-    closed: whoever drops one works the queue off, unless somebody is doing so.
+the last reference to a buffer may be dropped anywhere: on any thread, in a garbage collection, while a lock is held.
+ 1. The finalizer of a buffer only puts its address in a queue, which takes no lock and waits for nothing.
+ 2. The queue is processed where memory is allocated or given back, or free memory is read (``Backend.memory``), and
+    only behind a synchronize of the whole device, because streams of other code may read weights too. If nothing was
+    dropped, this costs a look at an empty queue.
+ 3. Addresses are taken out of the queue before the synchronize: a buffer whose address comes into it meanwhile may have
+    been read by kernels that were launched after the synchronize began.
+ 4. After a model was dropped without unloading, there may be no further such call. Its buffers are orphans once its
+    backend is closed: the thread that drops one processes the queue, unless that is being done already.
 torch's ``record_stream`` knows no such memory, and with cudaMallocAsync raises; nothing here or in the host calls it on
 weights, and 2 makes it needless.
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class PageCounts(NamedTuple):
-    """Bytes of one device: in buffers that somebody has, and of all pages that are in memory."""
+    """Bytes of one device: of buffers that are referred to, and of all pages that are in memory."""
 
     used: int = 0
     mapped: int = 0
@@ -68,11 +68,11 @@ class LastingMemory:
     Args:
         driver: of the device.
         range_bytes: see :class:`Pages`.
-        as_tensor: makes a uint8 tensor, which keeps the object.
+        as_tensor: makes a uint8 tensor of a :class:`Memory`, which the tensor keeps alive.
         synchronize: waits for everything that was launched on the device.
 
     Attributes:
-        works: False once the driver has refused something; what there is stays, and nothing is added.
+        works: False once the driver has refused something; existing buffers stay, and none are added.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class LastingMemory:
         self.works = True
 
     def allocate(self, nbytes: int) -> torch.Tensor | None:
-        """A uint8 buffer of ``nbytes``, at least one; None where there is no room, or no driver that works."""
+        """Return a uint8 buffer of ``nbytes``, at least 1; None if there is no room, or the driver does not work."""
         with self._turn() as ours:
             if ours:
                 self._work_off()
@@ -109,20 +109,20 @@ class LastingMemory:
             return None
 
     def give_back(self) -> None:
-        """Give the driver what was dropped (Note: memory that goes later); waits for the device if there is any."""
+        """Free dropped buffers (Note: memory that goes later); waits for the device if there are any."""
         if self._gone:
             with self._turn() as ours:
                 if ours:
                     self._work_off()
 
     def orphan(self, addresses: Iterable[int]) -> None:
-        """Nobody will ask for buffers at these addresses to be given back; others are left out."""
+        """Make the buffers at these addresses orphans (Note: memory that goes later); other addresses are ignored."""
         for address in addresses:
             if self._pages.size(address):
                 self._orphans.add(address)
 
     def counts(self) -> PageCounts:
-        """How much there is. Waits for nobody, so that the two may be of moments that follow one another."""
+        """Return the bytes in use and mapped. This takes no lock, so the two may differ by what happens meanwhile."""
         dropped = sum(map(self._pages.size, tuple(self._gone)))
         return PageCounts(self._pages.buffer_bytes - dropped, self._pages.mapped_bytes)
 
@@ -138,7 +138,7 @@ class LastingMemory:
             return None
 
     def _let_go(self, address: int) -> None:
-        """The last reference has gone, anywhere."""
+        """The last reference was dropped, on whatever thread."""
         self._gone.append(address)
         if address not in self._orphans or sys.is_finalizing():
             return
@@ -146,15 +146,15 @@ class LastingMemory:
             try:
                 if ours:
                     self._work_off()
-            except RuntimeError as error:  # Nobody can be told here, and whoever uses the device next is.
+            except RuntimeError as error:  # A finalizer cannot raise it, and the next use of the device does.
                 logger.debug("the device has failed before memory could be given back: %s", error)
 
     @contextlib.contextmanager
     def _turn(self, wait: bool = True) -> Iterator[bool]:
-        """Whether the account is ours while this lasts.
+        """Lock the account for this call while this lasts; yields whether that worked.
 
-        Not where another thread has it, unless we ``wait``, and not where this one does already: a garbage collection
-        in the middle of it may end a model.
+        It does not while another thread has the account, unless we ``wait``, nor if this thread has it already: a
+        garbage collection in the middle of its work may end a model.
         """
         if not self._lock.acquire(blocking=wait):
             yield False
@@ -167,13 +167,13 @@ class LastingMemory:
             self._lock.release()
 
     def _work_off(self) -> None:
-        while self._gone:  # What comes into the queue meanwhile may be an orphan, whose turn this is.
+        while self._gone:  # An orphan that comes into the queue meanwhile is left to this call.
             self._work_off_what_is_there()
 
     def _work_off_what_is_there(self) -> None:
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
         try:
-            self._synchronize()  # Race: kernels may still read what nobody has a reference to.
+            self._synchronize()  # Race: kernels may still read memory without references.
         except BaseException:
             self._gone.extend(gone)
             raise
@@ -186,6 +186,6 @@ class LastingMemory:
 
     def _stop(self, error: RuntimeError) -> None:
         if self.works:
-            # As text: who keeps log records would keep, with the error's frames, the buffer.
+            # As text: a log record that is kept would keep the error's frames, and with them the buffer.
             logger.warning("weights get their memory from torch from now on: %s", str(error))
         self.works = False

@@ -3,10 +3,10 @@
 [Note: shared pages]
 A driver gives memory in whole pages (2 MiB with CUDA), and units' weights are of any size. So a buffer begins right
 behind the one before it, and both share the page on their border. The pages that one buffer fills alone, its inner
-ones, are mapped at once and go with it. A border page is mapped by itself and goes with the last buffer that touches
-it. So what is mapped are the pages that some buffer touches, and around each gap at most two of them are partly unused.
-Addresses are not given out again, but for those of a range that went back as a whole: there are plenty, and what goes
-wrong with an address that is gone is an error then, and no wrong weight.
+ones, are mapped at once and unmapped with it. A border page is mapped by itself, and unmapped with the last buffer that
+touches it. So the mapped pages are those that some buffer touches, and around each gap at most two are partly unused.
+Addresses are not given out again, except those of a range that was returned as a whole: there are plenty, and so the
+use of an address that is gone is an error instead of a wrong weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class OutOfPagesError(Exception):
 
 
 class PageDriver(Protocol):
-    """What maps pages. Addresses and sizes are whole pages.
+    """Maps pages. Addresses and sizes are whole pages.
 
     Attributes:
         page_bytes: the size of one; a multiple of :data:`ALIGNMENT`.
@@ -31,20 +31,20 @@ class PageDriver(Protocol):
     page_bytes: int
 
     def reserve(self, nbytes: int) -> int:
-        """Addresses, without memory; gives the first, which begins a page."""
+        """Reserve addresses without memory; return the first, which begins a page."""
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        """Give back what :meth:`reserve` gave. Nothing is mapped there."""
+        """Return what :meth:`reserve` has reserved. Nothing is mapped there."""
 
     def map(self, address: int, nbytes: int) -> None:
-        """Have new memory there.
+        """Map new memory there.
 
         Raises:
             OutOfPagesError: there is none; nothing has changed then.
         """
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """Give the memory back, of just what one :meth:`map` has mapped."""
+        """Unmap and free exactly what one :meth:`map` has mapped."""
 
 
 @dataclass(eq=False)
@@ -62,11 +62,11 @@ class _Buffer(NamedTuple):
 
 
 class Pages:
-    """Gives out addresses with memory behind them (Note: shared pages). Not for two threads at once.
+    """Allocates addresses with memory behind them (Note: shared pages). Not thread-safe.
 
     Args:
         driver: of one device.
-        range_bytes: so many addresses are reserved at once; no buffer is larger.
+        range_bytes: addresses that are reserved at once; no buffer may be larger.
 
     Attributes:
         mapped_bytes: of all pages that are in memory.
@@ -84,10 +84,10 @@ class Pages:
         self.buffer_bytes = 0
 
     def allocate(self, nbytes: int) -> int:
-        """The address of a new buffer of ``nbytes``, at least one.
+        """Return the address of a new buffer of ``nbytes``, at least 1.
 
         Raises:
-            OutOfPagesError: the device has no room.
+            OutOfPagesError: the device has no room, or the buffer is too large.
         """
         if nbytes > self._range_bytes:
             raise OutOfPagesError
@@ -102,12 +102,12 @@ class Pages:
         return begin
 
     def size(self, address: int) -> int:
-        """Bytes of the buffer that begins at ``address``; 0 where none does."""
+        """Return the bytes of the buffer that begins at ``address``; 0 if none does."""
         buffer = self._buffers.get(address)
         return 0 if buffer is None else len(buffer.span)
 
     def free(self, address: int) -> None:
-        """The buffer at ``address`` goes, and with it the pages that nobody else touches."""
+        """Free the buffer at ``address``, and the pages that no other buffer touches."""
         span, home = self._buffers.pop(address)
         self.buffer_bytes -= len(span)
         home.buffers -= 1
@@ -124,7 +124,7 @@ class Pages:
             self._unreserve_empty(home)
 
     def _range_with(self, nbytes: int) -> _Range:
-        """Addresses with room for ``nbytes``; those before go back when they are empty."""
+        """Return a range with room for ``nbytes``; the previous range is returned to the driver if it is empty."""
         old = self._range
         if old is not None and self._begin(old) + nbytes <= old.span.stop:
             return old
@@ -139,7 +139,7 @@ class Pages:
             self._driver.unreserve(home.span.start, len(home.span))
 
     def _begin(self, home: _Range) -> int:
-        """Where the next buffer begins: on the last page if somebody has that, else on a new one."""
+        """Return where the next buffer begins: on the last page if a buffer touches that, else on a new one."""
         begin = home.next + -home.next % ALIGNMENT
         return begin if self._down(begin) in self._borders else self._up(home.next)
 
@@ -166,7 +166,7 @@ class Pages:
         self.mapped_bytes -= nbytes
 
     def _cut(self, span: range) -> tuple[range, list[int]]:
-        """The pages that ``span`` fills, and the first bytes of those that it fills in part."""
+        """Return the pages that ``span`` fills, and the first bytes of those that it fills in part."""
         inner = range(self._up(span.start), self._down(span.stop))
         touched = dict.fromkeys((self._down(span.start), self._down(span.stop - 1)))
         return inner, [page for page in touched if page not in inner]

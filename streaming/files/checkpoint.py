@@ -31,7 +31,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Open the file at ``path``; of one that is a shard, or an index of shards, all files."""
+        """Open the file at ``path``, or all files of its model if it is a shard or an index of shards.
+
+        Raises:
+            CheckpointError: a file is missing, cannot be read, or does not fit the others.
+        """
         path = os.fsdecode(path)
         names, weight_map = _find_files(path)
         files: list[CheckpointFile] = []
@@ -61,7 +65,7 @@ class Checkpoint:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The metadata of all files; where two differ, the first file's."""
+        """The metadata of all files; where two files differ, the first one counts."""
         return {name: value for file in reversed(self.files) for name, value in file.metadata.items()}
 
     @property
@@ -81,7 +85,7 @@ class Checkpoint:
 
 
 def _find_files(path: str) -> tuple[list[str], dict[str, str]]:
-    """Names of the files that belong to the one at ``path``, and the index's map of tensors to files (or nothing)."""
+    """Return the names of all files of the model at ``path``, and the index's map of tensors to files (or nothing)."""
     folder, name = os.path.split(path)
     if name.endswith(".index.json"):
         weight_map = _read_index(path)

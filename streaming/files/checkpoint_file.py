@@ -3,9 +3,9 @@
 [Note: reads, not mappings] A tensor of a checkpoint is a view of a private mapping, so that the model has its shapes,
 dtypes and values; but bytes are moved with positioned reads through one open descriptor. A mapped page whose file was
 truncated, or whose disk fails, ends the process with a signal; a read raises an error that names the tensor. The
-descriptor stays with the file that was opened, also when another is put in its place or it is deleted, and after each
-read the file's size and time of change are compared with those at opening. Where only the time is another, the contents
-are compared (fingerprint.py, Note: touched is not changed).
+descriptor stays with the file that was opened, also when that is deleted or another takes its place. After each read,
+the file's size and modification time are compared with those at opening; if only the time differs, the contents are
+compared (fingerprint.py, Note: touched is not changed).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .fingerprint import fingerprint
 from .header import MAX_HEADER_BYTES, Entry, parse_header
 from .open_file import open_file
 
-# One read may not be larger everywhere; what is left is read next.
+# Some systems read no more at once; the next read continues.
 _MAX_READ = 1 << 30
-# Windows would set aside as much of its page file as the file is large.
+# For a copy-on-write mapping Windows would reserve as much of its page file as the file is large.
 _ACCESS = mmap.ACCESS_READ if os.name == "nt" else mmap.ACCESS_COPY
 # Linux refuses a private mapping larger than memory and swap, unless told to reserve nothing for its copies. Python
 # knows the flag's name since 3.13.
@@ -46,8 +46,8 @@ class CheckpointFile:
         nbytes: size of the file.
         metadata: what the header carries beside the tensors, mostly texts.
         entries: the tensors by name, in the order of the file.
-        fingerprint: equal for files with equal contents, and hardly for others.
-        touches: how often its time of change was found to be another, with the same contents.
+        fingerprint: equal for files with equal contents, and very seldom for others.
+        touches: how often its modification time was found changed, and its contents not.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -98,9 +98,9 @@ class CheckpointFile:
         return bytes(raw)
 
     def views(self) -> dict[str, torch.Tensor]:
-        """All tensors, as views of a private copy-on-write mapping.
+        """Return all tensors by name, as views of a private mapping.
 
-        What is written to them stays in memory, and ``locate`` cannot see it: the file's bytes are then older.
+        What is written to them stays in memory. Of such writes ``locate`` sees only those that torch counts.
         """
         mapping = self._map()
         with torch.inference_mode(False):
@@ -119,9 +119,9 @@ class CheckpointFile:
             return self._mapping
 
     def locate(self, tensor: torch.Tensor) -> FileSlice | None:
-        """Where in the file the bytes of ``tensor`` are, in the order of its memory; None if they are not there.
+        """Return where in the file the bytes of ``tensor`` are, in the order of its memory; None if they are not there.
 
-        A tensor that somebody has written to counts as not there: the bytes of the file are older.
+        The bytes of a tensor that was written to are not there: those of the file are older.
         """
         if tensor.is_inference() or tensor._version > 0:
             return None
@@ -137,7 +137,11 @@ class CheckpointFile:
         return FileSlice(self, offset, nbytes)
 
     def read_into(self, target: memoryview, offset: int) -> None:
-        """Fill ``target`` with the file's bytes from ``offset``. See [Note: reads, not mappings]."""
+        """Fill ``target`` with the file's bytes from ``offset`` on. See [Note: reads, not mappings].
+
+        Raises:
+            CheckpointError: they cannot be read, or the file was changed (``CheckpointChangedError``).
+        """
         if target.nbytes == 0:
             return
         target = target.cast("B")
@@ -156,8 +160,8 @@ class CheckpointFile:
                 f"{self.path}: cannot read {self._what(offset, len(target))} ({_reason(error)}). "
                 "Check the disk, or copy the file to another one."
             ) from error
-        # Afterwards: that sees whatever was changed before or meanwhile, and a file that was closed, so that the
-        # descriptor may be another file's.
+        # Checked after the read: this sees changes made before it and meanwhile, and that the file was closed, after
+        # which the descriptor may belong to another file.
         self.check_unchanged()
         if done < len(target):
             raise CheckpointError(
@@ -166,19 +170,19 @@ class CheckpointFile:
             )
 
     def _what(self, offset: int, nbytes: int) -> str:
-        """The bytes in words, for a message."""
+        """Describe these bytes for an error message."""
         end = offset + nbytes
         names = [entry.name for entry in self.entries.values() if max(entry.begin, offset) < min(entry.end, end)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return f"{nbytes} bytes at byte {offset} (tensor {', '.join(names[:3]) or 'none: header'}{more})"
 
     def drop_cached(self, offset: int, nbytes: int) -> None:
-        """Let the system forget its copy of the whole pages inside this range."""
+        """Have the system drop the whole pages inside this range from its file cache."""
         begin = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         self._advise("POSIX_FADV_DONTNEED", begin, (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin)
 
     def _advise(self, advice: str, offset: int, nbytes: int) -> None:
-        # A length of 0 would mean: to the end of the file. An advice that is not taken is no error, nor a closed file.
+        # A length of 0 would mean up to the end of the file. A refused advice or a closed file is no error.
         if nbytes > 0 and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError, ValueError):
                 os.posix_fadvise(self._source.fileno(), offset, nbytes, getattr(os, advice))
@@ -187,7 +191,7 @@ class CheckpointFile:
         """Raise ``CheckpointChangedError`` if the file has other contents than when it was opened."""
         if self._seems_unchanged(self._stat_now()):
             return
-        with self._comparing:  # One thread does, for all that have noticed.
+        with self._comparing:  # One thread compares the contents, for all that have noticed.
             now = self._stat_now()
             if self._seems_unchanged(now):
                 return
@@ -212,7 +216,7 @@ class CheckpointFile:
         return fingerprint(self._read_some, self.nbytes, self._header_bytes, self.entries.values())
 
     def _read_some(self, offset: int, nbytes: int) -> bytes:
-        """These bytes, or fewer, for a comparison: whether the file is another is not asked."""
+        """Return these bytes, or fewer at the file's end, without checking whether the file was changed."""
         target = bytearray(nbytes)
         try:
             return bytes(target[: self._source.read(memoryview(target), offset)])
@@ -244,16 +248,16 @@ class FileSlice:
 
     @property
     def writable(self) -> bool:
-        """Whether what maps these bytes can be written to, for this process alone."""
+        """Whether the mapping of these bytes can be written to, privately to this process."""
         return bool(_NO_RESERVE) or _ACCESS != mmap.ACCESS_READ
 
     def forget(self, start: int, nbytes: int) -> None:
-        """Let the system forget its copy of these bytes."""
+        """Have the system drop these bytes of the slice from its file cache."""
         self.file.drop_cached(self.offset + start, nbytes)
 
 
 def _map_private(descriptor: int, nbytes: int) -> mmap.mmap:
-    """A copy-on-write mapping of the whole file, without memory set aside for copies that are hardly ever made."""
+    """Map the whole file privately, where possible copy-on-write and with no memory reserved for the copies."""
     if _NO_RESERVE:
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)

@@ -1,11 +1,11 @@
 """What tells the contents of one checkpoint file from those of another, without reading all of it.
 
 [Note: touched is not changed]
-Programs that synchronise, copy back or index files set their time of change and leave their bytes. Which happened
-cannot be asked of the system, so when the time is another, a fingerprint is taken once more: size, header, and bytes at
+Programs that synchronise, restore or index files set the modification time and leave the bytes. The system cannot tell
+this from a change of the contents, so when the time differs, a fingerprint is taken again: size, header, and bytes at
 the begin, in the middle and at the end of tensors, of all of them in a file of up to 100. Another training of a model
-differs nearly everywhere. What escapes it, as a few numbers written between those places, is not mixed with what was
-there before: when the model is loaded next, all copies are made anew (``Streamer.refresh``).
+differs nearly everywhere. A change that the fingerprint misses, such as a few numbers between those places, is not
+mixed with the old contents: when the model is loaded next, all copies are made anew (``Streamer.refresh``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 
 from .header import Entry
 
-# Tensors whose bytes are looked at, evenly spread over a file, and how many bytes at a place. Reads of a file that is
-# not in memory take as long as a disk needs to find 300 places: some 30 ms on flash memory, 2 s on a turning disk.
+# Tensors that are sampled, evenly spread over a file, and bytes of each sample. If the file is not in memory, the reads
+# take as long as a disk needs to find 300 places: some 30 ms on flash memory, 2 s on a turning disk.
 SAMPLED_TENSORS = 100
 SAMPLE_BYTES = 64
 
@@ -25,9 +25,9 @@ def fingerprint(read: Callable[[int, int], bytes], nbytes: int, header_bytes: in
     """A digest of a file's contents.
 
     Args:
-        read: gives so many bytes from this offset, or fewer where there are no more.
+        read: takes an offset and a number of bytes, and returns these bytes, or fewer at the end of the file.
         nbytes: size of the file.
-        header_bytes: how many at its begin are no tensors.
+        header_bytes: bytes at the file's begin that belong to its header.
         entries: the tensors.
     """
     digest = hashlib.blake2b(nbytes.to_bytes(8, "little"), digest_size=16)
@@ -38,7 +38,7 @@ def fingerprint(read: Callable[[int, int], bytes], nbytes: int, header_bytes: in
 
 
 def places(entries: list[Entry]) -> list[tuple[int, int]]:
-    """Where the bytes are that are looked at: begins and ends, in the order of the file."""
+    """Return begin and end of each sample, in bytes, in the order of the file."""
     entries = [entry for entry in entries if entry.begin < entry.end]
     count = min(len(entries), SAMPLED_TENSORS)
     chosen = [entries[number * (len(entries) - 1) // max(1, count - 1)] for number in range(count)]

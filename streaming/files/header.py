@@ -1,7 +1,7 @@
 """The header of a safetensors file: which tensors it holds, and where.
 
-Whatever the safetensors library or ComfyUI's own parser takes is taken: the latter reads any JSON, and each tensor by
-itself, so there may be bytes that no tensor has, tensors that share bytes, and metadata of any kind.
+A header is accepted if the safetensors library or ComfyUI's own parser accepts it. The latter reads any JSON, and each
+tensor by itself, so there may be bytes that belong to no tensor, tensors that share bytes, and metadata of any kind.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Entry:
 
 
 def parse_header(path: str, raw: bytes, nbytes: int) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Metadata and tensors, in the order of the file, of a header that stands in a file of ``nbytes`` bytes.
+    """Return metadata and tensors, these in the order of the file, from the header of a file of ``nbytes`` bytes.
 
     Raises:
         CheckpointError: the header cannot be read, or names bytes that the file does not have.
@@ -80,7 +80,7 @@ def parse_header(path: str, raw: bytes, nbytes: int) -> tuple[dict[str, Any], di
 
 
 def _read(raw: bytes) -> dict[str, Any]:
-    """The header as JSON; of a name that occurs twice the last value."""
+    """Parse the header as JSON; if a name occurs twice, the last value counts."""
     try:
         tree = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -91,7 +91,7 @@ def _read(raw: bytes) -> dict[str, Any]:
 
 
 def _entry(name: str, info: Any, origin: int) -> Entry:
-    """A tensor as torch has it, whose offsets count from ``origin``."""
+    """Return the tensor as torch holds it; the header's offsets count from ``origin``."""
     kind, shape, begin, end = _fields(name, info)
     label = f"tensor {name!r} ({kind}, {reprlib.repr(list(shape))})"
     dtype_name, bits = _DTYPES[kind]
@@ -114,7 +114,7 @@ def _entry(name: str, info: Any, origin: int) -> Entry:
 
 
 def _fields(name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape, begin and end, their types checked; the library takes a list of the three as well."""
+    """Return dtype, shape, begin and end, their types checked; like the library, accept a list of the three fields."""
     if type(info) is list and len(info) == len(_FIELDS):
         info = dict(zip(_FIELDS, info, strict=True))
     if type(info) is not dict:
@@ -138,12 +138,12 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _bytes(bits: int) -> str:
-    """As a number for people: half a byte is one, and a size of 400 digits is not."""
+    """Return a number of bytes for people, halves included, but not one of 400 digits."""
     return f"{bits / 8:.15g}" if bits < 2**70 else "more than 2^67"
 
 
 def _check_torch_holds(label: str, shape: tuple[int, ...]) -> None:
-    """An empty tensor may have sizes beyond torch's counting; one with bytes has not, as its file is not so long."""
+    """Raise if an empty tensor has sizes beyond torch's range; for one with bytes no file is long enough."""
     try:
         torch.empty(0, device="cpu").reshape(shape)
     except (RuntimeError, TypeError, OverflowError) as error:

@@ -1,10 +1,10 @@
 """A file that is open, for reads at any offset on any thread.
 
 [Note: what others may do with an open file]
-On POSIX systems everything: whoever has opened a file goes on reading that file. Windows asks who opens one whether
-others may rename or delete it meanwhile, and Python's own functions say no. We say yes, so a file may be renamed, or
-moved on its disk, and another one may take its name. As long as it is mapped Windows itself refuses to delete it, to
-cut it short, or to have another file take its place.
+On POSIX systems others may do anything: an open descriptor goes on reading the file that was opened. On Windows the
+program that opens a file states whether others may rename or delete it meanwhile, and Python's own functions forbid it.
+We allow it, so a file may be renamed, or moved on its disk, and another one may take its name. While it is mapped,
+Windows itself refuses to delete it, to truncate it, or to replace it by another file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from io import FileIO
 
 _WINDOWS = os.name == "nt"
-# Windows: read, write, and rename or delete.
+# Windows' flags that let others read, write, and rename or delete an open file.
 _SHARE_ALL = 0x1 | 0x2 | 0x4
 _ORDINARY_FILE = 0x80
 # Handles that are kept for the next reads of a file, beside the one that is always open.
@@ -22,7 +22,7 @@ SPARE_HANDLES = 3
 
 
 def open_file(path: str) -> OpenFile:
-    """Open the file at ``path``, by the way that this system has of reading at an offset."""
+    """Open the file at ``path`` for reads at any offset, in the way that this system offers."""
     return OpenFile(path) if hasattr(os, "preadv") else OpenFileInTurns(path)
 
 
@@ -47,10 +47,10 @@ class OpenFile:
 
 
 class OpenFileInTurns(OpenFile):
-    """A file whose system reads where a handle stands (Windows), so that each handle serves one thread at a time.
+    """A file whose system reads at the position of a handle (Windows), so that each handle serves one thread at a time.
 
-    Threads that read at once get handles of their own. Where no other can be had, since the file has another name now,
-    they take turns.
+    Threads that read at the same time get handles of their own. If no other handle can be opened, because the file has
+    another name now, they take turns.
     """
 
     def __init__(self, path: str) -> None:
@@ -72,7 +72,7 @@ class OpenFileInTurns(OpenFile):
             self._turn.release()
 
     def _take(self) -> FileIO | None:
-        """A handle that nobody reads through."""
+        """Return a handle that no thread reads through; None if there is none and none can be opened."""
         try:
             return self._files.pop()
         except IndexError:
@@ -111,7 +111,7 @@ def _open(path: str) -> FileIO:
 
 
 def _share(path: str, _flags: int) -> int:
-    """Open a file on Windows as [Note: what others may do with an open file] has it."""
+    """Open a file on Windows as [Note: what others may do with an open file] describes."""
     import _winapi  # Other systems have no such modules.
     import msvcrt
 

@@ -1,1 +1,1 @@
-"""What this machine has: its GPUs and their names, VRAM that is free, the memory that it allows us."""
+"""What this machine has: its GPUs and their names, free VRAM, and the host memory that this process may use."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 
-# Names the devices that a process uses where nobody names others.
+# The environment variable with the devices that a process uses where no others are named.
 GPUS_VARIABLE = "WEIGHTSTREAM_GPUS"
 
 CPU, DEFAULT = "cpu", "default"
@@ -18,14 +18,14 @@ def gpu_name(index: int) -> str:
 
 
 def parse_device(text: str, source: str = "device") -> str:
-    """The one device that ``text`` names, in the form in which names are compared.
+    """Return the one device that ``text`` names, in the form in which names are compared.
 
     Args:
         text: ``gpu:N``, ``cpu`` or ``default``, in any case, with spaces anywhere around its parts.
-        source: what has this value, for the message.
+        source: the setting that has this value, for the error message.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: ``text`` names no device.
     """
     name = _one(text)
     if name is None:
@@ -34,10 +34,10 @@ def parse_device(text: str, source: str = "device") -> str:
 
 
 def parse_gpus(text: str, source: str = "devices") -> tuple[str, ...]:
-    """The GPUs that ``text`` names, in its order: none where it is empty or ``default``.
+    """Return the GPUs that ``text`` names, in its order; none if it is empty or ``default``.
 
     Raises:
-        ConfigError: it names something else, or a GPU twice.
+        ConfigError: ``text`` names something else, or a GPU twice.
     """
     if not text.strip() or _one(text) == DEFAULT:
         return ()
@@ -53,10 +53,10 @@ def parse_gpus(text: str, source: str = "devices") -> tuple[str, ...]:
 
 
 def parse_shares(text: str, source: str = "ratio") -> tuple[float, ...]:
-    """The numbers of a list such as ``60,40``, as parts of one.
+    """Return the numbers of a list such as ``60,40``, divided by their sum.
 
     Raises:
-        ConfigError: it is no list of numbers above 0.
+        ConfigError: ``text`` is no list of numbers above 0.
     """
     shares = [_share(part) for part in text.split(",")]
     if not all(shares):
@@ -65,7 +65,7 @@ def parse_shares(text: str, source: str = "ratio") -> tuple[float, ...]:
 
 
 def in_parts(shares: Sequence[float]) -> tuple[float, ...]:
-    """``shares`` as parts of one."""
+    """Return ``shares`` divided by their sum."""
     return tuple(share / sum(shares) for share in shares)
 
 
@@ -78,6 +78,6 @@ def _one(text: object) -> str | None:
 
 
 def _share(text: str) -> float:
-    """The number; 0 for what is none."""
+    """Return the number, or 0 if ``text`` is none."""
     match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*%?\s*", text)
     return float(match[1]) if match else 0.0

@@ -1,10 +1,10 @@
 """The GPUs of this machine: memory, link and peers.
 
 [Note: no context]
-Asking CUDA for the free memory of a GPU makes a context on it, which takes some hundred MB there. NVML gives the same
-figure for nothing, and the link too. It comes with the driver, and Python reaches it through nvidia-ml-py, which need
-not be installed: without it the figure comes from CUDA after all, and of the link nothing is known. NVML numbers GPUs
-in its own way, so a GPU is found by its UUID.
+Asking CUDA for the free memory of a GPU makes a context on it, which takes some hundred MB there. NVML tells the free
+memory without a context, and the link too. It comes with the driver, and Python reaches it through nvidia-ml-py, which
+need not be installed: without it CUDA is asked for the free memory after all, and the link stays unknown. NVML numbers
+GPUs in its own way, so a GPU is found by its UUID.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Link(NamedTuple):
 
     @property
     def bytes_per_second(self) -> float | None:
-        """What it carries at most; None where that is not known."""
+        """The most that it carries; None where that is not known."""
         lane = LANE_BYTES_PER_SECOND.get(self.generation or 0)
         return None if lane is None or self.width is None else lane * self.width
 
@@ -54,14 +54,14 @@ class Gpu:
     """One GPU as torch numbers them. None stands for what is not known.
 
     Attributes:
-        index: of the GPU; nodes and settings know it as ``device``.
-        name: what it is sold as.
+        index: torch's number; nodes and settings use ``device`` instead.
+        name: of the product.
         uuid: as nvidia-smi writes it.
         total, free: bytes of its memory.
         link: as it is now. An idle GPU runs its link slowly.
-        most_link: the best that GPU and slot can do.
+        most_link: the fastest that GPU and slot support.
         peers: indices of the GPUs whose memory it can reach without the host.
-        virtual: it lives in RAM.
+        virtual: whether it is a virtual device in RAM.
     """
 
     index: int
@@ -95,7 +95,7 @@ class Figures(NamedTuple):
 
 
 class Nvml:
-    """NVIDIA's management library, as far as this machine has it.
+    """NVIDIA's management library; where this machine has none, one that knows nothing.
 
     Args:
         library: the module pynvml, initialised; None where there is none.
@@ -105,14 +105,14 @@ class Nvml:
         self._library = library
 
     def figures(self, uuid: str | None) -> Figures:
-        """What is known of the GPU with this UUID."""
+        """Return what is known of the GPU with this UUID."""
         handle = self._find(uuid)
         if handle is None:
             return Figures()
         return Figures(*self.memory(uuid), self._link("Curr", handle), self._link("Max", handle))
 
     def memory(self, uuid: str | None) -> tuple[int | None, int | None]:
-        """All bytes of that GPU, and those that are free; None where it is not known."""
+        """Return the bytes of the GPU with this UUID in all, and the free ones; None where these are not known."""
         handle = self._find(uuid)
         memory = None if handle is None else self._ask("nvmlDeviceGetMemoryInfo", handle)
         return (None, None) if memory is None else (int(memory.total), int(memory.free))
@@ -126,7 +126,7 @@ class Nvml:
         return Link(generation, self._ask(f"nvmlDeviceGet{which}PcieLinkWidth", handle))
 
     def _ask(self, function: str, argument: Any) -> Any:
-        """The answer; None from a GPU that cannot say, as an integrated one, or a part of one, of its link."""
+        """Return the answer; None if the GPU has none, as integrated GPUs and parts of a GPU have none about a link."""
         try:
             return getattr(self._library, function)(argument)
         except self._library.NVMLError:
@@ -135,7 +135,7 @@ class Nvml:
 
 @contextlib.contextmanager
 def open_nvml() -> Iterator[Nvml]:
-    """NVML for as long as it is needed; one that knows nothing where it is not installed, or finds no driver."""
+    """Open NVML for as long as this lasts; where it is not installed or finds no driver, one that knows nothing."""
     try:
         import pynvml
     except ImportError:
@@ -153,7 +153,7 @@ def open_nvml() -> Iterator[Nvml]:
 
 
 def list_gpus() -> list[Gpu]:
-    """The GPUs that torch can use, CUDA's or ROCm's; where there is none the virtual ones, if any are asked for.
+    """Return the GPUs that torch can use, CUDA's or ROCm's; if there are none, the virtual ones that are asked for.
 
     Raises:
         ConfigError: ``WEIGHTSTREAM_VIRTUAL`` is malformed.
@@ -166,7 +166,7 @@ def list_gpus() -> list[Gpu]:
 
 
 def best_links(indices: Sequence[int]) -> list[Link]:
-    """The best that GPU and slot can do, of each of these GPUs. No context is made on any."""
+    """Return the fastest link that each of these GPUs and its slot support. No context is made on any."""
     with open_nvml() as nvml:
         return [nvml.figures(gpu_uuid(torch.cuda.get_device_properties(index))).most_link for index in indices]
 
@@ -183,7 +183,7 @@ def _describe(index: int, count: int, nvml: Nvml) -> Gpu:
 
 
 def _ask_cuda(index: int) -> int | None:
-    """Free bytes, where there is no other way to know (Note: no context); None of a GPU too full for a context."""
+    """Return the free bytes where only CUDA can tell (Note: no context); None if the GPU is too full for a context."""
     try:
         return torch.cuda.mem_get_info(index)[0]
     except RuntimeError as error:
@@ -193,7 +193,7 @@ def _ask_cuda(index: int) -> int | None:
 
 
 def gpu_uuid(properties: Any) -> str | None:
-    """The UUID as NVML takes it; torch leaves out the kind of device in front of it, and has none for some GPUs."""
+    """Return the UUID in NVML's form. torch omits the kind of device in front of it, and knows none for some GPUs."""
     uuid = getattr(properties, "uuid", None)
     return None if uuid is None else f"GPU-{uuid}"
 
@@ -232,7 +232,7 @@ COLUMNS: dict[str, Callable[[Gpu], str]] = {
 
 
 def as_table(gpus: Sequence[Gpu]) -> str:
-    """One line for each GPU, under a line of titles."""
+    """Return a table as text: one line for each GPU, under a line of titles."""
     rows = [list(COLUMNS), *([show(gpu) for show in COLUMNS.values()] for gpu in gpus)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

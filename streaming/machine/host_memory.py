@@ -15,7 +15,7 @@ class HostMemory(NamedTuple):
 
     Attributes:
         total: the limit.
-        available: what may still be taken; the system's file cache counts as free.
+        available: what may still be allocated; the system's file cache counts as free.
     """
 
     total: int
@@ -25,7 +25,7 @@ class HostMemory(NamedTuple):
 def group_memory(
     groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> HostMemory | None:
-    """The tightest of the limits that this process's control group and those around it set; None without limit."""
+    """Return the tightest limits that this process's control group and those around it set; None without limit."""
     found = [memory for folder in _folders(groups, membership) if (memory := _read(folder)) is not None]
     if not found:
         return None
@@ -46,7 +46,7 @@ def _folders(groups: Path, membership: Path) -> Iterator[Path]:
             root = groups / "memory"
         else:
             continue
-        # Inside a container the path is often that of the outside, and only the root is there.
+        # Inside a container the path is often the one that the group has outside, and only the root exists.
         folder = root / path.lstrip("/")
         yield folder
         yield from (parent for parent in folder.parents if parent.is_relative_to(root))
@@ -71,7 +71,7 @@ def _number(*files: Path) -> int | None:
 
 
 def _file_cache(stat: Path) -> int:
-    """Bytes that the system gives back when somebody needs memory; version 1 counts groups below with "total_"."""
+    """Bytes of file cache, which the system frees on demand; in version 1 "total_" marks sums with groups below."""
     try:
         values = dict(line.split()[:2] for line in stat.read_text().splitlines())
     except OSError:

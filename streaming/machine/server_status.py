@@ -19,10 +19,10 @@ UNKNOWN = "-"
 
 
 def ask(url: str) -> dict[str, Any]:
-    """The status of the server at ``url``.
+    """Return the status of the server at ``url``.
 
     Raises:
-        ServerError: nobody answers there, or somebody who has not this pack, or another version of it.
+        ServerError: no server answers there, or it lacks this pack or has another version of it.
     """
     if "://" not in url:
         url = f"http://{url}"
@@ -39,7 +39,7 @@ def ask(url: str) -> dict[str, Any]:
 
 
 def as_text(status: dict[str, Any]) -> str:
-    """For people: a line for each device, the host and each notice, and some for each model."""
+    """Return the status as text: a line for each device, the host and each notice, and some for each model."""
     lines = [_device(device) for device in status["devices"]] or [f"no devices: {status['why_no_devices']}"]
     host = status["host"]
     limit = "" if host["pinned_limit"] is None else f" of {format_bytes(host['pinned_limit'])}"
@@ -52,7 +52,7 @@ def as_text(status: dict[str, Any]) -> str:
 
 
 def describe_model(model: dict[str, Any]) -> list[str]:
-    """Lines about one model on one device: the way of its weights, its plan, and its last run."""
+    """Return lines about one model on one device: how its weights get there, its plan, and its last run."""
     reason = f" ({model['reason']})" if model["reason"] else ""
     state = ", running" if model["running"] else ""
     lines = [f"{model['name']} on {model['device']}: {model['ladder']}{reason}{state}", f"  plan: {model['plan']}"]

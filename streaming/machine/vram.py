@@ -1,4 +1,4 @@
-"""How the memory of a CUDA device is used now, for those who watch. Waits for no stream."""
+"""How the memory of a CUDA device is used now. Reading it waits for no stream."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Vram(NamedTuple):
     """Bytes of one device; None where it is not known.
 
     Attributes:
-        total: all.
-        free: nobody has them.
-        allocated, reserved: this process has given them out, and has them from the device: torch's allocator, and pages
-            for weights (lasting_memory.py).
+        total: in all.
+        free: no process has allocated them.
+        allocated, reserved: in use by this process, and taken from the device by it; both count torch's allocator and
+            the pages for weights (lasting_memory.py).
     """
 
     total: int | None
@@ -29,17 +29,17 @@ class Vram(NamedTuple):
 
 
 class VramReader:
-    """Reads it again and again (:func:`open_vram_reader`).
+    """Reads the memory of devices, as often as it is asked (:func:`open_vram_reader`).
 
-    A device on which this process has no context gets none (gpus.py, Note: no context): without NVML nothing is known
-    of what is free there.
+    It makes no context on a device where this process has none (gpus.py, Note: no context): without NVML the free
+    memory there stays unknown.
     """
 
     def __init__(self, nvml: Nvml) -> None:
         self._nvml = nvml
 
     def read(self, index: int) -> Vram:
-        """The memory of the device that torch gives this number."""
+        """Return the memory of the device that torch gives this number."""
         properties = torch.cuda.get_device_properties(index)
         total, free = self._nvml.memory(gpu_uuid(properties))
         if free is None and torch._C._cuda_hasPrimaryContext(index):
@@ -55,6 +55,6 @@ class VramReader:
 
 @contextlib.contextmanager
 def open_vram_reader() -> Iterator[VramReader]:
-    """A reader, with NVML where this machine has it."""
+    """Open a reader, with NVML where this machine has it."""
     with open_nvml() as nvml:
         yield VramReader(nvml)

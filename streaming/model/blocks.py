@@ -1,4 +1,4 @@
-"""Find a model's blocks, the layers in its lists, and their units, what is placed one by one; the rest is left."""
+"""Finds a model's blocks, which are the layers in its lists, and their units, which are placed one by one."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ SMALL_BUFFER_BYTES = 1 << 20
 # A module is cut into the layers of its own lists when they hold this part of its bytes.
 INNER_SHARE = 0.9
 
-# Under this name a layer compiled by torch.compile holds the layer.
+# The name under which a layer compiled by torch.compile holds the original layer.
 COMPILED = "_orig_mod"
 
-# Names the dtype that a tensor shall have when it runs: (module, attribute, tensor) -> dtype.
+# Returns the dtype that a tensor shall have when it runs: (module, attribute, tensor) -> dtype.
 TargetDtype = Callable[[nn.Module, str, torch.Tensor], torch.dtype]
 
 
@@ -72,7 +72,7 @@ class Block:
         module: the layer.
         units: what it consists of, without small ones and tensors that it shares with another block.
         small: tensors of its small modules, which are in the rest.
-        tied: whether it shares tensors with another block, or with what is in none.
+        tied: whether it shares tensors with another block, or with modules outside of blocks.
     """
 
     index: int
@@ -129,7 +129,7 @@ class BlockSet:
         )
 
     def part(self, blocks: Collection[int], with_outside: bool) -> BlockSet:
-        """Some of the blocks as a set of their own, numbered anew in the same order."""
+        """Return some of the blocks as a set of their own, numbered anew in the same order."""
         chosen = [self.blocks[number] for number in sorted(blocks)]
         before = 0
         parts = []
@@ -147,16 +147,16 @@ def _kind(block: Block) -> object:
 
 
 def find_blocks(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the layers in lists below ``root``, in the order of definition.
+    """Return names and modules of the layers in lists below ``root``, in the order of definition.
 
     [Note: what is a block]
-    A block must be entered as a module, or little tells when its weights are needed. What cannot be called (a
-    ``ModuleList``, a ``ModuleDict``, any module without a ``forward``) and a ``Sequential``, whose callers may run its
-    children one by one, is a container; a block is the first module below a container that is none. Two exceptions:
+    A block must be entered as a module; otherwise little shows when its weights are needed. What cannot be called (a
+    ``ModuleList``, a ``ModuleDict``, any module without a ``forward``) is a container. So is a ``Sequential``, whose
+    callers may run its children one by one. The first module below containers is a block, with two exceptions:
 
     - A ``Sequential`` of single layers (a small MLP) is no list of blocks unless it stands in a list itself.
     - A module that consists of such a list but for a tenth (the spatial transformers of SDXL have ten layers each)
-      gives its layers instead: as a whole it would need too much room at once.
+      is no block, but its layers are: as a whole it would need too much room at once.
     """
     return list(_search(root, ""))
 
@@ -196,7 +196,7 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The layer that a compiled one runs, which is told of by its own name."""
+    """Return the original of a layer compiled by torch.compile; any other module as it is."""
     return module._modules.get(COMPILED, module)
 
 
@@ -223,8 +223,8 @@ def split_model(
     Args:
         model: the module.
         target_dtype: the dtype in which a tensor runs; its own by default, and where it is of a class of its own.
-        locate: the source of a tensor that maps a file.
-        minimum_share: the part of its bytes that must lie in blocks; with 0 it need not have any.
+        locate: returns the source of a tensor that maps a file.
+        minimum_share: the part of its bytes that must lie in blocks; with 0 it need not have any block.
         shown_dtype: the dtype in which modules hold a tensor while no copy of it is bound; as it runs by default.
 
     Raises:
@@ -264,7 +264,7 @@ def _holds(module: nn.Module, holders: Collection[int]) -> bool:
 def _units(
     block: int, prefix: str, root: nn.Module, tensors: Sequence[NamedTensor], first: int, small: list[NamedTensor]
 ) -> Iterator[Unit]:
-    """The units of a block, numbered from ``first``. Small buffers and tensors of small modules go to ``small``."""
+    """Yield the units of a block, numbered from ``first``. Small buffers and small modules' tensors go to ``small``."""
     modules = {id(module._parameters): (name, module) for name, module in root.named_modules()}
     modules |= {id(module._buffers): (name, module) for name, module in root.named_modules()}
     groups: dict[int, list[NamedTensor]] = defaultdict(list)
@@ -297,7 +297,7 @@ def _own_dtype(module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch
 
 
 def held_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Place, torch.Tensor]]:
-    """Every place of a model that holds a tensor, with its full name and module, and what it holds."""
+    """Yield every place of a model that holds a tensor: its full name, its module, the place and the tensor."""
     for prefix, module in model.named_modules():
         prefix = prefix.replace(f"{COMPILED}.", "")
         if module._modules.get(COMPILED) is not None or prefix.endswith(COMPILED):
@@ -312,7 +312,7 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Place, torc
 def _named_tensors(
     model: nn.Module, target_dtype: TargetDtype, locate: Locate, shown_dtype: TargetDtype | None
 ) -> list[NamedTensor]:
-    """Every parameter and buffer once, with all of its places: a tied tensor has several."""
+    """Return every parameter and buffer once, with all of its places: a tied tensor has several."""
     found: dict[int, list[tuple[str, nn.Module, Place, torch.Tensor]]] = defaultdict(list)
     for held in held_tensors(model):
         found[id(held[3])].append(held)
@@ -335,13 +335,13 @@ def _named_tensors(
 def _owners(
     model: nn.Module, found: list[tuple[str, nn.Module]], tensors: list[NamedTensor]
 ) -> dict[int, list[NamedTensor]]:
-    """Tensors by the index of the one block that holds all of their places; -1 where there is none."""
+    """Return tensors by the index of the one block that has all of their places; -1 where there is none."""
     owner: dict[int, int] = {}
 
     def claim(module: nn.Module, index: int) -> None:
         for holder in (module._parameters, module._buffers):
             if owner.setdefault(id(holder), index) != index:
-                owner[id(holder)] = -1  # A module of two blocks, or of one that others call too.
+                owner[id(holder)] = -1  # A module of two blocks, or of one block and of what lies outside.
 
     roots = {id(block) for _, block in found}
     for index, (_, block) in enumerate(found):
@@ -357,7 +357,7 @@ def _owners(
 
 
 def _outside(module: nn.Module, roots: Collection[int]) -> Iterator[nn.Module]:
-    """``module`` and what lies below it, without the modules ``roots`` and what lies below them."""
+    """Yield ``module`` and what lies below it, without the modules ``roots`` and what lies below them."""
     yield module
     for child in module.children():
         if id(child) not in roots:

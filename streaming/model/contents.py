@@ -1,7 +1,7 @@
 """What a unit's buffer shall hold: the bytes of its tensors, from the file or from memory, in the layout's dtypes.
 
-A tensor that maps a file is read from that file through its source and never through the mapping: to touch a mapping
-of a file that somebody has truncated ends the process. What the host transformed while it loaded exists in memory.
+A tensor that maps a file is read from that file through its source and never through the mapping: touching the mapping
+of a truncated file ends the process. Tensors that the host transformed while it loaded them are read from memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_range(layout: Layout, start: int, stop: int, target: torch.Tensor, forg
 
     Args:
         target: uint8, contiguous, in host memory, of ``stop - start`` bytes.
-        forget: tell the file's system that these bytes will not be read again soon.
+        forget: have the system drop these bytes from its file cache, as they will not be read again soon.
 
     Raises:
         CheckpointError: a file cannot be read, or is not the one that was loaded.
@@ -43,7 +43,7 @@ def read_range(layout: Layout, start: int, stop: int, target: torch.Tensor, forg
 
 
 def read_tensor(spec: TensorSpec) -> torch.Tensor:
-    """A tensor as modules have it, in memory of its own.
+    """Read a tensor into memory of its own, with the shape, strides and dtype of ``spec``.
 
     Raises:
         CheckpointError: a file cannot be read, or is not the one that was loaded.
@@ -60,7 +60,7 @@ def needs_work(layout: Layout) -> bool:
 
 
 def _read_part(spec: TensorSpec, start: int, stop: int, target: torch.Tensor) -> None:
-    """The bytes ``start`` to ``stop`` of a tensor in the layout's form."""
+    """Write the bytes ``start`` to ``stop`` of a tensor in the layout's form to ``target``."""
     if spec.original.is_meta:
         target.zero_()  # The file lacks it; the host makes such a weight zero.
     elif _is_plain(spec):
@@ -77,7 +77,7 @@ def _read_part(spec: TensorSpec, start: int, stop: int, target: torch.Tensor) ->
 
 
 def _read_original(spec: TensorSpec, start: int, stop: int, target: torch.Tensor) -> None:
-    """The bytes ``start`` to ``stop`` of a tensor as it was loaded."""
+    """Write the bytes ``start`` to ``stop`` of a tensor as it was loaded to ``target``."""
     if spec.source is not None:
         spec.source.read_into(memoryview(target.numpy()), start)
     else:
@@ -91,6 +91,6 @@ def _is_plain(spec: TensorSpec) -> bool:
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a tensor that fills it, in the order of addresses."""
+    """Return the memory of a tensor without gaps, in the order of addresses."""
     tensor = tensor.detach()
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()

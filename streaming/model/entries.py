@@ -1,24 +1,24 @@
-"""Tells when modules are entered and left: by a call, or by any other method of theirs.
+"""Reports when modules are entered and left: by a call, or by any other method of theirs.
 
 [Note: entries]
-A model mostly calls its blocks, and torch has hooks for that. Some models call other methods of theirs
-(``block.forward_pose(...)``), of which torch tells nobody. So while a module is watched, :class:`Method` stands on it
-in the place of each method that its class defines: all above ``nn.Module``, since nobody knows which of them compute.
-Each calls what it stands for: what somebody has put on the module under that name, or what its class has at the time.
-It is taken off again, and one that somebody has kept passes calls on.
+A model mostly calls its blocks, and torch has hooks for that. Some models call other methods of a block
+(``block.forward_pose(...)``), for which torch has no hooks. So while a module is watched, a :class:`Method` on it
+replaces each method of its class, except those of ``nn.Module``: it is not known which of them compute. Each calls the
+method that it replaces: what other code has put on the module under that name, or what its class has at the time. It is
+removed again, and if other code has kept it, it only passes calls on.
 
-What is entered already is not entered again: a forward that calls methods of its own, or a method that calls the
-module, is one entry, and told once. So only what comes from outside costs more than a look.
+A module that has been entered is not entered again: a forward that calls methods of its own, or a method that calls the
+module, is one entry, and reported once. So only an entry from outside costs more than one check.
 
-Classes are left as they are, because other models have modules of them too. So is the module's own class, because many
-look at it. ``forward`` is left alone: torch's hooks are around it, and compilers and other packs exchange it. Who calls
-``block.forward(...)`` enters nothing (by_units.py, Note: entered by its units).
+Classes are not changed, because other models have modules of them too. Nor does a module get another class, because
+much code checks that. ``forward`` is left alone: torch's hooks are around it, and compilers and other packs replace it.
+A call of ``block.forward(...)`` enters nothing (by_units.py, Note: entered by its units).
 
-torch.compile traces through :class:`Method` where the module has been entered already, and so sees nothing of it. Who
-enters is hidden from it, as hooks are (hooks.py, Note: compiled models).
+torch.compile traces through :class:`Method` where the module has been entered already, and so sees nothing of it. What
+runs at an entry is hidden from it, as hooks are (hooks.py, Note: compiled models).
 
-A method may give weights of its module, or views of them, which are used when the module has been left; so it gives
-copies. A shallow copy of a module that is watched has the :class:`Method` of the original, and runs that.
+A method may return weights of its module, or views of them, which are used after the module has been left; so copies of
+them are returned. A shallow copy of a watched module has the :class:`Method` of the original, and runs that.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-# Told before: (module, args, kwargs), and may give other arguments.
+# Called at an entry with (module, args, kwargs); may return other arguments.
 Begins = Callable[[nn.Module, tuple, dict[str, Any]], "tuple[tuple, dict[str, Any]] | None"]
 
-# Tensors that say where their values are.
+# Classes of tensors whose storage tells where their values are.
 PLAIN = (torch.Tensor, nn.Parameter)
 
-# The hooks of all that watch.
+# The hooks of all Entries.
 _ours: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
-# A method that comes back at once and computes later is no entry.
+# A method that returns at once and computes later is no entry.
 LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class Ends(Protocol):
-    """Told after, and may give another output. After an exception the output is None; never else."""
+    """Called after an entry; may return another output. The output is None after an exception, and only then."""
 
     def __call__(self, module: nn.Module, args: object, output: Any) -> Any: ...
 
@@ -58,7 +58,7 @@ def is_ours(hook: Callable[..., Any]) -> bool:
 
 
 class Entries:
-    """What one listener is told of several modules."""
+    """Reports the entries into several modules to one listener."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -67,18 +67,18 @@ class Entries:
     def watch(
         self, module: nn.Module, begins: Begins, ends: Ends, always_ends: bool = True, methods: bool = True
     ) -> None:
-        """Tell when ``module`` is entered and left; before and after all who are told already.
+        """Report when ``module`` is entered and left; before and after all hooks that it has already.
 
         Args:
             module: what is entered.
-            begins: is told before.
-            ends: is told after.
-            always_ends: after an ``Exception`` too. After a ``BaseException`` nobody is told, as torch has it:
-                :meth:`settle`.
-            methods: not only by a call.
+            begins: called before.
+            ends: called after.
+            always_ends: whether ``ends`` is called after an ``Exception`` too. After another ``BaseException`` it is
+                not called, as with torch's hooks, and :meth:`settle` is needed.
+            methods: whether other methods are entries too, not only a call.
         """
         found = entry_methods(type(module)) if methods else ()
-        # Not what somebody has put something else in the place of.
+        # Without names under which the module has something that cannot be called.
         names = [name for name in found if callable(vars(module).get(name, _nothing))]
         if names:
             door = _Door(begins, ends, always_ends)
@@ -91,12 +91,12 @@ class Entries:
         self._handles += [Method.put(module, name, door, hidden_begins, hidden_ends) for name in names]
 
     def settle(self) -> None:
-        """Nobody is inside of a module any more, whatever an interrupt has left behind."""
+        """Count every module as left, whatever an interrupt has left behind."""
         for door in self._doors:
             door.inside, door.depth = False, 0
 
     def remove(self) -> None:
-        """Nobody is told any more."""
+        """Report nothing any more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -104,11 +104,11 @@ class Entries:
 
 
 class _Door:
-    """Of entries into one module, those that come from outside.
+    """Reports those entries into one module that come from outside.
 
     Attributes:
         inside: whether it has been entered. (A plain value, because torch.compile reads it.)
-        depth: calls that have begun and not ended, and a method around them.
+        depth: the number of calls that have begun and not ended, including a method around them.
     """
 
     def __init__(self, begins: Begins, ends: Ends, always_ends: bool) -> None:
@@ -125,7 +125,7 @@ class _Door:
 
     def leave(self, module: nn.Module, args: object, output: Any) -> Any:
         if self.depth == 0:
-            return None  # Settled meanwhile, or never entered: who is told before has failed.
+            return None  # Settled meanwhile, or never entered: a hook that comes before has failed.
         self.depth -= 1
         if self.depth > 0:
             return None
@@ -134,10 +134,10 @@ class _Door:
 
 
 class Method:
-    """Stands on a module for one of its methods (Note: entries), which it is like in all that others may ask of it.
+    """Replaces one method of a module (Note: entries), and looks like that method to code that inspects it.
 
     Args:
-        module: the module, which is referred to weakly: it holds this.
+        module: the module, which is referred to weakly, because it holds this object.
         name: of the method.
         instead_of: what was on the module under this name; None where there was only what its class has.
     """
@@ -154,14 +154,14 @@ class Method:
     def put(
         cls, module: nn.Module, name: str, door: _Door, enter: Callable[..., Any], leave: Callable[..., Any]
     ) -> Method:
-        """Have it on ``module`` until :meth:`remove`."""
+        """Put one on ``module``, until :meth:`remove`."""
         method = cls(module, name, _in_use(vars(module).get(name)))
         method._door, method._enter, method._leave = door, enter, leave
         vars(module)[name] = method
         return method
 
     def remove(self) -> None:
-        """Have on the module what was there before; where somebody has put something else there that stays."""
+        """Restore what was on the module before; if other code has put something else there, that stays."""
         self._door, self._enter, self._leave = None, _nothing, _nothing
         module = self.module
         if module is not None and vars(module).get(self._name) is self:
@@ -178,12 +178,12 @@ class Method:
 
     @property
     def in_use(self) -> bool:
-        """Whether anybody is told."""
+        """Whether it reports entries."""
         return self._door is not None
 
     @property
     def instead_of(self) -> Any:
-        """What others have put on the module under this name; None where they have put nothing there."""
+        """What other code has put on the module under this name; None if there is nothing."""
         return getattr(self._beneath, "instead_of", self._beneath)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +200,7 @@ class Method:
         except BaseException:
             door.inside, door.depth = False, 0
             raise
-        changed = self._leave(module, args, () if output is None else output)  # None is what an exception gives.
+        changed = self._leave(module, args, () if output is None else output)  # None would mean an exception.
         return output if changed is None or output is None else changed
 
     def _call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -209,9 +209,9 @@ class Method:
             module = self._module()
             if module is not None:
                 return getattr(type(module), self._name)(module, *args, **kwargs)
-            return self.__func__(self.__self__, *args, **kwargs)  # Says so.
+            return self.__func__(self.__self__, *args, **kwargs)  # Raises, because the module is gone.
         if isinstance(beneath, Method) and not beneath.in_use:
-            self._beneath = _in_use(beneath)  # Or they would become more with each time that one is put.
+            self._beneath = _in_use(beneath)  # Otherwise the chain would grow each time that one is put there.
             return self._call(args, kwargs)
         return beneath(*args, **kwargs)
 
@@ -238,14 +238,14 @@ class Method:
         return getattr(self.instead_of or self.__func__, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
-        """That of a copy of the module tells nobody."""
+        """Return one for a copy of the module; it reports nothing."""
         return Method(copy.deepcopy(self.__self__, memo), self._name, copy.deepcopy(self.instead_of, memo))
 
 
 @torch.compiler.disable
 def _apart(output: Any, module: nn.Module) -> Any:
-    """``output`` with copies of what is the module's own, also in tuples, lists and dictionaries: its weights are there
-    only until it is left. Who writes to what it was given writes to the copy."""
+    """Return ``output`` with copies of the module's own tensors, also in tuples, lists and dictionaries: its weights
+    are there only until it is left. Code that writes to the output writes to the copies."""
     if output is None:
         return None
     own = [*module.parameters(), *module.buffers()]
@@ -267,18 +267,18 @@ def _apart(output: Any, module: nn.Module) -> Any:
 
 
 def _nothing(*args: Any) -> None:
-    """Nobody is told."""
+    """Report nothing."""
 
 
 def _in_use(value: Any) -> Any:
-    """What is beneath those of us that tell nobody."""
+    """Return ``value``, or what is beneath it if it is a :class:`Method` that reports nothing."""
     while isinstance(value, Method) and not value.in_use:
         value = value._beneath
     return value
 
 
 def entry_methods(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the methods by which a module of this class may be entered, beside its call."""
+    """Return the names of the methods by which a module of this class may be entered, beside its call."""
     return tuple(_entry_methods(kind))
 
 

@@ -1,10 +1,10 @@
-"""Tensors of classes of their own: which plain tensors they are made of, and how these make one again.
+"""Tensors of classes of their own: which plain tensors they consist of, and how they are put together again.
 
 [Note: three forms]
 A weight is a plain tensor; or it wraps others and has no memory of its own, as a quantised weight with its scales does
 (``__tensor_flatten__`` is torch's protocol for that); or it has memory, and attributes beside it, as a weight from a
-GGUF file does. Of each of them plain tensors are copied and nothing else. What the class adds, a context or attributes,
-stays in host memory, and a weight is put together with it once for each buffer.
+GGUF file does. Only the plain tensors of each are copied. What the class adds, a context or attributes, stays in host
+memory, and a weight is put together with it once for each buffer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Form(Protocol):
     """How plain tensors make a tensor."""
 
     def assemble(self, parts: Iterator[torch.Tensor]) -> torch.Tensor:
-        """Take as many of ``parts`` as it needs, and make the tensor of them, without a copy."""
+        """Take as many of ``parts`` as it needs, and return the tensor that they make, without a copy."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class WrapperForm:
 
     Attributes:
         inner: the forms of what it wraps, by attribute.
-        context: what its class needs beside them; the class's own business.
-        size, stride: as it shows itself.
+        context: what its class needs beside them, opaque to us.
+        size, stride: those that the tensor itself has.
     """
 
     type: type[torch.Tensor]
@@ -75,9 +75,9 @@ class WrapperForm:
 
 @dataclass(frozen=True)
 class OtherForm:
-    """Another tensor in the place of a plain one: a patch has given it another shape.
+    """Another tensor in the place of a plain one, to which a patch has given another shape.
 
-    It is in device memory of its own, wherever the parts are.
+    It has device memory of its own, wherever the parts are.
     """
 
     tensor: torch.Tensor = field(repr=False)
@@ -88,7 +88,7 @@ class OtherForm:
 
 
 def take_apart(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], Form]:
-    """The plain tensors that ``tensor`` is made of, by their full names, and how they make it.
+    """Return the plain tensors that ``tensor`` is made of, by their full names, and how they make it.
 
     Raises:
         UnsupportedModelError: it keeps its data in another way, or not densely.
@@ -111,7 +111,7 @@ def _unwrap(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], F
 
 
 def _strip(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], Form]:
-    # The class may have methods and properties of its own under any name: torch's are asked.
+    # The class may have methods and properties of its own under any name, so torch's are called.
     with torch._C.DisableTorchFunctionSubclass():
         try:
             torch.Tensor.untyped_storage(tensor).data_ptr()

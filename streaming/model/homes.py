@@ -1,7 +1,7 @@
 """Where modules point between blocks: at a resident copy, at a master copy, or at what was loaded.
 
-Such a binding lasts, so others may write to its tensors, or put others in their place; it can tell (shown.py, Note: who
-has written).
+Such a binding lasts, so other code may write to its tensors, or replace them; it can tell (shown.py, Note: who has
+written).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Home(Binding):
 
     Args:
         layout: the unit's.
-        tensors: by name of each value what modules hold of it, and the plain tensors that count what is written to it.
+        tensors: by name of each value, what modules hold of it, and the plain tensors that count writes to it.
     """
 
     def __init__(self, layout: Layout, tensors: dict[str, tuple[torch.Tensor, list[torch.Tensor]]]) -> None:
@@ -27,21 +27,21 @@ class Home(Binding):
         super().__init__((value, self._held[value.name]) for value in layout.values)
 
     def holds(self, value: Value) -> torch.Tensor:
-        """What modules hold of ``value`` while nobody has exchanged it."""
+        """Return what modules hold of ``value`` unless other code has replaced it."""
         return settled(self._held[value.name])
 
     def replaced(self, value: Value) -> list[tuple[Place, torch.Tensor | None]]:
-        """Places that hold something else by now; None for one that holds nothing."""
+        """Return the places that hold something else by now, and what they hold; None if that is nothing."""
         held = self.holds(value)
         present = [(place, place.holder.get(place.attribute)) for place in value.places]
         return [(place, tensor) for place, tensor in present if tensor is None or settled(tensor) is not held]
 
     def moved(self, value: Value) -> bool:
-        """Whether somebody has given the tensor other memory, by its ``data``."""
+        """Whether other code has given the tensor other memory, by its ``data``."""
         return _lies(self._held[value.name]) != self._lies[value.name]
 
     def point(self, value: Value, tensor: torch.Tensor) -> None:
-        """Have modules hold ``tensor`` again: what somebody has put in its place was copied to it."""
+        """Have modules hold the value's tensor again, in the memory of ``tensor``: its replacement was copied there."""
         held = self._held[value.name]
         if self.moved(value):
             torch.Tensor.data.__set__(held, tensor)
@@ -51,16 +51,16 @@ class Home(Binding):
         self.settle(value)
 
     def written(self, value: Value) -> bool:
-        """Whether somebody has written to ``value`` in a way that torch counts."""
+        """Whether ``value`` was written to in a way that torch counts."""
         return any(_version(one) != version for one, version in self._counted[value.name])
 
     def handed_out(self, value: Value) -> bool:
-        """Whether somebody may have written to it in another way."""
+        """Whether ``value`` may have been written to, counted by torch or not."""
         held = self.holds(value)
         return isinstance(held, Watched) and held.changed
 
     def settle(self, value: Value) -> None:
-        """It was compared, and is as it was."""
+        """Count ``value`` as unchanged: it was compared, and is as it was."""
         self._counted[value.name] = [(one, _version(one)) for one, _ in self._counted[value.name]]
         if isinstance(held := self.holds(value), Watched):
             held.settle()
@@ -78,13 +78,13 @@ class ShownHome(Home):
 
 
 def home_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, computes: bool = True) -> Home:
-    """A home in ``buffer``.
+    """Return a home in ``buffer``.
 
     Args:
         layout: of the unit.
-        buffer: what holds it, or will.
-        forms: by name, of values that are made in another way than those that were loaded.
-        computes: kernels are given these tensors, which must be of torch's own classes then.
+        buffer: holds the unit's tensors, or will hold them.
+        forms: by name, for values that are made in another way than those that were loaded.
+        computes: whether kernels get these tensors, which must be of torch's own classes then.
     """
     tensors = {}
     with torch.inference_mode(False):
@@ -102,12 +102,12 @@ def home_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, comp
 
 
 def _counting(value: Value) -> list[torch.Tensor]:
-    """Of a plain value what is shown counts by itself."""
+    """Return the tensors that count writes beside what is shown; none for a plain value, which counts by itself."""
     return [] if value.is_plain else [spec.original for spec in value.specs]
 
 
 def _lies(tensor: torch.Tensor) -> object:
-    """Where a plain tensor lies, and how; of another class it is the class's business."""
+    """Return where a plain tensor lies, and how; None for tensors of other classes, which decide that themselves."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, Watched) or tensor.is_meta:
         return None
     plain = memory_of(tensor)
@@ -115,5 +115,5 @@ def _lies(tensor: torch.Tensor) -> object:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often somebody has written to it; inference tensors do not know."""
+    """Return torch's count of writes to it; 0 for inference tensors, which have none."""
     return 0 if tensor.is_inference() else tensor._version

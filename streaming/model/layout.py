@@ -31,7 +31,7 @@ class SourceFile(Protocol):
     """A file that holds tensors.
 
     Attributes:
-        touches: how often somebody has set its time of change, and perhaps more.
+        touches: how often its modification time was changed, and perhaps contents with it.
     """
 
     touches: int
@@ -51,15 +51,15 @@ class Source(Protocol):
         """Read ``len(target)`` bytes from byte ``start`` of the tensor on."""
 
     def forget(self, start: int, nbytes: int) -> None:
-        """Nobody will read these bytes again soon: the system need not keep them in memory."""
+        """Have the system drop these bytes from its file cache: they will not be read again soon."""
 
 
-# Gives the source of a tensor that maps a file; None for a tensor that exists in memory alone.
+# Returns the source of a tensor that maps a file; None for a tensor that exists in memory alone.
 Locate = Callable[[torch.Tensor], Source | None]
 
 
 def nowhere(tensor: torch.Tensor) -> None:
-    """The source of a tensor where no file is mapped."""
+    """Return no source: no file is mapped."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,18 @@ class TensorSpec:
     source: Source | None = field(default=None, repr=False)
 
     def in_dtype(self, dtype: torch.dtype) -> TensorSpec:
-        """The same tensor, cast to another dtype on the way."""
+        """Return the spec of the same tensor, cast to another dtype on the way."""
         return replace(self, dtype=dtype, nbytes=self.shape.numel() * dtype.itemsize)
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """This tensor's part of ``buffer`` (uint8, one dimension), typed and shaped."""
+        """Return this tensor's part of ``buffer`` (uint8, one dimension), typed and shaped."""
         flat = buffer[self.offset : self.offset + self.nbytes].view(self.dtype)
         return flat.as_strided(self.shape, self.stride)
 
 
 @dataclass
 class Showing:
-    """What modules hold of a value while no copy of it is bound; None before somebody has asked for it (shown.py)."""
+    """What modules hold of a value while no copy of it is bound; None before it is first needed (shown.py)."""
 
     tensor: torch.Tensor | None = None
 
@@ -109,9 +109,9 @@ class Value:
         aliases: the other names of a tied one.
         places: every place that holds it (several when it is tied).
         original: as it was loaded.
-        specs: what of it lies in the buffer; of a plain tensor that is all.
+        specs: the plain tensors of it in the buffer; if it is one itself, that one.
         form: how they make it.
-        shown_dtype: in which modules hold it while no copy is bound.
+        shown_dtype: the dtype in which modules hold it while no copy is bound.
         showing: what they hold then.
     """
 
@@ -142,7 +142,7 @@ class Value:
         return self.specs[0].dtype if self.is_plain else self.original.dtype
 
 
-# By name: values whose parts make something else than what was loaded.
+# Forms of values by name, where their parts make something else than what was loaded.
 Forms = Mapping[str, Form]
 AS_LOADED: Forms = MappingProxyType({})
 
@@ -163,13 +163,13 @@ class Layout:
         return [spec.view(buffer) for spec in self.specs]
 
     def binding(self, buffer: torch.Tensor, forms: Forms = AS_LOADED) -> Binding:
-        """Prepare, once, what it takes to point the modules at ``buffer`` for as long as a block runs."""
+        """Return a binding, made once, that points the modules at ``buffer`` for as long as a block runs."""
         views = iter(self.views(buffer))
         tensors = [(value, forms.get(value.name, value.form).assemble(views)) for value in self.values]
         return Binding((value, bound(value, tensor)) for value, tensor in tensors)
 
     def original_binding(self) -> Binding:
-        """Points the modules at what was loaded, in the dtypes of the file."""
+        """Return a binding that points the modules at what was loaded, in the dtypes of the file."""
         return Binding((value, bound(value, value.original)) for value in self.values)
 
 
@@ -189,7 +189,7 @@ class Binding:
             holder[attribute] = tensor
 
     def is_in_place(self) -> bool:
-        """Whether modules still use these tensors, and nobody has put others in their place."""
+        """Whether modules still hold these tensors, and no others in their place."""
         holders, attributes, tensors = self._columns
         return all(map(operator.is_, map(dict.get, holders, attributes), tensors))
 
@@ -210,9 +210,9 @@ class NamedTensor:
 
     Attributes:
         names: its full names.
-        dtype: in which it runs; of a tensor of a class of its own that is its class's business.
+        dtype: in which it runs; a tensor of a class of its own decides that itself.
         places: that hold it.
-        locate: finds what of it maps a file.
+        locate: returns the source of a plain tensor that maps a file.
         shown_dtype: in which modules hold it while no copy is bound; None is ``dtype``.
         showing: what they hold then.
     """

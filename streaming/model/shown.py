@@ -1,23 +1,23 @@
-"""What modules hold while no copy of ours is bound, and how it is noticed that somebody has written to it.
+"""What modules hold while no copy of ours is bound, and how writes to it are noticed.
 
 [Note: who has written]
-ComfyUI changes a model by writing to its weights, exchanging them, or exchanging modules; what is there when it loads
-the model counts. So each tensor that we put into a module can tell whether it is as we have left it. A tensor counts
-what is written to it and to most views of it (``_version``). But ``data``, numpy, DLPack, storages and pointers hand
-out its memory without its counter, and so do some views in inference mode. So our class looks at what functions give:
-views are of the class too, and what else has its memory counts as handed out, whose bytes are compared then
+ComfyUI changes a model by writing to its weights, replacing them, or replacing modules; what is there when it loads the
+model counts. So each tensor that we put into a module can tell whether it is as we left it. A tensor counts the writes
+to it and to most views of it (``_version``). But ``data``, numpy, DLPack, storages and pointers hand out its memory
+without its counter, and so do some views in inference mode. So our class looks at what functions return: views are of
+the class too, and a tensor whose memory is in any other result counts as handed out, and its bytes are compared then
 (changes.py). Only ``torch.utils.dlpack.to_dlpack`` asks no class.
 
-Each such tensor has a counter of its own, which torch only gives to ``data`` of another; and inference tensors have
-none, so the same memory is put into a tensor that is not one. It has a storage of its own too, for code that writes to
-that from its begin on. What computes on a device must be of torch's own classes: there sums tell (sums.py).
+Each such tensor has a counter of its own, which torch only gives to ``data`` of another; inference tensors have none,
+so their memory is put into a tensor that is not one. It has a storage of its own too, for code that writes to a storage
+from its begin on. What computes on a device must be of torch's own classes: there sums tell (sums.py).
 
 [Note: stand-ins]
 A weight that is cast on its way to the device exists nowhere in the dtype in which modules have it with the host's own
 loader, and memory for that would be a second model. So modules hold a stand-in, which knows shape, dtype and device.
-When somebody asks for more, the values are made once, and the stand-in passes everything on to them; they take its
-place when modules are pointed at it again. The same stands in for what a system maps read-only: a write to that would
-end the process.
+When code asks for more, the values are made once, and the stand-in passes everything on to them; they take its place
+when modules are pointed at it again. A stand-in also replaces what a system maps read-only: a write to that would end
+the process.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _data = torch.Tensor.data
 
 
 class Watched(torch.Tensor):
-    """A tensor of host memory that is as we have left it, or not (Note: who has written), or a view of one, which says
-    of itself what it says of that one. What is computed of them is plain tensors.
+    """A tensor in host memory that knows whether it is as we left it (Note: who has written), or a view of one, which
+    answers for that one. What is computed from them is plain tensors.
 
     Attributes:
-        spec: what its bytes are while nobody has written to it; None for a view of something else than the whole.
+        spec: what its bytes are unless they were written to; None for a view of something else than the whole.
         origin: the tensor that it is a view of; itself otherwise.
         counter: a plain tensor with the same counter, which is quicker to ask.
     """
@@ -55,20 +55,20 @@ class Watched(torch.Tensor):
 
     @property
     def changed(self) -> bool:
-        """Whether somebody has written to it, or may have."""
+        """Whether it was written to, or may have been."""
         return self.origin._handed_out or self.written
 
     @property
     def written(self) -> bool:
-        """Whether somebody has written to it in a way that torch counts."""
+        """Whether it was written to in a way that torch counts."""
         return self.counter._version != self.origin._stamp
 
     def settle(self) -> None:
-        """It was compared, and is as it was."""
+        """Count it as unchanged: it was compared, and is as it was."""
         self._handed_out, self._stamp = False, self.counter._version
 
     def hand_out(self) -> None:
-        """Somebody has its memory, and may write to it uncounted."""
+        """Count it as handed out: other code has its memory, and may write to it uncounted."""
         self.origin._handed_out = True
 
     @classmethod
@@ -102,12 +102,12 @@ class Watched(torch.Tensor):
             return super().set_(*args, **options)
 
     def leave_origin(self) -> None:
-        """It gets other memory, and is no view from now on."""
+        """Be no view from now on, because it gets other memory."""
         self.origin = self
         self.hand_out()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        """A copy is nobody's but its maker's, of torch's own classes."""
+        """Return a copy of torch's own classes, which is not watched."""
         memo[id(self)] = copied = plain(self, copy=True)
         return copied
 
@@ -115,11 +115,11 @@ class Watched(torch.Tensor):
         return plain(self).__reduce_ex__(protocol)
 
 
-# What gives a way to its memory that is no object.
+# Functions that give access to the memory, but not by an object that they return.
 _POINTERS = {torch.Tensor.data_ptr, torch.Tensor.share_memory_, _data.__set__}
 
-# What gives a view without the counter. So do operators below autograd, from where a stand-in calls them, and some
-# functions in inference mode, which give inference tensors.
+# Functions that return a view without the counter. So do operators below autograd, from where a stand-in calls them,
+# and some functions in inference mode, which return inference tensors.
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _UNCOUNTED = {_data.__get__}
 _UNCOUNTED |= {
@@ -129,18 +129,18 @@ _UNCOUNTED |= {
     if hasattr(owner, name)
 }
 
-# What holds no memory of a tensor.
+# Results that hold no memory of a tensor.
 _VALUES = (int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.Size, type(None))
 
 
 def _takes_memory(function: Callable) -> bool:
-    """Whether it may keep or write to the memory of its arguments, whatever it gives: so may an operator of others."""
+    """Whether it may keep or write to its arguments' memory, whatever it returns; other libraries' operators may."""
     return function in _POINTERS or (isinstance(function, _OPERATORS) and not str(function).startswith("aten."))
 
 
 def _followed(one: Watched, function: Callable, found: Any) -> Any:
-    """What ``function`` has given of ``one``: views are watched too, and for the rest that has its memory it counts as
-    handed out."""
+    """Return ``found``, which ``function`` has made of ``one``, watched too if it is a view with the same counter. For
+    anything else that has its memory, ``one`` counts as handed out."""
     if isinstance(found, (Watched, *_VALUES)) or (isinstance(found, torch.Tensor) and not _share(found, one)):
         return found
     is_counted = function not in _UNCOUNTED and not isinstance(function, _OPERATORS)
@@ -162,7 +162,7 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def watch(tensor: torch.Tensor, spec: TensorSpec, is_parameter: bool) -> Watched:
-    """The same memory as a :class:`Watched` with a counter of its own."""
+    """Return the same memory as a :class:`Watched` with a counter of its own."""
     with torch.inference_mode(False):
         counter = counted(tensor)
         watched = counter.as_subclass(Watched)
@@ -174,7 +174,7 @@ def watch(tensor: torch.Tensor, spec: TensorSpec, is_parameter: bool) -> Watched
 
 
 def apart(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a plain tensor as a storage of its own, if it has no gaps. Outside of inference mode."""
+    """Return the memory of a plain tensor as a storage of its own, if it has no gaps. Not for inference mode."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     if tensor.numel() == 0 or sum((size - 1) * stride for size, stride in steps) + 1 != tensor.numel():
         return tensor
@@ -183,7 +183,7 @@ def apart(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a tensor, for us alone: it does not count as handed out."""
+    """Return the memory of a tensor for our own use: this does not count as handed out."""
     if not isinstance(tensor, Watched):
         return _data.__get__(tensor)
     with torch._C.DisableTorchFunctionSubclass():
@@ -191,7 +191,7 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def counted(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a plain tensor as one with a counter of its own. Outside of inference mode."""
+    """Return the memory of a plain tensor as a tensor with a counter of its own. Not for inference mode."""
     if not tensor.is_inference():
         return memory_of(tensor)
     if tensor.is_meta:
@@ -210,7 +210,7 @@ class _Values:
         spec: what they are, in the dtype that modules show.
         run_as: what was laid out.
         is_parameter: whether modules hold a parameter.
-        real: the values, once somebody has asked for them.
+        real: the values, once they were needed.
     """
 
     def __init__(self, spec: TensorSpec, run_as: TensorSpec, is_parameter: bool) -> None:
@@ -224,13 +224,13 @@ class _Values:
         return self.real
 
     def again(self) -> _Values:
-        """Those of an alias that shall differ."""
+        """Return separate values for an alias that is about to differ."""
         values = _Values(self.spec, self.run_as, self.is_parameter)
         values.real = self.get().detach()
         return values
 
     def assign(self, tensor: torch.Tensor) -> None:
-        """Somebody has set ``data``. The new one may have another shape or dtype."""
+        """Take ``tensor``, which was set as ``data``, and may have another shape or dtype."""
         with torch.inference_mode(False):
             self.real = watch(tensor.detach(), self.run_as, self.is_parameter)
         self.real.hand_out()
@@ -267,7 +267,7 @@ class StandIn(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What is not called from Python comes here."""
+        """Calls that do not come from Python arrive here."""
         return function(*tree_map(_real, args), **tree_map(_real, kwargs or {}))
 
 
@@ -283,7 +283,7 @@ def _alias(one: StandIn) -> torch.Tensor:
 
 
 def _own_values(one: StandIn) -> _Values:
-    """The values of one that is about to differ from what it is an alias of."""
+    """Return the values of a stand-in that is about to change, apart from those of what it is an alias of."""
     if one._is_alias:
         one._values, one._is_alias = one._values.again(), False
     return one._values
@@ -307,7 +307,7 @@ _ATTRIBUTES += ("is_leaf", "is_meta", "is_cuda", "is_cpu", "is_mps", "is_xpu", "
 _SHOWN = {getattr(torch.Tensor, name) for name in _METHODS}
 _SHOWN |= {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES}
 
-# What is more than a function of its values.
+# Functions that need more than its values.
 _OWN: dict[Callable, Callable] = {
     torch.Tensor.detach: _alias,
     torch.Tensor.requires_grad_: _require_grad,
@@ -323,7 +323,7 @@ _OWN: dict[Callable, Callable] = {
 
 
 def shown(value: Value) -> torch.Tensor:
-    """What modules hold of ``value`` while no copy of it is bound."""
+    """Return what modules hold of ``value`` while no copy of it is bound."""
     if value.showing.tensor is None:
         with torch.inference_mode(False):
             value.showing.tensor = _show(value)
@@ -331,19 +331,19 @@ def shown(value: Value) -> torch.Tensor:
 
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a stand-in, where somebody has asked for them, and what a view of the whole is of."""
+    """Return the values of a stand-in if they were made, or the origin of a view of the whole; else ``tensor``."""
     if isinstance(tensor, StandIn) and tensor._values.real is not None:
         tensor = tensor._values.real
     return tensor.origin if isinstance(tensor, Watched) and tensor.spec is not None else tensor
 
 
 def is_shown(tensor: torch.Tensor) -> bool:
-    """Whether it is one that we have put into a module, which computes nothing on a device."""
+    """Whether it is a tensor that we put into a module to show, and that computes nothing on a device."""
     return isinstance(tensor, (StandIn, Watched))
 
 
 def laid_out(tensor: torch.Tensor) -> TensorSpec | None:
-    """What was laid out of a tensor that is as we have left it; None for any other."""
+    """Return the spec that was laid out for a tensor of ours that is as we left it; None for any other tensor."""
     tensor = settled(tensor)
     if isinstance(tensor, StandIn):
         return tensor._values.run_as
@@ -351,7 +351,7 @@ def laid_out(tensor: torch.Tensor) -> TensorSpec | None:
 
 
 def plain(tensor: torch.Tensor, copy: bool = False) -> torch.Tensor:
-    """The memory of a watched tensor, or a copy, as one of torch's own classes; another tensor as it is."""
+    """Return the memory of a watched tensor, or a copy, in one of torch's own classes; another tensor as it is."""
     tensor = settled(tensor)
     if not isinstance(tensor, Watched):
         return tensor

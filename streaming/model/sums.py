@@ -1,4 +1,4 @@
-"""Sums of what lies on the device, by which a write that nobody has counted is noticed (*Note: who has written*).
+"""Sums of what lies on the device, which show writes that torch has not counted (*Note: who has written*).
 
 A sum is taken modulo 2^64 of words of 64 bits, each times an odd number of its own, so moved words are noticed as well.
 """
@@ -20,13 +20,13 @@ _MULTIPLIER = -7046029254386353131
 
 
 class Summing:
-    """Takes the sums of one value after another, all on one device. What they need is kept for as long as this is."""
+    """Takes the sums of one value after another, all on one device, and keeps the factors for the next."""
 
     def __init__(self) -> None:
         self._factors = torch.empty(0, dtype=torch.int64)
 
     def __call__(self, buffer: torch.Tensor, value: Value) -> torch.Tensor:
-        """A sum for each batch of what ``value`` has in ``buffer``, where that is, in memory of its device."""
+        """Return an int64 sum for each batch of the bytes of ``value`` in ``buffer``, on the device of ``buffer``."""
         found = [(words * self._factors_of(words)).sum() for words in _batches(buffer, value)]
         return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64, device=buffer.device)
 
@@ -40,6 +40,6 @@ class Summing:
 
 def _batches(buffer: torch.Tensor, value: Value) -> Iterator[torch.Tensor]:
     for spec in value.specs:
-        # What lies between tensors stays as it is, too.
+        # The padding between tensors stays as it is, too.
         end = spec.offset + -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
         yield from buffer[spec.offset : end].view(torch.int64).split(BATCH_WORDS) if spec.nbytes else ()

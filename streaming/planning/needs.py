@@ -12,7 +12,7 @@ from .timeline import Moment
 
 
 class Need(NamedTuple):
-    """A segment's place in a step, in seconds of compute from its begin; ``link``: over which it comes."""
+    """When a step needs a segment, in seconds of compute from the step's begin, and the link that brings it."""
 
     segment: Segment
     begin: float
@@ -23,7 +23,7 @@ class Need(NamedTuple):
 def segment_needs(
     segments: Sequence[Segment], profile: Profile, moments: Iterable[Moment], link: int = 0
 ) -> list[Need]:
-    """Needs of ``segments``, in order, by the moments at which their units are needed."""
+    """Return when the step needs each of ``segments``, in order; ``moments`` say when it needs each unit."""
     segment_of = {unit: segment for segment in segments for unit in segment.units}
     found: list[Need] = []
     for moment in moments:
@@ -42,7 +42,7 @@ def segment_needs(
 
 
 def stages_of(needs: Sequence[Need], bandwidths: Sequence[float], total: float) -> tuple[list[Stage], float]:
-    """Needs as stages of a step that takes ``total`` without waits, and the compute before the first of them."""
+    """Return needs as stages of a step of ``total`` seconds without waits, and the seconds before the first of them."""
     ends = (*(need.begin for need in needs[1:]), total)
     stages = [
         Stage(need.segment.nbytes / bandwidths[need.link], need.end - need.begin, end - need.begin, need.link)
@@ -52,6 +52,6 @@ def stages_of(needs: Sequence[Need], bandwidths: Sequence[float], total: float) 
 
 
 def waits_of(needs: Sequence[Need], waits: Sequence[Mapping[Segment, Segment]]) -> list[int]:
-    """For each need the place of the one whose memory it gets; ``waits``: those of segments, for each link."""
+    """Return, for each need, the index of the need whose memory it reuses; ``waits``: segments likewise, by link."""
     place_of = {(need.link, need.segment): place for place, need in enumerate(needs)}
     return [place_of[need.link, waits[need.link][need.segment]] for need in needs]

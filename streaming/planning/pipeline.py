@@ -13,10 +13,10 @@ class Stage(NamedTuple):
     """A segment's part in a step, in seconds.
 
     Attributes:
-        copy: its transfer.
-        hold: compute from its need until its memory is free.
-        work: compute from its need until the next segment is needed.
-        link: over which it is copied; one copy at a time goes over each.
+        copy: the transfer.
+        hold: compute from the moment when it is needed until its memory is free.
+        work: compute from the moment when it is needed until the next segment is needed.
+        link: number of the link that brings it; each link carries one copy at a time.
     """
 
     copy: float
@@ -26,15 +26,15 @@ class Stage(NamedTuple):
 
 
 def step_seconds(stages: Sequence[Stage], waits: Sequence[int], lead: float) -> float:
-    """The time of one step among many like it.
+    """Return the seconds of one step among many equal ones.
 
-    A copy starts when the one before it on its link is done and its memory is free; a segment's compute starts when its
-    copy is done and the compute before it is.
+    A copy starts when the previous copy on its link is done and its memory is free. A segment's compute starts when its
+    copy and the compute before it are done.
 
     Args:
         stages: segments in the order of need; at least one.
-        waits: for each the one whose memory it gets (ring_layout.py, ``waited_for``).
-        lead: compute between the begin of a step and its first segment.
+        waits: for each segment the index of the one whose memory it reuses (ring_layout.py, ``waited_for``).
+        lead: seconds of compute between the begin of a step and its first segment.
     """
     free = [0.0] * len(stages)
     copied = [0.0] * (1 + max(stage.link for stage in stages))

@@ -1,4 +1,4 @@
-"""Who is resident, who is streamed, and what that costs. Pure: an outline, a profile and a budget in, a plan out."""
+"""Which units stay, which stream, and how long a step takes. Pure: outline, profile and budget in, a plan out."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .timeline import timeline
 FREE_BUS = 0.3
 # Two forecasts that differ by less are the same.
 FORECAST_TOLERANCE = 0.005
-# Slots make up for what no forecast sees, so fewer than the usual ones must gain more than this.
+# Slots absorb delays that no forecast knows of, so a plan with fewer slots than usual must gain more than this.
 SLOT_TOLERANCE = 0.02
-# So many units at most are streamed to have a larger ring.
+# At most this many additional units are streamed so that the ring can be larger.
 MOST_IN_EXCHANGE = 2
-# Memory that the next unit in order does not fit into is used for later ones from this part of the model on.
+# Memory into which the next unit in order does not fit goes to later units if it is at least this part of the model.
 WORTH_FILLING = 0.01
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a step will take.
+    """How long a step will take.
 
     Attributes:
         seconds: the step.
         compute_seconds: the same step with everything resident.
         bus_seconds: the transfer of all that is streamed.
-        more_bytes: device memory that would make it as fast as it can be; 0 when it is.
-        more_seconds: the step with that.
+        more_bytes: additional device memory with which the step is as fast as it can be; 0 if it is so already.
+        more_seconds: the step with that memory.
     """
 
     seconds: float
@@ -58,16 +58,16 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement of a model's units on one device.
+    """Which units of a model stay on one device, and how the others stream.
 
     Attributes:
         outline: the model.
         segments: what is streamed, in the order of need. All other units are resident.
         offsets: where in the staging memory each segment lies (ring_layout.py).
-        budget: bytes that it may use.
-        learned: whether it was known which units run by themselves.
+        budget: bytes of device memory that it may use.
+        learned: whether it was known, when the plan was made, which units run by themselves.
         forecast: None before a step was measured.
-        order: units in the order in which they become resident, and the other way round give way.
+        order: units in the order in which they become resident; they are evicted in the reverse order.
     """
 
     outline: Outline = field(repr=False)
@@ -90,7 +90,7 @@ class Plan:
 
     @cached_property
     def waits(self) -> dict[Segment, Segment]:
-        """For each segment the one whose memory it gets."""
+        """For each segment the one whose memory it reuses."""
         waits = waited_for([segment.nbytes for segment in self.segments], self.offsets)
         return {segment: self.segments[other] for segment, other in zip(self.segments, waits, strict=True)}
 
@@ -158,11 +158,11 @@ _LIMIT_NAMES = {"bus": "the bus", "compute": "compute"}
 
 
 def minimum_bytes(outline: Outline, profile: Profile) -> int:
-    """The least device memory that a plan needs: the rest, and one slot for what cannot be cut further."""
+    """Return the least bytes of device memory for a plan: the rest, and one slot for what cannot be cut further."""
     return outline.rest_bytes + _ladder(outline, profile)[0].piece_bytes
 
 
-# Gives the step that a plan will take, by what is known of it.
+# Returns the seconds that a step will take under a plan, by a profile.
 SecondsOf = Callable[["Plan", Profile], float]
 
 
@@ -176,14 +176,14 @@ def make_plan(
 ) -> Plan:
     """Keep what ``budget`` allows and what saves time, and spread what is streamed evenly.
 
-    What is kept is a beginning of one order (spread.py), as long as the budget allows; of the numbers of slots the one
-    with the shortest step is taken.
+    Resident units are the first of one order (spread.py), as many as the budget allows, and later ones where they fill
+    memory too small for the next. Of the possible numbers of slots, the one with the shortest step is taken.
 
     Args:
         budget: bytes for everything: rest, residents and staging.
-        config: how many slots, and how large. When it is thrifty and the profile measured, no more is kept of a model
-            that does not fit than makes streaming free.
-        seconds_of: where the step is more than that of this plan (turns.py); None is :func:`forecast_seconds`.
+        config: how many slots, and how large. If it is thrifty and the profile is measured, a model that does not fit
+            keeps no more than what makes streaming free.
+        seconds_of: forecasts a step in which other devices take part (turns.py); None is :func:`forecast_seconds`.
 
     Raises:
         BudgetError: the budget has no room for the rest and one slot.
@@ -208,7 +208,7 @@ def make_plan(
 
 
 def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
-    """The step that ``plan`` will take, with ``bus`` times the bandwidth."""
+    """Return the seconds that a step will take under ``plan``, with ``bus`` times the bandwidth."""
     if not plan.segments:
         return profile.compute_seconds
     needs = segment_needs(plan.segments, profile, timeline(plan.outline, profile))
@@ -217,11 +217,11 @@ def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
 
 
 class _Rung(NamedTuple):
-    """What follows from keeping the first so many units of the order of residency.
+    """What is left to stream when a number of units, the first of the order of residency, is kept.
 
     Attributes:
-        streamed_bytes: of the others.
-        piece_bytes: the largest of their segments that cannot be cut further.
+        streamed_bytes: bytes of the other units.
+        piece_bytes: the largest segment of theirs that cannot be cut further.
     """
 
     streamed_bytes: int
@@ -233,7 +233,7 @@ def _ladder(outline: Outline, profile: Profile) -> tuple[_Rung, ...]:
     """For each number of kept units, none to all but one, what is left to stream."""
     alone = {unit for runs in profile.unit_runs or () for unit, _ in runs}
     if not outline.unit_bytes:
-        return (_Rung(0, 0),)  # A device of several may have no block.
+        return (_Rung(0, 0),)  # One of several devices may have no block.
     left = [set(units) for units in outline.block_units]
     pieces = [_largest_piece(outline, units, alone) for units in left]
     streamed = sum(outline.unit_bytes)
@@ -254,14 +254,14 @@ def _largest_piece(outline: Outline, units: Collection[int], alone: Collection[i
 
 @dataclass(frozen=True)
 class _Ring:
-    """How much staging memory there is, and how it is used; makes plans that use it so.
+    """A size of the staging memory and a way of using it; makes plans with such a ring.
 
     Attributes:
-        slots: it holds so many of the largest segments.
-        segment_bytes: up to which parts of a block share a segment, or up to the largest part where that is more.
-        fine: not up to the largest part, though segments are then of other sizes.
-        grows: it may be larger, by what no unit fits into, or instead of the last units that would stay.
-        most_kept: units that may stay.
+        slots: how many of the largest segments it holds.
+        segment_bytes: parts of a block share a segment up to this size, or up to the largest part's if that is more.
+        fine: parts share a segment up to ``segment_bytes`` in any case, so that segments differ in size.
+        grows: it may be larger, by memory that no unit fits into, or by that of the last units that would stay.
+        most_kept: the most units that may stay.
     """
 
     outline: Outline
@@ -277,8 +277,8 @@ class _Ring:
         return self._plan_streaming(self._order[kept:])
 
     def best(self, budget: float, below: float = math.inf) -> tuple[float, Plan] | None:
-        """The plan that keeps the most within ``budget``, and its step; None where none fits, or none can be ``below``
-        so many seconds."""
+        """Return the seconds of a step and its plan, which keeps the most within ``budget`` or is a faster variant of
+        that; None if no plan fits, or none can take less than ``below`` seconds."""
         fitting = (kept for kept in range(self.most_kept, -1, -1) if self._device_bytes(kept) <= budget)
         if (kept := next(fitting, None)) is None:
             return None
@@ -294,33 +294,33 @@ class _Ring:
             found = self._better_of(found, self._plan_streaming(left))
         for fewer in range(kept, max(-1, kept - MOST_IN_EXCHANGE - 1), -1) if self.grows else ():
             if self._least_seconds(fewer) < found[0] * (1 - FORECAST_TOLERANCE):
-                more = min(budget - self._device_bytes(fewer), self._slot_bytes(fewer))  # By one slot it is another.
+                more = min(budget - self._device_bytes(fewer), self._slot_bytes(fewer))  # More is another ring.
                 found = self._better_of(found, self._plan_streaming(self._order[fewer:], int(more)))
         return found
 
     def _in_slots(self, plan: Plan) -> Plan:
-        """The same with as much memory for each segment as for the largest, taken in turn.
+        """Return the same plan with slots as large as the largest segment, which segments use in turn.
 
-        Where segments differ and only two or three lie in the ring at once, one that lies where two others were would
-        wait for both.
+        Where segments differ in size and only two or three lie in the ring at once, a segment in the place of two
+        others would wait for both.
         """
         largest = max(segment.nbytes for segment in plan.segments)
         return replace(plan, offsets=tuple(largest * (number % self.slots) for number in range(len(plan.segments))))
 
     def _least_seconds(self, kept: int, room: float = 0.0) -> float:
-        """No plan that keeps so many units, and others in ``room`` bytes, takes less."""
+        """A lower bound on the step of plans that keep ``kept`` units, and further units in ``room`` bytes."""
         streamed = max(0.0, self._rungs[kept].streamed_bytes - room)
         return max(self.profile.compute_seconds, streamed / self.profile.bandwidth)
 
     def _better_of(self, one: tuple[float, Plan], other: Plan) -> tuple[float, Plan]:
-        """``other`` where its step is shorter by a part that counts."""
+        """Return ``other`` if its step is shorter by more than the tolerance, else ``one``."""
         seconds = forecast_seconds(other, self.profile)
         return (seconds, other) if seconds < one[0] * (1 - FORECAST_TOLERANCE) else one
 
     def _without_what_fits(self, streamed: tuple[int, ...], room: float) -> list[int]:
-        """Units to stream when some are kept out of order because the next in order does not fit.
+        """Return what is still streamed when later units stay in ``room`` bytes, too few for the next one in order.
 
-        Only where that saves a part of the model that counts: every such unit moves again with the next budget.
+        This is done only for a part of the model that counts, because such units move again with the next budget.
         """
         left = list(streamed)
         if room < WORTH_FILLING * self.outline.model_bytes or self.most_kept == 0:
@@ -332,23 +332,23 @@ class _Ring:
         return left
 
     def _plan_streaming(self, units: Collection[int], more: int = 0) -> Plan:
-        """The plan that streams ``units`` through the ring, or one that is by ``more`` bytes larger."""
+        """Return the plan that streams ``units`` through this ring, enlarged by ``more`` bytes."""
         streamed = frozenset(units)
         slot = self._slot_bytes(len(self._order) - len(streamed))
         segments = cut(self.outline, streamed, self.profile, self.segment_bytes if self.fine else slot)
         return Plan.streaming(self.outline, segments, self.slots * slot + more)
 
     def fewest(self, seconds: float, bus: float, below: float) -> Plan | None:
-        """The plan with the fewest residents that takes at most ``seconds`` with ``bus`` times the bandwidth; None
-        where it would need ``below`` bytes, or more, or nothing helps.
+        """Return the plan with the fewest residents whose step takes at most ``seconds`` with ``bus`` times the
+        bandwidth; None if there is none, or if it needs ``below`` bytes of device memory or more.
 
-        More residents are taken to make a step shorter, which is not always so: what is found is good enough, and there
-        may be something smaller (FLUX: by up to 340 MB, in 22 of 144 cases).
+        The search assumes that more residents make a step shorter, which is not always so. The plan that it finds is
+        fast enough, but a smaller one may exist (FLUX: by up to 340 MB, in 22 of 144 cases).
         """
         smaller = [kept for kept in range(len(self._rungs)) if self._device_bytes(kept) < below]
         if not smaller or (found := self._within(seconds, bus, smaller[-1])) is None:
             return None
-        # With other units, which lie in other places, a step may take a little longer again.
+        # Tried directly: more residents move segments to other places, and the step may take a little longer again.
         if (plan := self._within(seconds, bus, smaller[0])) is not None:
             return plan
         low, high = 1, len(smaller) - 2
@@ -361,7 +361,7 @@ class _Ring:
         return found
 
     def _within(self, seconds: float, bus: float, kept: int) -> Plan | None:
-        """The plan that keeps so many units, if it takes at most ``seconds``."""
+        """Return the plan that keeps ``kept`` units, if its step takes at most ``seconds``."""
         if self._rungs[kept].streamed_bytes / (self.profile.bandwidth * bus) > seconds:
             return None
         plan = self.plan(kept)
@@ -373,7 +373,7 @@ class _Ring:
     def _slot_bytes(self, kept: int) -> int:
         return max(self.segment_bytes, self._rungs[kept].piece_bytes)
 
-    # Kept: to look them up by outline and profile would hash both, for each number of units that is tried.
+    # Cached here, because a look-up by outline and profile would hash both for each number of units that is tried.
     @cached_property
     def _order(self) -> tuple[int, ...]:
         return order_of_residency(self.outline, self.profile)
@@ -384,7 +384,7 @@ class _Ring:
 
 
 def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Iterator[_Ring]:
-    """Rings worth trying, the preferred one first; where it makes a difference also with less in a segment."""
+    """Rings worth trying, the preferred one first; also with smaller segments where that makes a difference."""
     rungs = _ladder(outline, profile)
     largest, most = rungs[0].piece_bytes, 0 if config.stream_all else len(rungs) - 1
     for slots in config.slot_counts(largest):
@@ -398,7 +398,7 @@ def _rings(outline: Outline, profile: Profile, config: StreamingConfig) -> Itera
 
 
 def _fastest(rings: Iterable[_Ring], budget: float, seconds_of: SecondsOf | None) -> Plan | None:
-    """The plan with the shortest step; of those that are about equal the first."""
+    """Return the plan with the shortest step, the first of those that are about equal."""
     usual = 0
     chosen, least = None, math.inf
     for ring in rings:
@@ -416,7 +416,7 @@ def _fastest(rings: Iterable[_Ring], budget: float, seconds_of: SecondsOf | None
 
 @lru_cache(maxsize=16)
 def _as_fast_as_resident(outline: Outline, profile: Profile, config: StreamingConfig, bus: float) -> Plan:
-    """The plan of least memory whose step takes as long as with everything resident, using that part of the bus."""
+    """Return the plan of least memory that is as fast as with everything resident, with ``bus`` of the bandwidth."""
     goal = _resident_seconds(profile)
     least = Plan(outline, (), ())
     for ring in _rings(outline, profile, config):
@@ -430,7 +430,7 @@ def _resident_seconds(profile: Profile) -> float:
 
 @uncollected()
 def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig, seconds_of: SecondsOf | None = None) -> Plan:
-    """``plan`` with what ``profile`` lets expect of it; as it is before anything was measured."""
+    """Return ``plan`` with the forecast that ``profile`` gives; unchanged before anything was measured."""
     if not profile.measured:
         return plan
     seconds = (seconds_of or forecast_seconds)(plan, profile)

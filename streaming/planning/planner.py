@@ -1,6 +1,6 @@
 """Decides which plan comes next, from what is known of a model's steps and of the memory that they leave.
 
-Nothing is moved here. A plan in effect gives way where it cannot stay, or where another is worth moving weights for.
+Nothing is moved here. A new plan replaces the one in effect if that cannot stay, or if it is worth moving weights for.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .state import Standing, State
 
 # A plan that is predicted to gain less than this is not worth moving weights for.
 WORTHWHILE = 0.02
-# A step that is over in this part of the time that its compute was measured to take: in the one that was measured the
-# host was late, which happens where it launches kernels on several devices. So often it is measured again.
+# A step shorter than this part of the measured compute disproves the measurement: the host was late then, which happens
+# where it launches kernels on several devices. Steps of a shape are measured again at most so often.
 DISPROVED = 0.85
 MOST_DOUBTS = 2
-# Nor is giving memory back, where nobody asks for it, that is less than this part of the model.
+# Memory that nobody asks for is given back only if it is more than this part of the model.
 MUCH = 0.1
-# What is offered moves between prompts, and shrinks after the first, when libraries have loaded their kernels. Moving
-# weights for that costs more than it gains.
+# The memory that a host offers varies between prompts, and shrinks after the first, when libraries have loaded their
+# kernels. Moving weights for that costs more than it gains.
 MOST_SLACK = 400 * 1024**2
 
 
@@ -33,8 +33,8 @@ class Decision(NamedTuple):
     """What to do before a step.
 
     Attributes:
-        plan: the one to have then.
-        moves: whether it must be carried out. Else it is the one in effect, maybe with another forecast.
+        plan: the plan for this step.
+        moves: whether it must be carried out. If not, it is the one in effect, perhaps with another forecast.
     """
 
     plan: Plan
@@ -45,14 +45,14 @@ class StepRecord(Protocol):
     """What was recorded of a whole step (run/recorder.py).
 
     Attributes:
-        never_entered: blocks of which units ran, though nobody has entered the block.
+        never_entered: blocks whose units ran though the block itself was not entered.
     """
 
     @property
     def never_entered(self) -> set[int]: ...
 
     def profile(self, known: Profile, with_times: bool) -> Profile:
-        """What is known now; ``known`` fills what the step has not shown. Without ``with_times`` its times stay."""
+        """Return ``known``, updated with what the step has shown; times are updated only ``with_times``."""
 
 
 class Planner:
@@ -61,12 +61,12 @@ class Planner:
     Args:
         outline: the model.
         config: settings.
-        seconds_of: gives the step that a plan will take, by what is known of it.
+        seconds_of: returns the seconds that a step will take under a plan, by a profile.
 
     Attributes:
         profile: what is known of the next step.
         compiled: whether steps run compiled (hooks.py, Note: compiled models).
-        by_units: blocks that nobody enters though their units run (by_units.py).
+        by_units: blocks that are not entered though their units run (by_units.py).
     """
 
     def __init__(self, outline: Outline, config: StreamingConfig, seconds_of: SecondsOf = forecast_seconds) -> None:
@@ -82,30 +82,30 @@ class Planner:
 
     @property
     def minimum_bytes(self) -> int:
-        """The least device memory with which the model streams; less once the order of its parts is known."""
+        """The least bytes of device memory with which the model streams; fewer once the order of its units is known."""
         return minimum_bytes(self._outline, self.profile)
 
     # -- plans for a budget --------------------------------------------------------------------------------------
 
     def plan_for(self, budget: float) -> Plan:
-        """The plan for ``budget`` bytes, the configured limit respected.
+        """Return the plan for ``budget`` bytes, or for the configured limit if that is less.
 
         Raises:
-            BudgetError: too little for the least that streams.
+            BudgetError: that is less than :attr:`minimum_bytes`.
         """
         if self._config.vram_limit is not None:
             budget = min(budget, self._config.vram_limit)
         return make_plan(self._outline, self.profile, budget, self._config, self._seconds_of)
 
     def plan_within(self, budget: float) -> Plan:
-        """The plan for ``budget``, or for the least that works where it is less: whether that fits is then tried."""
+        """Return the plan for ``budget`` or :attr:`minimum_bytes`, whichever is more: a try shows whether that fits."""
         return self.plan_for(max(budget, self.minimum_bytes))
 
     def next_plan(self, budget: float, now: Standing) -> Plan:
-        """The plan in effect, where that fits into ``budget`` and another would gain too little; else a new one.
+        """Return the plan in effect if it fits into ``budget`` and another would gain too little; else a new plan.
 
-        Between prompts is also the time for another order of residency: it moves more than a plan in the old order, and
-        in the middle of a prompt that would cost more time than most prompts have steps to win it back.
+        Between prompts this may also choose another order of residency. That moves more weights than a plan in the old
+        order, and in the middle of a prompt it would cost more time than most prompts have steps to win it back.
         """
         if self._residency.current.timed and self._residency.current.profile is self.profile:
             self._choose_order(max(budget, self.minimum_bytes))
@@ -125,7 +125,7 @@ class Planner:
         return min(MOST_SLACK, self._outline.model_bytes // 50)
 
     def _is_worthwhile(self, plan: Plan, now: Standing) -> bool:
-        """Whether ``plan`` makes a step faster than the one in effect by enough, or takes much less memory for it."""
+        """Whether ``plan`` is faster than the one in effect by enough, or is no slower with much less memory."""
         assert now.plan is not None
         if not (plan.segments or now.plan.segments):
             return False
@@ -137,7 +137,7 @@ class Planner:
     # -- prompts -------------------------------------------------------------------------------------------------
 
     def begin_prompt(self) -> None:
-        """The host has loaded the model, or let go of it."""
+        """The host has loaded or unloaded the model."""
         self._residency.begin_prompt()
 
     def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
@@ -154,14 +154,14 @@ class Planner:
         measured: bool,
         estimate: Callable[[], int] | None,
     ) -> Decision:
-        """A step of ``shape`` comes next: what to have on the device then.
+        """Decide what is on the device in the next step, which is one of ``shape``.
 
         Args:
             shape: equal for steps that need the same memory and time.
-            now: a loaded model.
+            now: the standing of the model, which is loaded.
             memory: of the device.
-            measured: whether :meth:`learn` was told of the step before.
-            estimate: gives the bytes that activations may take, for a shape that has not run yet.
+            measured: whether :meth:`learn` was called for the previous step.
+            estimate: returns the bytes that activations may take, for a shape that has not run yet.
         """
         assert now.plan is not None
         self._enter(shape)
@@ -176,35 +176,35 @@ class Planner:
         return Decision(with_forecast(now.plan, self.profile, self._config, self._seconds_of), moves=False)
 
     def wants_measuring(self) -> bool:
-        """Whether the step that comes next can teach something: the first of a shape the order, another one times."""
+        """Whether to measure the next step: the first of a shape shows in which order units run, a later one times."""
         regime = self._residency.current
         if regime.steps == 0 or not (self.profile.learned or self.compiled or self._whole_blocks):
             return True
         return not regime.timed
 
     def doubts(self, step_seconds: float | None) -> bool:
-        """Whether the compute that was measured is more than that of a step which took so long, one of the last."""
+        """Whether the measured compute is too much, because a recent step took only ``step_seconds`` in all."""
         regime = self._residency.current
         if step_seconds is None or not regime.timed or regime.in_a_row <= MEASURED_STEPS:
             return False
         return regime.doubts < MOST_DOUBTS and step_seconds < DISPROVED * self.profile.compute_seconds
 
     def measure_again(self) -> None:
-        """The next step of this shape teaches its times once more."""
+        """Have the times of the next step of this shape measured once more."""
         self._residency.current.timed = False
         self._residency.current.doubts += 1
 
     def learn(self, record: StepRecord) -> None:
-        """Keep what ``record`` has seen of a whole step, which is over."""
+        """Keep what was recorded of a whole step, which has ended."""
         if record.never_entered:
             self.by_units |= record.never_entered
-            return  # In the step that comes next these are entered: it is measured anew.
+            return  # The next step knows when these begin, and is measured anew.
         regime = self._residency.current
         regime.timed = regime.steps > 1
         profile = record.profile(self.profile, with_times=regime.timed)
         if self.compiled or self._whole_blocks:
             profile = replace(profile, unit_runs=None, unit_times=None)
-        # In doubt a step may teach that compute takes less time, but not, where a cache answers, that less is computed.
+        # A step measured in doubt may show that compute takes less time, but not that less is computed (by a cache).
         fewer = set(profile.block_order) < set(self.profile.block_order)
         if regime.doubts and (fewer or profile.compute_seconds >= self.profile.compute_seconds):
             return
@@ -215,7 +215,7 @@ class Planner:
         self._residency.stepped()
 
     def observe(self, memory: DeviceMemory, peak: int) -> None:
-        """The step that is over had ``peak`` bytes at once for its activations."""
+        """The step that has ended had at most ``peak`` bytes of activations at once."""
         self._residency.observe(memory, peak)
 
     @property
@@ -224,29 +224,29 @@ class Planner:
         return self._residency.begins
 
     def trimmed(self, kept: int) -> None:
-        """Torch has given back what it could, and still keeps so many bytes."""
+        """torch has freed what it could of its cache, and still keeps ``kept`` bytes."""
         self._residency.trimmed(kept)
 
     @property
     def lacks_piece(self) -> bool:
-        """Whether torch keeps no piece that is large enough for the step that comes next."""
+        """Whether torch keeps no piece of memory that is large enough for the next step."""
         return self._residency.lacks_piece
 
     def piece(self) -> int:
-        """Bytes for torch to keep in one piece (residency.py, Note: from the same begin); 0 where it does already."""
+        """Return the bytes that torch shall keep in one piece (residency.py, Note: from the same begin), or 0."""
         return self._residency.piece() if self.lacks_piece else 0
 
     def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
-        """A step did not run, and is tried again with ``budget`` bytes."""
+        """A step ran out of memory, and is retried with ``budget`` bytes."""
         self._residency.out_of_memory(budget, memory, device_bytes)
 
     def stream_whole_blocks(self) -> None:
-        """Units do not always run by themselves: from now on blocks stream as a whole."""
+        """From now on blocks stream as a whole, because their units do not always run by themselves."""
         self._whole_blocks = True
         self._forget_units()
 
     def expect_compiled(self, compiled: bool) -> None:
-        """Steps run compiled from now on, or no longer: blocks then stream as a whole, or in parts again."""
+        """From now on steps run compiled, and blocks stream as a whole; or no longer, and blocks stream in parts."""
         if compiled != self.compiled:
             self.compiled = compiled
             self._forget_units()
@@ -256,11 +256,11 @@ class Planner:
         self.profile = replace(self.profile, unit_runs=None, unit_times=None, measured=False)
 
     def configure(self, config: StreamingConfig) -> None:
-        """Other settings from now on. What was measured stays true: compute and copies were measured apart."""
+        """Use other settings from now on. Measurements stay valid, because compute and copies were measured apart."""
         self._config, self._chosen = config, None
 
     def take_up(self, outline: Outline) -> None:
-        """The model was laid out anew. Of other blocks nothing is known."""
+        """The model was laid out anew. What is known is kept only if its blocks are the same."""
         before, self._outline, self._chosen = self._outline, outline, None
         if replace(outline, rest_bytes=before.rest_bytes) != before:
             self.by_units, self._whole_blocks = frozenset(), False
@@ -268,7 +268,7 @@ class Planner:
             self._forget_memory()
 
     def change_device(self) -> None:
-        """Another device comes: keep only what is true of the model on any."""
+        """The model moves to another device: keep only what holds on every device."""
         self._forget_memory()
         self.profile = replace(self.profile, measured=False)
 
@@ -282,7 +282,7 @@ class Planner:
         self.profile = regime.profile or replace(self.profile, measured=False)
 
     def _fallback_budget(self, now: Standing) -> float:
-        """Where nothing new is known of the memory: what the plan in effect was made for, or what was left of it."""
+        """The budget if nothing new is known of memory: that of the plan in effect, or what a reduced model has."""
         assert now.plan is not None
         return now.device_bytes if now.state is State.REDUCED else now.plan.budget
 
@@ -290,12 +290,12 @@ class Planner:
         """Whether the plan in effect cannot stay, however little another would gain."""
         assert now.plan is not None
         outdated = bool(now.plan.segments) and self.profile.learned and not now.plan.learned
-        # A little of the headroom may go: moving weights for it is not worth it.
+        # A small part of the headroom may be used up: that is not worth moving weights.
         short = budget is not None and now.device_bytes > budget + self._config.headroom_bytes * SHORTAGE
         return outdated or short or self._copies_ahead(now.plan) or now.state is State.REDUCED
 
     def _copies_ahead(self, plan: Plan) -> bool:
-        """Whether ``plan`` has memory for copies ahead, which are not made any more."""
+        """Whether ``plan`` has staging memory for prefetches, which the settings no longer allow."""
         largest = max((segment.nbytes for segment in plan.segments), default=0)
         return self._config.synchronous and plan.staging_bytes > max(largest, self._config.segment_bytes)
 
@@ -311,7 +311,7 @@ class Planner:
         self._chosen = self.profile, budget
 
     def _has_chosen(self, budget: float) -> bool:
-        """Whether these times, and about this budget, have led to an order already."""
+        """Whether an order was already chosen for these times and about this budget."""
         if self._chosen is None or self._chosen[0] is not self.profile:
             return False
         return abs(self._chosen[1] - budget) <= self._config.headroom_bytes

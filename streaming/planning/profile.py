@@ -1,4 +1,4 @@
-"""How a step of a model behaves: who runs when, for how long, and what the bus carries. Pure values."""
+"""How a step of a model behaves: which units run when, for how long, and what the bus carries. Pure values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cached_property
 from statistics import median
 from typing import NamedTuple
 
-# Taken until they are measured. They only decide how a first plan spreads what it cannot keep: PCIe 4.0 x16 carries
-# 20 to 25 GB/s, and blocks of large models seldom compute longer than they are copied.
+# Assumed until they are measured, only to decide how a first plan spreads what it streams. PCIe 4.0 x16 carries 20 to
+# 25 GB/s, and blocks of large models seldom compute longer than they are copied.
 ASSUMED_BANDWIDTH = 20e9
 ASSUMED_COMPUTE_SHARE = 0.5
 
@@ -22,7 +22,7 @@ class Outline:
         unit_bytes: bytes of each unit.
         unit_block: the block that each unit belongs to, ascending.
         block_kind: equal numbers mark blocks of one class with like units.
-        rest_bytes: bytes that are on the device in any case.
+        rest_bytes: bytes outside of units, which always stay on the device.
     """
 
     unit_bytes: tuple[int, ...]
@@ -70,10 +70,10 @@ class Profile:
         other_seconds: compute of a step outside of blocks, on other devices too.
         bandwidth: bytes per second from the host's memory to the device.
         unit_runs: for each block the units that run by themselves, each with how often, in the order of their first
-            run. None before that is learned: the units of a block are then needed from its begin to its end. So are
-            those that are not listed.
-        unit_times: of every unit that runs by itself, as measured; 0 of the others. None where only those of blocks are
-            known: they are then divided in proportion to bytes.
+            run. Units that are not listed are needed from the begin of their block to its end; so are all units while
+            this is None, which is before it is learned.
+        unit_times: measured times of every unit that runs by itself, 0 for the others. None while only those of blocks
+            are known: these are then divided in proportion to bytes.
         block_order: the blocks in the order in which they ran.
         gap_seconds: what of ``other_seconds`` comes right before each block; empty where nothing is known.
         order: the units in the order in which they become resident; empty for the one that fits these times best.
@@ -92,7 +92,7 @@ class Profile:
 
     @property
     def compute_seconds(self) -> float:
-        """A step with everything resident."""
+        """Seconds of a step with everything resident."""
         return sum(self.block_seconds) + self.other_seconds
 
     @property
@@ -101,16 +101,16 @@ class Profile:
 
 
 def assumed_profile(outline: Outline) -> Profile:
-    """Before anything has run: every block computes for the same time."""
+    """Return the profile before anything has run: every block computes for the same time."""
     seconds = ASSUMED_COMPUTE_SHARE * outline.model_bytes / ASSUMED_BANDWIDTH / max(1, outline.blocks)
     order = tuple(range(outline.blocks))
     return Profile((seconds,) * outline.blocks, 0.0, ASSUMED_BANDWIDTH, block_order=order)
 
 
 def by_kind(outline: Outline, values: Sequence[float | None]) -> tuple[float, ...]:
-    """Each block's value, replaced by the median of its kind: the first run of a kernel takes longer than the others.
+    """Return the median of each block's kind as its value: the first run of a kernel takes longer than the others.
 
-    None stands for a block that did not run, and stays out of the medians; it gives 0.
+    None stands for a block that did not run: medians leave it out, and its value becomes 0.
     """
     kinds: dict[int, list[float]] = {}
     for kind, value in zip(outline.block_kind, values, strict=True):

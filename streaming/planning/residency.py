@@ -1,19 +1,19 @@
 """How much device memory a model may use, step by step: what the host allowed first, then what was measured. Pure.
 
 [Note: no thrashing]
-Memory is looked at before each step. While a shape is new (its first two steps) the budget follows what the activations
-of the steps before have needed. From the third step on weights only ever go, never come: when the step after needs
-more than is left, or when somebody else takes memory, and then only after two looks in a row. They come back when the
-host loads the model anew, for a prompt, or at the second of two like steps; and then no further than the largest shape
-of this prompt allows. A shape that ran out of memory keeps the budget with which it then ran, until more is free.
+Free memory is read before each step. After each of the first two steps of a shape, the budget follows what activations
+have needed. Later, weights are only evicted, never added: when the next step needs more than is left, or when another
+program takes memory, in which case two readings in a row must show it. Weights come back when the host loads the model
+for a prompt, or at the second of two equal steps; and then only as far as the largest shape of this prompt allows. A
+shape that ran out of memory keeps the budget with which its retry ran, until more is free.
 
 [Note: from the same begin]
-Activations need what was allocated at once while a step ran, and a part more, because memory is cut up. torch takes it
-from the device in pieces, as it is asked for: then more is cut up, and how much depends on what was kept before. So a
-plan that was right for one prompt ran out of memory in the next. Therefore, before the first step of each prompt, and
-wherever weights have moved, torch gives back what it keeps, and then keeps in one piece what a step of a known shape
-needs. What it cannot give back, since something that stays lies beside it, is of use to nobody (``_stuck``: 130 to 160
-MB with cudaMallocAsync, FLUX), and what a step takes beyond the piece belongs to its need.
+Activations need the most that a step had allocated at once, and a part more because of fragmentation. torch takes their
+memory from the device in pieces, on demand. That fragments it further, and how much depends on what torch kept before:
+a plan that was right for one prompt ran out of memory in the next. Therefore, before the first step of each prompt, and
+wherever weights have moved, torch frees its cache, and then keeps in one piece what a step of a known shape needs. What
+it cannot free, because something that stays lies beside it, counts as unusable (``_stuck``: 130 to 160 MB with
+cudaMallocAsync, FLUX). What a step takes beyond the piece counts as part of its need.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .profile import Profile
 
 # Steps of a new shape that are measured.
 MEASURED_STEPS = 2
-# To what was allocated at once this part is added.
+# This part is added to the most that was allocated at once.
 GAPS = 1 / 8
-# A shortage is when this part of the headroom is missing, or when no more than it is left.
+# Memory is short when this part of the headroom is missing, or when less than this part of it is left.
 SHORTAGE = 0.25
 MOST_SHAPES = 32
 
@@ -39,7 +39,7 @@ class DeviceMemory(NamedTuple):
     """Bytes of a device at one moment.
 
     Attributes:
-        free: nobody has them.
+        free: no process has allocated them.
         cached: torch keeps them for its next allocations.
     """
 
@@ -52,14 +52,14 @@ class Regime:
     """What is known about steps of one shape.
 
     Attributes:
-        steps: whole ones so far; in_a_row since the last step of another shape.
+        steps, in_a_row: whole steps so far, and since the last step of another shape.
         timed: whether ``profile`` has the times of such a step; doubts: how often they turned out to be too long.
         activation_bytes: what the activations of a step need; None before one was measured.
-        counts: how often that was counted. If never, it is what torch kept after a step.
+        counts: how often that was counted. If never, ``activation_bytes`` is what torch kept after a step.
         profile: how such a step behaves.
-        ceiling: after such a step ran out of memory, the budget with which it was tried again; no budget goes beyond.
-        ceiling_available: bytes that weights and activations had together then.
-        shortages: looks in a row that found too little free memory.
+        ceiling: the budget of the retry after such a step ran out of memory; no budget goes beyond it.
+        ceiling_available: bytes that weights and activations had together at that time.
+        shortages: readings in a row that found too little free memory.
     """
 
     steps: int = 0
@@ -79,10 +79,10 @@ class Residency:
 
     Args:
         headroom: bytes that stay free.
-        adaptive: whether to go beyond and below what the host offered.
+        adaptive: whether budgets may be more and less than what the host offered.
 
     Attributes:
-        begins: whether the step that comes next is the first of a prompt.
+        begins: whether the next step is the first of a prompt.
     """
 
     def __init__(self, headroom: int, adaptive: bool = True) -> None:
@@ -96,36 +96,36 @@ class Residency:
         self._stuck = self._piece = 0
 
     def begin_prompt(self) -> None:
-        """The host has loaded the model, or let go of it. What torch keeps now says nothing about activations."""
+        """The host has loaded or unloaded the model. What torch keeps now says nothing about activations."""
         self._in_prompt.clear()
         self._ran = False
         self.begins = True
         self.current.in_a_row = 0
 
     def observe(self, memory: DeviceMemory, peak: int) -> None:
-        """The step that is over had ``peak`` bytes at once for its activations."""
+        """The step that has ended had at most ``peak`` bytes of activations at once."""
         need = int(peak * (1 + GAPS))
         kept = memory.cached - self._stuck
         if 0 < self._piece < kept:
             need = self._piece = kept
         regime = self.current
-        if regime.counts > 1:  # The first may have more in it: kernels are loaded, and tried, beside a first step.
+        if regime.counts > 1:  # The first count may be too high: a first step also loads kernels and tries them.
             need = max(need, regime.activation_bytes or 0)
         regime.activation_bytes = need
         regime.counts += 1
 
     def trimmed(self, kept: int) -> None:
-        """Torch has given back what it could, and still keeps so many bytes."""
+        """torch has freed what it could of its cache, and still keeps ``kept`` bytes."""
         self.begins = False
         self._stuck, self._piece = kept, 0
 
     @property
     def lacks_piece(self) -> bool:
-        """Whether a step of a known need comes next, for which torch keeps no piece that is large enough."""
+        """Whether the next step has a known need, and torch keeps no piece that is large enough for it."""
         return self._most_counted() > self._piece * (1 + GAPS / 2)
 
     def piece(self) -> int:
-        """Bytes for torch to keep in one piece from now on."""
+        """Return the bytes that torch shall keep in one piece from now on."""
         self._piece = self._most_counted()
         return self._piece
 
@@ -139,12 +139,12 @@ class Residency:
         self.current.in_a_row += 1
 
     def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
-        """A step did not run, and is tried again with ``budget`` bytes."""
+        """A step ran out of memory, and is retried with ``budget`` bytes."""
         self.current.ceiling = budget
         self.current.ceiling_available = memory.free + memory.cached + device_bytes
 
     def enter(self, shape: Hashable) -> Regime:
-        """A step of ``shape`` comes next."""
+        """Take up what is known of ``shape``, that of the next step."""
         regime = self._regimes.setdefault(shape, Regime())
         self._regimes.move_to_end(shape)
         if len(self._regimes) > MOST_SHAPES:
@@ -157,12 +157,12 @@ class Residency:
         return regime
 
     def budget(self, memory: DeviceMemory, device_bytes: int, estimate: Callable[[], int] | None) -> float | None:
-        """Bytes for all weights and staging of the next step; None leaves things as they are.
+        """Return the bytes for all weights and staging of the next step; None leaves them as they are.
 
         Args:
             memory: of the device, now.
-            device_bytes: what the model has of it, now.
-            estimate: activations of a step like the next one, for a shape that has not run yet.
+            device_bytes: bytes of the device that the model has now.
+            estimate: returns the bytes of activations of the next step, for a shape that has not run yet.
         """
         regime = self.current
         if not self._adaptive:
@@ -184,7 +184,7 @@ class Residency:
         return self._under_pressure(memory, device_bytes)
 
     def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
-        """Bytes for the next prompt, for which the host offers ``offered``: its estimate, where we have measured."""
+        """Return the bytes for the next prompt: from measurements if there are any, else what the host ``offered``."""
         regime = self.current
         if memory.free + memory.cached + device_bytes > regime.ceiling_available + self._headroom:
             regime.ceiling = math.inf
@@ -193,7 +193,7 @@ class Residency:
         return min(device_bytes + self._room_for(memory, regime.activation_bytes), regime.ceiling)
 
     def _most_activations(self) -> int:
-        """Of the shapes of this prompt: they may come back in any order."""
+        """The most that any shape of this prompt needs: shapes may come back in any order."""
         return max(regime.activation_bytes or 0 for regime in self._in_prompt)
 
     def _room_for(self, memory: DeviceMemory, activation_bytes: int) -> int:

@@ -1,9 +1,9 @@
-"""Where in the staging memory each segment lies, and which segment must be over before it can be copied there. Pure.
+"""Where in the staging memory each segment lies, and which earlier segment must have run before its copy. Pure.
 
 [Note: laps]
 Segments lie one behind another, in the order of need, and begin anew at the front when the memory is full: a lap. They
-lie in the same places in every step, so that nothing must be made when one is copied. All laps are about equally long:
-a segment waits for those of the lap before that lie where it will, and in front of a short lap's end it would wait for
+lie in the same places in every step, so that nothing must be created when one is copied. All laps are about equally
+long: a segment waits for those of the previous lap whose memory it reuses, and after a short lap these would be
 segments that are needed just before it.
 """
 
@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# The length of laps is searched for to this part of the room.
+# The length of laps is searched for to 1 / PRECISION of the room.
 PRECISION = 1 << 10
 
 
 def lay_out(sizes: Sequence[int], room: int) -> tuple[int, ...]:
-    """The first byte of each segment, in as little memory as the fewest laps need (Note: laps).
+    """Return the first byte of each segment, in as little memory as the fewest possible laps need (Note: laps).
 
     Args:
         sizes: bytes of the segments in the order of need.
-        room: bytes that they may take together, at least those of the largest.
+        room: bytes that all of them may take, at least as many as the largest.
     """
     offsets = _in_laps_of(room, sizes)
     laps = offsets.count(0)
@@ -36,15 +36,15 @@ def lay_out(sizes: Sequence[int], room: int) -> tuple[int, ...]:
 
 
 def used_bytes(sizes: Sequence[int], offsets: Sequence[int]) -> int:
-    """Bytes of memory that segments take which lie there."""
+    """Return the bytes of memory that segments of these sizes take at these offsets."""
     return max((offset + size for size, offset in zip(sizes, offsets, strict=True)), default=0)
 
 
 def waited_for(sizes: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:
-    """For each segment the last one before it that lies where it will: only when that is over may it be copied.
+    """Return, for each segment, the number of the last one before it in the same memory: its copy waits for that one.
 
-    Steps follow each other, so it may be one behind it, of the step before; for one that has its place alone it is the
-    segment itself.
+    Steps follow each other, so that may be a segment of the previous step, with a higher number. For a segment that
+    shares its memory with no other it is the segment itself.
     """
     count = len(sizes)
     found = []

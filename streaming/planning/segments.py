@@ -1,4 +1,4 @@
-"""Segments, what is copied at once: a block, a part of one, or what is streamed of one whose other units stay. Pure."""
+"""Segments, which are copied at once: all streamed units of a block, or a part of them. Pure."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Segment:
         block: number of the block.
         units: in the order in which they lie in the slot.
         nbytes: bytes in all.
-        runs: runs of its units in one run of the block, after which the slot is free. 0 holds the segment from the
-            block's begin to its end: before it is known which units run by themselves, or where one does not.
+        runs: how often its units run, together, in one run of the block; then the slot is free. With 0 the segment
+            stays from the block's begin to its end: it is not known which units run by themselves, or one does not.
     """
 
     block: int
@@ -30,7 +30,7 @@ class Segment:
 def cut(outline: Outline, streamed: Collection[int], profile: Profile, target_bytes: int) -> tuple[Segment, ...]:
     """Cut what is streamed into segments, in the order in which they are needed.
 
-    Units that run one after another share a segment up to ``target_bytes``; a unit that is larger is one by itself.
+    Units that run one after another share a segment up to ``target_bytes``; a larger unit is a segment by itself.
     """
     order = blocks_in_order(outline, profile)
     return tuple(segment for block in order for segment in _cut_block(outline, block, streamed, profile, target_bytes))

@@ -4,8 +4,8 @@
 The bus is never idle and never late if, at every moment of a step, the bytes needed so far are near their share: the
 step's streamed bytes times the part of its compute time that has passed. The order starts with everything streamed and
 takes, again and again, the unit without which that difference varies least over the step (its variance in time). A plan
-keeps a beginning of this order. So more memory only ever adds residents, less only ever takes the last ones away, and
-every plan on the way is spread as evenly as the choices before it allow.
+keeps the first units of this order. So more memory only adds residents, less only evicts the last ones, and every plan
+on the way is spread as evenly as the choices before it allow.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .timeline import timeline
 
 
 def order_of_residency(outline: Outline, profile: Profile) -> tuple[int, ...]:
-    """The order in effect: the profile's own, or the best for its times."""
+    """Return the order in effect: the profile's own, or the best for its times."""
     return profile.order or best_order(outline, profile)
 
 
 @lru_cache(maxsize=16)
 def best_order(outline: Outline, profile: Profile) -> tuple[int, ...]:
-    """All units, the first to be kept first (Note: one order for every budget)."""
+    """Return all units, the first that becomes resident first (Note: one order for every budget)."""
     if not outline.unit_bytes:
         return ()
     moments = timeline(outline, profile)

@@ -1,4 +1,4 @@
-"""What of a streamed model is where."""
+"""The states of a streamed model, and what a decision about its next plan starts from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .plan import Plan
 
 
 class State(Enum):
-    """What of a streamed model is where.
+    """What a streamed model has on the device and in host memory.
 
-    UNLOADED: modules use the originals; nothing on the device. Master copies made earlier are kept in host memory.
-    LOADED: the rest and the resident units are on the device, the slots too. Streamed units have master copies in host
+    UNLOADED: modules use the originals; nothing is on the device. Master copies made earlier are kept in host memory.
+    LOADED: the rest, the resident units and the slots are on the device. Streamed units have master copies in host
         memory, or get them before the second step, or stream from where they are.
-    REDUCED: as LOADED, but some residents or master copies were given up and nothing made in their place. The next
-        load, or the next step, makes the model whole.
+    REDUCED: as LOADED, but some residents or master copies were evicted and not replaced. The next load, or the next
+        step, makes the model whole.
     """
 
     UNLOADED = "unloaded"
@@ -24,13 +24,13 @@ class State(Enum):
 
 
 class Standing(NamedTuple):
-    """How a model stands on its device at one moment: what a decision about its next plan starts from.
+    """A model on its device at one moment: what a decision about its next plan starts from.
 
     Attributes:
-        state: what is where.
+        state: see :class:`State`.
         plan: in effect; None while unloaded.
-        device_bytes: what the model has of the device, with slots that went with its master copies and will come back.
-        device_budget: what the device allows it; None where it has no limit of its own.
+        device_bytes: of the device, for the model; slots count that were freed with master copies and will come back.
+        device_budget: bytes that the device allows; None where it sets no limit of its own.
     """
 
     state: State

@@ -10,11 +10,11 @@ from .profile import Outline, Profile, UnitTime
 
 
 class Moment(NamedTuple):
-    """A unit's place in a step, in seconds of compute from its begin.
+    """When a step needs a unit, in seconds of compute from the step's begin.
 
     Attributes:
-        begin, end: of the unit's run, which needs its weights.
-        block_begin: of its block.
+        begin, end: of the unit's run, in which its weights are needed.
+        block_begin: begin of its block.
     """
 
     unit: int
@@ -25,9 +25,9 @@ class Moment(NamedTuple):
 
 @lru_cache(maxsize=16)
 def timeline(outline: Outline, profile: Profile) -> tuple[Moment, ...]:
-    """All units in the order of need: blocks that ran in their order, then the others.
+    """Return the moments of all units in the order of need: blocks that ran in their order, then the others.
 
-    What is computed outside of blocks comes before the block that follows it, and the rest of it first.
+    Compute outside of blocks is placed before the block that follows it; what belongs before no block comes first.
     """
     found: list[Moment] = []
     gaps = profile.gap_seconds or (0.0,) * outline.blocks
@@ -40,7 +40,7 @@ def timeline(outline: Outline, profile: Profile) -> tuple[Moment, ...]:
 
 
 def block_moments(outline: Outline, profile: Profile, block: int, begin: float) -> tuple[list[Moment], float]:
-    """The units of a block that begins then, in the order of their need, and when it ends."""
+    """Return the moments of a block's units, in the order of need, and the block's end, if it starts at ``begin``."""
     head, times = _unit_times(outline, profile, block)
     found, now = [], begin + head
     for unit in units_in_order(outline, profile, block):
@@ -50,18 +50,18 @@ def block_moments(outline: Outline, profile: Profile, block: int, begin: float) 
 
 
 def blocks_in_order(outline: Outline, profile: Profile) -> Iterable[int]:
-    """Every block once: those that ran, in their order, and then the others."""
+    """Return every block once: those that ran, in their order, and then the others."""
     return dict.fromkeys((*profile.block_order, *range(outline.blocks)))
 
 
 def units_in_order(outline: Outline, profile: Profile, block: int) -> tuple[int, ...]:
-    """A block's units in the order of their need: those that it needs from its begin come first."""
+    """Return a block's units in the order of need: those that it needs from its begin come first."""
     runs = [unit for unit, _ in profile.unit_runs[block]] if profile.unit_runs is not None else []
     return (*(unit for unit in outline.block_units[block] if unit not in runs), *runs)
 
 
 def _unit_times(outline: Outline, profile: Profile, block: int) -> tuple[float, dict[int, UnitTime]]:
-    """Compute of a block before its first unit begins, and of its units."""
+    """Return the compute of a block before its first unit begins, in seconds, and that of each unit."""
     seconds, units = profile.block_seconds[block], outline.block_units[block]
     if profile.unit_times is None:
         size = max(1, outline.block_bytes(block))

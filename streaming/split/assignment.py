@@ -1,16 +1,16 @@
 """Which block of a model runs on which of several devices. Pure.
 
 [Note: runs or turns]
-In runs, the blocks of a device follow each other: activations go to another one as seldom as can be, but what a device
-streams must arrive while it computes itself. In turns they go there with nearly every block, and a link has the time in
-which others compute too. So little is streamed in runs, and much in turns: whichever takes less by the times that were
-measured, or, before there are some, runs where each device streams no more than a quarter of its blocks.
+In runs, the blocks of a device follow each other: activations change devices as seldom as possible, but what a device
+streams must arrive while it computes itself. In turns, activations change devices with nearly every block, and a link
+can use the time in which other devices compute too. So runs suit little streaming, and turns much. The faster by
+measured times is taken; before there are any, runs if each device streams no more than a quarter of its blocks.
 
 [Note: how much each gets]
-Devices compute one after another, and each streams what it cannot hold over its own link, all at once. So a step takes
-as long as all compute, or as the slowest link. Where everything fits, the fastest devices hold what they can, and
-devices of one speed the same part of their room. Where it does not, the shortest time is searched in which the links
-can bring what is missing and the compute is done, given out in the same way.
+Devices compute one after another, but stream all at the same time, each over its own link what it cannot hold. So a
+step takes as long as the compute of all, or as the slowest link. Where everything fits, the fastest devices hold what
+they can, and devices of one speed the same part of their room. Where it does not, the shortest time is searched in
+which the links can bring what is missing and the compute is done, with bytes given out in the same way.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from itertools import pairwise
 from ..config import format_bytes
 from ..errors import ConfigError
 
-# Activations from one GPU to another: those of FLUX at 1024^2, 28 MB, between two H200 whose links copy weights, take
-# 0.1 to 0.3 ms, and 0.09 where these are idle.
+# A move of activations from one GPU to another. Those of FLUX at 1024^2, 28 MB, take 0.1 to 0.3 ms between two H200
+# whose links copy weights, and 0.09 ms where the links are idle.
 HOP_SECONDS = 0.0002
 
-# So much of what a device has arrives while it computes it all: FLUX's and Qwen-Image's blocks compute for 0.4 of the
-# time in which they are copied (an H200 at 55 GB/s), and where links are slower cards mostly are so too.
+# The part of a device's blocks that arrives while it computes them all: FLUX's and Qwen-Image's blocks compute for 0.4
+# of the time in which they are copied (an H200 at 55 GB/s), and GPUs with slower links mostly compute more slowly too.
 SELDOM_LATE = 0.25
 
 # In runs a link is idle for a part of a step, since a device streams into a small ring while others compute, and blocks
-# of one kind, which follow each other, stream longer than they compute and those of another kind shorter. So much of a
-# link is used, and so much of what a device is given goes into its ring (FLUX on 2 to 8 GPUs, simulated from a measured
-# step: docs/design.md).
+# of one kind, which follow each other, stream longer than they compute and those of another kind shorter. These are the
+# part of a link's time that is used, and the part of a device's bytes that its ring takes (FLUX on 2 to 8 GPUs,
+# simulated from a measured step: docs/design.md).
 RUN_LINK_USE = 0.7
 RUN_RING = 0.06
 
@@ -46,7 +46,7 @@ class DeviceRoom:
     """What a device has for a model's blocks.
 
     Attributes:
-        nbytes: for weights of blocks.
+        nbytes: bytes for weights of blocks.
         bandwidth: bytes per second from host memory.
         seconds_per_byte: compute of blocks. Equal for devices that are about as fast; 0 where it is not known.
     """
@@ -58,7 +58,7 @@ class DeviceRoom:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Devices of blocks.
+    """Which device runs each block.
 
     Attributes:
         devices: for each block the number of its device.
@@ -78,7 +78,7 @@ class Assignment:
         return sum(one != other for one, other in pairwise(stations))
 
     def bytes_of(self, block_bytes: Sequence[int], devices: int) -> list[int]:
-        """What each of so many devices is given."""
+        """Return the bytes of blocks on each of so many devices."""
         given = [0] * devices
         for size, device in zip(block_bytes, self.devices, strict=True):
             given[device] += size
@@ -86,7 +86,7 @@ class Assignment:
 
 
 def step_seconds(given: Sequence[float], rooms: Sequence[DeviceRoom]) -> float:
-    """The least that a step takes when devices with such rooms are given so many bytes (Note: how much each gets)."""
+    """Return the least seconds of a step if devices are ``given`` so many bytes (Note: how much each gets)."""
     pairs = list(zip(given, rooms, strict=True))
     compute = sum(nbytes * room.seconds_per_byte for nbytes, room in pairs)
     return max(compute, *(max(0.0, nbytes - room.nbytes) / room.bandwidth for nbytes, room in pairs))
@@ -95,12 +95,12 @@ def step_seconds(given: Sequence[float], rooms: Sequence[DeviceRoom]) -> float:
 def assign(
     block_bytes: Sequence[int], rooms: Sequence[DeviceRoom], shares: Sequence[float] | None = None
 ) -> Assignment:
-    """Give out blocks.
+    """Assign blocks to devices.
 
     Args:
         block_bytes: sizes of the blocks, in their order.
         rooms: of the devices.
-        shares: of each device in the bytes of all blocks, in any unit; None has them follow from ``rooms``.
+        shares: the share of each device in the bytes of all blocks, in any unit; None derives it from ``rooms``.
 
     Raises:
         ConfigError: shares are not one positive number for each device.
@@ -115,7 +115,7 @@ def assign(
 def _are_runs_better(
     runs: Assignment, turns: Assignment, block_bytes: Sequence[int], rooms: Sequence[DeviceRoom]
 ) -> bool:
-    """See the note: runs or turns."""
+    """Whether a step in runs takes no longer than one in turns (Note: runs or turns)."""
     given = runs.bytes_of(block_bytes, len(rooms))
     if not all(room.seconds_per_byte for room in rooms):
         missing = [(nbytes - room.nbytes, nbytes) for nbytes, room in zip(given, rooms, strict=True)]
@@ -126,7 +126,7 @@ def _are_runs_better(
 
 
 def _seconds_of_run(nbytes: float, room: DeviceRoom) -> float:
-    """How long a device takes for blocks that follow each other."""
+    """Return the seconds that a device takes for blocks that follow each other."""
     streamed = nbytes * (1 + RUN_RING) - room.nbytes if nbytes > room.nbytes else 0.0
     return max(nbytes * room.seconds_per_byte, streamed / (room.bandwidth * RUN_LINK_USE))
 
@@ -153,16 +153,16 @@ def distribute(
     shares: Sequence[float] | None = None,
     home_is_first: bool = False,
 ) -> Distribution:
-    """Give out blocks to the devices that have room for the largest, and leave those out that get none.
+    """Assign blocks to the devices that have room for the largest one, and leave out the devices that get none.
 
-    Where none has such room the first has all.
+    If no device has such room, the first one gets all blocks.
 
     Args:
         block_bytes: sizes of the blocks, in their order; at least one.
-        rest_bytes: what is in no block, for the home.
+        rest_bytes: bytes outside of blocks, which the home holds.
         rooms: of the devices, in the order of preference.
         shares: as for :func:`assign`.
-        home_is_first: the first device is the home also where it gets no block; else the first that gets some is.
+        home_is_first: the first device is the home even if it gets no block; else the first that gets some is.
 
     Raises:
         ConfigError: shares are not one positive number for each device.
@@ -191,7 +191,7 @@ def distribute(
 
 
 def _bytes_by_room(total: int, rooms: Sequence[DeviceRoom]) -> list[float]:
-    """What makes a step shortest (Note: how much each gets)."""
+    """Return the bytes for each device that make a step shortest (Note: how much each gets)."""
     held = [room.nbytes for room in rooms]
     if sum(held) >= total:
         return _fill(total, held, rooms)
@@ -208,7 +208,7 @@ def _bytes_by_room(total: int, rooms: Sequence[DeviceRoom]) -> list[float]:
 
 
 def _fill(total: float, most: Sequence[float], rooms: Sequence[DeviceRoom]) -> list[float]:
-    """``total`` bytes, the fastest devices first; those of one speed in proportion to the most that each may have."""
+    """Divide ``total`` bytes: the fastest devices first, those of one speed in proportion to ``most`` of each."""
     given, left = [0.0] * len(rooms), float(total)
     for speed in sorted({room.seconds_per_byte for room in rooms}):
         group = [number for number, room in enumerate(rooms) if room.seconds_per_byte == speed]
@@ -228,7 +228,7 @@ def _bytes_by_share(total: int, rooms: Sequence[DeviceRoom], shares: Sequence[fl
 
 
 def _in_runs(block_bytes: Sequence[int], wanted: Sequence[float]) -> tuple[int, ...]:
-    """Runs that come nearest to what is wanted: a block belongs where its middle falls."""
+    """Return the runs nearest to the ``wanted`` bytes: a block goes to the device in whose part its middle falls."""
     ends = [sum(wanted[: number + 1]) for number in range(len(wanted))]
     devices, before = [], 0
     for size in block_bytes:
@@ -239,7 +239,7 @@ def _in_runs(block_bytes: Sequence[int], wanted: Sequence[float]) -> tuple[int, 
 
 
 def _in_turn(block_bytes: Sequence[int], wanted: Sequence[float]) -> tuple[int, ...]:
-    """Each block to the device that lags most behind its share so far; of equals to the first."""
+    """Give each block to the device that lags most behind its share so far, the first of equals."""
     given = [0.0] * len(wanted)
     total, before, devices = sum(wanted), 0, []
     for size in block_bytes:
@@ -252,7 +252,7 @@ def _in_turn(block_bytes: Sequence[int], wanted: Sequence[float]) -> tuple[int, 
 
 
 def describe(assignment: Assignment, names: Sequence[str], block_bytes: Sequence[int]) -> str:
-    """The assignment in words, for people."""
+    """Return the assignment in words, for people."""
     parts = []
     for device, name in enumerate(names):
         blocks = assignment.blocks_of(device)

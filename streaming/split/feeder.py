@@ -4,13 +4,13 @@
 GPUs that reach each other's memory by something faster than the host's bus (NVLink) can all bring weights to the one
 that computes. A feeder takes its part of a copy from host memory into a small ring of chunks on its own GPU, and from
 there to where it belongs:
- 1. the copy into a chunk waits until the copy out of it before is over (``free``), and nothing else: so a feeder goes
+ 1. the copy into a chunk waits only until the previous copy out of that chunk is done (``free``): so a feeder runs
     ahead of the device, as far as it has chunks;
- 2. the copy out of a chunk waits for the one into it, and for all that the whole copy waits for: it is the one that
-    writes to the device;
- 3. copies out are on one stream of their own, so they are over in the order in which they were queued.
-The whole copy is over when all of its parts are (``Backend.bring``), and later copies wait for that. So on the device
-all is as if one link had brought it.
+ 2. the copy out of a chunk waits for the one into it, and for all that the whole copy waits for, because it is the one
+    that writes to the device;
+ 3. copies out of chunks are on one stream of their own, so they end in the order in which they were queued.
+The whole copy is done when all of its parts are (``Backend.bring``), and later copies wait for that. So the device sees
+the same as if one link had brought everything.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Chunk:
     """Memory on the feeder's device.
 
     Attributes:
-        free: the last copy out of it.
+        free: the event after which it may be overwritten, such as the end of the last copy out of it.
     """
 
     def __init__(self, memory: torch.Tensor, free: Event) -> None:
@@ -42,13 +42,13 @@ class _Chunk:
 
 
 class Feeder:
-    """Copies that go through ``helper``, a device of which nobody else uses this backend.
+    """Brings copies through ``helper``, a backend of another device, which serves this feeder alone.
 
     Args:
-        chunk_bytes, chunks: of the ring on it.
+        chunk_bytes, chunks: size and number of the chunks in its ring.
 
     Attributes:
-        is_open: it has its ring.
+        is_open: whether it has its ring.
     """
 
     def __init__(self, helper: Backend, chunk_bytes: int = CHUNK_BYTES, chunks: int = CHUNKS) -> None:
@@ -63,14 +63,14 @@ class Feeder:
         return bool(self._chunks)
 
     def open(self, home: Backend) -> None:
-        """Make the ring, if there is none."""
+        """Allocate the ring, unless there is one."""
         if self._chunks:
             return
         self.helper.open(1)
-        self._stream = self._stream or home.create_stream()  # torch has few, so it is the same for ever.
+        self._stream = self._stream or home.create_stream()  # torch has few streams, so this one is kept.
         try:
             for _ in range(self._count):
-                # Race: whoever had this memory before may have kernels under way in it.
+                # Race: kernels that used this memory before may still be under way.
                 self._chunks.append(_Chunk(self.helper.allocate(self._chunk_bytes), self.helper.mark()))
             self._next = cycle(self._chunks)
         except BaseException:
@@ -78,7 +78,7 @@ class Feeder:
             raise
 
     def bring(self, home: Backend, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
-        """Queue copies from host memory to ``home``, behind ``waits``; at least one (Note: links that add up)."""
+        """Queue copies, at least one, from host memory to ``home``, behind ``waits``; return the event of their end."""
         events = []
         for target, source in self._in_chunks(pairs):
             chunk = next(self._next)
@@ -95,12 +95,12 @@ class Feeder:
             yield from zip(target.split(self._chunk_bytes), source.split(self._chunk_bytes), strict=True)
 
     def all_queued(self, home: Backend) -> list[Event]:
-        """Events that happen when everything is over that was queued here, whoever was told of it."""
+        """Return events that happen when all that was queued here is done, also copies whose event got lost."""
         return [home.copy_on(self._stream, [], []), self.helper.copy([])] if self._chunks else []
 
     def close(self) -> None:
-        """Give the ring back. No copy may be under way on the home's device."""
+        """Free the ring. No copy may be under way on the home's device."""
         if self._chunks:
-            self.helper.close()  # Waits for a copy into a chunk that nobody has passed on.
+            self.helper.close()  # Waits for copies into chunks that were not copied any further.
             self._chunks.clear()
             self._next = iter(())

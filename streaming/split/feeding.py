@@ -17,27 +17,27 @@ from .links import Links
 # Large enough for all of a link's bandwidth, and small enough for a GPU that is nearly full.
 TRIAL_BYTES = 64 * 1024**2
 TRIALS = 4
-# The best of so many rounds counts. An idle GPU runs its link slowly, so copies are made for so long before.
+# The best of so many rounds counts. An idle GPU runs its link slowly, so copies first run untimed for so long.
 ROUNDS = 3
 WARM_UP_SECONDS = 0.1
-# One more link must bring this part of what the first does. Some share a way to the host's memory, or reach the GPU
-# that computes only by that.
+# Another link must add this part of what the first carries. Some links share a way to the host's memory, or reach the
+# computing GPU only by that way.
 WORTHWHILE = 0.4
 # A step must be shorter by this part: kernels run slower beside copies.
 GAIN = 0.01
-# Nobody has measured the model yet: where it computes for less than it is thought to, by this part of the time in which
-# it is copied, a step may be longer by no more than this.
+# Before the model is measured: if it computes for less than assumed, for only this part of the time in which it is
+# copied, a step may be longer by no more than this.
 LEAST_COMPUTE_SHARE, LOSS = 0.2, 0.05
 
 
 class Feeding(NamedTuple):
-    """What was found of some devices.
+    """Which devices make copies to another one, the home, faster.
 
     Attributes:
-        helpers: backends of those that make copies to the first faster.
-        bytes_per_second: over the first one's link.
-        factor: by which all of them are faster.
-        for_ever: nobody lacked room, so it will be found again.
+        helpers: backends of these devices.
+        bytes_per_second: over the home's link alone.
+        factor: how many times as fast copies are over all links together.
+        for_ever: no device lacked memory, so another trial would find the same.
     """
 
     helpers: list[Backend]
@@ -49,7 +49,7 @@ class Feeding(NamedTuple):
 def find_feeders(home: Backend, helpers: Sequence[Backend], links: Links) -> Feeding:
     """Try which of ``helpers`` make copies to ``home`` faster.
 
-    The backends are for this alone, and are closed behind it.
+    The backends must serve nothing else, and are closed afterwards.
     """
     found: list[Backend] = []
     try:
@@ -117,7 +117,7 @@ def feeding_is_faster(block_bytes: Sequence[int], rooms: Sequence[DeviceRoom], f
     where each device runs some.
 
     Args:
-        rooms: of all devices; the first as the others, without what is in no block.
+        rooms: of all devices, for blocks alone: on the first, too, without what lies outside of blocks.
     """
     total = sum(block_bytes)
     home = rooms[0]
@@ -130,7 +130,7 @@ def feeding_is_faster(block_bytes: Sequence[int], rooms: Sequence[DeviceRoom], f
 
 
 def _gain(block_bytes: Sequence[int], rooms: Sequence[DeviceRoom], factor: float, compute: float) -> float:
-    """By what part a step that computes for so long is shorter with feeding."""
+    """Return by what part a step with ``compute`` seconds of compute is shorter with feeding."""
     split = assign(block_bytes, rooms)
     given = split.bytes_of(block_bytes, len(rooms))
     fed = max(compute, (sum(block_bytes) - rooms[0].nbytes) / (rooms[0].bandwidth * factor))
@@ -139,7 +139,7 @@ def _gain(block_bytes: Sequence[int], rooms: Sequence[DeviceRoom], factor: float
 
 
 def _without_feeding(split: Assignment, given: Sequence[float], rooms: Sequence[DeviceRoom], compute: float) -> float:
-    """The step of devices of which each runs some blocks, less its hops."""
+    """Return the seconds of a step in which each device runs some blocks, without its hops."""
     if not split.runs:
         return step_seconds(given, rooms)
     missing = [max(0.0, nbytes - room.nbytes) / room.bandwidth for nbytes, room in zip(given, rooms, strict=True)]

@@ -1,4 +1,4 @@
-"""How tensors get from one device to another: straight, where that was seen to work, else through page-locked RAM.
+"""How tensors get from one device to another: directly, where that was seen to work, else through page-locked RAM.
 
 Drivers may say that one GPU can write to another and then lose what is written (virtual machines with an IOMMU in the
 way do), so each pair of devices is tried once before it is used.
@@ -16,21 +16,21 @@ from ..config import parse_switch
 
 logger = logging.getLogger(__name__)
 
-# "0": no copies from one GPU straight to another.
+# "0" forbids direct copies from one GPU to another.
 PEER_VARIABLE = "WEIGHTSTREAM_PEER"
 # Enough for several packets of any size, little enough to take no time.
 TRIAL_BYTES = 16 * 1024**2
 
 
 class Links:
-    """Copies between devices. One for the process: a pair is tried once."""
+    """Copies between devices. There is one for the process, so that each pair of devices is tried once."""
 
     def __init__(self) -> None:
         self._sound: dict[tuple[torch.device, torch.device], bool] = {}
         self._lock = threading.Lock()
 
     def move(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A copy on ``device``, queued on both devices' current streams; the host waits for nothing.
+        """Return a copy on ``device``, queued on both devices' current streams; the host waits for nothing.
 
         It has the strides of the original, gaps and repetitions included: kernels may be chosen by them.
         """
@@ -47,7 +47,7 @@ class Links:
         return target.copy_(source, non_blocking=True).expand(tensor.size())
 
     def is_sound(self, source: torch.device, target: torch.device) -> bool:
-        """Whether what is copied straight from one GPU to another arrives; waits for both the first time.
+        """Whether what is copied directly from one GPU to another arrives; waits for both the first time.
 
         Raises:
             ConfigError: :data:`PEER_VARIABLE` is neither 0 nor 1.
@@ -80,12 +80,12 @@ def _try(source: torch.device, target: torch.device) -> bool:
 
 
 def _have_wait(waiting: torch.device, waited_for: torch.device) -> None:
-    """What is queued on one device from now on starts behind what is queued on the other."""
+    """Have what is queued on one device from now on start after all that is queued on the other."""
     torch.cuda.current_stream(waiting).wait_event(torch.cuda.current_stream(waited_for).record_event())
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
-    """Whether two of its elements may be one in memory."""
+    """Whether two of its elements may share memory."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
         if size > 1 and stride <= reach:

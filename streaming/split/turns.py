@@ -28,11 +28,11 @@ class _Step(NamedTuple):
 
 
 def forecast_of_all(shares: Sequence[Share], assignment: Assignment) -> float:
-    """The step that plans of all devices will take together.
+    """Return the seconds that a step will take under the plans of all devices together.
 
     Args:
         shares: of the devices, the home first.
-        assignment: the device of each block, in the order in which blocks run; each device numbers its own.
+        assignment: the device of each block, in the order in which blocks run; each device numbers its own blocks.
     """
     step = _without_waits(shares, assignment)
     if not step.needs:
@@ -56,6 +56,6 @@ def _without_waits(shares: Sequence[Share], assignment: Assignment) -> _Step:
 
 
 def _outside_of_blocks(shares: Sequence[Share], assignment: Assignment) -> float:
-    """What the home computes that is in no block: what is left of its step without the blocks and hops of all."""
+    """Return the home's compute outside of blocks, which is its step without the blocks and hops of all devices."""
     blocks = sum(sum(share.profile.block_seconds) for share in shares)
     return max(0.0, shares[0].profile.compute_seconds - blocks - HOP_SECONDS * assignment.hops)
