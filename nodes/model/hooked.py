@@ -24,7 +24,7 @@ class HookedPatcher(StreamedPatcher):
     """A :class:`ModelPatcher` whose hooks write into weights that streamers place.
 
     Attributes:
-        prompt_has_hooks: whether hooks hang on the conditioning of the prompt that the host has last prepared.
+        prompt_has_hooks: whether hooks are attached to the conditioning of the prompt that the host has last prepared.
     """
 
     prompt_has_hooks = False

@@ -37,7 +37,7 @@ from ...streaming import UnsupportedModelError
 from ...streaming.model.layout import Value
 from ..host.hosts import LazyCastingParam, QuantizedTensor
 
-# The host loads a module of at most so many bytes whole, with dynamic VRAM on (ModelPatcherDynamic.load).
+# With dynamic VRAM on, the host loads a module of at most so many bytes whole (ModelPatcherDynamic.load).
 PRELOADED_MODULE_BYTES = 16 * 1024
 
 

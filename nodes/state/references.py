@@ -1,4 +1,4 @@
-"""Whether what hangs on a patcher refers to the modules of its model.
+"""Whether what is attached to a patcher refers to the modules of its model.
 
 A wrapper, an injection or a patch may hold a module of the model that it was made for, to call it or to exchange a part
 of it. Carried over to another model it would go on working on the first one. It may also know that module by a table of
@@ -29,7 +29,7 @@ MOST_OBJECTS = 200_000
 
 # The same for tables of packs: a pack may refer to all that it has, so what is further away is taken as unrelated.
 MOST_IN_TABLES = 20_000
-# Code that has no tables of anybody's modules, or none that matters (the host's own list of loaded models).
+# Packages without tables of modules of models, or with none that matters (the host's own list of loaded models).
 WITHOUT_TABLES = {"torch", "comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_kitchen", "comfy_aimdo"}
 WITHOUT_TABLES |= {"nodes", "execution", "server", "folder_paths", "builtins", "logging", "numpy", "typing", "abc"}
 # Packages whose objects refer to everything, for another reason.

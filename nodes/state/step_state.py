@@ -152,7 +152,7 @@ class StepState:
             left.append(vars(tensor))
 
     def _count(self, module: torch.nn.Module, name: str) -> None:
-        """Weights of a module that somebody has hung on the model are not copied."""
+        """Weights of a module that somebody has added to the model are not copied: note how often they were written."""
         for parameter in module._parameters.values():
             if parameter is not None and not is_shown(parameter):
                 self._seen.add(id(parameter))

@@ -142,7 +142,7 @@ def built_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
 
     Raises:
         NotAgainError: the loader does not load it again as it is; the message says why.
-        UnsupportedModelError: what hangs on ``patcher`` cannot be carried over.
+        UnsupportedModelError: what is attached to ``patcher`` cannot be carried over.
     """
     check_what_hangs_on(patcher)
     built = _built.get(patcher.model)

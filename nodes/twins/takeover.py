@@ -41,7 +41,7 @@ _twins: weakref.WeakKeyDictionary[torch.nn.Module, StreamedModelPatcher] = weakr
 def take_over(
     patcher: ModelPatcher, settings: OffloadSettings, node_id: str | None, device: torch.device | None = None
 ) -> StreamedModelPatcher:
-    """A patcher like ``patcher`` whose model streams, to ``device`` where one is given.
+    """Return a patcher like ``patcher`` whose model streams, to ``device`` if one is given.
 
     Raises:
         UnsupportedModelError: it cannot stream; the message says why.
