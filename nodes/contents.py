@@ -1,8 +1,8 @@
-"""Whether models are still what their files hold, which the host asks our nodes before each prompt.
+"""Whether the files of models have changed since they were loaded, which the host asks our nodes before each prompt.
 
-The host keeps what a node gave until its inputs change, and a file's name is the same when its contents are others. So
-our loader tells the host a fingerprint of the file, and nodes behind other loaders how many of our models had theirs
-changed: those run again then. A file that was only touched has the fingerprint of before.
+The host keeps a node's output until its inputs change, and a file keeps its name when its contents change. So the host
+gets a fingerprint of the file from our loader, and from nodes behind other loaders the number of our models whose files
+have changed: when that value changes the node runs again. A file that was only touched keeps its fingerprint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .model.streamed_model import streamed_models
 
 
 class _Known(NamedTuple):
-    """What the files of a model held, and by what it is seen that they may hold something else."""
+    """What the files of a model held, and the stamps by which we see that they may hold something else now."""
 
     fingerprint: str
     path: str
@@ -29,7 +29,7 @@ _outdated: set[int] = set()
 
 
 def fingerprint_of(name: str, path: str | None) -> str:
-    """Another one when a file of the model ``name`` has other contents; the last one while there is none to be read."""
+    """Return a fingerprint of the files of the model ``name``; the last one, or "", while the files cannot be read."""
     known = _known.get(name)
     with suppress(CheckpointError, OSError):
         if path is not None and (known is None or known.path != path or known.stamps != _stamps(known.files)):
@@ -53,7 +53,7 @@ def _stamps(files: tuple[str, ...]) -> list[tuple[int, ...]]:
 
 
 def count_outdated() -> int:
-    """How many of our models had their files changed so far."""
+    """Return how many of our models have had their files changed so far."""
     for model in streamed_models():
         try:
             model.streamer.check_files()

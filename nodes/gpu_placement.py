@@ -23,10 +23,10 @@ from .twins.split import split_over
 from .twins.vae import vae_on
 
 NAME = "GPU Placement"
-# The same on every machine: a workflow of another one must load here.
+# The same on every machine, so that a workflow from another machine loads here.
 DEVICES = [DEFAULT, CPU, *map(gpu_name, range(8))]
 
-# Said of what another loader has loaded (components.py).
+# Added to the text when the model of another loader has to stream (components.py).
 STREAMS = ", where it streams, since its loader does not give it once more as it is"
 
 T = TypeVar("T")
@@ -94,9 +94,9 @@ class GpuPlacement(io.ComfyNode):
         clip_device: str | None = DEFAULT,
         vae_device: str | None = DEFAULT,
     ) -> bool | str:
-        """Whether the values can be read; which devices are there is for the time at which the node runs.
+        """Whether the values can be parsed. Which devices exist is checked when the node runs.
 
-        A value that another node gives is None here.
+        A value that comes from another node is None here.
         """
         try:
             names = wanted_gpus(devices) if devices is not None else ()
@@ -157,11 +157,11 @@ class Placing:
     """One run of the node.
 
     Attributes:
-        gpus: that are there, by name.
-        strict: what is not there is an error.
-        node_id: of the node.
-        said: for the user, in order.
-        fell_back: something is in another place than was asked.
+        gpus: the GPUs of this machine, by name.
+        strict: whether a missing device is an error.
+        node_id: the id of the node.
+        said: texts for the user, in order.
+        fell_back: whether something is in another place than the user asked for.
     """
 
     gpus: Mapping[str, torch.device]
@@ -178,10 +178,10 @@ class Placing:
         self.fell_back = True
 
     def check(self, choice: Choice, *devices: str) -> None:
-        """Say which devices are not there.
+        """Report the devices that are missing.
 
         Raises:
-            ConfigError: some are not, and that is an error.
+            ConfigError: some are missing, and ``strict`` is set.
         """
         named = [name for name in devices if name not in (CPU, DEFAULT, *self.gpus)]
         missing = list(dict.fromkeys([*choice.missing, *named]))
@@ -193,7 +193,7 @@ class Placing:
         self.fall_back(text)
 
     def place_model(self, model: ModelPatcher, choice: Choice, split: str) -> ModelPatcher:
-        """The MODEL on the GPUs that were chosen: on the first where it cannot be split."""
+        """Place the MODEL on the chosen GPUs; if it cannot be split, on the one that has room for it, or the first."""
         if not choice.names:
             self.say("MODEL stays where its loader put it")
             return model
@@ -216,7 +216,7 @@ class Placing:
         return self.place("MODEL", model, choice.names[0], model_on)
 
     def place(self, what: str, thing: T, name: str, move: Callable[[T, torch.device], T]) -> T:
-        """``thing`` on the device of that name; as it is where it cannot be moved, or there is no such device."""
+        """Return ``thing`` on the device ``name``; unchanged if it cannot be moved, or if there is no such device."""
         if thing is None or name == DEFAULT:
             return thing
         if name != CPU and name not in self.gpus:

@@ -31,7 +31,7 @@ from .tell import status
 from .tell.names import shown_name
 from .tell.notices import keep_notice
 
-# The options of the host's Load Diffusion Model, and what each of them means to its loading function.
+# The options of the host's Load Diffusion Model, and the model options that its loading function takes for each.
 WEIGHT_DTYPES = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
@@ -110,7 +110,7 @@ def _path_of(name: str) -> str | None:
 
 
 def _model_files() -> list[str]:
-    """The files to choose from; of two with one name that of diffusion_models is taken."""
+    """The files to choose from. If both folders have a file of the same name, that of diffusion_models is used."""
     names = folder_paths.get_filename_list(MODELS)
     return names + [name for name in folder_paths.get_filename_list(CHECKPOINTS) if name not in names]
 
@@ -123,7 +123,7 @@ def load_streamed(
     full_checkpoint: bool = False,
     **options: Any,
 ) -> ModelPatcher:
-    """Load the diffusion model at ``path`` for streaming, or the host's way where it cannot stream, and say so.
+    """Load the diffusion model at ``path`` for streaming, or the host's way if it cannot stream, which is reported.
 
     Args:
         path: the checkpoint; of a sharded one any shard or the index.
@@ -131,8 +131,8 @@ def load_streamed(
         vram_limit: bytes of VRAM for weights; None takes what the host offers.
         node_id: where to show progress and plan.
         full_checkpoint: the file holds text encoders and VAE too, which stay where they are.
-        options: what the host passes when it wants the same model once more, for its own loaders (``disable_dynamic``:
-            a patcher without dynamic VRAM, which a streamed one never has).
+        options: what the host passes when it loads the same model again, for its own loaders (``disable_dynamic`` asks
+            for a patcher without dynamic VRAM, which a streamed one never has).
 
     Raises:
         CheckpointError: the file is damaged, or holds no model that the host knows.
@@ -179,7 +179,7 @@ class _Weights:
         path: the file.
         tensors, metadata: its tensors, views of the mapped file where it is a safetensors file, and its metadata.
         locate: finds the part of the file that a tensor maps.
-        files: the files that hold them: another than ``path`` where that is an index.
+        files: the files that hold the tensors; if ``path`` is an index it is not among them.
     """
 
     path: str
@@ -209,7 +209,7 @@ def _is_safetensors(path: str) -> bool:
 
 
 def _load_companions(path: str) -> tuple[Any, Any]:
-    """The text encoders and the VAE of a full checkpoint, loaded the host's way; None for what it has not."""
+    """The text encoders and the VAE of a full checkpoint, loaded the host's way; None for what the file lacks."""
     weights = _open(path) if _is_safetensors(path) else None
     if weights is not None and _is_bare(weights.tensors):
         return None, None
@@ -229,14 +229,14 @@ def _load_companions(path: str) -> tuple[Any, Any]:
 
 
 def _is_bare(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether a diffusion model is all that there is: the host would load it once more to find nothing else."""
+    """Whether the file holds a diffusion model alone: the host would load that a second time and find nothing else."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     return not any(name.startswith(prefix) for name in tensors)
 
 
 def _load_by_host(weights: _Weights, full_checkpoint: bool, model_options: dict, **options: Any) -> ModelPatcher:
     """What Load Diffusion Model and Load Checkpoint do with the tensors of their file."""
-    tensors = dict(weights.tensors)  # The host takes out what it has used.
+    tensors = dict(weights.tensors)  # The host removes what it has used.
     options = {"model_options": model_options, "metadata": weights.metadata, **options}
     with _named_errors(weights.path):
         if full_checkpoint:
@@ -253,7 +253,7 @@ def _load_by_host(weights: _Weights, full_checkpoint: bool, model_options: dict,
 
 
 def load_unstreamed(path: str, model_options: dict, full_checkpoint: bool, **options: Any) -> ModelPatcher:
-    """As if our loader did not exist; of a model in several files the host has no way of its own."""
+    """Load a model as the host does without our loader. The host cannot open a model in several files; we do that."""
     if _is_safetensors(path):
         weights = _open(path)
         if weights.sharded:
@@ -268,7 +268,7 @@ def load_unstreamed(path: str, model_options: dict, full_checkpoint: bool, **opt
 
 @contextmanager
 def _named_errors(path: str) -> Iterator[None]:
-    """Errors of the host's functions name the file."""
+    """Have errors of the host's functions name the file, as :class:`CheckpointError`; out of memory stays as it is."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, CheckpointError):
@@ -280,7 +280,7 @@ def _named_errors(path: str) -> Iterator[None]:
 
 
 def _computing_dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:
-    """What most weights are in, or bfloat16 where the host casts them, before it has said what it computes in."""
+    """Guess what dtype the host will compute in: that of most bytes of weights, or bfloat16 if the host casts it."""
     nbytes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         nbytes[tensor.dtype] += tensor.nbytes

@@ -50,7 +50,7 @@ class StreamingReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **kwargs: Any) -> float:
-        """Never the same twice: figures change while inputs do not."""
+        """Never the same twice, so that the node always runs: figures change while inputs do not."""
         return float("nan")
 
     @classmethod
@@ -63,7 +63,7 @@ class StreamingReport(io.ComfyNode):
 
 
 def make_report(model: ModelPatcher) -> dict[str, Any]:
-    """The entries of the status route for this MODEL, one for each of its devices, and for the devices and notices."""
+    """Return what the status route has on this MODEL (one entry for each of its devices), on devices and on notices."""
     with open_vram_reader() as reader:
         usage = sampler.sample(reader)
     entries = []

@@ -1,4 +1,4 @@
-"""The node "Async Offload Settings": how any MODEL and CLIP streams, whoever has loaded it."""
+"""The node "Async Offload Settings": how any MODEL and CLIP streams, whichever node has loaded it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class AsyncOffloadSettings(io.ComfyNode):
 
 
 def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str | None = None) -> ModelPatcher:
-    """A MODEL like ``patcher`` that streams as ``settings`` say; ``patcher`` itself where it cannot, which is said.
+    """Return a MODEL like ``patcher`` that streams as ``settings`` say; if it cannot, ``patcher`` itself and a notice.
 
     Raises:
         BudgetError: the limit has no room for the largest block.

@@ -1,8 +1,8 @@
-"""The cheap part of what we rely on in ComfyUI: names and signatures, asked once.
+"""Checks once that ComfyUI has the names and signatures that we rely on.
 
-A host that is newer than we know may have changed them. It is better to say so when the pack starts, and to load models
-the host's own way, than to fail a prompt in its middle. The whole of what we rely on is in docs/hosts.md, each with a
-test of what the host does.
+A newer host may have changed them. The pack then says so when it starts, and loads models the host's own way, which is
+better than a prompt that fails in its middle. This is the cheap part of what we rely on; all of it is listed in
+docs/hosts.md, each with a test of what the host does.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 class Call(NamedTuple):
-    """How we call a function of the host: so many arguments by place, and these by name."""
+    """How we call a function of the host: the number of positional arguments, and the names of keyword arguments."""
 
     places: int
     names: tuple[str, ...] = ()
 
 
-# What is not called by us, or is no function: it must be there.
+# Marks a name that must exist, but that we do not call or that is no function.
 THERE = None
 
 Wanted = dict[str, "Call | None"]
@@ -121,18 +121,18 @@ MODULES: dict[str, Wanted] = {
 
 @lru_cache(maxsize=1)
 def broken_contracts() -> tuple[str, ...]:
-    """What this host does not have as we need it, for people; nothing of one that we know."""
+    """Describe for people each name that this host lacks, or that we cannot call as we do. Empty for a known host."""
     try:
         return tuple(_broken())
-    except Exception as error:  # Whatever other packs have put in the place of what is asked.
+    except Exception as error:  # Other packs may have replaced what is inspected, by anything.
         return (f"asking failed with {type(error).__name__}: {error}",)
 
 
 def check_host() -> None:
-    """Raise where streaming would fail in the middle of a prompt.
+    """Raise if streaming would fail in the middle of a prompt.
 
     Raises:
-        UnsupportedModelError: this ComfyUI is not as we know it; the message says in what.
+        UnsupportedModelError: this ComfyUI is not as we know it; the message says how it differs.
     """
     if broken := broken_contracts():
         raise UnsupportedModelError(describe(broken))
@@ -170,7 +170,7 @@ def _broken() -> Iterator[str]:
 
 
 def _lacking(where: str, holder: Any, wanted: Wanted, before: int = 0) -> Iterator[str]:
-    """What of ``wanted`` is not there or cannot be called as we do, with so many arguments ``before`` ours."""
+    """Yield what of ``wanted`` is gone or cannot be called as we do. ``before`` arguments (``self``) precede ours."""
     for name, call in wanted.items():
         if not hasattr(holder, name):
             yield f"{where}.{name} is gone"
@@ -179,7 +179,7 @@ def _lacking(where: str, holder: Any, wanted: Wanted, before: int = 0) -> Iterat
 
 
 def _takes(function: Callable[..., Any], places: int, names: tuple[str, ...]) -> bool:
-    """Whether it can be called like this. What says nothing of its arguments is trusted."""
+    """Whether ``function`` can be called like this. A function without a readable signature is trusted."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Which device a model streams to, how much of it, and why none."""
+"""The device that a model streams to: its backend, how much memory may be used, and why there is no such device."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def make_backend(device: torch.device) -> Backend:
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
-    """Whether two names mean one device: ``cuda`` is the current one of its kind."""
+    """Whether both are the same device. ``cuda`` without an index is the current CUDA device."""
 
     def index(device: torch.device) -> int:
         if device.index is None and device.type == "cuda":
@@ -127,17 +127,19 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and index(one) == index(other)
 
 
-# Host memory that stays free for everybody else; what ComfyUI leaves too, but never more than a part of the whole.
+# Bytes of host memory that stay free for other processes: as many as ComfyUI leaves, but at most this share of all.
 RESERVED_RAM = 2 * 1024**3
 RESERVED_SHARE = 0.1
 
 
 def _pin_limit() -> int | None:
-    """Bytes that may be page-locked in all: ComfyUI's limit, a share of the RAM that it has counted, and the same share
-    of what a control group allows, where ComfyUI has not counted that already. What the system then really allows is
-    found by trying (PinBudget)."""
+    """Return how many bytes may be page-locked in all; None if ComfyUI has no such limit.
+
+    ComfyUI's limit is a share of the RAM that it has counted. If a control group allows less than that, the
+    limit is the same share of what the group allows. PinBudget finds out by trying what the system really allows.
+    """
     if getattr(mm, "MAX_PINNED_MEMORY", 0) <= 0 or not hasattr(mm, "get_total_memory"):
-        return None  # Where they are gone nothing streams (contracts.py); the pack starts all the same.
+        return None  # If these names are gone nothing streams (contracts.py), but the pack still starts.
     limit, counted = float(mm.MAX_PINNED_MEMORY), hosts.counted_ram()
     if (group := group_memory()) is not None and group.total < counted:
         limit *= group.total / counted
@@ -145,7 +147,7 @@ def _pin_limit() -> int | None:
 
 
 def spare_ram() -> int:
-    """Bytes of host memory that may still be taken."""
+    """Bytes of host memory that may still be allocated."""
     system = psutil.virtual_memory()
     spare = system.available - min(RESERVED_RAM, int(RESERVED_SHARE * system.total))
     if (group := group_memory()) is not None:
@@ -177,7 +179,7 @@ def evictable(device: torch.device) -> int:
 def unload(patcher: ModelPatcher) -> None:
     """Have the host take a model off its device, whichever patcher has put it there.
 
-    Its own function for that looks at the current device alone.
+    The host's own function for that looks at the current device alone.
     """
     everybody = mm.current_loaded_models
     others = [loaded for loaded in everybody if loaded.model is None or not patcher.is_clone(loaded.model)]
@@ -186,7 +188,7 @@ def unload(patcher: ModelPatcher) -> None:
 
 
 def obtainable(backend: Backend) -> int:
-    """Bytes that a model may hope for at most: what is free, and what other models on the device would give up."""
+    """Return the most bytes that a model can get: what is free, and what other models on the device would give up."""
     if backend.budget is not None:
         return backend.budget
     here = (loaded for loaded in mm.current_loaded_models if loaded.device == backend.device)

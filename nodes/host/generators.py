@@ -1,7 +1,7 @@
-"""The random generators that a process has for everybody.
+"""The global random generators of the process.
 
-Nodes draw from them, so an image may depend on how much was drawn before. What we do beside what the host does, such as
-building a model once more, must leave them as they were: some models draw while they are built.
+Nodes draw from them, so an image may depend on how much was drawn before. What we do in addition to the host, such as
+building a model a second time, must leave them as they were: some models draw while they are built.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class GeneratorStates:
-    """How the generators of Python, numpy and torch, on the CPU and on GPUs in use, stand now."""
+    """The present states of the generators of Python, numpy and torch, on the CPU and on GPUs in use."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
@@ -33,7 +33,7 @@ class GeneratorStates:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Whatever is drawn meanwhile, the generators stand afterwards as they did before."""
+    """Restore the states of the generators afterwards, whatever was drawn meanwhile."""
     states = GeneratorStates()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The GPUs that nodes may name, and what becomes of names of GPUs that are not there."""
+"""The GPUs that nodes may name, and what happens to names of GPUs that this machine lacks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ...streaming import ConfigError, gpu_name, in_parts, parse_gpus, parse_shar
 from ...streaming.machine.device_names import GPUS_VARIABLE
 from .devices import read_environment, virtual_devices
 
-# How much of a MODEL each of several GPUs gets: by memory and speed, as much as the others, or as the user says.
+# How a MODEL is divided among several GPUs: by memory and speed, in equal parts, or by the user's ratio.
 SPLITS = ("auto", "equal", "ratio")
 
 
 def visible_gpus() -> dict[str, torch.device]:
-    """The GPUs by name, in the host's order; virtual ones on a host that runs on the CPU; else none."""
+    """Return the GPUs by name, in the host's order: virtual ones if the host runs on the CPU; none without CUDA."""
     read_environment()
     home = mm.get_torch_device()
     if mm.is_device_cpu(home):
@@ -29,7 +29,7 @@ def visible_gpus() -> dict[str, torch.device]:
 
 
 def why_no_gpus() -> str:
-    """Why :func:`visible_gpus` gives none."""
+    """Why :func:`visible_gpus` returns none."""
     home = mm.get_torch_device()
     if mm.is_device_cpu(home):
         return "there is no GPU"
@@ -41,9 +41,9 @@ class Choice:
     """GPUs for a MODEL.
 
     Attributes:
-        names: in the order of preference; empty where it stays where it is.
-        shares: the part of the MODEL for each, where the user has said so.
-        missing: what was named and is not there.
+        names: the GPUs in the order of preference; empty if the MODEL stays where it is.
+        shares: the part of the MODEL for each, as parts of one; None if the user has not set any.
+        missing: GPUs that were named and that this machine lacks.
     """
 
     names: tuple[str, ...]
@@ -51,7 +51,7 @@ class Choice:
     missing: tuple[str, ...] = ()
 
     def among(self, present: Sequence[str]) -> Choice:
-        """Those that are there, with the same shares of each other."""
+        """Keep the GPUs that are in ``present``; their shares keep their ratios to each other."""
         kept = [place for place, name in enumerate(self.names) if name in present]
         return Choice(
             tuple(self.names[place] for place in kept),
@@ -61,18 +61,18 @@ class Choice:
 
 
 def wanted_gpus(devices: str) -> tuple[str, ...]:
-    """The GPUs that the user names: on the node, else for the process; none where all are wanted.
+    """Return the GPUs that the user names on the node, else those of the environment variable; empty means all.
 
     Raises:
-        ConfigError: that is no list of GPUs.
+        ConfigError: the text is no list of GPUs.
     """
     return parse_gpus(devices) or parse_gpus(os.environ.get(GPUS_VARIABLE, ""), GPUS_VARIABLE)
 
 
 def wanted_shares(split: str, ratio: str, names: Sequence[str]) -> tuple[float, ...] | None:
-    """The share of each GPU, as parts of one; None where it is not for the user to say.
+    """Return the share of each GPU, as parts of one; None unless ``split`` is ``ratio``.
 
-    Without ``names`` it is not known yet how many GPUs there are.
+    Without ``names`` the number of GPUs is not known yet, so the number of shares is not checked.
 
     Raises:
         ConfigError: there is no such split, there are not as many numbers as names, or they are no numbers.
@@ -91,9 +91,9 @@ def wanted_shares(split: str, ratio: str, names: Sequence[str]) -> tuple[float, 
 
 
 def choose(devices: str, split: str, ratio: str, present: Sequence[str]) -> Choice:
-    """The GPUs for a MODEL, of which some may not be there.
+    """Choose the GPUs for a MODEL, of which some may be missing.
 
-    Numbers without names are for ``gpu:0`` and those that follow.
+    Shares without names are for ``gpu:0`` and the GPUs that follow.
 
     Raises:
         ConfigError: what is wanted cannot be read, or there are not as many shares as GPUs.

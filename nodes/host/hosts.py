@@ -1,20 +1,20 @@
-"""What differs between versions of ComfyUI. Everything else in this folder reads as if there were one.
+"""What differs between versions of ComfyUI. All other code is written as if there were one version.
 
-docs/hosts.md has what is relied on beyond this, and since when it is so; contracts.py asks the cheap part of it when
-the pack starts.
+docs/hosts.md lists what else we rely on, and since which version; contracts.py checks the cheap part of that when the
+pack starts.
 
 [Note: of the model, or of its use]
-A patcher carries what belongs to its model (the file's disk policy, since 0.37) beside what belongs to one use of it
-(patches, options, hooks). The host shows which is which: what belongs to the model is an argument of the constructor of
-its own classes, or is what all patchers of one model share (``get_clone_model_override``). So an attribute that is
-named like such an argument belongs to the model, whatever a newer host calls it, and everything else is use. Only what
-says where a model came from is told to no constructor, and is named here (:data:`ORIGIN`). A newer host may have more
-of that kind: a test lists all attributes of a patcher, and fails for one that is none of these.
+An attribute of a patcher belongs either to its model (the file's disk policy, since 0.37) or to one use of the model
+(patches, options, hooks). The host shows which: what belongs to the model is an argument of the constructor of the
+host's own classes, or is shared by all patchers of one model (``get_clone_model_override``). So an attribute with the
+name of such an argument belongs to the model, whatever a newer host calls it, and everything else belongs to the use.
+The exception is what says where a model came from: no constructor takes it, so :data:`ORIGIN` names it. A newer host
+may have more of that kind: a test lists all attributes of a patcher, and fails for one that is none of these.
 
 [Note: names that are borrowed]
-Some names of the host are no part of what it offers to packs. Were they imported where they are used, one that is gone
-would keep the whole pack from starting, and workflows would miss their nodes. So they are imported here; one that is
-gone is :data:`missing`, contracts.py says so, and models are loaded the host's own way.
+Some names of the host are not part of what it offers to packs. If they were imported where they are used, one that a
+host lacks would keep the whole pack from starting, and workflows would miss their nodes. So they are imported here. A
+name that is gone is listed in :data:`missing`, contracts.py reports it, and models are loaded the host's own way.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from ...streaming.devices.allocation_record import AllocationRecord
 
 logger = logging.getLogger(__name__)
 
-# The newest ComfyUI in which the whole suite was run by us.
+# The newest ComfyUI in which we have run the whole test suite.
 NEWEST_KNOWN = "0.33"
 
-# With what a patcher is made, in all versions.
+# The arguments of a patcher's constructor in all versions.
 ARGUMENTS = frozenset({"model", "load_device", "offload_device", "size", "weight_inplace_update"})
 
-# Where a model came from, whose clone a patcher is, and what hooks have put aside of its weights.
+# Where a model came from, whose clone a patcher is, and the weights that hooks have set aside.
 ORIGIN = frozenset({"cached_patcher_init", "clone_base_uuid", "parent", "hook_backup"})
 
-# What many attributes may hold that have nothing to do with each other.
+# Unrelated attributes may hold the same object of these types.
 CONSTANTS = (type(None), bool, int, float, str, tuple, frozenset)
 
 # Names that this host lacks (Note: names that are borrowed).
@@ -57,10 +57,10 @@ missing: list[str] = []
 
 
 def module_of_host(name: str) -> ModuleType | None:
-    """A module that some versions have; None where it is not there, or cannot be imported."""
+    """Import a module that only some versions have; None if it is missing or cannot be imported."""
     try:
         return importlib.import_module(name)
-    except Exception as error:  # Whatever a module does when it is imported.
+    except Exception as error:  # A module may do anything when it is imported.
         logger.debug("%s cannot be imported: %s", name, error)
         return None
 
@@ -69,7 +69,7 @@ VERSION: str = getattr(module_of_host("comfyui_version"), "__version__", "unknow
 
 
 def _borrowed(module: str, name: str, stand_in: Any, needed: bool = True) -> Any:
-    """What the host has under this name, else ``stand_in``. Where a ``needed`` name is gone nothing streams, so its
+    """Return what the host has under this name, else ``stand_in``. If a ``needed`` name is gone nothing streams, so its
     stand-in is never run."""
     found = getattr(module_of_host(module), name, None)
     if found is None and needed:
@@ -107,7 +107,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def made_with(patcher: ModelPatcher) -> dict[str, Any]:
-    """The arguments, but for the model, with which a patcher like ``patcher`` is made."""
+    """Return the constructor arguments, except the model, that make a patcher like ``patcher``."""
     held = vars(patcher)
     return {name: held[name] for name in _constructor_arguments(type(patcher)) if name in held and name != "model"}
 
@@ -118,8 +118,8 @@ def what_is_of_the_model(patcher: ModelPatcher) -> set[str]:
 
 
 def _constructor_arguments(kind: type) -> set[str]:
-    """The names of what a patcher of this class is made with; those that all versions know also where another pack's
-    function stands in the constructor's place and does not tell."""
+    """The names of the arguments of the host's constructors for this class. Those that all versions have are always
+    among them: another pack may have replaced a constructor by a function that does not name its arguments."""
     own = [one for one in kind.__mro__ if issubclass(one, ModelPatcher) and one.__module__ == ModelPatcher.__module__]
     found = [parameter for one in own for parameter in inspect.signature(one.__init__).parameters.values()]
     named = {one.name for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
@@ -127,7 +127,7 @@ def _constructor_arguments(kind: type) -> set[str]:
 
 
 def _shared(patcher: ModelPatcher) -> set[str]:
-    """The attributes of which all patchers of one model have the same."""
+    """The names of the attributes that all patchers of one model share."""
     model, others, *_ = patcher.get_clone_model_override()
     wanted = {id(model), *(id(other) for other in others if not isinstance(other, CONSTANTS))}
     return {name for name, value in vars(patcher).items() if id(value) in wanted}
@@ -137,8 +137,8 @@ def _shared(patcher: ModelPatcher) -> set[str]:
 
 
 def mark_as_loaded(tensors: Mapping[str, torch.Tensor], path: str) -> None:
-    """Leave on tensors of a file that we have opened what the host's own loader leaves on them: since 0.37 the file's
-    path, by which it decides whether to read from the disk in every step."""
+    """Mark the tensors of a file that we have opened as the host's own loader does: since 0.37 with the file's path, by
+    which the host decides whether to read from the disk in every step."""
     annotate = getattr(module_of_host("comfy.storage"), "annotate_state_dict", None)
     if annotate is not None:
         annotate(tensors, path)
@@ -164,8 +164,8 @@ RECORDS_SINCE = (0, 35)
 
 
 def broken_recordings() -> Iterator[str]:
-    """What is lacking to keep our allocations out of the host's records, where it keeps some. A name without which less
-    is known (what a record holds) is none of it."""
+    """Yield what is missing to keep our allocations out of the host's records, if it keeps any. Names without which we
+    only know less (what a record holds) are not reported."""
     records = hasattr(_prefetch, "malloc_graph_begin")
     if not records and release(VERSION) >= RECORDS_SINCE:
         yield "model_prefetch.malloc_graph_begin is gone"  # They may be kept under another name.
@@ -176,7 +176,7 @@ def broken_recordings() -> Iterator[str]:
 
 
 def end_recordings() -> None:
-    """After a step that failed: no record of this thread that the host has begun in it goes on."""
+    """After a failed step, end the records that the host began in it on this thread."""
     if hasattr(_prefetch, "cleanup_malloc_graph"):
         end = _prefetch.cleanup_malloc_graph
     elif hasattr(_prefetch, "malloc_graph_begin"):
@@ -206,20 +206,20 @@ class HostRecord(AllocationRecord):
 
     def held_bytes(self, device: torch.device) -> int:
         graph = self._graph()
-        # Another device's record (or one that does not say whose it is) holds nothing of this one.
+        # A record of another device, or of an unknown one, holds nothing on this device.
         if getattr(getattr(graph, "_stream", None), "device", None) != device:
             return 0
         return int(getattr(graph, "physical_bytes", 0))
 
     @staticmethod
     def _graph() -> Any:
-        """That of this thread alone: another one may be taking its own down."""
+        """The record of this thread alone, since another thread may be ending its own."""
         return getattr(_prefetch, "MALLOC_GRAPHS", {}).get(threading.get_ident())
 
 
 def _switch(record: Callable[[], Any]) -> None:
-    """Pause or resume. A record that has failed (memory ran out in it) can do neither, and records nothing; the error
-    that says why is on its way, and must not be hidden by this one."""
+    """Pause or resume a record. One that has failed (memory ran out in it) can do neither, and records nothing. The
+    error that says why is already being raised, and this one must not hide it."""
     try:
         record()
     except RuntimeError as error:
@@ -234,15 +234,15 @@ def _kind_of_records() -> type | None:
 
 
 class _Nesting:
-    """Has pauses of records nest while it is in use (Note: pauses nest).
+    """Makes pauses of records nest while it is in use (Note: pauses nest).
 
     [Note: pauses nest]
     The host's pause of a record is a switch: the end of an inner pause would switch the record on in the middle of the
-    outer one. Ours meet others in both ways: kernels of comfy-kitchen pause inside of a block that runs on another
-    device, where we pause; and some models pause around blocks, where we pause for checksums. So for the length of a
-    step of ours, and for as long as any thread is in one, the two methods of the record's class count. Who is the only
-    one to pause, and resumes what it has paused, notices nothing. A pause that began before the step is not counted.
-    The host offers nothing else: it does not tell whether a record is paused.
+    outer one. Our pauses meet others in both orders: kernels of comfy-kitchen pause inside of a block that runs on
+    another device, where we have paused already; and some models pause around blocks, inside of which we pause for
+    checksums. So as long as any thread is in a step of ours, the two methods of the record's class count pauses. Code
+    that pauses alone, and resumes what it has paused, notices no difference. A pause that began before the step is not
+    counted. The host offers no other way: it does not tell whether a record is paused.
     """
 
     def __init__(self) -> None:
@@ -275,7 +275,7 @@ class _Nesting:
     def _end(self) -> None:
         if (self._kind.pause, self._kind.resume) == self._counting:
             self._kind.pause, self._kind.resume = self._originals
-        # What somebody else has put around ours meanwhile stays; from now on ours pass calls on.
+        # If other code has wrapped our methods meanwhile, its wrappers stay, and our methods only pass calls on.
         self._kind, self._depths = None, weakref.WeakKeyDictionary()
 
     def _count(self, pause: Callable[..., None], resume: Callable[..., None]) -> tuple[Any, Any]:
@@ -291,7 +291,7 @@ class _Nesting:
         def counted_resume(graph: Any, *args: Any, **options: Any) -> None:
             resume(graph, *args, **options)
             if self._depths is not depths:
-                return  # Of an earlier step, beneath what somebody has put around it.
+                return  # This method is of an earlier step, and other code has wrapped it.
             depths[graph] = max(0, depths.get(graph, 0) - 1)
             if depths[graph]:
                 pause(graph)  # The outer pause goes on. Nothing is allocated between the two.
@@ -300,7 +300,7 @@ class _Nesting:
 
     @contextlib.contextmanager
     def suspended(self, graph: Any) -> Iterator[None]:
-        """While it lasts ``graph`` records, whoever has paused it."""
+        """Have ``graph`` record inside of this context, even if it is paused."""
         depth = self._depths.get(graph, 0) if graph is not None else 0
         if not depth:
             yield

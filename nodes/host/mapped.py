@@ -1,10 +1,10 @@
-"""Let the host load a model without copying its files: its parameters are views of them, and we know of which part.
+"""Lets the host load a model without copying its files: parameters are views of them, and we know which part of which.
 
 [Note: what is exchanged, and for whom]
-Whether the host copies a file into fresh memory hangs on the class that ``comfy.model_patcher.CoreModelPatcher`` is at
-that moment, and on nothing that a caller can pass. How it opens a file does not let us find a tensor in it again. So
-that class, and the function that opens files, are exchanged for the length of one call, for the calling thread alone:
-other threads find what they always find. A copy would be made, and dropped, for every byte of the model.
+Whether the host copies a file into new memory depends on the class that ``comfy.model_patcher.CoreModelPatcher`` is at
+that moment, and on nothing that a caller can pass. In a file that the host opens in its own way we cannot find a tensor
+again. So that class, and the function that opens files, are replaced for the length of one call, for the calling thread
+alone: other threads get the originals. Otherwise every byte of the model would be copied, and the copy dropped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ SAFETENSORS_ENDINGS = (".safetensors", ".sft")
 
 
 class MappedFiles:
-    """Safetensors files that the host has opened meanwhile."""
+    """The safetensors files that the host has opened within :func:`mapped_loading`."""
 
     def __init__(self) -> None:
         self._checkpoints: list[Checkpoint] = []
 
     def open(self, path: str) -> Checkpoint:
-        """This file alone: who passes a shard passes the others too."""
+        """Open this file alone: a caller that passes one shard passes the others too."""
         checkpoint = Checkpoint(path, [CheckpointFile(path)])
         self._checkpoints.append(checkpoint)
         return checkpoint
@@ -46,7 +46,7 @@ class MappedFiles:
 
 
 def opened(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, with what the host leaves on those of the files that it has opened itself."""
+    """Return the tensors of a checkpoint, marked as the host marks those of files that it has opened itself."""
     tensors = dict(checkpoint.state_dict())
     for file in checkpoint.files:
         mark_as_loaded({name: tensors[name] for name in file.entries}, file.path)
@@ -60,13 +60,13 @@ class MappedModelPatcher(ModelPatcher):
         return True
 
 
-# Reentrant: a factory may be ours.
+# Reentrant, since the factory that runs inside may be our own loader.
 _mapping = threading.RLock()
 
 
 @contextmanager
 def mapped_loading() -> Iterator[MappedFiles]:
-    """While this lasts the host loads models as views of their files (Note: what is exchanged, and for whom)."""
+    """Have the host load models as views of their files (Note: what is exchanged, and for whom)."""
     files = MappedFiles()
     with _mapping:
         patcher, load = comfy.model_patcher.CoreModelPatcher, comfy.utils.load_torch_file
@@ -87,13 +87,13 @@ def _for_this_thread(ours: type[ModelPatcher], theirs: type[ModelPatcher]) -> ty
             return (ours if threading.get_ident() == caller else theirs)(*args, **kwargs)
 
         def __init__(self, *args: object, **kwargs: object) -> None:
-            """Whoever was made is no instance of this class, so this is never called."""
+            """Never called: what ``__new__`` returns is no instance of this class."""
 
     return Choice
 
 
 def _opening(files: MappedFiles, load: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_torch_file`` that opens safetensors files as ours on the calling thread."""
+    """Return a ``load_torch_file`` that maps safetensors files by ``files`` on the calling thread."""
     caller = threading.get_ident()
     signature = inspect.signature(load)
 

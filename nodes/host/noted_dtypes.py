@@ -1,21 +1,21 @@
-"""In which dtype a tensor computes: the host notes it on its module, since a tensor that maps a file has the file's."""
+"""The dtype in which a tensor computes. The host notes it on the module: a tensor that maps a file has the file's."""
 
 from __future__ import annotations
 
 import torch
 
-# Behind the name of a parameter or buffer.
+# The suffix, behind the name of a parameter or buffer, of the attribute that holds its noted dtype.
 NOTE = "_comfy_model_dtype"
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def noted_dtype(module: torch.nn.Module, name: str) -> torch.dtype | None:
-    """What is noted for this parameter or buffer; None where nothing is."""
+    """Return the dtype that is noted for this parameter or buffer; None if there is none."""
     return getattr(module, f"{name}{NOTE}", None)
 
 
 def note_dtypes(model: torch.nn.Module) -> None:
-    """Note the dtypes that tensors have, where others are noted: somebody may have changed them since."""
+    """Replace noted dtypes by those that the tensors have now: somebody may have changed them since."""
     for module in model.modules():
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and hasattr(module, f"{name}{NOTE}"):
@@ -23,7 +23,7 @@ def note_dtypes(model: torch.nn.Module) -> None:
 
 
 def compute_as_noted(model: torch.nn.Module) -> None:
-    """Cast tensors to the dtypes that are noted, for a loader that does not cast them when they compute."""
+    """Cast tensors to their noted dtypes, for a model whose tensors nothing casts when they compute."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -33,8 +33,8 @@ def compute_as_noted(model: torch.nn.Module) -> None:
 
 
 def change_dtypes(model: torch.nn.Module, before: torch.dtype | None, after: torch.dtype | None) -> None:
-    """Have what computes in ``before`` compute in ``after``, and all tensors in memory of their own. A layer that was
-    made without a dtype computes in that of the whole, None if that is not known."""
+    """Have what computes in ``before`` compute in ``after``, and copy all tensors to memory of their own. A layer that
+    was made without a dtype computes in ``before``, the dtype of the whole, which is None if it is not known."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():

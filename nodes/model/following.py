@@ -1,10 +1,10 @@
-"""Has what streams follow what is in a model when the host loads it.
+"""Adapts the layout of a streamed model to what is in the model when the host loads it.
 
 [Note: what is there counts]
-ComfyUI loads the modules that are in a model then, with the weights that they have then, and applies patches by name
-to them. Packs rely on it: they write to weights, exchange layers by object patches or in the model, and hang layers of
-their own on it. So before each load what is there is compared with what was laid out. Where it differs the model is cut
-anew. Units that lie as before keep their copies, and a plan stays where nothing became larger or smaller.
+When ComfyUI loads a model it takes the modules and weights that are in the model at that moment, and applies patches to
+them by name. Packs rely on that: they write to weights, replace layers by object patches or in the model, and add some
+of their own. So before each load the model is compared with its layout. If they differ the model is cut anew. Units
+whose layout is the same keep their copies, and the plan stays if nothing became larger or smaller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def follow(patcher: StreamedPatcher) -> None:
-    """Lay out anew what of the model of ``patcher`` is not as it was laid out (Note: what is there counts).
+    """Cut the model of ``patcher`` anew if it is not as it was laid out (Note: what is there counts).
 
     Raises:
         UnsupportedModelError: what is there now cannot be laid out; the model is unloaded then.
@@ -83,7 +83,7 @@ def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modul
 
 
 def _bring_home(model: torch.nn.Module) -> None:
-    """Have modules that others have brought along, perhaps on a device, in host memory, as an unloaded model is."""
+    """Move modules that others have added, perhaps on a device, to host memory, where an unloaded model is."""
     for module in model.modules():
         held = [*module._parameters.values(), *module._buffers.values()]
         if not any(tensor is not None and _is_foreign(tensor) for tensor in held):

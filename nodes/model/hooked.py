@@ -1,15 +1,16 @@
-"""What hooks of the host write into weights (a LoRA that hangs on conditioning), where weights come and go.
+"""Hooks of the host that write into weights (a LoRA that is attached to conditioning), where weights move.
 
 [Note: hooks and weights that move]
-The host writes hooked weights to wherever the modules point, keeps what was there, and later writes that back. Both
-must meet the same copy, on the device or in host memory, and never the original, which is the file. So:
- 1. Whoever moves weights of a MODEL, on any of its devices, takes hooks off first (``unpatch_hooks``).
- 2. Hooks are written only while the MODEL is whole, which is loaded on all of its devices, with nothing given up. Else
-    the host is told that they are in effect, and nothing is written yet.
- 3. A step knows which hooks were in effect when it began, and has them in the weights whenever its forward begins
-    (steps.py): all that it needs is loaded then.
- 4. While hooks are in the weights nobody takes master copies away.
-Should a copy go with hooks in it all the same, what was kept for it is forgotten: nothing is written in its place.
+The host writes hooked weights to the tensors that the modules hold, keeps the values that were there, and writes these
+back later. Both writes must reach the same copy, on the device or in host memory, and never the original, which is the
+file. So:
+ 1. Code that moves weights of a MODEL, on any of its devices, takes hooks off first (``unpatch_hooks``).
+ 2. Hooks are written only while the MODEL is whole: loaded on all of its devices, with nothing given up. Otherwise
+    they are marked as in effect for the host (``current_hooks``), and nothing is written yet.
+ 3. A step remembers the hooks that were in effect when it began, and puts them into the weights whenever its forward
+    begins (steps.py): everything that it needs is loaded then.
+ 4. While hooks are in the weights no master copy is taken away.
+If a copy is freed with hooks in it all the same, the values that were kept for it are dropped and not written back.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ class HookedPatcher(StreamedPatcher):
     """A :class:`ModelPatcher` whose hooks write into weights that streamers place.
 
     Attributes:
-        prompt_has_hooks: whether hooks hang on the conditioning of the prompt that the host has last prepared.
+        prompt_has_hooks: whether hooks are attached to the conditioning of the prompt that the host has last prepared.
     """
 
     prompt_has_hooks = False
 
     @property
     def hooked(self) -> HookedPatcher:
-        """Whose hooks are in the weights here, and whose patches."""
+        """The patcher whose hooks and patches are in the weights here."""
         return self
 
     def holds_hooks(self, hooks: Any) -> bool:
@@ -38,12 +39,12 @@ class HookedPatcher(StreamedPatcher):
         return self.streamed.hooks is hooks
 
     def put_hooks_on(self, hooks: Any) -> None:
-        """Have ``hooks`` in the weights, where they are not."""
+        """Write ``hooks`` into the weights, unless they are there already."""
         if not self.holds_hooks(hooks):
             self.apply_hooks(hooks, force_apply=True)
 
     def register_all_hook_patches(self, hooks: Any, *args: Any, **options: Any) -> Any:
-        """The host tells a MODEL of all hooks of a prompt, of whatever kind, before it loads it; also of none."""
+        """The host calls this before it loads a MODEL, with all hooks of the prompt, of any kind, or with none."""
         self.prompt_has_hooks = len(hooks) > 0
         return super().register_all_hook_patches(hooks, *args, **options)
 
@@ -78,13 +79,13 @@ class HookedPatcher(StreamedPatcher):
         return {*self.get_combined_hook_patches(hooks), *self.cached_hook_patches.get(hooks, ())}
 
     def _forget_what_is_gone(self) -> None:
-        """Where there is the original alone nothing is written back."""
+        """Drop the kept values of weights of which only the original is left: nothing may be written to that."""
         for streamer in self.streamers if self.hook_backup else ():
             for name in streamer.bare(self.hook_backup):
                 del self.hook_backup[name]
 
     def _weights_were_written(self, written: bool = False) -> None:
-        """Have what was written copied anew, and keep it for as long as there is something to write back."""
+        """Have written weights copied anew, and keep master copies as long as the host has values to write back."""
         for streamer in self.streamers:
             if written or self.hook_backup:
                 streamer.invalidate()

@@ -1,4 +1,4 @@
-"""Settings of one MODEL: what the user asked for, ComfyUI's command line, and what the engine makes of both."""
+"""Settings of one MODEL: what the user asks for, and the engine's settings from that and ComfyUI's command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Mode(str, Enum):
 
 @dataclass(frozen=True)
 class OffloadSettings:
-    """What a user may choose. None, and 0 of a number of streams or segments, leave it to us.
+    """What a user may choose. None, or 0 as a number of streams or segments, means automatic.
 
     Attributes:
         mode: see :class:`Mode`.
@@ -50,15 +50,15 @@ class OffloadSettings:
     reserve_vram: int | None = None
 
     def over(self, earlier: OffloadSettings) -> OffloadSettings:
-        """These settings, where nothing is said about the limit of VRAM with that of a node before."""
+        """These settings; if they set no limit of VRAM, with the limit of ``earlier``, those of a node before."""
         return replace(self, vram_limit=earlier.vram_limit if self.vram_limit is None else self.vram_limit)
 
 
 def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
     """The engine's settings for ``backend``: the user's, else those of the host's command line.
 
-    --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram, --novram. Whether copies are
-    verified is for the environment to say.
+    The options are --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram and --novram.
+    Whether copies are verified is set by the environment (``WEIGHTSTREAM_VERIFY``).
     """
     virtual = backend.budget is not None
     return StreamingConfig(
@@ -93,6 +93,6 @@ def _copy_streams(settings: OffloadSettings) -> int:
         return settings.copy_streams
     if mm.NUM_STREAMS > 0:
         return mm.NUM_STREAMS
-    # On a CPU host this is 0 without anybody asking for it.
+    # On a CPU host NUM_STREAMS is 0 although no option asks for that.
     switched_off = args.disable_async_offload or args.async_offload == 0
     return 0 if switched_off else 2

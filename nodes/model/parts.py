@@ -2,13 +2,13 @@
 
 [Note: one patcher for each device]
 The host gives memory to patchers, each on one device: it makes room there, says how much a model may take, and takes it
-away again. So what a model has on another device than its own belongs to a patcher of its own, which hangs on the MODEL
-as an additional model (``additional_models``): the host loads those with it, clones them with it, and asks them for
-memory alone. Steps are run by the MODEL, each around the steps of its parts.
+away again. So what a model has on another device than its own belongs to a patcher of its own, which is attached to the
+MODEL as an additional model (``additional_models``). The host loads and clones these patchers together with the MODEL,
+and asks them for nothing but memory. The MODEL runs the steps, each around the steps of its parts.
 
 [Note: held parts]
-A step in which somebody takes weights away runs again, and who has taken them mostly does so again. A part has weights
-alone, so it can keep them until that step is over, and goes then.
+If some code takes weights away during a step, the step runs again, and mostly that code does so again. A part holds
+nothing but weights, so it can keep them until the step is over, and is unloaded then.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ logger = logging.getLogger(__name__)
 
 links = Links()
 
-# Where the host's transformer options hold the functions of patches. It moves what they hold to the MODEL's device.
+# The host's transformer options that hold patch functions. The host moves what they hold to the MODEL's device.
 TRANSFORMER_PATCHES = ("patches", "patches_replace")
-# What it holds there for the sampler and for steps, and no block looks at.
+# Those that are for the sampler and for steps, and that no block reads.
 AROUND_STEPS = ("wrappers", "callbacks")
 
 
 class Part(torch.nn.Module):
-    """Stands for what a model has on another device. Its modules are those of the model."""
+    """Stands for what a model has on another device. It is empty: the modules stay in the model."""
 
 
 class PartPatcher(StreamedModelPatcher):
     """What a MODEL has on another device (Note: one patcher for each device).
 
     Attributes:
-        owner: gives the MODEL, whose patches are in the weights here too.
+        owner: returns the MODEL, whose patches are in the weights here too; None once it is gone.
     """
 
     owner: Callable[[], StreamedModelPatcher | None] = staticmethod(lambda: None)
 
     def wrap_steps(self) -> None:
-        """The MODEL runs them."""
+        """Does nothing: the MODEL runs the steps."""
 
     def hold(self) -> None:
-        """A step that runs again keeps what is here until :meth:`let_go`, whoever takes it (Note: held parts)."""
+        """Keep all weights until :meth:`let_go`, also if the host takes them away before (Note: held parts)."""
         self.streamed.held = True
 
     def let_go(self) -> None:
-        """The step is over: what somebody has taken meanwhile goes."""
+        """The step is over: unload this part now if the host wanted that meanwhile."""
         self.streamed.held = False
         if self.streamed.leaves:
             self.streamed.leaves = False
@@ -82,12 +82,12 @@ class PartPatcher(StreamedModelPatcher):
             super().unpatch_model(device_to, unpatch_weights, **options)
 
     def load(self, *args: Any, **kwargs: Any) -> None:
-        """As for a whole MODEL. Where there is no room even for the least, it stays unloaded, and a step finds that."""
+        """Load as a whole MODEL does. Without room for the least, the part stays unloaded, and a step notices that."""
         self.settings, self.streamed.leaves = self._owner.settings, False
         try:
             super().load(*args, **kwargs)
         except Exception as error:
-            # A virtual device is as large as it is, so nothing larger is tried there.
+            # BudgetError comes from virtual devices: their size is fixed, so no larger plan is tried there.
             if not (self.streamer.backend.is_full(error) or isinstance(error, BudgetError)):
                 raise
             logger.warning("nothing of %s could be loaded: %s", self.streamed.name, str(error).partition("\n")[0])
@@ -98,7 +98,7 @@ class PartPatcher(StreamedModelPatcher):
         return clone
 
     def unpatch_hooks(self, *args: Any, **options: Any) -> None:
-        """Those of the MODEL are in the weights here too (hooked.py, Note: hooks and weights that move)."""
+        """The MODEL's hooks are in the weights here too (hooked.py, Note: hooks and weights that move)."""
         if self.hooked is not self:
             self.hooked.unpatch_hooks(*args, **options)
 
@@ -107,7 +107,7 @@ class PartPatcher(StreamedModelPatcher):
         return self.owner() or self
 
     def follow(self) -> None:
-        """The MODEL does, for all of its parts; not in the middle of a step."""
+        """Have the MODEL follow, for all of its parts, unless it is in the middle of a step."""
         if not self._owner.streamer.running:
             self._owner.follow()
 
@@ -124,10 +124,10 @@ class PartPatcher(StreamedModelPatcher):
 
 
 class OneDeviceError(UnsupportedModelError):
-    """A model has all of its blocks on one device.
+    """Only one of the devices that were asked for can take blocks.
 
     Attributes:
-        device: its place among those that were asked for.
+        device: its index among them.
     """
 
     def __init__(self, device: int, reason: str) -> None:
@@ -138,15 +138,17 @@ class OneDeviceError(UnsupportedModelError):
 def split_blocks(
     patcher: StreamedModelPatcher, devices: Sequence[torch.device], shares: Sequence[float] | None
 ) -> dict[int, str]:
-    """Have the blocks of a model that nobody has loaded or cloned yet run on ``devices``, the first its home.
+    """Distribute the blocks of a model, which was not loaded or cloned yet, over ``devices``.
+
+    The first device that gets blocks becomes its home.
 
     Args:
         patcher: the only one of its model.
         devices: at least two, of one kind.
-        shares: of each device in the bytes of blocks; None has them follow from free memory.
+        shares: the share of each device in the bytes of blocks; None derives them from free memory.
 
     Returns:
-        Why some devices get no blocks, by their places in ``devices``.
+        The reasons why some devices get no blocks, by their indices in ``devices``.
 
     Raises:
         OneDeviceError: only one can take some.

@@ -34,8 +34,8 @@ class StreamedModelPatcher(HookedPatcher):
     The base class keeps what is not about weights: patches, clones, hooks, callbacks, injections, object patches.
 
     Attributes:
-        without_dynamic: whether somebody has asked for this one without dynamic VRAM. A streamed one never has it, but
-            weights are then patched in another way (patches.py, Note: ways of the host).
+        without_dynamic: whether this patcher was asked for without dynamic VRAM. A streamed one never has that, but the
+            request changes how weights are patched (patches.py, Note: ways of the host).
     """
 
     def __init__(self, model: torch.nn.Module, *args: Any, **options: Any) -> None:
@@ -57,7 +57,7 @@ class StreamedModelPatcher(HookedPatcher):
         return clone
 
     def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> Any:
-        """The same model on another device, all of it there."""
+        """Clone the model for another device, with all of it there."""
         whole = StreamedModelPatcher.clone(self)
         whole.remove_additional_models(PARTS)
         return super(StreamedModelPatcher, whole).deepclone_multigpu(*args, **kwargs)
@@ -96,13 +96,13 @@ class StreamedModelPatcher(HookedPatcher):
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, *_: Any, **__: Any) -> float:
         """Make the model ready to run with ``extra_memory`` bytes more on the device than it has (fewer if negative).
 
-        Gives the bytes that were taken in addition. What else the host asks for is about its own ways of loading:
-        weights always carry their patches here.
+        Returns the bytes that were taken in addition. The host's other arguments are about its own ways of loading, and
+        are ignored: weights always carry their patches here.
         """
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             before = self.loaded_size()
             stays = self._stays_patched
-            # Object patches may be another clone's; its weights stay, and only what differs is written anew.
+            # The object patches may be another clone's. Its weights stay, and only those that differ are written anew.
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             if stays:
                 super().patch_model(load_weights=False)
@@ -155,10 +155,10 @@ class StreamedModelPatcher(HookedPatcher):
         follow(self)
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *_: Any, **__: Any) -> float:
-        """Give up weights until ``memory_to_free`` bytes are free, and give what was freed.
+        """Give up weights until ``memory_to_free`` bytes are free, and return how many bytes were freed.
 
-        Nothing is made in their place now: what the model needs instead is made when it is loaded again. Where less
-        was freed than asked for, the host takes the whole model off the device.
+        Nothing replaces them now: the copies that the model needs instead are made when it is loaded again. If less was
+        freed than asked for, the host takes the whole model off the device.
         """
         with self.use_ejected():
             self.unpatch_hooks()
@@ -180,7 +180,7 @@ class StreamedModelPatcher(HookedPatcher):
             if self.streamed.boundary is not None:
                 self.streamed.boundary.detach()
             if self.streamer.backend.budget is not None:
-                for part in self.parts:  # The host knows of one CPU, and asks for nothing on other virtual devices.
+                for part in self.parts:  # The host knows of one CPU, and unloads nothing on other virtual devices.
                     part.unpatch_model(device_to)
             self._restore_modules()
             self._tell_host(device_to)
@@ -189,7 +189,7 @@ class StreamedModelPatcher(HookedPatcher):
         super().unpatch_model(device_to=None, unpatch_weights=False, **options)
 
     def patch_model(self, *args: Any, **options: Any) -> Any:
-        """Put object patches in; of weights that they replace what an unloaded model shows is kept, which lasts."""
+        """Apply object patches. For weights that they replace, keep what an unloaded model shows, which stays valid."""
         new = self.object_patches.keys() - self.object_patches_backup.keys()
         if new.isdisjoint(name for value in self._values for name in value.names):
             return super().patch_model(*args, **options)
@@ -202,8 +202,8 @@ class StreamedModelPatcher(HookedPatcher):
 
     @property
     def _stays_patched(self) -> bool:
-        """Whether the host, without dynamic VRAM, would take all weights for patched, since these very patches are in
-        them. It patches none then, also not one that an object patch puts in anew."""
+        """Whether the host, without dynamic VRAM, would regard all weights as patched, since these very patches are in
+        them. It then patches none, not even a weight that an object patch puts in anew."""
         same = self.model.current_weight_patches_uuid == self.patches_uuid
         return same and self.is_whole and not self.would_be_dynamic
 
@@ -225,15 +225,15 @@ class StreamedModelPatcher(HookedPatcher):
         self._tell_host(self.load_device)
 
     def get_free_memory(self, device: torch.device) -> int:
-        """What a step may take, with all that the model could give up: prompts then share a step where the host can.
+        """Return the bytes that a step may take, including all that the model could give up.
 
-        A smaller picture of the memory would make the host run them one by one, and each of them would stream.
+        With a smaller figure the host would run prompts one by one that can share a step, and each would stream.
         """
         spare = self.streamer.device_bytes - self.streamer.minimum_bytes
         return super().get_free_memory(device) + max(0, spare) + hosts.record.held_bytes(device)
 
     def _plan(self, offered: float) -> Plan:
-        """The plan for what the host offers; the one in effect while another would gain little."""
+        """Return the plan for the bytes that the host offers; the one in effect if another would gain little."""
         streamer = self.streamer
         budget = self._budget(offered)
         logger.debug("offered %s, used as %s", format_bytes(offered), format_bytes(budget))
@@ -243,14 +243,14 @@ class StreamedModelPatcher(HookedPatcher):
         return streamer.next_plan(budget)
 
     def _budget(self, offered: float) -> float:
-        """Bytes on the device for this model, all in all."""
+        """Return how many bytes on the device this model may take in all."""
         streamer = self.streamer
         if streamer.backend.budget is not None:
             return min(offered, self._free_virtual_memory())
         offered = streamer.prompt_budget(offered)
         if offered >= streamer.minimum_bytes or mm.vram_state == mm.VRAMState.NO_VRAM:
             return offered
-        # The first answer can be nothing while other models still hold the memory (docs/design.md, "The offer").
+        # The host's first offer can be 0 while other models still hold the memory (docs/design.md, "The offer").
         needed = [
             loaded
             for loaded in mm.current_loaded_models
@@ -261,10 +261,10 @@ class StreamedModelPatcher(HookedPatcher):
         return offered + max(0, mm.get_free_memory(self.load_device) - free_before)
 
     def _free_virtual_memory(self) -> int:
-        """What the virtual device has for us. The host frees nothing for a CPU, so other models give way here.
+        """Make room on the virtual device and return the bytes that we may use. The host frees nothing for a CPU.
 
-        First they stream what they keep. Only when that is not enough for the least that we need do they go: a model
-        of the same prompt may be among them, and must stay ready to run.
+        First, other models stream what they keep. They are unloaded only if that is not enough for the least that we
+        need: a model of the same prompt may be among them, and must stay ready to run.
         """
         for other in self._rivals():
             if self._virtual_room < self.streamer.model_bytes:
@@ -350,7 +350,7 @@ class StreamedModelPatcher(HookedPatcher):
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """Have the modules hold the weights as loaded, on all devices."""
+        """Have the modules hold the weights as loaded, on all devices, inside of this context."""
         with ExitStack() as stack:
             for streamer in self.streamers:
                 stack.enter_context(streamer.originals())

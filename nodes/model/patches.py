@@ -14,9 +14,9 @@ A process with dynamic VRAM runs some MODELs without it, and so goes the older w
 conditioning (``CFGGuider.inner_set_conds``), and the clones of nodes that ask for it, as that for torch.compile does.
 
 [Note: patchers of other packs]
-A pack may have a patcher of its own that patches weights in another way. That for GGUF files leaves patches beside a
+A pack may have a patcher class that patches weights in its own way. The one for GGUF files leaves patches beside a
 packed weight, whose layer applies them, and computes those of a float16 or float32 weight in float32 on any device. So
-whatever such a class does is asked of it: it finds the weight in the model, and what it puts there is the patched one.
+that class's own method is called: it finds the weight in the model, and what it puts there is the patched weight.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ...streaming import UnsupportedModelError
 from ...streaming.model.layout import Value
 from ..host.hosts import LazyCastingParam, QuantizedTensor
 
-# The host loads a module of at most so many bytes whole, with dynamic VRAM on (ModelPatcherDynamic.load).
+# With dynamic VRAM on, the host loads a module of at most so many bytes whole (ModelPatcherDynamic.load).
 PRELOADED_MODULE_BYTES = 16 * 1024
 
 
@@ -76,8 +76,8 @@ class HostPatches:
     Args:
         patcher: the MODEL.
         values: the model's parameters and buffers, or some of them.
-        device: where patches are computed; None is where the MODEL is.
-        kind: the class of the patcher that the model came with, which may have a way of its own.
+        device: where patches are computed; None means the MODEL's load device.
+        kind: the class of the patcher that the model came with, which may patch in its own way.
         dynamic: whether the host would run this MODEL with dynamic VRAM.
 
     Raises:
@@ -114,7 +114,7 @@ class HostPatches:
 
     @property
     def _computing_dtype(self) -> torch.dtype:
-        """In which the model runs; text encoders do in what their loader has set."""
+        """The dtype in which the model runs; that of a text encoder is set by its loader."""
         model = self._patcher.model
         if hasattr(model, "get_dtype_inference"):
             return model.get_dtype_inference()
@@ -130,8 +130,9 @@ class HostPatches:
             return self._patcher.patch_weight_to_device(name, device_to=self._device, return_weight=True)
 
     def _is_patched(self, name: str) -> bool:
-        """Whether the host applies patches to it at all: to parameters of modules that it loads one by one, and with
-        dynamic VRAM to those of its own layers. A parameter beside layers, as Wan has some, keeps its value."""
+        """Whether the host applies patches to this weight at all. It patches parameters of modules that it loads one by
+        one, which have no parameters in child modules, and with dynamic VRAM only those of its own layers. A parameter
+        beside layers, as Wan has some, keeps its value."""
         if name not in self._patched:
             module, attribute = comfy.utils.resolve_attr(self._patcher.model, name)
             inner = (parameter for child in module.children() for parameter in child.parameters())
@@ -149,13 +150,13 @@ class HostPatches:
         return comfy.lora.calculate_shape(self._patcher.patches[name], original, name) != original.shape
 
     def _compute_when_run(self, name: str, original: torch.Tensor) -> torch.Tensor:
-        """As the host's cast of a dynamic weight does just before its layer runs, where it keeps the result."""
+        """Compute as the host does when it casts a dynamic weight just before its layer runs, and keeps the result."""
         seed = comfy.utils.string_to_seed(name.rpartition(".")[0])
         device, dtype = self._device, self._computing_dtype
         if not isinstance(original, QuantizedTensor):
             patched = self._calculate(name, original.to(device=device, dtype=dtype, copy=True))
             return comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
-        # Step by step, as the host has it: asked for device and dtype at once, the class may dequantise on the way.
+        # Step by step, as the host does it: converted to device and dtype at once, the class may dequantise on the way.
         kept = torch.empty_like(original, device=device)
         kept.copy_(original)
         patched = self._calculate(name, kept.to(dtype=dtype).dequantize())
@@ -163,8 +164,8 @@ class HostPatches:
         return kept
 
     def _compute_their_way(self, theirs: ModelPatcher, name: str, original: torch.Tensor) -> torch.Tensor:
-        """As the pack does that the model came from (Note: patchers of other packs)."""
-        theirs.backup = {name: None}  # It keeps no copy of what it finds a copy of.
+        """Compute by the patcher class of the pack that the model came from (Note: patchers of other packs)."""
+        theirs.backup = {name: None}  # It makes no backup of a weight that has one.
         with _weight_in_place(self._patcher.model, name, original):
             theirs.patch_weight_to_device(name, device_to=self._device)
             return comfy.utils.get_attr(self._patcher.model, name)
@@ -174,7 +175,7 @@ class HostPatches:
 
 
 def dtypes_loaded_by_host(values: Iterable[Value]) -> dict[str, torch.dtype]:
-    """In which dtypes the host's own loaders have plain weights: the model's, but with dynamic VRAM the file's."""
+    """The dtypes of plain weights with the host's own loaders: the model's, but with dynamic VRAM the file's."""
     dynamic = comfy.memory_management.aimdo_enabled
     plain = [value for value in values if value.is_plain]
     return {name: value.original.dtype if dynamic else value.dtype for value in plain for name in value.names}
@@ -185,7 +186,7 @@ def weights_to_save(
 ) -> dict[str, torch.Tensor]:
     """The weights of a MODEL in ``dtypes``, as the host writes them to a file.
 
-    Patched ones are computed one by one while it is written, and then not as for running (Note: ways of the host).
+    Patched weights are computed one by one while it is written, in another way than to run (Note: ways of the host).
     """
     originals = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in originals.items()}
     patched = _SavedPatches(patcher, originals)
@@ -196,7 +197,7 @@ def weights_to_save(
 
 
 class _SavedPatches:
-    """Stands in for a patcher when the host asks for a patched weight, of which the model holds something else."""
+    """Stands in for a patcher when the host asks for a patched weight in whose place the model holds another tensor."""
 
     def __init__(self, patcher: ModelPatcher, originals: dict[str, torch.Tensor]) -> None:
         self.load_device = patcher.load_device
@@ -215,7 +216,7 @@ def _has_its_own_way(kind: type[ModelPatcher]) -> bool:
 
 
 def _as_another(patcher: ModelPatcher, kind: type[ModelPatcher]) -> ModelPatcher:
-    """One of class ``kind`` with all that ``patcher`` has, to call its methods: the end of its life changes nothing."""
+    """Make an object of class ``kind`` with all that ``patcher`` has, to call its methods. ``__del__`` does nothing."""
     stand_in = object.__new__(type(kind.__name__, (kind,), {"__del__": lambda self: None}))
     vars(stand_in).update(vars(patcher))
     return stand_in
@@ -223,7 +224,7 @@ def _as_another(patcher: ModelPatcher, kind: type[ModelPatcher]) -> ModelPatcher
 
 @contextmanager
 def _weight_in_place(model: torch.nn.Module, name: str, weight: torch.Tensor) -> Iterator[None]:
-    """The host reads the weight to patch from the model, so it is there for as long as that takes."""
+    """Put ``weight`` into the model inside of this context: the host reads the weight to patch from there."""
     module, attribute = comfy.utils.resolve_attr(model, name)
     is_parameter = attribute in module._parameters
     holder = module._parameters if is_parameter else module._buffers
@@ -236,5 +237,5 @@ def _weight_in_place(model: torch.nn.Module, name: str, weight: torch.Tensor) ->
         yield
     finally:
         if not is_parameter:
-            module._parameters.pop(attribute, None)  # Where a patched one may have gone.
+            module._parameters.pop(attribute, None)  # The patched one may have been put here.
         holder[attribute] = before

@@ -1,4 +1,4 @@
-"""Which device has which blocks of a MODEL; sharing.py says when that changes."""
+"""Which device has which blocks of a MODEL; sharing.py decides when that changes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .offload import OffloadSettings
 
 
 class Shares:
-    """The blocks of one model, given out to its devices.
+    """The blocks of one model, distributed over its devices.
 
     Args:
         blocks: all of them.
-        wanted: the share of each device; None has them follow from room, times and links.
+        wanted: the share of each device; None derives them from room, times and links.
 
     Attributes:
         group: of the streamers of all devices.
-        wanted: see above, of the devices that take part.
+        wanted: as above, for the devices that take part.
         sizes: bytes of each block.
-        due: whether to look, before the next step, if other shares would be better.
-        advised: how often in a row others have seemed better.
+        due: whether to check, before the next step, if another assignment would be better.
+        advised: how many times in a row another one has seemed better.
         had_at_home: whether all blocks had to be on the first device.
     """
 
@@ -40,7 +40,7 @@ class Shares:
         self.cut(blocks)
 
     def cut(self, blocks: BlockSet) -> None:
-        """The model was cut into these blocks; who has which of them is not changed by that."""
+        """The model was cut into these blocks. The assignment stays as it is."""
         self.blocks = blocks
         self.sizes = [sum(unit.nbytes for unit in block.units) for block in blocks.blocks]
 
@@ -51,7 +51,7 @@ class Shares:
 
     @property
     def assignment(self) -> Assignment:
-        """Of blocks to devices, the home being number 0."""
+        """The number of each block's device. The home is number 0."""
         return self.group.assignment
 
     @assignment.setter
@@ -59,7 +59,7 @@ class Shares:
         self.group.assignment = assignment
 
     def begin(self, backends: Sequence[Backend], settings: OffloadSettings) -> Distribution:
-        """Give out all blocks for the first time. Some devices may get none, and do not count from now on."""
+        """Distribute all blocks for the first time. Devices that get none take no part from now on."""
         rooms = _rooms_at_first(backends, settings)
         found = distribute(self.sizes, self.blocks.rest.nbytes, rooms, self.wanted)
         if self.wanted is not None:
@@ -68,11 +68,11 @@ class Shares:
         return found
 
     def part(self, device: int) -> BlockSet:
-        """What a device has."""
+        """The blocks of one device, and for the home also what is in no block."""
         return self.blocks.part(self.assignment.blocks_of(device), with_outside=device == 0)
 
     def placed_on(self, devices: Sequence[torch.device]) -> list[tuple[torch.nn.Module, torch.device]]:
-        """All blocks, and on which of the devices they run."""
+        """All blocks, each with the device on which it runs."""
         return [
             (block.module, devices[number])
             for block, number in zip(self.blocks.blocks, self.assignment.devices, strict=True)
@@ -82,19 +82,19 @@ class Shares:
         return describe(self.assignment, [backend.name for backend in backends], self.sizes)
 
     def best(self, rooms: Sequence[DeviceRoom]) -> Assignment:
-        """Who would have which blocks with these rooms, the first device being the home."""
+        """Return the best assignment for these rooms, with the first device as the home."""
         found = distribute(self.sizes, self.blocks.rest.nbytes, rooms, self.wanted, home_is_first=True)
         return replace(found.assignment, devices=tuple(found.devices[place] for place in found.assignment.devices))
 
 
 def check_parts(blocks: BlockSet) -> None:
-    """Raise where blocks cannot be on several devices."""
+    """Raise :class:`UnsupportedModelError` if the blocks cannot be on several devices."""
     if any(block.tied for block in blocks.blocks):
         raise UnsupportedModelError("its blocks share tensors")
 
 
 def rooms_of(blocks: BlockSet, backends: Sequence[Backend], settings: OffloadSettings) -> list[DeviceRoom]:
-    """What devices have for blocks before anything was measured, the first of them beside what is in no block."""
+    """The room for blocks on each device before anything was measured; on the first, what is in no block takes some."""
     home, *others = _rooms_at_first(backends, settings)
     return [replace(home, nbytes=max(0.0, home.nbytes - blocks.rest.nbytes)), *others]
 
@@ -105,14 +105,14 @@ def _rooms_at_first(backends: Sequence[Backend], settings: OffloadSettings) -> l
 
 
 def room_on(backend: Backend, settings: OffloadSettings) -> float:
-    """Bytes for weights on a device, when activations have what they need at least."""
+    """Bytes for weights on a device, beside the least that activations need."""
     reserve = 0.0 if backend.budget is not None else mm.minimum_inference_memory()
     room = max(0.0, obtainable(backend) - reserve)
     return room if settings.vram_limit is None else min(room, float(settings.vram_limit))
 
 
 def links_of(backends: Sequence[Backend]) -> list[float]:
-    """Bytes per second that the devices' links are made for; the same for all where it is not known of each."""
+    """The nominal bytes per second of the devices' links; 1.0 for all if that of one is not known."""
     if any(backend.budget is not None for backend in backends):
         return [1.0] * len(backends)
     found = [link.bytes_per_second for link in best_links([backend.device.index for backend in backends])]

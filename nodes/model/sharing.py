@@ -1,14 +1,14 @@
-"""Has other devices run blocks of a MODEL where that must be, or is better.
+"""Moves blocks of a MODEL to other devices, if that is necessary or faster.
 
 [Note: when shares change]
-Another assignment costs a load: nothing of what a device has is kept. So it must gain much, and must have seemed better
-when a sampler began, twice in a row: memory that is taken now may be free soon. Times and bandwidths that were measured
-count as soon as there are some. A device that has no room for the least that streams there gets nothing at once, in the
-middle of a prompt too, and the step is run again, for as long as there is another device. The home then keeps what is
-in no block. A device gets its share again as it would any other.
+Another assignment costs a load: no device keeps what it has. So the gain must be large, and the assignment must have
+seemed better when a sampler began, twice in a row: memory that is in use now may be free soon. Measured times and
+bandwidths count as soon as there are some. A device without room for the least that streams there loses its blocks at
+once, also in the middle of a prompt, and the step runs again, as long as there is another device. If it is the home, it
+keeps what is in no block. Such a device gets blocks again as any other would.
 
-A model all of whose blocks must run where other nodes' tensors are (``Boundary.out_of_reach``), or some of whose blocks
-have come to share tensors, has them at home for as long as it is so.
+All blocks of a model are at home for as long as they must run where other nodes' tensors are
+(``Boundary.out_of_reach``), or some of them have come to share tensors.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .streamed_patcher import StreamedPatcher
 
 logger = logging.getLogger(__name__)
 
-# Other shares must make a step shorter by this part, so many times in a row.
+# Another assignment must make a step shorter by this fraction, this many times in a row.
 GAIN = 0.15
 TIMES = 2
-# Devices whose times differ by less are equally fast.
+# Devices whose times differ by a smaller fraction count as equally fast.
 LIKE = 0.1
 
 T = TypeVar("T")
@@ -53,8 +53,8 @@ class PartFullError(Exception):
 
 
 def take_up(patcher: StreamedPatcher, blocks: BlockSet) -> None:
-    """The model of ``patcher`` was cut anew. Where it has as many blocks as before they stay where they are, unless
-    they share tensors now."""
+    """Take over ``blocks``, into which the model was cut anew. If there are as many as before, they stay on their
+    devices, unless some share tensors now."""
     shares = patcher.streamed.shares
     shares.cut(blocks)
     if shares.tied:
@@ -69,7 +69,7 @@ def take_up(patcher: StreamedPatcher, blocks: BlockSet) -> None:
 
 
 def run(patcher: StreamedPatcher, step: Callable[[], T]) -> T:
-    """Run a step of the MODEL that is loaded, with other shares where that must be, or is better."""
+    """Run a step of the MODEL that is loaded. Before it, and after a failure for want of room, blocks may move."""
     shares = patcher.streamed.shares
     boundary = patcher.streamed.boundary
     due, shares.due = shares.due, False
@@ -90,17 +90,17 @@ def run(patcher: StreamedPatcher, step: Callable[[], T]) -> T:
             if not broken or len(full) > len(patcher.parts) or shares.tied:
                 raise
         finally:
-            boundary.settle()  # For an interrupt, which is no Exception, torch runs no hook.
+            boundary.settle()  # An interrupt is no Exception, so torch runs no hooks for it.
         # Not inside of "except": the error's frames would keep the activations of the failed step alive.
         _leave_out(patcher, full)
 
 
 def _reconsider(patcher: StreamedPatcher) -> None:
-    """Before the first step after the host has loaded the MODEL (Note: when shares change)."""
+    """In the first step after a load by the host, see if another assignment is better (Note: when shares change)."""
     shares = patcher.streamed.shares
     rooms = _rooms(patcher)
     better = shares.best(rooms)
-    # Where the user has said how much each gets, or they had to be at home, what counts is that each takes part.
+    # If the user has set the shares, or all blocks had to be at home, what counts is that more devices take part.
     wished = shares.wanted is not None or shares.had_at_home
     wished = wished and len(set(better.devices)) > len(set(shares.assignment.devices))
     home = replace(rooms[0], nbytes=max(0.0, rooms[0].nbytes - shares.blocks.rest.nbytes))
@@ -121,7 +121,7 @@ def _reconsider(patcher: StreamedPatcher) -> None:
 
 
 def _have_at_home(patcher: StreamedPatcher, stranger: torch.nn.Module) -> None:
-    """Have all blocks on the MODEL's own device, because of what is in one of them."""
+    """Move all blocks to the MODEL's own device, because of what is in ``stranger``, one of them."""
     shares = patcher.streamed.shares
     if not any(shares.assignment.devices):
         return
@@ -136,8 +136,8 @@ def _have_at_home(patcher: StreamedPatcher, stranger: torch.nn.Module) -> None:
 
 
 def _rooms_at_home(patcher: StreamedPatcher, text: str) -> list[DeviceRoom]:
-    """Say, by ``text``, that all blocks are on the MODEL's own device from now on; gives the room that there is
-    then."""
+    """Announce, by ``text``, that all blocks are on the MODEL's own device from now on. Returns the rooms for that: 0
+    bytes on other devices."""
     shares = patcher.streamed.shares
     status.announce(patcher.streamed.name, text, patcher.node_id)
     keep_notice("fallback", patcher.streamed.title, text, patcher.node_id, patcher.streamed)
@@ -158,10 +158,10 @@ def _leave_out(patcher: StreamedPatcher, full: Sequence[StreamedPatcher]) -> Non
 
 
 def _carry_out(patcher: StreamedPatcher, assignment: Assignment, rooms: Sequence[DeviceRoom]) -> None:
-    """Have the blocks where ``assignment`` has them, loaded, with the patches of ``patcher``."""
+    """Move the blocks to where ``assignment`` has them, and load them with the patches of ``patcher``."""
     shares = patcher.streamed.shares
     patcher.unpatch_hooks()
-    patcher.follow()  # What blocks have written to buffers of theirs goes with them.
+    patcher.follow()  # Takes along what blocks have written to their buffers.
     shares.assignment, shares.advised = assignment, 0
     everybody = [patcher, *patcher.parts]
     for number, one in enumerate(everybody):
@@ -176,7 +176,7 @@ def _carry_out(patcher: StreamedPatcher, assignment: Assignment, rooms: Sequence
 
 
 def _rooms(patcher: StreamedPatcher) -> list[DeviceRoom]:
-    """What the devices have now, and how fast they and their links were, once that was measured."""
+    """The room that the devices have now, with the speeds of them and of their links once all were measured."""
     streamers = patcher.streamers
     backends = [streamer.backend for streamer in streamers]
     measured = [streamer.profile.measured for streamer in streamers if streamer.blocks.blocks]
@@ -192,7 +192,7 @@ def _rooms(patcher: StreamedPatcher) -> list[DeviceRoom]:
 
 
 def _made_room(patcher: StreamedPatcher, nbytes: float) -> float:
-    """What there is of so many bytes once other models have given way, of which this prompt needs none."""
+    """Have the host free other models that this prompt does not need. Returns how many of ``nbytes`` there are then."""
     if patcher.streamer.backend.budget is not None or not patcher.streamer.blocks.blocks:
         return nbytes
     needed = [loaded for loaded in mm.current_loaded_models if loaded.currently_used]
@@ -202,9 +202,9 @@ def _made_room(patcher: StreamedPatcher, nbytes: float) -> float:
 
 
 def _times(streamers: Sequence[Streamer]) -> list[float]:
-    """Seconds of compute for a byte of blocks on each device, by blocks of kinds that it has in common with the first.
+    """Seconds of compute for a byte of blocks on each device, by the kinds of blocks that it shares with the first.
 
-    One without such counts as being as fast.
+    A device that shares none counts as equally fast.
     """
     kinds = [_seconds_by_kind(streamer) for streamer in streamers]
     ratios = []
@@ -218,7 +218,7 @@ def _times(streamers: Sequence[Streamer]) -> list[float]:
 
 
 def _seconds_by_kind(streamer: Streamer) -> dict[object, float]:
-    """Compute of a block; of those of one class and size all take the same."""
+    """Seconds of compute of a block, by its class and size: blocks that agree in these take equally long."""
     blocks = zip(streamer.blocks.blocks, streamer.profile.block_seconds, strict=True)
     return {
         (type(block.module), tuple(unit.nbytes for unit in block.units)): seconds

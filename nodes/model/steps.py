@@ -1,4 +1,4 @@
-"""Steps of streamed models, under their streamers' care (:meth:`streaming.Streamer.run`)."""
+"""Runs steps of streamed models by their streamers (:meth:`streaming.Streamer.run`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run the model once. The host calls this around each step of a MODEL.
 
-    An interrupt is no ``Exception``, so torch runs no hook for it: the streamer releases here what it hit.
+    An interrupt is no ``Exception``, so torch runs no hooks for it: the streamer releases the block that it hit.
     """
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not hasattr(patcher, "streamer"):
@@ -53,7 +53,7 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
 
 
 def _roots_of(executor: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the code of a step gets, by names for people."""
+    """The objects that the code of a step is given, by names for people."""
     given = (*args, *kwargs.values())
     options = next((value for value in given if isinstance(value, dict) and "wrappers" in value), {})
     named = {f"transformer_options[{name!r}]": value for name, value in options.items()}
@@ -62,7 +62,7 @@ def _roots_of(executor: Any, x: torch.Tensor, args: tuple[Any, ...], kwargs: dic
 
 @uncollected()
 def repeatable(patcher: HookedPatcher, forward: Callable[[], T], roots: dict[str, Any]) -> RepeatableStep[T]:
-    """A step of ``patcher`` that may be called again when it has failed; ``roots`` is what it can get hold of."""
+    """A step of ``patcher`` that may be called again when it has failed; ``roots`` are objects that it can reach."""
     devices = [patcher.load_device, *(part.load_device for part in patcher.parts)]
     modules = patcher.streamed.step_modules(getattr(patcher.model, "diffusion_model", patcher.model))
     streamers = patcher.streamers
@@ -72,16 +72,16 @@ def repeatable(patcher: HookedPatcher, forward: Callable[[], T], roots: dict[str
 
 
 def in_effect(patcher: HookedPatcher, forward: Callable[[], T]) -> Callable[[], T]:
-    """``forward``, for one step, with what is in effect now: with these hooks in the weights, and not without weights.
+    """Wrap ``forward`` for one step, to run with the hooks of this moment in the weights, and with all weights loaded.
 
-    It raises :class:`WeightsMovedError` if somebody has moved weights while it ran, and may then be called again.
+    The result raises :class:`WeightsMovedError` if weights were moved while it ran, and may then be called again.
     """
     return partial(_with_hooks, patcher, patcher.current_hooks, forward)
 
 
 def _with_hooks(patcher: HookedPatcher, hooks: Any, forward: Callable[[], T]) -> T:
     if not patcher.is_whole:
-        raise _moved(patcher)  # On one of several devices, and this is another, which runs its part again.
+        raise _moved(patcher)  # On one of several devices, while another device runs the step again.
     patcher.put_hooks_on(hooks)
     patcher.streamed.step_hooks = hooks
     moves = patcher.moves
@@ -92,7 +92,7 @@ def _with_hooks(patcher: HookedPatcher, hooks: Any, forward: Callable[[], T]) ->
             raise _moved(patcher) from error
         raise
     except Exception as error:
-        # What has met an original instead of a weight: that is in host memory, and may have another dtype.
+        # The error may come from an original in a weight's place: that is in host memory, and may have another dtype.
         if patcher.moves == moves or patcher.streamer.backend.is_full(error):
             raise
         raise _moved(patcher) from error
@@ -105,7 +105,7 @@ def _with_hooks(patcher: HookedPatcher, hooks: Any, forward: Callable[[], T]) ->
 
 def _moved(patcher: HookedPatcher) -> WeightsMovedError:
     for part in patcher.parts:
-        part.hold()  # The step runs again, and so does who has taken them.
+        part.hold()  # The step runs again, and so does the code that took them.
     return WeightsMovedError(
         f"weights of {patcher.streamed.name} were taken off their device while a step of it ran, and were not loaded "
         "again before it went on. Some node frees memory in the middle of a step: move it before the sampler, or have "
@@ -120,7 +120,7 @@ def run_step(
     forward = partial(_leaving_nothing_open, forward)
     # Activations are never on a virtual device.
     virtual = patcher.streamer.backend.budget is not None
-    # Where somebody has loaded another clone meanwhile the host runs on with its patches.
+    # If another clone was loaded meanwhile, the host continues with the patches of that one.
     patcher = patcher.streamed.loaded() or patcher
     for part in patcher.parts:
         forward = partial(_run_part, part, forward, shape, estimate)
@@ -130,8 +130,8 @@ def run_step(
 
 
 def _leaving_nothing_open(forward: Callable[[], T]) -> T:
-    """Run ``forward``. If it fails nothing of the host's recordings is left open: memory is taken, or it runs again,
-    right behind this."""
+    """Run ``forward``. If it fails, end the host's records of allocations: right afterwards memory is allocated, or the
+    step runs again."""
     try:
         with nesting_pauses:
             return forward()
@@ -141,24 +141,25 @@ def _leaving_nothing_open(forward: Callable[[], T]) -> T:
 
 
 def ensure_loaded(patcher: HookedPatcher, estimate: Callable[[], int] = lambda: 0) -> None:
-    """Before a step: load a MODEL that somebody has unloaded since the last one. ``estimate``: bytes of activations."""
+    """Before a step: load a MODEL that was unloaded since the last one. ``estimate`` returns bytes of activations."""
     if patcher.streamer.state is State.UNLOADED:
         load_again(patcher, 0 if patcher.streamer.backend.budget is not None else estimate())
 
 
 def load_again(patcher: HookedPatcher, memory: int = 0) -> None:
-    """Have the host load a MODEL that somebody has unloaded since its last step.
+    """Have the host load a MODEL that was unloaded since its last step.
 
     Args:
         patcher: of the MODEL.
         memory: bytes to keep for activations.
 
     Raises:
-        StreamingError: it is not loaded then either.
+        StreamingError: it is still not loaded afterwards.
     """
     hooks, name = patcher.streamed.step_hooks or patcher.current_hooks, patcher.streamed.name
     ours = [patcher, *patcher.get_nested_additional_models()]
-    # Others that the prompt uses stay where they are, and count as used. A part may be loaded while the MODEL runs.
+    # Other models that the prompt uses stay where they are, and count as used. But a part may be loaded while the MODEL
+    # runs, so no other model is passed along with it.
     used = [loaded.model for loaded in mm.current_loaded_models if loaded.currently_used and loaded.model is not None]
     is_part = patcher.hooked is not patcher
     others = [other for other in used if not (is_part or any(one.is_clone(other) for one in ours))]
@@ -173,15 +174,15 @@ def load_again(patcher: HookedPatcher, memory: int = 0) -> None:
 
 
 def load_when_called(patcher: HookedPatcher) -> RemovableHandle:
-    """Have a call of the root of a MODEL that is not whole load it again first: for code that calls it by itself, or
-    has it give up weights in a step before that comes to the root."""
+    """Have a call of the root of a MODEL that is not whole load it again first. This is for code that calls the root by
+    itself, or that has the MODEL give up weights in a step before the root is called."""
     reference = weakref.ref(patcher)
 
     @torch.compiler.disable
     def load(*_: object) -> None:
         moved = reference()
         if moved is None:
-            return  # Nobody knows any more with what it was loaded.
+            return  # The patcher with which it was loaded is gone.
         running = getattr(moved.model, "current_patcher", None)
         whole = running if hasattr(running, "streamer") else moved
         if whole.is_whole:
@@ -196,7 +197,7 @@ def load_when_called(patcher: HookedPatcher) -> RemovableHandle:
                 f"part. Free memory on {', '.join(missing)}, or use fewer GPUs."
             )
         for streamer in late:
-            streamer.begin_step()  # The hooks that tell of it have only just been attached.
+            streamer.begin_step()  # Its hooks have only just been attached.
 
     handle = patcher.streamer.root.register_forward_pre_hook(load, prepend=True)
     return handle
@@ -212,7 +213,7 @@ def _run_part(part: HookedPatcher, forward: Callable[[], T], shape: Hashable, es
 
 
 def shapes_of(values: Iterable[Any]) -> tuple:
-    """What of a step's arguments its time and memory hang on: the shapes of tensors, also of those in lists."""
+    """What of a step's arguments its time and memory depend on: the shapes of tensors, also of those in lists."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):

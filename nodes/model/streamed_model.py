@@ -34,7 +34,7 @@ _watching = threading.Lock()
 
 
 def streamed_models() -> list[StreamedModel]:
-    """Those that live, by name: what the status tells of."""
+    """All streamed models that are alive, sorted by name."""
     with _watching:
         return sorted(_living, key=lambda model: (model.name, model.number))
 
@@ -48,21 +48,21 @@ class StreamedModel:
         streamer: moves the weights.
         node_id: the node where the effective plan is shown; None outside of a prompt.
         bar: shows on it how far loading is.
-        load_by_host: loads the same model ComfyUI's own way; None where nobody can.
+        load_by_host: loads the same model ComfyUI's own way; None if there is no way.
         kind: the class of the patcher that the model came with; its way of patching weights is kept (patches.py).
-        origin: gives the patcher that came in, of a model that another node has loaded.
-        loaded: the patcher whose patches are in the weights.
+        origin: returns the incoming patcher, for a model that another node has loaded.
+        loaded: returns the patcher whose patches are in the weights.
         hooks: the group of the host's hooks that is in the weights too (hooked.py).
-        exchanged: where object patches have come or gone since that was followed, by name (following.py).
-        step_hooks: the one that the step that runs began with.
-        boundary: between devices, of a model whose blocks run on several (parts.py).
-        shares: which blocks run where, of such a model.
-        placed: its blocks, and where they run.
-        fed: the device that others bring weights to, and these (twins/feeding.py).
-        held: whether a part keeps its weights, whoever takes them (parts.py, Note: held parts).
-        leaves: whether somebody has taken them meanwhile, and nobody has loaded them again.
+        exchanged: the names at which object patches came or went since that was last followed (following.py).
+        step_hooks: the group of hooks with which the running step began.
+        boundary: the hooks between devices, for a model whose blocks run on several (parts.py).
+        shares: which device has which blocks, for such a model.
+        placed: its blocks, each with the device on which it runs.
+        fed: the device to which other devices bring weights, and these devices (twins/feeding.py).
+        held: whether a part keeps its weights even if the host takes them away (parts.py, Note: held parts).
+        leaves: whether the host has wanted them away meanwhile, and has not loaded them again.
         title: the checkpoint's file name.
-        number: tells models of a process apart; a part has the one of its whole model.
+        number: tells models of a process apart; a part has that of its whole model.
     """
 
     name: str
@@ -98,7 +98,7 @@ class StreamedModel:
 
     @property
     def gpu(self) -> str:
-        """The name of its device, as nodes have it."""
+        """The name of its device, as nodes show it."""
         return gpu_name(self.streamer.backend.device.index or 0)
 
     def feed(self, home: torch.device, helpers: Sequence[torch.device]) -> None:
@@ -106,21 +106,21 @@ class StreamedModel:
         self.fed = home, tuple(helpers)
 
     def backend_on(self, device: torch.device) -> Backend:
-        """A backend for this model there, with those who bring weights to it."""
+        """Make a backend for this model on ``device``, with the feeders that bring weights to it."""
         backend = make_backend(device)
         if self.fed is not None and same_device(self.fed[0], device):
             backend.feeders += [Feeder(make_backend(helper)) for helper in self.fed[1]]
         return backend
 
     def place_blocks(self, devices: Sequence[torch.device]) -> None:
-        """Blocks run on these devices, as the shares have it, from the next load on."""
+        """From the next load on, blocks run on these devices, as the shares assign them."""
         assert self.boundary is not None
         assert self.shares is not None
         self.boundary.detach()
         self.placed = self.shares.placed_on(devices)
 
     def step_modules(self, root: torch.nn.Module) -> StepModules:
-        """The modules that run in steps, since the host has loaded the model for them; below ``root``."""
+        """The modules below ``root``, which run in steps, collected once for each load by the host."""
         run = self.streamer.counters.runs
         if self._step_modules is None or self._step_modules[0] != run:
             self._step_modules = run, StepModules(root)
@@ -158,7 +158,7 @@ class StreamedModel:
         self.guard(None)
 
     def guard(self, handle: RemovableHandle | None) -> None:
-        """While it is unloaded ``handle`` sees to calls of its root; None where nobody must."""
+        """Keep ``handle``, whose hook sees to calls of the root while the model is unloaded; remove the last one."""
         if self._guard is not None:
             self._guard.remove()
         self._guard = handle
@@ -168,9 +168,9 @@ class StreamedModel:
         self.node_id = self.bar.node_id = node_id
 
     def load_native(self) -> ModelPatcher | None:
-        """A patcher of the same model that the host moves; None where nobody can load it.
+        """Return a patcher of the same model that the host moves; None if there is no way to load it.
 
-        One with dynamic VRAM takes no memory while it is not loaded, and is kept for the next time.
+        A patcher with dynamic VRAM takes no memory while it is not loaded, so it is kept for the next time.
         """
         if self._native is not None:
             return self._native.clone()
@@ -192,7 +192,7 @@ def make_streamed(
     settings: OffloadSettings,
     node_id: str | None,
 ) -> StreamedModel:
-    """Make ``model`` stream, which the host has just built and nobody else uses.
+    """Make ``model`` stream, which the host has just built and which nothing else uses.
 
     Args:
         model: what a patcher holds.
@@ -224,7 +224,7 @@ def make_streamed(
 
 
 def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
-    """Raise where ``vram_limit`` has no room for what must be there."""
+    """Raise :class:`BudgetError` if ``vram_limit`` bytes have no room for the least that must be there."""
     if vram_limit is not None and vram_limit < streamer.minimum_bytes:
         # Rounded up, so that the value in the message works when typed in.
         gib = -(-streamer.minimum_bytes * 1000 // GIB) / 1000
@@ -241,6 +241,6 @@ def model_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -
 
 
 def dtype_by_host(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> torch.dtype:
-    """In which the host's own loader leaves this tensor: in the file's with dynamic VRAM, else as the model runs."""
+    """The dtype in which the host's own loader leaves this tensor: with dynamic VRAM the file's, else the model's."""
     dynamic = comfy.memory_management.aimdo_enabled
     return tensor.dtype if dynamic else model_dtype(module, attribute, tensor)

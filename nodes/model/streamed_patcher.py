@@ -1,4 +1,4 @@
-"""What a MODEL that streams consists of, for all who act on one."""
+"""The base class of a MODEL that streams: what code that acts on one may use."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class StreamedPatcher(ModelPatcher):
 
     @property
     def parts(self) -> list[Any]:
-        """The patchers of what is on other devices; none of a model on one."""
+        """The patchers of what is on other devices; empty for a model on one device."""
         return self.get_additional_models_with_key(PARTS)
 
     @property
     def streamers(self) -> list[Streamer]:
-        """Of all devices, ours first."""
+        """The streamers of all devices, that of the MODEL's own device first."""
         return [self.streamer, *(part.streamer for part in self.parts)]
 
     @property
@@ -63,6 +63,6 @@ class StreamedPatcher(ModelPatcher):
     def reload(self, plan: Plan) -> None:
         """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.
 
-        What somebody has unloaded meanwhile is for the host to load, or it would not know of it.
+        A model that was unloaded meanwhile is loaded by the host, which would not know of it otherwise.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Text encoders stream too: what is a step of one, and CLIP objects around a streamed patcher."""
+"""Text encoders stream too: what a step of one is, and CLIP objects with a streamed patcher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .patcher import StreamedModelPatcher
 from .steps import ensure_loaded, in_effect, repeatable, run_step, shapes_of
 from .streamed_model import ATTRIBUTE
 
-# What the host calls on a text encoder, each a step: blocks run in it once, or many times where text is generated.
+# The methods that the host calls on a text encoder. Each call is a step, in which blocks run once, or many times where
+# text is generated.
 CALLS = ("encode_token_weights", "generate")
 
 
@@ -28,7 +29,7 @@ class Step(torch.nn.Module):
 
 
 def step_of_text_encoder(model: torch.nn.Module) -> Step:
-    """Have each of :data:`CALLS` of ``model`` run as a step of the patcher that is loaded; gives the root of steps."""
+    """Have each of :data:`CALLS` of ``model`` run as a step of the loaded patcher. Returns the root of steps."""
     step = Step()
     for name in CALLS:
         if hasattr(model, name):
@@ -65,7 +66,7 @@ class StepCall:
 
 
 def _lengths(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """How many tokens there are, by which time and memory differ: prompts as the host's tokenizers give them."""
+    """The numbers of tokens in prompts as the host's tokenizers return them: time and memory depend on these."""
     found = []
     for value in args:
         if isinstance(value, dict):

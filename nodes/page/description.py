@@ -9,14 +9,14 @@ from ...streaming import Run, Snapshot, format_bytes
 from ..model.streamed_model import StreamedModel
 from ..tell.names import without_folders
 
-# A model is running for so many seconds after it began a step: samplers do something between two.
+# A model counts as running for so many seconds after it began a step: samplers do other work between two steps.
 RUNNING_SECONDS = 2.0
 
 
 def describe_models(models: Iterable[StreamedModel], ended: bool = False) -> list[dict[str, Any]]:
     """One entry for each of them, and so for each device of a split one. Plain values, ready for JSON.
 
-    ``ended``: who asks knows that nothing runs.
+    ``ended``: the caller knows that nothing runs.
     """
     return [describe_model(model, model.streamer.snapshot(), ended) for model in models]
 

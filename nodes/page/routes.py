@@ -1,11 +1,11 @@
 """The pack's routes.
 
 [Note: who may unload]
-Models are loaded and run by the host's worker, in one thread. A route that took one off the device meanwhile would pull
-memory from under it. So it holds the lock with which the worker takes a prompt from the queue, and goes away where one
-runs. The host's page waits for that lock too. To let go of device memory takes no time; to unlock RAM does, so that is
-done in pieces, and others have the lock between them. What is left is the host's own "Free model and node cache" in the
-moment in which the worker carries it out: while that is still waiting, nothing is unloaded here either.
+The host's worker loads and runs models, in one thread. A route that took a model off its device meanwhile would free
+memory that the worker uses. So the route holds the lock with which the worker takes a prompt from the queue, and fails
+if a prompt runs. The host's page waits for that lock too. Freeing device memory takes no time. Unlocking RAM does, so
+that is done in pieces, and others get the lock between. One gap is left: the host's own "Free model and node cache",
+in the moment in which the worker carries it out. While that is still waiting, nothing is unloaded here either.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def full_status() -> dict[str, Any]:
 
 
 def free(models: list[StreamedModel], what: str, between_prompts: BetweenPrompts) -> dict[str, int]:
-    """Take models off their devices, or free their page-locked memory; gives the bytes that came free, of each kind.
+    """Take models off their devices, or free their page-locked memory. Returns the freed bytes of each kind.
 
     Args:
-        models: the parts of one.
+        models: the parts of one model.
         what: :data:`MODEL` or :data:`PINNED`.
-        between_prompts: while it lasts no prompt runs (Note: who may unload).
+        between_prompts: a context in which no prompt runs (Note: who may unload).
 
     Raises:
         BusyError: they are in use.
@@ -89,10 +89,10 @@ def free(models: list[StreamedModel], what: str, between_prompts: BetweenPrompts
 
 
 def unlock(models: list[StreamedModel], between_prompts: BetweenPrompts) -> None:
-    """Free the page-locked memory of models, as far as nobody begins to use it.
+    """Free the page-locked memory of models, until a prompt begins.
 
     Raises:
-        BusyError: they give none of what they have.
+        BusyError: nothing of it could be freed.
     """
     freed, had = 0, _held(models).pinned
     for model in models:
@@ -120,10 +120,10 @@ def take_off(models: list[StreamedModel]) -> None:
 
 @contextlib.contextmanager
 def idle(server: PromptServer) -> Iterator[None]:
-    """While this lasts the host's worker begins no prompt.
+    """Keep the host's worker from beginning a prompt inside of this context.
 
     Raises:
-        BusyError: one runs.
+        BusyError: a prompt runs, or ComfyUI is about to free models.
     """
     queue = server.prompt_queue
     with queue.mutex:
@@ -178,10 +178,10 @@ def add_routes() -> None:
 
 
 async def _body(request: web.Request) -> dict[str, Any]:
-    """The JSON object that was sent; an empty one where it is something else."""
+    """The JSON object that was sent; an empty one if it was something else."""
     try:
         body = await request.json()
-    except (ValueError, LookupError, RecursionError):  # No JSON, an encoding that nobody knows, nested without end.
+    except (ValueError, LookupError, RecursionError):  # No JSON, an unknown encoding, nested too deeply.
         return {}
     return body if isinstance(body, dict) else {}
 

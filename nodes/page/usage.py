@@ -1,9 +1,8 @@
-"""How devices and the host's memory are used, sampled for those who watch.
+"""How devices and the host's memory are used, sampled for pages and reports.
 
 [Note: watching costs nothing]
-A sample asks the driver and torch's statistics, which wait for no stream, and makes no context on a GPU that nobody
-uses (machine/vram.py). It is taken when somebody asks, and never by itself. What lies between two samples gives
-rates.
+A sample reads figures of the driver and of torch, which waits for no stream, and makes no context on a GPU that is not
+in use (machine/vram.py). Samples are taken on request only. Rates follow from the difference of two samples.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from ..host.devices import pins, virtual_devices
 from ..host.gpus import visible_gpus
 from ..model.streamed_model import streamed_models
 
-# Rates are of at least so long. After a longer time than the other without samples they begin anew.
+# A rate spans at least the first time. After a gap between samples that is longer than the second, rates begin anew.
 SHORTEST_SECONDS = 0.5
 LONGEST_SECONDS = 5.0
-# A minute of them, or more: two steps seldom take longer.
+# A minute of samples, or more: two steps seldom take longer.
 MOST_SAMPLES = 120
 
 
@@ -36,16 +35,16 @@ class DeviceUsage:
     """How the memory of one device is used, in bytes; None where it is not known. The parts add up to ``total``.
 
     Attributes:
-        device, name: as nodes name it, and what it is sold as.
-        virtual: it lives in RAM.
-        total, free: all; what nobody has.
-        resident, staging: streamed models: weights that stay; slots through which the others pass.
-        torch, cache: what else torch has given out; what it keeps for its next allocations, with what weights leave
-            unused of their pages.
+        device, name: the name that nodes use, and the product name.
+        virtual: whether it lives in RAM.
+        total, free: all bytes, and those that are free.
+        resident, staging: of streamed models: weights that stay; slots through which the others stream.
+        torch, cache: what else torch has allocated; what it keeps for later allocations, with what weights leave unused
+            of their pages.
         other: other processes, contexts of drivers, models with ComfyUI's dynamic VRAM.
-        peak: the most that was seen in use since the last run began. Nobody samples while nobody looks; but torch keeps
-            what activations took, so that a sample after the run sees that too.
-        copy_rate: bytes per second that were copied to it of late.
+        peak: the most that samples have seen in use since the last run began. Samples are taken on request only, but
+            torch keeps the memory of activations, so that a sample after the run sees that too.
+        copy_rate: bytes per second that were copied to it lately.
         stalled: the part of that time for which compute waited for copies, at most 1.
     """
 
@@ -79,7 +78,7 @@ class HostUsage:
 
 
 class Sample(NamedTuple):
-    """All of it at one moment, which is in ``time``'s seconds."""
+    """All usage at one moment; ``time`` is in seconds, as ``time.time()`` returns it."""
 
     time: float
     devices: tuple[DeviceUsage, ...]
@@ -102,7 +101,7 @@ class _Rates(NamedTuple):
     stalled: float | None = None
 
 
-# A model on a device: its number, and the device's name. Not the model: who watches must not keep it alive.
+# A model on a device: its number, and the device's name. Not the model itself, which sampling must not keep alive.
 _Key = tuple[int, str]
 
 
@@ -135,7 +134,7 @@ class Sampler:
             self._history.append((now, done))
 
     def _rates(self, device: str, models: Mapping[_Key, Snapshot], now: float) -> _Rates:
-        """Over the last second, or over two steps where those take longer: copies are counted when they are queued."""
+        """Rates over the last second, or two steps if they take longer: copies are counted when they are queued."""
         ours = {key: snapshot for key, snapshot in models.items() if key[1] == device}
         steps = [snapshot.step_seconds or 0.0 for snapshot in ours.values() if snapshot.busy]
         since = now - max([1.0, *(2 * seconds for seconds in steps)])
@@ -185,7 +184,7 @@ def _memory(name: str, device: torch.device, ours: Sequence[Snapshot], reader: V
         title = "virtual device in RAM"
     else:
         vram, title = reader.read(device.index), torch.cuda.get_device_properties(device.index).name
-    # The figures are from moments that follow one another: what is negative is of something that just came or went.
+    # The figures are read one after another, so a difference is negative if memory was allocated or freed meanwhile.
     other = None if vram.free is None else max(0, vram.total - vram.free - vram.reserved)
     return DeviceUsage(
         name,

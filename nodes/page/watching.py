@@ -1,6 +1,6 @@
 """Tells pages once a second how devices are used, while they ask for it.
 
-A page that shows it renews a lease, and stops when nobody looks. Without a lease there is no task and no sample.
+A page renews a lease for as long as it shows that. Without a lease there is no task and no sample.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ DEVICE_FIELDS = ("device", "total", "free", "resident", "staging", "torch", "cac
 DEVICE_FIELDS += ("copy_rate", "stalled")
 HOST_FIELDS = ("ram_total", "ram_available", "pinned", "pinned_limit")
 
-# What of a model's entry moves all the time, or is in the event already.
+# The fields of a model's entry that neither change all the time nor are in the event already.
 STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", "last_run", "pinned_bytes")
 
 
 def make_event(reader: VramReader) -> dict[str, Any]:
-    """How things stand, in few words."""
+    """The state of devices, host memory and models in short form, as lists of values."""
     now = sampler.sample(reader)
     models = describe_models(streamed_models())
     loading = [[model["id"], *model["loading"].values()] for model in models if model["loading"] is not None]
@@ -62,14 +62,14 @@ def _row(usage: DeviceUsage | HostUsage, fields: tuple[str, ...]) -> list[Any]:
 
 
 def _short(value: Any) -> Any:
-    """Whole bytes, and parts of one in thousandths."""
+    """Round a float: above 1 to whole bytes, else to thousandths."""
     if not isinstance(value, float):
         return value
     return round(value, 3) if value <= 1 else round(value)
 
 
 def _revision(models: list[dict[str, Any]], devices: tuple[DeviceUsage, ...]) -> str:
-    """Another one when anything has changed that the event leaves out."""
+    """A checksum that changes when something changes that the event leaves out."""
     told: list[Any] = [[device.device, device.name] for device in devices]
     told += [[model[name] for name in STEADY_FIELDS] for model in models]
     told += describe_notices()
@@ -85,7 +85,7 @@ class Watch:
         self._task: asyncio.Task[None] | None = None
 
     def renew(self, client_id: str) -> bool:
-        """Send events to this page for the next :data:`LEASE_SECONDS`; False where no page has this id."""
+        """Send events to this page for the next :data:`LEASE_SECONDS`; returns False if no page has this id."""
         if client_id not in self._server.sockets:
             return False
         self._leases[client_id] = time.monotonic() + LEASE_SECONDS
@@ -96,20 +96,20 @@ class Watch:
 
     @property
     def active(self) -> bool:
-        """Whether anybody gets events."""
+        """Whether events are being sent."""
         return self._task is not None and not self._task.done()
 
     async def _send(self) -> None:
         with open_vram_reader() as reader:
             while self._drop_ended():
-                # In a thread: a driver that is just page-locking memory lets those who ask wait.
+                # In a thread, since a driver that is page-locking memory lets callers wait.
                 event = await asyncio.to_thread(make_event, reader)
                 for client_id in self._drop_ended():
                     self._server.send_sync(EVENT, event, client_id)
                 await asyncio.sleep(INTERVAL_SECONDS)
 
     def _drop_ended(self) -> list[str]:
-        """Forget leases that have ended, and pages that are gone; gives the others."""
+        """Forget leases that have ended, and pages that are gone. Returns the ids of the other pages."""
         now = time.monotonic()
         self._leases = {
             client_id: until
@@ -120,6 +120,6 @@ class Watch:
 
 
 def _tell_of_failure(task: asyncio.Task[None]) -> None:
-    """Pages see that nothing comes any more; with their next renewal it is tried again."""
+    """Log an error that has ended the task. Pages notice that no event comes; their next renewal begins a new task."""
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("[WeightStream] the use of devices cannot be read: %s", error, exc_info=error)

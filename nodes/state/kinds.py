@@ -1,4 +1,4 @@
-"""What a kind of object is to a step that may run again: how to keep what is in one, put it back, and go on from it."""
+"""Kinds of objects for a step that may run again: how to keep what is in one, put it back, and see what it leads to."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Kind(NamedTuple):
     """How to deal with objects of a type.
 
     Attributes:
-        keep: gives what is in an object now.
-        put_back: has that in it again, and raises :class:`Changed` where it cannot.
-        parts: what is to be looked at next.
+        keep: returns what is in an object now.
+        put_back: puts that back into it; raises :class:`Changed` if it cannot.
+        parts: returns the objects to look at next.
     """
 
     keep: Callable[[Any], Any]
@@ -41,12 +41,12 @@ def nothing(*_: Any) -> tuple[()]:
 
 
 def only_parts(parts: Callable[[Any], Iterable[Any]]) -> Kind:
-    """Of what has nothing in it that could change, and leads on."""
+    """The kind of an object that has nothing in it that could change, but leads to others."""
     return Kind(nothing, nothing, parts)
 
 
 def both(one: Kind, other: Kind) -> Kind:
-    """Of what has two things in it, such as the items of a container and attributes beside them."""
+    """The kind of an object with two contents, such as the items of a container and attributes beside them."""
     return Kind(
         lambda value: (one.keep(value), other.keep(value)),
         lambda value, kept: (one.put_back(value, kept[0]), other.put_back(value, kept[1])),
@@ -60,7 +60,7 @@ def package_of(value: type | types.FunctionType) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def is_stateless(package: str) -> bool:
-    """Whether functions and classes of a package keep no state: the host's, or of a library that was installed."""
+    """Whether functions and classes of a package keep no state: those of the host and of installed libraries."""
     if package in STATELESS:
         return True
     found = sys.modules.get(package)
@@ -69,5 +69,5 @@ def is_stateless(package: str) -> bool:
 
 
 def is_of_a_pack(module: types.ModuleType) -> bool:
-    """Whether variables of a Python module may be a state."""
+    """Whether variables of a Python module may hold state."""
     return not is_stateless(module.__name__.partition(".")[0])

@@ -1,9 +1,10 @@
 """Functions, objects, classes, and the variables that code names.
 
 [Note: what code names]
-A pack's function may change any variable of its module, and of other modules of packs: by its name, or by a name that
-it has as a text (``setattr``, ``globals()[...]``). Everything that it names so and that is there is kept, and no more
-of a module: the rest can be a whole library. Methods of an object call one another, so what one of them names all do.
+A pack's function may change any variable of its module, and of other modules of packs: by its name in the code, or by a
+string that is its name (``setattr``, ``globals()[...]``). Every variable that it names in these ways and that exists is
+kept. The rest of a module is not, since it can be a whole library. Methods of an object call one another, so what one
+of them names counts as named by all.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from typing import Any
 from .kinds import MISSING, Changed, Kind, is_of_a_pack, is_stateless, nothing, package_of
 from .kinds_of_containers import refill_dict
 
-# So much code is known at once.
+# How many code objects are known at once.
 MOST_CODE = 4096
 
 
 class Variables:
-    """Those of one module that code may change (Note: what code names).
+    """The variables of one module that code may change (Note: what code names).
 
     Args:
-        namespace: of the module.
-        names: that code has for anything.
-        named_by: what names the module, if it is not the code's own.
+        namespace: that of the module.
+        names: all names that the code has, for anything.
+        named_by: the variables of the module that names this one; None for the code's own module.
     """
 
     def __init__(self, namespace: dict[str, Any], names: frozenset[str], named_by: Variables | None = None) -> None:
         self.namespace = namespace
         self.names = names
         self._imported = tuple(_imported(namespace, names)) if named_by is None else ()
-        # Modules name one another, so there is one of each.
+        # Modules name one another, so there is one object for each.
         self._of_modules: dict[str, Variables] = {} if named_by is None else named_by._of_modules
 
     def keep(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class Variables:
 
 
 def _imported(namespace: dict[str, Any], names: frozenset[str]) -> Iterator[types.ModuleType]:
-    """Modules that code imports where it runs."""
+    """Modules that code imports when it runs."""
     package = namespace.get("__package__") or ""
     for name in names - namespace.keys():
         for full in (name, f"{package}.{name}", f"{package.rpartition('.')[0]}.{name}"):
@@ -80,7 +81,7 @@ _variables: dict[tuple[types.CodeType, int], Variables] = {}
 
 
 def _variables_of(function: types.FunctionType) -> Variables | None:
-    """None of a function that is no pack's."""
+    """The variables that a function may change; None for a function that is no pack's."""
     if is_stateless(package_of(function)):
         return None
     key = function.__code__, id(function.__globals__)
@@ -94,7 +95,7 @@ def _variables_of(function: types.FunctionType) -> Variables | None:
 
 @functools.lru_cache(maxsize=MOST_CODE)
 def _names(code: types.CodeType) -> frozenset[str]:
-    """All that code has for names, functions within it included; not what everybody has, as ``print``."""
+    """All names in code, and strings that may be names, including the functions within it; no ``__special__`` ones."""
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     texts = (constant for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier())
     found = frozenset(code.co_names).union(texts, *inner)
@@ -102,7 +103,7 @@ def _names(code: types.CodeType) -> frozenset[str]:
 
 
 def _data_of_module(module: types.ModuleType) -> dict[str, Any]:
-    """Its variables, of one that is reached otherwise than by code that names it."""
+    """The variables of a module that is reached in another way than by code that names it."""
     if not is_of_a_pack(module):
         return {}
     found = ((name, value) for name, value in vars(module).items() if not name.startswith("__"))
@@ -182,7 +183,7 @@ def _parts_of_object(value: Any) -> Iterator[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def slots(kind: type) -> tuple[str, ...]:
-    """Names of attributes that objects of a class have room for, as their class knows them."""
+    """The names of the slots of a class, as the class stores them."""
     found = []
     for one in kind.__mro__:
         names = vars(one).get("__slots__", ())
@@ -211,7 +212,7 @@ def _put_back_of_class(kind: type, kept: dict[str, Any]) -> None:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether it is something that code sets on a class, and not a part of its definition."""
+    """Whether ``value`` is data that code sets on a class, and not a part of the class's definition."""
     return not (isinstance(value, type) or hasattr(type(value), "__get__"))
 
 
@@ -237,7 +238,7 @@ def _variables_of_methods(kind: type) -> list[Variables]:
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
-    """Those that an attribute of a class consists of."""
+    """The functions of which an attribute of a class consists."""
     found = [value, *(getattr(value, name, None) for name in ("__func__", "fget", "fset", "func", "__wrapped__"))]
     return [one for one in found if isinstance(one, types.FunctionType)]
 
@@ -245,7 +246,7 @@ def _functions(value: Any) -> list[types.FunctionType]:
 CLASS = Kind(_keep_of_class, _put_back_of_class, _parts_of_class)
 
 
-# -- what nobody knows -------------------------------------------------------------------------------------------------
+# -- unknown objects ---------------------------------------------------------------------------------------------------
 
 
 def _tell(*_: Any) -> None:
@@ -256,5 +257,5 @@ UNKNOWN = Kind(nothing, _tell, nothing)
 
 
 def is_unknown(kind: type) -> bool:
-    """Whether objects of it keep what they have where Python cannot look."""
+    """Whether objects of this class keep their content where Python cannot look."""
     return not kind.__dictoffset__ and not any("__slots__" in vars(one) for one in kind.__mro__)

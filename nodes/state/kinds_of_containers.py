@@ -1,6 +1,6 @@
-"""Containers: what is in them, put back only where it has changed, since other threads may be reading it.
+"""Containers: what is in them is put back only if it has changed, since other threads may be reading it.
 
-A class of somebody's own may do more when it is written to, so the methods of the class below it are used.
+A subclass may do more when it is written to, so the methods of the built-in class are used.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 from .kinds import MISSING, Changed, Kind, nothing, only_parts
 
-# Of a larger array there is a fingerprint.
+# A larger array is not copied but fingerprinted.
 SMALL_ARRAY_BYTES = 1 << 20
 
-# Keys of these types lead nowhere.
+# Keys of these types lead to no other objects.
 _PLAIN_KEYS = (str, int, float, bool, bytes, type(None))
 
 _OrderedDict = collections.OrderedDict
@@ -95,7 +95,8 @@ def _put_back_of_array(value: np.ndarray, kept: Any) -> None:
 
 
 def _fingerprint(value: np.ndarray) -> object:
-    """Sums of words, each of as many in a row; of what lies apart, or is an object, of each element."""
+    """Sums of words, each over the same number in a row, and one of the bytes behind them; for an array of objects
+    their identities; None for any other read-only array."""
     if value.dtype.hasobject or not value.flags.writeable:
         return tuple(map(id, value.flat)) if value.dtype.hasobject else None
     words = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
@@ -143,7 +144,7 @@ def _put_back_of_buffer(value: Any, kept: tuple[Any, int]) -> None:
 
 
 def _cached(value: Any) -> list[Any]:
-    """What a function with a cache has in it. The cache itself stays as it is: what is in it follows from arguments."""
+    """What is in a function's cache. The cache itself stays as it is, since its entries follow from the arguments."""
     held = [one for one in gc.get_referents(value) if one is not vars(value)]
     if value.cache_info().maxsize is None:
         return [value.__wrapped__, *(one for cache in held if type(cache) is dict for one in cache.values())]
@@ -151,11 +152,11 @@ def _cached(value: Any) -> list[Any]:
 
 
 def _is_table_of_links(value: Any) -> bool:
-    """Whether it is what a cache of limited size finds its results by, which only the cache itself may change."""
+    """Whether ``value`` is the table of a cache of limited size, which only the cache itself may change."""
     return type(value) is dict and bool(value) and all(type(one).__name__ == "_lru_list_elem" for one in value.values())
 
 
-# Each may have attributes beside its items, where its class is somebody's own.
+# An object of a subclass of these may have attributes beside its items.
 CONTAINERS: dict[type, Kind] = {
     dict: Kind(_items, refill_dict, _parts_of_dict),
     list: Kind(list.copy, _refill_list, list.copy),
@@ -175,7 +176,7 @@ CONTAINERS: dict[type, Kind] = {
     SimpleQueue: Kind(_content_of_queue, _compare_queues, lambda value: _content_of_queue(value)[1]),
 }
 
-# What shows the content of something else.
+# Objects that show the content of another one.
 VIEWS: dict[type, Kind] = {
     contextvars.ContextVar: Kind(
         _content_of_variable, _put_back_of_variable, lambda value: [_content_of_variable(value)]

@@ -1,4 +1,4 @@
-"""Iterators and generators: where they are. None of them is put back there, but it shows whether one has moved on."""
+"""Iterators and generators: their positions. None of them can be moved back, but it shows whether one has moved on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ITERATORS = {
 
 
 def _position(value: Any) -> Any:
-    """Where an iterator is: equal, with what it goes through, for as long as nobody has asked it for more."""
+    """The position of an iterator, which stays equal until it is advanced, or until what it goes through changes."""
     if hasattr(value, "__length_hint__"):
         return value.__length_hint__()
     if isinstance(value, itertools.count):
@@ -30,7 +30,7 @@ def _position(value: Any) -> Any:
 
 
 def _reduced(value: Any) -> Any:
-    """What would be written to a file of it."""
+    """What would be pickled of it; None if it cannot be pickled."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -40,7 +40,7 @@ def _reduced(value: Any) -> Any:
 
 
 def _told(reduced: Any) -> Any:
-    """Of what an iterator consists of: numbers, other iterators' positions, and which objects."""
+    """What an iterator consists of: numbers, positions of other iterators, lengths of lists, identities of objects."""
     if isinstance(reduced, tuple):
         return tuple(map(_told, reduced))
     if reduced is None or isinstance(reduced, (bool, int, str)):
@@ -55,19 +55,19 @@ def _keep(value: Any) -> tuple[Any, list[Any]]:
 
 
 def _compare(value: Any, kept: tuple[Any, list[Any]]) -> None:
-    # One that can tell nothing of itself shows it in what it refers to, of which iterators are looked at by themselves.
+    # An iterator that has no position shows it by those that it refers to, which are compared by themselves.
     if _position(value) != kept[0]:
         raise Changed("it has moved on")
 
 
 def _stands(value: Any) -> tuple[int, list[Any]] | None:
-    """Where the code of a generator stands, and all that it holds; None of one that has ended."""
+    """The instruction at which a generator stands, and all that it holds; None for one that has ended."""
     frame = value.gi_frame
     if frame is None:
         return None
-    _ = frame.f_locals  # A dictionary that is made when somebody asks for it, and then held too.
+    _ = frame.f_locals  # This dictionary is made on the first access, and is then held too.
     held = gc.get_referents(value)
-    if frame in held:  # Until Python 3.10 it is the frame that holds it.
+    if frame in held:  # Up to Python 3.10 the frame holds the objects.
         held = [*held, *gc.get_referents(frame)]
     return frame.f_lasti, held
 

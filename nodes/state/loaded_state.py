@@ -28,7 +28,7 @@ ON_MODULES |= {"_v_block", "_comfy_cross_step_state"}
 def take_off(patcher: ModelPatcher) -> None:
     """Have the host take a model off its device, with the patches in its weights.
 
-    Who had it loaded may have died with its patches still in, so that the host knows of nothing to unload.
+    The patcher that loaded it may be gone with its patches still in, so that the host knows of nothing to unload.
     """
     unload(patcher)
     if patcher.backup or patcher.backup_buffers or patcher.model.model_loaded_weight_memory:
@@ -36,10 +36,10 @@ def take_off(patcher: ModelPatcher) -> None:
 
 
 def left_by_host(model: torch.nn.Module) -> Iterator[Any]:
-    """What a copy of ``model`` must not have of it.
+    """Yield what the host has left on ``model`` and a copy must not have.
 
     Raises:
-        UnsupportedModelError: there is more of that than is known here.
+        UnsupportedModelError: it has left more than is known here.
     """
     found = [value for holder, name, value in _attributes(model) if name in _left_on(holder, model)]
     yield from (value for value in found if not isinstance(value, (type(None), bool, int, float, str)))
@@ -49,7 +49,7 @@ def left_by_host(model: torch.nn.Module) -> Iterator[Any]:
 
 
 def forget(model: torch.nn.Module) -> None:
-    """Delete from a copy what :func:`left_by_host` has named, and how the host has told layers to run."""
+    """Delete from a copy the attributes whose values :func:`left_by_host` yields, and how the host has layers run."""
     for module in model.modules():
         for name in _left_on(module, model):
             vars(module).pop(name, None)

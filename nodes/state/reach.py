@@ -1,11 +1,11 @@
 """What code that runs in a step can change in place.
 
 [Note: what is reached]
-From a value everything that its code can get hold of: what is in containers, in attributes, in variables that a
-function shares with others, on functions and classes, in variables of modules that a pack's code names, behind weak
-references, and in modules. Not weights, which are the streamer's, and not hooks of torch; models of other patchers are
-wholes of their own. What a step gets as arguments is small, and so is what packs hang on it; the modules of the model
-are the most of it. An object of a pack that Python cannot look into is the reason why a step is not run again.
+From a value everything is reached that its code can get hold of: what is in containers, in attributes, in variables
+that a function shares with others, on functions and classes, in variables of modules that a pack's code names, behind
+weak references, and in modules. Weights, which belong to the streamer, and torch's hooks are left out, and models of
+other patchers are not entered. The arguments of a step are small, and so is what packs attach to them; most
+objects are the modules of the model. If Python cannot look into an object of a pack, the step is not run again.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from .kinds_of_containers import CONTAINERS, FUNCTION_WITH_CACHE, VIEWS, refill_
 from .kinds_of_iterators import ITERATORS
 from .loaded_state import ON_MODULES
 
-# What the host keeps books of, and tensors, which are for who asks.
+# These are not looked into: the host manages the first ones, and the caller keeps tensors.
 WHOLES = (BaseModel, comfy.sd.CLIP, comfy.sd.VAE, torch.Tensor)
 
-# What every module has (its weights and hooks among it), and what the host leaves on some.
+# The attributes that every module has (weights and hooks among them), and those that the host leaves on some.
 OF_EVERY_MODULE = {*vars(torch.nn.Module()), *ON_MODULES}
 
 
 def kind_of(value: Any) -> Kind | None:
-    """How to deal with ``value``; None where there is nothing in it that a step could change, or nobody may look."""
+    """Return the kind of ``value``; None if a step could change nothing in it, or if it must not be looked into."""
     if isinstance(value, type):
         return CLASS if not is_stateless(package_of(value)) else None
     if isinstance(value, types.FunctionType) and package_of(value) == OURS:
@@ -87,7 +87,7 @@ def _parts_of_module(module: torch.nn.Module) -> list[Any]:
 
 
 def put_back_attributes(module: torch.nn.Module, kept: dict[str, Any]) -> None:
-    """Of a module, but for what every module has."""
+    """Put back the attributes of a module, except those that every module has."""
     now = vars(module)
     for name in now.keys() | kept.keys():
         before, value = kept.get(name, MISSING), now.get(name, MISSING)
@@ -100,8 +100,8 @@ def put_back_attributes(module: torch.nn.Module, kept: dict[str, Any]) -> None:
 
 
 def _put_back_of_buffers(module: torch.nn.Module, kept: dict[str, Any]) -> None:
-    """Of a module of the model; what is in them has been put back. Where weights have moved meanwhile others are there,
-    which stay if they are alike."""
+    """Put back the buffers of a module of the model, whose contents were put back already. If weights have moved
+    meanwhile the module has other buffers, which stay if they are alike."""
     now = module._buffers
     for name in now.keys() | kept.keys():
         before, value = kept.get(name, MISSING), now.get(name, MISSING)
@@ -120,14 +120,14 @@ def _alike(before: Any, value: Any) -> bool:
 
 
 def telling_attributes(module: torch.nn.Module) -> tuple[str, ...]:
-    """Which attributes of a module lead on, or may do so later: not its parts, nor plain numbers and names."""
+    """The names of a module's attributes that lead to others, or may do so later: no submodules and no plain values."""
     found = ((name, value) for name, value in vars(module).items() if name not in OF_EVERY_MODULE)
     return tuple(name for name, value in found if not isinstance(value, _PLAIN))
 
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
-# A module that is the model's (step_state.py), in two parts, and one of somebody else's.
+# A module of the model (step_state.py), in two parts, and a module of somebody else.
 ATTRIBUTES = Kind(nothing, put_back_attributes, nothing)
 BUFFERS = Kind(nothing, _put_back_of_buffers, nothing)
 MODULE = Kind(_keep_of_module, _put_back_of_module, _parts_of_module)
@@ -144,7 +144,7 @@ def _behind_proxy(value: Any) -> Iterable[Any]:
 
 
 def _state(get: str, put: str) -> Kind:
-    """Of a random generator."""
+    """The kind of a random generator."""
     return Kind(lambda value: getattr(value, get)(), lambda value, kept: getattr(value, put)(kept), nothing)
 
 
@@ -154,7 +154,7 @@ _OBJECTS = (types.SimpleNamespace, argparse.Namespace, threading.local, queue.Qu
 _OBJECTS += (collections.UserDict, collections.UserList, collections.UserString, collections.ChainMap)
 _OBJECTS += (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 
-# The first that an object is an instance of.
+# An object is of the first kind here of whose class it is an instance.
 _KINDS: dict[type, Kind] = {
     **CONTAINERS,
     **VIEWS,
@@ -180,5 +180,5 @@ _KINDS: dict[type, Kind] = {
     np.random.Generator: only_parts(lambda value: (value.bit_generator,)),
     np.random.BitGenerator: Kind(lambda value: value.state, lambda value, kept: setattr(value, "state", kept), nothing),
 }
-# Objects of a class of somebody's own that is below one of these have attributes beside what they contain.
+# Objects of a subclass of these may have attributes beside what they contain.
 _EXTENDED = {*CONTAINERS, *VIEWS, functools.partial, weakref.ref, random.Random, torch.Generator}

@@ -1,9 +1,9 @@
-"""Whether what hangs on a patcher refers to the modules of its model.
+"""Whether what is attached to a patcher refers to the modules of its model.
 
 A wrapper, an injection or a patch may hold a module of the model that it was made for, to call it or to exchange a part
 of it. Carried over to another model it would go on working on the first one. It may also know that module by a table of
 its pack (a dictionary beside the function, or on the class of an object), under the module itself, a weak reference to
-it or its identity; carried over to another model it would find nothing there, and do nothing without a word.
+it or its identity; carried over to another model it would find nothing there, and silently do nothing.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from ...streaming.model.entries import Method
 
 OUR_PACKAGE = __name__.partition(".")[0]
 
-# More than anything that is meant to be looked through; what is not looked at may refer to anything.
+# The search ends after so many objects, more than any expected ones; what was not searched may refer to anything.
 MOST_OBJECTS = 200_000
 
-# In tables of packs: a pack may refer to whatever it has, so what is further away is taken for something else.
+# The same for tables of packs: a pack may refer to all that it has, so what is further away is taken as unrelated.
 MOST_IN_TABLES = 20_000
-# Code that has no tables of anybody's modules, or none that matters (the host's own list of loaded models).
+# Packages without tables of modules of models, or with none that matters (the host's own list of loaded models).
 WITHOUT_TABLES = {"torch", "comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_kitchen", "comfy_aimdo"}
 WITHOUT_TABLES |= {"nodes", "execution", "server", "folder_paths", "builtins", "logging", "numpy", "typing", "abc"}
-# What knows everything there is, for another reason.
+# Packages whose objects refer to everything, for another reason.
 OMNISCIENT = {"server", "execution", "comfy_execution", "app", "logging", "asyncio", "aiohttp", "threading"}
 
 PLAIN = (str, bytes, float, complex, type(None), type, types.ModuleType, torch.dtype, torch.device, torch.Tensor)
 
 
 def refers_to(values: Iterable[Any], modules: Collection[int]) -> bool:
-    """Whether any of ``modules``, by identity, can be reached from ``values``; true also where there is too much to
-    tell."""
+    """Whether any of ``modules``, by identity, can be reached from ``values``; also true if there are too many objects
+    to tell."""
     known: dict[int, Any] = {}
     for number, value in enumerate(reachable(values, follow_weak=True)):
         if _is_one_of(value, modules) or number >= MOST_OBJECTS:
@@ -65,7 +65,7 @@ def reachable(
     that they hold; not through what is ``without``, by identity."""
     parts = _parts if parts is None else parts
     seen: set[int] = {*without}
-    kept = []  # What is made on the way (bound methods' parts) must not give its identity to another object.
+    kept = []  # Objects that are made on the way stay alive, so that no other gets their identity.
     left = list(values)
     while left:
         value = left.pop()
@@ -81,7 +81,7 @@ def reachable(
 
 
 def carry_functions(source: Any, target: Any, model: torch.nn.Module) -> None:
-    """Methods that somebody has put on ``source`` work on ``target``, its shallow copy.
+    """Have methods that somebody has put on ``source`` work on ``target``, its shallow copy.
 
     Raises:
         UnsupportedModelError: one of them refers to ``source`` or to modules of ``model``, which it holds.
@@ -130,7 +130,7 @@ def _parts_and_tables(value: Any) -> Iterator[Any]:
 
 
 def _tables(value: Any) -> Iterator[Any]:
-    """What code of a pack knows by names: the globals that a function uses, and what is on the class of an object."""
+    """What a pack's code refers to by name: the globals that a function uses, and what is on the class of an object."""
     if isinstance(value, types.FunctionType) and _may_have_tables(value.__module__):
         for code in _codes(value.__code__):
             yield from _named(value.__globals__, code)
@@ -139,7 +139,7 @@ def _tables(value: Any) -> Iterator[Any]:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Of a function, and of those that it makes."""
+    """The code of a function, and of the functions that it makes."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

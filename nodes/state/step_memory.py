@@ -14,18 +14,18 @@ from ...streaming.handoff.away import Away
 from ...streaming.model.forms import PLAIN_CLASSES
 from ...streaming.model.shown import is_shown
 
-# Of a tensor of so many bytes there is a copy, as long as all copies of a step take no more than the second.
+# A tensor of at most so many bytes is copied, as long as all copies of a step take no more than the second.
 SMALL_BYTES = 8 << 20
 COPIES_BYTES = 64 << 20
-# While the model runs elsewhere, so many bytes of large tensors in host memory are read for a step: some 20 ms.
+# If the model does not run on the CPU, so many bytes of large tensors in host memory are read for a step: some 20 ms.
 HOST_BYTES = 128 << 20
 
-# So many sums make a fingerprint, each of as many words in a row, so that what was only moved shows too.
+# A fingerprint is so many sums, each over the same number of words in a row, so that values that only moved show too.
 SUMS = 4096
 
 
 class _View(NamedTuple):
-    """A tensor, and which part of which memory it showed."""
+    """A tensor, and the part of the memory that it showed."""
 
     tensor: torch.Tensor
     storage: torch.UntypedStorage
@@ -39,7 +39,7 @@ class _View(NamedTuple):
 
     @property
     def memory(self) -> torch.Tensor:
-        """From its first to its last byte, as uint8: elements may lie apart, or be one and the same."""
+        """Its memory from the first to the last byte, as uint8: elements may lie apart, or overlap."""
         size = self.tensor.element_size()
         elements = 1 + sum((count - 1) * step for count, step in zip(self.shape, self.stride, strict=True))
         empty = torch.empty(0, dtype=torch.uint8, device=self.tensor.device)
@@ -55,8 +55,8 @@ class Memory:
     """The contents of tensors: a copy of small ones, a fingerprint of large ones.
 
     Args:
-        devices: where the model runs. On others, where reading takes the CPU's time, a large tensor that counts what is
-            written to it is not read, and only so many bytes of others are.
+        devices: where the model runs. On other devices reading takes CPU time. There a large tensor that counts its
+            writes is not read, and of others at most :data:`HOST_BYTES` are.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -71,7 +71,7 @@ class Memory:
         self._read = 0
 
     def keep(self, tensor: torch.Tensor, name: str) -> None:
-        """Keep what is in ``tensor``, which ``name`` leads to. What modules of ours show of weights is left out."""
+        """Keep what is in ``tensor``, to which ``name`` leads. Weights that streamed modules show are left out."""
         if isinstance(tensor, Away):  # A block on another device has made it.
             self._away.append((tensor, tensor.standing))
             tensor = tensor.on(tensor.place)
@@ -81,7 +81,7 @@ class Memory:
             self._keep(plain, name)
 
     def count(self, tensor: torch.Tensor, name: str) -> None:
-        """Of a weight that is not the streamer's: note how often it was written to, where it counts that."""
+        """Note how often a weight that is not the streamer's was written to, if it counts that."""
         if not tensor.is_inference():
             self._counted.append((tensor, tensor._version, name))
 
@@ -113,7 +113,7 @@ class Memory:
             self._fingerprints.append((memory, before, name))
 
     def put_back(self) -> None:
-        """Write the copies back. Takes no memory of the device, which may be full."""
+        """Write the copies back. Allocates nothing on the device, which may be full."""
         for away, standing in self._away:
             away.standing = standing
         for view in self._views:

@@ -1,18 +1,18 @@
-"""Runs a step so that it can be run again, and gives what it would have given the first time.
+"""Runs a step so that it can be run again with the result that it would have had the first time.
 
 [Note: a step that runs again]
 A step runs again when it was out of memory, and when weights turned out to be needed elsewhere (streaming/runner.py,
-model/sharing.py). Nodes keep a state from step to step: caches that skip steps, counters, schedules, random generators,
-keys and values of frames before. A second run must find all of that as the first one did. So before each step
+model/sharing.py). Nodes keep state from step to step: caches that skip steps, counters, schedules, random generators,
+keys and values of earlier frames. A second run must find all of that as the first one did. So before each step
 everything that its code can get hold of is kept (reach.py, Note: what is reached), and put back as soon as the step has
-failed, before memory is made or weights move. Keeping takes about a millisecond of the CPU for a model of a thousand
+failed, before memory is freed or weights move. Keeping takes about a millisecond of the CPU for a model of a thousand
 modules, and no wait for a device.
 
-Of small tensors there is a copy, registered buffers of the model among them, which always lie on a device
-(model/blocks.py). Of large ones on a device that the model runs on there is a fingerprint, which costs one reading
-of them; those in host memory tell how often they were written to, or are read as well. If one has changed, the step is
-not run again. The same goes for weights that a block has written to, and for whatever else cannot be put back: the
-prompt fails with the reason. What hooks of torch on modules have counted stays counted.
+Small tensors are copied, among them registered buffers of the model, which always lie on a device (model/blocks.py).
+Large ones on a device that the model runs on get a fingerprint, which costs one reading of them; those in host memory
+count how often they were written to, or are read as well. If one has changed, the step is not run again. The same holds
+for weights that a block has written to, and for whatever else cannot be put back: the prompt fails with the reason.
+What torch's hooks on modules have counted is not put back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .step_memory import Memory
 
 T = TypeVar("T")
 
-# An object, what it is, what was in it, and what has led to it.
+# An object, its kind, what was in it, and the name that has led to it.
 Kept = tuple[Any, Kind, Any, str]
 
 # A state of more objects than this is not looked through for each step.
@@ -49,7 +49,7 @@ class RepeatableStep(Generic[T]):
 
     Args:
         forward: runs the step.
-        before: what it can get hold of.
+        before: what it can get hold of, as it was before the step.
         name: of the model, for people.
     """
 
@@ -73,7 +73,7 @@ class RepeatableStep(Generic[T]):
         try:
             return self._forward()
         except Exception as error:
-            if may_be_mended(error):  # Others are not for us, and who has raised them may want what they leave.
+            if may_be_mended(error):  # Other errors are not ours; their source may want the state as it is.
                 self._hint = WITH_MEMORY if is_out_of_memory(error) else AS_IT_IS
                 self._before.put_back()
             raise
@@ -119,7 +119,7 @@ class StepState:
             self._memory.count(buffer, "a buffer of the model")
 
     def _keep(self, name: str, left: list[Any]) -> None:
-        """Keep what can be reached from ``left``. Who is kept stays alive, so that no other has its identity."""
+        """Keep what can be reached from ``left``. A kept object stays alive, so that no other gets its identity."""
         seen = self._seen
         while left:
             value = left.pop()
@@ -135,7 +135,7 @@ class StepState:
                     left.extend(kind.parts(value))
                     if kind is MODULE:
                         self._count(value, name)
-                except Exception as error:  # Code of others, which runs where attributes are asked for.
+                except Exception as error:  # Reading attributes may run code of others.
                     self._note(f"a {type(value).__name__} that {name} leads to cannot be kept ({error!r})")
             if len(seen) > MOST_OBJECTS:
                 self._note(f"more hangs on {name} than can be put back")
@@ -152,7 +152,7 @@ class StepState:
             left.append(vars(tensor))
 
     def _count(self, module: torch.nn.Module, name: str) -> None:
-        """Weights of a module that somebody has hung on the model are not copied."""
+        """Weights of a module that somebody has added to the model are not copied: note how often they were written."""
         for parameter in module._parameters.values():
             if parameter is not None and not is_shown(parameter):
                 self._seen.add(id(parameter))
@@ -162,7 +162,7 @@ class StepState:
         self._obstacle = self._obstacle or obstacle
 
     def put_back(self) -> None:
-        """Have everything as it was; what cannot be had so is said by :meth:`obstacle`."""
+        """Put everything back as it was; :meth:`obstacle` returns what cannot be put back."""
         written = sorted(set(self._written()) - (self._modules.written_before or frozenset()))
         if written:
             self._note(f"{written[0]}, a weight of the model, was written to in it")
@@ -181,7 +181,7 @@ class StepState:
 
 
 class StepModules:
-    """The modules below ``root``, which is looked through once for all steps that a MODEL is loaded for.
+    """The modules below ``root``, collected once for all steps for which a MODEL is loaded.
 
     Attributes:
         identities: of the modules.

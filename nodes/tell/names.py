@@ -1,4 +1,4 @@
-"""Files by the names under which the host lists them; where they lie is told to nobody."""
+"""Files by the names under which the host lists them, so that no text reveals where they lie."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import folder_paths
 
 
 def shown_name(path: str) -> str:
-    """The name by which the host lists a file: with the folder in which it lies below one of models, if any."""
+    """The name by which the host lists a file: its path below the host's folder of models, else its bare name."""
     for folder in _model_folders():
         with contextlib.suppress(ValueError):  # Another drive has no common path.
             if os.path.commonpath([folder, path]) == os.path.normpath(folder):
@@ -19,13 +19,13 @@ def shown_name(path: str) -> str:
 
 
 def _model_folders() -> list[str]:
-    """The host's folders of files, those below others first."""
+    """The host's folders of files, the longest paths first: a folder inside of another comes before that."""
     folders = {folder for paths, _ in folder_paths.folder_names_and_paths.values() for folder in paths}
     return sorted(folders, key=len, reverse=True)
 
 
 def without_folders(text: str) -> str:
-    """``text`` with files named as the host lists them: routes tell nobody where they lie."""
+    """``text`` with files named as the host lists them: routes do not reveal where they lie."""
     others = [folder_paths.models_dir, folder_paths.base_path, os.path.expanduser("~"), tempfile.gettempdir()]
     for folder in [*_model_folders(), *others]:
         if len(folder) > 1:

@@ -1,4 +1,4 @@
-"""What nodes were asked to do and could not, for as long as it is so: the status tells it."""
+"""What nodes were asked to do and could not do. The status reports it for as long as it holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from . import status
 from .names import without_folders
 
-# Of more nodes that could not do what was asked the oldest are forgotten.
+# If there are more notices than this, the oldest are forgotten.
 MOST_NOTICES = 16
 
 Kind = Literal["inactive", "fallback"]
@@ -22,10 +22,10 @@ class Notice:
     """Something that a node was asked to do and could not.
 
     Attributes:
-        node_id, name: of the node, and of what it is about.
+        node_id, name: the id of the node, and the name of what the notice is about.
         kind: ``inactive``: it does not stream; ``fallback``: it is placed in another way.
-        text: what, and why.
-        holds: whether it is still so.
+        text: what could not be done, and why.
+        holds: returns the object that the notice is about; None once that is gone, and the notice with it.
     """
 
     node_id: str | None
@@ -41,7 +41,7 @@ _keeping = threading.Lock()
 
 
 def keep_notice(kind: Kind, name: str, text: str, node_id: str | None, about: object) -> None:
-    """Have the status tell what a node could not do, for as long as ``about`` lives, or until the node can."""
+    """Have the status report what a node could not do, for as long as ``about`` lives, or until the node can do it."""
     with _keeping:
         _notices.pop((node_id, name), None)
         _notices[node_id, name] = Notice(node_id, name, kind, text, weakref.ref(about))
@@ -50,13 +50,13 @@ def keep_notice(kind: Kind, name: str, text: str, node_id: str | None, about: ob
 
 
 def withdraw_notice(name: str, node_id: str | None) -> None:
-    """The node has done what was asked."""
+    """Remove the notice: the node has done what was asked."""
     with _keeping:
         _notices.pop((node_id, name), None)
 
 
 def describe_notices() -> list[dict[str, Any]]:
-    """What nodes of the last prompt could not do, as far as it is still so. Plain values."""
+    """What nodes of the last prompt could not do, as far as it still holds. Plain values."""
     nodes = _nodes_of_last_prompt()
     with _keeping:
         for key in [key for key, notice in _notices.items() if notice.holds() is None]:
@@ -74,7 +74,7 @@ def describe_notices() -> list[dict[str, Any]]:
 
 
 def _nodes_of_last_prompt() -> set[str] | None:
-    """The ids of the nodes of the prompt that runs or has run last; None where nobody has run one."""
+    """The ids of the nodes of the prompt that runs or has run last; None if none has run."""
     server = status.find_server()
     if server is None or getattr(server, "last_prompt_id", None) is None:
         return None

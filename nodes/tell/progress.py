@@ -1,4 +1,4 @@
-"""The bar and the text on a node while a model's weights are read; and where an interrupt of ComfyUI gets through."""
+"""The bar and the text on a node while a model's weights are read. ComfyUI's interrupt is raised here meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import status
 
 # Seconds between two texts. The host's bar has a limit of its own.
 TEXT_SECONDS = 0.25
-# Progress that is older is of something that was given up.
+# Progress that is older belongs to a load that was given up.
 TOLD_SECONDS = 3.0
 
 
@@ -25,7 +25,7 @@ class LoadingBar:
 
     Attributes:
         node_id: the node.
-        wrote: the node's text is ours.
+        wrote: whether the text on the node is a text of progress.
     """
 
     def __init__(self, node_id: str | None) -> None:
@@ -60,7 +60,7 @@ class LoadingBar:
             status.show(describe(progress), self.node_id)
 
     def _end(self) -> None:
-        """The node ran long ago: without this the page would show it as running on."""
+        """Tell the host that the progress has ended: the node ran long ago, and the page would show it as running."""
         self._bar = None
         if comfy.utils.PROGRESS_BAR_HOOK is not None and get_progress_state is not None:
             get_progress_state().finish_progress(self.node_id)

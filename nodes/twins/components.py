@@ -1,15 +1,16 @@
 """A MODEL or CLIP on another device than its loader chose (vae.py has the VAE).
 
 [Note: one model, one device]
-What comes in is left as it is, and other nodes may go on using it. The host keeps track of where the weights of a model
-are, not of which patcher put them there, so two patchers of one model must not have two devices. Ours may: its streamer
-moves when the other one is loaded. Any other model is built once more by the factory that its loader left behind
-(``cached_patcher_init``), the host's own way for it. With dynamic VRAM that maps the file and takes no memory of its
-own. What was built is kept as long as the model that came in, so that a node that runs again loads nothing.
+The incoming model is left as it is, and other nodes may go on using it. The host keeps track of where the weights of a
+model are, not of which patcher put them there, so two patchers of one model must not have two devices. Patchers of a
+streamed model may: its streamer moves when the other one is loaded. Any other model is built a second time by the
+factory that its loader left behind (``cached_patcher_init``), which is the host's own way. With dynamic VRAM that maps
+the file and takes no memory of its own. The second model is kept as long as the incoming one, so that a node that runs
+again loads nothing.
 
-Where there is no such factory, or it makes another model than the one that came in (likeness.py), because somebody has
-changed that one in place, a second model that streams takes its place: that one has the same weights (twins.py), and
-keeps on the device what fits.
+If there is no such factory, or if it makes another model than the incoming one (likeness.py), because somebody has
+changed that in place, a second model that streams is used: it has the same weights (twins.py), and keeps on the device
+what fits.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ CPU = torch.device("cpu")
 # Copies of a model for parallel work on other devices, which the host makes anew for the device that it has now.
 PARALLEL = "multigpu"
 
-# What was built for another device, by the model that came in.
+# The patchers that were built for another device, by the incoming model.
 _built: weakref.WeakKeyDictionary[torch.nn.Module, ModelPatcher] = weakref.WeakKeyDictionary()
 
 
 class NotAgainError(UnsupportedModelError):
-    """The loader of a model does not give it a second time."""
+    """The loader of a model does not load it a second time."""
 
 
 def model_on(model: ModelPatcher, device: torch.device) -> ModelPatcher:
-    """A MODEL like ``model`` on ``device``, computing in what that can compute in.
+    """A MODEL like ``model`` on ``device``, computing in a dtype that the device can compute in.
 
     Raises:
         UnsupportedModelError: it cannot be moved; the message says why.
@@ -76,15 +77,15 @@ def clip_on(clip: comfy.sd.CLIP, device: torch.device) -> comfy.sd.CLIP:
 
 
 def patcher_on(patcher: ModelPatcher, device: torch.device, may_stream: bool = True) -> ModelPatcher:
-    """A patcher like ``patcher`` that loads its model to ``device``; itself where it does so already. One whose loader
-    does not give it a second time streams there, if it may.
+    """Return a patcher like ``patcher`` that loads its model to ``device``; itself if it does so already. If
+    ``may_stream``, a model that its loader does not load a second time streams there.
 
     Raises:
-        UnsupportedModelError: nobody knows how; the message says why.
+        UnsupportedModelError: there is no way; the message says why.
     """
     check_host()
     if isinstance(patcher, StreamedModelPatcher) and device == CPU:
-        patcher = give_back(patcher)  # Nothing streams to where it is.
+        patcher = give_back(patcher)  # Weights are in RAM already, so none stream.
     if same_device(patcher.load_device, device):
         return patcher
     if isinstance(patcher, StreamedModelPatcher):
@@ -95,7 +96,7 @@ def patcher_on(patcher: ModelPatcher, device: torch.device, may_stream: bool = T
         moved.offload_device = device
     moved.remove_additional_models(PARALLEL)
     for models in moved.additional_models.values():
-        models[:] = [patcher_on(model, device, may_stream=False) for model in models]  # They have no steps of ours.
+        models[:] = [patcher_on(model, device, may_stream=False) for model in models]  # We do not run their steps.
     return moved
 
 
@@ -104,10 +105,10 @@ def _streamed_on(patcher: StreamedModelPatcher, device: torch.device) -> Streame
     if patcher.parts:
         whole = patcher.clone()
         whole.remove_additional_models(PARTS)
-        return _streamed_on(_carried(whole, anew(patcher, patcher.node_id)), device)  # All of it there.
+        return _streamed_on(_carried(whole, anew(patcher, patcher.node_id)), device)  # The whole model moves there.
     if streamer.state is State.UNLOADED and not same_device(streamer.backend.device, device):
-        # Nobody runs it now, so what is built ahead is built for where it will run. Else it moves when it is loaded.
-        patcher.follow()  # Moving shows what was laid out.
+        # It is not in use, so copies are built ahead for where it will run. Otherwise it moves when it is loaded.
+        patcher.follow()  # Moving has modules show what was laid out.
         streamer.move_to(backend)
         streamer.prepare(obtainable(backend))
     moved = patcher.clone()
@@ -137,11 +138,11 @@ def _another_on(patcher: ModelPatcher, device: torch.device, may_stream: bool) -
 
 
 def built_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
-    """A patcher like ``patcher`` on ``device``, of the model that its loader gives once more.
+    """A patcher like ``patcher`` on ``device``, for the model as its loader loads it a second time.
 
     Raises:
-        NotAgainError: it does not give it; the message says why.
-        UnsupportedModelError: what hangs on ``patcher`` cannot be carried over.
+        NotAgainError: the loader does not load it again as it is; the message says why.
+        UnsupportedModelError: what is attached to ``patcher`` cannot be carried over.
     """
     check_what_hangs_on(patcher)
     built = _built.get(patcher.model)
@@ -153,7 +154,7 @@ def built_on(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
 
 
 def _build(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
-    """The model of ``patcher`` once more, by its loader."""
+    """Have its loader load the model of ``patcher`` a second time."""
     factory = factory_of(patcher)
     if factory is None:
         raise NotAgainError("its loader has not left word how to load it once more")
@@ -163,19 +164,20 @@ def _build(patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
             built = factory(**options)
     except Exception as error:  # The file may be gone, and the loader another pack's.
         raise NotAgainError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
-    unload(built)  # Loaders of text encoders may have loaded it, where they always do.
+    unload(built)  # Loaders of text encoders may have put it on their usual device.
     if options:
         _leave_dynamic_vram(built)
     if name := lasting_difference(built, patcher):
         raise NotAgainError(CHANGED.format(name))
     built.load_device = device
-    if hasattr(built, "register_load_device"):  # Dynamic VRAM keeps books for each device.
+    if hasattr(built, "register_load_device"):  # Dynamic VRAM keeps accounts for each device.
         built.register_load_device(device)
     return built
 
 
 def _leave_dynamic_vram(built: ModelPatcher) -> None:
-    """With dynamic VRAM on, layers take the dtype of their file also where nothing casts it when they compute."""
+    """Cast weights as the model computes. With dynamic VRAM on, layers have the dtype of their file also where nothing
+    casts it when they compute."""
     if built.is_dynamic():
         raise NotAgainError("its loader gives it with dynamic VRAM alone, which needs a GPU")
     compute_as_noted(built.model)

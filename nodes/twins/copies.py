@@ -1,4 +1,4 @@
-"""A second model made of the modules of a first: they are copied, their weights are shared or copied too."""
+"""A second model as a copy of a first one: the modules are copied, their weights are shared or copied too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CANNOT_BE_CARRIED = (
     "refers to modules of the model that was loaded; connect this node directly behind the loader, and what changes "
     "the model behind this node"
 )
-# Of a model whose weights are shared at most this part of the bytes may stay on a device.
+# Of a model whose weights are shared, at most this fraction of the bytes may stay on a device.
 MOST_STAYING = 0.5
 
 # Makes the parameter or buffer of the copy.
@@ -30,7 +30,7 @@ Another = Callable[[torch.Tensor], torch.Tensor]
 
 
 def copy_with_shared_weights(patcher: ModelPatcher) -> torch.nn.Module:
-    """The model of ``patcher`` once more, with the same memory: its parameters are others.
+    """Copy the model of ``patcher``. The copy has parameters of its own, which use the same memory.
 
     Raises:
         UnsupportedModelError: it cannot be copied.
@@ -44,7 +44,7 @@ def copy_with_shared_weights(patcher: ModelPatcher) -> torch.nn.Module:
 
 
 def copy_with_weights(patcher: ModelPatcher) -> torch.nn.Module:
-    """The model of ``patcher`` once more, with weights of its own in RAM.
+    """Copy the model of ``patcher``, with weights of its own in RAM.
 
     Raises:
         UnsupportedModelError: it cannot be copied.
@@ -63,7 +63,7 @@ def _copy(patcher: ModelPatcher, another: Another) -> torch.nn.Module:
     memo[id(model)] = twin
     shared = {name: getattr(model, name, None) for name in ("model_config", "latent_format")}
     memo |= {id(value): value for value in shared.values()}
-    # Who ran the other one would bring its whole life along, and who streams it is bound to it.
+    # The patcher that runs the first model would bring along all that it refers to; our state is bound to that model.
     memo |= {id(getattr(model, name, None)): None for name in ("current_patcher", ATTRIBUTE)}
     memo |= {id(value): None for value in left_by_host(model)}
     held = {name: value for name, value in vars(model).items() if not isinstance(value, StepCall)}
@@ -80,7 +80,7 @@ def _copy(patcher: ModelPatcher, another: Another) -> torch.nn.Module:
 
 
 def _take_off_our_hooks(model: torch.nn.Module) -> None:
-    """They see to the model that was copied."""
+    """Remove our hooks from the copy: they act on the model that was copied."""
     for module in model.modules():
         for kind in HOOKS:
             hooks = vars(module)[kind]
@@ -93,8 +93,8 @@ def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _not_copied(module: torch.nn.Module, modules: Collection[int]) -> Iterator[Any]:
-    """What a copy of this module would share: functions on this one instance, and weak references. Not methods of
-    modules, which are bound anew."""
+    """Yield what a copy of this module would share with it: functions on this instance, and weak references. Methods of
+    modules are left out, since a copy binds them anew."""
     held = [value for name, value in vars(module).items() if name not in ON_MODULES | TORCH]
     held += [hook for kind in HOOKS for hook in vars(module)[kind].values() if not is_our_hook(hook)]
     for value in held:
@@ -104,7 +104,7 @@ def _not_copied(module: torch.nn.Module, modules: Collection[int]) -> Iterator[A
 
 
 def _sharing(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory; of a tensor that stays on a device, as ComfyUI 0.30 leaves ``logit_scale`` there, a copy."""
+    """A tensor with the same memory; a copy if it stays on a device, where ComfyUI 0.30 leaves ``logit_scale``."""
     if type(tensor) is not torch.nn.Parameter:
         return tensor if _in_memory(tensor) else tensor.cpu()
     with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""Whether weights have the same values. All of them are read, on several threads: a change may be of one number."""
+"""Whether weights have the same values. All are read, on several threads, since a single number may have changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-# Compared at once, in elements: what is converted for that then takes little memory.
+# The number of elements that are compared at once, so that what is converted for that takes little memory.
 PIECE = 4 * 1024**2
 # More threads than these do not read memory faster on the machines that were tried.
 MOST_THREADS = 8
@@ -17,9 +17,9 @@ Named = tuple[str, torch.Tensor, torch.Tensor]
 
 
 def first_difference(pairs: Iterable[Named]) -> str:
-    """The name of the first pair of tensors that have not the same shape and values; nothing where all have.
+    """Return the name of the first pair of tensors that differ in shape or values; an empty string if none does.
 
-    A NaN is equal to a NaN, and a tensor to one of another dtype that it was, or may have been, rounded to.
+    A NaN equals a NaN, and tensors of two dtypes are equal if one of them, rounded to the other's dtype, equals that.
     """
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         tasks = [(name, pool.submit(_same_piece, *piece)) for name, *both in pairs for piece in _pieces(*both)]
@@ -33,7 +33,7 @@ def first_difference(pairs: Iterable[Named]) -> str:
 def _pieces(one: torch.Tensor, two: torch.Tensor) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
     if one.shape != two.shape or one.is_meta != two.is_meta:
         yield None, None
-    elif not one.is_meta:  # What no file had, and nobody has used, has no values.
+    elif not one.is_meta:  # On meta it has no values: no file had it, and nothing has used it.
         yield from zip(one.flatten().split(PIECE), two.flatten().split(PIECE), strict=True)
 
 
@@ -47,7 +47,7 @@ def _same_piece(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
 
 
 def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Eight at a time where they lie so, which is several times as fast."""
+    """Compare eight bytes at a time if they are aligned, which is several times as fast."""
     bits = [tensor.contiguous().view(torch.uint8) for tensor in (one, two)]
     if all(each.data_ptr() % 8 == 0 and each.numel() % 8 == 0 for each in bits):
         bits = [each.view(torch.int64) for each in bits]

@@ -25,9 +25,9 @@ class Helpers(NamedTuple):
     """Devices that can bring weights to another one.
 
     Attributes:
-        devices: they.
-        bytes_per_second: over the link of that one alone.
-        factor: by which all are faster.
+        devices: the devices.
+        bytes_per_second: what the other one's own link carries alone.
+        factor: how much faster all links are together.
     """
 
     devices: list[torch.device]
@@ -37,18 +37,18 @@ class Helpers(NamedTuple):
 
 NOBODY = Helpers([], 0.0, 1.0)
 
-# What was found of a first device and others: it is tried once.
+# The results for a first device and others: they are tried once.
 _tried: dict[tuple[torch.device, ...], Helpers] = {}
 
 
 def helpers_of(devices: Sequence[torch.device]) -> Helpers:
-    """Which of the devices behind the first can bring weights to it."""
+    """Find out which of the other devices can bring weights to the first."""
     key = tuple(devices)
     if key in _tried:
         return _tried[key]
     home, *others = (make_backend(device) for device in devices)
     if home.budget is not None:
-        return NOBODY  # What threads copy in RAM says nothing.
+        return NOBODY  # Copies by threads in RAM say nothing about GPUs.
     found = find_feeders(home, others, links)
     helpers = Helpers([backend.device for backend in found.helpers], found.bytes_per_second, found.factor)
     if found.for_ever:
@@ -61,8 +61,8 @@ def helpers_of(devices: Sequence[torch.device]) -> Helpers:
 
 
 def feed(patcher: StreamedModelPatcher, devices: Sequence[torch.device]) -> list[torch.device]:
-    """Have the first device run a model that nobody has loaded or cloned yet, and others bring weights to it, where
-    that is faster than blocks on all of them; gives those others, or none where it is not so."""
+    """Have the first device run a model, which was not loaded or cloned yet, and others bring weights to it, if that is
+    faster than blocks on all of them. Returns those others; empty if it is not faster."""
     blocks, settings = patcher.streamer.blocks, patcher.settings
     backends = [make_backend(device) for device in devices]
     rooms = rooms_of(blocks, backends, settings)
@@ -71,7 +71,7 @@ def feed(patcher: StreamedModelPatcher, devices: Sequence[torch.device]) -> list
     is_unknown = any(room.bandwidth <= 1 for room in rooms)
     if is_unknown:
         rooms = [replace(room, bandwidth=ASSUMED_BANDWIDTH) for room in rooms]
-    # Before GPUs are tried: whether it could be so at best.
+    # GPUs are tried only if this could be faster at best.
     if not (_is_page_locked(streamed, settings, patcher) and feeding_is_faster(sizes, rooms, float(len(devices)))):
         return []
     helpers = helpers_of(devices)
@@ -91,7 +91,7 @@ def feed(patcher: StreamedModelPatcher, devices: Sequence[torch.device]) -> list
 
 
 def _is_page_locked(streamed: float, settings: OffloadSettings, patcher: StreamedModelPatcher) -> bool:
-    """Whether so many bytes would stream from page-locked memory, ahead of their use: others bring nothing else."""
+    """Whether ``streamed`` bytes would stream from page-locked memory, before they are used: others bring no other."""
     config = host_config(settings, patcher.streamer.backend)
     limits = [limit for limit in (config.pinned_limit, pins.limit) if limit is not None]
     return config.pin_memory and not config.synchronous and all(limit >= streamed for limit in limits)

@@ -1,7 +1,7 @@
 """Whether two models compute the same: their modules, what somebody has put on those, their settings and weights.
 
-What a loader makes once more is taken for the model that came in only where both are alike, since somebody may have
-changed that one in place, were it one number.
+A model that a loader makes a second time takes the place of the incoming one only if both are alike, since somebody may
+have changed the incoming one in place, even by a single number.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ ABOUT_LOADING = {"device", "training", "seed_key", "comfy_cast_weights", "prev_c
 ABOUT_LOADING |= {"comfy_force_cast_weights", "comfy_patched_weights", "lowvram_patch_counter", "model_lowvram"}
 ABOUT_LOADING |= {"model_loaded_weight_memory", "model_offload_buffer_memory", "current_weight_patches_uuid"}
 ABOUT_LOADING |= {"weight_function", "bias_function", "can_assign_sd", "manual_cast_dtype", "latent_shapes"}
-# What some of its models keep of a run.
+# What some of the host's models keep of a run.
 ABOUT_LOADING |= {"affline_emb", "affline_scale_log_info", "crossattn_emb", "_kv_cache_entries", "_visual_cache"}
 ABOUT_LOADING |= {"execution_device", "current_patcher", ATTRIBUTE} | ON_MODELS | ON_MODULES
-# What the host resets before it encodes, to what stands in ``options_default``.
+# What the host resets before it encodes, to the values in ``options_default``.
 RESET_BEFORE_ENCODING = {"layer", "layer_idx", "return_projected_pooled"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What torch itself keeps on a module, hooks aside.
 TORCH = frozenset(vars(torch.nn.Module()))
 
 SETTINGS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
-# So deep objects in objects are looked into, and so many values of each.
+# How deep nested objects are looked into, and how many values of each.
 DEPTH, MOST_VALUES = 4, 10_000
 
 
 @dataclass(frozen=True)
 class Held:
-    """A model as its loader and others have left it, the host's patches aside.
+    """A model as its loader and others have left it, without the host's patches.
 
     Attributes:
         model: the model.
-        originals: of weights and buffers that the host has exchanged while it is loaded, by their names.
-        by_note: its tensors have the dtype that is noted on their module when they compute, not that of their file.
+        originals: those of weights and buffers that the host has replaced while it is loaded, by their names.
+        by_note: whether its tensors compute in the dtype that is noted on their module, not in that of their file.
     """
 
     model: torch.nn.Module
@@ -71,8 +71,8 @@ def held_by(patcher: ModelPatcher) -> Held:
 
 
 def difference(one: Held, other: Held, dtypes: bool = True) -> str:
-    """Where two models differ: the name of a module or tensor; nothing where they are alike. With ``dtypes`` false one
-    of them may compute in another dtype.
+    """Return the name of the first module or tensor in which two models differ; an empty string if they are alike.
+    Without ``dtypes`` they may compute in different dtypes.
     """
     for this, that in zip_longest(_modules(one.model), _modules(other.model)):
         if this != that:
@@ -80,7 +80,7 @@ def difference(one: Held, other: Held, dtypes: bool = True) -> str:
     pairs = []
     for (name, this, dtype), (other_name, that, wanted) in zip(_tensors(one), _tensors(other), strict=False):
         if name != other_name:
-            return name  # A module is there twice, and its tensors once.
+            return name  # A module occurs twice, but its tensors are listed once.
         if dtypes and None not in (dtype, wanted) and dtype != wanted:
             return name
         pairs.append((name, this, that))
@@ -99,7 +99,7 @@ def _modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """Settings, functions and other things that this one instance holds; what is ours is what lies beneath."""
+    """Settings, functions and other things on this one instance. A method of ours counts as what it replaces."""
     left_out = ABOUT_LOADING | TORCH
     if hasattr(module, "options_default"):
         left_out = left_out | RESET_BEFORE_ENCODING
@@ -120,14 +120,14 @@ def is_our_hook(hook: Any) -> bool:
 
 
 def _class(kind: type) -> tuple[tuple[str, str], list[CodeType]]:
-    """Its name, and the code of its methods: a pack may have put a class of the same name in its place."""
+    """The name of a class and the code of its methods: a pack may have replaced it by a class of the same name."""
     methods = [value for name, value in sorted(vars(kind).items()) if isinstance(value, FunctionType)]
     return _name(kind), [method.__code__ for method in methods]
 
 
 def _name(thing: Any) -> tuple[str, str]:
-    # By name: some of the host's classes and functions are made anew for each model. Other objects are asked nothing:
-    # some of the host's say that they have no such attribute.
+    # By name, since some of the host's classes and functions are made anew for each model. Other objects count by their
+    # type and are not asked: some of the host's say that they have no such attribute.
     named = thing if isinstance(thing, (type, FunctionType, BuiltinFunctionType, MethodType)) else type(thing)
     return named.__module__ or "", named.__qualname__
 
@@ -137,7 +137,7 @@ def _described(value: Any, depth: int) -> Any:
     if isinstance(value, enum.Enum):
         return _name(type(value)), value.name
     if isinstance(value, SETTINGS):
-        return repr(value)  # By which a NaN is a NaN, and True is not 1.
+        return repr(value)  # As text a NaN equals a NaN, and True is not 1.
     if isinstance(value, torch.Tensor):
         return _described_tensor(value)
     if isinstance(value, type) or depth == 0:
@@ -152,8 +152,8 @@ def _described(value: Any, depth: int) -> Any:
 
 
 def _content(value: Any) -> Any:
-    """What a function or an object is made of; nothing of modules, which are compared in their own place, and of what
-    belongs to a machine or a run."""
+    """What a function or an object consists of. None for modules, which are compared in their own place, and for
+    patchers, which belong to a machine or a run."""
     if isinstance(value, (torch.nn.Module, ModelPatcher)):
         return None
     if isinstance(value, FunctionType):
@@ -185,21 +185,21 @@ def _described_tensor(tensor: torch.Tensor) -> Any:
 
 
 def plain_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """All plain tensors of a model, those that others are made of included."""
+    """All plain tensors of a model, including those of which other tensors consist."""
     return (tensor for _, tensor, _ in _tensors(Held(model, {}, by_note=True)))
 
 
 def _tensors(held: Held) -> Iterator[tuple[str, torch.Tensor, torch.dtype | None]]:
-    """All plain tensors, those that others are made of included, and the dtypes in which they compute, where that can
-    be told."""
+    """All plain tensors, including those of which other tensors consist, by name, each with the dtype in which it
+    computes; None if that is not known."""
     for prefix, module in held.model.named_modules():
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is None:
                 continue
             full = f"{prefix}.{name}" if prefix else name
             tensor = held.originals.get(full, tensor)
-            # Not detach(): a Parameter of a node's inference mode that the host has moved outside of it gives a tensor
-            # then of which torch makes no views.
+            # Not detach(): for a Parameter that was made in a node's inference mode and that the host has moved outside
+            # of it, that returns a tensor of which torch makes no views.
             parts = take_apart(full, tensor.data)[0]
             dtype = noted_dtype(module, name) if held.by_note else tensor.dtype
             for part in parts.values():

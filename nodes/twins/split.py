@@ -1,4 +1,4 @@
-"""One MODEL over several devices: a second model like the one that came in, its blocks given out."""
+"""One MODEL over several devices: a second model like the incoming one, with its blocks distributed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..model.patcher import PARTS, StreamedModelPatcher
 from .feeding import feed
 from .takeover import anew, carry_over, check_what_hangs_on, is_current
 
-# The last splits of a model that came in, for as long as that lives: what did not change is not loaded anew.
+# The last splits of an incoming model, kept for as long as that lives: one that did not change is not loaded anew.
 _splits: weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, Split]] = weakref.WeakKeyDictionary()
-# So many nodes may place one model over other devices.
+# How many splits of one model are kept, for nodes that place it over different devices.
 MOST_SPLITS = 2
 
 
@@ -28,9 +28,9 @@ class Split(NamedTuple):
     """A MODEL over several devices.
 
     Attributes:
-        patcher: of it.
-        left_out: why some devices got nothing of it, by their places among those that were asked for.
-        feeds: whether all but the first bring weights to that, and run no blocks (feeding.py).
+        patcher: its patcher.
+        left_out: why some devices got nothing of it, by their indices among those that were asked for.
+        feeds: whether the others bring weights to the first, and run no blocks (feeding.py).
     """
 
     patcher: StreamedModelPatcher
@@ -48,10 +48,10 @@ def split_over(
     """A MODEL like ``model`` whose blocks lie on ``devices``, the preferred one first.
 
     Args:
-        model: what came in.
+        model: the incoming one.
         devices: two or more.
         split: ``auto``, ``equal`` or ``ratio``.
-        ratio: the part of each device, where the user has said so.
+        ratio: the share of each device, if the user has set it.
         node_id: of the node that asks.
 
     Raises:
@@ -75,7 +75,7 @@ def split_over(
 def _split_of(
     model: ModelPatcher, devices: Sequence[torch.device], shares: Sequence[float] | None, node_id: str | None
 ) -> Split:
-    """The split that there is of this model, where it is still like that; else a new one."""
+    """Return the known split of this model if it is still like the model; else a new one."""
     known = _splits.setdefault(model.model, {})
     key = (tuple(devices), None if shares is None else tuple(shares), _settings_of(model).vram_limit)
     found = known.pop(key, None)
@@ -92,7 +92,7 @@ def _split_anew(
 ) -> Split:
     fresh = anew(model, node_id)
     if isinstance(model, StreamedModelPatcher) and model.streamer.state is State.UNLOADED:
-        model.streamer.close()  # Nobody runs it now, so what is built ahead is built for the split.
+        model.streamer.close()  # It is not in use, so copies are built ahead for the split instead.
     fresh.settings, fresh.node_id = _settings_of(model), node_id
     helpers = feed(fresh, devices) if shares is None else []
     if helpers:

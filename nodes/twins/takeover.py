@@ -1,8 +1,8 @@
 """Stream a MODEL or CLIP that another node has loaded, and give one back to ComfyUI's own way.
 
-What streams is a second model like the one that came in (twins.py, Note: a model of our own). What hangs on the
-incoming patcher (patches, options, hooks, wrappers) is carried over to ours, and where that refers to modules of the
-first model it cannot be (references.py).
+What streams is a second model like the incoming one (twins.py, Note: a model of our own). What is attached to the
+incoming patcher (patches, options, hooks, wrappers) is carried over to ours, which fails if it refers to modules of the
+first model (references.py).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ CHANGED = (
     "directly behind the loader, and what changes the model behind this node"
 )
 
-# The streamed twin of a model that came in, for as long as that lives: settings that change do not load it anew.
+# The streamed twin of an incoming model, kept for as long as that lives: a change of settings does not load it anew.
 _twins: weakref.WeakKeyDictionary[torch.nn.Module, StreamedModelPatcher] = weakref.WeakKeyDictionary()
 
 
 def take_over(
     patcher: ModelPatcher, settings: OffloadSettings, node_id: str | None, device: torch.device | None = None
 ) -> StreamedModelPatcher:
-    """A patcher like ``patcher`` whose model streams, to ``device`` where one is given.
+    """Return a patcher like ``patcher`` whose model streams, to ``device`` if one is given.
 
     Raises:
         UnsupportedModelError: it cannot stream; the message says why.
         BudgetError: the limit has no room for the largest block.
     """
     device = patcher.load_device if device is None else device
-    make_backend(device)  # Where there is none nothing need be loaded.
+    make_backend(device)  # If nothing can stream there, this fails before anything is loaded.
     check_what_hangs_on(patcher)
     twin = _twins.get(patcher.model)
     if twin is None or not is_current(twin, patcher):
@@ -63,19 +63,19 @@ def take_over(
 
 
 def is_current(twin: ModelPatcher, patcher: ModelPatcher) -> bool:
-    """Whether ``twin`` is still like the model of ``patcher``, in which somebody may have exchanged something."""
+    """Whether ``twin`` is still like the model of ``patcher``, in which somebody may have replaced something."""
     try:
         return not lasting_difference(twin, patcher)
-    except CheckpointError:  # A file that was cut short must not be touched.
+    except CheckpointError:  # A file that was truncated must not be touched.
         return False
 
 
 def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
-    """A patcher like ``patcher`` whose weights the host moves: of the model that came in, if it was one, and if it is
-    still there. It loads to the device of its own loader.
+    """Return a patcher like ``patcher`` whose weights the host moves. Its model is the incoming one, if there was one
+    that still exists; else the host loads it. It loads to the device of its own loader.
 
     Raises:
-        UnsupportedModelError: nobody but us can load this model as it is.
+        UnsupportedModelError: only we can load this model as it is.
     """
     check_what_hangs_on(patcher)
     theirs = carry_over(patcher, _as_dynamic_as(patcher, _moved_by_host(patcher)))
@@ -85,7 +85,7 @@ def give_back(patcher: StreamedModelPatcher) -> ModelPatcher:
 
 
 def _moved_by_host(patcher: StreamedModelPatcher) -> ModelPatcher:
-    """One of its model, with nothing of its use."""
+    """A patcher that the host moves, of a model like that of ``patcher``; nothing of its use is carried over yet."""
     _check_files(patcher)
     reason = "nothing is known of how it was loaded"
     origin = patcher.streamed.origin()
@@ -112,12 +112,13 @@ def _check_files(patcher: StreamedModelPatcher) -> None:
     try:
         for streamer in patcher.streamers:
             streamer.check_files()
-    except CheckpointError as error:  # One that was cut short must not be touched.
+    except CheckpointError as error:  # A truncated one must not be touched.
         raise UnsupportedModelError(f"its file is another now ({error})") from error
 
 
 def check_what_hangs_on(patcher: ModelPatcher) -> None:
-    """Raise where something that would be carried over refers to modules of this model, or to patchers of its kind."""
+    """Raise :class:`UnsupportedModelError` if something that would be carried over refers to modules of this model, or
+    if the host runs it on several GPUs at once."""
     if patcher.get_additional_models_with_key("multigpu"):
         raise UnsupportedModelError("it runs on several GPUs at once; put this node in front of what splits it")
     root = getattr(patcher.model, "diffusion_model", patcher.model)
@@ -130,7 +131,7 @@ def check_what_hangs_on(patcher: ModelPatcher) -> None:
 
 
 def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
-    """A streamed patcher of a second model like that of ``patcher``, which nobody else has; nothing is carried over.
+    """A streamed patcher of a second model like that of ``patcher``, for one user alone; nothing is carried over.
 
     Raises:
         UnsupportedModelError: it cannot stream, or cannot be made a second time.
@@ -144,7 +145,7 @@ def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:
 
 
 def _loaded_again(patcher: StreamedModelPatcher) -> StreamedModelPatcher | None:
-    """What our own loader gives once more, where that is like ``patcher``; else a copy has to do."""
+    """Load the model a second time by our own loader; None if that is not like ``patcher``, so that a copy must do."""
     if patcher.cached_patcher_init is None:
         return None
     function, arguments = patcher.cached_patcher_init
@@ -154,16 +155,20 @@ def _loaded_again(patcher: StreamedModelPatcher) -> StreamedModelPatcher | None:
     except Exception as error:  # The file may be gone.
         raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     if isinstance(found, StreamedModelPatcher) and not is_current(found, patcher):
-        found.streamer.close()  # It has begun to build.
+        found.streamer.close()  # It has begun to build copies.
         return None
     return found if isinstance(found, StreamedModelPatcher) else None
 
 
 def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
-    """Have ``target`` do with its model, on its device, what ``source`` does with the one that it has."""
+    """Have ``target`` do with its model, on its device, what ``source`` does with its own model. Returns ``target``.
+
+    Raises:
+        UnsupportedModelError: ``source`` has a clone of its own that cannot do this.
+    """
     try:
         model, shared, *more = target.get_clone_model_override()
-        # Empty ones: a patcher that goes lets go of what it has pinned, and ``state`` goes at once.
+        # Empty ones: a patcher that is destroyed frees what it has pinned, and ``state`` is destroyed at once.
         override = (model, tuple(type(each)() for each in shared), *more)
         state = source.clone(disable_dynamic=True, model_override=override)
     except (TypeError, ValueError) as error:  # A patcher of another pack, with a clone of its own.
@@ -180,7 +185,7 @@ def _is_without_dynamic(patcher: ModelPatcher) -> bool:
 
 
 def _use_of(patcher: ModelPatcher) -> dict[str, object]:
-    """What a patcher has for its use of its model (hosts.py, Note: of the model, or of its use)."""
+    """The attributes of a patcher that belong to its use of the model (hosts.py, Note: of the model, or of its use)."""
     of_the_model = what_is_of_the_model(patcher) | OF_OUR_PATCHERS
     return {name: value for name, value in vars(patcher).items() if name not in of_the_model}
 
@@ -206,7 +211,7 @@ def _stream_twin(
 def _take_over_anew(
     factory: Callable[[], ModelPatcher], settings: OffloadSettings, node_id: str | None, **_: object
 ) -> StreamedModelPatcher:
-    """For nodes of the host that want the same model once more. A streamed patcher is never dynamic."""
+    """The factory for nodes of the host that load the same model again. A streamed patcher is never dynamic."""
     patcher = factory()
     return _stream_twin(patcher, patcher.load_device, settings, node_id)
 

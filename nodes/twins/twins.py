@@ -1,12 +1,12 @@
-"""A second model like one that came in, for us alone.
+"""A second model like the incoming one, for us alone.
 
 [Note: a model of our own]
-What comes in is left as it is: other nodes may run it beside ours, and the host moves the weights of its own patchers.
-So the model is built a second time by the factory that its loader left behind (``cached_patcher_init``), as views of
-the mapped file, which takes neither the time nor the memory of a second copy. In all other cases the model is copied
-without its weights, so that both use the same memory: where there is no factory, where it reads a file that cannot be
-mapped, and where it makes another model than the one that came in (likeness.py), because somebody has exchanged a
-module, a method, a setting or weights of that, or the file.
+The incoming model is left as it is: other nodes may run it beside ours, and the host moves the weights of its own
+patchers. So the model is built a second time by the factory that its loader left behind (``cached_patcher_init``), as
+views of the mapped file, which takes neither the time nor the memory of a second copy. In all other cases the model is
+copied without its weights, so that both use the same memory: if there is no factory, if it reads a file that cannot be
+mapped, and if it makes another model than the incoming one (likeness.py), because somebody has replaced a module, a
+method, a setting or weights of that, or the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .likeness import difference, held_by, plain_tensors
 
 logger = logging.getLogger(__name__)
 
-# A model with less than this part of its bytes in files that are mapped would take its memory a second time.
+# A model with less than this fraction of its bytes in mapped files would take its memory a second time.
 MOSTLY = 0.5
 
 Factory = Callable[..., ModelPatcher]
@@ -43,7 +43,7 @@ class Twin(NamedTuple):
     Attributes:
         model: for us alone.
         locate: finds the part of a file that a tensor maps.
-        factory: loads the same model the host's way; None where nobody knows how.
+        factory: loads the same model the host's way; None if there is no way.
     """
 
     model: torch.nn.Module
@@ -73,7 +73,7 @@ def make_twin(patcher: ModelPatcher) -> Twin:
 
 
 def factory_of(patcher: ModelPatcher) -> Factory | None:
-    """What loads the model of ``patcher`` anew; None where its loader has left nothing that does. It takes
+    """Return a function that loads the model of ``patcher`` anew; None if its loader has left none. It takes
     ``disable_dynamic``, as the host's clone does."""
     if patcher.cached_patcher_init is None:
         return None
@@ -89,7 +89,7 @@ def _call(function: Callable[..., Any], arguments: tuple, index: int | None = No
 
 
 def build_like(patcher: ModelPatcher, factory: Factory) -> Twin | None:
-    """What the factory makes, mapped; None where it makes nothing, or another model than that of ``patcher``."""
+    """Make a model by the factory, mapped; None if that fails, or if it is another model than that of ``patcher``."""
     try:
         with mapped_loading() as files, generators_kept():
             found = factory()
@@ -104,11 +104,11 @@ def build_like(patcher: ModelPatcher, factory: Factory) -> Twin | None:
 
 
 def lasting_difference(one: ModelPatcher, other: ModelPatcher, dtypes: bool = True) -> str:
-    """Where the models of two patchers differ (likeness.py), but for what a clone that is loaded has changed for as
-    long as it is.
+    """Return where the models of two patchers differ (likeness.py); an empty string if nowhere. What a loaded clone
+    has changed only while it is loaded does not count.
 
     Raises:
-        CheckpointError: of a streamed one the file is another now.
+        CheckpointError: the file of a streamed one has changed.
     """
     with _originals(one), _originals(other):
         if not difference(held_by(one), held_by(other), dtypes):
@@ -122,12 +122,12 @@ def _originals(patcher: ModelPatcher) -> AbstractContextManager[None]:
     if not isinstance(patcher, StreamedModelPatcher):
         return nullcontext()
     if all(streamer.state is State.UNLOADED for streamer in patcher.streamers):
-        patcher.follow()  # Somebody may have put something in the place of originals.
+        patcher.follow()  # Somebody may have replaced originals.
     return patcher.originals()
 
 
 def _is_mapped(twin: Twin) -> bool:
-    """Whether most of it is in files that are mapped; the other way it would take its memory a second time."""
+    """Whether most of its bytes are in mapped files; if not it would take its memory a second time."""
     tensors = [*plain_tensors(twin.model)]
     located = sum(tensor.nbytes for tensor in tensors if twin.locate(tensor) is not None)
     return located >= MOSTLY * sum(tensor.nbytes for tensor in tensors)

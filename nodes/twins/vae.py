@@ -1,11 +1,11 @@
 """A VAE on another device than its loader chose.
 
 [Note: a VAE of its own]
-On another GPU a VAE is built once more, as a MODEL is (components.py). On the CPU it cannot be: with dynamic VRAM the
-host's VAE has weights in the dtype of its file, which are cast when they are copied to a GPU, and nothing casts them
-on a CPU (and the host's factory of a VAE gives none without dynamic VRAM). There, and where its loader gives another
-VAE than the one that came in, it gets weights of its own: a VAE is small. They are those of the file where that has
-more digits and nothing was changed.
+For another GPU a VAE is built a second time, as a MODEL is (components.py). For the CPU it cannot be: with dynamic VRAM
+the host's VAE has weights in the dtype of its file, which are cast when they are copied to a GPU, and nothing casts
+them on a CPU (and the host's factory of a VAE makes none without dynamic VRAM). There, and if its loader makes another
+VAE than the incoming one, it gets weights of its own: a VAE is small. They are those of the file, which may have more
+digits, if nothing was changed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .twins import build_like, factory_of, lasting_difference
 
 logger = logging.getLogger(__name__)
 
-# What was made for another device, by the model that came in, with the dtype in which it computes.
+# The patchers that were made for another device, by the incoming model, with the dtype in which they compute.
 _made: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.dtype | None, ModelPatcher]]
 _made = weakref.WeakKeyDictionary()
 
 
 def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
-    """A VAE like ``vae`` on ``device``, computing in what ComfyUI computes in there.
+    """A VAE like ``vae`` on ``device``, computing in the dtype in which ComfyUI computes there.
 
     Raises:
         UnsupportedModelError: it cannot be moved; the message says why.
@@ -67,7 +67,8 @@ def vae_on(vae: comfy.sd.VAE, device: torch.device) -> comfy.sd.VAE:
 
 
 def _dtypes(vae: comfy.sd.VAE, device: torch.device) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """In what it computes, and in what it shall: what ComfyUI chooses for the device, where it has chosen the first."""
+    """The dtype in which it computes, and that for ``device``: ComfyUI's choice if ComfyUI chose the first, else the
+    same."""
     dtype, allowed = getattr(vae, "vae_dtype", None), getattr(vae, "working_dtypes", [])
     chosen = dtype == mm.vae_dtype(vae.patcher.load_device, allowed)
     return dtype, mm.vae_dtype(device, allowed) if chosen else dtype
@@ -93,7 +94,7 @@ def _patcher_on(
 
 
 def _waiting(moved: ModelPatcher, patcher: ModelPatcher, device: torch.device) -> ModelPatcher:
-    """Where its weights wait: on the device with --gpu-only, and on the CPU for the CPU."""
+    """Set where its weights wait: on ``device`` if it is the CPU or with --gpu-only, else where the first one's do."""
     stays = device == CPU or patcher.offload_device == patcher.load_device != CPU
     moved.offload_device = device if stays else patcher.offload_device
     return moved
