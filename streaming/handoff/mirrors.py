@@ -164,8 +164,8 @@ class Mirrors:
         return copy, mirror
 
     def _made_on(self, device: torch.device, tensor: torch.Tensor, mirror: Mirror) -> torch.Tensor:
-        """Make a copy of ``tensor``. If it is a view of another one, or that of it, so are the copies: a block may get
-        both."""
+        """Make a copy of ``tensor``. If it is a view of a tensor that has a copy there, or the other way round, so are
+        the copies: a block may get both."""
         others = [(one.view, one.copies[device].tensor) for one in mirror.memory.mirrors if device in one.copies]
         for view, copy in others:
             if view.covers(mirror.view):
