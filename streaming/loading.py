@@ -1,4 +1,4 @@
-"""A model that streams to a device, from load to unload: what of it is where, and what that costs in memory."""
+"""A model that streams to a device, from load to unload: where its weights are, and what that costs in memory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Loading:
         config: settings.
         pins: page-locked memory that this model shares with others; None makes a budget of its own without limit.
         evictable: returns how many bytes others on a device would give up for us, beside what is free.
-        watch: is told how far loading is, and may cancel it.
+        watch: is called with the progress of loading, and may raise to cancel it.
         group: the streamers of a model on several devices; what one computes, and waits for, lies between the blocks of
             the others. None for a streamer alone.
 

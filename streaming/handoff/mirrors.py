@@ -19,7 +19,7 @@ compiled once more for tensors that are not of inference mode; so on other devic
 
 Tensors may be views of one memory. A write to one makes the copies of all others old. Where a block gets two tensors of
 which one is a view of the other, so are their copies. Kernels that write past torch, to memory whose address they were
-given, are not seen; autograd does not see them either.
+given, are not seen, as autograd does not see them.
 
 After an exception, nothing comes home. Code that runs a step again has put back what was there before it.
 """
@@ -73,7 +73,7 @@ class Mirror:
 
     @property
     def alive(self) -> torch.Tensor | None:
-        """The tensor, for as long as somebody has it."""
+        """The tensor; None once it is gone."""
         return self._tensor()
 
     def tensor(self) -> torch.Tensor | None:

@@ -66,5 +66,5 @@ def _holds_something(module: nn.Module) -> bool:
 
 
 def _others(hooks: dict[int, Any]) -> bool:
-    """Whether hooks of anybody but us are among them."""
+    """Whether hooks of other code are among them."""
     return not all(map(is_ours, hooks.values()))

@@ -1,4 +1,4 @@
-"""Builds master copies: behind other work, or at once while somebody waits.
+"""Builds master copies: behind other work, or at once while the caller waits.
 
 [Note: handed over, not shared]
 A thread of the builder works on host memory that no other thread refers to: it fills the memory from the file,

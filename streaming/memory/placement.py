@@ -39,7 +39,7 @@ class Placement:
         blocks: the model cut into blocks and rest.
         backend: the device.
         supply: where weights come from.
-        verifier: is told of resident copies that have arrived.
+        verifier: checks resident copies that have arrived.
     """
 
     def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: Checks) -> None:
@@ -281,7 +281,7 @@ class Placement:
     def _make_residents(self, wanted: Sequence[UnitCopies], order: Sequence[UnitCopies]) -> None:
         """Make resident copies: from master copies now, from originals while a step runs (:meth:`arrive`).
 
-        Those that will give way together lie together, by ``order``: then all of their pages can be given back
+        Residents that will be given up together lie together, by ``order``: then all of their pages can be given back
         (pages.py, Note: shared pages).
         """
         missing = [copies for copies in wanted if copies.resident is None and copies.arriving is None]

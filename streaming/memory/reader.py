@@ -4,9 +4,9 @@
 Several threads read ahead, each into chunks of the ring that are its own, and queue the copies out of them. Copies are
 queued in the order in which pieces were taken up for reading, and pieces are taken up in the order in which they were
 asked for. So the backend carries all copies out in that order, as it does when the thread that runs the model queues
-them itself (lane.py, Note: two events guard a slot, 3). Only transfers in the background are overtaken: no other copy
-has their targets. The reader and the model's thread never queue at the same time: the model's thread queues only while
-:attr:`Reader.idle`, and no other thread asks for transfers.
+them itself (lane.py, Note: two events guard a slot, 3). Only transfers in the background are overtaken, which is safe
+because no other copy has their targets. The reader and the model's thread never queue at the same time: the model's
+thread queues only while :attr:`Reader.idle`, and no other thread asks for transfers.
  1. Only its own thread writes to a chunk. The thread takes up a piece for the chunk when the copy of the chunk's
     previous piece is queued, and writes to the chunk when that copy is over (``finish``).
  2. A thread that has read a piece queues it, and every piece behind it that is read, if all pieces before it are

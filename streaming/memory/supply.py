@@ -40,7 +40,7 @@ class Supply:
         config: settings.
         largest_bytes: bytes of the largest unit.
         pins: page-locked memory that this model shares with others.
-        watch: is told how far loading is.
+        watch: is called with the progress of loading.
 
     Attributes:
         arena: host memory for master copies.

@@ -6,8 +6,8 @@ entered by a call alone; its other methods are about loading.
 A model that is loaded again while its root is being called gets new hooks at that moment. torch still goes through the
 previous hooks then, and calls them without keywords.
 
-Ends are told after an ``Exception`` too, but not after any other ``BaseException``, such as an interrupt: the listener
-must be able to settle what that left behind.
+Ends are reported after an ``Exception`` too, but not after any other ``BaseException``, such as an interrupt: the
+listener must be able to settle what that left behind.
 
 [Note: compiled models]
 torch.compile would trace through hooks. But what they do to streams, threads and clocks is no part of a graph, and what
@@ -30,7 +30,7 @@ from ..model.entries import Entries
 
 
 class Listener(Protocol):
-    """What is told of begins and ends."""
+    """Receives the begins and ends of steps, blocks and units."""
 
     def begin_step(self) -> None: ...
 
@@ -56,7 +56,7 @@ def attach(
 ) -> Entries:
     """Watch ``root``, the numbered ``blocks`` and ``units``, until what this returns is removed.
 
-    The hooks refer to the listener weakly. The end of a unit that raises is not told, only that of its block.
+    The hooks refer to the listener weakly. The end of a unit that raises is not reported, only that of its block.
     """
     who = weakref.ref(listener)
     entries = Entries()

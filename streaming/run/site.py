@@ -27,7 +27,7 @@ class Site:
         backend: the device.
         config: settings.
         pins: page-locked memory that this model shares with others; None makes a budget of its own without limit.
-        watch: is told how far loading is, and may cancel it.
+        watch: is called with the progress of loading, and may raise to cancel it.
         counters: where to count.
         verifier: checks copies that have arrived.
         listeners: are told of waits for copies.
@@ -237,7 +237,7 @@ class Site:
             self.lane.copy_nothing_ahead()
 
     def forget_copies(self) -> None:
-        """Weights were changed in place, by somebody else: copy them anew."""
+        """Other code has changed weights in place: copy them anew."""
         if self.lane is not None:
             self.drain()
             self.lane.forget()

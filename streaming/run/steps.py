@@ -1,4 +1,4 @@
-"""Passes on what hooks tell while a step runs: to residents, lane, recorder and meters.
+"""Passes on what hooks report while a step runs: to residents, lane, recorder and meters.
 
 A block's residents arrive, if they are still on their way, before its weights are bound to slots. Blocks that are never
 entered themselves are entered by their units (by_units.py).
