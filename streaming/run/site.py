@@ -167,7 +167,7 @@ class Site:
         return before - self.backend.allocated
 
     def give_up_masters(self, nbytes: int) -> int:
-        """Free ``nbytes`` of page-locked memory or all, and the reader's ring; returns the bytes that were freed."""
+        """Free ``nbytes`` of page-locked memory or all, the reader's ring included; gives what was freed."""
         self.halt()
         before = self.supply.reader.ring_bytes
         self.supply.reader.close()
