@@ -1,13 +1,13 @@
 """Keeps Python's collector of reference cycles away from work that makes many objects at once.
 
 [Note: fewer collections]
-The collector runs when enough objects were made since it ran last, and now and then looks through all that there are.
-That takes 0.15 to 0.4 s where a host has its packs loaded (ComfyUI, CPython 3.12), and the more often it runs, the
-sooner it does that. Cutting a model, making a plan, binding what streams and keeping the state of a step make tens of
-thousands of objects, most of which are gone right afterwards and need no collector for it. In a prompt of 4 steps whose
-model was loaded for it, three or four such looks fell into these: 0.7 of 3.6 s.
-While this lasts nobody's cycles are collected, on no thread; that is made up for afterwards. Who asks for a collection
-gets it.
+The collector runs when enough objects were made since it ran last, and now and then looks through all objects. Such a
+look takes 0.15 to 0.4 s where a host has its packs loaded (ComfyUI, CPython 3.12), and comes the sooner the more often
+the collector runs. Cutting a model, making a plan, binding what streams and keeping the state of a step make tens of
+thousands of objects, most of which are freed right afterwards without the collector. In a prompt of 4 steps whose model
+was loaded for it, three or four such looks fell into this work: 0.7 of 3.6 s.
+During a pause no cycles are collected, on any thread; the collector makes up for that afterwards. An explicit call of
+``gc.collect`` still collects.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from contextlib import contextmanager
 
 
 class _Pauses:
-    """Counts who wants no collection now, on all threads."""
+    """Counts the pauses that are in effect, on all threads."""
 
     def __init__(self) -> None:
-        # What a collection frees may pause it too, on a thread that is in the middle of doing so.
+        # Reentrant: what a collection runs may begin a pause too, on the thread that holds the lock.
         self._lock = threading.RLock()
         self._count = 0
         self._was_on = False
@@ -46,7 +46,7 @@ _PAUSES = _Pauses()
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No collection by itself while this lasts (Note: fewer collections); also decorates a function."""
+    """No automatic collection while this lasts (Note: fewer collections); also decorates a function."""
     _PAUSES.begin()
     try:
         yield

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
-# So many of the largest segments the ring holds usually, for small models too, and for a step that needs much at once.
+# How many of the largest segments the ring holds usually, for small models too, and at most, for a step that needs much
+# at once.
 USUAL_SLOTS = 4
 MOST_SLOTS = 8
 
@@ -25,19 +26,21 @@ class StreamingConfig:
     Attributes:
         copy_streams: streams that copy segments to the device, used in turn. 0 copies each on the compute
             stream when it is needed (synchronous: for debugging, and where asynchronous copies are switched off).
-        slots: the staging memory holds so many of the largest segments; 0 chooses as many as ``staging_bytes`` has room
-            for, or more where that makes a step faster, and 1 when copies are synchronous.
-        staging_bytes: what they usually take together, once it is known in which order the parts of a block run.
+        slots: how many of the largest segments the staging memory holds; 0 chooses as many as ``staging_bytes`` has
+            room for, or more where that makes a step faster, and 1 when copies are synchronous.
+        staging_bytes: bytes that slots usually take together, once the order in which the parts of a block run is
+            known.
         segment_bytes: parts of a block that run one after another are copied together up to this size. Copies of 16 MB
             and more reach the bus's full bandwidth.
         pin_memory: page-lock the host copies. Without it a copy is staged by the driver and blocks the caller.
         pinned_limit: bytes of this model that may be page-locked; None sets no limit of its own.
-        stream_all: keep nothing on the device but what lies outside of blocks.
+        stream_all: keep nothing on the device except what lies outside of blocks.
         vram_limit: bytes that weights and staging may take on the device; None takes what is offered.
         headroom_bytes: device memory that stays free beside the weights and a step's measured activations.
         adaptive: follow the memory that steps were measured to leave, instead of what was offered for the first.
         thrifty: keep no more on the device than makes a step faster, once that was measured.
-        fill_threads: threads that fill host memory for which somebody waits; 0 takes the cores, at most 16.
+        fill_threads: threads that fill host memory while a load or a step waits for it; 0 takes the number of cores, at
+            most 16.
         read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
         build_threads: threads that build master copies behind other work, before a model is loaded.
         verify: compare every copy on the device with its source before it is used (verify.py; for debugging).

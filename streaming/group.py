@@ -45,7 +45,7 @@ class Group:
 
     Attributes:
         listeners: measure the step that runs.
-        assignment: the device of each block, by the order in which the streamers have joined; None where there is one.
+        assignment: the device of each block, numbered in the order in which the streamers have joined; None with one.
     """
 
     def __init__(self, assignment: Assignment | None = None) -> None:
@@ -54,26 +54,26 @@ class Group:
         self._members: list[weakref.ref[Member]] = []
 
     def join(self, streamer: Member) -> SecondsOf:
-        """``streamer`` is one more; gives what tells how long a step takes with a plan of its blocks."""
+        """Add ``streamer``; returns a function that forecasts the seconds of a step with a plan of its blocks."""
         who = weakref.ref(streamer)
         self._members.append(who)
         return lambda plan, profile: self._seconds(who, plan, profile)
 
     def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
-        """A block has run on ``device``; ``seconds`` gives its compute once that is over, and waits for it."""
+        """A block has run on ``device``; ``seconds`` waits for it, and returns its compute."""
         for listener in self.listeners:
             listener.computed(device, seconds)
 
     def learn(self) -> None:
-        """All keep what the step before has shown, so that whoever plans first knows what the others take."""
+        """All keep what the step before has shown, so that the first one that plans knows what the others take."""
         for member in self._members:
             if (streamer := member()) is not None:
                 streamer.learn()
 
     def doubt(self) -> None:
-        """Where one finds that the times that were measured cannot be, all measure the next step once more.
+        """If one streamer finds that its measured times cannot be right, all measure the next step once more.
 
-        A host that launches kernels on one device alone is seldom late.
+        A single streamer does not: a host that launches kernels on one device alone is seldom late.
         """
         if self.assignment is None:
             return

@@ -1,4 +1,4 @@
-"""A model that streams to a device, from load to unload: what of it is where, and what that costs in memory."""
+"""A model that streams to a device, from load to unload: where its weights are, and what that costs in memory."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ from .run.verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
 
-# No room for a plan: the next one is by this part smaller.
+# When there is no room for a plan, the next one is smaller by this share.
 NO_ROOM_SHARE = 0.1
 
 
 class Loading:
-    """Has a model where plans want it. Nothing runs here: :class:`Streamer` runs its steps.
+    """Brings the weights of a model where plans want them. :class:`Streamer` runs the steps.
 
     Args:
         root: the module whose forward is one step; its blocks run inside it.
         blocks: the model cut into blocks, units and rest (:func:`streaming.model.blocks.split_model`).
         backend: the device.
         config: settings.
-        pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
-        evictable: tells how many bytes others on a device would give up for us, beside what is free.
-        watch: is told how far loading is, and may cancel it.
+        pins: page-locked memory that this model shares with others; None makes a budget of its own without limit.
+        evictable: returns how many bytes others on a device would give up for us, beside what is free.
+        watch: is called with the progress of loading, and may raise to cancel it.
         group: the streamers of a model on several devices; what one computes, and waits for, lies between the blocks of
-            the others. None is one alone.
+            the others. None for a streamer alone.
 
     Attributes:
         group: see above.
@@ -101,7 +101,7 @@ class Loading:
 
     @property
     def state(self) -> State:
-        """What of the model is where."""
+        """Whether the model is unloaded, loaded or reduced."""
         return self._steps.state
 
     @property
@@ -113,7 +113,7 @@ class Loading:
 
     @property
     def has_model(self) -> bool:
-        """Whether somebody still has the model."""
+        """Whether the model still exists."""
         return self._root() is not None
 
     @property
@@ -170,7 +170,7 @@ class Loading:
         """How the model stands on the device now."""
         device_bytes = self.device_bytes
         if self.plan is not None and self.site.lane is None:
-            device_bytes += self.plan.staging_bytes  # Slots that went with the master copies come back.
+            device_bytes += self.plan.staging_bytes  # The slots went with the master copies, and come back.
         return Standing(self.state, self.plan, device_bytes, self.backend.budget)
 
     def prompt_budget(self, offered: float) -> float:
@@ -234,13 +234,13 @@ class Loading:
     def prepare(self, budget: float) -> None:
         """The model will be loaded with at most ``budget`` bytes: begin to build what streams then.
 
-        Which that is follows from one order of residency, so what a smaller budget streams includes it.
+        Units become resident in one order, so a smaller budget streams these units too.
         """
         if self.state is State.UNLOADED:
             self.site.prepare(self.planner.plan_within(budget), self)
 
     def build(self) -> None:
-        """Before a step that is not the first: build what nobody has tried to (builder.py, Note: when to build)."""
+        """Before a step that is not the first: build what was not tried yet (builder.py, Note: when to build)."""
         if self.site.unbuilt and self._has_run:
             self.finish_building()
 
@@ -289,13 +289,13 @@ class Loading:
             plan = self.planner.plan_within(plan.device_bytes * (1 - NO_ROOM_SHARE))
 
     def keep(self, plan: Plan) -> None:
-        """``plan`` is the one in effect; its forecast may be another."""
+        """Take ``plan`` for the one in effect, which it equals; budget, forecast and the like may differ."""
         self.plan = plan
 
     def begin_prompt(self) -> None:
-        """The host has loaded the model, and may have tidied the device up: what torch keeps now says nothing.
+        """The host has loaded the model, and may have freed cached memory of torch: what torch keeps now says nothing.
 
-        What could not be page-locked before may be possible now.
+        Page-locking that failed before may succeed now.
         """
         self.planner.begin_prompt()
         if self.plan is not None:
@@ -304,7 +304,7 @@ class Loading:
     def give_way(self, nbytes: int) -> int:
         """Give up residents until ``nbytes`` are free, at once and without making anything in their place.
 
-        Gives the bytes that were freed; fewer where residents were not enough.
+        Returns the bytes that were freed; fewer where residents were not enough.
         """
         if self.state is State.UNLOADED or self.plan is None or nbytes <= 0:
             return 0
@@ -340,17 +340,17 @@ class Loading:
     # -- giving memory back --------------------------------------------------------------------------------------
 
     def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
-        """What somebody has written to, exchanged or deleted since the model was laid out; not while a block runs.
+        """What other code has written to, exchanged or deleted since the model was laid out; not while a block runs.
 
-        What hooks of the host have written is undone later, and is none.
+        What hooks of the host have written is undone later, and is no change.
 
         Args:
-            exchanged: full names of those that the host itself exchanges while a model is loaded.
+            exchanged: full names of tensors that the host itself exchanges while a model is loaded.
         """
         return Changes() if self._lent else self.site.placement.changes(exchanged)
 
     def take_overwritten(self) -> list[str]:
-        """What somebody has written to in vain while it was in a slot; told once."""
+        """Names of units that were written to in a slot, so that the writes are lost; each is returned once."""
         overwritten = self.site.meters.overwritten
         if not overwritten:
             return overwritten
@@ -361,15 +361,15 @@ class Loading:
     def _last_changes(self) -> Changes:
         try:
             return self.changes()
-        except Exception as error:  # A device that has failed must let go all the same.
+        except Exception as error:  # A device that has failed must be cleared all the same.
             logger.warning("what was written to weights on %s is lost: %s", self.backend.name, error)
             return Changes()
 
     def give_up_masters(self, nbytes: int) -> int:
-        """Free at least ``nbytes`` of page-locked memory, or all, for another model; gives what was freed.
+        """Free at least ``nbytes`` of page-locked memory, or all, for another model; returns the bytes that were freed.
 
-        Nothing while a step runs or a plan is carried out, on this thread or another, and while somebody has written to
-        the master copies. The next load, or the next step, makes what this model needs instead.
+        It frees nothing while a step runs or a plan is carried out, on this thread or another, nor while other code has
+        written to the master copies. The next load, or the next step, makes what this model needs instead.
         """
         if not self._guard.acquire(blocking=False):
             return 0
@@ -387,7 +387,7 @@ class Loading:
 
     @contextmanager
     def _occupied(self) -> Iterator[None]:
-        """While this lasts nobody takes master copies away."""
+        """While this lasts no other model takes master copies away."""
         with self._guard:
             self._depth += 1
             try:
@@ -413,7 +413,7 @@ class Loading:
         self.site.drain()
 
     def _equip(self, backend: Backend) -> None:
-        """Have what it takes to stream to ``backend``."""
+        """Make what is needed to stream to ``backend``."""
         told = (self._pins, self._watch, self.counters, self._verifier, self.group.listeners)
         self.site = Site(self.blocks, backend, self.config, *told)
         self.site.supply.arena.budget.join(self)
@@ -427,7 +427,7 @@ class Loading:
         return Verifier(blocks or self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
 
     def attach_hooks(self) -> None:
-        """Hear of what is streamed, and of everything while a step is measured."""
+        """Hook what is streamed, and everything while a step is measured."""
         assert self.plan is not None
         self._steps.attach(self.plan, self.measuring.recorder)
 

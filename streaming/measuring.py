@@ -32,7 +32,7 @@ class Measuring:
 
     @property
     def has_whole_step(self) -> bool:
-        """Whether a whole step was recorded, of which nobody has learned yet."""
+        """Whether a whole step was recorded that the planner has not learned from yet."""
         return self.recorder is not None and self.recorder.complete
 
     def learn(self, drain: Callable[[], None]) -> None:
@@ -45,14 +45,14 @@ class Measuring:
         self._has_learned = True
 
     def has_learned(self) -> bool:
-        """Whether something was learned since somebody asked this."""
+        """Whether something was learned since the last call of this."""
         learned, self._has_learned = self._has_learned, False
         return learned
 
     def record(self, outline: Outline, backend: Backend, reader: Reader) -> None:
         """Measure the next step."""
         self.stop()
-        tells = weakref.WeakMethod(self._group.computed)  # The group knows its listeners.
+        tells = weakref.WeakMethod(self._group.computed)  # Weakly: the group refers to its listeners.
         self.recorder = Recorder(outline, backend, reader, tells)
         self._group.listeners.append(self.recorder)
 

@@ -1,4 +1,4 @@
-"""Tells how a streamed model stands, for people and for programs. Waits for nothing and changes nothing."""
+"""Describes the state of a streamed model, for people and for programs. Waits for nothing and changes nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .run.telemetry import Activity, Snapshot
 
 
 def explain(now: Standing, placement: Placement, supply: Supply, building: bool, finding: str) -> str:
-    """The plan in effect and where what it streams comes from, in a line.
+    """The plan in effect, and where its streamed weights come from, in a line.
 
-    ``building``: master copies are still to come. ``finding``: why copies are synchronous, or when blocks begin.
+    ``building``: whether master copies are still to be built. ``finding``: why copies are synchronous, or when blocks
+    begin.
     """
     text = _explain(now, placement, supply, building)
     return f"{text}; {finding}" if finding else text
@@ -44,7 +45,7 @@ def take_snapshot(
     building: bool,
     finding: str,
 ) -> Snapshot:
-    """All of it in one value. What is passed may go on changing meanwhile, on another thread."""
+    """The whole state in one value. What is passed may go on changing meanwhile, on another thread."""
     plan, arena = now.plan, supply.arena
     pinned = placement.pinned_bytes(plan) if plan is not None else 0
     blocks = len(profile.block_seconds)
@@ -84,7 +85,7 @@ def take_snapshot(
 
 
 def _memory_text(plan: Plan, placement: Placement, supply: Supply, building: bool) -> str:
-    """What streams from page-locked memory, what from where it is, and why."""
+    """How much streams from page-locked memory, how much from elsewhere, and why."""
     pinned = placement.pinned_bytes(plan)
     text = f"{format_bytes(pinned)} from page-locked memory"
     if placement.backend.links > 1:

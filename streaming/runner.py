@@ -1,13 +1,13 @@
 """Runs steps: before one the plan is fitted to what is known, and one that fails for want of memory is run again.
 
 [Note: what the first steps teach]
-Before the first step nobody knows in which order the parts of a block run, or whether each of them runs as a module at
-all (some code reads a layer's weight without calling it). So in that step all that is streamed of a block is one
-segment, on the device from the block's begin to its end, and hooks write down who runs. From then on segments are parts
-of blocks. Copies are timed, and in step two each unit too, less its waits; the plan for step three is made from that,
-and then stays, unless a later step on several devices shows that those times were too long (``Group.doubt``). Making
-a plan waits for the device; that is done after the first two steps of a shape, and when memory asks for it
-(residency.py).
+Before the first step it is not known in which order the parts of a block run, or whether each of them runs as a module
+at all (some code reads a layer's weight without calling it). So in that step all that is streamed of a block is one
+segment, on the device from the block's begin to its end, and hooks record which units run. From then on segments are
+parts of blocks. Copies are timed, and in step two each unit too, less its waits. The plan for step three is made from
+that, and then stays, unless a later step on several devices shows that those times were too long (``Group.doubt``).
+Making a plan waits for the device, and so is done only after the first two steps of a shape, and when memory requires
+it (residency.py).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Out of memory: these parts of what is on the device go, one after another, until the step runs.
+# Out of memory: these shares of what is on the device are given up, one after another, until the step runs.
 OUT_OF_MEMORY_SHARES = (0.03, 0.2, 1.0)
 
-# What is said of a tensor in host memory: by most of torch, by its convolutions, by Triton and by Flash Attention.
+# What errors say of a tensor in host memory: those of most of torch, its convolutions, Triton and Flash Attention.
 OTHER_DEVICE = ("same device", "and weight type (", "cpu tensor?", "must be on CUDA")
 
 
@@ -51,7 +51,7 @@ def run_step(
     whole_again = [partial(_make_whole, model, reload, model.plan)]
     while True:
         try:
-            model.take_overwritten()  # Of a step that has failed: its slots are empty now.
+            model.take_overwritten()  # Forget those of a step that has failed: its slots are empty now.
             output = _watched(model, forward)
             _check_writes(model)
             return output
@@ -122,7 +122,7 @@ def _adapt(
 
 
 def _trim(model: Loading) -> None:
-    """Have torch give back what it keeps (residency.py, Note: from the same begin)."""
+    """Have torch give back its cached memory (residency.py, Note: from the same begin)."""
     model.planner.trimmed(model.backend.trim())
 
 
@@ -140,7 +140,7 @@ def _tidy(model: Loading, reason: str) -> None:
 
 
 def _shrink(model: Loading, share: float, reload: Callable[[Plan], None], reason: str) -> None:
-    """After a step ran out of memory: leave it a part of what is on the device."""
+    """After a step ran out of memory: give up ``share`` of what is on the device."""
     before = model.device_bytes
     less = max(before * share, model.config.headroom_bytes)
     budget = max(before - less, model.planner.minimum_bytes)
@@ -151,20 +151,20 @@ def _shrink(model: Loading, share: float, reload: Callable[[Plan], None], reason
 
 
 def _make_whole(model: Loading, reload: Callable[[Plan], None], plan: Plan | None, reason: str) -> None:
-    """Weights are missing that the plan has on the device: have all of them there."""
+    """Weights are missing that the plan has on the device: bring all of them there."""
     logger.warning("running a step again: %s", reason)
     assert plan is not None
     model.load_within(plan, reload)
 
 
 def _await_residents(model: Loading, reason: str) -> None:
-    """A resident weight was read outside of its block before it had arrived: have all of them there."""
+    """A resident weight was read outside of its block before it had arrived: wait for all residents."""
     logger.debug("a step runs again when all residents have arrived: %s", reason)
     model.arrive_all()
 
 
 def _stream_whole_blocks(model: Loading, reload: Callable[[Plan], None], reason: str) -> None:
-    """A weight was read without running its module, which did not happen in the first step: stop relying on it."""
+    """A weight was read without running its module, unlike in the first step: rely no more on modules that run."""
     logger.warning("a weight is read outside of its module, so blocks stream as a whole from now on: %s", reason)
     model.planner.stream_whole_blocks()
     assert model.plan is not None
@@ -172,7 +172,7 @@ def _stream_whole_blocks(model: Loading, reload: Callable[[Plan], None], reason:
 
 
 def _say_what_was_not_entered(model: Loading) -> None:
-    """Nothing helps. Perhaps somebody reads the weights of a block without entering it or a layer of it."""
+    """There is no remedy. Other code may read the weights of a block without entering it or a layer of it."""
     blocks = model.measuring.recorder.not_entered if model.measuring.recorder is not None else []
     if blocks:
         logger.warning(
@@ -186,7 +186,7 @@ def _say_what_was_not_entered(model: Loading) -> None:
 
 
 def _check_writes(model: Loading) -> None:
-    """Raise if somebody has written to weights that were in a slot."""
+    """Raise if weights were written to while they were in a slot."""
     found = model.take_overwritten()
     if found:
         raise StreamingError(
@@ -197,7 +197,7 @@ def _check_writes(model: Loading) -> None:
 
 
 def may_be_mended(error: Exception) -> bool:
-    """Whether a step that failed so may be run again, when something has been done about it."""
+    """Whether a step that failed with ``error`` may be run again, after a remedy."""
     return isinstance(error, WeightsMovedError) or is_out_of_memory(error) or _is_of_another_device(error)
 
 

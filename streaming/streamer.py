@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Streamer(Loading):
-    """Streams one model to one device. One for each loaded model, shared by all who use the model.
+    """Streams one model to one device. There is one for each loaded model, shared by all that use the model.
 
     Args: those of :class:`Loading`.
     """
@@ -43,8 +43,8 @@ class Streamer(Loading):
     # -- what others do to the model -----------------------------------------------------------------------------
 
     def written(self) -> list[str]:
-        """Names of weights that somebody has written to or exchanged since the model was loaded; not while a block
-        runs. Small buffers are left out, and so is everything while hooks of the host are in the weights."""
+        """Names of weights that were written to or exchanged since the model was loaded; not while a block runs. Small
+        buffers are left out, and so is everything while hooks of the host are in the weights."""
         return [] if self._lent else self.site.placement.written()
 
     def show(self, changes: Changes) -> None:
@@ -60,7 +60,7 @@ class Streamer(Loading):
     def take_up(self, blocks: BlockSet, changes: Changes) -> None:
         """From the next load on stream ``blocks``: the same model, cut anew after :meth:`show`.
 
-        Copies of what lies as before are kept; of what does not there is nothing on the device.
+        Copies of units with the same layout and weights are kept; the others have nothing on the device.
         """
         loaded, same = self.state is not State.UNLOADED, blocks.outline == self.outline
         self._verifier = self._make_verifier(blocks)
@@ -80,26 +80,26 @@ class Streamer(Loading):
         self._steps.state = State.REDUCED if loaded else State.UNLOADED
 
     def make_masters(self, names: Collection[str]) -> None:
-        """Somebody will write to these tensors where the modules point, which must not be what was loaded."""
+        """Other code will write to these tensors where the modules point: have modules point at copies of them."""
         if self.state is not State.UNLOADED and self.plan is not None:
             self.site.make_masters(names)
 
     def bare(self, names: Collection[str]) -> set[str]:
-        """Those of these tensors of which there is the original alone."""
+        """Those of these tensors of which only the original exists."""
         return self.site.placement.bare(names)
 
     def lend_masters(self) -> None:
-        """Somebody has written to master copies: they stay until :meth:`take_masters_back`."""
+        """Other code has written to master copies: they stay until :meth:`take_masters_back`."""
         self._lent = True
 
     def take_masters_back(self) -> None:
-        """What somebody has written to master copies is undone."""
+        """What other code had written to master copies is undone."""
         if self._lent:
             self.site.placement.settle()
         self._lent = False
 
     def invalidate(self) -> None:
-        """Weights were changed in place, by somebody else, on the device or in master copies: copy them anew."""
+        """Other code has changed weights in place, on the device or in master copies: copy them anew."""
         self.site.forget_copies()
 
     @contextmanager
@@ -143,7 +143,7 @@ class Streamer(Loading):
         self.planner.expect_compiled(compiled)
 
     def refresh(self) -> None:
-        """Before the model is loaded: where somebody has touched its files since then, no copy of before is used.
+        """Call this before the model is loaded: if its files were touched since the last time, copies are dropped.
 
         Raises:
             CheckpointChangedError: a file has other contents than when the model was loaded.
@@ -155,7 +155,7 @@ class Streamer(Loading):
                 self.close()
 
     def check_files(self) -> int:
-        """Raise if a file has other contents than when the model was loaded; gives how often files were touched."""
+        """Raise if a file has other contents than when the model was loaded; returns how often files were touched."""
         return self.site.placement.check_sources()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -171,18 +171,18 @@ class Streamer(Loading):
         reload: Callable[[Plan], None] | None = None,
         estimate: Callable[[], int] | None = None,
     ) -> T:
-        """Run one step, ``forward``, and make good use of what the steps before it have shown.
+        """Run one step, ``forward``, with a plan that is fitted to what the steps before it have shown.
 
-        A step that runs out of device memory is run again: at first with what torch keeps for later given back, which
-        may only have been cut up badly; then with a little less on the device, with much less, and with the least that
-        works. Whatever happens, no unit stays bound to a slot.
+        A step that runs out of device memory is run again: at first with torch's cached memory given back, which may
+        only have been fragmented; then with a little less on the device, with much less, and with the least that works.
+        Whatever happens, no unit stays bound to a slot.
 
         Args:
             forward: calls the root; it may be called again after it has run out of memory.
             shape: equal for steps that need the same memory and time.
             reload: calls :meth:`load` with the plan that it is given and the patches that are in the weights. By
                 default there are none.
-            estimate: gives the bytes that activations may take, for a shape that has not run yet.
+            estimate: returns the bytes that activations may take, for a shape that has not run yet.
         """
         with self._occupied():
             return run_step(self, forward, shape, reload or self.load, estimate)
@@ -200,24 +200,24 @@ class Streamer(Loading):
 
     @property
     def never_entered(self) -> list[str]:
-        """Names of blocks that nobody enters though their units run (by_units.py)."""
+        """Names of blocks that are never entered although their units run (by_units.py)."""
         return [self.blocks.blocks[block].name for block in sorted(self.planner.by_units)]
 
     @property
     def _findings(self) -> str:
-        """What of the model and its copies turned out to be other than expected."""
+        """What turned out to be unexpected in the model and its copies, in words."""
         names = self.never_entered
         by_units = f"nobody calls {len(names)} of its blocks ({names[0]}), so layers in them tell when" if names else ""
         return "; ".join(filter(None, (self._verifier.finding, by_units)))
 
     def explain(self) -> str:
-        """The plan in effect and where what it streams comes from, in a line."""
+        """The plan in effect, and where its streamed weights come from, in a line."""
         return explain(self.standing, self.site.placement, self.site.supply, self.building, self._findings)
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         while True:
-            # Another thread may load or unload meanwhile. A plan is gone before its site and its blocks are.
+            # Another thread may load or unload meanwhile. It drops a plan before its site and its blocks.
             site, blocks, now = self.site, self.blocks, self.standing
             told = (self.config, self.profile, self._activity(), site.building, self._findings)
             try:
@@ -236,5 +236,5 @@ class Streamer(Loading):
         return Activity(busy, idle_seconds, times.last, replace(self.counters), run, self._last_run)
 
     def _run(self) -> Run:
-        began = self._run_began  # First: counters that were counted before it would be less than nothing.
+        began = self._run_began  # Read first: counters read before it could come out negative.
         return Run(self.counters.since(began), self.site.meters.step.times().average)

@@ -1,7 +1,7 @@
-"""Threads of ours end with the process: told to, and waited for a moment.
+"""Ends our threads with the process: it tells them to end, and waits for a moment.
 
 A thread that is inside of torch when the interpreter ends would abort the process. One of ``concurrent.futures`` would
-keep it alive until all that it was given is done, which may be to read a whole model.
+keep the process alive until all its tasks are done, which may be to read a whole model.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import time
 import weakref
 from typing import Protocol
 
-# How long the interpreter's end waits: for a read that is under way, and no longer than a user would.
+# How long the interpreter's end waits: long enough for a read that is under way, and no longer than a user would wait.
 EXIT_SECONDS = 2.0
 
 
 class Owner(Protocol):
-    """Who has threads, made as daemons.
+    """An object that has daemon threads.
 
     Attributes:
         workers: the threads.

@@ -1,1 +1,1 @@
-"""Activations that go from one device to another between blocks, and come back to who asks for them."""
+"""Activations that go from one device to another between blocks, and come back when code there uses them."""

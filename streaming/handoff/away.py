@@ -1,14 +1,14 @@
-"""A tensor that is still on another device than the one where everybody believes it to be.
+"""A tensor that is still on another device than the one where it seems to be.
 
 [Note: home when somebody looks]
-What a block on another device gives must come home, because the code between blocks works with tensors of its own
-device. Mostly there is no such code: the next block gets what the last one gave, and if it runs on the same device the
-way home and back would be for nothing. Nobody can tell beforehand which of the two it will be, so a block gives an
-:class:`Away`. It says of itself that it is at home. Whoever computes with it has it come home first, and computes with
-the copy: torch's functions and methods arrive at ``__torch_function__`` whole, before anything is taken apart, so what
-is computed is what would have been computed with the copy from the start. C++ that calls torch arrives at
-``__torch_dispatch__``. Only who asks for a shape or the like is answered without. Once it has come home it is the copy,
-and what is there is forgotten: the copy may be written to.
+The output of a block on another device must come home, because the code between blocks works with tensors of its own
+device. Mostly there is no such code: the next block gets what the last one returned, and if it runs on the same device
+the way home and back would be for nothing. Which of the two it will be is not known beforehand, so a block returns an
+:class:`Away`, which says of itself that it is at home. A computation with it makes it come home first, and computes
+with the copy: torch's functions and methods arrive at ``__torch_function__`` whole, before anything is taken apart, so
+the result is the same as with the copy from the start. C++ that calls torch arrives at ``__torch_dispatch__``. Only
+questions for a shape or the like are answered without moving it. Once it has come home it is the copy, and the tensor
+on the other device is forgotten: the copy may be written to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .views import View
 
 Move = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
-# What is true of a tensor wherever it is, and of a copy of it: asking moves nothing.
+# What is the same for a tensor and its copy on any device: asking for it moves nothing.
 _METADATA = {getattr(torch.Tensor, name) for name in ("size", "stride", "dim", "numel", "element_size")}
 _METADATA |= {
     getattr(torch.Tensor, name).__get__
@@ -35,9 +35,9 @@ class Away(torch.Tensor):
 
     Args:
         there: the tensor.
-        place: the device on which it is. (A virtual one cannot be told from a tensor.)
+        place: the device on which it is. (A tensor does not show on which virtual device it is.)
         home: the device on which it seems to be.
-        move: gives a copy of a tensor on a device, with the same strides.
+        move: returns a copy of a tensor on a device, with the same strides.
     """
 
     _there: torch.Tensor | None
@@ -55,13 +55,13 @@ class Away(torch.Tensor):
         return away
 
     def here(self) -> torch.Tensor:
-        """The copy at home."""
+        """Return the copy at home, which is made now if there is none yet."""
         if self._here is None:
             self._here, self._there, self._place = self._move(self._there, self._home), None, self._home
         return self._here
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """The tensor on ``device``, straight from where it is; this stays as it is."""
+        """Return the tensor on ``device``, straight from where it is; this object stays as it is."""
         tensor = self._here if self._there is None else self._there
         return tensor if self._place == device else self._move(tensor, device)
 
@@ -72,7 +72,7 @@ class Away(torch.Tensor):
 
     @property
     def standing(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.device]:
-        """What it stands for, which it can be made to stand for again."""
+        """What it stands for; to set this makes it stand for that again."""
         return self._there, self._here, self._place
 
     @standing.setter
@@ -84,8 +84,8 @@ class Away(torch.Tensor):
         return self._there is tensor
 
     def is_now(self, tensor: torch.Tensor, place: torch.device) -> None:
-        """Somebody has written to a copy on another device than home: that is what this stands for from now on. Where
-        others use the memory of what it stood for, they get it there."""
+        """``tensor``, a copy on another device than home, was written to: this stands for it from now on. Where other
+        code uses the memory of what it stood for, the new values are copied there."""
         if self._there is None:
             self._here.copy_(self._move(tensor, self._home))
             return
@@ -116,7 +116,7 @@ class Away(torch.Tensor):
 
 
 def may_be_on(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether it is on ``device``. Tensors do not tell of virtual ones, which are all the CPU."""
+    """Whether it is on ``device``, as far as tensors show that: virtual devices are all the CPU to them."""
     return tensor.device.type == device.type and (device.type == "cpu" or tensor.device == device)
 
 
@@ -126,7 +126,7 @@ def _as_told(device: torch.device) -> torch.device:
 
 
 def at_home(value: Any) -> Any:
-    """Arguments of a function of torch, which may be lists, with everything at home."""
+    """Arguments of a function of torch, which may be lists, with copies at home in the place of each :class:`Away`."""
     if isinstance(value, Away):
         return value.here()
     if isinstance(value, (list, tuple)) and any(isinstance(item, (Away, list, tuple)) for item in value):

@@ -1,31 +1,31 @@
-"""Activations across a device boundary: a block on another device gets its inputs there, and what it gives comes home.
+"""Activations across a device boundary: a block on another device gets its inputs there, and its outputs come home.
 
 [Note: what moves]
-Tensors among the arguments move, wherever they are held (containers.py). What holds them stays the same object, because
-code inside and around blocks writes to it: its tensors are exchanged while the block runs. What several blocks on one
-device get, as rotary tables and masks, moves there once in a step, and again when it was written to (mirrors.py). What
-a block gives is :class:`Away`, and comes home when somebody looks at it.
+Tensors among the arguments move, wherever they are held (containers.py). The containers stay the same objects, because
+code inside and around blocks writes to them: the tensors in them are exchanged while the block runs. A tensor that
+several blocks on one device get, such as a rotary table or a mask, moves there once in a step, and again when it was
+written to (mirrors.py). The outputs of a block are :class:`Away`, and come home when other code uses them.
 
 [Note: blocks that nobody enters]
-Some code runs the layers of a block one by one (by_units.py). Which do, nobody can tell beforehand, and a layer that is
-given a tensor of another device is an error already in the first step. So until a block has been entered in a step the
-modules in it are watched too: the outermost that is entered while no block is gets its inputs where it is. From then on
-its block is all that counts. What the model computes between such layers runs at home; if it reads the block's own
-weights there, they are on the other device, and only one device will do. Models that are compiled are left alone,
-because their blocks would be cut up.
+Some code runs the layers of a block one by one (by_units.py). Which code does is not known beforehand, and a layer that
+is given a tensor of another device fails already in the first step. So until a block has been entered in a step the
+modules in it are watched too: the outermost module that is entered while no block runs gets its inputs on its device.
+Once its block has been entered, only the block is watched. What the model computes between such layers runs at home; if
+it reads the block's own weights there, these are on the other device, and the model must run on one device. Compiled
+models are left alone, because their blocks' graphs would be cut up.
 
 [Note: what runs at home]
-Functions that somebody hung into a model, and that a block calls, have tensors and modules of their own, and these are
+Functions that other code has put into a model, and that a block calls, have tensors and modules of their own, which are
 at home. So a block on another device gets such a function wrapped: it is called at home, with tensors that are
-:class:`Away`, and what it gives goes to the block's device. What it was given and gives back, or has written to, is the
-block's own tensor again. Which functions these are is told by the names below which they are found, because there are
-others, as those that compute attention, that belong where the block is.
+:class:`Away`, and its outputs go to the block's device. A tensor that it was given and returns, or has written to, is
+the block's own tensor again. The names below which functions are found tell which run at home, because others, such as
+those that compute attention, belong on the block's device.
 
 [Note: what does not run at home]
-All else that somebody has put into a block or into its options runs where the block does, and may have tensors of its
+All else that other code has put into a block or into its options runs where the block does, and may have tensors of its
 own at home: functions in the place of a layer's ``forward`` (strangers.py), functions that compute attention, and
-objects in options. While such a block runs, a mode of torch's functions brings those tensors to it (meeting.py). In
-other blocks, which are nearly all, there is none.
+objects in options. While such a block runs, a mode of torch's functions brings those tensors to it (meeting.py). Other
+blocks, which are nearly all, run without that mode.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Boundary:
         links: copies between devices.
         at_home: names in dictionaries among blocks' arguments; functions below them are called at home.
         ignored: names in dictionaries; no block looks below them.
-        record: of the allocations at home, of which those of other devices must not be part.
+        record: has the allocations at home, and must not have those of other devices.
 
     Attributes:
-        broke_on: the device of the block that an exception has ended last, if none has run since.
+        broke_on: the device of the block that an exception ended; None if the last block has ended without one.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Boundary:
     def attach(self, root: nn.Module, blocks: Sequence[tuple[nn.Module, torch.device]], compiled: bool = False) -> None:
         """Watch ``blocks`` that run on these devices, and ``root``, whose forward is one step.
 
-        The hooks refer to the boundary weakly. They begin before and end after all that are there. ``compiled``: steps
-        run compiled.
+        The hooks refer to the boundary weakly. They are called before all that are there when a module begins, and
+        after these when it ends. ``compiled``: steps run compiled.
         """
         self.detach()
         self._is_compiled = compiled
@@ -107,7 +107,7 @@ class Boundary:
             self._entries.watch(module, _enters(who, device), _ends(who, Boundary._leave))
 
     def detach(self) -> None:
-        """Blocks run where they are called."""
+        """Remove the hooks: blocks run where they are called."""
         self.settle()
         self._entries.remove()
         for entries in self._parts.values():
@@ -115,8 +115,8 @@ class Boundary:
         self._parts.clear()
 
     def out_of_reach(self) -> list[nn.Module]:
-        """Blocks that hold what others have put into them, where that can run at home alone: steps run compiled, and
-        a mode that brings its tensors to another device would be compiled too."""
+        """Blocks that must run at home because of what other code has put into them: steps run compiled, and a mode
+        that brings the tensors of that code to another device would be compiled too. Otherwise there are none."""
         if not self._is_compiled:
             return []
         self._strangers.look()
@@ -180,10 +180,10 @@ class Boundary:
     def _enter(
         self, device: torch.device, args: tuple, kwargs: dict[str, Any], strange: bool
     ) -> tuple[tuple, dict[str, Any]]:
-        was_on = self._witness.off()  # What is brought here need not be told of.
+        was_on = self._witness.off()  # Tensors that are brought here need not be reported.
         guest = Guest(device, self.home, self._mirrors, self._move, self._is_compiled)
         if device == self.home:
-            self._mirrors.all_come_home()  # A block may have the original from anywhere.
+            self._mirrors.all_come_home()  # The block may get at originals in any way.
             wrap = self._wrap_watched if self._in_step else _unchanged
             visit = Visit(device, Exchange(guest.give, self._at_home, wrap, ignored=self._ignored))
         else:
@@ -249,9 +249,9 @@ class Boundary:
     # -- tensors -------------------------------------------------------------------------------------------------
 
     def _sending(self, guest: Guest, apart: bool = False) -> Change:
-        """What is made of tensors that a block gives: of one that it was given the original.
+        """Make the change for tensors that a block returns: one that it was given becomes the original again.
 
-        ``apart``: not of a copy. Where nobody sees who looks at the original, it would come home for nothing.
+        ``apart``: a copy does not. Where uses of the original are not seen, it would come home for nothing.
         """
         device = guest.device
 
@@ -277,7 +277,7 @@ class _Call(NamedTuple):
 
 
 class _Mover:
-    """Copies tensors. Which steps make a copy hangs on who looks at a tensor, so those are not recorded."""
+    """Copies tensors. Which steps make a copy depends on the code that uses a tensor, so copies are not recorded."""
 
     def __init__(self, links: Links, record: AllocationRecord) -> None:
         self._links, self._record = links, record
@@ -316,7 +316,7 @@ def _enters(who: Reference, device: torch.device) -> Callable[..., Any]:
 
 
 def _watch_parts(who: Reference, block: nn.Module, device: torch.device) -> Entries:
-    """Have the modules in ``block`` told of, for as long as nobody has entered the block itself."""
+    """Watch the modules in ``block``, for as long as the block itself has not been entered."""
 
     def begins(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         boundary = who()

@@ -1,8 +1,8 @@
-"""Tensors in whatever holds them, as arguments of a block: exchanged for others in place, and back.
+"""Exchanges tensors among the arguments of a block for others, in whatever holds them, and back.
 
-Lists and dictionaries are looked into at any depth. So are objects (a dataclass, say, or a cache) and what functions
-have closed over, but not those that a dictionary brings along: options hold what belongs to anybody. Of those it is
-said that there are some (:attr:`Exchange.has_strangers`).
+Lists and dictionaries are searched at any depth. So are objects (a dataclass, say, or a cache) and what functions have
+closed over, but not in an argument that is a dictionary itself: options hold what belongs to any code. Whether there
+are objects or functions that were not searched is in :attr:`Exchange.has_strangers`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 Change = Callable[[torch.Tensor], torch.Tensor]
 Function = Callable[..., Any]
 
-# What holds no tensor.
+# Values of these classes hold no tensor.
 SIMPLE = (str, int, float, complex, bool, bytes, type(None), type, Enum, UUID, torch.dtype, torch.device)
 
 
@@ -28,14 +28,14 @@ class Exchange:
     """Arguments of one call, and what they held before it.
 
     Args:
-        move: what is made of tensors.
-        names: keys of dictionaries below which functions are changed too.
-        wrap: what is made of those.
-        move_later: what is made of tensors that a dictionary holds; None for the same as of others.
-        ignored: keys of dictionaries that are not looked below.
+        move: returns what takes the place of a tensor.
+        names: keys of dictionaries below which functions are wrapped.
+        wrap: returns what takes the place of such a function.
+        move_later: as ``move``, for tensors that a dictionary holds; None to use ``move`` for these too.
+        ignored: keys of dictionaries below which nothing is exchanged.
 
     Attributes:
-        has_strangers: whether there are objects or functions that are not looked into.
+        has_strangers: whether there are objects or functions that were not searched.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Exchange:
         )
 
     def _exchange(self, value: Any, own: bool, named: bool = False, later: bool = False) -> Any:
-        """An argument or a part of one, which is ``own`` if no dictionary brought it, ``named`` if below a name, and
-        for ``later`` if in a dictionary."""
+        """Exchange an argument or a part of one. It is ``own`` unless the argument is a dictionary, ``named`` if it is
+        below one of the names, and for ``later`` if it is in a dictionary."""
         if isinstance(value, SIMPLE):
             return value
         if isinstance(value, torch.Tensor):
@@ -91,7 +91,7 @@ class Exchange:
                 _put(value, key, now[key])
 
     def undo(self, change: Change) -> None:
-        """The call is over: what was exchanged is as it was, and ``change`` is made to what the call has put in."""
+        """The call is over: put back what was exchanged, and make ``change`` to tensors that the call has put in."""
         for container in self._containers.values():
             container.restore(change)
 
@@ -105,7 +105,7 @@ class _Container(NamedTuple):
 
     def restore(self, change: Change) -> None:
         known = {id(item) for item in self.before.values()}
-        back = {id(now): self.before[key] for key, now in self.now.items()}  # Fewer, where one could not be moved.
+        back = {id(now): self.before[key] for key, now in self.now.items()}  # Fewer, if a move has failed.
         for key, item in _items(self.value):
             if id(item) not in known:
                 _put(self.value, key, back[id(item)] if id(item) in back else mapped(item, change))
@@ -129,7 +129,7 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _content(cell: CellType) -> Any:
-    """None if nothing was assigned yet."""
+    """What a function has closed over; None if nothing was assigned yet."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -152,7 +152,7 @@ def _tuple_of(kind: tuple, items: list[Any]) -> tuple:
 
 
 def mapped(value: Any, change: Change, seen: set[int] | None = None) -> Any:
-    """``value`` with its tensors changed; whatever holds them stays the same object."""
+    """``value`` with its tensors changed; whatever holds them stays the same object, but for tuples."""
     if isinstance(value, torch.Tensor):
         return change(value)
     seen = set() if seen is None else seen

@@ -1,7 +1,7 @@
-"""Brings tensors of home to a block on another device, where code that somebody has put into it has them meet.
+"""Brings tensors of home to a block on another device, where code that was put into the block uses them.
 
 The operation decides: one that is given tensors of both devices gets those of home as copies, and one that writes to a
-tensor of home is done there. Copies are made anew each time, because nobody tells when such a tensor was written to.
+tensor of home is done there. Copies are made anew each time, because writes to such a tensor are not noticed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ WRITING |= {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__
 
 
 class Meeting(TorchFunctionMode):
-    """Is on while such a block runs.
+    """A mode of torch's functions that is on while such a block runs.
 
     Args:
         device: of the block.
-        home: of the tensors that come.
-        move: gives a copy of a tensor on a device.
-        before: is told before anything is brought.
-        after: is told after a tensor of home was written to.
+        home: of the tensors that are brought.
+        move: returns a copy of a tensor on a device.
+        before: is called before anything is brought.
+        after: is called after a tensor of home was written to.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Meeting(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While it lasts nothing is brought: what runs is at home."""
+        """While this lasts nothing is brought: what runs is at home."""
         before, self._is_paused = self._is_paused, True
         try:
             yield

@@ -1,27 +1,27 @@
 """Copies of home's tensors on other devices, and which of them has been written to last.
 
 [Note: one tensor on several devices]
-A tensor that blocks of several devices get is copied to each of them once in a step. Any of them may be written to in
-place, and all others, and whoever has the original, must then see it. So as with the caches of processors it is
-known of each copy whether it is like the original, or newer; and a copy that may be older is made anew.
+A tensor that blocks of several devices get is copied to each device once in a step. Blocks may write to the tensor, or
+to any of its copies, in place, and users of all the others must then see that. So, as for the caches of processors,
+each copy is known to be like the original, or newer; and a copy that may be older is made anew.
 
-- What a block writes to a copy is seen by torch's count of writes (``_version``), which views share. In inference mode
-  torch counts nothing, so copies are made outside of it. What is newer on another device comes home when somebody at
-  home looks, and otherwise never: mostly a block writes to its hidden states, of which nobody wants to know what they
-  were before. When the step ends it comes home if its memory is still held by anybody.
+- Torch's count of writes (``_version``), which views share, shows what a block writes to a copy. In inference mode
+  torch counts nothing, so copies are made outside of it. A newer copy on another device comes home when code at home
+  uses the tensor, and otherwise never: mostly a block writes to its hidden states, whose old values are not used any
+  more. When the step ends, a newer copy comes home if the original's memory is still in use.
 - What a block at home writes is counted too: in the place of a tensor of inference mode that has copies it gets another
   one on the same memory, made outside of inference mode.
-- What is written at home outside of blocks, and who looks there, a mode of torch's dispatcher tells (witness.py).
+- A mode of torch's dispatcher tells what is read and written at home outside of blocks (witness.py).
 
-Where that mode cannot be, as in steps that run compiled and where a block is called without its model, nothing is
-taken for granted: what was written comes home at once, and each block gets copies of its own. A compiled block is
-compiled once more for tensors that are not of inference mode; so there it gets none other, on other devices than home.
+That mode cannot be on in steps that run compiled, and where a block is called without its model. There nothing is taken
+for granted: what was written comes home at once, and each block gets copies of its own. A compiled block would be
+compiled once more for tensors that are not of inference mode; so on other devices than home it gets only such tensors.
 
-Tensors may be views of one memory. What is written to one makes the copies of all others old, and of two that a block
-gets, one of which is a view of the other, so are the copies. Kernels that write past
-torch, to memory whose address they were given, are not seen, as autograd does not see them.
+Tensors may be views of one memory. A write to one makes the copies of all others old. Where a block gets two tensors of
+which one is a view of the other, so are their copies. Kernels that write past torch, to memory whose address they were
+given, are not seen, as autograd does not see them.
 
-After an exception, nothing comes home. Whoever runs a step again has put back what was there before it.
+After an exception, nothing comes home. Code that runs a step again has put back what was there before it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .away import Move
 from .views import View
 
-# Tensors that can be made once more on the same memory.
+# Classes of tensors that can be made once more on the same memory.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -56,9 +56,9 @@ class Mirror:
     """One tensor at home and its copies.
 
     Attributes:
-        memory: what it is a view of.
-        view: what it is of that.
-        copies: those that are like the original, or newer.
+        memory: the memory that it is a view of.
+        view: which part of that memory it is.
+        copies: those that are like the original, or newer, by their device.
         newest: the device whose copy is newer than the original, if one is.
     """
 
@@ -73,16 +73,16 @@ class Mirror:
 
     @property
     def alive(self) -> torch.Tensor | None:
-        """The tensor, for as long as somebody has it."""
+        """The tensor; None once it is gone."""
         return self._tensor()
 
     def tensor(self) -> torch.Tensor | None:
-        """The tensor, or another one on its memory; None if that is not in use any more."""
+        """The tensor, or another one on its memory; None if that memory is not in use any more."""
         tensor = self._tensor()
         return self.view.again() if tensor is None else tensor
 
     def copy_on(self, device: torch.device) -> torch.Tensor | None:
-        """What is known to be like the tensor, or newer."""
+        """The copy on ``device`` that is known to be like the tensor, or newer; None without one."""
         tensor = self._tensor()
         if self.newest is None and tensor is not None and _version(tensor) != self._version:
             self.copies.clear()
@@ -95,7 +95,7 @@ class Mirror:
         self.copies[device] = Copy(tensor, _version(tensor))
 
     def alias(self) -> torch.Tensor | None:
-        """The same memory as a tensor whose writes are counted; None where they are anyway, or cannot be."""
+        """A tensor on the same memory whose writes are counted; None where they are anyway, or cannot be."""
         tensor = self._tensor()
         if tensor is None or type(tensor) not in PLAIN or not tensor.is_inference():
             return None
@@ -105,7 +105,7 @@ class Mirror:
         return self._alias.tensor
 
     def is_written_at_home(self) -> bool:
-        """Whether a block at home may have written to it since it was asked last."""
+        """Whether a block at home may have written to it since the last call of this."""
         tensor, alias = self._tensor(), self._alias
         if alias is None:
             return tensor is not None and tensor.is_inference()
@@ -114,7 +114,7 @@ class Mirror:
 
 
 class Memory:
-    """What several tensors may be views of."""
+    """Memory that several tensors may be views of."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.weak = StorageWeakRef(tensor.untyped_storage())
@@ -131,11 +131,11 @@ class Memory:
 
 
 class Mirrors:
-    """Of one step (Note: one tensor on several devices).
+    """The tensors of one step that have copies (Note: one tensor on several devices).
 
     Args:
         home: where originals are.
-        move: gives a copy of a tensor on a device.
+        move: returns a copy of a tensor on a device.
     """
 
     def __init__(self, home: torch.device, move: Move) -> None:
@@ -164,7 +164,8 @@ class Mirrors:
         return copy, mirror
 
     def _made_on(self, device: torch.device, tensor: torch.Tensor, mirror: Mirror) -> torch.Tensor:
-        """A copy of ``tensor``; if one is a view of the other so are their copies, for a block that gets both."""
+        """Make a copy of ``tensor``. If it is a view of a tensor that has a copy there, or the other way round, so are
+        the copies: a block may get both."""
         others = [(one.view, one.copies[device].tensor) for one in mirror.memory.mirrors if device in one.copies]
         for view, copy in others:
             if view.covers(mirror.view):
@@ -179,7 +180,7 @@ class Mirrors:
         return made
 
     def at_home(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Mirror | None]:
-        """What a block at home gets for ``tensor``."""
+        """What a block at home gets for ``tensor``, and its mirror if it has copies."""
         memory = self._memories.get(tensor.untyped_storage()._cdata) if self._memories else None
         if memory is None or not any(mirror.copies for mirror in memory.mirrors):
             return tensor, None
@@ -206,7 +207,7 @@ class Mirrors:
             self._newer[mirror.memory.weak.cdata] = mirror.memory
 
     def touched(self, tensor: torch.Tensor, writes: bool) -> None:
-        """Somebody at home reads ``tensor`` now, or writes to it."""
+        """Code at home reads ``tensor`` now, or writes to it."""
         if not self._memories:
             return
         memory = self._memories.get(tensor.untyped_storage()._cdata)
@@ -216,7 +217,7 @@ class Mirrors:
                 memory.forget_copies()
 
     def all_come_home(self) -> None:
-        """Somebody at home may look at anything now."""
+        """Code at home may use any tensor now."""
         for memory in list(self._newer.values()):
             self.come_home(memory)
 
@@ -246,7 +247,7 @@ class Mirrors:
     def _mirror(self, tensor: torch.Tensor) -> Mirror:
         key = id(tensor)
         known = self._of.get(key)
-        # The identity is another tensor's when this one is gone.
+        # Once the tensor is gone, another one may have its id.
         if known is not None and known.alive is tensor:
             return known
         memory = self._memory(tensor)
@@ -255,7 +256,7 @@ class Mirrors:
         return mirror
 
     def _forget_what_is_gone(self) -> None:
-        """Nobody has these tensors any more; of those that are newer elsewhere somebody may still have the memory."""
+        """Forget memory of tensors that are gone, unless it is still in use."""
         for memory in self._let_go:
             if memory.is_gone:
                 memory.forget_copies()
@@ -267,14 +268,14 @@ class Mirrors:
     def _memory(self, tensor: torch.Tensor) -> Memory:
         key = tensor.untyped_storage()._cdata
         known = self._memories.get(key)
-        # Its address is not used again while somebody refers to it weakly.
+        # Its address is not used again while there is a weak reference to it.
         if known is None:
             known = self._memories[key] = Memory(tensor)
         return known
 
 
 def _forgets(key: int, mirrors: dict[int, Mirror], let_go: list[Memory]) -> Callable[[object], None]:
-    """Told that a tensor is gone, which may be at any time: what is like it goes too."""
+    """Make what is called when a tensor is gone, which may be at any time: copies that are like it go too."""
 
     def forget(_: object) -> None:
         mirror = mirrors.pop(key, None)
@@ -288,13 +289,13 @@ def _forgets(key: int, mirrors: dict[int, Mirror], let_go: list[Memory]) -> Call
 
 
 def moved_counted(move: Move, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on ``device`` of which torch counts how often it is written to."""
+    """A copy on ``device`` whose writes torch counts."""
     with counted():
         return move(tensor, device)
 
 
 def alias_counted(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of ``tensor`` as one of which torch counts how often it is written to."""
+    """Another tensor on the memory of ``tensor``, whose writes torch counts."""
     with counted():
         alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
@@ -302,7 +303,7 @@ def alias_counted(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def counted() -> Iterator[None]:
-    """What is made here is no tensor of inference mode."""
+    """Tensors that are made while this lasts are none of inference mode."""
     if not torch.is_inference_mode_enabled():
         yield
         return

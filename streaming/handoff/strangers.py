@@ -1,6 +1,6 @@
-"""Which blocks hold what somebody has put into them: functions, hooks, or tensors that are no part of the model.
+"""Finds blocks into which other code has put something: functions, hooks, or tensors that are no part of the model.
 
-Asked before each step, because wrappers put such things there for one step. So it looks at dictionaries alone: a
+It looks before each step, because wrappers put such things there for one step. So it looks at dictionaries alone: a
 microsecond or less for each module.
 """
 
@@ -14,12 +14,12 @@ from torch import nn
 
 from ..model.entries import Method, is_ours
 
-# What is on a module itself, and its hooks.
+# The attributes of a module itself, and its hooks before and after a call.
 _Module = tuple[dict[str, Any], dict[int, Any], dict[int, Any]]
 
 
 class Strangers:
-    """Of the blocks of one model."""
+    """What other code has put into the blocks of one model."""
 
     def __init__(self) -> None:
         self._blocks: list[tuple[nn.Module, list[_Module]]] = []
@@ -37,7 +37,7 @@ class Strangers:
             self._blocks.append((block, found))
 
     def look(self) -> None:
-        """A step begins."""
+        """A step begins: see which blocks hold any."""
         self._now = self._always | {block for block, modules in self._blocks if _are_strange(modules)}
 
     @property
@@ -58,7 +58,7 @@ def _are_strange(modules: list[_Module]) -> bool:
 
 
 def _holds_something(module: nn.Module) -> bool:
-    """A tensor that is neither parameter nor buffer, or something in the place of a method."""
+    """Whether it has a tensor that is neither parameter nor buffer, or something in the place of a method."""
     return any(
         isinstance(value, torch.Tensor) or (isinstance(value, Method) and value.instead_of is not None)
         for value in vars(module).values()
@@ -66,5 +66,5 @@ def _holds_something(module: nn.Module) -> bool:
 
 
 def _others(hooks: dict[int, Any]) -> bool:
-    """Whether hooks of anybody but us are among them."""
+    """Whether hooks of other code are among them."""
     return not all(map(is_ours, hooks.values()))

@@ -1,4 +1,4 @@
-"""A view of memory that is not kept: for tensors that somebody may let go of."""
+"""Remembers a view of memory without keeping the memory alive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class View:
-    """What a tensor is of its memory, without keeping either alive."""
+    """Which part of its memory a tensor is, without keeping either alive."""
 
     def __init__(self, tensor: torch.Tensor, memory: StorageWeakRef | None = None) -> None:
         self._memory = StorageWeakRef(tensor.untyped_storage()) if memory is None else memory
@@ -19,17 +19,17 @@ class View:
         self._is_dense = tensor.numel() == self._end - self._begin
 
     def covers(self, other: View) -> bool:
-        """Whether all of ``other`` is in this, and nothing else is between."""
+        """Whether ``other`` lies wholly in this view, which has no gaps, with the same dtype and device."""
         same = self._kind == other._kind and self._is_dense
         return same and self._begin <= other._begin and other._end <= self._end
 
     def within(self, other: View, copy: torch.Tensor) -> tuple[torch.UntypedStorage, int, torch.Size, tuple[int, ...]]:
-        """Where this is in ``copy`` of ``other``, which covers it: what ``Tensor.set_`` takes."""
+        """Where this view is in ``copy``, a copy of ``other``, which covers it: what ``Tensor.set_`` takes."""
         offset, size, stride = self._place
         return copy.untyped_storage(), copy.storage_offset() + offset - other._begin, size, stride
 
     def again(self) -> torch.Tensor | None:
-        """A tensor like that one, on the same memory; None if nobody has it any more."""
+        """Return a tensor like that one, on the same memory; None if that memory is not in use any more."""
         if self._memory.expired():
             return None
         storage = torch.UntypedStorage._new_with_weak_ptr(self._memory.cdata)

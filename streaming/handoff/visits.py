@@ -1,9 +1,10 @@
 """A block runs on a device, or a function at home for a block elsewhere: what it is given there, and what it leaves.
 
 [Note: given when looked at]
-Options, and whatever else a dictionary brings, hold what is for anybody: the caches of all layers, say, of which a
-block uses its own. So what is in a dictionary stands for the original on the block's device (:class:`Away`, the other
-way round) and goes there when somebody looks. What is passed by itself, or in lists and objects, goes at once.
+Options and other dictionaries hold tensors for many users: the caches of all layers, say, of which a block uses its
+own. So in the place of a tensor in a dictionary the block gets a stand-in on its device (:class:`Away`, the other way
+round), and the tensor goes there when the block uses it. Tensors that are passed by themselves, or in lists and
+objects, go at once.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from .mirrors import Copy, Mirror, Mirrors, alias_counted, moved_counted
 
 
 class Visit:
-    """A call on a device: that is current, and what holds tensors among the arguments holds those that are there.
+    """A call on a device: the device is current meanwhile, and containers among the arguments hold tensors on it.
 
     Args:
         device: where the call computes.
-        meanwhile: lasts as long as the call.
+        meanwhile: contexts that last as long as the call.
 
     Attributes:
         exchange: of the arguments.
@@ -63,11 +64,11 @@ class Guest:
         device: where the block runs.
         home: where the tensors of the model are.
         mirrors: of the step.
-        move: gives a copy of a tensor on a device.
-        uniform: on other devices it gets no tensors of inference mode.
+        move: returns a copy of a tensor on a device.
+        uniform: whether the block gets no tensors of inference mode on other devices than home.
 
     Attributes:
-        meeting: brings what it is not given.
+        meeting: brings tensors that the block is not given; None where none are expected.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Guest:
         self.meeting: Meeting | None = None
 
     def met_nowhere(self) -> AbstractContextManager[None]:
-        """While it lasts nothing is brought to the block."""
+        """While this lasts nothing is brought to the block."""
         return nullcontext() if self.meeting is None else self.meeting.paused()
 
     def give(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -89,9 +90,9 @@ class Guest:
         if self.device == self.home:
             return self._give_at_home(tensor)
         if not isinstance(tensor, Away) and not may_be_on(tensor, self.home):
-            return tensor  # What the host keeps elsewhere (on the CPU, say) it wants there.
+            return tensor  # The host keeps it elsewhere (on the CPU, say) and wants it there.
         if tensor.layout != torch.strided:
-            return self._lend(tensor, self._move(tensor, self.device))  # Nobody writes to a part of it.
+            return self._lend(tensor, self._move(tensor, self.device))  # No code writes to a part of it.
         return self._bring(tensor)
 
     def give_later(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -107,7 +108,7 @@ class Guest:
         return self._lend(tensor, stands)
 
     def original(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What the block was given ``tensor`` for; None if it was not given it."""
+        """The original for which the block was given ``tensor``; None if it was not given that."""
         given = self._given.get(id(tensor))
         return given[1] if given is not None and given[0] is tensor else None
 
@@ -116,7 +117,7 @@ class Guest:
         return self.device != self.home and id(tensor) in self._copies
 
     def note_writes(self) -> None:
-        """See what the block has written to."""
+        """Find out what the block has written to, and take note of it."""
         for key, (away, copy) in self._crossed.items():
             if copy.is_written and not away.stands_for(copy.tensor):
                 away.is_now(copy.tensor, self.device)
@@ -124,7 +125,7 @@ class Guest:
         self._mirrors.written(self.device, [mirror for mirror, _ in self._copies.values()])
 
     def renew(self) -> None:
-        """Have copies hold what somebody at home has written meanwhile."""
+        """Have copies hold what was written at home meanwhile."""
         for mirror, copy in self._copies.values():
             original = mirror.alive
             if original is not None and self.device != self.home and mirror.copy_on(self.device) is None:
@@ -132,7 +133,7 @@ class Guest:
                 mirror.keep(self.device, copy)
 
     def leave(self) -> None:
-        """It is over. What was given may refer to this, and this to that."""
+        """The block has ended: forget what it was given, which may refer to this guest."""
         self._given.clear()
         self._copies.clear()
         self._crossed.clear()
@@ -147,7 +148,7 @@ class Guest:
         return tensor if given is tensor else self._lend(tensor, given)
 
     def _bring_now(self, tensor: torch.Tensor) -> torch.Tensor:
-        """While the block runs, which may have written to another view of the same memory."""
+        """As :meth:`_bring`, while the block runs: it may have written to another view of the same memory."""
         self.note_writes()
         return self._bring(tensor)
 
@@ -162,7 +163,7 @@ class Guest:
         return self._lend(original, copy)
 
     def _cross(self, away: Away) -> torch.Tensor:
-        """What is on a device, straight from there."""
+        """The tensor for which ``away`` stands, brought straight from its device."""
         if away.place == self.device:
             there = away.on(self.device)
             return alias_counted(there) if self._is_uniform and there.is_inference() else there
@@ -178,7 +179,7 @@ class Guest:
 
 
 class Loan:
-    """A block's tensors that a function at home is given."""
+    """The tensors of a block that a function at home is given."""
 
     def __init__(self, place: torch.device, home: torch.device, move: Move) -> None:
         self._place, self._home, self._move = place, home, move
@@ -207,7 +208,7 @@ class Loan:
                 tensor.copy_(self._move(copy.tensor, self._place))
 
     def take_back(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the block gets for a tensor that the function has given."""
+        """What the block gets for a tensor that the function has returned."""
         if id(tensor) in self._owned:
             return self._owned[id(tensor)]
         if isinstance(tensor, Away):
@@ -221,8 +222,8 @@ class Loan:
 
 
 def visited(visit: Visit, loan: Loan, function: Function, args: Any, kwargs: Any) -> Any:
-    """What ``function`` gives at home, for the block that calls it. By itself, so that what was made at home goes with
-    this frame, before the record pauses again."""
+    """Call ``function`` at home for a block, and return what the block gets. This is a function of its own, so that
+    what was made at home is freed with this frame, before the record pauses again."""
     args, kwargs = visit.exchange.all_of(args, kwargs)
     output = function(*args, **kwargs)
     loan.copy_back()

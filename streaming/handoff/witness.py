@@ -1,11 +1,12 @@
-"""Tells which memory at home is read and written to by whom nobody watches: what a model computes between its blocks.
+"""Tells which memory at home is read and written to between the blocks of a model.
 
 [Note: the witness between blocks]
 Between blocks a model computes next to nothing, and patches may compute anything. A mode of torch's dispatcher sees
-each operation there, whoever asks for it, for some microseconds each. Within blocks it would cost as much for thousands
-of them, so it is taken off while one runs. Others may put modes of theirs around blocks in a step, and take them off in
-the order of a stack, whatever is on top. So it is put beneath all that have come since the step began, and is taken off
-for a block only where nothing is on top of it; else it stays, which is slow but right.
+each operation there, whichever code asks for it, for some microseconds each. Within blocks it would cost as much for
+each of thousands of operations, so it is taken off while a block runs. Other code may put modes of its own around
+blocks in a step, and takes them off in the order of a stack, whatever is on top. So the witness is put beneath all
+modes that were put on since the step began, and is taken off for a block only where nothing is on top of it. Otherwise
+it stays on, which is slow but right.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import (
 from ..errors import StreamingError
 from .away import Away
 
-# Told of a tensor, and whether it is written to.
+# Called with a tensor, and whether it is written to.
 Touched = Callable[[torch.Tensor, bool], None]
 
 
@@ -40,11 +41,11 @@ class Witness(TorchDispatchMode):
         self._beneath: list[Any] | None = None
 
     def begin(self) -> None:
-        """A step begins, and so does whatever lasts no longer than it."""
+        """A step begins: modes that are put on from now on last no longer than it."""
         self._beneath = _get_current_dispatch_mode_stack()
 
     def on(self) -> bool:
-        """Whether it was off before."""
+        """Put it on; returns whether it was off before."""
         if self._is_on:
             return False
         above = []
@@ -57,10 +58,10 @@ class Witness(TorchDispatchMode):
         return True
 
     def off(self) -> bool:
-        """Take it off for a while. Whether it was on, and nobody has put another mode on top of it.
+        """Take it off for a while, unless another mode is on top of it; returns whether it was taken off.
 
         Raises:
-            StreamingError: somebody else has taken it off.
+            StreamingError: other code has taken it off.
         """
         if not self._is_on:
             return False
@@ -83,7 +84,7 @@ class Witness(TorchDispatchMode):
             return
         self._is_on = False
         if self not in _get_current_dispatch_mode_stack():
-            return  # Somebody has taken it off in the place of a mode of theirs.
+            return  # Other code has taken it off in the place of a mode of its own.
         above = []
         while (mode := _get_current_dispatch_mode()) is not self:
             _pop_mode()

@@ -16,23 +16,23 @@ import torch
 from ..config import format_bytes
 from ..devices.backend import Backend
 
-# To ask the system how much memory is spare takes a millisecond, in which nobody else may ask. For so long an answer
-# holds, less what was taken since.
+# Asking the system how much memory is spare takes a millisecond and holds the budget's lock. An answer is reused for
+# this long, less what was taken since.
 SPARE_SECONDS = 0.1
 
-# After a registration has failed, this part of what was page-locked then is the limit, and so many bytes more with each
-# later attempt: what the system allows changes.
+# After a registration has failed, the limit is this share of what was page-locked then. Each later attempt raises it by
+# so many bytes, because what the system allows changes.
 BACK_OFF = 0.95
 PROBE_BYTES = 256 * 1024**2
 
 
 class PinOwner(Protocol):
-    """A model that has page-locked memory and could do without."""
+    """A model that has page-locked memory and can give it up."""
 
     last_used: float
 
     def give_up_masters(self, nbytes: int) -> int:
-        """Free at least ``nbytes`` of page-locked memory, or all; gives what was freed."""
+        """Free at least ``nbytes`` of page-locked memory, or all; returns the bytes that were freed."""
 
 
 class PinBudget:
@@ -40,9 +40,9 @@ class PinBudget:
 
     Args:
         limit: bytes; None sets no limit of our own.
-        others: tells how many bytes of the same kind others in the process have locked.
-        spare: tells how many bytes of host memory may be taken besides; None where nobody counts.
-        ask_others: asks others in the process to unlock so many bytes.
+        others: returns how many bytes other code in the process has page-locked.
+        spare: returns how many more bytes of host memory may be taken; None where nobody counts them.
+        ask_others: asks other code in the process to unlock so many bytes.
 
     Attributes:
         used: bytes that are locked, or about to be.
@@ -69,11 +69,11 @@ class PinBudget:
         self._ceiling: int | None = None
         self._refused = ""
         self._owners: weakref.WeakSet[PinOwner] = weakref.WeakSet()
-        # The garbage collector may free a buffer, and so call give, on the thread that is counting.
+        # Reentrant: the garbage collector may free a buffer, and so call ``give``, on the thread that holds the lock.
         self._counting = threading.RLock()
 
     def take(self, nbytes: int) -> str | None:
-        """Count ``nbytes`` more as locked; gives None, or the reason why they may not be."""
+        """Count ``nbytes`` more as used; returns None, or the reason why that is not allowed."""
         with self._counting:
             reason = self._refusal(nbytes)
             if reason is None:
@@ -104,10 +104,10 @@ class PinBudget:
         with self._counting:
             self.used -= nbytes
             if self.used == 0:
-                self._ceiling = None  # What the system allows may be another by now: try again.
+                self._ceiling = None  # The system may allow more by now: try again.
 
     def register(self, backend: Backend, memory: torch.Tensor) -> str | None:
-        """Page-lock memory that was taken; gives None, or the reason why it could not be done."""
+        """Page-lock memory that was counted by :meth:`take`; returns None, or the reason why that failed."""
         reason = backend.register(memory)
         with self._counting:
             if reason is None:
@@ -119,7 +119,7 @@ class PinBudget:
         return reason
 
     def probe(self) -> None:
-        """Somebody tries anew: more than was refused before may be allowed by now."""
+        """A new attempt begins: the system may allow more by now than it refused before."""
         with self._counting:
             if self._ceiling is not None:
                 self._ceiling += PROBE_BYTES
@@ -129,11 +129,11 @@ class PinBudget:
             self.locked -= nbytes
 
     def join(self, owner: PinOwner) -> None:
-        """``owner`` may be asked to give memory up for others, on the thread that calls :meth:`make_room`."""
+        """Let :meth:`make_room` ask ``owner``, on the caller's thread, to give memory up for others."""
         self._owners.add(owner)
 
     def make_room(self, nbytes: int, keep: PinOwner) -> None:
-        """Have others give up what stands in the way of ``nbytes`` more, the least recently used model first."""
+        """Have others than ``keep`` give up memory until ``nbytes`` more fit, the least recently used model first."""
         short = self._shortage(nbytes)
         if short > 0:
             self._ask_others(short)
@@ -151,15 +151,16 @@ class PinBudget:
 
 
 def _map(nbytes: int) -> mmap.mmap:
-    """Untouched memory, where the system has them in huge pages: it is touched, and page-locked, in less time then.
+    """Map untouched memory, in huge pages where the system has them: these are touched and page-locked faster.
 
-    A child process does not get it. Else a write after the fork would move a private page away from under the device.
+    A child process does not inherit it. Otherwise a write after the fork would move a private page to other memory than
+    the device uses.
     """
     if not hasattr(mmap, "MADV_DONTFORK"):
         return mmap.mmap(-1, nbytes)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_DONTFORK)
-    with contextlib.suppress(OSError):  # A kernel without them.
+    with contextlib.suppress(OSError):  # The kernel has no huge pages.
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
@@ -187,7 +188,7 @@ class HostBuffer:
         return self._claim is not None
 
     def claim(self, budget: PinBudget) -> str | None:
-        """Count towards ``budget`` until the end; gives None, or the reason why that is not allowed."""
+        """Count it towards ``budget`` until it is closed or freed; returns None, or the reason for a refusal."""
         if self._claim is not None:
             return None
         reason = budget.take(self.nbytes)
@@ -197,7 +198,7 @@ class HostBuffer:
         return reason
 
     def lock(self, backend: Backend, budget: PinBudget) -> str | None:
-        """Page-lock; gives None, or the reason why not."""
+        """Page-lock it; returns None, or the reason for a refusal."""
         if (reason := self.claim(budget)) is not None:
             return reason
         try:
@@ -209,15 +210,15 @@ class HostBuffer:
             self._end_claim()
             return reason
         self.pinned = True
-        # Memory that is freed while registered makes a later registration of other memory fail, so the unlocking
-        # hangs on this object's end and holds the memory until then. Not at exit: the process's pages go anyway,
-        # and the driver may be gone.
+        # Memory that is freed while registered makes a later registration of other memory fail. So a finalizer of
+        # this object unlocks the memory, and keeps it alive until then. It does not run at exit: the process's pages
+        # go anyway, and the driver may be gone.
         self._lock = weakref.finalize(self, _unlock, backend, self.memory, budget)
         self._lock.atexit = False
         return None
 
     def close(self) -> None:
-        """Undo the locking. The memory goes with the last view of it. No copy from it may be under way."""
+        """Unlock it. The memory is freed with the last view of it. No copy from it may be under way."""
         if self._lock is not None:
             self._lock()
             self._lock = None
@@ -264,7 +265,7 @@ class Arena:
         self.begin()
 
     def begin(self) -> None:
-        """Try anew: what stood in the way before may be gone."""
+        """Allow page-locking again: what prevented it before may be gone."""
         self.budget.probe()
         self.reason = None if self._pin_memory else "page-locking is switched off"
 
@@ -278,7 +279,7 @@ class Arena:
     def claim(self, nbytes: int) -> HostBuffer | None:
         """Memory that may be page-locked once it is filled; None, and :attr:`reason`, where that is not allowed.
 
-        What is only good when it is page-locked need not be filled in vain.
+        So memory that is of use only when it is page-locked is not filled in vain.
         """
         if not self._pin_memory:
             return None
@@ -308,7 +309,7 @@ class Arena:
         return reason is None
 
     def _claim(self, buffer: HostBuffer) -> str | None:
-        """Count ``buffer`` towards this arena's limit and the budget; gives None, or the reason why not."""
+        """Count ``buffer`` towards this arena's limit and the budget; returns None, or the reason for a refusal."""
         if buffer.claimed:
             return None
         with self._counting:
@@ -320,7 +321,7 @@ class Arena:
         return reason
 
     def _count_claim(self, buffer: HostBuffer) -> None:
-        """``buffer`` was counted; it no longer is if its claim has ended."""
+        """Stop counting ``buffer`` towards this arena's limit if its claim has ended."""
         if not buffer.claimed:
             with self._counting:
                 self._claimed_bytes -= buffer.nbytes

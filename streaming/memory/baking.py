@@ -1,14 +1,14 @@
-"""Writes patches (LoRA and others) into weights: residents where they are, master copies by way of the device.
+"""Writes patches (LoRA and others) into weights: into residents in place, into master copies by way of the device.
 
 [Note: up, compute, down]
-The host's functions compute on the device, so a value of a master copy goes up to it, is patched there, and goes back
-down. Several are on their way at once, in memory that the ring will have later. Copies are carried out in the order in
-which they are queued (backend.py), so the copy up of the next value is queued before the one down that waits for the
-kernels of this one: else the bus would wait for the kernels with every value.
+The host's functions compute on the device, so the values of a master copy go up to it, are patched there, and go back
+down. Several master copies are under way at once, in memory that the ring gets later. Copies are carried out in the
+order in which they are queued (backend.py), so the copy up for the next master copy is queued before the copy down of
+this one, which waits for kernels. Otherwise the bus would wait for the kernels of every master copy.
  1. A place on the device is filled again when the copy down out of it is over: the copy up waits for that event.
  2. Kernels wait for the copy up; the copy down waits for the kernels.
- 3. A master copy counts as patched when all copies down are over, which the host waits for. Until then, and after an
-    error, its patched values count as unfinished, and are never used (masters.py, ``Weights.bake``).
+ 3. A master copy counts as patched once all copies down are over; the host waits for that. Until then, and after an
+    error, its patched values count as unfinished and are never used (masters.py, ``Weights.bake``).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .transfer import Tick
 
 
 def bake_residents(residents: Sequence[Weights], patches: Patches, tick: Tick) -> None:
-    """Patch what is stale in buffers on the device, which hold it as it was loaded."""
+    """Patch the stale values of buffers on the device, which hold them as they were loaded."""
     for weights in residents:
         weights.sign(weights.bake(weights.stale(patches), patches, tick))
 
 
 def bake_masters(backend: Backend, masters: Sequence[Weights], patches: Patches, room: int, tick: Tick) -> None:
-    """Patch what is stale in buffers in host memory, which hold it as it was loaded (Note: up, compute, down).
+    """Patch the stale values of buffers in host memory, which hold them as they were loaded (Note: up, compute, down).
 
     Args:
-        backend: the device. Nobody else queues copies meanwhile.
+        backend: the device. No other thread may queue copies meanwhile.
         masters: no larger than ``room`` each.
         patches: changes.
-        room: bytes on the device for it.
+        room: bytes on the device to patch them in.
         tick: called before each value; it may raise.
     """
     if not masters:
@@ -49,7 +49,7 @@ def bake_masters(backend: Backend, masters: Sequence[Weights], patches: Patches,
             ring.append(_Place(backend, largest))
         signatures, filled = [], 0
         for number in range(len(masters)):
-            # One ahead, where there is another place for it.
+            # Fill one ahead, where there is a second place.
             while filled < min(len(masters), number + min(2, count)):
                 ring[filled % count].fill(masters[filled], patches)
                 filled += 1
@@ -69,19 +69,19 @@ class _Place:
     def __init__(self, backend: Backend, nbytes: int) -> None:
         self.buffer = backend.allocate(nbytes)
         self._backend = backend
-        # Race: whoever had this memory before may have kernels under way in it.
+        # Race: kernels of this memory's previous user may still be under way.
         self._free: Event = backend.mark()
         self._filled: Event | None = None
         self._weights: Weights | None = None
         self._values: list[Value] = []
 
     def fill(self, weights: Weights, patches: Patches) -> None:
-        """Queue the copy up of what is stale."""
+        """Queue the copy of the stale values up to this place."""
         self._weights, self._values = weights, weights.stale(patches)
         self._filled = self._backend.copy([(up, down) for down, up in self._pairs()], [self._free])
 
     def bake(self, patches: Patches, tick: Tick) -> dict[str, object]:
-        """Patch what was copied up, and queue its copy down; gives the signatures for when that is over."""
+        """Patch what was copied up, and queue its copy down; returns the signatures for when that is over."""
         assert self._weights is not None
         assert self._filled is not None
         self._backend.wait(self._filled)
@@ -90,7 +90,7 @@ class _Place:
         return signatures
 
     def _pairs(self) -> list[Pair]:
-        """The values in the master copy, and here."""
+        """Where each part of the values lies in the master copy, and here."""
         assert self._weights is not None
         specs = chain.from_iterable(value.specs for value in self._values)
         spans = [slice(spec.offset, spec.offset + spec.nbytes) for spec in specs if spec.nbytes]

@@ -1,17 +1,17 @@
-"""Builds master copies: behind other work, or at once while somebody waits.
+"""Builds master copies: behind other work, or at once while the caller waits.
 
 [Note: handed over, not shared]
-A thread of the builder works on host memory that nobody else knows of: it fills it from the file, page-locks it and
-leaves it in :attr:`UnitCopies.built`, in one assignment. The thread that runs the model stops the builder, and takes it
-from there (``adopt``), before it loads or runs the model: while it does so nobody is building.
+A thread of the builder works on host memory that no other thread refers to: it fills the memory from the file,
+page-locks it and leaves it in :attr:`UnitCopies.built`, in one assignment. The thread that runs the model stops the
+builder, and takes the copy from there (``adopt``), before it loads or runs the model: nothing is built meanwhile.
 
 [Note: when to build]
-Nothing is built in a first step: it reads the whole model, and a builder beside it reads a part of it once more. It
-took 2.9 s with four threads that filled memory beside it, and 2.1 s without (FLUX, H200). Before the second step
-everything is built at once, on all threads, while nothing else runs. That takes as long as about two steps; steps with
-builders beside them were slower by more than that in all, since what is not built yet is read for each of them, and a
-driver that page-locks memory keeps kernels from being launched. Before a first step, while the host does other things
-with the device, builders work behind it, and pause between registrations.
+Nothing is built during a first step: the step reads the whole model, and a builder beside it would read a part of it
+once more. A first step took 2.9 s with four threads that filled memory beside it, and 2.1 s without (FLUX, H200).
+Before the second step everything is built at once, on all threads, while nothing else runs. That takes about as long as
+two steps. Steps with builders beside them were slower by more than that in total: what is not built yet is read for
+each of them, and no kernel can be launched while the driver page-locks memory. Before a first step, while the host does
+other things with the device, builders work behind it, and pause between registrations.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from .transfer import TICK_SECONDS, Tick
 
 logger = logging.getLogger(__name__)
 
-# A driver keeps its lock while it page-locks memory, and kernels cannot be launched then. Without a pause behind each
-# registration one thread starves the other: steps of 0.16 s took 11 s; with 1 ms behind pieces of 64 MB nothing shows
-# (H200, docs/design.md).
+# The driver holds its lock while it page-locks memory, and no kernel can be launched then. Without a pause after each
+# registration the builder starves the thread that launches kernels: steps of 0.16 s took 11 s. With 1 ms after pieces
+# of 64 MB steps are not measurably slower (H200, docs/design.md).
 LOCK_PAUSE_SECONDS = 0.001
 
 
-# After so many units could not be copied the others are left alone: the disk, or the memory, is at fault.
+# After so many units could not be copied, the builder skips the others: the disk, or the memory, is at fault.
 MOST_FAILURES = 3
 
 
 class Builder:
-    """Builds master copies. What it cannot build goes on streaming from where it is, and fails there if so.
+    """Builds master copies. A unit that it cannot build goes on streaming from its original, and may fail there.
 
     Args:
         arena: where host memory comes from.
-        threads: that read and page-lock behind other work. Few: the system's threads also run models.
+        threads: how many read and page-lock behind other work. Few: the system's threads also run models.
 
     Attributes:
         drop_behind: have the system forget the parts of files that were read (RAM is short).
-        needed_bytes: that were filled while somebody needed them.
+        needed_bytes: bytes filled so far of master copies that were needed (see :meth:`build`).
         workers: its threads.
     """
 
@@ -73,17 +73,17 @@ class Builder:
         return any(worker.is_alive() for worker in self.workers)
 
     def start(self, copies: Sequence[UnitCopies]) -> None:
-        """Build the master copies of these units, in this order, behind other work. The builder is at rest."""
+        """Build the master copies of these units, in this order, behind other work. The builder must be idle."""
         self._begin(copies, self._threads, self._lock_and_pause, needed=False)
 
     def build(self, copies: Sequence[UnitCopies], threads: int, tick: Tick, needed: bool = False) -> None:
-        """Build the master copies of these units now, on ``threads`` threads. The builder is at rest.
+        """Build the master copies of these units now, on ``threads`` threads. The builder must be idle.
 
         Args:
             copies: the units.
             threads: how many.
-            tick: is called meanwhile, and may raise: what is begun then is taken up again another time.
-            needed: they must be built, in pageable memory where no other may be had; what goes wrong is raised.
+            tick: is called meanwhile, and may raise; a later build goes on with what was begun.
+            needed: they must be built, in pageable memory where no other is available; an error is raised.
         """
         try:
             self._begin(copies, threads, self._lock, needed)
@@ -102,7 +102,7 @@ class Builder:
                 tick()
 
     def stop(self) -> None:
-        """Stop, soon: nothing is being built when this returns. What was begun is taken up again by the next start."""
+        """Stop soon: nothing is being built when this returns. The next start goes on with what was begun."""
         self._stopping.set()
         for worker in self.workers:
             worker.join()
@@ -110,7 +110,7 @@ class Builder:
         self._queue.clear()
 
     def forsake(self) -> None:
-        """As :meth:`stop`, for an owner that the garbage collector takes: waits for nothing."""
+        """As :meth:`stop`, for an owner that is garbage collected: waits for nothing."""
         self._stopping.set()
 
     def _begin(
@@ -131,7 +131,7 @@ class Builder:
             raise
 
     def _work(self, lock: Callable[[UnitCopies], None]) -> None:
-        # A function for each unit: a thread that waits keeps no memory of the one before alive.
+        # A call of its own for each unit, so that a waiting thread keeps no memory of the previous one alive.
         while not self._stopping.is_set() and self._build_next(lock):
             """One more."""
 
@@ -166,7 +166,7 @@ class Builder:
             self._try(copies, lambda copies: copies.lock_master(self._arena, self._needed))
 
     def _try(self, copies: UnitCopies, step: Callable[[UnitCopies], bool]) -> bool:
-        """Where no more memory may be page-locked, or several units could not be copied, others need not try."""
+        """Run ``step``. Once no more memory may be page-locked, or several units have failed, others are skipped."""
         try:
             more = step(copies)
         except Exception as error:
@@ -177,13 +177,13 @@ class Builder:
         return more
 
     def _failed(self, copies: UnitCopies, error: Exception) -> None:
-        """Of what is needed the first error counts, and ends the rest."""
-        traceback.clear_frames(error.__traceback__)  # They hold memory.
+        """Note an error. Where the copies are needed the first error counts, and ends the rest."""
+        traceback.clear_frames(error.__traceback__)  # The frames hold memory.
         if self._needed:
             self._error = self._error or error
             self._stopping.set()
             return
-        # As text: who keeps log records would keep, with the error's frames, the copies and their memory.
+        # As text: a log record that is kept would keep the error's frames alive, and with them the copies' memory.
         logger.warning("no master copy of %s, which streams from where it is: %s", copies.unit.name, str(error))
         self._arena.reason = f"{copies.unit.name} could not be copied ({error})"
         self._failures += 1

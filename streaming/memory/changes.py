@@ -1,7 +1,7 @@
-"""What somebody has written to, exchanged or deleted in a model since it was laid out.
+"""Finds what other code has written to, exchanged or deleted in a model since it was laid out.
 
-Only what a module holds now is asked, once for each load and each unloading, never in a step. What is written to a
-weight that carries patches goes with these, as with the host, whose backup comes back then: it is no change.
+Only what modules hold now is looked at, once for each load and each unload, never in a step. What is written to a
+weight that carries patches is no change: it goes with the patches, as it does in the host, which restores its backup.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Change:
         value: what was laid out there.
         place: where.
         present: what is there now; None where nothing is.
-        kept: the same in host memory.
-        in_copy: whether the copy that modules point at has it too.
+        kept: ``present`` in host memory.
+        in_copy: whether the copy that modules point at has the change too.
         gone: whether the module has no such name any more; it may be another kind of attribute by now.
     """
 
@@ -45,11 +45,11 @@ class Change:
         return id(self.place.holder), self.place.attribute
 
     def show(self) -> None:
-        """Have the module hold it, in host memory."""
+        """Have the module hold ``kept``."""
         self._put(self.kept)
 
     def put_back(self) -> None:
-        """Have the module hold what it holds now."""
+        """Have the module hold what it held when the change was found."""
         if not self.in_copy:
             self._put(self.present)
 
@@ -60,12 +60,12 @@ class Change:
             self.place.holder[self.place.attribute] = tensor
 
 
-# Resident copies, by the object that holds them and the name of the value.
+# Values whose resident copy was written to: the id of the ``UnitCopies`` that has it, and the name of the value.
 Overwritten = Set[tuple[int, str]]
 
 
 def find_overwritten(copies: Iterable[UnitCopies]) -> Overwritten:
-    """The resident copies of values that hold something else than they did; waits for their device, once."""
+    """Find the values whose resident copy holds something else than it did; waits once for the device."""
     sums = Summing()
     found = [(id(each), name, differs) for each in copies for name, differs in each.compare_sums(sums)]
     flags = torch.stack([differs for _, _, differs in found]).tolist() if found else ()
@@ -75,12 +75,12 @@ def find_overwritten(copies: Iterable[UnitCopies]) -> Overwritten:
 def find_changes(
     copies: UnitCopies, exchanged: Set[str] = frozenset(), overwritten: Overwritten | None = None
 ) -> Iterator[Change]:
-    """The changes of one unit, of which no block runs and nothing is on its way.
+    """Find the changes of one unit, while its block does not run and no copy of it is under way.
 
     Args:
         copies: of the unit.
-        exchanged: full names of those in whose place the host has put something else, for as long as a MODEL is loaded.
-            That is a change also where the copy carries patches, which are for what is there now.
+        exchanged: full names of tensors that the host has replaced for as long as a MODEL is loaded. A
+            replacement is a change also where the copy carries patches, which are for what is there now.
         overwritten: of all units, from :func:`find_overwritten`; None to look at this one.
     """
     overwritten = find_overwritten([copies]) if overwritten is None else overwritten
@@ -108,8 +108,8 @@ def find_changes(
 
 
 def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) -> bool:
-    """Whether somebody has put another tensor in the place of a patched one, which the copy has taken over: the host
-    too would have it until the patches go."""
+    """Copy a tensor that was put in the place of a patched one into the copy, where it fits; returns whether it did.
+    The host too would keep that tensor until the patches go."""
     spec = value.specs[0]
     if not value.is_plain or not _is_plain(present):
         return False
@@ -140,13 +140,13 @@ def _is_written(copies: UnitCopies, value: Value, overwritten: bool) -> bool:
 
 
 def _was_written_before(value: Value) -> bool:
-    """Whether somebody has written to what modules show of it while no copy is bound, and had kept that for it."""
+    """Whether what modules show of it while no copy is bound was written to, by code that had kept that tensor."""
     tensor = settled(value.showing.tensor) if value.showing.tensor is not None else None
     return isinstance(tensor, Watched) and tensor.changed and (tensor.written or _differs(tensor, value.specs[0]))
 
 
 def _differs(tensor: torch.Tensor, spec: TensorSpec) -> bool:
-    """Whether a tensor of host memory, handed out to somebody, is another than what was loaded."""
+    """Whether a tensor in host memory that was handed out differs from what was loaded."""
     plain = memory_of(tensor)
     if plain.shape != spec.shape or plain.stride() != spec.stride:
         return True
@@ -155,7 +155,7 @@ def _differs(tensor: torch.Tensor, spec: TensorSpec) -> bool:
     try:
         expected = read_tensor(spec if plain.dtype == spec.dtype else spec.in_dtype(plain.dtype))
     except CheckpointError:
-        return True  # Nobody else has it any more.
+        return True  # The file cannot be read: only this tensor has the weight.
     return not torch.equal(_bytes(expected), _bytes(plain))
 
 
@@ -183,7 +183,7 @@ def _kept(tensor: torch.Tensor | None, copy: bool = False) -> torch.Tensor | Non
 
 
 def _is_lent(tensor: torch.Tensor) -> bool:
-    """Whether it lies in memory of a copy of ours, which is used for others when that goes."""
+    """Whether it lies in the memory of one of our copies, which is used again when that copy goes."""
     if isinstance(tensor, Watched):
         return tensor.spec is None or memory_of(tensor).data_ptr() != tensor.spec.original.data_ptr()
     return tensor.untyped_storage().nbytes() > tensor.nbytes
@@ -203,6 +203,6 @@ class Changes(tuple[Change, ...]):
             change.put_back()
 
     def of(self, values: Iterable[Value]) -> list[Change]:
-        """Those of some values."""
+        """The changes of these values."""
         wanted = {id(value) for value in values}
         return [change for change in self if id(change.value) in wanted]

@@ -24,13 +24,13 @@ class Patches(Protocol):
     """Changes to weights (LoRA and others), as the engine sees them."""
 
     def signature(self, name: str) -> object | None:
-        """Something that equals another signature only if both give the same weight; None where nothing changes."""
+        """A value that equals another signature only if both make the same weight; None where nothing changes."""
 
     def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """The changed weight.
 
-        Of a plain tensor dtype, device and even shape are up to the callee. One of a class of its own stays of that
-        class, and its parts keep shapes and dtypes; its context or attributes may be others.
+        For a plain tensor the callee may choose dtype, device and even shape. A tensor of another class stays of that
+        class, and its parts keep shapes and dtypes; its context or attributes may change.
         """
 
 
@@ -49,10 +49,10 @@ class Weights:
 
     Attributes:
         buffer: uint8 memory on the host or on the device.
-        written: names of patched values that somebody has written to.
+        written: names of patched values that other code has written to.
 
     Args:
-        computes: kernels are given tensors in this buffer.
+        computes: whether kernels are given tensors in this buffer.
     """
 
     def __init__(self, unit: Unit, buffer: torch.Tensor, computes: bool = True) -> None:
@@ -88,12 +88,12 @@ class Weights:
         return name in self._baked
 
     def spoil_written(self) -> None:
-        """Patched values that somebody has written to are not as they were patched."""
+        """Mark patched values that were written to as unfinished: they are not as they were patched."""
         self._baked.update((name, _UNFINISHED) for name in self.written)
         self.written.clear()
 
     def stale(self, patches: Patches) -> list[Value]:
-        """What has other patches in this buffer than ``patches``."""
+        """The values that have other patches in this buffer than ``patches``."""
         values = self.unit.layout.values
         return [value for value in values if patches.signature(value.name) != self._baked.get(value.name)]
 
@@ -104,26 +104,26 @@ class Weights:
         self._take_forms(dict(other._forms))
 
     def spoiled(self, patches: Patches) -> bool:
-        """Whether something must be patched whose original is not in this buffer any more."""
+        """Whether a stale value has no original in this buffer any more, because it was patched there."""
         return any(value.name in self._baked for value in self.stale(patches))
 
     def bake(
         self, values: Iterable[Value], patches: Patches, tick: Tick, place: torch.Tensor | None = None
     ) -> dict[str, object]:
-        """Patch ``values``, whose originals are in ``place``; gives signatures for :meth:`sign`.
+        """Patch ``values``, whose originals are in ``place``; returns signatures for :meth:`sign`.
 
         Args:
             values: of this unit.
             patches: changes.
             tick: called before each; it may raise.
-            place: what holds a copy of the values, on the device; the buffer itself by default.
+            place: memory on the device that holds a copy of the values; the buffer itself by default.
         """
         place = self.buffer if place is None else place
         signatures = {}
         for value in values:
             tick()
-            # While it is written the tensor is neither the old nor the new one: should that fail or be interrupted,
-            # nobody may take it for either. This copy may outlive the failure.
+            # While it is written the tensor is neither the old nor the new one. This copy may outlive a failure or an
+            # interrupt, and must not be taken for either then.
             self._baked[value.name] = _UNFINISHED
             signatures[value.name] = patches.signature(value.name)
             with torch.inference_mode(False):
@@ -134,12 +134,12 @@ class Weights:
         return signatures
 
     def sign(self, signatures: dict[str, object]) -> None:
-        """The buffer holds these patched values."""
+        """The buffer now holds the patched values of these signatures."""
         self._baked.update(signatures)
         self.written -= signatures.keys()
 
     def _take_forms(self, forms: dict[str, Form]) -> None:
-        """From now on the buffer's tensors make these."""
+        """From now on the buffer's tensors make values of these forms."""
         if forms or self._forms:
             self._forms, self._home = forms, None
 
@@ -148,7 +148,7 @@ _UNFINISHED = object()
 
 
 def _write(value: Value, buffer: torch.Tensor, patched: torch.Tensor) -> Form:
-    """Write what ``patched`` is made of to the places of ``value``'s parts; gives how it is made of them."""
+    """Write the parts of ``patched`` to the places of ``value``'s parts; returns the form that they make."""
     parts, form = take_apart(value.name, patched)
     if isinstance(form, PlainForm) != value.is_plain or parts.keys() != {spec.name for spec in value.specs}:
         found, expected = type(patched).__name__, type(value.original).__name__
@@ -166,7 +166,7 @@ def _write(value: Value, buffer: torch.Tensor, patched: torch.Tensor) -> Form:
 
 
 def _check_parts(value: Value, parts: dict[str, torch.Tensor]) -> None:
-    """Raise where a part has no room. A scale may be a number or an array of one: the patched form knows which."""
+    """Raise where a part does not fit. A scale may be a number or an array of one: the patched form knows which."""
     for spec in value.specs:
         part = parts[spec.name]
         one_number = not value.is_plain and part.numel() == spec.shape.numel() == 1
@@ -179,7 +179,7 @@ def _check_parts(value: Value, parts: dict[str, torch.Tensor]) -> None:
         raise UnsupportedModelError(f"a patch changes the {change}; load this model with the host's own loader")
 
 
-# A builder looks after so many bytes whether it shall stop: 16 threads have 64 MB under way.
+# A builder checks after so many bytes whether it shall stop: 16 threads have 64 MB under way.
 BUILD_BYTES = 4 * 1024**2
 
 
@@ -206,8 +206,8 @@ class UnitCopies:
     Attributes:
         arriving: a resident copy that is on its way.
         bound: what modules point at between blocks.
-        built: a master copy that a builder's thread has finished and nobody has adopted (builder.py, Note: handed over,
-            not shared).
+        built: a master copy that a builder's thread has finished and that is not adopted yet (builder.py, Note: handed
+            over, not shared).
     """
 
     def __init__(self, unit: Unit) -> None:
@@ -262,9 +262,9 @@ class UnitCopies:
     def fill_master(self, arena: Arena, stopped: Callable[[], bool], forget: bool, needed: bool = False) -> bool:
         """On a builder's thread: fill memory with the weights as they were loaded, for :meth:`lock_master`.
 
-        What was begun before is taken up again. Gives whether memory may be had. An unpatched master copy in pageable
-        memory would have no use, since the original is as good, unless weights are cast on the way, or it is needed
-        for somebody to write to.
+        It goes on with what was begun before, and returns whether memory was available. An unpatched master copy in
+        pageable memory is of no use, since the original is as good, unless weights are cast on the way, or the copy is
+        ``needed`` for other code to write to.
         """
         memory, filled = self._begun or (arena.claim(self.unit.nbytes), 0)
         self._begun = None
@@ -288,9 +288,9 @@ class UnitCopies:
         return True
 
     def lock_master(self, arena: Arena, needed: bool = False) -> bool:
-        """On a builder's thread: page-lock what was filled, and leave it to be adopted if it was filled as a whole.
+        """On a builder's thread: if the memory was filled as a whole, page-lock it and leave it to be adopted.
 
-        Gives whether others shall be built: false when no more memory may be page-locked.
+        Returns whether others shall be built: false when no more memory may be page-locked.
         """
         memory, filled = self._begun
         if filled < self.unit.nbytes:
@@ -308,23 +308,23 @@ class UnitCopies:
         return locked
 
     def give_up_begun(self, arena: Arena) -> None:
-        """On a builder's thread: free what was filled and shall not be page-locked after all."""
+        """On a builder's thread: free memory that was filled and shall not be page-locked after all."""
         begun, self._begun = self._begun, None
         if begun is not None:
             arena.release(begun[0])
 
     def adopt(self) -> None:
-        """Take what a builder has finished, if there is anything."""
+        """Take the master copy that a builder has finished, if there is one."""
         built, self.built = self.built, None
         self._master = built or self._master
 
     def begin_master_anew(self) -> None:
-        """The master copy holds patches that nobody wants: have it filled again, in the same memory."""
+        """The master copy holds patches that are not wanted any more: have it filled again, in the same memory."""
         assert self._master is not None
         self._begun, self._master = (self._master.memory, 0), None
 
     def drop_master(self) -> HostBuffer | None:
-        """Let go of the master copy, or of what was built of one; no builder may be at work. Gives its memory."""
+        """Drop the master copy, or what was built of one, and return its memory. No builder may be at work."""
         self.adopt()
         dropped, self._master = self._master, None
         begun, self._begun = self._begun, None
@@ -340,7 +340,7 @@ class UnitCopies:
         self.arriving = _Arriving(buffer, transfer)
 
     def arrive(self, backend: Backend, reader: Reader, tick: Tick) -> None:
-        """Take what was awaited as the resident copy; the host waits until its copies are queued."""
+        """Make the awaited buffer the resident copy; the host waits until the copies into it are queued."""
         if self.arriving is None:
             return
         event = reader.wait(self.arriving.transfer, tick)
@@ -367,7 +367,7 @@ class UnitCopies:
         self.resident = resident
 
     def take_resident_buffer(self) -> torch.Tensor:
-        """The memory of the resident copy, which is none any more."""
+        """End the resident copy, and return its memory."""
         assert self.resident is not None
         resident, self.resident, self._sums = self.resident, None, None
         return resident.buffer
@@ -381,15 +381,15 @@ class UnitCopies:
     # -- what others do to it ------------------------------------------------------------------------------------
 
     def sum_up(self, sums: Summing) -> None:
-        """Remember what the resident copy holds, where that was not done yet. The host does not wait for the device."""
+        """Remember sums of what the resident copy holds, unless that is done. The host does not wait for the device."""
         resident = self.resident
         if resident is not None and self._sums is None:
             values = [value for value in self.unit.layout.values if not resident.is_baked(value.name)]
             self._sums = {value.name: sums(resident.buffer, value) for value in values}
 
     def compare_sums(self, sums: Summing) -> Iterator[tuple[str, torch.Tensor]]:
-        """Of each value that was summed up: its name, and on the device whether the resident copy holds something else
-        than it did. The host does not wait."""
+        """For each value that was summed up yield its name, and a flag on the device that is set if the resident copy
+        holds something else than it did. The host does not wait."""
         if self._sums is None or self.resident is None:
             return
         for value in self.unit.layout.values:
@@ -397,7 +397,7 @@ class UnitCopies:
                 yield value.name, (sums(self.resident.buffer, value) != before).any()
 
     def take_up(self, unit: Unit, changed: bool) -> None:
-        """The unit was laid out anew. Its copies hold it, what was ``changed`` included."""
+        """The unit was laid out anew. Its copies hold its weights, also if these were ``changed``."""
         self.unit = unit
         self.original_binding, self.shown = unit.layout.original_binding(), ShownHome(unit.layout)
         self.bound = self.shown
@@ -408,7 +408,7 @@ class UnitCopies:
             self._sums = None
 
     def release(self, backend: Backend, arena: Arena) -> None:
-        """Free every copy, of a unit that is not laid out like this any more; modules are left as they are."""
+        """Free every copy of a unit that is not laid out like this any more; modules are left as they are."""
         resident, self.resident = self.resident, None
         if resident is not None:
             backend.free(resident.buffer)
@@ -419,13 +419,13 @@ class UnitCopies:
         self._master = self._begun = None
 
     def written(self) -> list[str]:
-        """Names of values that somebody has written to, in ways that torch counts, or exchanged while this copy was in
-        use; small buffers are left out."""
+        """Names of values that were written to in ways that torch counts, or exchanged, while this copy was in use;
+        small buffers are left out."""
         values = [value for value in self.unit.layout.values if not is_small_buffer(value)]
         return [value.name for value in values if self.bound.written(value) or self.bound.replaced(value)]
 
     def check_may_go(self) -> None:
-        """Raise if the resident copy is the only one that has what somebody has written to it between two loads."""
+        """Raise a :class:`StreamingError` if only the resident copy has what was written to it between two loads."""
         weights = self.bound_weights
         if weights is None or weights is not self.resident:
             return
@@ -438,20 +438,20 @@ class UnitCopies:
             )
 
     def note_writes(self) -> None:
-        """Remember which patched values somebody has written to: that goes when the copy goes out of use."""
+        """Remember which patched values were written to: such writes go when the copy goes out of use."""
         weights = self.bound_weights
         for value in self.unit.layout.values if weights is not None else ():
             if weights.is_baked(value.name) and (self.bound.written(value) or self.bound.handed_out(value)):
                 weights.written.add(value.name)
 
     def forget_writes(self) -> None:
-        """The copy goes out of use: what somebody has written to patched values goes with their patches."""
+        """The copy goes out of use: what was written to patched values goes with their patches."""
         self.note_writes()
         if self.bound_weights is not None:
             self.bound_weights.spoil_written()
 
     def settle(self) -> None:
-        """What somebody has written to it was undone."""
+        """What was written to the unit's values was undone."""
         for value in self.unit.layout.values:
             self.bound.settle(value)
 
@@ -465,11 +465,11 @@ class UnitCopies:
 
     @property
     def bound_weights(self) -> Weights | None:
-        """The copy that modules point at between blocks; None while that is none."""
+        """The copy that modules point at between blocks; None while they point at none."""
         return None if self.bound is self.shown else self.resident or self.master
 
     def bind(self) -> None:
-        """Point the modules at the copy in use, where they do not yet: what somebody has put in its place stays."""
+        """Point the modules at the copy in use, unless they do already: what was put in its place since stays."""
         home = self.home
         if home is not self.bound:
             self.bound = home

@@ -1,4 +1,4 @@
-"""Carries out plans: which copies of which unit exist, and which of them the modules point at."""
+"""Carries out plans: makes and drops the copies of units, and points modules at those in use."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .transfer import Load
 
 
 class Checks(Protocol):
-    """Looks at resident copies that have arrived (run/verify.py).
+    """Checks resident copies that have arrived (run/verify.py).
 
     Attributes:
-        trusting: whether copies that arrived while nobody waited for them may be kept.
+        trusting: whether copies that arrived while no step waited for them may be kept.
     """
 
     trusting: bool
@@ -39,7 +39,7 @@ class Placement:
         blocks: the model cut into blocks and rest.
         backend: the device.
         supply: where weights come from.
-        verifier: is told of resident copies that have arrived.
+        verifier: checks resident copies that have arrived.
     """
 
     def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: Checks) -> None:
@@ -57,7 +57,7 @@ class Placement:
         return self._copies[unit]
 
     def carry_out(self, plan: Plan, patches: Patches) -> None:
-        """Make the copies that a step needs and drop the others; first what frees memory.
+        """Make the copies that a step needs and drop the others; what frees memory comes first.
 
         Only streamed units whose weights are patched get a master copy here. The others stream from where they are,
         until a builder has made one (:meth:`unbuilt`). Residents without patches may still be on their way
@@ -73,12 +73,12 @@ class Placement:
         self._make_masters(needed, patches)
         for copies in streamed:
             copies.drop_resident(self.backend)
-        # What was freed goes back as it is. Else it would be cut up for the next copies, and what is left between them
-        # would be too small for a step's activations.
+        # Freed memory is given back whole. Otherwise it would be cut up for the next copies, and what is left between
+        # them would be too small for a step's activations.
         self.backend.trim()
         self._make_residents([self._rest, *resident], [self._copies[unit] for unit in plan.order])
         if not plan.segments:
-            self.arrive_all()  # No block is hooked then, after the first step.
+            self.arrive_all()  # No block is hooked then after the first step, so none would wait for them.
         self.arrive(-1)
         for block in {copies.unit.block for copies in resident if copies.arriving and copies.patched_by(patches)}:
             self.arrive(block)
@@ -91,7 +91,7 @@ class Placement:
             copies.adopt()
 
     def unbuilt(self, plan: Plan) -> list[UnitCopies]:
-        """What is streamed without a master copy, in the order in which it is needed."""
+        """The units that stream without a master copy, in the order in which they are needed."""
         units = (self._copies[unit] for segment in plan.segments for unit in segment.units)
         return [copies for copies in units if copies.master is None]
 
@@ -100,7 +100,7 @@ class Placement:
         return sum(self._copies[unit].unit.nbytes for unit in plan.streamed if self._copies[unit].pinned)
 
     def check_sources(self) -> int:
-        """Raise if a file is not the one that was loaded any more; gives how often files were touched."""
+        """Raise if a file is not the one that was loaded any more; returns how often files were touched."""
         for file in self._files:
             file.check_unchanged()
         return sum(file.touches for file in self._files)
@@ -119,7 +119,7 @@ class Placement:
         )
 
     def bake(self, plan: Plan, patches: Patches) -> None:
-        """Write the weights whose patches have changed; no other is touched. There is no ring on the device now."""
+        """Write the weights whose patches have changed, and no others. There must be no ring on the device."""
         stale = [weights for weights in self._weights(plan) if weights.stale(patches)]
         if not stale:
             return
@@ -136,7 +136,7 @@ class Placement:
             copies.bind()
 
     def bind_again(self) -> None:
-        """As :meth:`bind`, where modules have been pointed elsewhere."""
+        """As :meth:`bind`, but also where the copy in use is the same as before: modules were pointed elsewhere."""
         for copies in (*self._copies, self._rest):
             copies.bound.apply()
 
@@ -153,22 +153,22 @@ class Placement:
     # -- what others do to it ------------------------------------------------------------------------------------
 
     def changes(self, exchanged: Set[str] = frozenset()) -> Changes:
-        """What somebody has written to, exchanged or deleted; no block runs, and nothing is on its way."""
+        """Find what was written to, exchanged or deleted; no block may run, and no copy be under way."""
         everything = (*self._copies, self._rest)
         overwritten = find_overwritten(everything)
         return Changes(change for copies in everything for change in find_changes(copies, exchanged, overwritten))
 
     def written(self) -> list[str]:
-        """Names of weights that were written to or exchanged, but for small buffers (blocks.py)."""
+        """Names of weights that were written to or exchanged, except small buffers (blocks.py)."""
         return [name for copies in (*self._copies, self._rest) for name in copies.written()]
 
     def settle(self) -> None:
-        """What somebody has written to weights was undone."""
+        """What other code had written to weights was undone."""
         for copies in (*self._copies, self._rest):
             copies.settle()
 
     def take_up(self, blocks: BlockSet, verifier: Checks, changes: Changes) -> None:
-        """The model was cut anew, after ``changes``: keep copies of units that lie as before and hold what is there."""
+        """The model was cut anew, after ``changes``: keep the copies of units that have the same layout and weights."""
         known = {_identity(copies.unit): copies for copies in (*self._copies, self._rest)}
         self._copies = [self._taken_up(unit, known, changes) for unit in blocks.units]
         self._rest = self._taken_up(blocks.rest, known, changes)
@@ -196,18 +196,18 @@ class Placement:
         return sum(copies.unit.nbytes for copies in self._copies if copies.resident or copies.arriving)
 
     def drop_residents(self, units: Iterable[int]) -> None:
-        """Let go of resident copies, and make nothing in their place; but for those that somebody has written to."""
+        """Drop resident copies, except those that were written to, and make nothing in their place."""
         for unit in units:
             if not any(find_changes(self._copies[unit])):
                 self._copies[unit].drop_resident(self.backend)
 
     def drop_masters(self, nbytes: int) -> int:
-        """Drop master copies until ``nbytes`` of host memory are free, or all; gives what was freed."""
+        """Drop master copies until ``nbytes`` of host memory are free, or all; returns the bytes that were freed."""
         freed = 0
         for copies in reversed(self._copies):
             if freed >= nbytes:
                 break
-            if copies.master_bytes and not any(find_changes(copies)):  # Those that somebody has written to stay.
+            if copies.master_bytes and not any(find_changes(copies)):  # Those that were written to stay.
                 freed += self._free(copies.drop_master())
         return freed
 
@@ -230,7 +230,7 @@ class Placement:
         return memory.nbytes
 
     def _weights(self, plan: Plan) -> Iterable[Weights]:
-        """The copies that a step uses; of units that stream from where they are there is none, and no patch."""
+        """The copies that a step uses; a unit that streams from its original has none, and no patch."""
         for unit, copies in enumerate(self._copies):
             weights = copies.master if unit in plan.streamed else copies.resident
             if weights is not None:
@@ -239,7 +239,7 @@ class Placement:
             yield self._rest.resident
 
     def bare(self, names: Collection[str]) -> set[str]:
-        """Those of these tensors of which there is the original alone."""
+        """Those of these tensors of which only the original exists."""
         units = [copies.unit for copies in (*self._copies, self._rest) if copies.resident is None and not copies.master]
         values = (value for unit in units for value in unit.layout.values)
         return {name for value in values for name in value.names if name in names}
@@ -250,7 +250,7 @@ class Placement:
         self._make_masters([copies for copies in bare if copies.holds(names)], NoPatches())
 
     def _make_masters(self, copies: list[UnitCopies], patches: Patches) -> None:
-        """Make master copies that somebody will write to: of patched residents as they are, of others as loaded."""
+        """Make master copies: of patched residents as they are (where ``patches`` allow), of others as loaded."""
         if not copies:
             return
         residents = [item for item in copies if item.resident is not None and item.resident.patched]
@@ -264,9 +264,9 @@ class Placement:
             self.adopt()
 
     def _renew(self, streamed: Iterable[UnitCopies], resident: Iterable[UnitCopies], patches: Patches) -> None:
-        """Have copies with patches in them that nobody wants filled again, in their memory, as they were loaded.
+        """Fill copies whose patches are not wanted any more again, in their own memory, as they were loaded.
 
-        Residents begin to come: they need no memory that others must give up first.
+        Residents are asked for at once: they need no memory that others must give up first.
         """
         for copies in streamed:
             if copies.master is not None and copies.master.spoiled(patches):
@@ -275,14 +275,14 @@ class Placement:
             if copies.master is not None and copies.master.spoiled(patches):
                 self._free(copies.drop_master())
             if copies.resident is not None and copies.resident.spoiled(patches):
-                self._supply.reader.open()  # It may fail: the resident must not be lost then.
+                self._supply.reader.open()  # First, as it may fail: the resident must not be lost then.
                 self._read_resident(copies, copies.take_resident_buffer())
 
     def _make_residents(self, wanted: Sequence[UnitCopies], order: Sequence[UnitCopies]) -> None:
-        """Fill device memory: from master copies now, from where the weights are while a step runs (:meth:`arrive`).
+        """Make resident copies: from master copies now, from originals while a step runs (:meth:`arrive`).
 
-        Those that will give way together lie together, by ``order``: then all of their pages go back (pages.py, Note:
-        shared pages).
+        Residents that will be given up together lie together, by ``order``: then all of their pages can be given back
+        (pages.py, Note: shared pages).
         """
         missing = [copies for copies in wanted if copies.resident is None and copies.arriving is None]
         places = {id(copies): place for place, copies in enumerate(order)}
@@ -305,8 +305,8 @@ class Placement:
             raise
 
     def _read_resident(self, copies: UnitCopies, buffer: torch.Tensor) -> None:
-        """Have ``buffer`` become the resident copy."""
-        # Race: whoever had this memory before may have kernels under way in it.
+        """Have the reader fill ``buffer``, which becomes the resident copy."""
+        # Race: kernels of this memory's previous user may still be under way.
         free = self.backend.mark()
         load = Load(copies.unit.layout, buffer)
         copies.await_resident(buffer, self._supply.reader.transfer([load], [free], background=True))
@@ -317,7 +317,7 @@ class Placement:
             with self.backend.record.paused():  # It may have arrived in the middle of a step.
                 self._verifier.check_resident(copies)
         except BaseException:
-            copies.drop_resident(self.backend)  # Nobody may take it for a good one.
+            copies.drop_resident(self.backend)  # It must not be used.
             raise
 
     # -- residents on their way ----------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ class Placement:
                     copies.sum_up(sums)
 
     def stop_awaiting(self) -> None:
-        """Every transfer is over or given up, and the device has nothing to do: keep what has arrived."""
+        """Every transfer is over or given up, and the device is idle: keep what has arrived."""
         for waiting in self._arriving.values():
             for copies in waiting:
                 copies.stop_awaiting(self.backend)
@@ -366,7 +366,7 @@ class Placement:
 
 
 def _identity(unit: Unit) -> object:
-    """Equal for two units that consist of the same places of the same modules, and lie alike."""
+    """Equal for two units that consist of the same places of the same modules, and have the same layout."""
     return tuple(
         (value.names, tuple((id(place.holder), place.attribute) for place in value.places), value.is_plain, *lies)
         for value in unit.layout.values

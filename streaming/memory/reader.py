@@ -1,28 +1,28 @@
 """Brings weights from where they are, a file or pageable memory, to the device: through a small page-locked ring.
 
 [Note: one order for all copies]
-Some threads read ahead, each into chunks of the ring that are its own, and queue the copies out of them. Copies are
-queued in the order in which pieces were taken up for reading, and those are taken up in the order in which they were
+Several threads read ahead, each into chunks of the ring that are its own, and queue the copies out of them. Copies are
+queued in the order in which pieces were taken up for reading, and pieces are taken up in the order in which they were
 asked for. So the backend carries all copies out in that order, as it does when the thread that runs the model queues
-them itself (lane.py, Note: two events guard a slot, 3). Only what is asked for in the background is overtaken: its
-targets are nobody else's. Reader and model's thread never queue at the same time: the model's thread does so only
-while :attr:`Reader.idle`, and only it asks for transfers.
- 1. A chunk is written by its thread alone, which takes up a piece for it when the copy of the piece before is queued,
-    and writes to it when that copy is over (``finish``).
- 2. Whoever has read a piece queues it, and every piece behind it that is read, if all pieces before it are queued. One
-    thread at a time does that, and the others go on reading (in_order.py, Note: who hands on).
+them itself (lane.py, Note: two events guard a slot, 3). Only transfers in the background are overtaken, which is safe
+because no other copy has their targets. The reader and the model's thread never queue at the same time: the model's
+thread queues only while :attr:`Reader.idle`, and no other thread asks for transfers.
+ 1. Only its own thread writes to a chunk. The thread takes up a piece for the chunk when the copy of the chunk's
+    previous piece is queued, and writes to the chunk when that copy is over (``finish``).
+ 2. A thread that has read a piece queues it, and every piece behind it that is read, if all pieces before it are
+    queued. One thread at a time does that, and the others go on reading (in_order.py, Note: who hands on).
  3. Of the pieces that are not queued, the first was taken up by a thread that had a chunk for it. So it will be read,
-    and queued: nothing waits in a circle.
-A thread of its own that sends would be woken for every piece, and so would a reader that waits for its turn: with that,
-2,900 pieces a second came through, however many threads read (H200, 4 MiB each: 12 GB/s).
+    and queued: there is no circular wait.
+A separate thread that sends would have to be woken for every piece, and so would a reader that waits for its turn: with
+that, 2,900 pieces a second came through, however many threads read (H200, 4 MiB each: 12 GB/s).
 A transfer that fails, or is given up, keeps its place in the order; its other pieces are neither read nor copied.
 
 [Note: what the collector may do]
-The garbage collector frees an owner on any thread, at any moment: also on a reader's thread that holds a lock, or
-one of Python's own. So :meth:`Reader.forsake` waits for no lock without an end, it sets a flag. Threads look at it at
-every turn and at times while they wait, end, and let go of the ring with the last of them. If a thread has looked just
-before, and queues a copy, it waits for that copy and holds target and source until then; a copy that was queued earlier
-is waited for by who closes the backend next.
+The garbage collector frees an owner on any thread, at any moment: also on a reader's thread that holds a lock of ours,
+or one of Python's own. So :meth:`Reader.forsake` waits for no lock without a time limit; it sets a flag. Threads check
+the flag at every turn, and now and then while they wait. They end when it is set, and the ring is freed with the last
+of them. A thread that has checked just before the flag is set may still queue a copy: it waits for that copy, and holds
+target and source until then. Closing the backend, which comes next, waits for copies that were queued earlier.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from .arena import Arena, HostBuffer
 from .in_order import InOrder
 from .transfer import Chunk, Load, Move, Piece, Tick, Transfer, TransferAbandonedError, wait_for
 
-# How often a thread that waits looks whether anybody wants it still.
+# How often a waiting thread checks whether it is still wanted.
 FORSAKEN_SECONDS = 0.2
 
-# How long the garbage collector waits for a copy that is being queued: long enough for any, and no end in itself.
+# How long the garbage collector waits at most for a copy that is being queued: long enough for any.
 FORSAKE_SECONDS = 1.0
 
 
@@ -99,26 +99,26 @@ class Reader:
 
     @property
     def step_seconds(self) -> float:
-        """Time so far in which something was on its way that was not asked for in the background."""
+        """Seconds so far in which a transfer was under way that was not asked for in the background."""
         with self._counting:
             return self._step_seconds + (time.perf_counter() - self._since if self._for_steps else 0.0)
 
     @property
     def ring_bytes(self) -> int:
         """Host memory of the ring; 0 while there is none."""
-        ring = self._ring  # Once: a status is asked for on other threads.
+        ring = self._ring  # Read once: other threads ask for the status.
         return ring.nbytes if ring is not None else 0
 
     def transfer(
         self, parts: Sequence[Load | Move], after: Sequence[Event], fine: bool = False, background: bool = False
     ) -> Transfer:
-        """Bring ``parts`` to the device, behind everything of its kind that was asked for before.
+        """Bring ``parts`` to the device, behind all earlier transfers of the same kind (background or not).
 
         Args:
             parts: what goes where.
-            after: the copies start when all of this has happened.
+            after: the copies start when all of these events have happened.
             fine: cut copies into fine pieces (backend.py, Note: copies take turns).
-            background: whatever is asked for without this goes before it.
+            background: transfers without this go before it.
         """
         self.open()
         transfer = Transfer(after, fine, background)
@@ -138,7 +138,7 @@ class Reader:
         return transfer
 
     def wait(self, transfer: Transfer, tick: Tick) -> Event:
-        """The event behind ``transfer``, once its copies are queued. ``tick`` is called meanwhile, and may raise.
+        """Return the event behind ``transfer`` when its copies are queued. ``tick`` is called meanwhile, and may raise.
 
         Raises:
             CheckpointError: the file could not be read.
@@ -165,7 +165,7 @@ class Reader:
         wait_for_futures([transfer.queued for transfer in pending])
 
     def close(self) -> None:
-        """Abandon everything, end the threads and give the ring's memory back. It can be used again."""
+        """Abandon everything, end the threads and give the ring's memory back. The reader can be used again."""
         if self._ring is None:
             return
         self.abandon()
@@ -173,18 +173,18 @@ class Reader:
         for worker in self.workers:
             worker.join()
         self.workers.clear()
-        self._background.clear()  # Ends of threads that nobody took, if this was interrupted before.
+        self._background.clear()  # Stop marks that no thread took, if this was interrupted before.
         self._backend.synchronize()  # Race: copies out of the ring may still be under way.
         self._arena.release(self._ring)
         self._ring = None
 
     def forsake(self) -> None:
-        """As :meth:`close`, for an owner that the garbage collector takes (Note: what the collector may do)."""
+        """As :meth:`close`, for an owner that is garbage collected (Note: what the collector may do)."""
         self._forsaken = True
         self._in_order.wait_a_moment(FORSAKE_SECONDS)
 
     def _stop_threads(self) -> None:
-        """Have the threads end behind all that was asked for."""
+        """Have the threads end after all that was asked for."""
         with self._asked:
             self._background.extend([None] * len(self.workers))
             self._asked.notify_all()
@@ -237,7 +237,7 @@ class Reader:
 
     def _read_ahead(self, chunks: Sequence[Chunk]) -> None:
         for chunk in itertools.cycle(chunks):
-            # A function: a thread that waits for a piece keeps no memory of the one before alive.
+            # A call of its own for each piece, so that a waiting thread keeps no memory of the previous one alive.
             if not self._read_next(chunk):
                 return
 
@@ -254,16 +254,16 @@ class Reader:
         except BaseException as error:
             piece.transfer.fail(error)
         self._in_order.finish(piece, self._send_together)
-        del piece  # An error knows this frame, and the transfer the error.
+        del piece  # An error refers to this frame, and the transfer to the error.
         return True
 
     def _take(self) -> Piece | None:
-        """The next piece, in the order in which they are sent; None to end."""
+        """Return the next piece, in the order in which they are sent; None ends the thread."""
         with self._asked:
             while not (self._urgent or self._background or self._forsaken):
                 self._asked.wait(FORSAKEN_SECONDS)
             if self._forsaken:
-                self._urgent.clear()  # Pieces know the reader.
+                self._urgent.clear()  # Pieces refer to the reader.
                 self._background.clear()
                 return None
             piece = self._urgent.popleft() if self._urgent else self._background.popleft()
@@ -289,7 +289,7 @@ class Reader:
         except BaseException as error:
             transfer.fail(error)
         last = pieces[-1].last
-        while pieces:  # An error knows this frame, and the transfer the error: nothing of a piece may be left in it.
+        while pieces:  # An error refers to this frame, and the transfer to the error: the frame must hold no piece.
             if (chunk := pieces.pop().chunk) is not None:
                 chunk.free.set()
             del chunk

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: the arena, the reader, the builder, and how far they are."""
+"""Where a model's weights come from: the arena, the reader and the builder, and how far loading is."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Progress(NamedTuple):
     """How much of a model has been read since it was loaded.
 
     Attributes:
-        done_bytes, total_bytes: of what its plan needs on the device in a step.
-        seconds: since it began.
+        done_bytes, total_bytes: bytes read so far, and in all, of what its plan needs on the device in a step.
+        seconds: since loading began.
     """
 
     done_bytes: int
@@ -27,8 +27,8 @@ class Progress(NamedTuple):
     seconds: float
 
 
-# Is told now and then, on the thread that loads or runs the model; None while nothing is being loaded. May raise, to
-# cancel.
+# Called now and then, on the thread that loads or runs the model; with None while nothing is being loaded. It may raise
+# to cancel.
 Watch = Callable[[Progress | None], None]
 
 
@@ -38,14 +38,14 @@ class Supply:
     Args:
         backend: the device.
         config: settings.
-        largest_bytes: of one unit.
+        largest_bytes: bytes of the largest unit.
         pins: page-locked memory that this model shares with others.
-        watch: is told how far loading is.
+        watch: is called with the progress of loading.
 
     Attributes:
         arena: host memory for master copies.
-        reader: brings to the device what has none.
-        builder: makes them.
+        reader: brings to the device what has no page-locked master copy.
+        builder: makes master copies.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class Supply:
         self._before = self._read_bytes
 
     def tick(self) -> None:
-        """Tell how far it is. Called by who waits; raises when somebody has cancelled."""
+        """Tell how far loading is. Whatever waits calls this; it raises when loading was cancelled."""
         self._watch(self._progress() if self._total else None)
 
     def arrived(self) -> None:
-        """A step has run: everything was read."""
+        """A step has run, so everything was read: loading is over."""
         if self._total:
             progress = self._progress()._replace(done_bytes=self._total)
             self._total = 0
@@ -97,16 +97,16 @@ class Supply:
     # -- master copies -------------------------------------------------------------------------------------------
 
     def build(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
-        """Build the master copies of these units; others may have to give up theirs. The builder is at rest."""
+        """Build the master copies of these units; other models may lose theirs. The builder must be idle."""
         self._make_room(copies, owner)
         self.builder.build(copies, self._threads, self.tick)
 
     def build_needed(self, copies: Sequence[UnitCopies]) -> None:
-        """Build the master copies of these units, which somebody will write to. The builder is at rest."""
+        """Build the master copies of these units, which other code will write to. The builder must be idle."""
         self.builder.build(copies, self._threads, self.tick, needed=True)
 
     def build_behind(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
-        """As :meth:`build`, but go on meanwhile."""
+        """As :meth:`build`, but without waiting for it."""
         self._make_room(copies, owner)
         self.builder.start(copies)
 
@@ -127,6 +127,6 @@ class Supply:
         self.reader.close()
 
     def forsake(self) -> None:
-        """As :meth:`close`, for an owner that the garbage collector takes, on any thread."""
+        """As :meth:`close`, for an owner that is garbage collected, on any thread."""
         self.builder.forsake()
         self.reader.forsake()

@@ -1,4 +1,4 @@
-"""What a reader is asked for, and the pieces in which it is on its way."""
+"""What a reader is asked to bring, and the pieces in which that is copied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from ..devices.copies import Event, Pair
 from ..model.layout import Layout
 
-# How often a thread that waits looks whether it shall go on.
+# How often a waiting thread checks whether it shall go on.
 TICK_SECONDS = 0.05
 
 Tick = Callable[[], None]
@@ -23,21 +23,21 @@ T = TypeVar("T")
 
 
 def wait_for(future: Future[T], tick: Tick) -> T:
-    """A future's result; ``tick`` is called meanwhile, and may raise."""
+    """Return a future's result; ``tick`` is called meanwhile, and may raise."""
     try:
         while True:
             try:
                 return future.result(TICK_SECONDS)
             except FutureTimeoutError:
                 if future.done():
-                    return future.result()  # It was done just now, or failed with an error of that kind itself.
+                    return future.result()  # It has just ended, or its own error is of that class.
             tick()
     finally:
-        del future  # Its error knows this frame: they would keep each other, and what the callers hold, alive.
+        del future  # Its error refers to this frame: they would keep each other, and what the callers hold, alive.
 
 
 class TransferAbandonedError(Exception):
-    """A transfer was given up before it was done; nobody should be waiting for it."""
+    """A transfer was given up before it was done; no thread should be waiting for it."""
 
 
 class Load(NamedTuple):
@@ -71,8 +71,8 @@ class Chunk:
 
     Attributes:
         memory: uint8 host memory.
-        sent: the last copy out of it.
-        free: what was read into it is queued, or given up.
+        sent: the event behind the last copy out of it.
+        free: set when what was read into it is queued, or given up.
     """
 
     def __init__(self, memory: torch.Tensor) -> None:
@@ -88,8 +88,8 @@ class Transfer:
     Attributes:
         queued: the event behind its last copy, once all of its copies are queued; or what went wrong.
         events: of its copies so far.
-        background: whatever is not in the background goes before it.
-        abandoned: nobody wants it any more.
+        background: transfers that are not in the background go before it.
+        abandoned: it is not wanted any more.
         error: what went wrong first.
     """
 
@@ -107,19 +107,19 @@ class Transfer:
         return self.abandoned or self.error is not None
 
     def fail(self, error: BaseException) -> None:
-        """It ends here, if it has not failed before. What the frames of the error hold goes: memory is among it."""
+        """End it with ``error``, unless it has failed before. The error's frames are cleared: they hold memory."""
         traceback.clear_frames(error.__traceback__)
         self.error = self.error or error
 
     def forget_error(self) -> None:
-        """Who is told of an error is in its traceback. Kept here, it would keep them and their memory alive."""
+        """Drop an error that was raised: its traceback has the callers' frames, and would keep their memory alive."""
         if self.queued.done() and self.queued.exception() is not None:
             self.error, self.queued = None, Future()
             self.queued.set_exception(TransferAbandonedError("a transfer has failed"))
 
 
 class Piece:
-    """What one chunk carries, or a copy that needs none.
+    """What one chunk carries, or a copy that needs no chunk.
 
     Attributes:
         target: memory on the device.
@@ -147,7 +147,7 @@ class Piece:
 
     @property
     def pair(self) -> Pair:
-        """Where to copy, and from where, once it is ready."""
+        """Target and source of the copy, once it is ready."""
         source = self.source if self.chunk is None else self.chunk.memory[: self.target.nbytes]
         assert source is not None
         return self.target, source

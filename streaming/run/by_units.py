@@ -1,13 +1,13 @@
-"""Blocks that nobody enters though their units run: which of them begins or ends now. Pure.
+"""Blocks that are never entered although their units run: which of them begins or ends now. Pure.
 
 [Note: entered by its units]
-Code that has a block's layers called one by one, without the block, tells nobody when the block begins. Its layers are
+Code that calls a block's layers one by one, without the block, does not show when the block begins. The layers are
 hooked, and a first step shows that they run and the block does not (``Recorder.never_entered``). From then on such a
 block counts as entered from its first unit until a unit of another block begins, or another block, or the step ends. So
 it streams as others do: in the second step as a whole, later in parts.
 
-Blocks of which nothing runs are none of these: a model may leave out what it does not need, and what of a block is read
-without running any module of it cannot be seen. On a GPU that is an error, of which the log says why (runner.py).
+Blocks of which no unit runs are not among these: a model may leave out what it does not need, and a read of a block's
+weights without running any module of it cannot be seen. On a GPU such a read fails, and the log says why (runner.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ByUnits:
         self._called: set[int] = set()
 
     def begin_unit(self, block: int) -> bool:
-        """A unit of ``block`` begins, behind :meth:`ended_by`; gives whether the block begins with it."""
+        """A unit of ``block`` begins, after :meth:`ended_by`; returns whether the block begins with it."""
         if block not in self._blocks or block in self._called:
             return False
         begins = block not in self._running
@@ -36,21 +36,21 @@ class ByUnits:
         return begins
 
     def end_unit(self, block: int) -> None:
-        """A unit of ``block`` ends; one that raises need not tell."""
+        """A unit of ``block`` ends; this need not be called for one that raises."""
         if self._running.get(block):
             self._running[block] -= 1
 
     def begin_block(self, block: int) -> None:
-        """Somebody enters ``block``, behind :meth:`ended_by`."""
+        """``block`` is entered, after :meth:`ended_by`."""
         self._called.add(block)
 
     def end_block(self, block: int) -> None:
-        """Who has entered ``block`` leaves it."""
+        """``block`` is left, after :meth:`begin_block`."""
         self._called.discard(block)
 
     def ended_by(self, block: int | None) -> list[int]:
-        """Blocks that end because ``block`` begins, or a unit of it; None stands for the end of the step, with which
-        all do. A block of which a unit is running does not end before the step."""
+        """Blocks that end because ``block`` begins, or a unit of it; None stands for the end of the step, which ends
+        all. A block of which a unit is running does not end before the step."""
         ended = [one for one, units in self._running.items() if block is None or (one != block and units == 0)]
         for one in ended:
             del self._running[one]

@@ -1,20 +1,20 @@
 """Tells when a step, a block and a unit begin and end.
 
-Blocks are entered by any method of theirs (entries.py), and so are units that consist of several modules. A layer runs
-by its call; its other methods are about loading.
+Blocks are entered by any of their methods (entries.py), and so are units that consist of several modules. A layer is
+entered by a call alone; its other methods are about loading.
 
-A model that is loaded again when its root is called gets its hooks anew then, while torch goes through those of before,
-which it calls without keywords.
+A model that is loaded again while its root is being called gets new hooks at that moment. torch still goes through the
+previous hooks then, and calls them without keywords.
 
-After an ``Exception`` ends are told too, but not after an interrupt of another kind (a ``BaseException``): who listens
-must be able to settle what such a one left behind.
+Ends are reported after an ``Exception`` too, but not after any other ``BaseException``, such as an interrupt: the
+listener must be able to settle what that left behind.
 
 [Note: compiled models]
-torch.compile would trace through hooks: what they do to streams, threads and clocks is no part of a graph, and what
-they bind would come into effect when the graph ends. So hooks are hidden from it: a graph ends before each of them and
+torch.compile would trace through hooks. But what they do to streams, threads and clocks is no part of a graph, and what
+they bind would take effect only when the graph ends. So hooks are hidden from it: a graph ends before each of them and
 a new one begins behind it. With hooks on every layer little would be left to compile, and each layer would count as a
-function that is compiled anew for every shape, of which torch allows eight. So a compiled model streams whole blocks,
-and nothing inside of them is hooked: a block is one graph, as it is without streaming.
+function that is compiled anew for every shape, which torch allows eight times. So a compiled model streams whole
+blocks, and nothing inside of them is hooked: a block is one graph, as it is without streaming.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..model.entries import Entries
 
 
 class Listener(Protocol):
-    """Who wants to know."""
+    """Receives the begins and ends of steps, blocks and units."""
 
     def begin_step(self) -> None: ...
 
@@ -54,9 +54,9 @@ def attach(
     units: Iterable[tuple[int, nn.Module]],
     listener: Listener,
 ) -> Entries:
-    """Watch ``root``, the numbered ``blocks`` and ``units``, referring to the listener weakly, until it is removed.
+    """Watch ``root``, the numbered ``blocks`` and ``units``, until what this returns is removed.
 
-    A unit that raises is not told to have ended: the end of its block says so.
+    The hooks refer to the listener weakly. The end of a unit that raises is not reported, only that of its block.
     """
     who = weakref.ref(listener)
     entries = Entries()

@@ -1,26 +1,26 @@
 """The hot path of one device: a segment is copied ahead, waited for, bound while its units run, and released.
 
 [Note: two events guard a slot]
-A segment has one slot, the same in every step; slots overlap, and a segment is copied to its own when nobody needs any
-more what lies there. The memory is written by copies and read by the compute stream. Four things keep them apart:
+A segment has one slot, the same in every step. Slots overlap, and a segment is copied to its slot when what lies there
+is not needed any more. Copies write this memory and the compute stream reads it. Four rules keep them apart:
  1. write after read: a copy into a slot waits for the events that were recorded on the compute stream when the
-    segments that lay there had queued their kernels (``_release``). When a copy is queued that waits for such an event
-    nobody else need do so: by 3 all later copies come behind it (``Ring.filled``);
+    segments that lay there had queued their kernels (``_release``). Once a copy that waits for such an event is queued,
+    later copies need not wait for that event: by 3 they come behind that copy (``Ring.filled``);
  2. read after write: a segment's kernels are queued behind a wait for ``ready``, recorded after the copy (``_begin``);
  3. write after write: the backend carries copies out in the order in which they are queued;
- 4. the host never rewrites a master copy while a copy from it may be under way: who does drains the copy streams
-    first (``site.py``).
+ 4. the host never rewrites a master copy while a copy from it may be under way: code that rewrites one drains the copy
+    streams first (``site.py``).
 Segments with page-locked master copies are copied straight from them. The others, and then those behind them, go
 through a reader, which reads and queues copies on threads of its own, in the same order (reader.py, Note: one order
-for all copies). One that fails may have waited for nothing, so its events stay for the next (``Ring.guards``).
-A segment that is needed while another one that runs lies in its place gets memory of its own, for that time. (Units
-that run inside of others come to that where nobody expected them.)
+for all copies). A transfer that fails may not have waited for its events, so these stay for the next (``Ring.guards``).
+A segment that is needed while a segment that runs lies in its place gets memory of its own for that time. (This happens
+where units unexpectedly run inside of others.)
 What a block writes to its weights while they are in a slot, or puts in their place, would be lost with the next copy.
 It shows in torch's count of writes to the slot, and in what modules hold; the step ends in an error then (runner.py).
 A segment is released when its units have run as often as they did before, and at the latest when its block or the
 step ends. A unit that runs once more begins its segment anew, with a wait and a binding of its own; so nothing here
-relies on how often units ran before. The host itself waits for nothing but for readers. Tensors never tell torch's
-allocator about the second stream (``record_stream``): staging memory is freed only after ``synchronize``.
+relies on how often units ran before. The host itself waits for nothing but readers. torch's allocator is never told
+about the second stream (``record_stream``): instead, staging memory is freed only after ``synchronize``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Run:
 
     Attributes:
         active: its units that are running now.
-        left: runs of its units after which it is released; never reached by one that its block holds.
+        left: runs of its units until it is released; a segment that its block holds does not count down to zero.
         buffer: the memory in which it is: its slot, or its own.
         bindings: to that memory.
         writes: how often the memory had been written to when it was bound; None before that.
@@ -80,7 +80,7 @@ class _Run:
 
     @property
     def is_written(self) -> bool:
-        """Whether somebody has written to it since, or put other weights in its place."""
+        """Whether the memory was written to since then, or other weights were put in its place."""
         if self.writes is None:
             return False
         return self.buffer._version != self.writes or not all(map(_is_in_place, self.bindings))
@@ -92,7 +92,7 @@ class Lane:
     Args:
         backend: the device.
         plan: a plan with segments.
-        copies: gives the copies of a streamed unit.
+        copies: returns the copies of a streamed unit.
         reader: brings what has no page-locked master copy.
         copy_streams: 0 copies each segment when it is needed, on the compute stream.
         meters: where to count.
@@ -151,7 +151,7 @@ class Lane:
         return [unit.binding_to(place) for place, unit in places_in(buffer, self._copies[number])]
 
     def _pairs_to(self, number: int, buffer: torch.Tensor) -> list[Pair] | None:
-        """What to copy to ``buffer`` from where; None where not all of it is page-locked."""
+        """Targets in ``buffer``, each with its master copy; None where not all of these are page-locked."""
         group = self._copies[number]
         if not all(unit.pinned for unit in group):
             return None
@@ -174,7 +174,7 @@ class Lane:
             self.prefetch()
 
     def enter_block(self, block: int) -> None:
-        """A block begins: bind what it needs all the time."""
+        """A block begins: bind the segments that it needs until it ends."""
         self._running.add(block)
         for number in self._of_block.get(block, ()):
             if self._segments[number].runs == 0 and number not in self._open:
@@ -199,7 +199,7 @@ class Lane:
         """A unit of segment ``number`` ends."""
         run = self._open.get(number)
         if run is None:
-            return  # Released already: an exception inside was handled by somebody.
+            return  # Released already: code in between has handled an exception.
         run.active -= 1
         run.left -= 1
         if run.left == 0 and run.active == 0:
@@ -220,7 +220,7 @@ class Lane:
         self.prefetch()
 
     def refresh(self) -> None:
-        """Master copies were made, and prefetched segments given up; no copy may be under way."""
+        """Master copies were made: copy from them, and copy held segments anew. No copy may be under way."""
         for number, group in enumerate(self._copies):
             self._home[number] = [unit.home for unit in group]
             with torch.inference_mode(False):
@@ -266,13 +266,13 @@ class Lane:
         return run
 
     def _begin_elsewhere(self, number: int) -> _Run:
-        """Begin a segment in memory of its own, to which it is copied while compute waits."""
+        """Begin a segment in memory of its own; compute waits while it is copied there."""
         self._counters.misses += 1
         buffer = self._own_memory(number)
         try:
             with torch.inference_mode(False):
                 run = _Run(self._segments[number].runs, buffer, self._bindings_to(number, buffer))
-            # Race: whoever had this memory before may have kernels under way in it.
+            # Race: kernels of this memory's previous user may still be under way.
             ready = self._copy(number, buffer, self._pairs_to(number, buffer), [self._backend.mark()], opening=True)
             self._backend.wait(self._reader.wait(ready, self._tick) if isinstance(ready, Transfer) else ready)
             self._arrived(number, buffer)
@@ -300,14 +300,14 @@ class Lane:
         if not isinstance(slot.ready, Transfer):
             self._stalls.add(self._backend.wait(slot.ready))
             return
-        backend = self._backend  # A wait that is kept does not keep the lane.
+        backend = self._backend  # So that the closure below does not keep the lane alive.
         before = backend.moment()
         try:
             slot.ready = self._reader.wait(slot.ready, self._tick)
         except Exception:
             if entry is not Entry.HELD:
                 raise
-            # What went wrong ahead of time may go well now, and else fails now.
+            # A copy that failed ahead of time may succeed now, or else fails now.
             self._counters.misses += 1
             self._fill(number, opening=True)
             slot.ready = self._reader.wait(slot.ready, self._tick) if isinstance(slot.ready, Transfer) else slot.ready
@@ -320,7 +320,7 @@ class Lane:
         """Compute waits for the segment in ``buffer``, which it runs next."""
 
     def _make_way(self, number: int) -> None:
-        """Release segments in its place that nobody uses now: a unit of theirs was left out this time."""
+        """Release unused segments in the place of segment ``number``: a unit of theirs was left out this time."""
         slots = self._ring.slots
         for other, run in list(self._open.items()) if self._open else ():
             segment = self._segments[other]
@@ -344,7 +344,7 @@ class Lane:
                 self._ring.release(slot)
             if run.is_written:
                 self._overwritten += [copies.unit.name for copies in self._copies[number]]
-                if is_in_slot:  # It is not what the next run of the segment shall find.
+                if is_in_slot:  # The next run of the segment must not find it.
                     self._schedule.drop(number)
             for binding in self._home[number]:
                 binding.apply()
@@ -384,7 +384,7 @@ def places_in(buffer: torch.Tensor, group: Sequence[UnitCopies]) -> list[Place]:
 
 
 def _part(place: torch.Tensor, unit: UnitCopies) -> Load | Move:
-    """What a reader does for a unit."""
+    """What to ask a reader for, for one unit."""
     if unit.master is None:
         return Load(unit.unit.layout, place)
     return Move(unit.master.buffer, place, unit.pinned)
@@ -395,5 +395,5 @@ _NO_PHASE = nullcontext()
 
 
 def _phase(name: str) -> AbstractContextManager[object]:
-    """A span in a profiler's trace; nothing while nobody profiles."""
+    """A span in a profiler's trace; nothing while no profiler runs."""
     return profiler.record_function(name) if profiler._is_profiler_enabled else _NO_PHASE

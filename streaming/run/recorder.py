@@ -1,4 +1,4 @@
-"""Measures one step: compute of every block, the bus, and which units run in which order. Nothing in it waits."""
+"""Measures a step: compute of every block, the bus, and which units run in which order. Recording waits for nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_TIMED_BYTES = 4 * 1024**2
 MOSTLY_TWICE = 0.5
 
 
-# Is told of a block that has run on a device; the function gives its compute once that is over, and waits for it.
+# Called when a block has run on a device, with a function that waits for the block and returns its compute in seconds.
 Tell = Callable[[Backend, Callable[[], float]], None]
 
 
@@ -47,7 +47,7 @@ class _Elsewhere(NamedTuple):
 
 
 class _Gap:
-    """Time outside of the blocks of a device: what others have waited for in it, and their blocks."""
+    """Time outside of the blocks of a device: the waits for copies in it, and the blocks that other devices ran."""
 
     def __init__(self, begin: Moment) -> None:
         self.begin = begin
@@ -55,7 +55,7 @@ class _Gap:
         self.elsewhere: list[_Elsewhere] = []
 
     def seconds_elsewhere(self) -> float:
-        """As long as what others compute takes, and the activations on their way there and back."""
+        """Seconds that the blocks of other devices compute, and that activations need on their way there and back."""
         hops = 1 + sum(before.device is not after.device for before, after in pairwise(self.elsewhere))
         return sum(block.seconds() for block in self.elsewhere) + (1 + hops) * HOP_SECONDS
 
@@ -74,8 +74,8 @@ class _BlockRun:
 
 
 class _Staged(NamedTuple):
-    """What a reader has brought for steps, the time in which it was at work for them, and what it has brought in all.
-    Residents that it brings come once, and say nothing of the steps behind."""
+    """Bytes that a reader has brought for steps, seconds in which it worked for them, and bytes that it has brought in
+    all. Residents that it brings come once, and say nothing of later steps."""
 
     nbytes: int
     seconds: float
@@ -83,25 +83,26 @@ class _Staged(NamedTuple):
 
 
 class _BlockTime(NamedTuple):
-    """Compute of a block, of its units' runs, and between their begins; without waits."""
+    """Seconds of compute, without waits: of a block, from each unit's begin to its end (``hold``), and from each unit's
+    begin to the next begin (``work``)."""
 
     seconds: float
     hold: dict[int, float]
     work: dict[int, float]
 
     def and_then(self, later: _BlockTime) -> _BlockTime:
-        """Of a block that runs more than once in a step."""
+        """The sum with another run of the same block in a step."""
         return _BlockTime(self.seconds + later.seconds, _summed(self.hold, later.hold), _summed(self.work, later.work))
 
 
 class Recorder:
-    """The events of one step, told by the streamer; afterwards a :class:`Profile`. What is outside of it is left out.
+    """Records the events of one step, and makes a :class:`Profile` of them. Events outside of a step are left out.
 
     Args:
         outline: the model.
         backend: the device.
         reader: brings what has no page-locked master copy.
-        tells: gives who tells all that measure the step, on other devices too, of a block that has run here.
+        tells: returns what to call when a block has run here, to tell all that measure the step on any device, or None.
     """
 
     def __init__(
@@ -128,12 +129,12 @@ class Recorder:
 
     @property
     def never_entered(self) -> set[int]:
-        """Blocks of which units ran in the step, though nobody has entered the block."""
+        """Blocks of which units ran in the step, though the block itself was not entered."""
         return self._alone - {block for block, _ in self._runs}
 
     @property
     def not_entered(self) -> list[int]:
-        """Blocks that nobody has entered yet."""
+        """Blocks that were not entered yet."""
         entered = {block for block, _ in self._runs}
         return [block for block in range(self._outline.blocks) if block not in entered]
 
@@ -159,7 +160,7 @@ class Recorder:
         if not self._running:
             return
         run = _BlockRun(self._backend.moment(), self._gap)
-        self._gap = None  # A block inside of another one has none before it.
+        self._gap = None  # A block inside of another one has no gap before it.
         self._runs.append((block, run))
         self._open.append((block, run))
 
@@ -181,7 +182,7 @@ class Recorder:
                 self._alone.add(self._outline.unit_block[unit])
             return
         run.runs[unit] = run.runs.get(unit, 0) + 1
-        # Whatever runs inside another unit may come before that one reads its weights: keep the outer one.
+        # A unit inside of another one may run before the outer one reads its weights: note the outer one.
         run.outer.update(run.running)
         run.running.append(unit)
         run.events.append(_Mark(unit, True, self._backend.moment()))
@@ -205,11 +206,11 @@ class Recorder:
             self._gap.elsewhere.append(_Elsewhere(device, seconds))
 
     def profile(self, known: Profile, with_times: bool) -> Profile:
-        """What was recorded. Everything recorded must be over; ``known`` fills what this step has not shown.
+        """Return what was recorded. Everything recorded must be over; ``known`` fills what this step has not shown.
 
         Args:
-            with_times: false leaves the times as they are known: in a first step kernels are loaded, and the driver
-                sees memory for the first time.
+            with_times: false keeps the times of ``known``: in a first step kernels are loaded, and the driver sees
+                memory for the first time.
         """
         bandwidth = self._bandwidth()
         order = tuple(dict.fromkeys(block for block, _ in self._runs))
@@ -239,7 +240,7 @@ class Recorder:
         )
 
     def _gap_times(self) -> dict[int, float]:
-        """What came before each block that did not run inside of another one."""
+        """Seconds before each block that did not run inside of another one."""
         found: dict[int, float] = {}
         for block, run in self._runs:
             if run.gap is not None:
@@ -247,14 +248,15 @@ class Recorder:
         return found
 
     def _gap_time(self, gap: _Gap, end: Moment) -> float:
-        """Where others compute meanwhile that and no more: they, and the host, may have taken longer."""
+        """Seconds of a gap, without waits. Where other devices compute in it, only that counts: they and the host may
+        have taken longer."""
         if gap.elsewhere:
             return gap.seconds_elsewhere()
         waited = sum(stall() or 0.0 for stall in gap.stalls)
         return max(0.0, _seconds(self._backend, gap.begin, end) - waited)
 
     def _unit_times(self, times: dict[int, _BlockTime]) -> tuple[UnitTime, ...]:
-        """Of every unit the median of its kind: of the units in its place in blocks that are like its own."""
+        """For every unit the median of its kind: of the units in its place in blocks that are like its own."""
         outline = self._outline
         found: dict[tuple[int, int], list[tuple[float, float]]] = {}
         for block, time in times.items():
@@ -276,7 +278,7 @@ class Recorder:
         self._backend.copy_times()
 
     def _bandwidth(self) -> float | None:
-        """Bytes per second of all copies; of those that a reader queued, as fast as it could read them."""
+        """Bytes per second of all copies; those that a reader queued count as fast as it could read them."""
         times = self._backend.copy_times()
         total = sum(time.nbytes for time in times)
         times = [time for time in times if time.nbytes >= LEAST_TIMED_BYTES] or times
@@ -312,8 +314,9 @@ class Recorder:
     def _units_alone_in(self, block: int) -> list[tuple[int, int]]:
         """Units of a block that run by themselves, in the order of its fullest run, and how often they run in one.
 
-        A block that is entered by several methods need not run the same units in each. One that runs most of them twice
-        in a row gives none: in parts each would be copied twice, and as a whole it is still there for the second time.
+        A block that is entered by several methods need not run the same units in each. For a block that runs most of
+        them twice in a row there are none: in parts each would be copied twice, while as a whole the block is still
+        there for the second time.
         """
         if self._bytes_run_twice(block) > MOSTLY_TWICE * self._outline.block_bytes(block):
             return []
@@ -337,7 +340,7 @@ def _summed(one: dict[int, float], other: dict[int, float]) -> dict[int, float]:
 
 
 def _compute_of(backend: Backend, run: _BlockRun) -> float:
-    """Compute of a run, once it is over. It refers to earlier runs alone, so that nothing goes in a circle."""
+    """Wait for a run, and return its seconds of compute. A run refers only to earlier runs: there is no cycle."""
     backend.synchronize()
     return _block_time(backend, run).seconds
 

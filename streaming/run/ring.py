@@ -1,4 +1,4 @@
-"""Staging memory on the device, in which each segment has a slot; slots overlap, and are used one after another."""
+"""Staging memory on the device, in which each segment has a slot. Slots that overlap are used one after another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Slot:
     Attributes:
         span: its bytes in the ring.
         buffer: uint8 memory on the device, of which torch counts the writes apart from those to other slots.
-        ready: the last copy into the slot is done; a transfer while a reader has not queued it yet.
+        ready: the event behind the last copy into the slot; a transfer while a reader has not queued that copy yet.
         behind: what the copy into the slot waits for: slots and their events at that time.
     """
 
@@ -47,15 +47,15 @@ class Ring:
         self._memory = backend.allocate(nbytes)
         try:
             self.slots = [Slot(span, _part(self._memory, span)) for span in spans]
-            # Race: kernels may still read what lies in these. Of the memory as a whole so may those of whoever had it
-            # before; they are queued already.
+            # Race: kernels may still read what lies in these slots. At first these are kernels of the memory's previous
+            # user, which are queued already: a slot that is the whole memory stands for them.
             self._read = {Slot(range(nbytes), self._memory): backend.mark()}
         except BaseException:
             backend.free(self._memory)
             raise
 
     def guards(self, slot: Slot) -> list[Event]:
-        """What a copy into ``slot`` must wait for (lane.py, Note: two events guard a slot)."""
+        """The events that a copy into ``slot`` must wait for (lane.py, Note: two events guard a slot)."""
         start, stop = slot.span.start, slot.span.stop
         slot.behind = [(other, event) for other, event in self._read.items() if other.lies_in(start, stop)]
         return [event for _, event in slot.behind]
@@ -80,6 +80,6 @@ class Ring:
 
 
 def _part(memory: torch.Tensor, span: range) -> torch.Tensor:
-    """A part of ``memory`` that counts its own writes: a view counts those to all of it."""
+    """A part of ``memory`` that counts its own writes: a view would count those to all of it."""
     with torch.inference_mode(False):
         return memory[span.start : span.stop].data

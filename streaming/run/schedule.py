@@ -5,7 +5,7 @@ The order of segments is learned from the last whole forward and used as a cycle
 start of the next. It may be wrong at any time: blocks are skipped, repeated, replaced or reordered by other nodes. So
 nothing here relies on it. ``enter`` looks the segment up by its number; when it is not held that is a miss, and the
 caller copies it then. ``upcoming`` starts again from where the segment was found. A segment is copied ahead as soon as
-nothing lies in its place that runs, or is needed before it. A wrong prediction costs time, never a wrong weight.
+no segment in its place runs or is needed before it. A wrong prediction costs time, never a wrong weight.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Schedule:
     def enter(self, segment: int) -> Entry:
         """A segment starts. Nothing is copied to its place until it has left, unless it was crowded out."""
         if len(self._trace) >= LONGEST_STEP:
-            self._trace.clear()  # Somebody runs segments and never a whole step: there is nothing to learn.
+            self._trace.clear()  # Segments run, but never a whole step: there is nothing to learn.
         self._trace.append(segment)
         self._advance_past(segment)
         found = Entry.HELD
@@ -83,11 +83,11 @@ class Schedule:
         return found
 
     def leave(self, segment: int) -> None:
-        """The segment ends; others may be copied to its place when nobody else is in it."""
+        """The segment ends; others may be copied to its place once it has ended as often as it has begun."""
         self._users[segment] -= 1
 
     def next_copy(self) -> Copy | None:
-        """The most urgent segment to copy ahead; None when what is in its place is needed before, or runs."""
+        """The most urgent segment to copy ahead; None without any, or if one in its place runs or is needed before."""
         if not self.ahead:
             return None
         upcoming = self._upcoming()
@@ -103,15 +103,15 @@ class Schedule:
         return Copy(segment, segment in self._opening)
 
     def hold(self, segment: int) -> None:
-        """It is in its place, or on its way there. Said when that is so, and not before: an interrupt may come."""
+        """The segment is in its place, or on its way there. Not to be called before that: an interrupt may come."""
         self._held[segment] = None
 
     def drop(self, segment: int) -> None:
-        """It is not in its place: somebody has written to it, say."""
+        """The segment is not in its place any more, for example because it was written to."""
         self._held.pop(segment, None)
 
     def begin_step(self) -> None:
-        """A forward begins; no segment is running. What one left behind that did not come to its end is forgotten."""
+        """A forward begins; no segment is running. What an unfinished forward left behind is forgotten."""
         self._trace = []
         self._position = 0
         self._users = [0] * len(self._starts)

@@ -20,16 +20,16 @@ from .verify import NoVerifier
 
 
 class Site:
-    """The streamer says when; here is what happens to the weights then. One for each device that a model uses.
+    """Brings, streams and drops the weights of a model on one device, when the streamer asks for it.
 
     Args:
         blocks: the model cut into blocks, units and rest.
         backend: the device.
         config: settings.
-        pins: page-locked memory that this model shares with others; None is a budget of its own without limit.
-        watch: is told how far loading is, and may cancel it.
+        pins: page-locked memory that this model shares with others; None makes a budget of its own without limit.
+        watch: is called with the progress of loading, and may raise to cancel it.
         counters: where to count.
-        verifier: is told of copies that have arrived.
+        verifier: checks copies that have arrived.
         listeners: are told of waits for copies.
 
     Attributes:
@@ -37,7 +37,7 @@ class Site:
         placement: every copy of every unit.
         meters: count and time what happens.
         lane: what streams; None where nothing does, or not yet.
-        unbuilt: whether there are streamed units of which nobody has tried yet to build a master copy.
+        unbuilt: whether master copies of streamed units are still to be built, or tried again.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Site:
         """Have the weights where ``plan`` has them, with ``patches``; nothing is under way, and there is no lane.
 
         Args:
-            builds_for: who accounts for the master copies that are built now; None builds none before they are asked
-                for.
+            builds_for: the owner of the master copies that are built now, in the budget of page-locked memory; None
+                builds none yet.
         """
         self.supply.arena.begin()
         self.backend.open(copy_streams)
@@ -113,7 +113,7 @@ class Site:
 
     def prepare(self, plan: Plan, owner: PinOwner) -> None:
         """``plan`` may be carried out soon: begin to build what streams then."""
-        self.supply.builder.stop()  # Called again: two may not build the same.
+        self.supply.builder.stop()  # Called again: two builds of one unit must not run at once.
         self.placement.adopt()
         self.supply.build_behind(self.placement.unbuilt(plan), owner)
 
@@ -141,7 +141,7 @@ class Site:
             self.unbuilt = True
 
     def make_masters(self, names: Collection[str]) -> None:
-        """Have copies of these tensors that somebody may write to where the modules point."""
+        """Have modules point at copies of these tensors that other code may write to."""
         self.placement.arrive_all()
         self.halt()
         try:
@@ -153,10 +153,10 @@ class Site:
     # -- giving memory back --------------------------------------------------------------------------------------
 
     def give_way(self, nbytes: int, residents: Iterable[int]) -> int:
-        """Give up these residents, in this order, until ``nbytes`` are free; gives what was freed."""
+        """Give up these residents, in this order, until ``nbytes`` are free; returns the bytes that were freed."""
         before = self.backend.allocated
         if self.placement.arriving:
-            self.halt()  # What is still on its way need not come.
+            self.halt()  # What is still on its way is not needed.
         else:
             self.drain()
         for unit in residents:
@@ -201,7 +201,7 @@ class Site:
         self.backend.close()
 
     def leave(self) -> None:
-        """As :meth:`close`, for good: the backend goes on with another one."""
+        """As :meth:`close`, for good: the backend goes on with another site."""
         self.close()
         self._finalizer.detach()
 
@@ -237,7 +237,7 @@ class Site:
             self.lane.copy_nothing_ahead()
 
     def forget_copies(self) -> None:
-        """Weights were changed in place, by somebody else: copy them anew."""
+        """Other code has changed weights in place: copy them anew."""
         if self.lane is not None:
             self.drain()
             self.lane.forget()

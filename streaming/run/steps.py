@@ -1,7 +1,7 @@
-"""What happens while a step runs: hooks tell it, and it is passed on to residents, lane, recorder and meters.
+"""Passes on what hooks report while a step runs: to residents, lane, recorder and meters.
 
-A block's residents arrive, if they are still on their way, before its weights are bound to slots. Blocks that nobody
-enters are entered by their units (by_units.py).
+A block's residents arrive, if they are still on their way, before its weights are bound to slots. Blocks that are never
+entered themselves are entered by their units (by_units.py).
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ class Steps:
         return self._outline.block_units[block] if block >= 0 else ()
 
     def detach(self) -> None:
-        """No step tells anything any more."""
+        """Remove the hooks."""
         self._entries.remove()
         self._plan = self._recorder = self._by_units = None
 
     def settle(self) -> None:
-        """Nobody is inside of a block any more, whatever an exception or an interrupt has left behind."""
+        """No block runs any more, whatever an exception or an interrupt has left behind."""
         self._entries.settle()
         if self._by_units is not None:
             self._by_units.settle()
@@ -102,7 +102,7 @@ class Steps:
         self.last_used = time.monotonic()
         self.settle()
         if piece := self._planner.piece():
-            # Not before: when torch gives back what it keeps, for another device, it does so on all of them.
+            # Not before the step: when torch gives back what it keeps for one device, it does so for all devices.
             self._site.backend.keep(piece)
         if self._recorder is not None:
             self._site.backend.watch_peak()
@@ -126,7 +126,7 @@ class Steps:
         else:
             self._site.settle()
             if self._plan is not None and self._site.placement.lacks(self._plan):
-                self.state = State.REDUCED  # One that could not be read; the next step tries again.
+                self.state = State.REDUCED  # A resident could not be read; the next step tries again.
         if self._site.lane is not None:
             self._site.lane.end_step(completed)
         self._site.meters.stalls.collect()
@@ -168,10 +168,11 @@ class Steps:
     def recorded(self, block: int | None) -> None:
         """Gradients are recorded through ``block``, or a step (None).
 
-        What streams is gone when they are computed: torch has kept views of its slot, where another block is by then.
+        What streams is gone when gradients are computed: torch has kept views of its slot, which holds another block by
+        then.
 
         Raises:
-            GradientError: something of that streams.
+            GradientError: the block streams, or a block of the step does.
         """
         lane = self._site.lane
         streamed = lane.streamed_blocks if lane is not None else ()

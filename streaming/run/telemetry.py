@@ -22,13 +22,14 @@ class Counters:
     """Totals since the model was loaded.
 
     Attributes:
-        runs: times that somebody got it ready to run.
+        runs: times that the host got the model ready to run.
         steps: whole forwards.
         reruns: times that a step ran again: memory ran out, or a weight was not where it was read.
         copies, streamed_bytes: segments copied to the device, ahead or late, and their bytes.
-        hits, misses: segments that were in a slot, or on their way to one, when they were needed; and not.
+        hits, misses: segments that were in a slot, or on their way to one, when they were needed; and those that were
+            not.
         stalls, stall_seconds: times that compute waited for a copy, and for how long in all.
-        corrupted: copies that were not what was sent; 0 where nobody looks (verify.py).
+        corrupted: copies that were not what was sent; 0 unless copies are verified (verify.py).
     """
 
     runs: int = 0
@@ -49,11 +50,11 @@ class Counters:
 
 @dataclass(frozen=True)
 class Run:
-    """What came since somebody got a model ready to run.
+    """The steps since the host got a model ready to run.
 
     Attributes:
         counters: of these steps.
-        step_seconds: how long one took on average, of those that were timed; None without any.
+        step_seconds: the average of those that were timed; None without any.
     """
 
     counters: Counters
@@ -68,7 +69,7 @@ class Activity(NamedTuple):
         idle_seconds: since it was loaded or began a step.
         step_seconds: how long the last step took; None before the first.
         counters: totals.
-        run, last_run: the run that is on or has ended last, and the one before in which there were steps.
+        run, last_run: the run that is on or has ended last, and the last one before it that had steps.
     """
 
     busy: bool
@@ -86,7 +87,7 @@ class StepListener(Protocol):
         """Compute waits for a copy."""
 
     def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
-        """A block has run on ``device``; ``seconds`` gives its compute once that is over, and waits for it."""
+        """A block has run on ``device``; ``seconds`` waits for it, and returns its compute."""
 
 
 class StallMeter:
@@ -96,7 +97,7 @@ class StallMeter:
         counters: where to count.
         listeners: are told of each wait too.
 
-    Only the thread that runs the model may use it: a status that another thread asks for reads the counters alone.
+    Only the thread that runs the model may use it. Another thread that asks for a status reads the counters alone.
     """
 
     def __init__(self, counters: Counters, listeners: Sequence[StepListener] = ()) -> None:
@@ -131,10 +132,10 @@ class StepTimes(NamedTuple):
 
 
 class StepMeter:
-    """How long steps take on the device, known when they are over and without waiting for them.
+    """Measures how long steps take on the device, without waiting for them.
 
     Where the host is ahead of the device by more than a step some are not timed. Only the thread that runs the model
-    may use it, but for :meth:`times`.
+    may use it, except for :meth:`times`.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -161,12 +162,12 @@ class StepMeter:
     def _collect(self) -> None:
         if self._pending is not None and (seconds := self._backend.seconds(*self._pending)) is not None:
             count, total = self._timed
-            # In this order, for who reads: a step may be missing for a moment, but is never there twice.
+            # In this order, for threads that read: a step may be missing for a moment, but is never there twice.
             self._pending = None
             self._last, self._timed = seconds, (count + 1, total + seconds)
 
     def times(self) -> StepTimes:
-        """As far as it is known, on any thread."""
+        """The times as far as they are known, on any thread."""
         last, (count, total) = self._last, self._timed
         pending = self._pending
         seconds = self._backend.seconds(*pending) if pending is not None else None
@@ -182,7 +183,7 @@ class Meters:
         counters: totals, which other threads may read.
         stalls: waits for copies.
         step: the times of steps.
-        overwritten: what somebody has written to while it was in a slot, so that it is lost; nobody has been told yet.
+        overwritten: names of units that were written to while in a slot, so that the writes are lost; not reported yet.
     """
 
     def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StepListener]) -> None:
@@ -200,7 +201,7 @@ class Snapshot:
         device: name of the device.
         mode: ``off`` (not loaded), ``resident``, ``streamed`` or ``synchronous``.
         explain: the plan in effect, in a line.
-        note: why something that was wished is not in effect; empty when all is.
+        note: why something that was asked for is not in effect; empty when all is.
         blocks, resident_blocks, streamed_blocks: all; those that stay as a whole; those of which some part is streamed.
         segments: copies in one step.
         streamed_block_bytes: bytes that cross the bus in one step.

@@ -8,8 +8,8 @@ device, and only they are copied back from it.
 Any change of one or two words of a piece is found. If words change by d and e at the places p and q, both sums stay as
 they are only where d + e = 0 and p * d + q * e = 0; so (p - q) * d = 0, and there is no change. A flipped bit is such a
 change, and so are two words that have changed places. Damage to more words (zeros, an older block, words that moved on
-by one) must fit two equations by chance, of which one is of 63 bits.
-What lies between the tensors of a unit is left out: nobody reads it, and nobody writes it.
+by one) is missed only if it fits two equations by chance, of which one is of 63 bits.
+What lies between the tensors of a unit is left out: it is neither read nor written.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCH_BYTES = 16 * 1024**2
 
 
 def checksums(memory: torch.Tensor) -> torch.Tensor:
-    """The two sums of each piece of uint8 ``memory``, where it is (Note: the sums): a row for each piece."""
+    """The two int64 sums of each piece of uint8 ``memory``, on its device, in a row for each piece (Note: the sums)."""
     sums = [_sums(words) for words in _pieces(memory)]
     return torch.cat(sums) if sums else torch.zeros(0, 2, dtype=torch.int64, device=memory.device)
 
@@ -76,7 +76,7 @@ class NoVerifier:
     """
 
     finding = ""
-    # Copies that arrived while nobody waited for them may be kept.
+    # Copies that arrived while no step waited for them may be kept.
     trusting = True
 
     def make_lane(self, *args: Any) -> Lane:
@@ -95,8 +95,8 @@ class Verifier(NoVerifier):
     Args:
         blocks: names them.
         counters: where to count.
-        step_down: a method, which is referred to weakly: copy synchronously from now on. Nothing is on its way when it
-            returns.
+        step_down: a method, which is referred to weakly. It has copies made synchronously from now on, and returns when
+            nothing is on its way.
     """
 
     trusting = False
@@ -117,11 +117,11 @@ class Verifier(NoVerifier):
         """Compare units of one block, and mend what differs from its source.
 
         Args:
-            what: they are, for people.
+            what: a name for them, for people.
             places: where on the device they are; compute waits for the copies already.
 
         Raises:
-            CorruptionError: it differs still when it was copied again.
+            CorruptionError: a copy differs still after it was copied again.
         """
         parts = [part for place, copies in places for part in _parts(place, copies)]
         if not (damage := _compare(parts)):
@@ -157,7 +157,7 @@ class _VerifiedLane(Lane):
         self._verifier = verifier
 
     def _arrived(self, number: int, buffer: torch.Tensor) -> None:
-        with self._backend.record.paused():  # The sums are in some steps and not in others.
+        with self._backend.record.paused():  # Not every step takes sums.
             self._verifier.check(f"segment {number}", places_in(buffer, self._copies[number]))
 
 
@@ -174,7 +174,7 @@ def _parts(place: torch.Tensor, copies: UnitCopies) -> Iterator[_Part]:
 
 
 def _compare(parts: Sequence[_Part]) -> list[str]:
-    """Which of them are not what they should be, and from where on."""
+    """Describe the parts that differ from their source, and from which byte on."""
     if not parts:
         return []
     arrived = torch.cat([checksums(part.copy) for part in parts]).cpu()
