@@ -34,8 +34,8 @@ from .machine.gpus import Gpu, list_gpus
 from .machine.host_memory import HostMemory, group_memory
 from .machine.vram import Vram, VramReader, open_vram_reader
 from .memory.arena import PinBudget
-from .memory.masters import NoPatches, Patches
 from .memory.supply import Progress
+from .memory.weights import NoPatches, Patches
 from .model.blocks import Block, BlockSet, Unit, find_blocks, held_tensors, split_model, uncompiled
 from .model.forms import take_apart
 from .model.shown import is_shown

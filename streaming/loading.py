@@ -19,9 +19,9 @@ from .group import Group
 from .measuring import Measuring
 from .memory.arena import PinBudget
 from .memory.changes import Changes
-from .memory.masters import NoPatches, Patches
 from .memory.reader import Reader
 from .memory.supply import Watch
+from .memory.weights import NoPatches, Patches
 from .model.blocks import BlockSet
 from .planning.plan import Plan
 from .planning.planner import Planner

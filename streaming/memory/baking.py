@@ -19,8 +19,8 @@ from itertools import chain
 from ..devices.backend import Backend
 from ..devices.copies import Event, Pair
 from ..model.layout import Value
-from .masters import Patches, Weights
 from .transfer import Tick
+from .weights import Patches, Weights
 
 
 def bake_residents(residents: Sequence[Weights], patches: Patches, tick: Tick) -> None:

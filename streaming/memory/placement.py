@@ -14,9 +14,10 @@ from ..planning.plan import Plan
 from .arena import HostBuffer
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
-from .masters import NoPatches, Patches, UnitCopies, Weights
+from .masters import UnitCopies
 from .supply import Supply
 from .transfer import Load
+from .weights import NoPatches, Patches, Weights
 
 
 class Checks(Protocol):

@@ -9,9 +9,9 @@ from ..config import StreamingConfig
 from ..devices.backend import Backend
 from ..memory.arena import PinBudget, PinOwner
 from ..memory.changes import Changes
-from ..memory.masters import Patches
 from ..memory.placement import Placement
 from ..memory.supply import Supply, Watch
+from ..memory.weights import Patches
 from ..model.blocks import BlockSet
 from ..planning.plan import Plan
 from .lane import Lane
