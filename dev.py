@@ -430,11 +430,19 @@ def pytest_command(host: Host, *needed: str) -> list[str]:
 def test(rest: Sequence[str]) -> int:
     host = find_host()
     say(str(host))
-    fast = [*rest[:1]] == ["--fast"]
-    if fast or not rest:
-        processes = str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1))
-        rest = ["--numprocesses", processes, *WORKERS, *(FAST if fast else ()), *rest[1:]]
-    return call(host, [*pytest_command(host, *TEST_TOOLS), *rest])
+    return call(host, [*pytest_command(host, *TEST_TOOLS), *_asked_of_pytest(rest)])
+
+
+def _asked_of_pytest(rest: Sequence[str]) -> list[str]:
+    """Pytest's arguments: in several processes, unless a part of the tests or a number of processes is named."""
+    fast, rest = "--fast" in rest, [one for one in rest if one != "--fast"]
+    names_paths = any((ROOT / one.partition("::")[0]).exists() for one in rest)
+    if fast and names_paths:
+        raise SetupError("--fast chooses the tests itself: leave out either --fast or the paths")
+    if names_paths or any(one.startswith(("-n", "--numprocesses")) for one in rest):
+        return rest
+    processes = str(min(MOST_TEST_PROCESSES, os.cpu_count() or 1))
+    return ["--numprocesses", processes, *WORKERS, *(FAST if fast else ()), *rest]
 
 
 def gpu(rest: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
 from ..streaming.machine.device_names import CPU, DEFAULT
-from .contents import count_outdated
+from .changed_files import count_outdated
 from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher

@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..streaming import Checkpoint, CheckpointError, UnsupportedModelError, warm_up
-from .contents import fingerprint_of
+from .changed_files import fingerprint_of
 from .host.devices import make_backend
 from .host.generators import GeneratorStates
 from .host.hosts import made_with

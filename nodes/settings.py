@@ -8,7 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..streaming import UnsupportedModelError
-from .contents import count_outdated
+from .changed_files import count_outdated
 from .model.offload import GIB, Mode, OffloadSettings
 from .model.patcher import StreamedModelPatcher
 from .model.streamed_model import check_limit

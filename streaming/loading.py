@@ -170,7 +170,7 @@ class Loading:
         """How the model stands on the device now."""
         device_bytes = self.device_bytes
         if self.plan is not None and self.site.lane is None:
-            device_bytes += self.plan.staging_bytes  # The slots went with the master copies, and come back.
+            device_bytes += self.plan.staging_bytes  # The next load allocates the slots again.
         return Standing(self.state, self.plan, device_bytes, self.backend.budget)
 
     def prompt_budget(self, offered: float) -> float:

@@ -172,7 +172,7 @@ def _stream_whole_blocks(model: Loading, reload: Callable[[Plan], None], reason:
 
 
 def _say_what_was_not_entered(model: Loading) -> None:
-    """There is no remedy. Other code may read the weights of a block without entering it or a layer of it."""
+    """Log the blocks that the failed step never entered, whose weights were perhaps read all the same."""
     blocks = model.measuring.recorder.not_entered if model.measuring.recorder is not None else []
     if blocks:
         logger.warning(

@@ -35,7 +35,7 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
         return executor(x, *args, **kwargs)
     ensure_loaded(patcher, lambda: int(patcher.memory_required(x.shape)))
     step = partial(
-        run_step,
+        run_loaded,
         patcher,
         repeatable(
             patcher, in_effect(patcher, lambda: executor(x, *args, **kwargs)), _roots_of(executor, x, args, kwargs)
@@ -105,7 +105,7 @@ def _with_hooks(patcher: HookedPatcher, hooks: Any, forward: Callable[[], T]) ->
 
 def _moved(patcher: HookedPatcher) -> WeightsMovedError:
     for part in patcher.parts:
-        part.hold()  # The step runs again, and so does the code that took them.
+        part.hold()  # The retry also runs the code that took the weights, so parts keep theirs until the step ends.
     return WeightsMovedError(
         f"weights of {patcher.streamed.name} were taken off their device while a step of it ran, and were not loaded "
         "again before it went on. Some node frees memory in the middle of a step: move it before the sampler, or have "
@@ -113,7 +113,7 @@ def _moved(patcher: HookedPatcher) -> WeightsMovedError:
     )
 
 
-def run_step(
+def run_loaded(
     patcher: HookedPatcher, forward: Callable[[], T], shape: Hashable, estimate: Callable[[], int] | None
 ) -> T:
     """Run ``forward``, one step of the model that ``patcher`` has loaded (:meth:`streaming.Streamer.run`)."""
@@ -209,7 +209,7 @@ def _run_part(part: HookedPatcher, forward: Callable[[], T], shape: Hashable, es
         mm.load_models_gpu([part])  # Somebody needed the memory there, or has loaded the MODEL alone.
         if part.streamer.state is State.UNLOADED:
             raise PartFullError(part)
-    return run_step(part, forward, shape, estimate)
+    return run_loaded(part, forward, shape, estimate)
 
 
 def shapes_of(values: Iterable[Any]) -> tuple:

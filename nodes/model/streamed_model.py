@@ -60,7 +60,7 @@ class StreamedModel:
         placed: its blocks, each with the device on which it runs.
         fed: the device to which other devices bring weights, and these devices (twins/feeding.py).
         held: whether a part keeps its weights even if the host takes them away (parts.py, Note: held parts).
-        leaves: whether the host has wanted them away meanwhile, and has not loaded them again.
+        leaves: whether the host asked to unload a held part, which is done when the step ends.
         title: the checkpoint's file name.
         number: tells models of a process apart; a part has that of its whole model.
     """

@@ -13,7 +13,7 @@ import torch
 from ...streaming import UnsupportedModelError
 from ..state.references import carry_functions
 from .patcher import StreamedModelPatcher
-from .steps import ensure_loaded, in_effect, repeatable, run_step, shapes_of
+from .steps import ensure_loaded, in_effect, repeatable, run_loaded, shapes_of
 from .streamed_model import ATTRIBUTE
 
 # The methods that the host calls on a text encoder. Each call is a step, in which blocks run once, or many times where
@@ -62,7 +62,7 @@ class StepCall:
             return forward()
         ensure_loaded(patcher)
         forward = repeatable(patcher, in_effect(patcher, forward), {"what is encoded": (args, kwargs)})
-        return run_step(patcher, forward, (self._name, shapes_of(args), _lengths(args)), None)
+        return run_loaded(patcher, forward, (self._name, shapes_of(args), _lengths(args)), None)
 
 
 def _lengths(args: tuple[Any, ...]) -> tuple[Any, ...]:

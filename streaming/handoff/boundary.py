@@ -239,7 +239,7 @@ class Boundary:
     def _call_for(self, guest: Guest, function: Function, args: Any, kwargs: Any) -> Any:
         guest.note_writes()
         loan = Loan(guest.device, self.home, self._move)
-        visit = Visit(self.home, Exchange(loan.lend), self._record.resumed(), guest.met_nowhere())
+        visit = Visit(self.home, Exchange(loan.lend), self._record.resumed(), guest.without_meeting())
         try:
             return visited(visit, loan, function, args, kwargs)
         finally:

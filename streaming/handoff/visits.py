@@ -81,7 +81,7 @@ class Guest:
         self._crossed: dict[int, tuple[Away, Copy]] = {}
         self.meeting: Meeting | None = None
 
-    def met_nowhere(self) -> AbstractContextManager[None]:
+    def without_meeting(self) -> AbstractContextManager[None]:
         """While this lasts nothing is brought to the block."""
         return nullcontext() if self.meeting is None else self.meeting.paused()
 

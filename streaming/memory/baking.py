@@ -8,7 +8,7 @@ this one, which waits for kernels. Otherwise the bus would wait for the kernels 
  1. A place on the device is filled again when the copy down out of it is over: the copy up waits for that event.
  2. Kernels wait for the copy up; the copy down waits for the kernels.
  3. A master copy counts as patched once all copies down are over; the host waits for that. Until then, and after an
-    error, its patched values count as unfinished and are never used (masters.py, ``Weights.bake``).
+    error, its patched values count as unfinished and are never used (weights.py, ``Weights.bake``).
 """
 
 from __future__ import annotations

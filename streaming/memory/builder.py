@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 
 from ..threads import end_with_process
 from .arena import Arena
-from .masters import UnitCopies
 from .transfer import TICK_SECONDS, Tick
+from .unit_copies import UnitCopies
 
 logger = logging.getLogger(__name__)
 

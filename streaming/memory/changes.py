@@ -17,7 +17,7 @@ from ..model.contents import read_tensor
 from ..model.layout import Place, TensorSpec, Value
 from ..model.shown import Watched, memory_of, settled
 from ..model.sums import Summing
-from .masters import UnitCopies
+from .unit_copies import UnitCopies
 
 
 @dataclass(frozen=True)

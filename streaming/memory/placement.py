@@ -14,9 +14,9 @@ from ..planning.plan import Plan
 from .arena import HostBuffer
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
-from .masters import UnitCopies
 from .supply import Supply
 from .transfer import Load
+from .unit_copies import UnitCopies
 from .weights import NoPatches, Patches, Weights
 
 

@@ -10,8 +10,8 @@ from ..config import StreamingConfig
 from ..devices.backend import Backend
 from .arena import Arena, PinBudget, PinOwner
 from .builder import Builder
-from .masters import UnitCopies
 from .reader import Reader
+from .unit_copies import UnitCopies
 
 
 class Progress(NamedTuple):
@@ -75,7 +75,7 @@ class Supply:
         self._before = self._read_bytes
 
     def tick(self) -> None:
-        """Tell how far loading is. Whatever waits calls this; it raises when loading was cancelled."""
+        """Report progress. Code that waits for weights calls this repeatedly; it raises when loading was cancelled."""
         self._watch(self._progress() if self._total else None)
 
     def arrived(self) -> None:

@@ -37,9 +37,9 @@ from ..collector import uncollected
 from ..config import format_bytes
 from ..devices.backend import Backend, is_out_of_memory
 from ..devices.copies import Event, Pair
-from ..memory.masters import UnitCopies
 from ..memory.reader import Reader
 from ..memory.transfer import Load, Move, Tick, Transfer
+from ..memory.unit_copies import UnitCopies
 from ..model.layout import Binding
 from ..planning.plan import Plan
 from .ring import Ring, Slot
@@ -317,7 +317,7 @@ class Lane:
         self._stalls.add(lambda: backend.seconds(before, after))
 
     def _arrived(self, number: int, buffer: torch.Tensor) -> None:
-        """Compute waits for the segment in ``buffer``, which it runs next."""
+        """Does nothing here. A lane that verifies compares the segment in ``buffer`` with its source (verify.py)."""
 
     def _make_way(self, number: int) -> None:
         """Release unused segments in the place of segment ``number``: a unit of theirs was left out this time."""

@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..errors import CorruptionError
-from ..memory.masters import UnitCopies
+from ..memory.unit_copies import UnitCopies
 from ..model.blocks import BlockSet
 from ..model.contents import read_range
 from .lane import Lane, Place, places_in

@@ -129,8 +129,14 @@ def test_the_cache_can_be_moved(dev: ModuleType, tmp_path: Path) -> None:
     [
         ([], ["--numprocesses"]),
         (["--fast"], ["--numprocesses", "tests/streaming", "not slow"]),
-        (["--fast", "-x"], ["--numprocesses", "not slow", "-x"]),
+        (["-x", "--fast"], ["--numprocesses", "not slow", "-x"]),
+        (["-q"], ["--numprocesses", "-q"]),
         (["-q", "tests/web"], ["-q", "tests/web"]),
+        (
+            ["tests/tools/test_dev.py::test_the_cache_can_be_moved"],
+            ["tests/tools/test_dev.py::test_the_cache_can_be_moved"],
+        ),
+        (["-n", "1"], ["-n", "1"]),
     ],
 )
 def test_what_pytest_is_asked_for(
@@ -144,6 +150,11 @@ def test_what_pytest_is_asked_for(
     assert "--fast" not in asked
     if "--numprocesses" not in expected:
         assert asked == given
+
+
+def test_what_is_fast_is_not_a_part(dev: ModuleType) -> None:
+    with pytest.raises(dev.SetupError, match="leave out either"):
+        dev.test(["--fast", "tests/web"])
 
 
 def test_what_is_fast_is_there(dev: ModuleType) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import Doubled, PinningBackend, Stored
 from reads import Reads
-from weightstream.streaming.memory import masters
+from weightstream.streaming.memory import unit_copies as masters
 from weightstream.streaming.memory.builder import Builder
 
 pytestmark = pytest.mark.usefixtures("watched")

@@ -22,7 +22,7 @@ from weightstream.streaming import (
     State,
     VirtualMemory,
 )
-from weightstream.streaming.memory.masters import UnitCopies
+from weightstream.streaming.memory.unit_copies import UnitCopies
 
 pytestmark = pytest.mark.usefixtures("watched")
 
