@@ -22,7 +22,7 @@ SHORT_PROMPTS = 2
 def measure(wanted: dict[str, Any]) -> dict[str, Any]:
     job = Job.from_dict(wanted)
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
-    logging.getLogger("weightstream_pack.streaming.streamer").setLevel(logging.DEBUG)
+    logging.getLogger("weightstream_pack.streaming.loading").setLevel(logging.DEBUG)
     comfy_host.start(job.comfyui, comfy_flags(job))
     import comfy.sample  # noqa: F401  (as ComfyUI does when it starts)
     import torch

@@ -31,7 +31,7 @@ from .planning.spread import order_of_residency
 from .planning.state import Standing, State
 from .run.site import Site
 from .run.steps import Steps
-from .run.telemetry import Counters
+from .run.telemetry import Counters, Run
 from .run.verify import NoVerifier, Verifier
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Loading:
         self.config = config
         self.counters = Counters()
         self.moves = 0
+        self._run_began = Counters()
+        self._last_run: Run | None = None
         self.plan: Plan | None = None
         self._root = weakref.ref(root)
         self._guard = threading.RLock()

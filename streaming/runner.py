@@ -98,17 +98,17 @@ def _adapt(
     estimate: Callable[[], int] | None,
 ) -> None:
     """Fit the plan to what is known (Note: what the first steps teach)."""
-    planner, measuring = model.planner, model.measuring
     model.group.learn()
     model.group.doubt()
-    learned = measuring.has_learned()
-    if begins := planner.begins_prompt:
+    learned = model.measuring.has_learned()
+    if begins := model.planner.begins_prompt:
         _trim(model)
-    plan, moves = planner.plan_step(shape, model.standing, model.memory(), learned, estimate)
+    plan, moves = model.planner.plan_step(shape, model.standing, model.memory(), learned, estimate)
     if moves:
         model.load_within(plan, reload)
     else:
         model.keep(plan)
+    planner, measuring = model.planner, model.measuring  # Only now: loading may have replaced them.
     if moves or (planner.lacks_piece and not begins):
         _trim(model)
     wanted = planner.wants_measuring()

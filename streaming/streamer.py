@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .config import StreamingConfig
 from .loading import Loading
@@ -23,7 +23,7 @@ from .planning.plan import Plan
 from .planning.state import State
 from .report import explain, take_snapshot
 from .run.steps import Steps
-from .run.telemetry import Activity, Counters, Run, Snapshot
+from .run.telemetry import Activity, Run, Snapshot
 from .runner import run_step
 
 T = TypeVar("T")
@@ -34,11 +34,6 @@ class Streamer(Loading):
 
     Args: those of :class:`Loading`.
     """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._run_began = Counters()
-        self._last_run: Run | None = None
 
     # -- what others do to the model -----------------------------------------------------------------------------
 
@@ -217,8 +212,8 @@ class Streamer(Loading):
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         while True:
-            # Another thread may load or unload meanwhile. It drops a plan before its site and its blocks.
-            site, blocks, now = self.site, self.blocks, self.standing
+            site, blocks = self.site, self.blocks
+            now = self.standing  # Read last: another thread that unloads drops a plan before its site and its blocks.
             told = (self.config, self.profile, self._activity(), site.building, self._findings)
             try:
                 found = take_snapshot(now, site.placement, site.supply, site.backend, *told)

@@ -26,6 +26,7 @@ def cases(found: programs.Found) -> None:
     from weightstream.nodes.model.parts import split_blocks
     from weightstream.nodes.model.patcher import StreamedModelPatcher
     from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
+    from weightstream.nodes.tell.progress import LoadingBar
     from weightstream.streaming import Streamer, StreamingConfig, UnsupportedModelError, split_model
 
     cpu, gpus = torch.device("cpu"), list(visible_gpus().values())[:2]
@@ -34,7 +35,7 @@ def cases(found: programs.Found) -> None:
         """On two devices with little more room than what streams needs, so that blocks take turns."""
         blocks = split_model(model, model_dtype, minimum_share=0)
         streamer = Streamer(model.diffusion_model, blocks, make_backend(gpus[0]), StreamingConfig())
-        setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, lambda progress: None))
+        setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, LoadingBar(None)))
         patcher = StreamedModelPatcher(model, gpus[0], cpu, streamer.model_bytes)
         patcher.settings = OffloadSettings(vram_limit=streamer.minimum_bytes)
         split_blocks(patcher, gpus, [1.0, 1.0])

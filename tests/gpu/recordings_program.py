@@ -72,6 +72,7 @@ def compare(found: programs.Found, counts: Counts) -> None:
     from weightstream.nodes.model.offload import OffloadSettings
     from weightstream.nodes.model.patcher import StreamedModelPatcher
     from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
+    from weightstream.nodes.tell.progress import LoadingBar
     from weightstream.streaming import Streamer, StreamingConfig, split_model
 
     gpu, cpu = mm.get_torch_device(), torch.device("cpu")
@@ -114,7 +115,7 @@ def compare(found: programs.Found, counts: Counts) -> None:
         """With room for what streams needs, and a share of the rest."""
         blocks = split_model(model, model_dtype, minimum_share=0)
         streamer = Streamer(model.diffusion_model, blocks, make_backend(gpu), StreamingConfig())
-        setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, lambda progress: None))
+        setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, LoadingBar(None)))
         patcher = StreamedModelPatcher(model, gpu, cpu, streamer.model_bytes)
         least = streamer.minimum_bytes
         patcher.settings = OffloadSettings(vram_limit=int(least + share * (streamer.model_bytes - least)))

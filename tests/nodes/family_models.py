@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
+from weightstream.nodes.tell.progress import LoadingBar
 from weightstream.streaming import (
     BlockSet,
     CpuBackend,
@@ -151,7 +152,7 @@ def streamed(name: str, model: torch.nn.Module) -> StreamedModelPatcher:
     streamer = Streamer(
         model.diffusion_model, blocks, CpuBackend(memory), StreamingConfig(headroom_bytes=0, thrifty=False)
     )
-    setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, lambda progress: None))
+    setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, LoadingBar(None)))
     return StreamedModelPatcher(model, torch.device("cpu"), torch.device("cpu"), streamer.model_bytes)
 
 

@@ -68,9 +68,30 @@ def test_rooms_import_what_lies_below_them(folder: str) -> None:
         f"{'/'.join(module)} imports {'/'.join(other)}"
         for module, others in graph(folder).items()
         for other in others
-        if order.index(room_of(other)) > order.index(room_of(module)) and other[-1] not in SHARED[folder]
+        if order.index(room_of(other)) > order.index(room_of(module)) and not is_shared(other)
     ]
     assert upward == []
+
+
+def is_shared(module: Module) -> bool:
+    return len(module) == 2 and module[1] in SHARED[module[0]]
+
+
+def test_what_is_for_everybody_imports_no_room() -> None:
+    found = [(module, others) for module, others in graph("streaming").items() if is_shared(module)]
+    assert len(found) == len(SHARED["streaming"])
+    assert [(module, one) for module, others in found for one in others if not is_shared(one)] == []
+
+
+def test_the_engine_knows_of_no_other_folder() -> None:
+    """Absolute names are for a linter rule; relative ones would reach the pack."""
+    above = [
+        (module, node.module)
+        for module, path in modules("streaming").items()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level >= len(module)
+    ]
+    assert above == []
 
 
 def room_of(module: Module) -> str:
@@ -95,6 +116,11 @@ def test_planning_is_pure() -> None:
         for name in names_of(node)
     }
     assert {name for name in found if name[1] not in allowed} == set()
+    below = {("streaming", name) for name in ("config", "errors", "collector")}
+    others = {
+        other for module, others in graph("streaming").items() if room_of(module) == "planning" for other in others
+    }
+    assert {other for other in others if room_of(other) != "planning"} <= below
 
 
 def names_of(node: ast.AST) -> list[str]:
