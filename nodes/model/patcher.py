@@ -152,6 +152,7 @@ class StreamedModelPatcher(HookedPatcher):
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def follow(self) -> None:
+        """Lay out anew what somebody has changed since the model was laid out (following.py)."""
         follow(self)
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, *_: Any, **__: Any) -> float:
@@ -217,6 +218,10 @@ class StreamedModelPatcher(HookedPatcher):
         return HostPatches(self, values, kind=kind, dynamic=self.would_be_dynamic)
 
     def reload(self, plan: Plan) -> None:
+        """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.
+
+        A model that was unloaded meanwhile is loaded by the host, which would not know of it otherwise.
+        """
         known = (loaded.model is self for loaded in mm.current_loaded_models)
         if self.streamer.state is State.UNLOADED and not any(known):
             return load_again(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ class StreamedPatcher(ModelPatcher):
     Attributes:
         settings: how this MODEL streams. Patchers of one model may differ; the one that is loaded counts.
         node_id: the node that shows what is in effect when this one is loaded.
+        follow: lays out anew what was changed since the model was laid out; patcher.py has it.
+        reload: carries out a plan between two steps; patcher.py has it.
     """
+
+    follow: Callable[[], None]
+    reload: Callable[[Plan], None]
 
     def __init__(self, model: torch.nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
@@ -55,14 +61,3 @@ class StreamedPatcher(ModelPatcher):
     def moves(self) -> list[int]:
         """How often its weights were moved, on each device."""
         return [streamer.moves for streamer in self.streamers]
-
-    def follow(self) -> None:
-        """Lay out anew what somebody has changed since the model was laid out (following.py)."""
-        raise NotImplementedError
-
-    def reload(self, plan: Plan) -> None:
-        """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.
-
-        A model that was unloaded meanwhile is loaded by the host, which would not know of it otherwise.
-        """
-        raise NotImplementedError
