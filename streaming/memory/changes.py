@@ -67,9 +67,12 @@ Overwritten = Set[tuple[int, str]]
 def find_overwritten(copies: Iterable[UnitCopies]) -> Overwritten:
     """Find the values whose resident copy holds something else than it did; waits once for the device."""
     sums = Summing()
-    found = [(id(each), name, differs) for each in copies for name, differs in each.compare_sums(sums)]
-    flags = torch.stack([differs for _, _, differs in found]).tolist() if found else ()
-    return {(each, name) for (each, name, _), differs in zip(found, flags, strict=True) if differs}
+    found = [(id(each), *one) for each in copies for one in each.sums_again(sums)]
+    if not found:
+        return set()
+    differ = torch.cat([before for _, _, before, _ in found]) != torch.cat([now for _, _, _, now in found])
+    summed = [(each, name) for each, name, before, _ in found for _ in range(before.numel())]
+    return {one for one, differs in zip(summed, differ.tolist(), strict=True) if differs}
 
 
 def find_changes(

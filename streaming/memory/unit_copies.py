@@ -227,14 +227,13 @@ class UnitCopies:
             values = [value for value in self.unit.layout.values if not resident.is_baked(value.name)]
             self._sums = {value.name: sums(resident.buffer, value) for value in values}
 
-    def compare_sums(self, sums: Summing) -> Iterator[tuple[str, torch.Tensor]]:
-        """For each value that was summed up yield its name, and a flag on the device that is set if the resident copy
-        holds something else than it did. The host does not wait."""
+    def sums_again(self, sums: Summing) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """For each value that was summed up yield its name, and the sums then and now. The host does not wait."""
         if self._sums is None or self.resident is None:
             return
         for value in self.unit.layout.values:
             if (before := self._sums.get(value.name)) is not None:
-                yield value.name, (sums(self.resident.buffer, value) != before).any()
+                yield value.name, before, sums(self.resident.buffer, value)
 
     def take_up(self, unit: Unit, changed: bool) -> None:
         """The unit was laid out anew. Its copies hold its weights, also if these were ``changed``."""

@@ -1,6 +1,9 @@
 """Sums of what lies on the device, which show writes that torch has not counted (*Note: who has written*).
 
-A sum is taken modulo 2^64 of words of 64 bits, each times an odd number of its own, so moved words are noticed as well.
+A sum is taken modulo 2^64 of words of 64 bits, each times an odd number of its own. So another word is always noticed,
+and words that changed places are unless they differ in a few of their highest bits alone. The number of a word in a
+large tensor is that of its column and twice that of its row, when the words are laid out as a table. So they need not
+be multiplied one by one, which would take as much memory again.
 """
 
 from __future__ import annotations
@@ -12,34 +15,57 @@ import torch
 from ..devices.copies import ALIGNMENT
 from .layout import Value
 
-# Words of 8 bytes that are summed at once. Factors and products take as much memory of the device, each.
-BATCH_WORDS = 1 << 21
+# More words of 8 bytes than this are laid out as a table.
+MOST_WORDS = 1 << 16
 
-# From Knuth's multiplicative hashing: 2^64 divided by the golden ratio, as a signed number.
-_MULTIPLIER = -7046029254386353131
+# The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), and its
+# increment, as signed numbers.
+_INCREMENT, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
 class Summing:
-    """Takes the sums of one value after another, all on one device, and keeps the factors for the next."""
+    """Takes the sums of one value after another, all on one device, and keeps the odd numbers for the next."""
 
     def __init__(self) -> None:
         self._factors = torch.empty(0, dtype=torch.int64)
 
     def __call__(self, buffer: torch.Tensor, value: Value) -> torch.Tensor:
-        """Return an int64 sum for each batch of the bytes of ``value`` in ``buffer``, on the device of ``buffer``."""
-        found = [(words * self._factors_of(words)).sum() for words in _batches(buffer, value)]
+        """Return an int64 sum for each tensor of ``value`` that has bytes, on the device of ``buffer``."""
+        found = [self._sum(words) for words in _words(buffer, value)]
         return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64, device=buffer.device)
+
+    def _sum(self, words: torch.Tensor) -> torch.Tensor:
+        if words.numel() > MOST_WORDS:
+            words = _as_table(words)
+        return (words * self._factors_of(words)).sum()
 
     def _factors_of(self, words: torch.Tensor) -> torch.Tensor:
         """An odd number for each word."""
         count = words.numel()
         if self._factors.numel() < count:
-            self._factors = torch.arange(1, 2 * count, 2, device=words.device).mul_(_MULTIPLIER)
+            self._factors = _mix(torch.arange(count, device=words.device) * _INCREMENT).bitwise_or_(1)
         return self._factors[:count]
 
 
-def _batches(buffer: torch.Tensor, value: Value) -> Iterator[torch.Tensor]:
+def _as_table(words: torch.Tensor) -> torch.Tensor:
+    """Return what is left to be multiplied: the sum of each column, that of each row, doubled, and words behind the
+    last row."""
+    columns = 1 << words.numel().bit_length() // 2
+    rows = words.numel() // columns
+    table, rest = words[: rows * columns].view(rows, columns), words[rows * columns :]
+    return torch.cat([table.sum(0), table.sum(1).mul_(2), rest])
+
+
+def _mix(numbers: torch.Tensor) -> torch.Tensor:
+    """Make numbers that look random of int64 ``numbers``, in place."""
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        numbers.bitwise_xor_(numbers >> shift).mul_(factor)
+    return numbers.bitwise_xor_(numbers >> 31)
+
+
+def _words(buffer: torch.Tensor, value: Value) -> Iterator[torch.Tensor]:
     for spec in value.specs:
         # The padding between tensors stays as it is, too.
         end = spec.offset + -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
-        yield from buffer[spec.offset : end].view(torch.int64).split(BATCH_WORDS) if spec.nbytes else ()
+        if spec.nbytes:
+            yield buffer[spec.offset : end].view(torch.int64)

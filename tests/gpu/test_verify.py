@@ -10,6 +10,8 @@ import torch
 from models import make_transformer
 from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
 from weightstream.streaming.devices.copies import Event, Pair
+from weightstream.streaming.model.layout import NamedTensor, make_layout
+from weightstream.streaming.model.sums import MOST_WORDS, Summing
 from weightstream.streaming.run.verify import BATCH_BYTES, PIECE_WORDS, checksums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -24,6 +26,14 @@ SMALLEST_MATRIX = WIDTH * WIDTH
 def test_the_sums_are_the_same_on_both_sides(nbytes: int) -> None:
     memory = torch.randint(0, 256, (nbytes,), generator=torch.Generator().manual_seed(nbytes), dtype=torch.uint8)
     assert torch.equal(checksums(memory.cuda()).cpu(), checksums(memory))
+
+
+@pytest.mark.parametrize("words", [64, MOST_WORDS, (9 << 14) + 64])
+def test_the_sums_of_residents_are_the_same_on_both_sides(words: int) -> None:
+    weight = torch.randn(words * 2, generator=torch.Generator().manual_seed(words))
+    (value,) = make_layout([NamedTensor(("weight",), weight, weight.dtype, ())]).values
+    memory = weight.view(torch.uint8)
+    assert torch.equal(Summing()(memory.cuda(), value).cpu(), Summing()(memory, value))
 
 
 def flip_a_bit(target: torch.Tensor) -> None:
