@@ -18,8 +18,8 @@ from .links import Links
 
 # Large enough for all of a link's bandwidth, and small enough for a GPU that is nearly full.
 TRIAL_BYTES = 64 * 1024**2
-# The first of them has to go through the helper before links add up. Of two H200, whose links carry 1.9 times as much as
-# one, four trials showed 1.7.
+# The first of them has to go through the helper before links add up: of two H200, whose links carry 1.9 times as much
+# as one, four trials showed 1.7.
 TRIALS = 16
 # The best of so many rounds counts. An idle GPU runs its link slowly, so copies first run untimed for so long.
 ROUNDS = 3
