@@ -189,7 +189,7 @@ def unload(patcher: ModelPatcher) -> None:
 
 def obtainable(backend: Backend) -> int:
     """Return the most bytes that a model can get: what is free, and what other models on the device would give up."""
-    if backend.budget is not None:
+    if backend.is_virtual:
         return backend.budget
     here = (loaded for loaded in mm.current_loaded_models if loaded.device == backend.device)
     held = sum(loaded.model_loaded_memory() for loaded in here if loaded.model is not None)

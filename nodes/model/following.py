@@ -107,5 +107,5 @@ def _run_dtype(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) ->
 def _say(patcher: StreamedPatcher, names: Sequence[str], moved: bool) -> None:
     what = [f"{len(names)} of its weights ({names[0]})"] if names else []
     what += ["its layers"] * moved
-    text = f"somebody has changed {' and '.join(what)} since it was laid out, which is followed"
+    text = f"{' and '.join(what)} changed since the model was loaded; the changes are taken over"
     status.announce(patcher.streamed.name, text, patcher.node_id)

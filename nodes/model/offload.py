@@ -60,7 +60,7 @@ def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
     The options are --async-offload, --disable-async-offload, --disable-pinned-memory, --reserve-vram and --novram.
     Whether copies are verified is set by the environment (``WEIGHTSTREAM_VERIFY``).
     """
-    virtual = backend.budget is not None
+    virtual = backend.is_virtual
     return StreamingConfig(
         copy_streams=_copy_streams(settings),
         slots=settings.prefetch_depth + 1 if settings.prefetch_depth else 0,

@@ -180,7 +180,7 @@ class StreamedModelPatcher(HookedPatcher):
             self.streamer.unload()
             if self.streamed.boundary is not None:
                 self.streamed.boundary.detach()
-            if self.streamer.backend.budget is not None:
+            if self.streamer.backend.is_virtual:
                 for part in self.parts:  # The host knows of one CPU, and unloads nothing on other virtual devices.
                     part.unpatch_model(device_to)
             self._restore_modules()
@@ -242,7 +242,7 @@ class StreamedModelPatcher(HookedPatcher):
         streamer = self.streamer
         budget = self._budget(offered)
         logger.debug("offered %s, used as %s", format_bytes(offered), format_bytes(budget))
-        if streamer.backend.budget is None:
+        if not streamer.backend.is_virtual:
             # A GPU may have room that the host's estimate does not see, so the least is tried.
             budget = max(budget, streamer.minimum_bytes)
         return streamer.next_plan(budget)
@@ -250,7 +250,7 @@ class StreamedModelPatcher(HookedPatcher):
     def _budget(self, offered: float) -> float:
         """Return how many bytes on the device this model may take in all."""
         streamer = self.streamer
-        if streamer.backend.budget is not None:
+        if streamer.backend.is_virtual:
             return min(offered, self._free_virtual_memory())
         offered = streamer.prompt_budget(offered)
         if offered >= streamer.minimum_bytes or mm.vram_state == mm.VRAMState.NO_VRAM:

@@ -106,14 +106,14 @@ def _rooms_at_first(backends: Sequence[Backend], settings: OffloadSettings) -> l
 
 def room_on(backend: Backend, settings: OffloadSettings) -> float:
     """Bytes for weights on a device, beside the least that activations need."""
-    reserve = 0.0 if backend.budget is not None else mm.minimum_inference_memory()
+    reserve = 0.0 if backend.is_virtual else mm.minimum_inference_memory()
     room = max(0.0, obtainable(backend) - reserve)
     return room if settings.vram_limit is None else min(room, float(settings.vram_limit))
 
 
 def links_of(backends: Sequence[Backend]) -> list[float]:
     """The nominal bytes per second of the devices' links; 1.0 for all if that of one is not known."""
-    if any(backend.budget is not None for backend in backends):
+    if any(backend.is_virtual for backend in backends):
         return [1.0] * len(backends)
     found = [link.bytes_per_second for link in best_links([backend.device.index for backend in backends])]
     return [1.0] * len(backends) if None in found else [rate for rate in found if rate is not None]

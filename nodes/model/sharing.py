@@ -181,7 +181,7 @@ def _rooms(patcher: StreamedPatcher) -> list[DeviceRoom]:
     backends = [streamer.backend for streamer in streamers]
     measured = [streamer.profile.measured for streamer in streamers if streamer.blocks.blocks]
     # What a CPU takes says nothing about a GPU.
-    if all(measured) and all(backend.budget is None for backend in backends):
+    if all(measured) and not any(backend.is_virtual for backend in backends):
         times, links = _times(streamers), [streamer.profile.bandwidth for streamer in streamers]
     else:
         times, links = [0.0] * len(streamers), links_of(backends)
@@ -193,7 +193,7 @@ def _rooms(patcher: StreamedPatcher) -> list[DeviceRoom]:
 
 def _made_room(patcher: StreamedPatcher, nbytes: float) -> float:
     """Have the host free other models that this prompt does not need. Returns how many of ``nbytes`` there are then."""
-    if patcher.streamer.backend.budget is not None or not patcher.streamer.blocks.blocks:
+    if patcher.streamer.backend.is_virtual or not patcher.streamer.blocks.blocks:
         return nbytes
     needed = [loaded for loaded in mm.current_loaded_models if loaded.currently_used]
     reserve = mm.minimum_inference_memory()

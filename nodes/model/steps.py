@@ -119,7 +119,7 @@ def run_loaded(
     """Run ``forward``, one step of the model that ``patcher`` has loaded (:meth:`streaming.Streamer.run`)."""
     forward = partial(_leaving_nothing_open, forward)
     # Activations are never on a virtual device.
-    virtual = patcher.streamer.backend.budget is not None
+    virtual = patcher.streamer.backend.is_virtual
     # If another clone was loaded meanwhile, the host continues with the patches of that one.
     patcher = patcher.streamed.loaded() or patcher
     for part in patcher.parts:
@@ -143,7 +143,7 @@ def _leaving_nothing_open(forward: Callable[[], T]) -> T:
 def ensure_loaded(patcher: HookedPatcher, estimate: Callable[[], int] = lambda: 0) -> None:
     """Before a step: load a MODEL that was unloaded since the last one. ``estimate`` returns bytes of activations."""
     if patcher.streamer.state is State.UNLOADED:
-        load_again(patcher, 0 if patcher.streamer.backend.budget is not None else estimate())
+        load_again(patcher, 0 if patcher.streamer.backend.is_virtual else estimate())
 
 
 def load_again(patcher: HookedPatcher, memory: int = 0) -> None:

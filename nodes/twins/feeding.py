@@ -47,7 +47,7 @@ def helpers_of(devices: Sequence[torch.device]) -> Helpers:
     if key in _tried:
         return _tried[key]
     home, *others = (make_backend(device) for device in devices)
-    if home.budget is not None:
+    if home.is_virtual:
         return NOBODY  # Copies by threads in RAM say nothing about GPUs.
     found = find_feeders(home, others, links)
     helpers = Helpers([backend.device for backend in found.helpers], found.bytes_per_second, found.factor)

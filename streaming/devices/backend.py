@@ -105,6 +105,11 @@ class Backend(ABC):
         """Bytes that may be allocated in all, where the backend itself sets a limit."""
         return None
 
+    @property
+    def is_virtual(self) -> bool:
+        """Whether the device is one in RAM, which the host knows nothing of."""
+        return self.budget is not None
+
     def is_full(self, error: BaseException) -> bool:
         """Whether ``error`` says that this device is out of memory, or a device that it does not name."""
         return is_out_of_memory(error) and self._names(error) is not False

@@ -268,7 +268,7 @@ def test_devices_are_compared_by_blocks_that_both_have() -> None:
 
 def test_a_slower_link_gets_less_before_anything_was_measured(split: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = split(14 * MB, 14 * MB)
-    backends = [SimpleNamespace(device=torch.device("cuda", number), budget=None, name="x") for number in range(2)]
+    backends = [SimpleNamespace(device=torch.device("cuda", number), is_virtual=False, name="x") for number in range(2)]
     for one, other, expected in ((Link(4, 16), Link(4, 4), 4.0), (Link(5, 8), Link(4, 16), 1.0)):
         monkeypatch.setattr(shares, "best_links", lambda indices, links=(one, other): [links[i] for i in indices])
         rates = shares.links_of(backends)
