@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from ..config import StreamingConfig
 from ..devices.backend import Backend, is_out_of_memory
 from ..planning.profile import ASSUMED_COMPUTE_SHARE
 from .assignment import HOP_SECONDS, Assignment, DeviceRoom, assign, step_seconds
@@ -18,20 +16,13 @@ from .links import Links
 
 # Large enough for all of a link's bandwidth, and small enough for a GPU that is nearly full.
 TRIAL_BYTES = 64 * 1024**2
-# The first of them has to go through the helper before links add up: of two H200, whose links carry 1.9 times as much
-# as one, four trials showed 1.7.
-TRIALS = 16
+TRIALS = 4
 # The best of so many rounds counts. An idle GPU runs its link slowly, so copies first run untimed for so long.
 ROUNDS = 3
 WARM_UP_SECONDS = 0.1
 # Another link must add this part of what the first carries. Some links share a way to the host's memory, or reach the
 # computing GPU only by that way.
 WORTHWHILE = 0.4
-# In turns a link waits now and then for room in its small ring: this part of its time is used (FLUX on two H200,
-# everything streamed: measured, and simulated in docs/design.md).
-TURN_LINK_USE = 0.95
-# Room of a device that its ring takes, where it streams.
-RING_BYTES = StreamingConfig.staging_bytes
 # A step must be shorter by this part: kernels run slower beside copies.
 GAIN = 0.01
 # Before the model is measured: if it computes for less than assumed, for only this part of the time in which it is
@@ -142,15 +133,14 @@ def _gain(block_bytes: Sequence[int], rooms: Sequence[DeviceRoom], factor: float
     """Return by what part a step with ``compute`` seconds of compute is shorter with feeding."""
     split = assign(block_bytes, rooms)
     given = split.bytes_of(block_bytes, len(rooms))
-    held = [replace(room, nbytes=max(0, room.nbytes - RING_BYTES)) for room in rooms]
-    fed = max(compute, (sum(block_bytes) - held[0].nbytes) / (held[0].bandwidth * factor))
-    apart = max(compute, _without_feeding(split, given, held, compute)) + split.hops * HOP_SECONDS
+    fed = max(compute, (sum(block_bytes) - rooms[0].nbytes) / (rooms[0].bandwidth * factor))
+    apart = max(compute, _without_feeding(split, given, rooms, compute)) + split.hops * HOP_SECONDS
     return 1 - fed / apart
 
 
 def _without_feeding(split: Assignment, given: Sequence[float], rooms: Sequence[DeviceRoom], compute: float) -> float:
     """Return the seconds of a step in which each device runs some blocks, without its hops."""
     if not split.runs:
-        return step_seconds(given, [replace(room, bandwidth=room.bandwidth * TURN_LINK_USE) for room in rooms])
+        return step_seconds(given, rooms)
     missing = [max(0.0, nbytes - room.nbytes) / room.bandwidth for nbytes, room in zip(given, rooms, strict=True)]
     return sum(max(compute * nbytes / sum(given), late) for nbytes, late in zip(given, missing, strict=True))

@@ -281,8 +281,6 @@ FLUX = [680_000_000] * 19 + [283_000_000] * 38
     ("rooms", "factor", "faster"),
     [
         ([0.8, 0.8], 2.0, True),
-        ([0.8, 0.8], 1.9, True),
-        ([0.8, 0.8], 1.8, False),
         ([0.8, 0.8, 0.8, 0.8], 4.0, True),
         # It would be faster if blocks took long, and much slower if they did not.
         ([8, 8], 2.0, False),
