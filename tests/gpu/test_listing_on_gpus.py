@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXTS = """
 import json, torch
-from streaming.gpus import list_gpus, open_nvml
+from streaming.machine.gpus import list_gpus, open_nvml
 with open_nvml() as nvml:
     known = nvml.figures
     gpus = list_gpus()

@@ -180,7 +180,7 @@ def test_residents_that_come_and_go_leave_no_gap(memory: LastingMemory) -> None:
 AT_EXIT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from streaming.cuda_pages import lasting_memory
+from streaming.devices.cuda_pages import lasting_memory
 torch.ones(1, device="cuda:0")
 memory = lasting_memory(0)
 class Circle: pass

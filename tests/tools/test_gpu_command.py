@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +66,19 @@ def test_a_log_that_breaks_off_tells_what_ran(benchmarks: SimpleNamespace) -> No
     assert tests.failed
     assert "  stopped in tests/gpu/test_b.py::test_that_hangs" in str(tests).splitlines()
     assert "  FAILED tests/gpu/test_a.py::test_many[static-host]" in str(tests).splitlines()
+
+
+def test_a_test_that_failed_has_said_why_before_the_next_begins(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "gpu" / "conftest.py", tmp_path)
+    program = "def test_one(): pass\ndef test_two(): assert 3 == 4\ndef test_three(): import os; os._exit(3)"
+    (tmp_path / "test_small.py").write_text(program, "utf-8")
+    command = [sys.executable, "-m", "pytest", *benchmarks.gpu_tests.OPTIONS, "-c", os.devnull, "test_small.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "assert 3 == 4" in ended.stdout, ended.stdout + ended.stderr
+    tests = benchmarks.gpu_tests.read(ended.stdout, None, 1.0)
+    assert list(tests.ended.values()) == ["PASSED", "FAILED"]
+    assert tests.begun == "test_small.py::test_three"
+    assert re.search(r"test_one PASSED in \d+\.\d s", ended.stdout)
 
 
 def test_tests_that_cannot_be_collected_have_failed(benchmarks: SimpleNamespace) -> None:

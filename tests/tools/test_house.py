@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -128,3 +129,41 @@ def names_of(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [name.name for name in node.names]
     return [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
+
+
+def test_programs_in_strings_import_what_is_there() -> None:
+    """Nobody moves the imports of a program in a string along with a file, and some run only where there is a GPU."""
+    known = {".".join(name): path for folder in ROOMS for name, path in modules(folder).items()}
+    checked = 0
+    for path in [path for folder in ("tests", *PROGRAMS) for path in (ROOT / folder).rglob("*.py")]:
+        for module, names in [found for text in strings(path) for found in imports_of(text)]:
+            source = known.get(module) or known.get(f"{module}.__init__")
+            assert source is not None, f"{path.name}: {module} is not there"
+            there = source.read_text("utf-8")
+            missing = [name for name in names if name not in there and f"{module}.{name}" not in known]
+            assert not missing, f"{path.name}: {module} has no {missing[0]}"
+            checked += 1
+    assert checked > 3, "imports in strings are not found"
+
+
+def strings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def imports_of(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Modules of ours that a program imports, with what it takes from them, or that a string names."""
+    if re.fullmatch(rf"weightstream(_pack)?\.({'|'.join(ROOMS)})(\.\w+)+", text):
+        yield text.partition(".")[2], []
+    if "import" not in text:
+        return
+    try:
+        program = ast.parse(text)
+    except SyntaxError:  # Prose.
+        return
+    for node in ast.walk(program):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            name = re.sub(r"^weightstream(_pack)?\.", "", node.module)
+            if name.split(".")[0] in ROOMS:
+                yield name, [one.name for one in node.names]
