@@ -57,6 +57,15 @@ def is_ours(hook: Callable[..., Any]) -> bool:
     return hook in _ours
 
 
+def hidden(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what calls ``hook`` and is hidden from torch.compile; itself if that is what it is."""
+    if hook in _ours:
+        return hook
+    hiding = torch.compiler.disable(hook)
+    _ours.add(hiding)
+    return hiding
+
+
 class Entries:
     """Reports the entries into several modules to one listener."""
 
@@ -84,8 +93,7 @@ class Entries:
             door = _Door(begins, ends, always_ends)
             self._doors.append(door)
             begins, ends, always_ends = door.enter, door.leave, True
-        hidden_begins, hidden_ends = torch.compiler.disable(begins), torch.compiler.disable(ends)
-        _ours.update((hidden_begins, hidden_ends))
+        hidden_begins, hidden_ends = hidden(begins), hidden(ends)
         self._handles.append(module.register_forward_pre_hook(hidden_begins, prepend=True, with_kwargs=True))
         self._handles.append(module.register_forward_hook(hidden_ends, always_call=always_ends))
         self._handles += [Method.put(module, name, door, hidden_begins, hidden_ends) for name in names]

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..model.entries import Entries
+from ..model.entries import Entries, hidden
 
 
 class Listener(Protocol):
@@ -48,25 +48,40 @@ class Listener(Protocol):
         """Gradients are recorded through ``block``, or through a step."""
 
 
-def attach(
-    root: nn.Module,
-    blocks: Iterable[tuple[int, nn.Module]],
-    units: Iterable[tuple[int, nn.Module]],
-    listener: Listener,
-) -> Entries:
-    """Watch ``root``, the numbered ``blocks`` and ``units``, until what this returns is removed.
+class Hooks:
+    """The hooks that tell one listener, to which they refer weakly.
 
-    The hooks refer to the listener weakly. The end of a unit that raises is not reported, only that of its block.
+    Those of units are made once, however often they are attached: to hide one from torch.compile takes 25 objects, and
+    so many new ones have Python's collector look through all objects of the host (collector.py).
     """
-    who = weakref.ref(listener)
-    entries = Entries()
-    entries.watch(root, _step_begins(who), _step_ends(who), methods=False)
-    for number, module in blocks:
-        entries.watch(module, _block_begins(who, number), _block_ends(who, number))
-    for number, module in units:
-        has_parts = any(True for _ in module.children())
-        entries.watch(module, _unit_begins(who, number), _unit_ends(who, number), always_ends=False, methods=has_parts)
-    return entries
+
+    def __init__(self, listener: Listener) -> None:
+        self._who = weakref.ref(listener)
+        self._of_units: dict[int, tuple[Callable[..., None], Callable[..., None]]] = {}
+
+    def attach(
+        self, root: nn.Module, blocks: Iterable[tuple[int, nn.Module]], units: Iterable[tuple[int, nn.Module]]
+    ) -> Entries:
+        """Watch ``root``, the numbered ``blocks`` and ``units``, until what this returns is removed.
+
+        The end of a unit that raises is not reported, only that of its block.
+        """
+        who = self._who
+        entries = Entries()
+        entries.watch(root, _step_begins(who), _step_ends(who), methods=False)
+        for number, module in blocks:
+            entries.watch(module, _block_begins(who, number), _block_ends(who, number))
+        for number, module in units:
+            has_parts = any(True for _ in module.children())
+            entries.watch(module, *self._hooks_of(number), always_ends=False, methods=has_parts)
+        return entries
+
+    def _hooks_of(self, unit: int) -> tuple[Callable[..., None], Callable[..., None]]:
+        hooks = self._of_units.get(unit)
+        if hooks is None:
+            hooks = hidden(_unit_begins(self._who, unit)), hidden(_unit_ends(self._who, unit))
+            self._of_units[unit] = hooks
+        return hooks
 
 
 # One closure for each event, and no common dispatcher: they run hundreds of times in every step.

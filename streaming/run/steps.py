@@ -18,7 +18,7 @@ from ..planning.plan import Plan
 from ..planning.planner import Planner
 from ..planning.state import State
 from .by_units import ByUnits
-from .hooks import attach
+from .hooks import Hooks
 from .recorder import Recorder
 from .site import Site
 
@@ -48,6 +48,7 @@ class Steps:
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None
         self._by_units: ByUnits | None = None
+        self._hooks = Hooks(self)
         self._entries = Entries()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
@@ -70,11 +71,10 @@ class Steps:
             unit_numbers = {unit for unit in unit_numbers if self._outline.unit_block[unit] in by_units}
         self._by_units = ByUnits(by_units) if by_units else None
         modules = [(unit, units[unit].module) for unit in sorted(unit_numbers)]
-        self._entries = attach(
+        self._entries = self._hooks.attach(
             root,
             [(block, blocks[block].module) for block in sorted(block_numbers)],
             [(unit, module) for unit, module in modules if module is not None],
-            self,
         )
 
     def _units_of(self, block: int) -> tuple[int, ...]:
