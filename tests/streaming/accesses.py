@@ -36,13 +36,11 @@ class RaceError(AssertionError):
 
 
 class _Access(NamedTuple):
-    span: range
+    start: int
+    stop: int
     agent: Agent
     tick: int
     writes: bool
-
-    def overlaps(self, span: range) -> bool:
-        return self.span.start < span.stop and span.start < self.span.stop
 
 
 def span_of(tensor: torch.Tensor) -> range:
@@ -106,8 +104,8 @@ class Accesses:
         The memory may come back as something else.
         """
         with self._lock:
-            self._check(agent, span, True, what)
-            self._past = [past for past in self._past if not past.overlaps(span)]
+            for past in self._checked(agent, span, True, what):
+                self._past.remove(past)
 
     @contextmanager
     def written_by_host(self, memory: torch.Tensor) -> Iterator[None]:
@@ -139,34 +137,28 @@ class Accesses:
 
     def _access(self, agent: Agent, span: range, writes: bool) -> None:
         with self._lock:
-            self._check(agent, span, writes, "")
+            overlapping = self._checked(agent, span, writes, "")
             if any(span.start < other.stop and other.start < span.stop for other in self._being_written):
                 raise RaceError(f"{agent} accesses memory that a thread is writing to")
             self.count += 1
             clock = self._clocks.setdefault(agent, {})
             clock[agent] = clock.get(agent, 0) + 1
             # What comes behind a write comes behind all that was before it, too.
-            self._past = [
-                past
-                for past in self._past
-                if not (
-                    span.start <= past.span.start
-                    and past.span.stop <= span.stop
-                    and (writes or (past.agent == agent and not past.writes))
-                )
-            ]
-            self._past.append(_Access(span, agent, clock[agent], writes))
+            for past in overlapping:
+                is_inside = span.start <= past.start and past.stop <= span.stop
+                if is_inside and (writes or (past.agent == agent and not past.writes)):
+                    self._past.remove(past)
+            self._past.append(_Access(span.start, span.stop, agent, clock[agent], writes))
 
-    def _check(self, agent: Agent, span: range, writes: bool, what: str) -> None:
+    def _checked(self, agent: Agent, span: range, writes: bool, what: str) -> list[_Access]:
+        """Accesses so far to any byte of ``span``. None of them races with one that ``agent`` makes now."""
         clock = self._clocks.setdefault(agent, {})
-        for past in self._past:
-            if (
-                past.overlaps(span)
-                and (writes or past.writes)
-                and past.agent != agent
-                and clock.get(past.agent, 0) < past.tick
-            ):
+        start, stop = span.start, span.stop
+        overlapping = [past for past in self._past if past.start < stop and start < past.stop]
+        for past in overlapping:
+            if (writes or past.writes) and past.agent != agent and clock.get(past.agent, 0) < past.tick:
                 raise RaceError(f"{agent} {what or RACES[writes, past.writes]} ({past.agent} has it)")
+        return overlapping
 
 
 def _join(clock: Clock, other: Clock) -> None:

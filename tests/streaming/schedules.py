@@ -17,6 +17,17 @@ class Deadlock(AssertionError):
     """No thread can go on."""
 
 
+def _always() -> bool:
+    return True
+
+
+def _shut() -> threading.Lock:
+    """A lock that opens when somebody releases it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 class Schedule:
     """One run of ``programs``, each a thread's.
 
@@ -28,9 +39,9 @@ class Schedule:
         self.choices: list[int] = []
         self._options: list[list[int]] = []
         self._prefix = prefix
-        self._turn = [threading.Semaphore(0) for _ in programs]
-        self._arrived = threading.Semaphore(0)
-        self._may_run: list[Callable[[], bool]] = [lambda: True for _ in programs]
+        self._turn = [_shut() for _ in programs]
+        self._over = _shut()
+        self._may_run: list[Callable[[], bool]] = [_always for _ in programs]
         self._ended = [False for _ in programs]
         self._errors: list[BaseException] = []
         self._numbers: dict[int, int] = {}
@@ -47,37 +58,49 @@ class Schedule:
         except BaseException as error:
             self._errors.append(error)
         self._ended[number] = True
-        self._arrived.release()
+        self._wake(self._choose())
 
-    def point(self, may_run: Callable[[], bool] = lambda: True) -> None:
+    def point(self, may_run: Callable[[], bool] = _always) -> None:
         """Before an operation on what is shared: go on when it is this thread's turn, and ``may_run``."""
         number = self._numbers.get(threading.get_ident())
         if number is None:
             return  # The test's own thread, before or after.
         self._may_run[number] = may_run
-        self._arrived.release()
-        self._turn[number].acquire()
+        chosen = self._choose()
+        if chosen != number:
+            self._wake(chosen)
+            self._turn[number].acquire()
 
     def run(self) -> None:
         for thread in self._threads:
             thread.start()
-        while not all(self._ended):
-            enabled = [n for n, ended in enumerate(self._ended) if not ended and self._may_run[n]()]
-            if not enabled:
-                raise Deadlock(f"after {self.choices}")
-            # Who runs goes on, if nothing else is chosen.
-            options = sorted(enabled, key=lambda number: number not in self.choices[-1:])
-            step = len(self.choices)
-            chosen = self._prefix[step] if step < len(self._prefix) else options[0]
-            self.choices.append(chosen)
-            self._options.append(options)
-            self._may_run[chosen] = lambda: True
-            self._turn[chosen].release()
-            self._arrived.acquire()
-        for thread in self._threads:
-            thread.join()
+        self._wake(self._choose())
+        self._over.acquire()
         if self._errors:
             raise self._errors[0]
+        if not all(self._ended):
+            raise Deadlock(f"after {self.choices}")
+        for thread in self._threads:
+            thread.join()
+
+    def _choose(self) -> int | None:
+        """Who goes on, chosen by the thread that ran until now; None where nobody can."""
+        options = [n for n, ended in enumerate(self._ended) if not ended and self._may_run[n]()]
+        if not options:
+            return None
+        # Who runs goes on, if nothing else is chosen.
+        if self.choices and self.choices[-1] in options:
+            options.remove(self.choices[-1])
+            options.insert(0, self.choices[-1])
+        step = len(self.choices)
+        chosen = self._prefix[step] if step < len(self._prefix) else options[0]
+        self.choices.append(chosen)
+        self._options.append(options)
+        self._may_run[chosen] = _always
+        return chosen
+
+    def _wake(self, chosen: int | None) -> None:
+        (self._over if chosen is None else self._turn[chosen]).release()
 
     def next_prefix(self, preemptions: int) -> list[int] | None:
         """The choices of the next run that was not made yet; None when there is none."""

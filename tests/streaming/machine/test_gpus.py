@@ -24,42 +24,58 @@ H200 = Gpu(
 )
 
 
-def run(*arguments: str, virtual: str = "") -> subprocess.CompletedProcess[str]:
-    """The command, in a process of its own that sees no GPU."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "WEIGHTSTREAM_VIRTUAL": virtual}
-    command = [sys.executable, "-m", "streaming", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+# A process imports torch, so one runs all command lines, each as ``python -m`` would.
+COMMAND_LINES = """
+import contextlib, io, json, os, runpy, sys
+
+results = []
+for virtual, arguments in json.loads(sys.argv[1]):
+    os.environ["WEIGHTSTREAM_VIRTUAL"] = virtual
+    sys.argv[1:] = arguments
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_module("streaming", run_name="__main__")
+        except SystemExit as ended:
+            results.append((ended.code, output.getvalue(), errors.getvalue()))
+print(json.dumps(results))
+"""
 
 
 @pytest.mark.slow
-def test_the_command_lists_virtual_devices_where_there_is_no_gpu() -> None:
-    table = run("gpus", virtual="2x24MB")
-    assert table.returncode == 0, table.stderr
-    titles, *lines = table.stdout.splitlines()
+def test_the_command_where_there_is_no_gpu() -> None:
+    """In a process of its own that sees none."""
+    lines = [
+        ("2x24MB", ["gpus"]),
+        ("2x24MB", ["gpus", "--json"]),
+        ("", ["gpus"]),
+        ("", ["gpus", "--json"]),
+        ("two", ["gpus"]),
+        ("", []),
+        ("", ["everything"]),
+    ]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", COMMAND_LINES, json.dumps(lines)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    table, listed, none, none_listed, unreadable, nothing, unknown = json.loads(ended.stdout)
+
+    assert table[0] == 0
+    titles, *rows = table[1].splitlines()
     assert titles.split() == ["GPU", "name", "total", "free", "link", "at", "most", "peers", "UUID"]
-    assert [line.split()[0] for line in lines] == ["gpu:0", "gpu:1"]
-    listed = json.loads(run("gpus", "--json", virtual="2x24MB").stdout)["gpus"]
-    assert [gpu["device"] for gpu in listed] == ["gpu:0", "gpu:1"]
-    assert [gpu["peers"] for gpu in listed] == [["gpu:1"], ["gpu:0"]]
-    assert {gpu["free"] for gpu in listed} == {24 << 20}
-    assert {gpu["virtual"] for gpu in listed} == {True}
+    assert [row.split()[0] for row in rows] == ["gpu:0", "gpu:1"]
+    gpus = json.loads(listed[1])["gpus"]
+    assert [gpu["device"] for gpu in gpus] == ["gpu:0", "gpu:1"]
+    assert [gpu["peers"] for gpu in gpus] == [["gpu:1"], ["gpu:0"]]
+    assert {gpu["free"] for gpu in gpus} == {24 << 20}
+    assert {gpu["virtual"] for gpu in gpus} == {True}
 
+    assert none[:2] == [0, "no GPU that torch can use through CUDA or ROCm\n"]
+    assert (none_listed[0], json.loads(none_listed[1])) == (0, {"gpus": []})
 
-@pytest.mark.slow
-def test_the_command_without_any_gpu_says_so() -> None:
-    result = run("gpus")
-    assert (result.returncode, result.stdout) == (0, "no GPU that torch can use through CUDA or ROCm\n")
-    result = run("gpus", "--json")
-    assert (result.returncode, json.loads(result.stdout)) == (0, {"gpus": []})
-
-
-@pytest.mark.slow
-def test_the_command_with_what_it_cannot_read() -> None:
-    result = run("gpus", virtual="two")
-    assert result.returncode == 2
-    assert result.stderr == "WEIGHTSTREAM_VIRTUAL='two': expected COUNTxBYTES with both above 0, such as 2x24MB\n"
-    assert run().returncode == 2
-    assert run("everything").returncode == 2
+    expected = "WEIGHTSTREAM_VIRTUAL='two': expected COUNTxBYTES with both above 0, such as 2x24MB\n"
+    assert (unreadable[0], unreadable[2]) == (2, expected)
+    assert (nothing[0], unknown[0]) == (2, 2)
 
 
 def test_the_table() -> None:
