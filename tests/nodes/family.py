@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+LAYERS = ("comfy.ops.disable_weight_init.Linear", "comfy.ops.disable_weight_init.Conv1d")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -23,7 +25,8 @@ class Family:
         conditioners: names of the number embedders that it brings.
         weights: shapes of tensors that the host takes from the checkpoint to build the model.
         narrow: sizes that the host has in its code, and what they are in the tiny version.
-        narrow_parts: full names of the host's classes that are given such sizes, beside layers.
+        narrow_parts: full names of the host's classes that are given such sizes; by default layers.
+        narrow_named: what these classes are given by name.
         sampler: the host's name for the one that it needs, and its options; by default any.
         since: the first of the tested versions of ComfyUI that has it.
     """
@@ -37,7 +40,8 @@ class Family:
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     conditioners: tuple[str, ...] = ()
     narrow: dict[int, int] = field(default_factory=dict)
-    narrow_parts: tuple[str, ...] = ()
+    narrow_parts: tuple[str, ...] = LAYERS
+    narrow_named: dict[str, int] = field(default_factory=dict)
     sampler: tuple[str, dict[str, Any]] | None = None
     since: str = "0.30"
 

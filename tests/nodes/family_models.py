@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
-import comfy.ops
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
@@ -75,6 +74,12 @@ def build_tiny(name: str, family: Family) -> torch.nn.Module:
     return make_tiny(lambda: _build(name, family, family.tiny, torch.float32), family)
 
 
+def build_tiny_outline(name: str, family: Family) -> torch.nn.Module:
+    """A small version whose weights nobody may read: they are what was in memory before."""
+    with torch.random.fork_rng(), _narrow(family):
+        return _build(name, family, family.tiny, torch.float32)
+
+
 def make_tiny(make: Callable[[], torch.nn.Module], family: Family) -> torch.nn.Module:
     """What ``make`` makes, with random weights, the same each time."""
     with torch.random.fork_rng(), _WithValues(), _narrow(family):
@@ -86,21 +91,18 @@ def make_tiny(make: Callable[[], torch.nn.Module], family: Family) -> torch.nn.M
 
 @contextmanager
 def _narrow(family: Family) -> Iterator[None]:
-    """Layers, and the parts that the family names, are given other sizes than the host's code has."""
+    """Parts of the model are given other sizes than the host's code has."""
 
     def narrowed(kind: type) -> type:
         def build(self: Any, *sizes: Any, **named: Any) -> None:
-            kind.__init__(self, *(family.narrow.get(size, size) for size in sizes), **named)
+            narrowed = (family.narrow.get(size, size) for size in sizes)
+            kind.__init__(self, *narrowed, **named | family.narrow_named)
 
         return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
-    operations = comfy.ops.disable_weight_init
-    layers = [(operations, name) for name in ("Linear", "Conv1d")] if family.narrow else []
-    paths = [name.rpartition(".") for name in family.narrow_parts]
-    parts = [(importlib.import_module(path), name) for path, _, name in paths]
     with pytest.MonkeyPatch.context() as patch:
-        for holder, name in (*layers, *parts):
-            patch.setattr(holder, name, narrowed(getattr(holder, name)))
+        for name in family.narrow_parts if family.narrow or family.narrow_named else ():
+            patch.setattr(name, narrowed(pkgutil.resolve_name(name)))
         yield
 
 

@@ -339,9 +339,10 @@ IMAGES = {
     "CosmosI2VPredict2": Family(PREDICT2 | {"in_channels": 17}, TINY_PREDICT2 | {"crossattn_emb_channels": 64}),
     "Anima": Family(
         PREDICT2 | {"image_model": "anima", "model_channels": 2048, "num_blocks": 28, "num_heads": 16},
-        TINY_PREDICT2,
-        context=(1, 8, 1024),
+        TINY_PREDICT2 | {"crossattn_emb_channels": 64},
         values=TOKENS,
+        narrow_parts=("comfy.ldm.anima.model.LLMAdapter",),
+        narrow_named={"source_dim": 64, "target_dim": 64, "model_dim": 64, "num_layers": 2, "num_heads": 2},
     ),
     "Lumina2": Family(LUMINA, TINY_LUMINA),
     "ZImage": Family(ZIMAGE, TINY_ZIMAGE),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from family import Family, noise, vision
+from family import LAYERS, Family, noise, vision
 from video_families import TINY_WAN, WAN
 
 SINCE = "0.33"
@@ -41,7 +41,7 @@ NEWER = {
         extras={"conditioning_scale": (1, 1, 1)},
         latent=((1, 128, 20),),
         narrow=NARROW_MUSIC,
-        narrow_parts=("comfy.ldm.minimax_music.dit.TransformerBlock",),
+        narrow_parts=(*LAYERS, "comfy.ldm.minimax_music.dit.TransformerBlock"),
         since=SINCE,
     ),
     "Trellis2": _trellis(),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from families import FAMILIES, USES
 from family import Family
-from family_models import build_tiny, latent_shape, sample, whole
+from family_models import build_tiny, build_tiny_outline, latent_shape, sample, whole
 from placed import MixedDevicesError, Placed, PlacedMode
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -115,14 +117,26 @@ def gpus(values: bool) -> Iterator[None]:
 
 def forget_tables() -> None:
     """The host remembers tables of models for the whole process. A fake one would give the next model noise."""
-    for kept in gc.get_objects():
-        if type(kept) is functools._lru_cache_wrapper and (kept.__module__ or "").startswith("comfy."):
-            kept.cache_clear()
+    for kept in tables(len(sys.modules)):
+        kept.cache_clear()
 
 
-def split(model: nn.Module, values: bool) -> Setup:
+@functools.lru_cache(maxsize=1)
+def tables(modules: int) -> list[Any]:
+    """Of the host in all modules that are there, which are so many."""
+    return [
+        kept
+        for kept in gc.get_objects()
+        if type(kept) is functools._lru_cache_wrapper and (kept.__module__ or "").startswith("comfy.")
+    ]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    return [block.module for block in split_model(model, model_dtype, minimum_share=0).blocks]
+
+
+def split(model: nn.Module, blocks: list[nn.Module], values: bool) -> Setup:
     """Block by block on one device after another, all else on the first. The only block is not on the first."""
-    blocks = [block.module for block in split_model(model, model_dtype, minimum_share=0).blocks]
     places = {block: GPUS[number % len(GPUS)] for number, block in enumerate(blocks, start=1)}
     owners = {module: place for block, place in places.items() for module in block.modules()}
     for module in model.modules():
@@ -156,15 +170,18 @@ def move(module: nn.Module, place: torch.device, values: bool) -> None:
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            for _ in range(2):  # torch keeps a weak reference to the first of a kind, and then refuses ``module.to``.
+            moved = on(tensor, place, values)
+            if weakref.getweakrefcount(moved):  # As torch keeps one to the first of a kind, and refuses ``module.to``.
                 moved = on(tensor, place, values)
-                tensors[name] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+            tensors[name] = moved
 
 
 def on(tensor: torch.Tensor, place: torch.device, values: bool) -> torch.Tensor:
     if values:
-        return Placed(tensor.detach().clone(), place)
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
+        moved = Placed(tensor.detach().clone(), place)
+    else:
+        moved = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
+    return nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
 
 
 def denoise(model: nn.Module, family: Family, patched: Any = None) -> torch.Tensor:
@@ -244,14 +261,16 @@ def by_frames(model: nn.Module) -> Callable[[Any, dict[str, Any]], torch.Tensor]
 
 
 def run(use: str, values: bool = False, replace: bool = True) -> Points:
-    """One step plain and one with patches and residuals."""
+    """One step with patches and residuals, and a plain one, unless the first used none of them."""
     name, family = USES[use]
     points, idle = Points(HOME), IDLE.get(use, set())
-    model = build_tiny(name, family)
+    model = build_tiny(name, family) if values else build_tiny_outline(name, family)
+    blocks = blocks_of(model)
     with gpus(values):
-        setup = split(model, values)
-        check(setup, denoise(model, family, by_frames(model) if family.sampler else None), idle)
+        setup = split(model, blocks, values)
         check(setup, denoise(model, family, patched_by(points, name, replace)), idle)
+        if points.used or family.sampler:
+            check(setup, denoise(model, family, by_frames(model) if family.sampler else None), idle)
         setup.boundary.detach()
     return points
 
@@ -295,7 +314,8 @@ def test_blocks_cannot_be_replaced(name: str) -> None:
 def test_devices_mix_when_nobody_moves_tensors(values: bool) -> None:
     model = build_tiny("Flux", FAMILIES["Flux"])
     error = MixedDevicesError if values else RuntimeError
+    blocks = blocks_of(model)
     with gpus(values):
-        split(model, values).boundary.detach()
+        split(model, blocks, values).boundary.detach()
         with pytest.raises(error, match=r"cuda:0.*cuda:1|cuda:1.*cuda:0"):
             denoise(model, FAMILIES["Flux"])

@@ -57,29 +57,42 @@ VIDEO_UNET = SD2 | {
 
 TINY_UNET = {"model_channels": 32, "context_dim": 64, "channel_mult": [1, 1, 2, 2]}
 TINY_HEADS = TINY_UNET | {"num_head_channels": 16}
+# One block on each level instead of two like it.
+SHORT = {
+    "num_res_blocks": [1, 1, 1, 1],
+    "transformer_depth": [1, 1, 1, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
+}
+SHORT_HEADS = TINY_HEADS | SHORT
 TINY_XL = TINY_HEADS | {"adm_in_channels": 1536 + 64, "channel_mult": [1, 1, 2]}
 SHALLOW_XL = {
-    "transformer_depth": [0, 0, 2, 2, 3, 3],
-    "transformer_depth_middle": 3,
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+    "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "transformer_depth_middle": 2,
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+}
+SHORT_XL = {
+    "num_res_blocks": [1, 1, 1],
+    "transformer_depth": [0, 1, 2],
+    "transformer_depth_middle": 2,
+    "transformer_depth_output": [0, 0, 1, 1, 2, 2],
 }
 
 UNETS = {
     "SD15": Family(UNET, TINY_UNET),
-    "SD15_instructpix2pix": Family(UNET | {"in_channels": 8}, TINY_UNET),
+    "SD15_instructpix2pix": Family(UNET | {"in_channels": 8}, TINY_UNET | SHORT),
     "Stable_Zero123": Family(
         UNET | {"in_channels": 8},
-        {"model_channels": 32},
+        {"model_channels": 32} | SHORT,
         context=(1, 1, 772),
         weights={"cc_projection.weight": (768, 772), "cc_projection.bias": (768,)},
     ),
     "SD20": Family(SD2, TINY_HEADS),
-    "SD21UnclipL": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 1536}, TINY_HEADS),
-    "SD21UnclipH": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 2048}, TINY_HEADS),
-    "LotusD": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 4}, TINY_HEADS),
+    "SD21UnclipL": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 1536}, SHORT_HEADS),
+    "SD21UnclipH": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 2048}, SHORT_HEADS),
+    "LotusD": Family(SD2 | {"num_classes": "sequential", "adm_in_channels": 4}, SHORT_HEADS),
     "SD_X4Upscaler": Family(UPSCALER, TINY_UNET | {"num_heads": 2}),
     "SDXL": Family(SDXL, TINY_XL | SHALLOW_XL, extras=POOLED),
-    "SDXL_instructpix2pix": Family(SDXL | {"in_channels": 8}, TINY_XL | SHALLOW_XL, extras=POOLED),
+    "SDXL_instructpix2pix": Family(SDXL | {"in_channels": 8}, TINY_XL | SHORT_XL, extras=POOLED),
     "SDXLRefiner": Family(
         SDXL
         | {
@@ -92,7 +105,14 @@ UNETS = {
             "transformer_depth_middle": 4,
             "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
         },
-        TINY_HEADS | {"adm_in_channels": 1280 + 64},
+        TINY_HEADS
+        | {
+            "adm_in_channels": 1280 + 64,
+            "num_res_blocks": [1, 1, 1, 1],
+            "transformer_depth": [0, 2, 2, 0],
+            "transformer_depth_middle": 2,
+            "transformer_depth_output": [0, 0, 2, 2, 2, 2, 0, 0],
+        },
         extras=POOLED,
     ),
     "SSD1B": Family(
@@ -102,7 +122,7 @@ UNETS = {
             "transformer_depth_middle": -1,
             "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
         },
-        TINY_XL | {"transformer_depth_output": [0, 0, 0, 1, 1, 2, 3, 2, 2]},
+        TINY_XL | {"transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_output": [0, 0, 0, 1, 1, 2, 3, 2, 2]},
         extras=POOLED,
     ),
     "Segmind_Vega": Family(
@@ -122,7 +142,7 @@ UNETS = {
             "transformer_depth_middle": -2,
             "transformer_depth_output": [0, 0, 2, 2, 5, 5],
         },
-        TINY_XL,
+        TINY_XL | {"transformer_depth": [0, 1, 2], "transformer_depth_output": [0, 0, 1, 1, 2, 2]},
         extras=POOLED,
     ),
     "KOALA_1B": Family(
@@ -132,12 +152,12 @@ UNETS = {
             "transformer_depth_middle": 6,
             "transformer_depth_output": [0, 0, 2, 2, 6, 6],
         },
-        TINY_XL,
+        TINY_XL | SHORT_XL,
         extras=POOLED,
     ),
-    "SVD_img2vid": Family(VIDEO_UNET | {"adm_in_channels": 768}, TINY_HEADS, latent=((2, 4, 16, 16),)),
-    "SV3D_u": Family(VIDEO_UNET | {"adm_in_channels": 256}, TINY_HEADS, latent=((2, 4, 16, 16),)),
-    "SV3D_p": Family(VIDEO_UNET | {"adm_in_channels": 1280}, TINY_HEADS, latent=((2, 4, 16, 16),)),
+    "SVD_img2vid": Family(VIDEO_UNET | {"adm_in_channels": 768}, SHORT_HEADS, latent=((2, 4, 16, 16),)),
+    "SV3D_u": Family(VIDEO_UNET | {"adm_in_channels": 256}, SHORT_HEADS, latent=((2, 4, 16, 16),)),
+    "SV3D_p": Family(VIDEO_UNET | {"adm_in_channels": 1280}, SHORT_HEADS, latent=((2, 4, 16, 16),)),
     "Stable_Cascade_C": Family(
         {"stable_cascade_stage": "c"},
         {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[2, 3], [3, 2]], "c_clip_text": 64}

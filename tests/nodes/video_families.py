@@ -345,6 +345,10 @@ VIDEOS = {
         TINY_WAN | {"num_layers": 5},
         extras={"face_video_pixels": (1, 3, 1, 512, 512), "pose_video_latent": (1, 16, 1, 16, 16)},
         values=vision(1280),
+        narrow={32: 4, 64: 4, 128: 4, 256: 8, 512: 16},  # Faces are as large as they must be.
+        narrow_parts=tuple(
+            f"comfy.ldm.wan.model_animate.{part}" for part in ("ConvLayer", "ResBlock", "EqualConv2d", "EqualLinear")
+        ),
     ),
     "WAN21_FlowRVS": Family(WAN | {"model_type": "flow_rvs"}, TINY_WAN),
     "WAN21_SCAIL": Family(
