@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_page import WIDTH, ComfyPage, free, saved_latent
+from comfy_page import WIDTH, ComfyPage, saved_latent
 from playwright.sync_api import expect
+from servers import free
 
 from tools import demo
 from tools.host import HeadlessHost
