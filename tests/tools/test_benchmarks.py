@@ -98,6 +98,12 @@ def test_the_readme_has_the_table_of_the_committed_results(benchmarks: Any, tmp_
     assert copy.read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the checkpoints, which the first script writes."""
+    return tmp_path_factory.mktemp("work")
+
+
 def run_script(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(FOLDER / name), *arguments, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -111,8 +117,8 @@ def versions_are_named(versions: dict[str, Any], host_versions: ModuleType) -> N
 
 
 @on_linux
-def test_loading_is_measured(benchmarks: Any, tmp_path: Path) -> None:
-    run_script("loading.py", tmp_path, "cached", "4-steps", "--tiny", "--work", str(tmp_path))
+def test_loading_is_measured(benchmarks: Any, tmp_path: Path, work: Path) -> None:
+    run_script("loading.py", tmp_path, "cached", "4-steps", "--tiny", "--work", str(work))
     rows = json.loads((tmp_path / "loading.json").read_text("utf-8"))["rows"]
     row, short = rows["cached"], rows["4-steps"]
     assert row.get("first_step_s"), row
@@ -126,8 +132,8 @@ def test_loading_is_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
-def test_loras_are_measured(benchmarks: Any, tmp_path: Path) -> None:
-    run_script("lora.py", tmp_path, "weightstream", "--tiny", "--work", str(tmp_path))
+def test_loras_are_measured(benchmarks: Any, tmp_path: Path, work: Path) -> None:
+    run_script("lora.py", tmp_path, "weightstream", "--tiny", "--work", str(work))
     row = json.loads((tmp_path / "lora.json").read_text("utf-8"))["rows"]["weightstream"]
     latents = {name: prompt["latent_sha256"] for name, prompt in row.get("prompts", {}).items()}
     assert latents, row
@@ -136,8 +142,8 @@ def test_loras_are_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
-def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path) -> None:
-    arguments = ("8gb", "--tiny", "--prompts", "3", "--steps", "3", "--work", str(tmp_path))
+def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path, work: Path) -> None:
+    arguments = ("8gb", "--tiny", "--prompts", "3", "--steps", "3", "--work", str(work))
     run_script("steady.py", tmp_path, *arguments)
     row = json.loads((tmp_path / "steady.json").read_text("utf-8"))["rows"]["8gb"]
     assert row.get("prompts"), row
@@ -152,8 +158,8 @@ def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
-def test_the_host_is_measured(benchmarks: Any, tmp_path: Path) -> None:
-    run_script("host_time.py", tmp_path, "streamed", "--tiny", "--steps", "3", "--work", str(tmp_path))
+def test_the_host_is_measured(benchmarks: Any, tmp_path: Path, work: Path) -> None:
+    run_script("host_time.py", tmp_path, "streamed", "--tiny", "--steps", "3", "--work", str(work))
     row = json.loads((tmp_path / "host-time.json").read_text("utf-8"))["rows"]["streamed"]
     assert row.get("cpu_steps_s"), row
     assert row["cpu_s"] > 0
