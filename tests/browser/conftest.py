@@ -79,7 +79,8 @@ def host(browser: Browser, frontend: list[str], base: Path) -> Iterator[Headless
 @pytest.fixture(scope="module")
 def opened(browser: Browser, host: HeadlessHost) -> Iterator[ComfyPage]:
     """The page in a tab. Opening it takes longer than most tests."""
-    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
+    # Without the page's animations, which take more of the processor than a tiny model.
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, reduced_motion="reduce")
     yield ComfyPage(context.new_page(), host).open()
     context.close()
 

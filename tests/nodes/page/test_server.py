@@ -18,13 +18,12 @@ from typing import Any
 import aiohttp
 import pytest
 from prompts import SETTINGS
-from servers import Running, free, started
+from servers import TINY, Running, free, started
 
 from tools import demo
 from tools.checkpoints import write_flux
 from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptRejected
 
-TINY = demo.SIZES["tiny"]
 READY = "ready to stream"
 # As it is saved on a machine with four GPUs.
 PLACEMENT: dict[str, Any] = {

@@ -16,14 +16,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from servers import free
+from servers import TINY, free
 from weightstream import streaming
 from weightstream.streaming.__main__ import main
 
 from tools import demo
 from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptRejected
 
-TINY = demo.SIZES["tiny"]
 STATUS, WATCH, UNLOAD = (f"/weightstream/v1/{name}" for name in ("status", "watch", "unload"))
 EVENT = "weightstream.status"
 ROOT = Path(streaming.__file__).parent.parent
