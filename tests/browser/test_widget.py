@@ -203,7 +203,7 @@ def test_the_panel_shows_what_the_route_says(comfy: ComfyPage, expected: demo.La
 
 def test_the_panel_follows_a_run(comfy: ComfyPage, save_picture: Callable[..., None]) -> None:
     sidebar = comfy.open_sidebar()
-    comfy.load_prompt(placed_prompt(steps=20_000))
+    comfy.load_prompt(placed_prompt(steps=10_000))
     prompt_id = comfy.queue()
     try:
         expect_state(sidebar, r"Streaming\b")
