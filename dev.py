@@ -359,6 +359,19 @@ def _fill_environment(venv: Path, comfyui: Path) -> None:
     mark_ready(venv)
 
 
+def compile_once(python: Path, comfyui: Path) -> None:
+    """Write the byte code of a ComfyUI that is ours.
+
+    Where PYTHONDONTWRITEBYTECODE is set, its first run would not, and each start would take two seconds longer.
+    """
+    mark = comfyui / f".compiled-{python_tag()}"
+    if not mark.exists():
+        command = [os.fspath(python), "-m", "compileall", "-q", os.fspath(comfyui)]
+        # A file that is for another Python is no error of ours.
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+        mark.touch()
+
+
 def can_import(python: Path, *modules: str) -> bool:
     check = "import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))"
     return subprocess.run([os.fspath(python), "-c", check, *modules], capture_output=True, check=False).returncode == 0
@@ -367,7 +380,10 @@ def can_import(python: Path, *modules: str) -> bool:
 def find_host() -> Host:
     comfyui, python, chosen = find_comfyui()
     if python is None:
-        return Host(comfyui, host_environment(comfyui), False, chosen)
+        python = host_environment(comfyui)
+        if chosen == "pinned":
+            compile_once(python, comfyui)
+        return Host(comfyui, python, False, chosen)
     if lacking := [name for name in ("torch", "safetensors", "comfy_aimdo") if not can_import(python, name)]:
         raise SetupError(
             f"{python} cannot import {', '.join(lacking)}, so it is not what runs the ComfyUI in {comfyui}\n"

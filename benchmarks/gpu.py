@@ -57,7 +57,7 @@ CHILD_TIMEOUT_S = 150
 
 def main() -> int:
     args = parse_args()
-    gpus = count_gpus()
+    gpus = 0 if args.tiny else count_gpus()
     if not gpus and not args.tiny:
         print("torch sees no CUDA GPU; --tiny tries the command without one", file=sys.stderr)
         return NO_GPU

@@ -46,7 +46,7 @@ def run_row(name: str, args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = ensure_checkpoint(case.model, args.work)
     log_to = args.logs / f"host-time.{name}.log" if args.logs else None
     try:
-        with hold_back_vram(case.gpus, case.free_gb) as holder, prepared(checkpoint, PageCache.WARM) as shares:
+        with hold_back_vram(case, case.free_gb) as holder, prepared(checkpoint, PageCache.WARM) as shares:
             job = Job(case, contender, checkpoint, args.comfyui, args.steps, holder.settled_free_bytes())
             result = run_worker("host_time_worker.py", job.as_dict(), case, args.timeout, log_to)
     except HolderError as error:  # Here are fewer GPUs than it takes.

@@ -115,7 +115,7 @@ def main() -> None:
     results["read"] = measure_reads(checkpoint, any(table[name].cold for name in names), memory)
     print(json.dumps(results["read"]), flush=True)
     for name in names:
-        with hold_back_vram(1, cases[name].free_gb) as holder:
+        with hold_back_vram(cases[name], cases[name].free_gb) as holder:
             row, case = table[name], cases[name]
             job = Job(case, row.contender, checkpoint, args.comfyui, row.steps, holder.settled_free_bytes())
             result = run_row(name, row, job, args)

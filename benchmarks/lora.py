@@ -38,7 +38,7 @@ def main() -> None:
     results |= {f"{name}_bytes": path.stat().st_size for name, path in files.items()}
     for who in args.who or WHO:
         contender, whole_card = WHO[who]
-        with hold_back_vram(1, None if whole_card else case.free_gb) as holder:
+        with hold_back_vram(case, None if whole_card else case.free_gb) as holder:
             job = Job(case, contender, files["checkpoint"], args.comfyui, STEPS, holder.settled_free_bytes())
             wanted = job.as_dict() | {"lora": str(files["lora"])}
             log_to = args.logs / f"lora.{who}.log" if args.logs else None

@@ -70,7 +70,7 @@ def run_case(case: Case, args: argparse.Namespace, machine: dict, limits: dict, 
         report.write_json(args.out / f"{case.name}.json", result)
 
     write()
-    with hold_back_vram(case.gpus, case.free_gb) as holder:
+    with hold_back_vram(case, case.free_gb) as holder:
         for name in names:
             if name in LIMITS:
                 continue
@@ -89,7 +89,7 @@ def measure_limits(
     keys = limit_keys(case, args)
     missing = [name for name in LIMITS if name in names and keys[name] not in known]
     if missing:
-        with hold_back_vram(case.gpus, None) as holder:
+        with hold_back_vram(case, None) as holder:
             for name in missing:
                 result = run_contender(case, name, checkpoint, args, holder, deadline)
                 known[keys[name]] = result | {"measured_in": case.name}
@@ -180,8 +180,12 @@ class Holder:
 
 
 @contextlib.contextmanager
-def hold_back_vram(gpus: int, free_gb: float | None) -> Iterator[Holder]:
-    """Leave ``free_gb`` free on each of ``gpus`` while the block runs; None holds nothing, and only answers."""
+def hold_back_vram(case: Case, free_gb: float | None) -> Iterator[Holder]:
+    """Leave ``free_gb`` free on each GPU of ``case`` while the block runs; None holds nothing, and only answers.
+
+    A tiny case has no GPU.
+    """
+    gpus = 0 if case.tiny else case.gpus
     command = [sys.executable, str(HERE / "holder.py"), str(gpus), *([str(free_gb)] if free_gb is not None else [])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -40,7 +40,7 @@ def run_row(name: str, args: argparse.Namespace) -> dict[str, Any]:
     case = CASES[case_name].shrunk() if args.tiny else CASES[case_name]
     checkpoint = ensure_checkpoint(case.model, args.work)
     log_to = args.logs / f"steady.{name}.log" if args.logs else None
-    with hold_back_vram(1, case.free_gb) as holder, prepared(checkpoint, PageCache.WARM) as shares:
+    with hold_back_vram(case, case.free_gb) as holder, prepared(checkpoint, PageCache.WARM) as shares:
         job = Job(case, contender, checkpoint, args.comfyui, args.steps, holder.settled_free_bytes())
         wanted = job.as_dict() | {"prompts": args.prompts}
         result = run_worker("steady_worker.py", wanted, case, args.timeout, log_to)

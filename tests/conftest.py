@@ -12,9 +12,14 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tools.host import HeadlessHost
 
 ROOT = Path(__file__).resolve().parent.parent
 # One virtual device: small enough that the tiny FLUX (35 MB) must stream.
@@ -22,6 +27,15 @@ VIRTUAL_DEVICES = "2x24MB"
 # Torch's own threads, here and in the processes that tests start. The matrices are small and the tests run in as many
 # processes as there are cores: with a thread for each core in each process the whole takes twice as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Of several processes that run tests, each takes a file at a time. These files share servers, and their tests run in
+# one process: a server needs 8 s of a core to start.
+SHARING = {
+    "servers": (
+        *("tests/nodes/page/test_server.py", "tests/nodes/page/test_watching.py"),
+        *("tests/tools/test_benchmarks.py", "tests/tools/test_examples.py"),
+    ),
+    "browser": ("tests/browser/test_page.py", "tests/browser/test_widget.py"),
+}
 
 
 def _start_host() -> None:
@@ -83,6 +97,28 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As with ``--dist loadfile``, but files that share something come together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class SharingFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((name for name, files in SHARING.items() if file in files), file)
+
+    return SharingFiles(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.fixture(scope="session")
+def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadlessHost]:
+    """A server with two devices. Who counts models has to free those of others first."""
+    from servers import started
+
+    with started(tmp_path_factory.mktemp("two_gpus"), VIRTUAL_DEVICES) as host:
+        yield host
 
 
 @pytest.fixture(scope="session")

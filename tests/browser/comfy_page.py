@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -173,18 +172,6 @@ class ComfyPage:
 
 def _is_queueing(response: Response) -> bool:
     return response.request.method == "POST" and response.url.split("?")[0].endswith("/api/prompt")
-
-
-def free(host: HeadlessHost) -> None:
-    """Have the host forget what it has loaded and sampled: it would answer a prompt like one before from its cache."""
-    give_up = time.monotonic() + 30
-    while (streamed := demo.read_status(host)["models"]) and time.monotonic() < give_up:
-        host.free()
-        # A host that is just collecting garbage after a prompt misses what it is told, and must be told again.
-        again = time.monotonic() + 3
-        while demo.read_status(host)["models"] and time.monotonic() < again:
-            time.sleep(0.05)
-    assert not streamed
 
 
 def saved_latent(host: HeadlessHost, prompt_id: str) -> demo.Latent:

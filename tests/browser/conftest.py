@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from chromium import NoBrowser, find_chromium
-from comfy_page import HEIGHT, SETTINGS, WIDTH, ComfyPage, free, write_settings
+from comfy_page import HEIGHT, SETTINGS, WIDTH, ComfyPage, write_settings
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from servers import free
 
 import dev
 from tools import demo
@@ -31,9 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """One for all tests of a file. Its event loop would be in the way of other files' own."""
+    """One for all tests of this folder. Its event loop would be in the way of other files' own."""
     try:
         program = find_chromium()
     except NoBrowser as error:
@@ -46,7 +47,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="module", params=["own", "newest"])
+@pytest.fixture(scope="package", params=["own", "newest"])
 def frontend(request: pytest.FixtureRequest) -> list[str]:
     """The host's arguments for the page that its ComfyUI asks for, and for the newest that was tried."""
     if request.param == "own":
@@ -63,7 +64,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("host")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def host(browser: Browser, frontend: list[str], base: Path) -> Iterator[HeadlessHost]:
     """Asks for the browser first: without one nothing has to be started."""
     environ = {"WEIGHTSTREAM_VIRTUAL": DEVICES, "CUDA_VISIBLE_DEVICES": ""}
@@ -78,7 +79,8 @@ def host(browser: Browser, frontend: list[str], base: Path) -> Iterator[Headless
 @pytest.fixture(scope="module")
 def opened(browser: Browser, host: HeadlessHost) -> Iterator[ComfyPage]:
     """The page in a tab. Opening it takes longer than most tests."""
-    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
+    # Without the page's animations, which take more of the processor than a tiny model.
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, reduced_motion="reduce")
     yield ComfyPage(context.new_page(), host).open()
     context.close()
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_page import WIDTH, ComfyPage, free, saved_latent
+from comfy_page import WIDTH, ComfyPage, saved_latent
 from playwright.sync_api import expect
+from servers import TINY, free
 
 from tools import demo
 from tools.host import HeadlessHost
 
-TINY = demo.SIZES["tiny"]
 SEED = 70
 FOUR_GPUS = Path(__file__).parent / "four_gpus.json"
 EXAMPLES = sorted(file.stem for file in (Path(__file__).resolve().parents[2] / "example_workflows").glob("*.json"))

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from comfy_page import HEIGHT, WIDTH, ComfyPage
 from playwright.sync_api import Locator, Route, expect
+from servers import TINY
 
 from tools import demo
 from tools.host import HeadlessHost, PromptInterrupted
 
-TINY = demo.SIZES["tiny"]
 SEED = 80
 STATES = Path(__file__).resolve().parents[1] / "web" / "states.mjs"
 STATES_URL = "/weightstream-tests/states.mjs"
@@ -203,7 +203,7 @@ def test_the_panel_shows_what_the_route_says(comfy: ComfyPage, expected: demo.La
 
 def test_the_panel_follows_a_run(comfy: ComfyPage, save_picture: Callable[..., None]) -> None:
     sidebar = comfy.open_sidebar()
-    comfy.load_prompt(placed_prompt(steps=5000))
+    comfy.load_prompt(placed_prompt(steps=10_000))
     prompt_id = comfy.queue()
     try:
         expect_state(sidebar, r"Streaming\b")

@@ -14,6 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from servers import Running
+
+from tools.host import HeadlessHost
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 HOST = Path(os.environ["COMFYUI_PATH"])
@@ -95,6 +98,12 @@ def test_the_readme_has_the_table_of_the_committed_results(benchmarks: Any, tmp_
     assert copy.read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the checkpoints, which the first script writes."""
+    return tmp_path_factory.mktemp("work")
+
+
 def run_script(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(FOLDER / name), *arguments, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -108,8 +117,8 @@ def versions_are_named(versions: dict[str, Any], host_versions: ModuleType) -> N
 
 
 @on_linux
-def test_loading_is_measured(benchmarks: Any, tmp_path: Path) -> None:
-    run_script("loading.py", tmp_path, "cached", "4-steps", "--tiny", "--work", str(tmp_path))
+def test_loading_is_measured(benchmarks: Any, tmp_path: Path, work: Path) -> None:
+    run_script("loading.py", tmp_path, "cached", "4-steps", "--tiny", "--work", str(work))
     rows = json.loads((tmp_path / "loading.json").read_text("utf-8"))["rows"]
     row, short = rows["cached"], rows["4-steps"]
     assert row.get("first_step_s"), row
@@ -123,8 +132,8 @@ def test_loading_is_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
-def test_loras_are_measured(benchmarks: Any, tmp_path: Path) -> None:
-    run_script("lora.py", tmp_path, "weightstream", "--tiny", "--work", str(tmp_path))
+def test_loras_are_measured(benchmarks: Any, tmp_path: Path, work: Path) -> None:
+    run_script("lora.py", tmp_path, "weightstream", "--tiny", "--work", str(work))
     row = json.loads((tmp_path / "lora.json").read_text("utf-8"))["rows"]["weightstream"]
     latents = {name: prompt["latent_sha256"] for name, prompt in row.get("prompts", {}).items()}
     assert latents, row
@@ -133,8 +142,8 @@ def test_loras_are_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
-def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path) -> None:
-    arguments = ("8gb", "--tiny", "--prompts", "3", "--steps", "3", "--work", str(tmp_path))
+def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path, work: Path) -> None:
+    arguments = ("8gb", "--tiny", "--prompts", "3", "--steps", "3", "--work", str(work))
     run_script("steady.py", tmp_path, *arguments)
     row = json.loads((tmp_path / "steady.json").read_text("utf-8"))["rows"]["8gb"]
     assert row.get("prompts"), row
@@ -149,8 +158,8 @@ def test_many_prompts_are_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
-def test_the_host_is_measured(benchmarks: Any, tmp_path: Path) -> None:
-    run_script("host_time.py", tmp_path, "streamed", "--tiny", "--steps", "3", "--work", str(tmp_path))
+def test_the_host_is_measured(benchmarks: Any, tmp_path: Path, work: Path) -> None:
+    run_script("host_time.py", tmp_path, "streamed", "--tiny", "--steps", "3", "--work", str(work))
     row = json.loads((tmp_path / "host-time.json").read_text("utf-8"))["rows"]["streamed"]
     assert row.get("cpu_steps_s"), row
     assert row["cpu_s"] > 0
@@ -160,8 +169,16 @@ def test_the_host_is_measured(benchmarks: Any, tmp_path: Path) -> None:
 
 
 @on_linux
-def test_watching_is_measured(benchmarks: Any, tmp_path: Path) -> None:
-    run_script("watching.py", tmp_path, "--pairs", "1", "--steps", "2", "--idle", "0.1")
+def test_watching_is_measured(
+    benchmarks: Any, two_gpus: HeadlessHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a server that other tests use too, which is as the script asks for."""
+    done = subprocess.run([sys.executable, str(FOLDER / "watching.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(benchmarks.watching, "HeadlessHost", Running(two_gpus))
+    arguments = ("--pairs", "1", "--steps", "2", "--idle", "0.1", "--out", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["watching.py", *arguments])
+    benchmarks.watching.main()
     result = json.loads((tmp_path / "watching.json").read_text("utf-8"))
     assert len(result["ratios"]) == 1
     assert result["events"] > 0

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import comfy.model_detection
+import comfy.model_management as mm
+import comfy.sample
+import comfy.sd
+import comfy.utils
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -36,103 +43,26 @@ from tools.checkpoints import chunks as cut
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# In a process of its own: the host reads its command line once, and tests of other folders choose another.
-HOST_PROGRAM = """
-import json, sys
-from pathlib import Path
-comfyui, folder = sys.argv[1:]
-sys.path.insert(0, comfyui)
-sys.argv = ["main.py", "--cpu"]
-import comfy.options
-comfy.options.enable_args_parsing()
-import comfy.sample, comfy.sd, comfy.utils, torch
 
-def path(name):
-    return str(Path(folder) / name)
+@pytest.fixture
+def complaints(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """What the host has said of keys that are missing, or that it does not know; it keeps no model of the test."""
+    yield lambda: [text for text in caplog.messages if "missing" in text or "unet unexpected" in text]
+    mm.unload_all_models()
+    mm.cleanup_models_gc()
 
-with torch.inference_mode():
-    model = comfy.sd.load_diffusion_model(path("flux.safetensors"))
-    lora = comfy.utils.load_torch_file(path("lora.safetensors"))
-    patched = comfy.sd.load_lora_for_models(model, None, lora, 0.8, 0)[0]
-    clip = comfy.sd.load_clip([path("clip.safetensors")], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    cond = clip.encode_from_tokens_scheduled(clip.tokenize("a hill"))
 
-    def sample(model):
-        latent = torch.zeros(1, 16, 8, 8)
-        noise = comfy.sample.prepare_noise(latent, 1)
-        return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", cond, cond, latent, disable_pbar=True)
+def sample(model: ModelPatcher, latent: Sequence[int], cond: list[Any]) -> torch.Tensor:
+    zeros = torch.zeros(*latent)
+    noise = comfy.sample.prepare_noise(zeros, 1)
+    return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", cond, cond, zeros, disable_pbar=True)
 
-    plain, changed = sample(model), sample(patched)
-    config = model.model.model_config.unet_config
-print(json.dumps({
-    "model": type(model.model).__name__,
-    "hidden_size": config["hidden_size"],
-    "depth": config["depth"],
-    "depth_single_blocks": config["depth_single_blocks"],
-    "patches": len(patched.patches),
-    "finite": bool(torch.isfinite(plain).all() and torch.isfinite(changed).all()),
-    "lora_difference": float((plain - changed).abs().mean()),
-    "context": list(cond[0][0].shape),
-    "pooled": list(cond[0][1]["pooled_output"].shape),
-}))
-"""
 
-# Each of its jobs names a file, a latent's shape, and the shapes of context and pooled conditioning (0: none).
-FORWARD_PROGRAM = """
-import json, sys
-comfyui, jobs = sys.argv[1:]
-sys.path.insert(0, comfyui)
-sys.argv = ["main.py", "--cpu"]
-import comfy.options
-comfy.options.enable_args_parsing()
-import comfy.sample, comfy.sd, torch
-from safetensors import safe_open
-
-def sample(model, latent, context, pooled):
-    latent = torch.zeros(latent)
-    noise = comfy.sample.prepare_noise(latent, 1)
+def random_cond(context: Sequence[int], pooled: int) -> list[Any]:
+    """Of these shapes; without pooled conditioning if that has the width 0."""
     generator = torch.Generator().manual_seed(1)
     extras = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
-    cond = [[torch.randn(context, generator=generator), extras]]
-    return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", cond, cond, latent, disable_pbar=True)
-
-with torch.inference_mode():
-    for path, latent, context, pooled in json.loads(jobs):
-        model = comfy.sd.load_diffusion_model(path)
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-        samples = sample(model, latent, context, pooled)
-        print(json.dumps({
-            "model": type(model.model).__name__,
-            "config": type(model.model.model_config).__name__,
-            "other keys": sorted(keys ^ set(model.model.diffusion_model.state_dict())),
-            "latent": list(samples.shape),
-            "finite": bool(torch.isfinite(samples).all()),
-        }))
-"""
-
-# Without memory: on the meta device a model of any size has names and shapes only.
-SHAPES_PROGRAM = """
-import json, sys
-comfyui, shapes_file = sys.argv[1:]
-sys.path.insert(0, comfyui)
-sys.argv = ["main.py", "--cpu"]
-import comfy.options
-comfy.options.enable_args_parsing()
-import comfy.model_detection, torch
-
-for shapes in json.load(open(shapes_file)):
-    weights = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
-    config = comfy.model_detection.model_config_from_unet(weights, "")
-    config.set_inference_dtype(torch.bfloat16, None)
-    model = config.get_model(weights, "", device="meta")
-    # The host renames some before it loads them.
-    written = {name: list(tensor.shape) for name, tensor in config.process_unet_state_dict(weights).items()}
-    wanted = {name: list(tensor.shape) for name, tensor in model.diffusion_model.state_dict().items()}
-    pairs = {name: (written.get(name), wanted.get(name)) for name in written.keys() | wanted.keys()}
-    differences = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    print(json.dumps({"config": type(config).__name__, "differences": differences}))
-"""
+    return [[torch.randn(*context, generator=generator), extras]]
 
 
 def test_safetensors_reads_a_flux_in_bfloat16(tmp_path: Path) -> None:
@@ -210,66 +140,78 @@ def test_a_qwen_image_has_the_blocks_that_it_was_asked_for() -> None:
     assert names["txt_norm.weight"]["shape"] == [3584]
 
 
-def test_the_host_loads_and_samples_them(tmp_path: Path) -> None:
-    write_flux(tmp_path / "flux.safetensors")
-    write_flux_lora(tmp_path / "lora.safetensors")
-    clip = write_clip_l(tmp_path / "clip.safetensors")
-    with safe_open(clip, framework="pt") as file:
-        assert file.get_slice("text_projection.weight").get_dtype() == "F16"
-    command = [sys.executable, "-c", HOST_PROGRAM, os.environ["COMFYUI_PATH"], str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "missing" not in done.stderr, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    difference = found.pop("lora_difference")
-    assert found == {
-        "model": "Flux",
-        "hidden_size": 256,
-        "depth": 2,
-        "depth_single_blocks": 4,
-        "patches": 32,
-        "finite": True,
-        "context": [1, 77, 768],
-        "pooled": [1, 768],
-    }
-    assert difference > 1e-4
+@torch.inference_mode()
+def test_the_host_loads_and_samples_them(tmp_path: Path, complaints: Callable[[], list[str]]) -> None:
+    model = comfy.sd.load_diffusion_model(str(write_flux(tmp_path / "flux.safetensors")))
+    lora = comfy.utils.load_torch_file(str(write_flux_lora(tmp_path / "lora.safetensors")))
+    file = write_clip_l(tmp_path / "clip.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        assert opened.get_slice("text_projection.weight").get_dtype() == "F16"
+    clip = comfy.sd.load_clip([str(file)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+    assert type(model.model).__name__ == "Flux"
+    config = model.model.model_config.unet_config
+    assert [config[name] for name in ("hidden_size", "depth", "depth_single_blocks")] == [256, 2, 4]
+    patched = comfy.sd.load_lora_for_models(model, None, lora, 0.8, 0)[0]
+    assert len(patched.patches) == 32
+    cond = clip.encode_from_tokens_scheduled(clip.tokenize("a hill"))
+    assert cond[0][0].shape == (1, 77, 768)
+    assert cond[0][1]["pooled_output"].shape == (1, 768)
+    plain, changed = (sample(each, (1, 16, 8, 8), cond) for each in (model, patched))
+    assert plain.isfinite().all()
+    assert changed.isfinite().all()
+    assert (plain - changed).abs().mean() > 1e-4
+    assert complaints() == []
 
 
-def run_host_program(program: str, argument: str, folder: Path) -> list[dict[str, object]]:
-    """What ``program`` printed, one object per line; fails if the host complained about missing or unexpected keys."""
-    command = [sys.executable, "-c", program, os.environ["COMFYUI_PATH"], argument]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not [line for line in done.stderr.splitlines() if "unet missing" in line or "unet unexpected" in line]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.mark.parametrize(
+    ("write", "kind", "config", "latent", "context", "pooled"),
+    [
+        (write_wan, "WAN21", "WAN21_T2V", (1, 16, 2, 8, 12), (1, 7, 4096), 0),
+        (write_sd35, "SD3", "SD3", (1, 16, 8, 12), (1, 7, 768), 768),
+    ],
+)
+@torch.inference_mode()
+def test_the_host_finds_every_key_and_samples(
+    tmp_path: Path,
+    complaints: Callable[[], list[str]],
+    write: Callable[[Path], Path],
+    kind: str,
+    config: str,
+    latent: Sequence[int],
+    context: Sequence[int],
+    pooled: int,
+) -> None:
+    path = write(tmp_path / "model.safetensors")
+    model = comfy.sd.load_diffusion_model(str(path))
+    assert [type(model.model).__name__, type(model.model.model_config).__name__] == [kind, config]
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == set(model.model.diffusion_model.state_dict())
+    samples = sample(model, latent, random_cond(context, pooled))
+    assert samples.shape == latent
+    assert samples.isfinite().all()
+    assert complaints() == []
 
 
-def test_the_host_finds_every_key_of_a_wan_and_an_sd35_and_samples_them(tmp_path: Path) -> None:
-    wan, sd35 = write_wan(tmp_path / "wan.safetensors"), write_sd35(tmp_path / "sd35.safetensors")
-    jobs = [
-        (str(wan), (1, 16, 2, 8, 12), (1, 7, 4096), 0),
-        (str(sd35), (1, 16, 8, 12), (1, 7, 768), 768),
-    ]
-    found = run_host_program(FORWARD_PROGRAM, json.dumps(jobs), tmp_path)
-    assert found == [
-        {"model": "WAN21", "config": "WAN21_T2V", "other keys": [], "latent": [1, 16, 2, 8, 12], "finite": True},
-        {"model": "SD3", "config": "SD3", "other keys": [], "latent": [1, 16, 8, 12], "finite": True},
-    ]
-
-
-def test_the_host_builds_the_full_sizes_with_the_same_names_and_shapes(tmp_path: Path) -> None:
-    full = {
-        "Flux": flux_tensors(FLUX_SIZES["dev"]),
-        "QwenImage": qwen_image_tensors(60),
-        "WAN21_T2V": wan_tensors(WAN_SIZES["14b"]),
-        "SD3": sd35_tensors(SD35_SIZES["large"]),
-    }
-    shapes = [{spec.name: spec.shape for spec in specs} for specs in full.values()]
-    # A program's argument has a limit of length, which these shapes are past.
-    file = tmp_path / "shapes.json"
-    file.write_text(json.dumps(shapes))
-    found = run_host_program(SHAPES_PROGRAM, str(file), tmp_path)
-    assert found == [{"config": name, "differences": {}} for name in full]
+@pytest.mark.parametrize(
+    ("name", "specs"),
+    [
+        ("Flux", flux_tensors(FLUX_SIZES["dev"])),
+        ("QwenImage", qwen_image_tensors(60)),
+        ("WAN21_T2V", wan_tensors(WAN_SIZES["14b"])),
+        ("SD3", sd35_tensors(SD35_SIZES["large"])),
+    ],
+    ids=["flux", "qwen", "wan", "sd35"],
+)
+def test_the_host_builds_the_full_sizes_with_the_same_names_and_shapes(name: str, specs: list[TensorSpec]) -> None:
+    """Without memory: on the meta device a model of any size has names and shapes only."""
+    weights = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16, device="meta") for spec in specs}
+    config = comfy.model_detection.model_config_from_unet(weights, "")
+    assert type(config).__name__ == name
+    config.set_inference_dtype(torch.bfloat16, None)
+    model = config.get_model(weights, "", device="meta")
+    # The host renames some before it loads them.
+    written = {key: tensor.shape for key, tensor in config.process_unet_state_dict(weights).items()}
+    assert written == {key: tensor.shape for key, tensor in model.diffusion_model.state_dict().items()}
 
 
 def test_a_size_of_another_model_is_refused(tmp_path: Path) -> None:

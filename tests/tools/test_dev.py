@@ -61,6 +61,17 @@ def test_the_tests_say_which_host_they_run_in() -> None:
         assert f"{package} {importlib.metadata.version(package)}" in header
 
 
+def test_the_byte_code_of_our_own_comfyui_is_written_once(dev: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text("VALUE = 1\n", "utf-8")
+    (tmp_path / "for_another_python.py").write_text("no Python\n", "utf-8")
+    dev.compile_once(Path(sys.executable), tmp_path)
+    written = [*(tmp_path / "__pycache__").glob("main.*.pyc")]
+    assert len(written) == 1
+    written[0].unlink()
+    dev.compile_once(Path(sys.executable), tmp_path)
+    assert not written[0].exists()
+
+
 @pytest.mark.parametrize("command", ["env", "test", "demo"])
 def test_a_wrong_path_is_explained_without_a_traceback(command: str, tmp_path: Path) -> None:
     result = run(command, COMFYUI_PATH=str(tmp_path))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,8 @@ CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadlessHost]:
-    environment = {"CUDA_VISIBLE_DEVICES": ""}
-    base = tmp_path_factory.mktemp("host")
-    with HeadlessHost(os.environ["COMFYUI_PATH"], base, cpu=True, environ=environment) as host:
-        yield host
-
-
-@pytest.fixture(scope="module")
-def info(host: HeadlessHost) -> dict[str, Any]:
-    return host.get("/object_info")
+def info(two_gpus: HeadlessHost) -> dict[str, Any]:
+    return two_gpus.get("/object_info")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -133,17 +124,17 @@ def test_a_value_for_no_widget_is_refused(info: dict[str, Any]) -> None:
         widget_values(Node("KSampler", 0, {"stepps": 4}), info["KSampler"])
 
 
-def test_the_host_lists_them_with_pictures(host: HeadlessHost) -> None:
-    assert sorted(host.get("/workflow_templates")["weightstream"]) == NAMES
+def test_the_host_lists_them_with_pictures(two_gpus: HeadlessHost) -> None:
+    assert sorted(two_gpus.get("/workflow_templates")["weightstream"]) == NAMES
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for name in NAMES:
         # The page asks for a picture of this name and type, and for no other.
-        with opener.open(f"{host.url}/api/workflow_templates/weightstream/{name}.jpg", timeout=30) as answer:
+        with opener.open(f"{two_gpus.url}/api/workflow_templates/weightstream/{name}.jpg", timeout=30) as answer:
             assert answer.read(3) == b"\xff\xd8\xff", name
 
 
-def test_the_host_serves_the_texts_of_all_languages(host: HeadlessHost) -> None:
-    served = host.get("/i18n")
+def test_the_host_serves_the_texts_of_all_languages(two_gpus: HeadlessHost) -> None:
+    served = two_gpus.get("/i18n")
     for language in ("en", "zh"):
         assert "WeightStreamModelLoader" in served[language]["nodeDefs"]
         assert served[language]["nodeCategories"]["weightstream"]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copy
 import json
-import os
 import re
 import struct
 import subprocess
@@ -19,12 +18,12 @@ from typing import Any
 import aiohttp
 import pytest
 from prompts import SETTINGS
+from servers import TINY, Running, free, started
 
 from tools import demo
 from tools.checkpoints import write_flux
 from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptRejected
 
-TINY = demo.SIZES["tiny"]
 READY = "ready to stream"
 # As it is saved on a machine with four GPUs.
 PLACEMENT: dict[str, Any] = {
@@ -36,16 +35,6 @@ PLACEMENT: dict[str, Any] = {
     "on_missing": "fallback",
 }
 PLAN = re.compile(r"a step streamed in \d+ segments")
-
-
-@contextlib.contextmanager
-def started(folder: Path, virtual: str) -> Iterator[HeadlessHost]:
-    environment = {"WEIGHTSTREAM_VIRTUAL": virtual, "CUDA_VISIBLE_DEVICES": ""}
-    host = HeadlessHost(os.environ["COMFYUI_PATH"], folder, cpu=True, environ=environment)
-    host.prepare()
-    demo.write_models(host, TINY)
-    with host:
-        yield host
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +76,6 @@ def streamed_model(host: HeadlessHost) -> dict[str, Any]:
 def used(device: dict[str, Any]) -> int:
     """Bytes of a device that somebody has."""
     return device["total"] - device["free"]
-
-
-def free(host: HeadlessHost) -> dict[str, Any]:
-    """Have the host free models and caches until no streamed model is left, and give the status then."""
-    give_up = time.monotonic() + 30
-    while demo.read_status(host)["models"] and time.monotonic() < give_up:
-        host.free()
-        # A host that is just collecting garbage after a prompt misses what it is told, and must be told again.
-        again = time.monotonic() + 3
-        while demo.read_status(host)["models"] and time.monotonic() < again:
-            time.sleep(0.1)
-    return demo.read_status(host)
 
 
 def test_the_node_is_there_with_its_inputs(host: HeadlessHost) -> None:
@@ -186,7 +163,6 @@ def test_a_truncated_file_fails_by_name_and_the_next_prompt_works(host: Headless
 def test_free_gives_the_memory_back_and_the_next_prompt_streams_again(host: HeadlessHost) -> None:
     expected = demo.sample(host, prompt(17)).latent
     status = free(host)
-    assert status["models"] == []
     assert [used(device) for device in status["devices"]] == [0]
     assert demo.sample(host, prompt(17)).latent == expected
 
@@ -229,7 +205,7 @@ def test_queued_prompts_of_two_models_that_do_not_fit_together(host: HeadlessHos
 
 @pytest.mark.parametrize("mode", ["auto", "stream", "sync"])
 def test_a_model_of_the_hosts_loader_streams_through_the_settings(host: HeadlessHost, mode: str) -> None:
-    assert free(host)["models"] == []
+    free(host)
     expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 50)).latent
     assert demo.sample(host, settings_prompt(50, mode=mode)).latent == expected
     model = streamed_model(host)
@@ -241,14 +217,14 @@ def test_a_model_of_the_hosts_loader_streams_through_the_settings(host: Headless
 
 
 def test_settings_that_are_off_leave_the_model_as_it_is(host: HeadlessHost) -> None:
-    assert free(host)["models"] == []
+    free(host)
     expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 51)).latent
     assert demo.sample(host, settings_prompt(51, mode="off")).latent == expected
     assert demo.read_status(host)["models"] == []
 
 
 def test_settings_that_do_not_exist_are_refused(host: HeadlessHost) -> None:
-    assert free(host)["models"] == []
+    free(host)
     host.run(settings_prompt(52))
     counters = streamed_model(host)["counters"]
     for name, value, kind in (
@@ -318,31 +294,44 @@ def test_a_placement_that_cannot_be_right_is_refused(
     assert any(text in error["details"] for error in errors)
 
 
-@pytest.mark.parametrize("virtual", ["", "2x24MB"], ids=["none", "two"])
-def test_a_placement_of_four_gpus_runs_on(tmp_path: Path, virtual: str) -> None:
-    with started(tmp_path, virtual) as host:
-        demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 64))
-        expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 65)).latent
-        assert demo.sample(host, placed_prompt(65, **PLACEMENT)).latent == expected
-        assert demo.sample(host, placed_prompt(65, devices="gpu:1", clip_device="gpu:1")).latent == expected
-        allocated = [used(device) > 0 for device in demo.read_status(host)["devices"]]
-        if virtual:
-            assert allocated[1]
-            assert re.search(r"in (runs|turn): \d+ blocks .* on virtual:\d, \d+ blocks .* on virtual:\d", host.log)
-            assert "GPU Placement: MODEL on gpu:1; CLIP on gpu:1" in host.log
-        else:
-            assert allocated == []
-            assert "placement is not available here, there is no GPU; everything stays" in host.log
+def runs_on(host: HeadlessHost) -> None:
+    """A model that was placed on four GPUs gives the host's own latent, and so does one on ``gpu:1`` alone."""
+    demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 64))
+    expected = demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, 65)).latent
+    assert demo.sample(host, placed_prompt(65, **PLACEMENT)).latent == expected
+    assert demo.sample(host, placed_prompt(65, devices="gpu:1", clip_device="gpu:1")).latent == expected
 
 
-def test_the_demo_holds(tmp_path: Path) -> None:
-    program = Path(demo.__file__)
-    environment = {**os.environ, "WEIGHTSTREAM_VIRTUAL": "", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, str(program), "--folder", str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    summary = json.loads(result.stdout.splitlines()[-1])
+def test_a_placement_of_four_gpus_runs_on_two(two_gpus: HeadlessHost) -> None:
+    free(two_gpus)
+    runs_on(two_gpus)
+    assert used(demo.read_status(two_gpus)["devices"][1]) > 0
+    assert re.search(r"in (runs|turn): \d+ blocks .* on virtual:\d, \d+ blocks .* on virtual:\d", two_gpus.log)
+    assert "GPU Placement: MODEL on gpu:1; CLIP on gpu:1" in two_gpus.log
+
+
+def test_a_placement_of_four_gpus_runs_on_none(tmp_path: Path) -> None:
+    with started(tmp_path, "") as host:
+        runs_on(host)
+        assert demo.read_status(host)["devices"] == []
+        assert "placement is not available here, there is no GPU; everything stays" in host.log
+
+
+def test_the_demo_starts() -> None:
+    done = subprocess.run([sys.executable, demo.__file__, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: dev.py demo")
+
+
+def test_the_demo_holds(
+    host: HeadlessHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the server of this file, which is as the demo asks for."""
+    free(host)
+    monkeypatch.setattr(demo, "HeadlessHost", Running(host))
+    monkeypatch.setenv(demo.VIRTUAL_VARIABLE, "")
+    assert demo.main(["--folder", str(tmp_path)]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["bit_identical"] is True
     assert summary["misses"] == 0
     assert summary["steps"] == demo.STEPS

@@ -11,31 +11,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from servers import TINY, free
 from weightstream import streaming
+from weightstream.streaming.__main__ import main
 
 from tools import demo
 from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptRejected
 
-TINY = demo.SIZES["tiny"]
 STATUS, WATCH, UNLOAD = (f"/weightstream/v1/{name}" for name in ("status", "watch", "unload"))
 EVENT = "weightstream.status"
 ROOT = Path(streaming.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeadlessHost]:
-    environment = {"WEIGHTSTREAM_VIRTUAL": "2x24MB", "CUDA_VISIBLE_DEVICES": ""}
-    host = HeadlessHost(os.environ["COMFYUI_PATH"], tmp_path_factory.mktemp("host"), cpu=True, environ=environment)
-    host.prepare()
-    demo.write_models(host, TINY)
-    with host:
-        yield host
+def host(two_gpus: HeadlessHost) -> HeadlessHost:
+    free(two_gpus)
+    return two_gpus
 
 
 def prompt(seed: int, steps: int = demo.STEPS) -> dict[str, Any]:
@@ -152,16 +148,15 @@ def test_what_cannot_be_unloaded_says_why(host: HeadlessHost) -> None:
         host.wait(prompt_id, timeout_s=60)
 
 
-def test_the_command_prints_the_status_of_a_server(host: HeadlessHost) -> None:
+def test_the_command_prints_the_status_of_a_server(host: HeadlessHost, capsys: pytest.CaptureFixture[str]) -> None:
     host.run(prompt(7))
-    table = command("status", "--url", host.url)
-    assert table.returncode == 0, table.stderr
+    assert main(["status", "--url", host.url]) == 0
+    table = capsys.readouterr().out
     now = host.get(STATUS)
-    assert [line.split()[0] for line in table.stdout.splitlines()[:3]] == ["gpu:0", "gpu:1", "RAM"]
-    assert now["models"][0]["plan"] in table.stdout
-    assert (
-        json.loads(command("status", "--json", "--url", host.url).stdout)["models"][0]["id"] == now["models"][0]["id"]
-    )
+    assert [line.split()[0] for line in table.splitlines()[:3]] == ["gpu:0", "gpu:1", "RAM"]
+    assert now["models"][0]["plan"] in table
+    assert main(["status", "--json", "--url", host.url]) == 0
+    assert json.loads(capsys.readouterr().out)["models"][0]["id"] == now["models"][0]["id"]
 
 
 def test_a_damaged_file_is_named_without_its_folder(host: HeadlessHost) -> None:
@@ -208,16 +203,20 @@ def test_what_is_no_json_is_refused(host: HeadlessHost, body: bytes, headers: di
     assert "Traceback" not in host.log
 
 
-def test_the_command_where_nobody_answers() -> None:
-    result = command("status", "--url", "http://127.0.0.1:9")
+def test_the_command_where_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once as a program, whose status is what a script sees; elsewhere as a call, which need not import torch again."""
+    words = [sys.executable, "-m", "streaming", "status", "--url", "127.0.0.1:9"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert "http://127.0.0.1:9: no ComfyUI answers" in result.stderr
-    assert "http://127.0.0.1:9: no ComfyUI answers" in command("status", "--url", "127.0.0.1:9").stderr
-    assert command("status", "--url", "127.0.0.1:port").returncode == 2
+    assert main(["status", "--url", "http://127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err == result.stderr
+    assert main(["status", "--url", "127.0.0.1:port"]) == 2
 
 
 @pytest.mark.parametrize("answer", [b'{"models": []}', b'{"schema": 2}', b"[1]", b"<html>", b""])
-def test_the_command_where_somebody_else_answers(answer: bytes) -> None:
+def test_the_command_where_somebody_else_answers(answer: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     class Other(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -229,16 +228,8 @@ def test_the_command_where_somebody_else_answers(answer: bytes) -> None:
 
     with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.handle_request).start()
-        result = command("status", "--url", f"http://127.0.0.1:{server.server_port}")
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "streaming", *arguments]
-    return subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
+        assert main(["status", "--url", f"http://127.0.0.1:{server.server_port}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_seed_that_is_no_number_is_refused_as_before(host: HeadlessHost) -> None:
