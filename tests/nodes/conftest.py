@@ -111,6 +111,12 @@ def native(models: Path) -> Any:
     return model
 
 
+@pytest.fixture(scope="session")
+def plain(native: Any) -> torch.Tensor:
+    """What :func:`sample` gives with the host's own MODEL, and so with ours."""
+    return sample(native)
+
+
 # -- for placement -----------------------------------------------------------------------------------------------------
 
 

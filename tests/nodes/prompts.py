@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sampling import SIDE, TOKENS
 
 import nodes as host_nodes
 
@@ -30,14 +31,14 @@ def output(result: Any) -> Any:
     return (result.args if hasattr(result, "args") else result)[0]
 
 
-def conditioning(seed: int, tokens: int = 16) -> Conditioning:
+def conditioning(seed: int, tokens: int = TOKENS) -> Conditioning:
     """What a text encoder would give, made of random numbers."""
     generator = torch.Generator().manual_seed(seed)
     context = torch.randn(1, tokens, 768, generator=generator)
     return [[context, {"pooled_output": torch.randn(1, 768, generator=generator)}]]
 
 
-def latent(side: int = 16, batch: int = 1) -> dict[str, torch.Tensor]:
+def latent(side: int = SIDE, batch: int = 1) -> dict[str, torch.Tensor]:
     return {"samples": torch.zeros(batch, 16, side, side)}
 
 
