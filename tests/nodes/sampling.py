@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.hooks
@@ -14,6 +15,8 @@ import nodes as host_nodes
 MODEL = "tiny-flux.safetensors"
 LORA = "tiny-lora.safetensors"
 MB = 1 << 20
+# Latents by the strength of a LoRA.
+Patched = Callable[[float], torch.Tensor]
 # Of the latents and of a prompt: few, so that a step costs little.
 SIDE, TOKENS = 8, 4
 
