@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from placing import Machine
 from reads import Reads
-from sampling import LORA, MB, MODEL, sample
+from sampling import LORA, MB, MODEL, Patched, sample, with_lora
 from text_encoders import FAMILIES, load, write_encoder
 from vaes import VAE, write_vae
 from weightstream.nodes import gpu_placement
@@ -109,6 +110,18 @@ def native(models: Path) -> Any:
         model = host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
     sample(model)  # The host's first sampling in a process may differ from all of its later ones.
     return model
+
+
+@pytest.fixture(scope="session")
+def plain(native: Any) -> torch.Tensor:
+    """What :func:`sample` gives with the host's own MODEL, and so with ours."""
+    return sample(native)
+
+
+@pytest.fixture(scope="session")
+def plain_with_lora(native: Any) -> Patched:
+    """The same with a LoRA of some strength."""
+    return functools.cache(lambda strength: sample(with_lora(native, strength)))
 
 
 # -- for placement -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.hooks
@@ -14,15 +15,19 @@ import nodes as host_nodes
 MODEL = "tiny-flux.safetensors"
 LORA = "tiny-lora.safetensors"
 MB = 1 << 20
+# Latents by the strength of a LoRA.
+Patched = Callable[[float], torch.Tensor]
+# Of the latents and of a prompt: few, so that a step costs little.
+SIDE, TOKENS = 8, 4
 
 
 def sample(model: Any, seed: int = 3, steps: int = 3) -> torch.Tensor:
     """Latents by the host's KSampler, under inference mode as in a prompt."""
     generator = torch.Generator().manual_seed(1)
     conditioning = [
-        [torch.randn(1, 16, 768, generator=generator), {"pooled_output": torch.randn(1, 768, generator=generator)}]
+        [torch.randn(1, TOKENS, 768, generator=generator), {"pooled_output": torch.randn(1, 768, generator=generator)}]
     ]
-    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    latent = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
     with torch.inference_mode():
         result = host_nodes.common_ksampler(
             model, seed, steps, 1.0, "euler", "simple", conditioning, conditioning, latent
@@ -50,10 +55,10 @@ def sample_with_hook(model: Any, mode: comfy.hooks.EnumHookMode) -> torch.Tensor
     lora = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", LORA))
     hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=0.6, strength_clip=0.0)
     generator = torch.Generator().manual_seed(1)
-    context = torch.randn(1, 16, 768, generator=generator)
+    context = torch.randn(1, TOKENS, 768, generator=generator)
     extras: dict[str, Any] = {"pooled_output": torch.randn(1, 768, generator=generator)}
     positive = comfy.hooks.set_hooks_for_conditioning([[context, extras]], hooks)
-    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    latent = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
     with torch.inference_mode():
         result = host_nodes.common_ksampler(
             model, 3, 3, 2.0, "euler", "simple", positive, [[context, dict(extras)]], latent

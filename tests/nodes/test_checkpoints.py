@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from comfy.model_patcher import ModelPatcher
-from sampling import MB, MODEL, sample, with_lora
+from sampling import MB, MODEL, Patched, sample, with_lora
 from weightstream.nodes import loader
 from weightstream.nodes.host import devices
 from weightstream.nodes.loader import CheckpointError, StreamedModelLoader, load_streamed
@@ -118,24 +118,26 @@ def without_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("chosen", [*(f"indexed/{name}" for name in SHARDS), f"bare/{SHARDS[1]}"])
 def test_any_shard_loads_the_whole_model(
-    sharded: Path, virtual_device: Device, native: ModelPatcher, chosen: str
+    sharded: Path, virtual_device: Device, plain: torch.Tensor, chosen: str
 ) -> None:
     virtual_device(24 * MB)
     model, clip, vae = execute(unet_name=chosen)
     assert (clip, vae) == (None, None)
     assert chosen in StreamedModelLoader.define_schema().inputs[0].options
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert model.status()["mode"] == "streamed"
     files = {spec.source.file.path for spec in model.streamer.blocks.specs if spec.source is not None}
     assert {os.path.basename(path) for path in files} == set(SHARDS)
 
 
-def test_the_index_itself_loads_the_whole_model(sharded: Path, virtual_device: Device, native: ModelPatcher) -> None:
+def test_the_index_itself_loads_the_whole_model(
+    sharded: Path, virtual_device: Device, plain: torch.Tensor, plain_with_lora: Patched
+) -> None:
     virtual_device(24 * MB)
     with torch.inference_mode():
         model = load_streamed(str(sharded / "indexed" / INDEX), {})
-    assert torch.equal(sample(with_lora(model, 0.5)), sample(with_lora(native, 0.5)))
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(with_lora(model, 0.5)), plain_with_lora(0.5))
+    assert torch.equal(sample(model), plain)
 
 
 @pytest.mark.parametrize("kind", ["indexed", "bare"])
@@ -155,7 +157,7 @@ def refuse(*_: Any) -> None:
 def test_shards_that_do_not_stream_are_loaded_all_the_same(
     sharded: Path,
     virtual_device: Device,
-    native: ModelPatcher,
+    plain: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     reason: str,
@@ -171,7 +173,7 @@ def test_shards_that_do_not_stream_are_loaded_all_the_same(
     assert f"not streamed, loaded ComfyUI's own way: {'there is no GPU' if reason == 'no GPU' else 'ComfyUI'}" in (
         caplog.text
     )
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     # Nodes that rebuild a model can do so: the host knows no way of its own to this one.
     factory, arguments = model.cached_patcher_init
     with torch.inference_mode():
@@ -179,7 +181,7 @@ def test_shards_that_do_not_stream_are_loaded_all_the_same(
 
 
 def test_an_index_of_one_file_that_does_not_stream(
-    models: Path, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    models: Path, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     without_devices(monkeypatch)
     shutil.copy(models / MODEL, tmp_path / MODEL)
@@ -187,7 +189,7 @@ def test_an_index_of_one_file_that_does_not_stream(
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, MODEL)}))
     with torch.inference_mode():
         model = load_streamed(str(tmp_path / INDEX), {})
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 # -- other formats, and where weights come from --------------------------------------------------------------------
@@ -195,15 +197,20 @@ def test_an_index_of_one_file_that_does_not_stream(
 
 @pytest.mark.parametrize("ending", ["pt", "ckpt"])
 def test_a_pickled_file_streams_too(
-    models: Path, tensors: dict[str, torch.Tensor], virtual_device: Device, native: ModelPatcher, ending: str
+    models: Path,
+    tensors: dict[str, torch.Tensor],
+    virtual_device: Device,
+    plain: torch.Tensor,
+    plain_with_lora: Patched,
+    ending: str,
 ) -> None:
     torch.save({"state_dict": tensors}, models / f"pickled.{ending}")
     virtual_device(24 * MB)
     model, _, _ = execute(unet_name=f"pickled.{ending}")
     assert type(model) is StreamedModelPatcher
     for _ in range(2):
-        assert torch.equal(sample(with_lora(model, 0.5)), sample(with_lora(native, 0.5)))
-        assert torch.equal(sample(model), sample(native))
+        assert torch.equal(sample(with_lora(model, 0.5)), plain_with_lora(0.5))
+        assert torch.equal(sample(model), plain)
 
 
 @pytest.mark.parametrize("write", [None, write_wan, write_sd35])
@@ -240,12 +247,12 @@ def test_the_drop_down_lists_both_folders(checkpoints: Path, models: Path, virtu
         (checkpoints / MODEL).unlink()
 
 
-def test_a_checkpoint_without_companions(checkpoints: Path, virtual_device: Device, native: ModelPatcher) -> None:
+def test_a_checkpoint_without_companions(checkpoints: Path, virtual_device: Device, plain: torch.Tensor) -> None:
     virtual_device(24 * MB)
     model, clip, vae = execute(unet_name=FLUX_CHECKPOINT)
     theirs, their_clip, their_vae = by_host(FLUX_CHECKPOINT)
     assert torch.equal(sample(model), sample(theirs))
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert torch.equal(sample(with_lora(model, 0.5)), sample(with_lora(theirs, 0.5)))
     assert clip is None
     assert their_clip is None
@@ -304,7 +311,7 @@ def test_a_checkpoint_in_several_files(checkpoints: Path, virtual_device: Device
 
 
 def test_a_checkpoints_factory_brings_the_streaming_back(
-    checkpoints: Path, virtual_device: Device, native: ModelPatcher
+    checkpoints: Path, virtual_device: Device, plain: torch.Tensor
 ) -> None:
     virtual_device(24 * MB)
     model, _, _ = execute(unet_name=FLUX_CHECKPOINT)
@@ -314,7 +321,7 @@ def test_a_checkpoints_factory_brings_the_streaming_back(
     deep = model.deepclone_multigpu()
     assert type(deep) is StreamedModelPatcher
     assert deep.streamer is not model.streamer
-    assert torch.equal(sample(deep), sample(native))
+    assert torch.equal(sample(deep), plain)
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])
@@ -331,13 +338,13 @@ def test_the_weight_dtype_of_a_checkpoint(checkpoints: Path, virtual_device: Dev
 
 
 def test_a_checkpoint_that_does_not_stream(
-    checkpoints: Path, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Path, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_devices(monkeypatch)
     model, clip, _ = execute(unet_name=FLUX_CHECKPOINT)
     assert type(model) is ModelPatcher
     assert clip is None
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 def test_a_file_of_checkpoints_that_holds_no_model_is_named(checkpoints: Path, virtual_device: Device) -> None:

@@ -89,7 +89,7 @@ def test_originals_stay_in_the_mapped_file(streamed: Load, models: Path) -> None
 
 
 def test_without_a_gpu_the_model_is_the_hosts_and_says_so(
-    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, native: ModelPatcher
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, plain: torch.Tensor
 ) -> None:
     devices.read_environment()
     monkeypatch.setattr(devices._virtual, "devices", ())
@@ -97,7 +97,7 @@ def test_without_a_gpu_the_model_is_the_hosts_and_says_so(
         model = execute(unet_name=MODEL, weight_dtype="default")
     assert type(model) is ModelPatcher
     assert "not streamed, loaded ComfyUI's own way: there is no GPU" in caplog.text
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 def test_a_malformed_variable_is_an_error_that_shows_the_form(
@@ -151,13 +151,13 @@ def test_a_damaged_file_is_named(streamed: Load, models: Path, kind: str) -> Non
     assert "ownload it again" in str(caught.value)
 
 
-def test_a_truncated_file_is_named_and_the_next_one_loads(streamed: Load, models: Path, native: ModelPatcher) -> None:
+def test_a_truncated_file_is_named_and_the_next_one_loads(streamed: Load, models: Path, plain: torch.Tensor) -> None:
     content = (models / MODEL).read_bytes()
     for keep in (len(content) - 1, len(content) // 2, 1000):
         path = damaged(models, "truncated.safetensors", content[:keep])
         with pytest.raises(CheckpointError, match="truncated"):
             load_streamed(path, {})
-    assert torch.equal(sample(streamed()), sample(native))
+    assert torch.equal(sample(streamed()), plain)
 
 
 def test_a_file_that_is_no_diffusion_model_is_named(streamed: Load, models: Path) -> None:
@@ -199,12 +199,12 @@ def test_a_file_that_is_not_there_is_the_hosts_error(models: Path) -> None:
         execute(unet_name="gone.safetensors", weight_dtype="default")
 
 
-def test_a_limit_below_one_block_names_a_minimum_that_works(streamed: Load, native: ModelPatcher) -> None:
+def test_a_limit_below_one_block_names_a_minimum_that_works(streamed: Load, plain: torch.Tensor) -> None:
     with pytest.raises(BudgetError, match=r"vram_limit_gb=0\.001 is too small for tiny-flux.safetensors") as caught:
         streamed(64 * MB, vram_limit=MB)
     minimum = float(str(caught.value).split("at least ")[1].split(". Set")[0])
     model = streamed(64 * MB, vram_limit=int(minimum * 1024**3))
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 def test_a_virtual_device_below_one_block_says_so(streamed: Load) -> None:
@@ -282,11 +282,11 @@ def test_the_hosts_switches_are_respected(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_synchronous_copies_give_the_same_latents(
-    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+    streamed: Load, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(args, "disable_async_offload", True)
     model = streamed()
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert model.status()["mode"] == "synchronous"
 
 

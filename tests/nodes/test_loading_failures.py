@@ -12,9 +12,8 @@ from typing import Any
 import comfy.model_management as mm
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
 from held import check_nothing_is_held, held_by_others
-from sampling import MB, MODEL, sample, with_lora
+from sampling import MB, MODEL, Patched, sample, with_lora
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.streaming import CheckpointError
@@ -34,7 +33,7 @@ def test_a_file_that_changes_after_loading(
     models: Path,
     own_file: Path,
     virtual_device: Callable[[int], Any],
-    native: ModelPatcher,
+    plain: torch.Tensor,
     fault: str,
     limit: int | None,
 ) -> None:
@@ -56,17 +55,22 @@ def test_a_file_that_changes_after_loading(
     # As it was, also by its time: the same model works. (Else it is loaded anew.)
     shutil.copy(models / MODEL, own_file)
     os.utime(own_file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     with torch.inference_mode():
         again = load_streamed(str(own_file), {}, limit)
-    assert torch.equal(sample(again), sample(native))
+    assert torch.equal(sample(again), plain)
     del model, run, again
     check_nothing_is_held(memory, before)
 
 
 @pytest.mark.parametrize("fault", ["replaced", "deleted"])
 def test_a_file_that_goes_after_loading_is_still_read(
-    models: Path, own_file: Path, virtual_device: Callable[[int], Any], native: ModelPatcher, fault: str
+    models: Path,
+    own_file: Path,
+    virtual_device: Callable[[int], Any],
+    plain: torch.Tensor,
+    plain_with_lora: Patched,
+    fault: str,
 ) -> None:
     virtual_device(64 * MB)
     with torch.inference_mode():
@@ -77,16 +81,16 @@ def test_a_file_that_goes_after_loading_is_still_read(
         os.replace(other, own_file)
     else:
         own_file.unlink()
-    assert torch.equal(sample(with_lora(model, 0.5)), sample(with_lora(native, 0.5)))
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(with_lora(model, 0.5)), plain_with_lora(0.5))
+    assert torch.equal(sample(model), plain)
     mm.unload_all_models()
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 @pytest.mark.parametrize("limit", [14 * MB, None])
 @pytest.mark.parametrize("tensor", ["double_blocks.0.img_mlp.0.weight", "single_blocks.3.linear1.weight"])
 def test_a_read_error_names_file_and_tensor(
-    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch, tensor: str, limit: int | None
+    streamed: Load, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tensor: str, limit: int | None
 ) -> None:
     before = held_by_others()
     model = streamed(64 * MB, vram_limit=limit)
@@ -110,6 +114,6 @@ def test_a_read_error_names_file_and_tensor(
         assert "Input/output error" in str(caught.value)
         mm.unload_all_models()
         assert memory.allocated == 0
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     del model, spec, caught
     check_nothing_is_held(memory, before)

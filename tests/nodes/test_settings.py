@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from prompts import SETTINGS
-from sampling import MB, MODEL, sample, with_lora
+from sampling import MB, MODEL, Patched, sample, with_lora
 from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
@@ -55,16 +55,16 @@ def test_a_model_of_another_loader_streams(foreign: ModelPatcher, native: ModelP
     assert all(spec.source is not None for spec in specs)
 
 
-def test_a_model_without_a_factory_streams_from_its_memory(foreign: ModelPatcher, native: ModelPatcher) -> None:
+def test_a_model_without_a_factory_streams_from_its_memory(foreign: ModelPatcher, plain: torch.Tensor) -> None:
     foreign.cached_patcher_init = None
     sample(foreign)
     model = settings_node(foreign)
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert model.status()["mode"] == "streamed"
     assert model.streamed.name == "Flux"
     theirs = foreign.model.diffusion_model.img_in.weight
     assert theirs.data_ptr() in {spec.original.data_ptr() for spec in model.streamer.blocks.specs}
-    assert torch.equal(sample(foreign), sample(native))
+    assert torch.equal(sample(foreign), plain)
     assert settings_node(model, mode="off").model is foreign.model
 
 
@@ -76,45 +76,46 @@ def test_a_model_that_cannot_be_copied_passes_through(foreign: ModelPatcher, cap
     assert "left as it is: its modules cannot be copied" in caplog.text
 
 
-def test_what_hangs_on_the_model_comes_along(foreign: ModelPatcher, native: ModelPatcher) -> None:
-    expected = sample(with_lora(native, 0.7))
+def test_what_hangs_on_the_model_comes_along(
+    foreign: ModelPatcher, plain: torch.Tensor, plain_with_lora: Patched
+) -> None:
+    expected = plain_with_lora(0.7)
     assert torch.equal(sample(settings_node(with_lora(foreign, 0.7))), expected)
     assert torch.equal(sample(with_lora(settings_node(foreign), 0.7)), expected)
-    assert torch.equal(sample(settings_node(foreign)), sample(native))
+    assert torch.equal(sample(settings_node(foreign)), plain)
     seen = []
     foreign.set_model_unet_function_wrapper(
         lambda run, args: seen.append(1) or run(args["input"], args["timestep"], **args["c"])
     )
-    assert torch.equal(sample(settings_node(foreign)), sample(native))
+    assert torch.equal(sample(settings_node(foreign)), plain)
     assert seen
 
 
-def test_the_model_that_came_in_is_left_alone(foreign: ModelPatcher, native: ModelPatcher) -> None:
+def test_the_model_that_came_in_is_left_alone(foreign: ModelPatcher, plain: torch.Tensor) -> None:
     model = settings_node(foreign)
-    expected = sample(native)
     for _ in range(2):
-        assert torch.equal(sample(model), expected)
-        assert torch.equal(sample(foreign), expected)
+        assert torch.equal(sample(model), plain)
+        assert torch.equal(sample(foreign), plain)
     assert not isinstance(foreign, StreamedModelPatcher)
     assert model.model is not foreign.model
 
 
-def test_other_settings_load_no_second_time(foreign: ModelPatcher, native: ModelPatcher) -> None:
+def test_other_settings_load_no_second_time(foreign: ModelPatcher, plain: torch.Tensor) -> None:
     first = settings_node(foreign)
     second = settings_node(foreign, mode="sync")
     assert second.model is first.model
     for model, streams in ((first, 2), (second, 0), (first, 2)):
-        assert torch.equal(sample(model), sample(native))
+        assert torch.equal(sample(model), plain)
         assert len(model.streamer.backend._streams) == streams
 
 
 @pytest.mark.parametrize("budget", [24 * MB, 64 * MB], ids=["streamed", "resident"])
 def test_patches_in_its_weights_are_no_reason_to_load_it_anew(
-    foreign: ModelPatcher, native: ModelPatcher, virtual_device: Device, budget: int
+    foreign: ModelPatcher, plain_with_lora: Patched, virtual_device: Device, budget: int
 ) -> None:
     virtual_device(budget)
     first = settings_node(foreign)
-    expected = sample(with_lora(native, 0.7))
+    expected = plain_with_lora(0.7)
     for _ in range(2):
         assert torch.equal(sample(with_lora(first, 0.7)), expected)
         assert settings_node(foreign, copy_streams=1).model is first.model
@@ -148,7 +149,7 @@ def test_off_is_the_hosts_own_way(streamed: Load, foreign: ModelPatcher, native:
         assert torch.equal(sample(again), expected)
 
 
-def test_settings_of_a_streamed_model(streamed: Load, native: ModelPatcher) -> None:
+def test_settings_of_a_streamed_model(streamed: Load, native: ModelPatcher, plain: torch.Tensor) -> None:
     model = streamed(64 * MB)
     assert model.status()["pinned_bytes"] == 0
     limited = with_settings(model, OffloadSettings(vram_limit=14 * MB, pinned_limit=5 * MB, prefetch_depth=1))
@@ -161,14 +162,14 @@ def test_settings_of_a_streamed_model(streamed: Load, native: ModelPatcher) -> N
     plan = limited.streamer.plan
     assert plan.staging_bytes <= 2 * max(segment.nbytes for segment in plan.segments)
     assert "this model's limit of 5.2 MB page-locked memory is reached" in status["note"]
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert model.status()["mode"] == "resident"
 
 
-def test_page_locking_on_and_off(streamed: Load, native: ModelPatcher) -> None:
+def test_page_locking_on_and_off(streamed: Load, plain: torch.Tensor) -> None:
     for setting, locked in (("off", False), ("on", True), ("auto", True)):
         model = settings_node(streamed(), pin_memory=setting)
-        assert torch.equal(sample(model), sample(native))
+        assert torch.equal(sample(model), plain)
         model.streamer.finish_building()
         assert (model.status()["pinned_bytes"] > 0) is locked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 from placing import Machine, place
 from prompts import output
-from sampling import MB, MODEL, sample, with_lora
+from sampling import MB, MODEL, SIDE, TOKENS, with_lora
+from sampling import sample as sample_in_steps
 from torch import nn
 from weightstream.nodes.loader import WEIGHT_DTYPES, load_streamed
 from weightstream.nodes.model import following
@@ -26,6 +28,12 @@ import nodes as host_nodes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Make = Callable[[], Any]
+Moment = Callable[[Make, Write], list[torch.Tensor]]
+
+
+def sample(model: Any) -> torch.Tensor:
+    """In two steps: the first after loading, and one that follows another. Most tests sample a MODEL several times."""
+    return sample_in_steps(model, steps=2)
 
 
 def from_host() -> Any:
@@ -33,8 +41,22 @@ def from_host() -> Any:
         return host_nodes.UNETLoader().load_unet(MODEL, "default")[0]
 
 
+@pytest.fixture(scope="module")
+def plain(native: Any) -> torch.Tensor:
+    return sample(native)
+
+
+@functools.cache
+def written(write: Write) -> torch.Tensor:
+    """What the host's own MODEL gives after this, whenever that was. Needs the fixture ``plain``, or any behind
+    ``native``: the host's first sampling is thrown away."""
+    model = from_host()
+    change(model, write)
+    return sample(model)
+
+
 @pytest.fixture
-def ways(models: Any, native: Any, machine: Machine) -> dict[str, Make]:
+def ways(models: Any, plain: torch.Tensor, machine: Machine) -> dict[str, Make]:
     """Every way to a streamed MODEL of the tiny FLUX."""
 
     def loader() -> Any:
@@ -105,7 +127,6 @@ def with_patches_in(make: Make, write: Write) -> list[torch.Tensor]:
 CASES = [(write, moment) for moment in (before_loading, while_loaded) for write in WRITES]
 CASES += [(write, unloaded_at_once) for write in ("scale", "change_one_number_by_data", "set_parameters")]
 CASES += [(write, when_unloaded) for write in ("write_bytes", "write_by_pointers", "wrap_parameters", "normalise")]
-CASES += [(write, with_patches_in) for write in ("scale", "set_data", "load_state_dict")]
 WAYS = ("loader", "settings", "split")
 
 
@@ -114,12 +135,31 @@ WAYS = ("loader", "settings", "split")
     [(WAYS[number % len(WAYS)], *case) for number, case in enumerate(CASES)],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_what_was_written_counts(ways: dict[str, Make], native: Any, way: str, write: str, moment: Any) -> None:
-    expected = moment(from_host, WRITES[write])
-    assert not torch.equal(expected[0], sample(native))
+def test_what_was_written_counts(
+    ways: dict[str, Make], plain: torch.Tensor, way: str, write: str, moment: Moment
+) -> None:
+    expected = written(WRITES[write])
+    assert not torch.equal(expected, plain)
     mm.unload_all_models()
-    found = moment(ways[way], WRITES[write])
+    for found in moment(ways[way], WRITES[write]):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("way", "write"), [*zip(WAYS, ("scale", "set_data", "load_state_dict"), strict=True)])
+def test_what_was_written_counts_with_patches_in_it(
+    ways: dict[str, Make], plain: torch.Tensor, way: str, write: str
+) -> None:
+    expected = with_patches_in(from_host, WRITES[write])
+    assert not torch.equal(expected[0], plain)
+    mm.unload_all_models()
+    found = with_patches_in(ways[way], WRITES[write])
     assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(expected)
+
+
+@pytest.mark.parametrize("moment", [before_loading, while_loaded, unloaded_at_once, when_unloaded])
+def test_the_host_does_not_ask_when_it_was_written(ways: dict[str, Make], moment: Moment) -> None:
+    for found in moment(from_host, WRITES["scale"]):
+        assert torch.equal(found, written(WRITES["scale"]))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -150,7 +190,7 @@ def test_weights_that_were_handed_out_and_not_written_to_are_not_laid_out_anew(
 
 
 def test_a_write_between_two_loads_survives_memory_that_others_needed(ways: dict[str, Make]) -> None:
-    expected = while_loaded(from_host, scale)[0]
+    expected = written(scale)
     mm.unload_all_models()
     model = ways["loader"]()
     sample(model)
@@ -230,24 +270,29 @@ def hung_on_the_model(model: Any) -> Any:
     return model
 
 
+def exchanged(model: Any, exchange: Any) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        changed = exchange(model)
+    return [sample(one) for one in (changed, model, changed)]
+
+
+@functools.cache
+def exchanged_by_the_host(exchange: Any) -> list[torch.Tensor]:
+    return exchanged(from_host(), exchange)
+
+
 @pytest.mark.parametrize("exchange", [exchanged_by_a_patch, wrapped_by_a_patch, hung_on_the_model])
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_that_others_have_brought_run_with_their_patches(
-    ways: dict[str, Make], native: Any, machine: Machine, way: str, exchange: Any
+    ways: dict[str, Make], plain: torch.Tensor, way: str, exchange: Any
 ) -> None:
-    def run(model: Any) -> list[torch.Tensor]:
-        with torch.inference_mode():
-            changed = exchange(model)
-        return [sample(one) for one in (changed, model, changed)]
-
-    plain = sample(native)
-    expected = run(from_host())
+    expected = exchanged_by_the_host(exchange)
     assert torch.equal(expected[1], plain)
     assert not torch.equal(expected[0], plain)
     mm.unload_all_models()
     Watched.moved = 0
     model = ways[way]()
-    found = run(model)
+    found = exchanged(model, exchange)
     assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * 3
     assert Watched.moved > 0 or exchange is not hung_on_the_model
     mm.unload_all_models()
@@ -285,15 +330,15 @@ def tie_layers(model: Any) -> None:
     ("write", "moment"), [(tie_weights, before_loading), (tie_layers, before_loading), (tie_layers, while_loaded)]
 )
 def test_blocks_on_several_devices_that_come_to_share_weights_run_on_one(
-    ways: dict[str, Make], native: Any, caplog: pytest.LogCaptureFixture, write: Write, moment: Any
+    ways: dict[str, Make], plain: torch.Tensor, caplog: pytest.LogCaptureFixture, write: Write, moment: Moment
 ) -> None:
-    expected = moment(from_host, write)
-    assert not torch.equal(expected[0], sample(native))
+    expected = written(write)
+    assert not torch.equal(expected, plain)
     mm.unload_all_models()
     model = ways["split"]()
     with caplog.at_level("INFO"):
         found = moment(lambda: model, write)
-    assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(expected)
+    assert all(torch.equal(one, expected) for one in found)
     assert "all blocks run on virtual:0: single_blocks.0 shares weights" in caplog.text.replace("diffusion_model.", "")
     assert [bool(streamer.blocks.blocks) for streamer in model.streamers] == [True, False]
 
@@ -302,7 +347,7 @@ def test_blocks_on_several_devices_that_come_to_share_weights_run_on_one(
 def test_a_weight_in_the_place_of_another_does_not_go_with_the_copy_that_it_was_of(
     ways: dict[str, Make], way: str
 ) -> None:
-    expected = while_loaded(from_host, tie_weights)[0]
+    expected = written(tie_weights)
     mm.unload_all_models()
     model = ways[way]()
     sample(model)
@@ -314,7 +359,9 @@ def test_a_weight_in_the_place_of_another_does_not_go_with_the_copy_that_it_was_
         mm.unload_all_models()
 
 
-def test_blocks_that_share_no_weights_any_more_run_on_several_devices(ways: dict[str, Make], native: Any) -> None:
+def test_blocks_that_share_no_weights_any_more_run_on_several_devices(
+    ways: dict[str, Make], plain: torch.Tensor
+) -> None:
     model = ways["split"]()
     block = model.model.diffusion_model.single_blocks[0]
     before = block.linear2
@@ -323,7 +370,7 @@ def test_blocks_that_share_no_weights_any_more_run_on_several_devices(ways: dict
     block.linear2 = before
     for _ in range(3):
         mm.unload_all_models()
-        assert torch.equal(sample(model), sample(native))
+        assert torch.equal(sample(model), plain)
     assert all(streamer.blocks.blocks for streamer in model.streamers)
 
 
@@ -365,8 +412,8 @@ def test_gradients_through_what_streams_are_refused(ways: dict[str, Make]) -> No
     model = ways["loader"]()
     latents = sample(model)
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(1, 16, 16, 16, generator=generator).requires_grad_()
-    inputs = {"context": torch.randn(1, 16, 768, generator=generator), "y": torch.zeros(1, 768)}
+    x = torch.randn(1, 16, SIDE, SIDE, generator=generator).requires_grad_()
+    inputs = {"context": torch.randn(1, TOKENS, 768, generator=generator), "y": torch.zeros(1, 768)}
     with torch.inference_mode():
         mm.load_models_gpu([model])
     with pytest.raises(GradientError, match=r"recorded through diffusion_model\.double_blocks\.\d, which streams"):
@@ -382,21 +429,26 @@ def weight_exchanged_by_a_patch(model: Any) -> Any:
     return model
 
 
+def in_this_order(model: Any, order: str) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        exchanged = weight_exchanged_by_a_patch(model)
+    return [sample(exchanged if one == "x" else model) for one in order]
+
+
+@functools.cache
+def in_this_order_by_the_host(order: str) -> list[torch.Tensor]:
+    return in_this_order(from_host(), order)
+
+
 @pytest.mark.parametrize("order", ["xx-x-", "-x-xx"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_weight_that_an_object_patch_exchanges_has_patches_while_it_is_there(
     ways: dict[str, Make], way: str, order: str
 ) -> None:
     """ComfyUI patches it when it loads these patches, and not where the same MODEL runs twice without a break."""
-
-    def latents(plain: Any) -> list[torch.Tensor]:
-        with torch.inference_mode():
-            exchanged = weight_exchanged_by_a_patch(plain)
-        return [sample(exchanged if one == "x" else plain) for one in order]
-
-    expected = latents(from_host())
+    expected = in_this_order_by_the_host(order)
     mm.unload_all_models()
-    found = latents(ways[way]())
+    found = in_this_order(ways[way](), order)
     assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(order)
 
 
@@ -413,19 +465,18 @@ def swap_weights(model: Any) -> None:
     one.weight, other.weight = other.weight, one.weight
 
 
-def tie_weights(model: Any) -> None:
+def tie_neighbours(model: Any) -> None:
     one, other = (model.model.diffusion_model.single_blocks[number].linear2 for number in (1, 2))
     one.weight = other.weight
 
 
-@pytest.mark.parametrize("write", [set_parameter, swap_weights, tie_weights, take_bias_away, scale])
+@pytest.mark.parametrize("write", [set_parameter, swap_weights, tie_neighbours, take_bias_away, scale])
 @pytest.mark.parametrize("inputs", [{"devices": "gpu:1"}, {"split": "equal"}], ids=["other", "split"])
 def test_what_was_changed_before_it_was_placed_counts(
-    models: Any, machine: Machine, write: Write, inputs: dict[str, str]
+    models: Any, plain: torch.Tensor, machine: Machine, write: Write, inputs: dict[str, str]
 ) -> None:
-    theirs = from_host()
-    change(theirs, write)
-    expected = sample(theirs)
+    expected = written(write)
+    assert not torch.equal(expected, plain)
     mm.unload_all_models()
     machine(2, 30 * MB)
     with torch.inference_mode():

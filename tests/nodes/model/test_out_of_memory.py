@@ -11,7 +11,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from sampling import LORA, MB, sample, with_lora
+from sampling import LORA, MB, SIDE, TOKENS, sample, with_lora
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 
 import nodes as host_nodes
@@ -25,8 +25,8 @@ def sample_with_hooks(model: Any) -> torch.Tensor:
     hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=1.0)
     generator = torch.Generator().manual_seed(1)
     extras = {"pooled_output": torch.randn(1, 768, generator=generator), "hooks": hooks}
-    conditioning = [[torch.randn(1, 16, 768, generator=generator), extras]]
-    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    conditioning = [[torch.randn(1, TOKENS, 768, generator=generator), extras]]
+    latent = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
     with torch.inference_mode():
         result = host_nodes.common_ksampler(model, 3, 4, 1.0, "euler", "simple", conditioning, conditioning, latent)
     return result[0]["samples"]
@@ -75,12 +75,12 @@ def test_hooks_stay_when_a_reload_has_no_room(
 
 
 def test_no_room_in_a_load_means_a_smaller_plan(
-    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+    streamed: Load, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = streamed(64 * MB)
     placement = model.streamer.site.placement
     monkeypatch.setattr(placement, "carry_out", fail_in_calls(placement.carry_out, 0, 1))
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 def test_a_step_that_runs_again_has_all_that_a_controlnet_gave(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
 from comfy_extras.nodes_model_merging import ModelSubtract
-from sampling import MB, MODEL, sample, sample_with_hook, with_lora
+from sampling import MB, MODEL, Patched, sample, sample_with_hook, with_lora
 from weightstream.nodes.host import devices
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.offload import Mode, OffloadSettings
@@ -69,9 +69,11 @@ BUDGETS = {
 
 
 @pytest.mark.parametrize("case", BUDGETS)
-def test_latents_are_the_hosts_with_and_without_lora(split_model: Split, native: ModelPatcher, case: str) -> None:
+def test_latents_are_the_hosts_with_and_without_lora(
+    split_model: Split, plain: torch.Tensor, plain_with_lora: Patched, case: str
+) -> None:
     budgets, streams = BUDGETS[case]
-    expected = {strength: sample(with_lora(native, strength) if strength else native) for strength in (0.0, 0.7)}
+    expected = {0.0: plain, 0.7: plain_with_lora(0.7)}
     model = split_model(*budgets)
     for strength in (0.0, 0.7, 0.7, 0.0):
         for _ in range(2):
@@ -86,18 +88,17 @@ def test_latents_are_the_hosts_with_and_without_lora(split_model: Split, native:
     assert torch.equal(sample(model), expected[0.0])
 
 
-def test_every_device_has_the_share_that_was_asked_for(split_model: Split, native: ModelPatcher) -> None:
+def test_every_device_has_the_share_that_was_asked_for(split_model: Split, plain: torch.Tensor) -> None:
     model = split_model(60 * MB, 60 * MB, shares=[3, 1])
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     blocks = [streamer.outline.model_bytes - streamer.outline.rest_bytes for streamer in model.streamers]
     assert blocks[0] / sum(blocks) == pytest.approx(0.75, abs=0.1)
     assert [streamer.backend.name for streamer in model.streamers] == ["virtual:0", "virtual:1"]
 
 
-def test_the_host_takes_memory_on_the_device_where_it_is_needed(split_model: Split, native: ModelPatcher) -> None:
-    expected = sample(native)
+def test_the_host_takes_memory_on_the_device_where_it_is_needed(split_model: Split, plain: torch.Tensor) -> None:
     model = split_model(30 * MB, 30 * MB)
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     part = model.parts[0]
     loaded = [entry.model for entry in mm.current_loaded_models]
     assert part in loaded
@@ -105,22 +106,24 @@ def test_the_host_takes_memory_on_the_device_where_it_is_needed(split_model: Spl
     freed = part.partially_unload(part.offload_device, before // 2)
     assert freed >= before // 2
     assert model.loaded_size() == ours
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     mm.unload_model_and_clones(part)
     part.detach()
     assert part.streamer.state is State.UNLOADED
     with torch.inference_mode():
         mm.load_models_gpu([model])  # Alone, as some nodes do.
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
 
 
 @pytest.mark.parametrize("mode", [comfy.hooks.EnumHookMode.MinVram, comfy.hooks.EnumHookMode.MaxSpeed])
-def test_hooks_write_to_the_weights_of_all_devices(split_model: Split, native: ModelPatcher, mode: Any) -> None:
-    expected = sample_with_hook(native, mode), sample(native)
+def test_hooks_write_to_the_weights_of_all_devices(
+    split_model: Split, native: ModelPatcher, plain: torch.Tensor, mode: Any
+) -> None:
+    expected = sample_with_hook(native, mode)
     model = split_model(14 * MB, 14 * MB)
     for _ in range(2):
-        assert torch.equal(sample_with_hook(model, mode), expected[0])
-        assert torch.equal(sample(model), expected[1])
+        assert torch.equal(sample_with_hook(model, mode), expected)
+        assert torch.equal(sample(model), plain)
 
 
 def test_saved_weights_are_those_of_all_devices(split_model: Split, native: ModelPatcher) -> None:
@@ -142,8 +145,7 @@ def test_clones_have_parts_with_their_patches(split_model: Split) -> None:
     assert model.parts[0]._owner is model
 
 
-def test_an_interrupt_leaves_nothing_bound(split_model: Split, native: ModelPatcher) -> None:
-    expected = sample(native)
+def test_an_interrupt_leaves_nothing_bound(split_model: Split, plain: torch.Tensor) -> None:
     model = split_model(14 * MB, 14 * MB)
     sample(model)
 
@@ -157,7 +159,7 @@ def test_an_interrupt_leaves_nothing_bound(split_model: Split, native: ModelPatc
     handle.remove()
     boundary = model.streamed.boundary
     assert (boundary._visits, len(boundary._mirrors)) == ([], 0)
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
 
 
 # -- any MODEL over several devices ------------------------------------------------------------------------------------
@@ -181,43 +183,41 @@ def incoming(
         return comfy.sd.load_diffusion_model(str(models / MODEL))
 
 
-def test_what_comes_in_is_left_as_it_is(incoming: ModelPatcher, native: ModelPatcher) -> None:
-    expected, patched = sample(native), sample(with_lora(native, 0.7))
+def test_what_comes_in_is_left_as_it_is(incoming: ModelPatcher, plain: torch.Tensor, plain_with_lora: Patched) -> None:
     model = over(with_lora(incoming, 0.7), 2)
-    assert torch.equal(sample(model), patched)
+    assert torch.equal(sample(model), plain_with_lora(0.7))
     assert len(model.streamers) == 2
-    assert torch.equal(sample(incoming), expected)
-    assert torch.equal(sample(with_lora(over(incoming, 2), 0.7)), patched)
+    assert torch.equal(sample(incoming), plain)
+    assert torch.equal(sample(with_lora(over(incoming, 2), 0.7)), plain_with_lora(0.7))
 
 
-def test_what_did_not_change_is_not_loaded_anew(incoming: ModelPatcher, native: ModelPatcher) -> None:
+def test_what_did_not_change_is_not_loaded_anew(incoming: ModelPatcher, plain: torch.Tensor) -> None:
     first = over(incoming, 2, "ratio", [2, 1])
     assert over(with_lora(incoming, 0.3), 2, "ratio", [2, 1]).model is first.model
     other = over(incoming, 2, "equal")
     assert other.model is not first.model
     for model in (first, other, first):
-        assert torch.equal(sample(model), sample(native))
+        assert torch.equal(sample(model), plain)
 
 
-def test_settings_behind_it_hold_for_all_devices(incoming: ModelPatcher, native: ModelPatcher) -> None:
-    expected = sample(native)
+def test_settings_behind_it_hold_for_all_devices(incoming: ModelPatcher, plain: torch.Tensor) -> None:
     model = over(incoming, 2)
     for mode, name in ((Mode.SYNC, "synchronous"), (Mode.STREAM, "streamed")):
         changed = with_settings(model, OffloadSettings(mode=mode))
-        assert torch.equal(sample(changed), expected)
+        assert torch.equal(sample(changed), plain)
         assert modes(changed) == [name] * 2
     off = with_settings(model, OffloadSettings(mode=Mode.OFF))
     assert not isinstance(off, StreamedModelPatcher)
     assert off.get_additional_models() == []
-    assert torch.equal(sample(off), expected)
+    assert torch.equal(sample(off), plain)
 
 
-def test_another_device_gets_the_whole_model(incoming: ModelPatcher, native: ModelPatcher) -> None:
+def test_another_device_gets_the_whole_model(incoming: ModelPatcher, plain: torch.Tensor) -> None:
     model = over(incoming, 2)
     with torch.inference_mode():
         whole = model.deepclone_multigpu(torch.device("cpu", 1))
     assert whole.parts == []
-    assert torch.equal(sample(whole), sample(native))
+    assert torch.equal(sample(whole), plain)
 
 
 @pytest.mark.parametrize("case", BUDGETS)
@@ -268,24 +268,22 @@ def test_a_split_goes_with_the_model_that_came_in(incoming: ModelPatcher) -> Non
 
 @pytest.mark.parametrize("limit", [None, 13 * MB])
 def test_settings_in_front_of_it_hold_and_may_change(
-    incoming: ModelPatcher, native: ModelPatcher, limit: int | None
+    incoming: ModelPatcher, plain: torch.Tensor, limit: int | None
 ) -> None:
-    expected = sample(native)
     for mode, name in ((Mode.STREAM, "streamed"), (Mode.SYNC, "synchronous"), (Mode.STREAM, "streamed")):
         changed = over(with_settings(incoming, OffloadSettings(mode=mode, vram_limit=limit)), 2)
-        assert torch.equal(sample(changed), expected)
+        assert torch.equal(sample(changed), plain)
         assert modes(changed) == [name] * 2
         assert max(streamer.device_bytes for streamer in changed.streamers) <= (limit or 14 * MB)
 
 
-def test_two_nodes_may_split_one_model_differently(incoming: ModelPatcher, native: ModelPatcher) -> None:
-    expected = sample(native)
+def test_two_nodes_may_split_one_model_differently(incoming: ModelPatcher, plain: torch.Tensor) -> None:
     first, second = over(incoming, 2, "equal"), over(incoming, 2, "ratio", [3, 2])
     for _ in range(2):
         assert over(incoming, 2, "equal").model is first.model
         assert over(incoming, 2, "ratio", [3, 2]).model is second.model
-        assert torch.equal(sample(first), expected)
-        assert torch.equal(sample(second), expected)
+        assert torch.equal(sample(first), plain)
+        assert torch.equal(sample(second), plain)
     third = over(incoming, 2, "ratio", [2, 3])
     assert over(incoming, 2, "equal").model is not first.model, "the oldest has gone"
     assert over(incoming, 2, "ratio", [2, 3]).model is third.model
@@ -341,14 +339,14 @@ def test_a_lora_that_is_extracted(split_model: Split, native: ModelPatcher, tmp_
         assert torch.allclose(found[name].float(), expected[name].float(), atol=1e-2), name
 
 
-def test_parts_have_the_patches_of_the_clone_that_is_loaded_alone(split_model: Split, native: ModelPatcher) -> None:
+def test_parts_have_the_patches_of_the_clone_that_is_loaded_alone(split_model: Split, plain: torch.Tensor) -> None:
     model = split_model(60 * MB, 60 * MB)
     patched = with_lora(model, 0.7)
     sample(patched)
     with torch.inference_mode():
         mm.load_models_gpu([model])
     assert [part.streamed.loaded() for part in model.parts] == model.parts
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 def test_a_part_whose_model_nobody_has_any_more_is_unloaded(split_model: Split, native: ModelPatcher) -> None:

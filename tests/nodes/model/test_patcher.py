@@ -13,7 +13,7 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
-from sampling import MB, MODEL, sample, with_lora
+from sampling import MB, MODEL, Patched, sample, with_lora
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.patches import HostPatches
@@ -46,20 +46,21 @@ def test_the_model_streams_and_the_latents_are_the_hosts(streamed: Load, native:
 
 
 @pytest.mark.parametrize("limit", [14 * MB, 24 * MB, 28 * MB, 33 * MB, None])
-def test_any_limit_gives_the_same_latents(streamed: Load, native: ModelPatcher, limit: int | None) -> None:
+def test_any_limit_gives_the_same_latents(streamed: Load, plain: torch.Tensor, limit: int | None) -> None:
     model = streamed(64 * MB, vram_limit=limit)
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert model.status()["device_peak_bytes"] <= (limit or 64 * MB)
     assert model.loaded_size() == model.status()["device_bytes"]
     assert (model.status()["mode"] == "resident") is (limit is None)
 
 
 @pytest.mark.parametrize("limit", [24 * MB, 33 * MB, None])
-def test_lora_on_changed_and_off(streamed: Load, native: ModelPatcher, limit: int | None) -> None:
+def test_lora_on_changed_and_off(
+    streamed: Load, plain: torch.Tensor, plain_with_lora: Patched, limit: int | None
+) -> None:
     model = streamed(64 * MB, vram_limit=limit)
-    plain = sample(native)
     for strength in (1.0, 0.4, 0.4, -0.7):
-        expected = sample(with_lora(native, strength))
+        expected = plain_with_lora(strength)
         assert not torch.equal(expected, plain)
         assert torch.equal(sample(with_lora(model, strength)), expected)
     assert torch.equal(sample(model), plain)
@@ -112,7 +113,7 @@ def test_switching_a_lora_off_touches_changed_weights_only(streamed: Load, monke
     assert computed == []
 
 
-def test_memory_pressure_between_two_samplings(streamed: Load, native: ModelPatcher) -> None:
+def test_memory_pressure_between_two_samplings(streamed: Load, plain: torch.Tensor) -> None:
     model = streamed(64 * MB, vram_limit=33 * MB)
     first = sample(model)
     before = model.status()
@@ -122,24 +123,24 @@ def test_memory_pressure_between_two_samplings(streamed: Load, native: ModelPatc
     assert before["device_bytes"] - after["device_bytes"] >= 4 * MB
     assert model.loaded_size() == after["device_bytes"]
     assert after["resident_bytes"] < before["resident_bytes"]
-    assert torch.equal(first, sample(native))
+    assert torch.equal(first, plain)
     # The host offers the memory again with the next prompt, and it is used again.
     assert torch.equal(sample(model), first)
     assert model.status()["resident_bytes"] == before["resident_bytes"]
 
 
-def test_more_pressure_than_streaming_can_meet_unloads_the_model(streamed: Load, native: ModelPatcher) -> None:
+def test_more_pressure_than_streaming_can_meet_unloads_the_model(streamed: Load, plain: torch.Tensor) -> None:
     model = streamed(64 * MB, vram_limit=33 * MB)
     sample(model)
     assert press(model, 30 * MB)
     assert model.status()["device_bytes"] == 0
     assert model.loaded_size() == 0
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
-def test_pressure_with_a_lora(streamed: Load, native: ModelPatcher) -> None:
+def test_pressure_with_a_lora(streamed: Load, plain_with_lora: Patched) -> None:
     model = with_lora(streamed(64 * MB), 0.6)
-    expected = sample(with_lora(native, 0.6))
+    expected = plain_with_lora(0.6)
     for amount in (3 * MB, 9 * MB, 2 * MB):
         assert torch.equal(sample(model), expected)
         press(model, amount)
@@ -147,7 +148,7 @@ def test_pressure_with_a_lora(streamed: Load, native: ModelPatcher) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 2, 5])
-def test_an_interrupt_inside_a_block_and_a_good_run_after_it(streamed: Load, native: ModelPatcher, block: int) -> None:
+def test_an_interrupt_inside_a_block_and_a_good_run_after_it(streamed: Load, plain: torch.Tensor, block: int) -> None:
     model = streamed()
     sample(model)
     diffusion_model = model.model.diffusion_model
@@ -159,7 +160,7 @@ def test_an_interrupt_inside_a_block_and_a_good_run_after_it(streamed: Load, nat
     handle.remove()
     for name, value in model.model.state_dict().items():
         assert torch.equal(value, state[name]), f"{name} was left bound to staging memory"
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 def test_a_freed_model_gives_all_memory_back(streamed: Load, virtual_device: Callable[[int], VirtualMemory]) -> None:
@@ -174,7 +175,7 @@ def test_a_freed_model_gives_all_memory_back(streamed: Load, virtual_device: Cal
     assert memory.allocated == 0
 
 
-def test_unloading_everything_and_running_again(streamed: Load, native: ModelPatcher) -> None:
+def test_unloading_everything_and_running_again(streamed: Load, plain: torch.Tensor) -> None:
     model = streamed()
     first = sample(model)
     mm.unload_all_models()
@@ -182,24 +183,23 @@ def test_unloading_everything_and_running_again(streamed: Load, native: ModelPat
     assert model.status()["mode"] == "off"
     assert model.model.device == model.offload_device
     assert torch.equal(sample(model), first)
-    assert torch.equal(first, sample(native))
+    assert torch.equal(first, plain)
 
 
 def test_a_second_model_takes_the_place_of_the_first(
-    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+    streamed: Load, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = streamed(24 * MB)
     memory = first.streamer.backend.store
     second = streamed(24 * MB)
     second.streamer.backend.store = memory
-    expected = sample(native)
     for model in (first, second, first):
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), plain)
         assert memory.allocated <= memory.budget
 
 
 def test_a_failing_load_leaves_the_model_unloaded(
-    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+    streamed: Load, plain_with_lora: Patched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_lora(streamed(), 0.5)
 
@@ -211,10 +211,10 @@ def test_a_failing_load_leaves_the_model_unloaded(
         with pytest.raises(RuntimeError, match="adapter is damaged"):
             sample(model)
     assert model.status()["device_bytes"] == 0
-    assert torch.equal(sample(model), sample(with_lora(native, 0.5)))
+    assert torch.equal(sample(model), plain_with_lora(0.5))
 
 
-def test_object_patches_of_other_nodes(streamed: Load, native: ModelPatcher) -> None:
+def test_object_patches_of_other_nodes(streamed: Load, native: ModelPatcher, plain: torch.Tensor) -> None:
     def patched(base: ModelPatcher) -> ModelPatcher:
         # A V3 node gives its output in a NodeOutput, an older one in a tuple.
         result = ModelSamplingFlux.execute(base, 2.0, 0.3, 256, 256) if hasattr(ModelSamplingFlux, "execute") else None
@@ -222,12 +222,12 @@ def test_object_patches_of_other_nodes(streamed: Load, native: ModelPatcher) -> 
 
     model = streamed()
     expected = sample(patched(native))
-    assert not torch.equal(expected, sample(native))
+    assert not torch.equal(expected, plain)
     assert torch.equal(sample(patched(model)), expected)
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
-def test_another_compute_dtype(streamed: Load, native: ModelPatcher) -> None:
+def test_another_compute_dtype(streamed: Load, native: ModelPatcher, plain: torch.Tensor) -> None:
     def half(base: ModelPatcher) -> ModelPatcher:
         clone = base.clone()
         clone.set_model_compute_dtype(torch.bfloat16)
@@ -235,12 +235,12 @@ def test_another_compute_dtype(streamed: Load, native: ModelPatcher) -> None:
 
     model = streamed()
     expected = sample(half(native))
-    assert not torch.equal(expected, sample(native))
+    assert not torch.equal(expected, plain)
     assert torch.equal(sample(half(model)), expected)
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
-def test_a_weight_wrapper_acts_on_streamed_weights(streamed: Load, native: ModelPatcher) -> None:
+def test_a_weight_wrapper_acts_on_streamed_weights(streamed: Load, native: ModelPatcher, plain: torch.Tensor) -> None:
     def negated(base: ModelPatcher) -> ModelPatcher:
         clone = base.clone()
         clone.add_weight_wrapper("diffusion_model.double_blocks.1.img_attn.proj.weight", torch.neg)
@@ -248,9 +248,9 @@ def test_a_weight_wrapper_acts_on_streamed_weights(streamed: Load, native: Model
 
     model = streamed()
     expected = sample(negated(native))
-    assert not torch.equal(expected, sample(native))
+    assert not torch.equal(expected, plain)
     assert torch.equal(sample(negated(model)), expected)
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 def test_merging_reads_the_original_weights(streamed: Load) -> None:
@@ -263,7 +263,7 @@ def test_merging_reads_the_original_weights(streamed: Load) -> None:
     assert torch.equal(patched.get_key_patches()[key][0][0], original)
 
 
-def test_the_factory_brings_the_streaming_back(streamed: Load, native: ModelPatcher) -> None:
+def test_the_factory_brings_the_streaming_back(streamed: Load, plain: torch.Tensor) -> None:
     model = streamed()
     factory, arguments = model.cached_patcher_init
     again = factory(*arguments, disable_dynamic=True)
@@ -273,10 +273,10 @@ def test_the_factory_brings_the_streaming_back(streamed: Load, native: ModelPatc
     deep = model.deepclone_multigpu()
     assert type(deep) is StreamedModelPatcher
     assert deep.streamer is not model.streamer
-    assert torch.equal(sample(deep), sample(native))
+    assert torch.equal(sample(deep), plain)
 
 
-def test_to_another_device_and_back(streamed: Load, native: ModelPatcher) -> None:
+def test_to_another_device_and_back(streamed: Load, plain: torch.Tensor) -> None:
     """A clone for another device gets a backend for it; here the other is one that nothing streams to."""
     model = streamed()
     sample(model)
@@ -285,7 +285,7 @@ def test_to_another_device_and_back(streamed: Load, native: ModelPatcher) -> Non
         model.load(torch.device("meta"), full_load=True)
     model.streamer.move_to(CpuBackend(VirtualMemory(64 * MB)))
     assert first.allocated == 0
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
 
 
 def test_several_small_models_give_way_together(models: Path, virtual_device: Callable[[int], VirtualMemory]) -> None:
@@ -296,7 +296,7 @@ def test_several_small_models_give_way_together(models: Path, virtual_device: Ca
         assert memory.allocated <= memory.budget
 
 
-def test_forced_patches_and_letting_go_twice(streamed: Load, native: ModelPatcher) -> None:
+def test_forced_patches_and_letting_go_twice(streamed: Load, plain_with_lora: Patched) -> None:
     model = with_lora(streamed(), 0.5)
     with torch.inference_mode():
         mm.load_models_gpu([model], force_patch_weights=True)
@@ -305,7 +305,7 @@ def test_forced_patches_and_letting_go_twice(streamed: Load, native: ModelPatche
         model.detach()
         assert model.partially_unload(model.offload_device, 1) == 0
     assert model.loaded_size() == 0
-    assert torch.equal(sample(model), sample(with_lora(native, 0.5)))
+    assert torch.equal(sample(model), plain_with_lora(0.5))
 
 
 def test_a_patch_on_a_buffer(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_a_patch_on_one_name_of_a_weight_with_two_is_refused(streamed: Load, fir
 
 
 def test_two_models_of_one_prompt_make_room_for_each_other(
-    models: Path, virtual_device: Callable[[int], VirtualMemory], native: ModelPatcher
+    models: Path, virtual_device: Callable[[int], VirtualMemory], plain_with_lora: Patched
 ) -> None:
     memory = virtual_device(60 * MB)
     first, second = (with_lora(load_streamed(str(models / MODEL), {}), 0.5) for _ in range(2))
@@ -350,7 +350,7 @@ def test_two_models_of_one_prompt_make_room_for_each_other(
     assert first.loaded_size() > 0
     assert second.loaded_size() > 0
     assert memory.allocated <= memory.budget
-    expected = sample(with_lora(native, 0.5))
+    expected = plain_with_lora(0.5)
     assert torch.equal(sample(first), expected)
     assert torch.equal(sample(second), expected)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from reads import Reads
-from sampling import MB, MODEL, sample, sample_with_hook, settle, with_lora
+from sampling import MB, MODEL, Patched, sample, sample_with_hook, settle, with_lora
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 
 Load = Callable[..., StreamedModelPatcher]
@@ -36,15 +36,15 @@ def test_a_second_prompt_and_a_clone_read_nothing(streamed: Load, reads: Reads, 
 
 @pytest.mark.parametrize("limit", [14 * MB, None])
 def test_a_lora_reads_nothing_and_what_it_changed_is_read_when_it_goes(
-    streamed: Load, native: ModelPatcher, reads: Reads, limit: int | None
+    streamed: Load, plain: torch.Tensor, plain_with_lora: Patched, reads: Reads, limit: int | None
 ) -> None:
     model = streamed(64 * MB, vram_limit=limit)
     settle(model)
     patched = with_lora(model, 0.5)
     reads.reset()
-    assert torch.equal(sample(patched), sample(with_lora(native, 0.5)))
+    assert torch.equal(sample(patched), plain_with_lora(0.5))
     assert reads.nbytes == 0, "it is computed from the copies that are there"
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     model.streamer.finish_building()
     units = [
         unit for unit in model.streamer.blocks.units if any(spec.name in patched.patches for spec in unit.layout.specs)
@@ -54,7 +54,7 @@ def test_a_lora_reads_nothing_and_what_it_changed_is_read_when_it_goes(
     assert reads.nbytes <= file_bytes(model, names)
 
 
-def test_after_unloading_only_what_was_resident_is_read(streamed: Load, native: ModelPatcher, reads: Reads) -> None:
+def test_after_unloading_only_what_was_resident_is_read(streamed: Load, plain: torch.Tensor, reads: Reads) -> None:
     model = streamed(64 * MB, vram_limit=28 * MB)
     settle(model)
     blocks, placement = model.streamer.blocks, model.streamer.site.placement
@@ -68,7 +68,7 @@ def test_after_unloading_only_what_was_resident_is_read(streamed: Load, native: 
     }
     mm.unload_all_models()
     reads.reset()
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     model.streamer.finish_building()
     assert reads.tensors == without_master
 
@@ -88,11 +88,11 @@ def written_bytes(name: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 @pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode))
 def test_weight_hooks_while_copies_are_built(
-    streamed: Load, native: ModelPatcher, reads: Reads, mode: comfy.hooks.EnumHookMode
+    streamed: Load, native: ModelPatcher, plain: torch.Tensor, reads: Reads, mode: comfy.hooks.EnumHookMode
 ) -> None:
     expected = sample_with_hook(native, mode)
     reads.seconds, reads.only = 0.05, "weightstream-build"
     model = streamed(64 * MB, vram_limit=14 * MB)
     assert torch.equal(sample_with_hook(model, mode), expected)
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert written_bytes(MODEL) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from placing import Machine, place
-from sampling import MB, sample, sample_with_hook, with_lora
+from sampling import MB, Patched, sample, sample_with_hook, with_lora
 from weightstream.nodes.model import shares
 from weightstream.nodes.model.shares import Shares
 from weightstream.nodes.model.sharing import _times
@@ -108,38 +108,37 @@ def test_a_device_that_is_filled_in_mid_run_gets_nothing(
     assert [streamer.state for streamer in model.streamers] == [State.UNLOADED] * len(budgets)
 
 
-def test_a_device_that_is_filled_between_prompts(split: Callable, native: ModelPatcher, announced: list[str]) -> None:
-    expected = sample(native)
+def test_a_device_that_is_filled_between_prompts(split: Callable, plain: torch.Tensor, announced: list[str]) -> None:
     model, memories = split(16 * MB, 16 * MB)
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     mm.unload_all_models()
     memories[1].budget = MB
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     assert blocks_of(model)[1] == 0
     assert "virtual:1 is full, so its blocks go to the other devices" in announced
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_the_home_is_filled_in_mid_run(split: Callable, native: ModelPatcher, count: int) -> None:
-    expected = sample(native)
+def test_the_home_is_filled_in_mid_run(
+    split: Callable, plain: torch.Tensor, plain_with_lora: Patched, count: int
+) -> None:
     model, _ = split(*[40 * MB] * count)
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     before = blocks_of(model)
     handle = fill(model, 0)
     for _ in range(2):
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), plain)
     assert blocks_of(model)[0] == 0
     assert model.streamer.snapshot().blocks == 0
     handle.remove()
     assert sum(blocks_of(model)) == sum(before)
-    assert torch.equal(sample(with_lora(model, 0.7)), sample(with_lora(native, 0.7)))
+    assert torch.equal(sample(with_lora(model, 0.7)), plain_with_lora(0.7))
 
 
 @pytest.mark.parametrize("full", [(1, 2), (0, 2), (0, 1, 2)])
-def test_several_devices_are_full(split: Callable, native: ModelPatcher, full: tuple[int, ...]) -> None:
-    expected = sample(native)
+def test_several_devices_are_full(split: Callable, plain: torch.Tensor, full: tuple[int, ...]) -> None:
     model, _ = split(60 * MB, 60 * MB, 60 * MB)
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
 
     def fail(module: torch.nn.Module, *_: object) -> None:
         for device in full:
@@ -151,32 +150,33 @@ def test_several_devices_are_full(split: Callable, native: ModelPatcher, full: t
         with pytest.raises(torch.OutOfMemoryError):
             sample(model)
     else:
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), plain)
         assert [device for device, count in enumerate(blocks_of(model)) if count == 0] == list(full)
     for handle in handles:
         handle.remove()
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
 
 
 @pytest.mark.parametrize("words", FULL)
-def test_the_full_device_is_found(split: Callable, native: ModelPatcher, words: str) -> None:
-    expected = sample(native)
+def test_the_full_device_is_found(split: Callable, plain: torch.Tensor, words: str) -> None:
     model, _ = split(16 * MB, 16 * MB)
     handle = fill(model, 1, words)
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     assert blocks_of(model)[1] == 0
     handle.remove()
 
 
 @pytest.mark.parametrize("mode", [comfy.hooks.EnumHookMode.MinVram, comfy.hooks.EnumHookMode.MaxSpeed])
-def test_hooks_are_in_the_weights_wherever_they_go(split: Callable, native: ModelPatcher, mode: Any) -> None:
-    expected = sample_with_hook(native, mode), sample(native)
+def test_hooks_are_in_the_weights_wherever_they_go(
+    split: Callable, native: ModelPatcher, plain: torch.Tensor, mode: Any
+) -> None:
+    expected = sample_with_hook(native, mode)
     model, _ = split(16 * MB, 16 * MB)
-    assert torch.equal(sample_with_hook(model, mode), expected[0])
+    assert torch.equal(sample_with_hook(model, mode), expected)
     handle = fill(model, 1)
-    assert torch.equal(sample_with_hook(model, mode), expected[0])
+    assert torch.equal(sample_with_hook(model, mode), expected)
     handle.remove()
-    assert torch.equal(sample(model), expected[1])
+    assert torch.equal(sample(model), plain)
 
 
 def test_another_error_is_no_reason(split: Callable) -> None:
@@ -198,35 +198,34 @@ def test_another_error_is_no_reason(split: Callable) -> None:
 
 
 def test_lasting_pressure_changes_shares_and_a_passing_one_does_not(
-    split: Callable, native: ModelPatcher, announced: list[str]
+    split: Callable, plain: torch.Tensor, announced: list[str]
 ) -> None:
-    expected = sample(native)
     model, memories = split(18 * MB, 18 * MB)
     for _ in range(3):
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), plain)
     before = blocks_of(model)
     mm.unload_all_models()
     for budgets in ((30, 10), (18, 18), (30, 10)):
         for memory, budget in zip(memories, budgets, strict=True):
             memory.budget = budget * MB
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), plain)
         mm.unload_all_models()
         assert blocks_of(model) == before
     assert "memory or speed of its devices has changed" not in announced
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     assert "memory or speed of its devices has changed" in announced
     assert blocks_of(model)[1] < before[1]
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
 
 
-def test_shares_that_the_user_chose_stay(split: Callable, native: ModelPatcher) -> None:
+def test_shares_that_the_user_chose_stay(split: Callable, plain: torch.Tensor) -> None:
     model, memories = split(18 * MB, 18 * MB, split="ratio", ratio="50,50")
     sample(model)
     before = blocks_of(model)
     mm.unload_all_models()
     memories[1].budget = 12 * MB
     for _ in range(3):
-        assert torch.equal(sample(model), sample(native))
+        assert torch.equal(sample(model), plain)
     assert blocks_of(model) == before
 
 
@@ -281,39 +280,37 @@ def test_a_slower_link_gets_less_before_anything_was_measured(split: Callable, m
     assert found.assignment.devices.count(0) > 1.5 * found.assignment.devices.count(1)
 
 
-def test_shares_that_the_user_chose_come_back(split: Callable, native: ModelPatcher) -> None:
-    expected = sample(native)
+def test_shares_that_the_user_chose_come_back(split: Callable, plain: torch.Tensor) -> None:
     model, _ = split(60 * MB, 60 * MB, split="equal")
     sample(model)
     before = blocks_of(model)
     handle = fill(model, 1)
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     assert blocks_of(model) == [sum(before), 0]
     handle.remove()
     for _ in range(2):
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), plain)
     assert blocks_of(model) == before
 
 
 def test_a_compiled_model_with_functions_of_others_in_its_blocks_runs_at_home(
-    split: Callable, native: ModelPatcher, announced: list[str], monkeypatch: pytest.MonkeyPatch
+    split: Callable, plain: torch.Tensor, announced: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = sample(native)
     model, _ = split(60 * MB, 60 * MB)
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model), plain)
     before = blocks_of(model)
     monkeypatch.setattr(type(model), "_is_compiled", lambda self: True)
     mm.unload_all_models()
     block = model.streamed.placed[-1][0]
     block.forward = block.forward
     for _ in range(3):
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), plain)
         assert blocks_of(model) == [sum(before), 0]
     (text,) = {text for text in announced if text.startswith("all blocks run on virtual:0: the model is compiled")}
     assert "diffusion_model.single_blocks.3 holds functions of another node" in text
     assert text in [notice["text"] for notice in notices.describe_notices()]
     del block.forward
     for _ in range(3):
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), plain)
     assert blocks_of(model) == before
     assert text not in [notice["text"] for notice in notices.describe_notices()]

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
-from sampling import MB, sample, settle, with_lora
+from sampling import MB, Patched, sample, settle, with_lora
 from weightstream.nodes.host import devices
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.page import routes
@@ -46,11 +45,11 @@ class Damage:
         return event
 
 
-def test_nothing_is_found_where_nothing_is_wrong(verifying: None, streamed: Load, native: ModelPatcher) -> None:
+def test_nothing_is_found_where_nothing_is_wrong(verifying: None, streamed: Load, plain_with_lora: Patched) -> None:
     model = streamed(64 * MB, vram_limit=24 * MB)
     assert model.streamer.config.verify
     for strength in (0.0, 0.6, 0.0):
-        assert torch.equal(sample(with_lora(model, strength)), sample(with_lora(native, strength)))
+        assert torch.equal(sample(with_lora(model, strength)), plain_with_lora(strength))
     now = model.status()
     assert (now["mode"], now["counters"]["corrupted"], now["note"]) == ("streamed", 0, "")
 
@@ -59,13 +58,13 @@ def test_nothing_is_found_where_nothing_is_wrong(verifying: None, streamed: Load
 def test_a_damaged_copy_is_found_and_the_latents_are_the_hosts(
     verifying: None,
     streamed: Load,
-    native: ModelPatcher,
+    plain_with_lora: Patched,
     strength: float,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = with_lora(streamed(64 * MB, vram_limit=24 * MB), strength)
-    expected = sample(with_lora(native, strength))
+    expected = plain_with_lora(strength)
     settle(model)
     model.streamer.drain()
     damage = Damage(model, monkeypatch)
@@ -87,26 +86,26 @@ def test_a_damaged_copy_is_found_and_the_latents_are_the_hosts(
 
 
 def test_a_first_prompt_with_damage(
-    verifying: None, streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+    verifying: None, streamed: Load, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the file through the reader's ring, residents among it."""
     model = streamed(64 * MB, vram_limit=28 * MB)
     damage = Damage(model, monkeypatch)
     damage.wanted = 5
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert model.status()["counters"]["corrupted"] >= 1
     assert model.status()["mode"] == "synchronous"
 
 
 def test_without_the_variable_damage_shows(
-    streamed: Load, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+    streamed: Load, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = streamed(64 * MB, vram_limit=24 * MB)
     settle(model)
     model.streamer.drain()
     assert not model.streamer.config.verify
     Damage(model, monkeypatch).wanted = 1
-    assert not torch.equal(sample(model), sample(native))
+    assert not torch.equal(sample(model), plain)
     assert model.status()["counters"]["corrupted"] == 0
 
 

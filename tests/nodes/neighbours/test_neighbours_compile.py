@@ -14,7 +14,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
 from placing import Machine, place
 from prompts import check_streams, output
-from sampling import MB, sample, with_lora
+from sampling import MB, Patched, sample, with_lora
 
 Load = Callable[..., Any]
 Compile = Callable[[Any], Any]
@@ -74,40 +74,38 @@ def graphs() -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_compiled_models(streamed: Load, native: ModelPatcher, way: str) -> None:
+def test_compiled_models(streamed: Load, plain: torch.Tensor, plain_with_lora: Patched, way: str) -> None:
     """Compiled after the loader, with and without LoRA before and behind it, and the model that is not compiled."""
-    expected, patched = sample(native), sample(with_lora(native, 0.6))
     model = streamed()
     compiled = WAYS[way](model)
     for _ in range(2):
-        check_streams(lambda: sample(compiled), model, expected)
+        check_streams(lambda: sample(compiled), model, plain)
     assert graphs() > 0
     made = graphs()
-    check_streams(lambda: sample(compiled), model, expected)
-    check_streams(lambda: sample(with_lora(compiled, 0.6)), model, patched)
-    check_streams(lambda: sample(WAYS[way](with_lora(model, 0.6))), model, patched)
+    check_streams(lambda: sample(compiled), model, plain)
+    check_streams(lambda: sample(with_lora(compiled, 0.6)), model, plain_with_lora(0.6))
+    check_streams(lambda: sample(WAYS[way](with_lora(model, 0.6))), model, plain_with_lora(0.6))
     assert graphs() <= 2 * made, "every prompt compiles anew"
-    check_streams(lambda: sample(model), model, expected)
+    check_streams(lambda: sample(model), model, plain)
     assert model.status()["counters"]["misses"] == 0
 
 
-def test_blocks_with_a_compiled_one_in_their_place(streamed: Load, native: ModelPatcher) -> None:
+def test_blocks_with_a_compiled_one_in_their_place(streamed: Load, plain: torch.Tensor) -> None:
     """Without LoRA, whose layers the host does not find under the names that they have then."""
-    model, expected = streamed(), sample(native)
+    model = streamed()
     compiled = in_place_of_blocks(model)
     for each in (compiled, compiled, model, compiled):
-        check_streams(lambda each=each: sample(each), model, expected)
+        check_streams(lambda each=each: sample(each), model, plain)
     assert graphs() > 0
 
 
-def test_a_model_that_ran_before_it_is_compiled(streamed: Load, native: ModelPatcher) -> None:
+def test_a_model_that_ran_before_it_is_compiled(streamed: Load, plain: torch.Tensor) -> None:
     """Hooks are there already, on parts of blocks; compiled, blocks stream as a whole; then in parts again."""
-    expected = sample(native)
     model = streamed()
     parts = []
     for each in (model, whole(model), model):
         for _ in range(2):
-            check_streams(lambda each=each: sample(each), model, expected)
+            check_streams(lambda each=each: sample(each), model, plain)
         parts.append(model.status()["segments"])
     assert parts[1] == 6
     assert min(parts[0], parts[2]) > 6
@@ -123,34 +121,34 @@ def test_a_block_is_one_graph(streamed: Load, native: ModelPatcher) -> None:
     assert 0 < graphs() <= theirs + 2
 
 
-def test_memory_pressure_under_a_compiled_model(streamed: Load, native: ModelPatcher) -> None:
+def test_memory_pressure_under_a_compiled_model(streamed: Load, plain: torch.Tensor) -> None:
     """Compiled while everything is resident and nothing hooked; then it streams."""
-    expected = sample(native)
     model = streamed(64 * MB)
     compiled = whole(model)
-    assert torch.equal(sample(compiled), expected)
+    assert torch.equal(sample(compiled), plain)
     assert model.status()["mode"] == "resident"
     model.streamer.backend.store.budget = 24 * MB
     assert model.partially_unload(model.offload_device, 20 * MB) > 0
     for _ in range(2):
-        check_streams(lambda: sample(compiled), model, expected)
+        check_streams(lambda: sample(compiled), model, plain)
 
 
 @pytest.mark.parametrize("way", [*WAYS, "in place of blocks"])
 @pytest.mark.parametrize("budget", [14 * MB, 40 * MB], ids=["it streams", "it fits"])
 # Each function is compiled for each device, which here shows in the kind of tensors alone.
 @torch._dynamo.config.patch(cache_size_limit=16)
-def test_compiled_over_two_devices(loaded: Any, machine: Machine, native: ModelPatcher, way: str, budget: int) -> None:
+def test_compiled_over_two_devices(
+    loaded: Any, machine: Machine, plain: torch.Tensor, plain_with_lora: Patched, way: str, budget: int
+) -> None:
     """Compiled behind the placement: what crosses between devices is not compiled."""
-    expected, patched = sample(native), sample(with_lora(native, 0.6))
     machine(2, budget)
     model = place(loaded, split="equal")[0]
     compile_it = {**WAYS, "in place of blocks": in_place_of_blocks}[way]
     compiled, compiled_with_lora = compile_it(model), compile_it(with_lora(model, 0.6))
     for _ in range(2):
-        assert torch.equal(sample(compiled), expected)
-        assert torch.equal(sample(compiled_with_lora), patched)
-        assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(compiled), plain)
+        assert torch.equal(sample(compiled_with_lora), plain_with_lora(0.6))
+        assert torch.equal(sample(model), plain)
     assert len(model.streamers) == 2
     assert [streamer.counters.steps > 0 for streamer in model.streamers] == [True, True]
     assert graphs() > 0

@@ -35,6 +35,7 @@ from comfy_extras.nodes_rope import ScaleROPE
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
 from comfy_extras.nodes_tcfg import TCFG
 from prompts import Change, check_same, conditioning, guided, latent, output
+from sampling import SIDE
 
 Load = Callable[..., Any]
 
@@ -72,6 +73,10 @@ SKIPPING: dict[str, Change] = {
 }
 
 
+in_four_steps = partial(guided, steps=4)
+high = partial(guided, image=latent(16))
+
+
 @pytest.mark.parametrize("node", GUIDANCE)
 def test_guidance(streamed: Load, native: Any, node: str) -> None:
     check_same(streamed(), native, GUIDANCE[node])
@@ -89,7 +94,7 @@ def test_rotary_positions_are_scaled(streamed: Load, native: Any) -> None:
 @pytest.mark.parametrize("blocks", SKIPPING)
 def test_layers_are_skipped(streamed: Load, native: Any, blocks: str) -> None:
     """A call of the model without some blocks lies between two whole ones: what was copied ahead is not what runs."""
-    check_same(streamed(), native, SKIPPING[blocks], partial(guided, steps=4))
+    check_same(streamed(), native, SKIPPING[blocks], in_four_steps)
 
 
 @pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
@@ -118,16 +123,16 @@ def test_context_windows(streamed: Load, native: Any, schedule: str, freenoise: 
     """Windows over the height of the latents, so that each step calls the model several times."""
 
     def windowed(model: Any) -> Any:
-        return output(ContextWindowsManualNode.execute(model, 10, 4, schedule, 1, False, "pyramid", 2, freenoise))
+        return output(ContextWindowsManualNode.execute(model, 6, 2, schedule, 1, False, "pyramid", 2, freenoise))
 
-    check_same(streamed(), native, windowed, partial(guided, image=latent(24)))
+    check_same(streamed(), native, windowed, high)
 
 
 def test_differential_diffusion(streamed: Load, native: Any) -> None:
     generator = torch.Generator().manual_seed(5)
     image = {
-        "samples": torch.randn(1, 16, 16, 16, generator=generator),
-        "noise_mask": torch.rand(1, 1, 16, 16, generator=generator),
+        "samples": torch.randn(1, 16, SIDE, SIDE, generator=generator),
+        "noise_mask": torch.rand(1, 1, SIDE, SIDE, generator=generator),
     }
     check_same(
         streamed(),

@@ -20,7 +20,7 @@ from comfy_extras.nodes_hooks import (
     SetHookKeyframes,
 )
 from prompts import check_streams, conditioning, guided
-from sampling import LORA, MB, with_lora
+from sampling import LORA, MB, SIDE, with_lora
 
 Load = Callable[..., Any]
 Hooks = comfy.hooks.HookGroup
@@ -70,8 +70,8 @@ def test_scheduled_hooks(streamed: Load, native: ModelPatcher, hooks: str, mode:
 
 def test_a_default_prompt_for_where_no_hook_acts(streamed: Load, native: ModelPatcher) -> None:
     def run(model: Any) -> torch.Tensor:
-        mask = torch.zeros(1, 16, 16)
-        mask[:, :8] = 1.0
+        mask = torch.zeros(1, SIDE, SIDE)
+        mask[:, : SIDE // 2] = 1.0
         (half,) = ConditioningSetProperties().set_properties(
             conditioning(1), 1.0, "default", mask=mask, hooks=with_keyframes()
         )

@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_execution.progress import NodeState, get_progress_state
 from held import check_nothing_is_held, held_by_others
 from reads import Reads
-from sampling import MB, sample, with_lora
+from sampling import MB, Patched, sample, with_lora
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.tell import status
 from weightstream.streaming import format_bytes
@@ -64,11 +64,11 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Page:
 
 @pytest.mark.parametrize("limit", [14 * MB, None])
 def test_bar_and_text_while_a_model_is_read(
-    streamed: Load, native: ModelPatcher, reads: Reads, page: Page, limit: int | None
+    streamed: Load, plain: torch.Tensor, reads: Reads, page: Page, limit: int | None
 ) -> None:
     reads.seconds = 0.4
     model = streamed(64 * MB, vram_limit=limit, node_id=NODE)
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert page.nodes == {NODE}
     done, totals = zip(*page.bars, strict=True)
     assert list(done) == sorted(done)
@@ -98,14 +98,14 @@ def test_nothing_is_shown_without_a_node(streamed: Load, reads: Reads, page: Pag
 
 
 def test_steps_and_builders_that_wait_after_loading_show_nothing(
-    streamed: Load, native: ModelPatcher, reads: Reads, page: Page
+    streamed: Load, plain: torch.Tensor, plain_with_lora: Patched, reads: Reads, page: Page
 ) -> None:
     reads.seconds, reads.only = 0.1, "weightstream-build"
     model = streamed(24 * MB, node_id=NODE)
-    assert torch.equal(sample(with_lora(model, 0.5)), sample(with_lora(native, 0.5)))
+    assert torch.equal(sample(with_lora(model, 0.5)), plain_with_lora(0.5))
     shown = len(page.bars)
     model.streamer.finish_building()
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     assert len(page.bars) == shown
 
 
@@ -131,7 +131,7 @@ def cancel_when(condition: Callable[[], bool]) -> tuple[threading.Thread, list[f
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("phase", ["load", "first step"])
 def test_cancelling_while_weights_are_read(
-    streamed: Load, native: ModelPatcher, reads: Reads, phase: str, lora: bool
+    streamed: Load, native: ModelPatcher, plain: torch.Tensor, reads: Reads, phase: str, lora: bool
 ) -> None:
     def patched(model: ModelPatcher) -> ModelPatcher:
         return with_lora(model, 0.5) if lora else model
@@ -154,13 +154,13 @@ def test_cancelling_while_weights_are_read(
         assert memory.allocated == 0
     reads.seconds = 0.0
     assert torch.equal(sample(patched(model)), expected)
-    assert torch.equal(sample(model), sample(native))
+    assert torch.equal(sample(model), plain)
     model = None  # The thread's condition knows it too.
     check_nothing_is_held(memory, before)
 
 
 def test_cancelling_when_everything_has_just_arrived(
-    streamed: Load, native: ModelPatcher, reads: Reads, page: Page
+    streamed: Load, plain: torch.Tensor, reads: Reads, page: Page
 ) -> None:
     """The first step's end tells that loading is over, which is where the interrupt comes out then."""
     reads.seconds = 0.4
@@ -172,4 +172,4 @@ def test_cancelling_when_everything_has_just_arrived(
     handle.remove()
     assert page.bars
     for _ in range(2):
-        assert torch.equal(sample(model), sample(native))
+        assert torch.equal(sample(model), plain)
