@@ -362,14 +362,15 @@ def _fill_environment(venv: Path, comfyui: Path) -> None:
 def compile_once(python: Path, comfyui: Path) -> None:
     """Write the byte code of a ComfyUI that is ours.
 
-    Where PYTHONDONTWRITEBYTECODE is set, its first run would not, and each start would take two seconds longer.
+    Where PYTHONDONTWRITEBYTECODE is set Python would not, and each start would take two seconds longer.
     """
     mark = comfyui / f".compiled-{python_tag()}"
     if not mark.exists():
         command = [os.fspath(python), "-m", "compileall", "-q", os.fspath(comfyui)]
         # A file that is for another Python is no error of ours.
         subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-        mark.touch()
+        with contextlib.suppress(OSError):  # A cache that is read-only.
+            mark.touch()
 
 
 def can_import(python: Path, *modules: str) -> bool:

@@ -107,7 +107,7 @@ class Backend(ABC):
 
     @property
     def is_virtual(self) -> bool:
-        """Whether the device is one in RAM, which the host knows nothing of."""
+        """Whether the device is one in RAM, for which no GPU is needed."""
         return self.budget is not None
 
     def is_full(self, error: BaseException) -> bool:

@@ -1,9 +1,9 @@
 """Sums of what lies on the device, which show writes that torch has not counted (*Note: who has written*).
 
-A sum is taken modulo 2^64 of words of 64 bits, each times an odd number of its own. So another word is always noticed,
-and words that changed places are unless they differ in a few of their highest bits alone. The number of a word in a
-large tensor is that of its column and twice that of its row, when the words are laid out as a table. So they need not
-be multiplied one by one, which would take as much memory again.
+A sum is taken modulo 2^64 of words of 64 bits, each times an odd number. So one other word is always noticed. Several
+other words, and words that changed places, are noticed too, unless their differences happen to cancel out. The number
+of a word in a large tensor is made of those of its column, its row and its diagonal, when the words are laid out as a
+table: so they need not be multiplied one by one, which would take as much memory again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .layout import Value
 # More words of 8 bytes than this are laid out as a table.
 MOST_WORDS = 1 << 16
 
-# The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), and its
-# increment, as signed numbers.
+# Increment and factors of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014),
+# as signed numbers. The shifts are arithmetic here, so a few numbers are the same.
 _INCREMENT, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
@@ -48,12 +48,16 @@ class Summing:
 
 
 def _as_table(words: torch.Tensor) -> torch.Tensor:
-    """Return what is left to be multiplied: the sum of each column, that of each row, doubled, and words behind the
-    last row."""
+    """Return what is left to be multiplied: the sums of columns, those of rows and diagonals, doubled so that the
+    number of each word is odd, and the words behind the last row."""
     columns = 1 << words.numel().bit_length() // 2
     rows = words.numel() // columns
-    table, rest = words[: rows * columns].view(rows, columns), words[rows * columns :]
-    return torch.cat([table.sum(0), table.sum(1).mul_(2), rest])
+    inside, rest = words[: rows * columns], words[rows * columns :]
+    table = inside.view(rows, columns)
+    # In rows that are longer by one, what was on a diagonal is in a column.
+    longer = inside.numel() // (columns + 1)
+    diagonals = inside[: longer * (columns + 1)].view(longer, columns + 1).sum(0)
+    return torch.cat([table.sum(0), table.sum(1).mul_(2), diagonals.mul_(2), rest])
 
 
 def _mix(numbers: torch.Tensor) -> torch.Tensor:

@@ -51,13 +51,13 @@ class Listener(Protocol):
 class Hooks:
     """The hooks that tell one listener, to which they refer weakly.
 
-    Those of units are made once, however often they are attached: to hide one from torch.compile takes 25 objects, and
-    so many new ones have Python's collector look through all objects of the host (collector.py).
+    Those of layers are made once, however often they are attached: to hide one from torch.compile takes 25 objects, and
+    so many new ones have Python's collector look through all objects of the process (collector.py).
     """
 
     def __init__(self, listener: Listener) -> None:
         self._who = weakref.ref(listener)
-        self._of_units: dict[int, tuple[Callable[..., None], Callable[..., None]]] = {}
+        self._of_layers: dict[int, tuple[Callable[..., None], Callable[..., None]]] = {}
 
     def attach(
         self, root: nn.Module, blocks: Iterable[tuple[int, nn.Module]], units: Iterable[tuple[int, nn.Module]]
@@ -72,15 +72,17 @@ class Hooks:
         for number, module in blocks:
             entries.watch(module, _block_begins(who, number), _block_ends(who, number))
         for number, module in units:
-            has_parts = any(True for _ in module.children())
-            entries.watch(module, *self._hooks_of(number), always_ends=False, methods=has_parts)
+            if any(True for _ in module.children()):  # Other methods of it are entries too.
+                entries.watch(module, _unit_begins(who, number), _unit_ends(who, number), always_ends=False)
+            else:
+                entries.watch(module, *self._hooks_of_layer(number), always_ends=False, methods=False)
         return entries
 
-    def _hooks_of(self, unit: int) -> tuple[Callable[..., None], Callable[..., None]]:
-        hooks = self._of_units.get(unit)
+    def _hooks_of_layer(self, unit: int) -> tuple[Callable[..., None], Callable[..., None]]:
+        hooks = self._of_layers.get(unit)
         if hooks is None:
             hooks = hidden(_unit_begins(self._who, unit)), hidden(_unit_ends(self._who, unit))
-            self._of_units[unit] = hooks
+            self._of_layers[unit] = hooks
         return hooks
 
 

@@ -32,22 +32,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
-    """One for all tests of this folder. Its event loop would be in the way of other files' own."""
+def program() -> str:
+    """The browser. Skips the test where there is none, but not in CI."""
     try:
-        program = find_chromium()
+        return find_chromium()
     except NoBrowser as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Ends with each file: its event loop would be in the way of other files' own."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=program(), args=ARGUMENTS)
         yield browser
         browser.close()
 
 
-@pytest.fixture(scope="package", params=["own", "newest"])
+@pytest.fixture(scope="session", params=["own", "newest"])
 def frontend(request: pytest.FixtureRequest) -> list[str]:
     """The host's arguments for the page that its ComfyUI asks for, and for the newest that was tried."""
     if request.param == "own":
@@ -64,9 +68,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("host")
 
 
-@pytest.fixture(scope="package")
-def host(browser: Browser, frontend: list[str], base: Path) -> Iterator[HeadlessHost]:
-    """Asks for the browser first: without one nothing has to be started."""
+@pytest.fixture(scope="session")
+def host(frontend: list[str], base: Path) -> Iterator[HeadlessHost]:
+    """One for each page, for all files. Without a browser nothing has to be started."""
+    program()
     environ = {"WEIGHTSTREAM_VIRTUAL": DEVICES, "CUDA_VISIBLE_DEVICES": ""}
     host = HeadlessHost(os.environ["COMFYUI_PATH"], base, cpu=True, page=True, arguments=frontend, environ=environ)
     host.prepare()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+FOLDER = Path(__file__).resolve().parent
 
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    if report.when == "call" and report.outcome == "passed":
+
+def is_here(report: pytest.TestReport, config: pytest.Config) -> bool:
+    """Whether the test is of this folder."""
+    return (config.rootpath / report.nodeid.partition("::")[0]).resolve().parent == FOLDER
+
+
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
+    if report.when == "call" and report.outcome == "passed" and is_here(report, config):
         return "passed", ".", f"PASSED in {report.duration:.1f} s"
     return None
 
@@ -18,7 +27,8 @@ class TellsFailures:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
-        if report.failed and reporter is not None:  # One of several processes has none.
+        # One of several processes has no reporter.
+        if report.failed and reporter is not None and is_here(report, self._config):
             reporter.write_line("")
             reporter.write_line(report.longreprtext)
 

@@ -113,9 +113,11 @@ def native(models: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def plain(native: Any) -> torch.Tensor:
-    """What :func:`sample` gives with the host's own MODEL, and so with ours."""
-    return sample(native)
+def plain(native: Any) -> Iterator[torch.Tensor]:
+    """What :func:`sample` gives with the host's own MODEL, and so with ours; also when all tests have run."""
+    latent = sample(native)
+    yield latent.clone()
+    assert torch.equal(sample(native), latent), "the host's own MODEL, or the host, is not what it was"
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def free(host: HeadlessHost) -> dict[str, Any]:
 
 
 class Running:
-    """Takes the place of :class:`HeadlessHost` for who starts one like ``host``, which runs already and goes on."""
+    """Stands in for :class:`HeadlessHost` in code that would start one like ``host``, which runs already."""
 
     def __init__(self, host: HeadlessHost) -> None:
         self._host = host
@@ -56,7 +56,7 @@ class Running:
         assert Path(comfyui) == self._host.comfyui
         assert options.pop("cpu")
         assert options.pop("environ").items() <= self._host.environ.items()
-        assert not any(options.values())
+        assert not options
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -123,7 +123,7 @@ def forget_tables() -> None:
 
 @functools.lru_cache(maxsize=1)
 def tables(modules: int) -> list[Any]:
-    """Of the host in all modules that are there, which are so many."""
+    """The host's caches; looked for again when there are more modules."""
     return [
         kept
         for kept in gc.get_objects()

@@ -92,7 +92,7 @@ def write_encoder(family: Family, path: Path, seed: int = 0) -> None:
         name: torch.randn(weight.shape, generator=generator).mul_(0.05).to(torch.float16)
         for name, weight in getattr(built[0], family.name).transformer.state_dict().items()
     }
-    # The small T5 has no such block as the host knows the real one by: a tensor that nobody takes.
+    # The host knows a T5 by a tensor of its last block, which the small one lacks: nobody loads the one that is added.
     save_file({name: hint.half() for name, hint in hints.items()} | weights | pieces, path)
 
 

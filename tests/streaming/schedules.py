@@ -58,7 +58,12 @@ class Schedule:
         except BaseException as error:
             self._errors.append(error)
         self._ended[number] = True
-        self._wake(self._choose())
+        chosen = None
+        try:
+            chosen = self._choose()
+        except BaseException as error:
+            self._errors.append(error)
+        self._wake(chosen)
 
     def point(self, may_run: Callable[[], bool] = _always) -> None:
         """Before an operation on what is shared: go on when it is this thread's turn, and ``may_run``."""

@@ -14,8 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from servers import Running
 
+from tools import demo
 from tools.host import HeadlessHost
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -176,6 +178,7 @@ def test_watching_is_measured(
     done = subprocess.run([sys.executable, str(FOLDER / "watching.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(benchmarks.watching, "HeadlessHost", Running(two_gpus))
+    monkeypatch.setattr(demo, "find_machine", lambda: demo.Machine(None, torch.__version__))
     arguments = ("--pairs", "1", "--steps", "2", "--idle", "0.1", "--out", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["watching.py", *arguments])
     benchmarks.watching.main()

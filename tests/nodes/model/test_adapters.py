@@ -199,7 +199,7 @@ def test_any_sequence_of_patches(streamed: Load, native: ModelPatcher, seed: int
     loaded = originals(model)
     plain = sample(native, steps=1)
     walk = Walk(model, native, seed)
-    expected = functools.cache(functools.partial(sample, steps=1))  # Of a MODEL that comes again the host says it once.
+    expected = functools.cache(functools.partial(sample, steps=1))  # The host samples each MODEL once.
     for _ in range(30):
         ours, theirs = walk.step()
         assert torch.equal(sample(ours, steps=1), expected(theirs))

@@ -21,7 +21,7 @@ from weightstream.nodes.model import following
 from weightstream.nodes.model.patches import HostPatches
 from weightstream.nodes.settings import AsyncOffloadSettings
 from weightstream.streaming import GradientError, State
-from writes import WRITES, Write, scale, take_bias_away
+from writes import WRITES, Write, scale, take_bias_away, weights
 
 import nodes as host_nodes
 
@@ -91,7 +91,7 @@ def before_loading(make: Make, write: Write) -> list[torch.Tensor]:
 def while_loaded(make: Make, write: Write) -> list[torch.Tensor]:
     """Then for the next run, and when it was unloaded."""
     model = make()
-    sample(model)
+    sample_in_steps(model, steps=3)  # From the third step on it has the plan that stays.
     change(model, write)
     latents = [sample(model)]
     mm.unload_all_models()
@@ -145,6 +145,20 @@ def test_what_was_written_counts(
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_written_to_weights_of_before_counts(ways: dict[str, Make], plain: torch.Tensor, way: str) -> None:
+    """Somebody keeps what an unloaded model shows, and writes to that while the model points at copies."""
+    expected = written(scale)
+    assert not torch.equal(expected, plain)
+    model = ways[way]()
+    kept = weights(model)
+    sample(model)
+    with torch.inference_mode():
+        for held in kept.values():
+            held.mul_(1.5)  # As scale does.
+    assert torch.equal(sample(model), expected)
+
+
 @pytest.mark.parametrize(("way", "write"), [*zip(WAYS, ("scale", "set_data", "load_state_dict"), strict=True)])
 def test_what_was_written_counts_with_patches_in_it(
     ways: dict[str, Make], plain: torch.Tensor, way: str, write: str
@@ -156,10 +170,19 @@ def test_what_was_written_counts_with_patches_in_it(
     assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(expected)
 
 
-@pytest.mark.parametrize("moment", [before_loading, while_loaded, unloaded_at_once, when_unloaded])
-def test_the_host_does_not_ask_when_it_was_written(ways: dict[str, Make], moment: Moment) -> None:
-    for found in moment(from_host, WRITES["scale"]):
-        assert torch.equal(found, written(WRITES["scale"]))
+REPLACING = ("set_data", "wrap_parameters", "normalise", "take_bias_away")
+
+
+@pytest.mark.parametrize(
+    ("write", "moment"),
+    [
+        *(("scale", moment) for moment in (before_loading, while_loaded, unloaded_at_once, when_unloaded)),
+        *((write, while_loaded) for write in REPLACING),
+    ],
+)
+def test_the_host_does_not_ask_when_it_was_written(ways: dict[str, Make], write: str, moment: Moment) -> None:
+    for found in moment(from_host, WRITES[write]):
+        assert torch.equal(found, written(WRITES[write]))
 
 
 @pytest.mark.parametrize("way", WAYS)

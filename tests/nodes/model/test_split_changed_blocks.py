@@ -184,7 +184,7 @@ def run(name: str, change: Callable[[Any, Home], None] | None, split: bool) -> t
     torch.manual_seed(0)
     with fake.gpus(values=True):
         if split:
-            setup = fake.split(model, values=True)
+            setup = fake.split(model, fake.blocks_of(model), values=True)
         else:
             for module in model.modules():
                 fake.move(module, HOME, values=True)

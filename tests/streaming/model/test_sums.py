@@ -11,7 +11,7 @@ from weightstream.streaming.model.sums import MOST_WORDS, Summing
 
 # One after another, as a table without a rest, a table that is a square, and one with a rest. In words of 8 bytes.
 SIZES = [64, MOST_WORDS, 9 << 14, 1 << 18, (1 << 18) + 64 * 37]
-# A word with one bit: as many times as it is 1, its number is odd.
+# A sum keeps this bit only if the number of its word is odd.
 TOP_BIT = -(1 << 63)
 
 
@@ -67,6 +67,15 @@ def test_equal_rows_may_not_change_places() -> None:
     before = sums(weight.view(torch.uint8).view(-1), value)
     for changed in (weight.flip(0), weight.roll(1, 0), weight.T.contiguous(), torch.ones_like(weight)):
         assert not torch.equal(sums(changed.view(torch.uint8).view(-1), value), before)
+
+
+def test_tables_with_the_same_rows_and_columns_are_told_apart() -> None:
+    value, sums = value_of(1 << 18), Summing()
+    lines = torch.eye(512, dtype=torch.int64)
+    squares = (torch.arange(512)[:, None] + torch.arange(512)) % 2
+    for one, other in ((lines, lines.roll(2, 0)), (lines, lines.flip(0)), (squares, 1 - squares)):
+        before, now = (sums(words.contiguous().view(-1).view(torch.uint8), value) for words in (one, other))
+        assert not torch.equal(before, now)
 
 
 def test_each_tensor_of_a_value_that_has_bytes_has_a_sum() -> None:
