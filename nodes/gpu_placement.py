@@ -16,7 +16,7 @@ from .changed_files import count_outdated
 from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher
-from .tell import status
+from .tell import messages
 from .tell.notices import keep_notice, withdraw_notice
 from .twins.components import clip_on, model_on
 from .twins.split import split_over
@@ -140,7 +140,7 @@ class GpuPlacement(io.ComfyNode):
                 f"placement is not available here, {why_no_gpus()}; everything stays where its loader put it"
             )
         text = "; ".join(placing.said)
-        status.announce(NAME, text, node_id)
+        messages.announce(NAME, text, node_id)
         withdraw_notice(NAME, node_id)
         if placing.fell_back:
             keep_notice("fallback", NAME, text, node_id, model.model)

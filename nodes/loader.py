@@ -27,7 +27,7 @@ from .host.mapped import SAFETENSORS_ENDINGS, mapped_loading, opened
 from .model.offload import GIB, OffloadSettings
 from .model.patcher import StreamedModelPatcher
 from .model.streamed_model import make_streamed
-from .tell import status
+from .tell import messages
 from .tell.names import shown_name
 from .tell.notices import keep_notice
 
@@ -146,7 +146,7 @@ def load_streamed(
         patcher = _load_for_streaming(weights, full_checkpoint, model_options, settings, node_id)
     except UnsupportedModelError as error:
         text = f"not streamed, loaded ComfyUI's own way: {error}"
-        status.announce(name, text, node_id)
+        messages.announce(name, text, node_id)
         generators.restore()
         patcher = load_unstreamed(path, model_options, full_checkpoint, **options)
         keep_notice("inactive", name, text, node_id, patcher.model)

@@ -14,7 +14,7 @@ from .model.patcher import StreamedModelPatcher
 from .page.description import describe_models
 from .page.usage import sampler
 from .page.watching import SCHEMA
-from .tell import status
+from .tell import messages
 from .tell.notices import describe_notices
 
 
@@ -58,7 +58,7 @@ class StreamingReport(io.ComfyNode):
         report = make_report(model)
         text = as_text(report)
         if (node_id := cls.hidden.unique_id if cls.hidden is not None else None) is not None:
-            status.show(text, node_id)
+            messages.show(text, node_id)
         return io.NodeOutput(text, json.dumps(report, indent=2), ui={"text": [text], "weightstream": [report]})
 
 

@@ -13,7 +13,7 @@ from .model.offload import GIB, Mode, OffloadSettings
 from .model.patcher import StreamedModelPatcher
 from .model.streamed_model import check_limit
 from .model.text_encoder import with_patcher
-from .tell import status
+from .tell import messages
 from .tell.notices import keep_notice, withdraw_notice
 from .twins.components import patcher_on
 from .twins.takeover import give_back, take_over
@@ -120,7 +120,7 @@ def with_settings(patcher: ModelPatcher, settings: OffloadSettings, node_id: str
     try:
         if settings.mode is Mode.OFF:
             native = patcher_on(give_back(patcher), patcher.load_device, may_stream=False) if streams else patcher
-            status.announce(name, "its weights are moved ComfyUI's own way", node_id)
+            messages.announce(name, "its weights are moved ComfyUI's own way", node_id)
             return native
         if not streams:
             return take_over(patcher, settings, node_id)
@@ -146,7 +146,7 @@ def clip_with_settings(clip: Any, settings: OffloadSettings, node_id: str | None
 
 def _leave(patcher: ModelPatcher, name: str, error: Exception, node_id: str | None) -> None:
     text = f"left as it is: {error}"
-    status.announce(name, text, node_id)
+    messages.announce(name, text, node_id)
     keep_notice("inactive", name, text, node_id, patcher.model)
 
 

@@ -36,14 +36,14 @@ from .machine.vram import Vram, VramReader, open_vram_reader
 from .memory.arena import PinBudget
 from .memory.supply import Progress
 from .memory.weights import NoPatches, Patches
-from .model.blocks import Block, BlockSet, Unit, find_blocks, held_tensors, split_model, uncompiled
+from .model.blocks import Block, BlockSet, Unit, cut_model, find_blocks, held_tensors, uncompiled
 from .model.forms import take_apart
 from .model.shown import is_shown
 from .planning.plan import Forecast, Plan, make_plan, minimum_bytes
 from .planning.profile import Outline, Profile, assumed_profile
-from .planning.residency import DeviceMemory, Residency
 from .planning.segments import Segment
 from .planning.state import State
+from .planning.vram_budget import DeviceMemory, VramBudget
 from .run.schedule import Schedule
 from .run.telemetry import Counters, Run, Snapshot
 from .split.feeder import Feeder
@@ -81,7 +81,6 @@ __all__ = [
     "Plan",
     "Profile",
     "Progress",
-    "Residency",
     "Run",
     "Schedule",
     "Segment",
@@ -97,9 +96,11 @@ __all__ = [
     "VirtualDevices",
     "VirtualMemory",
     "Vram",
+    "VramBudget",
     "VramReader",
     "WeightsMovedError",
     "assumed_profile",
+    "cut_model",
     "feeding_is_faster",
     "find_blocks",
     "find_feeders",
@@ -118,7 +119,6 @@ __all__ = [
     "parse_shares",
     "parse_switch",
     "parse_virtual_devices",
-    "split_model",
     "take_apart",
     "uncompiled",
     "warm_up",

@@ -26,13 +26,13 @@ from .model.blocks import BlockSet
 from .planning.plan import Plan
 from .planning.planner import Planner
 from .planning.profile import Profile
-from .planning.residency import DeviceMemory
 from .planning.spread import order_of_residency
 from .planning.state import Standing, State
+from .planning.vram_budget import DeviceMemory
 from .run.site import Site
 from .run.steps import Steps
 from .run.telemetry import Counters, Run
-from .run.verify import NoVerifier, Verifier
+from .run.verify import ChecksumVerifier, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Loading:
 
     Args:
         root: the module whose forward is one step; its blocks run inside it.
-        blocks: the model cut into blocks, units and rest (:func:`streaming.model.blocks.split_model`).
+        blocks: the model cut into blocks, units and rest (:func:`streaming.model.blocks.cut_model`).
         backend: the device.
         config: settings.
         pins: page-locked memory that this model shares with others; None makes a budget of its own without limit.
@@ -97,7 +97,7 @@ class Loading:
         self.planner = self._make_planner()
         self._verifier = self._make_verifier()
         self._equip(backend)
-        self.site.placement.show()
+        self.site.weights.show()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class Loading:
 
     def prompt_budget(self, offered: float) -> float:
         """Bytes to use for the next prompt: ``offered``, or what earlier steps have shown to be possible."""
-        return self.planner.prompt_budget(self.memory(), self.device_bytes, offered)
+        return self.planner.vram.prompt_budget(self.memory(), self.device_bytes, offered)
 
     def plan_for(self, budget: float) -> Plan:
         """The plan that :meth:`load` would carry out with ``budget`` bytes, the configured limit respected.
@@ -211,7 +211,7 @@ class Loading:
         try:
             self.site.halt()
             self.site.drop_lane()
-            unread = self.site.placement.unread_bytes(plan)
+            unread = self.site.weights.unread_bytes(plan)
             if self.state is State.UNLOADED:
                 self.site.supply.begin(unread)
                 self._steps_before = self.counters.steps
@@ -230,8 +230,8 @@ class Loading:
     def _is_as_wished(self, plan: Plan, patches: Patches) -> bool:
         if self.state is not State.LOADED or plan != self.plan:
             return False
-        placement = self.site.placement
-        return not (placement.is_stale(plan, patches) or placement.lacks(plan))
+        weights = self.site.weights
+        return not (weights.is_stale(plan, patches) or weights.lacks(plan))
 
     def prepare(self, budget: float) -> None:
         """The model will be loaded with at most ``budget`` bytes: begin to build what streams then.
@@ -268,11 +268,11 @@ class Loading:
     @property
     def arriving(self) -> bool:
         """Whether residents are still on their way."""
-        return bool(self.site.placement.arriving)
+        return bool(self.site.weights.arriving)
 
     def arrive_all(self) -> None:
         """Wait until every resident is there."""
-        self.site.placement.arrive_all()
+        self.site.weights.arrive_all()
 
     def load_within(self, plan: Plan, load: Callable[[Plan], None] | None = None) -> None:
         """Load ``plan``; where there is no room for it after all, the next smaller one, down to the least.
@@ -299,7 +299,7 @@ class Loading:
 
         Page-locking that failed before may succeed now.
         """
-        self.planner.begin_prompt()
+        self.planner.vram.begin_prompt()
         if self.plan is not None:
             self.site.retry_building(self.plan)
 
@@ -314,7 +314,7 @@ class Loading:
         resident = set(self.plan.resident)
         order = reversed(order_of_residency(self.outline, self.profile))
         freed = self.site.give_way(nbytes, [unit for unit in order if unit in resident])
-        if freed or self.site.placement.lacks(self.plan):
+        if freed or self.site.weights.lacks(self.plan):
             self._steps.state = State.REDUCED
         return freed
 
@@ -331,7 +331,7 @@ class Loading:
         self.moves += 1
         self.site.halt()
         self.measuring.finish(self.drain)
-        self.planner.begin_prompt()
+        self.planner.vram.begin_prompt()
         self._steps.detach()
         changes = self._last_changes()
         self.site.clear_device()
@@ -349,7 +349,7 @@ class Loading:
         Args:
             exchanged: full names of tensors that the host itself exchanges while a model is loaded.
         """
-        return Changes() if self._lent else self.site.placement.changes(exchanged)
+        return Changes() if self._lent else self.site.weights.changes(exchanged)
 
     def take_overwritten(self) -> list[str]:
         """Names of units that were written to in a slot, so that the writes are lost; each is returned once."""
@@ -425,8 +425,10 @@ class Loading:
     def _make_planner(self) -> Planner:
         return Planner(self.outline, self.config, self._seconds_of)
 
-    def _make_verifier(self, blocks: BlockSet | None = None) -> NoVerifier:
-        return Verifier(blocks or self.blocks, self.counters, self.step_down) if self.config.verify else NoVerifier()
+    def _make_verifier(self, blocks: BlockSet | None = None) -> Verifier:
+        return (
+            ChecksumVerifier(blocks or self.blocks, self.counters, self.step_down) if self.config.verify else Verifier()
+        )
 
     def attach_hooks(self) -> None:
         """Hook what is streamed, and everything while a step is measured."""

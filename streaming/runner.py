@@ -7,7 +7,7 @@ segment, on the device from the block's begin to its end, and hooks record which
 parts of blocks. Copies are timed, and in step two each unit too, less its waits. The plan for step three is made from
 that, and then stays, unless a later step on several devices shows that those times were too long (``Group.doubt``).
 Making a plan waits for the device, and so is done only after the first two steps of a shape, and when memory requires
-it (residency.py).
+it (vram_budget.py).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _watched(model: Loading, forward: Callable[[], T]) -> T:
     if model.measuring.has_whole_step:
         peak = model.backend.peak_bytes()
         if peak is not None:
-            model.planner.observe(model.backend.memory(), peak)
+            model.planner.vram.observe(model.backend.memory(), peak)
     return output
 
 
@@ -101,7 +101,7 @@ def _adapt(
     model.group.learn()
     model.group.doubt()
     learned = model.measuring.has_learned()
-    if begins := model.planner.begins_prompt:
+    if begins := model.planner.vram.begins:
         _trim(model)
     plan, moves = model.planner.plan_step(shape, model.standing, model.memory(), learned, estimate)
     if moves:
@@ -109,7 +109,7 @@ def _adapt(
     else:
         model.keep(plan)
     planner, measuring = model.planner, model.measuring  # Only now: loading may have replaced them.
-    if moves or (planner.lacks_piece and not begins):
+    if moves or (planner.vram.lacks_piece and not begins):
         _trim(model)
     wanted = planner.wants_measuring()
     if learned or wanted != (measuring.recorder is not None):
@@ -122,8 +122,8 @@ def _adapt(
 
 
 def _trim(model: Loading) -> None:
-    """Have torch give back its cached memory (residency.py, Note: from the same begin)."""
-    model.planner.trimmed(model.backend.trim())
+    """Have torch give back its cached memory (vram_budget.py, Note: from the same begin)."""
+    model.planner.vram.trimmed(model.backend.trim())
 
 
 # -- after a step that failed ------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _shrink(model: Loading, share: float, reload: Callable[[Plan], None], reason
     less = max(before * share, model.config.headroom_bytes)
     budget = max(before - less, model.planner.minimum_bytes)
     _say_out_of_memory(model, reason, f"with {format_bytes(before - budget)} less for weights")
-    model.planner.out_of_memory(budget, model.backend.memory(), before)
+    model.planner.vram.out_of_memory(budget, model.backend.memory(), before)
     model.load_within(model.planner.plan_within(budget), reload)
     _trim(model)
 

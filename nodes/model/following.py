@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 import comfy.memory_management
 import torch
 
-from ...streaming import Streamer, UnsupportedModelError, held_tensors, split_model, uncompiled
-from ..tell import status
+from ...streaming import Streamer, UnsupportedModelError, cut_model, held_tensors, uncompiled
+from ..tell import messages
 from . import sharing
 from .streamed_model import model_dtype
 from .streamed_patcher import StreamedPatcher
@@ -41,7 +41,7 @@ def follow(patcher: StreamedPatcher) -> None:
         for streamer, each in zip(streamers, changes, strict=True):
             streamer.show(each)
         _bring_home(patcher.model)
-        blocks = split_model(patcher.model, _run_dtype, minimum_share=0)
+        blocks = cut_model(patcher.model, _run_dtype, minimum_share=0)
         shares = patcher.streamed.shares
         if shares is not None:
             sharing.take_up(patcher, blocks)
@@ -108,4 +108,4 @@ def _say(patcher: StreamedPatcher, names: Sequence[str], moved: bool) -> None:
     what = [f"{len(names)} of its weights ({names[0]})"] if names else []
     what += ["its layers"] * moved
     text = f"{' and '.join(what)} changed since the model was loaded; the changes are taken over"
-    status.announce(patcher.streamed.name, text, patcher.node_id)
+    messages.announce(patcher.streamed.name, text, patcher.node_id)

@@ -25,7 +25,7 @@ from ...streaming.handoff.boundary import Boundary
 from ...streaming.split.links import Links
 from ..host import hosts
 from ..host.devices import evictable, make_backend, pins, same_device
-from ..tell import status
+from ..tell import messages
 from ..tell.progress import LoadingBar
 from .offload import host_config
 from .patcher import PARTS, StreamedModelPatcher
@@ -164,7 +164,7 @@ def split_blocks(
         reasons = "; ".join(f"{backends[place].name}: {reason}" for place, reason in sorted(found.left_out.items()))
         raise OneDeviceError(found.devices[0], reasons or "no device has room for its largest block")
     devices, backends = ([each[place] for place in found.devices] for each in (devices, backends))
-    status.announce(streamed.name, streamed.shares.describe(backends), streamed.node_id)
+    messages.announce(streamed.name, streamed.shares.describe(backends), streamed.node_id)
     whole.close()
     streamers = _streamers_of_parts(patcher, backends)
     streamed.streamer = streamers[0]

@@ -24,7 +24,7 @@ import torch
 
 from ...streaming import BlockSet, Streamer
 from ...streaming.split.assignment import Assignment, DeviceRoom, step_seconds
-from ..tell import status
+from ..tell import messages
 from ..tell.notices import keep_notice, withdraw_notice
 from .shares import links_of, room_on
 from .streamed_patcher import StreamedPatcher
@@ -116,7 +116,7 @@ def _reconsider(patcher: StreamedPatcher) -> None:
             text = "nothing keeps its blocks on one device any more"
         else:
             text = "memory or speed of its devices has changed"
-        status.announce(patcher.streamed.name, text, patcher.node_id)
+        messages.announce(patcher.streamed.name, text, patcher.node_id)
         _carry_out(patcher, better, rooms)
 
 
@@ -139,7 +139,7 @@ def _rooms_at_home(patcher: StreamedPatcher, text: str) -> list[DeviceRoom]:
     """Announce, by ``text``, that all blocks are on the MODEL's own device from now on. Returns the rooms for that: 0
     bytes on other devices."""
     shares = patcher.streamed.shares
-    status.announce(patcher.streamed.name, text, patcher.node_id)
+    messages.announce(patcher.streamed.name, text, patcher.node_id)
     keep_notice("fallback", patcher.streamed.title, text, patcher.node_id, patcher.streamed)
     shares.had_at_home = True
     pairs = zip([patcher, *patcher.parts], _rooms(patcher), strict=True)
@@ -153,7 +153,7 @@ def _leave_out(patcher: StreamedPatcher, full: Sequence[StreamedPatcher]) -> Non
     pairs = zip(everybody, _rooms(patcher), strict=True)
     rooms = [DeviceRoom(0.0) if one in full else room for one, room in pairs]
     text = f"{full[-1].streamer.backend.name} is full, so its blocks go to the other devices"
-    status.announce(patcher.streamed.name, text, patcher.node_id)
+    messages.announce(patcher.streamed.name, text, patcher.node_id)
     _carry_out(patcher, shares.best(rooms), rooms)
 
 
@@ -172,7 +172,7 @@ def _carry_out(patcher: StreamedPatcher, assignment: Assignment, rooms: Sequence
         one.load(one.load_device, _made_room(one, room.nbytes))
     shares.due = False
     text = shares.describe([one.streamer.backend for one in everybody])
-    status.announce(patcher.streamed.name, text, patcher.node_id)
+    messages.announce(patcher.streamed.name, text, patcher.node_id)
 
 
 def _rooms(patcher: StreamedPatcher) -> list[DeviceRoom]:

@@ -14,13 +14,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch.utils.hooks import RemovableHandle
 
-from ...streaming import Backend, BudgetError, Feeder, Plan, Streamer, format_bytes, gpu_name, split_model
+from ...streaming import Backend, BudgetError, Feeder, Plan, Streamer, cut_model, format_bytes, gpu_name
 from ...streaming.handoff.boundary import Boundary
 from ..host.devices import evictable, make_backend, obtainable, pins, same_device
 from ..host.generators import generators_kept
 from ..host.noted_dtypes import noted_dtype
 from ..state.step_state import StepModules
-from ..tell import status
+from ..tell import messages
 from ..tell.progress import LoadingBar
 from .offload import GIB, OffloadSettings, host_config
 from .shares import Shares
@@ -139,7 +139,7 @@ class StreamedModel:
         synchronous, never_entered = self.streamer.config.synchronous, len(self.streamer.never_entered)
         timed = plan is not None and plan.forecast is not None
         now = (plan, building, synchronous, self.streamer.state, timed, never_entered)
-        status.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
+        messages.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
         self._announced, self._shown = now, (plan, building, synchronous, never_entered)
         self.bar.wrote = False
 
@@ -150,7 +150,7 @@ class StreamedModel:
             text = (
                 "a LoRA that hangs on conditioning changes weights between steps, ComfyUI's own way, which takes time"
             )
-            status.announce(self.name, text, self.node_id)
+            messages.announce(self.name, text, self.node_id)
 
     def set_loaded(self, patcher: ModelPatcher) -> None:
         """``patcher`` has put its patches into the weights; its node shows what is in effect."""
@@ -208,13 +208,13 @@ def make_streamed(
         BudgetError: the limit has no room for the largest block.
     """
     backend = make_backend(load_device)
-    blocks = split_model(model, model_dtype, locate, shown_dtype=dtype_by_host)
+    blocks = cut_model(model, model_dtype, locate, shown_dtype=dtype_by_host)
     bar = LoadingBar(node_id)
     streamer = Streamer(root, blocks, backend, host_config(settings, backend), pins, evictable, bar)
     check_limit(settings.vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id, bar)
     setattr(model, ATTRIBUTE, streamed)
-    status.announce(
+    messages.announce(
         name,
         f"{len(blocks.blocks)} blocks, {format_bytes(streamer.model_bytes)}, ready to stream to {backend.name}",
         node_id,

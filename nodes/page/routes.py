@@ -28,7 +28,7 @@ from ..host.gpus import visible_gpus, why_no_gpus
 from ..host.version import VERSION
 from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import StreamedModel, streamed_models
-from ..tell import status
+from ..tell import messages
 from ..tell.notices import describe_notices
 from .description import describe_models
 from .usage import sampler
@@ -146,7 +146,7 @@ def _held(models: list[StreamedModel]) -> _Held:
 
 def add_routes() -> None:
     """Register the routes. Without a server there is nothing to do."""
-    server = status.find_server()
+    server = messages.find_server()
     if server is None:
         return
     watch = Watch(server)

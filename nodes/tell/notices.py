@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from . import status
+from . import messages
 from .names import without_folders
 
 # If there are more notices than this, the oldest are forgotten.
@@ -75,7 +75,7 @@ def describe_notices() -> list[dict[str, Any]]:
 
 def _nodes_of_last_prompt() -> set[str] | None:
     """The ids of the nodes of the prompt that runs or has run last; None if none has run."""
-    server = status.find_server()
+    server = messages.find_server()
     if server is None or getattr(server, "last_prompt_id", None) is None:
         return None
     queue = server.prompt_queue

@@ -9,7 +9,7 @@ import comfy.utils
 
 from ...streaming import Progress, format_bytes
 from ..host.hosts import get_progress_state
-from . import status
+from . import messages
 
 # Seconds between two texts. The host's bar has a limit of its own.
 TEXT_SECONDS = 0.25
@@ -57,7 +57,7 @@ class LoadingBar:
         elif time.monotonic() - self._last_text >= TEXT_SECONDS:
             self._last_text = time.monotonic()
             self.wrote = True
-            status.show(describe(progress), self.node_id)
+            messages.show(describe(progress), self.node_id)
 
     def _end(self) -> None:
         """Tell the host that the progress has ended: the node ran long ago, and the page would show it as running."""

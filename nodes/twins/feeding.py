@@ -16,7 +16,7 @@ from ..model.offload import OffloadSettings, host_config
 from ..model.parts import links
 from ..model.patcher import StreamedModelPatcher
 from ..model.shares import rooms_of
-from ..tell import status
+from ..tell import messages
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def feed(patcher: StreamedModelPatcher, devices: Sequence[torch.device]) -> list
         patcher.load_device = devices[0]
     names = ", ".join(feeder.helper.name for feeder in patcher.streamer.backend.feeders)
     text = f"all blocks on {patcher.streamer.backend.name}, to which {names} bring weights too"
-    status.announce(patcher.streamed.name, text, patcher.node_id)
+    messages.announce(patcher.streamed.name, text, patcher.node_id)
     return helpers.devices
 
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import DeviceMemoryError
-from ..planning.residency import DeviceMemory
+from ..planning.vram_budget import DeviceMemory
 from .allocation_record import NO_RECORD, AllocationRecord
 from .copies import CopyTime, Event, Moment, Pair, Stall, count_bytes, cut
 

@@ -14,7 +14,7 @@ import torch
 
 from ..config import format_bytes
 from ..errors import DeviceMemoryError
-from ..planning.residency import DeviceMemory
+from ..planning.vram_budget import DeviceMemory
 from .allocation_record import NO_RECORD, AllocationRecord
 from .backend import Backend
 from .copies import CopyTime, Event, Moment, Pair, Stall, count_bytes

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..config import format_bytes
-from ..planning.residency import DeviceMemory
+from ..planning.vram_budget import DeviceMemory
 from .allocation_record import NO_RECORD, AllocationRecord
 from .backend import Backend, is_out_of_memory
 from .copies import CopyTime, Event, Moment, Pair, Stall, count_bytes

@@ -87,13 +87,13 @@ def find_changes(
         overwritten: of all units, from :func:`find_overwritten`; None to look at this one.
     """
     overwritten = find_overwritten([copies]) if overwritten is None else overwritten
-    home, weights = copies.bound, copies.bound_weights
+    bound, weights = copies.bound, copies.bound_weights
     copies.note_writes()
     for value in copies.unit.layout.values:
         patched = weights is not None and weights.is_baked(value.name)
-        replaced = home.replaced(value)
-        if home.moved(value):
-            replaced += [(place, home.holds(value)) for place in value.places]
+        replaced = bound.replaced(value)
+        if bound.moved(value):
+            replaced += [(place, bound.holds(value)) for place in value.places]
         if patched and exchanged.isdisjoint(value.names):
             replaced = [pair for pair in replaced if not _absorbed(copies, value, pair[1])]
         for place, present in replaced:
@@ -102,7 +102,7 @@ def find_changes(
         if replaced or patched:
             continue
         if _is_written(copies, value, (id(copies), value.name) in overwritten):
-            kept = home.holds(value)
+            kept = bound.holds(value)
             in_copy = weights is not None
             yield from (Change(value, place, kept, _kept(kept, copy=in_copy), in_copy) for place in value.places)
         elif weights is not None and _was_written_before(value):
@@ -128,17 +128,17 @@ def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) ->
 
 def _is_written(copies: UnitCopies, value: Value, overwritten: bool) -> bool:
     """Whether what modules point at is not what was loaded."""
-    home = copies.bound
-    if home.written(value):
+    bound = copies.bound
+    if bound.written(value):
         return True
     if copies.bound_weights is not None and overwritten:
         return True
-    if not home.handed_out(value):
+    if not bound.handed_out(value):
         return False
-    held = home.holds(value)
+    held = bound.holds(value)
     if (isinstance(held, Watched) and held.written) or _differs(held, value.specs[0]):
         return True
-    home.settle(value)
+    bound.settle(value)
     return False
 
 

@@ -11,7 +11,7 @@ from ..devices.backend import Backend
 from ..errors import StreamingError
 from ..model.blocks import Unit, is_small_buffer
 from ..model.contents import needs_work, ranges, read_range
-from ..model.homes import Home, ShownHome
+from ..model.lasting_binding import LastingBinding, ShownBinding
 from ..model.layout import Binding
 from ..model.sums import Summing
 from .arena import Arena, HostBuffer
@@ -53,8 +53,8 @@ class UnitCopies:
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self.original_binding = unit.layout.original_binding()
-        self.shown = ShownHome(unit.layout)
-        self.bound: Home = self.shown
+        self.shown = ShownBinding(unit.layout)
+        self.bound: LastingBinding = self.shown
         self.resident: Weights | None = None
         self.arriving: _Arriving | None = None
         self.built: _Master | None = None
@@ -238,7 +238,7 @@ class UnitCopies:
     def take_up(self, unit: Unit, changed: bool) -> None:
         """The unit was laid out anew. Its copies hold its weights, also if these were ``changed``."""
         self.unit = unit
-        self.original_binding, self.shown = unit.layout.original_binding(), ShownHome(unit.layout)
+        self.original_binding, self.shown = unit.layout.original_binding(), ShownBinding(unit.layout)
         self.bound = self.shown
         for weights in (self.resident, self.master):
             if weights is not None:
@@ -297,10 +297,10 @@ class UnitCopies:
     # -- modules -------------------------------------------------------------------------------------------------
 
     @property
-    def home(self) -> Home:
+    def lasting(self) -> LastingBinding:
         """Points the modules at the resident copy, else at the master copy, else at what they show without one."""
         weights = self.resident or self.master
-        return weights.home if weights is not None else self.shown
+        return weights.lasting if weights is not None else self.shown
 
     @property
     def bound_weights(self) -> Weights | None:
@@ -309,10 +309,10 @@ class UnitCopies:
 
     def bind(self) -> None:
         """Point the modules at the copy in use, unless they do already: what was put in its place since stays."""
-        home = self.home
-        if home is not self.bound:
-            self.bound = home
-            home.apply()
+        lasting = self.lasting
+        if lasting is not self.bound:
+            self.bound = lasting
+            lasting.apply()
 
     def show(self) -> None:
         """Point the modules at what they show while no copy is bound."""

@@ -10,7 +10,7 @@ import torch
 from ..errors import UnsupportedModelError
 from ..model.blocks import Unit
 from ..model.forms import Form, OtherForm, PlainForm, take_apart
-from ..model.homes import Home, home_in
+from ..model.lasting_binding import LastingBinding, lasting_in
 from ..model.layout import Binding, Value
 from .transfer import Tick
 
@@ -57,18 +57,18 @@ class Weights:
         self.written: set[str] = set()
         self._baked: dict[str, object] = {}
         self._forms: dict[str, Form] = {}
-        self._home: Home | None = None
+        self._lasting: LastingBinding | None = None
 
     @property
-    def home(self) -> Home:
+    def lasting(self) -> LastingBinding:
         """Points the unit's module at this buffer."""
-        if self._home is None:
-            self._home = home_in(self.unit.layout, self.buffer, self._forms, self._computes)
-        return self._home
+        if self._lasting is None:
+            self._lasting = lasting_in(self.unit.layout, self.buffer, self._forms, self._computes)
+        return self._lasting
 
     def take_up(self, unit: Unit) -> None:
         """The unit was laid out anew, and lies in the buffer as before."""
-        self.unit, self._home = unit, None
+        self.unit, self._lasting = unit, None
 
     def binding_to(self, buffer: torch.Tensor) -> Binding:
         """Points the unit's module at another buffer, which holds or will hold a copy of this one."""
@@ -136,7 +136,7 @@ class Weights:
     def _take_forms(self, forms: dict[str, Form]) -> None:
         """From now on the buffer's tensors make values of these forms."""
         if forms or self._forms:
-            self._forms, self._home = forms, None
+            self._forms, self._lasting = forms, None
 
 
 _UNFINISHED = object()

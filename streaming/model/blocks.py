@@ -209,7 +209,7 @@ def _parameter_bytes(module: nn.Module) -> int:
 
 
 @uncollected()
-def split_model(
+def cut_model(
     model: nn.Module,
     target_dtype: TargetDtype | None = None,
     locate: Locate = nowhere,

@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 from ..config import StreamingConfig
 from .plan import Plan, SecondsOf, forecast_seconds, make_plan, minimum_bytes, with_forecast
 from .profile import Outline, Profile, assumed_profile
-from .residency import MEASURED_STEPS, SHORTAGE, DeviceMemory, Residency
 from .spread import best_order
 from .state import Standing, State
+from .vram_budget import MEASURED_STEPS, SHORTAGE, DeviceMemory, VramBudget
 
 # A plan that is predicted to gain less than this is not worth moving weights for.
 WORTHWHILE = 0.02
@@ -65,6 +65,7 @@ class Planner:
 
     Attributes:
         profile: what is known of the next step.
+        vram: how much memory the model may use on the device; it is told of prompts, of steps and of what these need.
         compiled: whether steps run compiled (hooks.py, Note: compiled models).
         by_units: blocks that are not entered though their units run (by_units.py).
     """
@@ -76,7 +77,7 @@ class Planner:
         self._outline = outline
         self._config = config
         self._seconds_of = seconds_of
-        self._residency = Residency(config.headroom_bytes, config.adaptive)
+        self.vram = VramBudget(config.headroom_bytes, config.adaptive)
         self._whole_blocks = False
         self._chosen: tuple[Profile, float] | None = None
 
@@ -107,7 +108,7 @@ class Planner:
         Between prompts this may also choose another order of residency. That moves more weights than a plan in the old
         order, and in the middle of a prompt it would cost more time than most prompts have steps to win it back.
         """
-        if self._residency.current.timed and self._residency.current.profile is self.profile:
+        if self.vram.current.timed and self.vram.current.profile is self.profile:
             self._choose_order(max(budget, self.minimum_bytes))
         plan, current = self.plan_for(budget), now.plan
         if current is None or (current.segments and current.learned != plan.learned) or self._copies_ahead(current):
@@ -134,16 +135,6 @@ class Planner:
         unasked = plan.budget > now.device_bytes
         return gain >= WORTHWHILE or (unasked and gain >= 0 and saved > MUCH * self._outline.model_bytes)
 
-    # -- prompts -------------------------------------------------------------------------------------------------
-
-    def begin_prompt(self) -> None:
-        """The host has loaded or unloaded the model."""
-        self._residency.begin_prompt()
-
-    def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
-        """Bytes to use for the next prompt: ``offered``, or what earlier steps have shown to be possible."""
-        return self._residency.prompt_budget(memory, device_bytes, offered)
-
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def plan_step(
@@ -165,7 +156,7 @@ class Planner:
         """
         assert now.plan is not None
         self._enter(shape)
-        budget = self._residency.budget(memory, now.device_bytes, estimate)
+        budget = self.vram.budget(memory, now.device_bytes, estimate)
         room = self._fallback_budget(now) if budget is None else budget
         must = self._must_change(budget, now)
         if not (must or measured or budget is not None):
@@ -177,68 +168,38 @@ class Planner:
 
     def wants_measuring(self) -> bool:
         """Whether to measure the next step: the first of a shape shows in which order units run, a later one times."""
-        regime = self._residency.current
-        if regime.steps == 0 or not (self.profile.learned or self.compiled or self._whole_blocks):
+        known = self.vram.current
+        if known.steps == 0 or not (self.profile.learned or self.compiled or self._whole_blocks):
             return True
-        return not regime.timed
+        return not known.timed
 
     def doubts(self, step_seconds: float | None) -> bool:
         """Whether the measured compute is too much, because a recent step took only ``step_seconds`` in all."""
-        regime = self._residency.current
-        if step_seconds is None or not regime.timed or regime.in_a_row <= MEASURED_STEPS:
+        known = self.vram.current
+        if step_seconds is None or not known.timed or known.in_a_row <= MEASURED_STEPS:
             return False
-        return regime.doubts < MOST_DOUBTS and step_seconds < DISPROVED * self.profile.compute_seconds
+        return known.doubts < MOST_DOUBTS and step_seconds < DISPROVED * self.profile.compute_seconds
 
     def measure_again(self) -> None:
         """Have the times of the next step of this shape measured once more."""
-        self._residency.current.timed = False
-        self._residency.current.doubts += 1
+        self.vram.current.timed = False
+        self.vram.current.doubts += 1
 
     def learn(self, record: StepRecord) -> None:
         """Keep what was recorded of a whole step, which has ended."""
         if record.never_entered:
             self.by_units |= record.never_entered
             return  # The next step knows when these begin, and is measured anew.
-        regime = self._residency.current
-        regime.timed = regime.steps > 1
-        profile = record.profile(self.profile, with_times=regime.timed)
+        known = self.vram.current
+        known.timed = known.steps > 1
+        profile = record.profile(self.profile, with_times=known.timed)
         if self.compiled or self._whole_blocks:
             profile = replace(profile, unit_runs=None, unit_times=None)
         # A step measured in doubt may show that compute takes less time, but not that less is computed (by a cache).
         fewer = set(profile.block_order) < set(self.profile.block_order)
-        if regime.doubts and (fewer or profile.compute_seconds >= self.profile.compute_seconds):
+        if known.doubts and (fewer or profile.compute_seconds >= self.profile.compute_seconds):
             return
-        regime.profile = self.profile = profile
-
-    def stepped(self) -> None:
-        """A whole step has run."""
-        self._residency.stepped()
-
-    def observe(self, memory: DeviceMemory, peak: int) -> None:
-        """The step that has ended had at most ``peak`` bytes of activations at once."""
-        self._residency.observe(memory, peak)
-
-    @property
-    def begins_prompt(self) -> bool:
-        """Whether the step that comes next is the first of a prompt."""
-        return self._residency.begins
-
-    def trimmed(self, kept: int) -> None:
-        """torch has freed what it could of its cache, and still keeps ``kept`` bytes."""
-        self._residency.trimmed(kept)
-
-    @property
-    def lacks_piece(self) -> bool:
-        """Whether torch keeps no piece of memory that is large enough for the next step."""
-        return self._residency.lacks_piece
-
-    def piece(self) -> int:
-        """Return the bytes that torch shall keep in one piece (residency.py, Note: from the same begin), or 0."""
-        return self._residency.piece() if self.lacks_piece else 0
-
-    def out_of_memory(self, budget: float, memory: DeviceMemory, device_bytes: int) -> None:
-        """A step ran out of memory, and is retried with ``budget`` bytes."""
-        self._residency.out_of_memory(budget, memory, device_bytes)
+        known.profile = self.profile = profile
 
     def stream_whole_blocks(self) -> None:
         """From now on blocks stream as a whole, because their units do not always run by themselves."""
@@ -273,13 +234,13 @@ class Planner:
         self.profile = replace(self.profile, measured=False)
 
     def _forget_memory(self) -> None:
-        self._residency = Residency(self._config.headroom_bytes, self._config.adaptive)
+        self.vram = VramBudget(self._config.headroom_bytes, self._config.adaptive)
 
     def _enter(self, shape: Hashable) -> None:
         """Take up what is known of ``shape``."""
-        regime = self._residency.enter(shape)
+        known = self.vram.enter(shape)
         # The times of another shape say nothing about this one; the order in which units run does.
-        self.profile = regime.profile or replace(self.profile, measured=False)
+        self.profile = known.profile or replace(self.profile, measured=False)
 
     def _fallback_budget(self, now: Standing) -> float:
         """The budget if nothing new is known of memory: that of the plan in effect, or what a reduced model has."""
@@ -307,7 +268,7 @@ class Planner:
         before, self.profile = self.profile, _with_best_order(self._outline, replace(self.profile, order=()))
         if self._seconds_of(self.plan_within(budget), self.profile) > kept * (1 - WORTHWHILE):
             self.profile = before
-        self._residency.current.profile = self.profile
+        self.vram.current.profile = self.profile
         self._chosen = self.profile, budget
 
     def _has_chosen(self, budget: float) -> bool:

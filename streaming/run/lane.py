@@ -124,7 +124,7 @@ class Lane:
         self._running: set[int] = set()
         self._open: dict[int, _Run] = {}
         self._copies = [[copies(unit) for unit in segment.units] for segment in plan.segments]
-        self._home = [[unit.home for unit in group] for group in self._copies]
+        self._lasting = [[unit.lasting for unit in group] for group in self._copies]
         ends = zip(plan.offsets, plan.segments, strict=True)
         spans = [range(offset, offset + segment.nbytes) for offset, segment in ends]
         self._ring = Ring(backend, plan.staging_bytes, spans)
@@ -222,7 +222,7 @@ class Lane:
     def refresh(self) -> None:
         """Master copies were made: copy from them, and copy held segments anew. No copy may be under way."""
         for number, group in enumerate(self._copies):
-            self._home[number] = [unit.home for unit in group]
+            self._lasting[number] = [unit.lasting for unit in group]
             with torch.inference_mode(False):
                 self._pairs[number] = self._pairs_to(number, self._ring.slots[number].buffer)
         self.forget()
@@ -346,7 +346,7 @@ class Lane:
                 self._overwritten += [copies.unit.name for copies in self._copies[number]]
                 if is_in_slot:  # The next run of the segment must not find it.
                     self._schedule.drop(number)
-            for binding in self._home[number]:
+            for binding in self._lasting[number]:
                 binding.apply()
             if not is_in_slot:
                 self._backend.free(run.buffer)

@@ -9,14 +9,14 @@ from ..config import StreamingConfig
 from ..devices.backend import Backend
 from ..memory.arena import PinBudget, PinOwner
 from ..memory.changes import Changes
-from ..memory.placement import Placement
 from ..memory.supply import Supply, Watch
+from ..memory.weight_copies import WeightCopies
 from ..memory.weights import Patches
 from ..model.blocks import BlockSet
 from ..planning.plan import Plan
 from .lane import Lane
 from .telemetry import Counters, Meters, StepListener
-from .verify import NoVerifier
+from .verify import Verifier
 
 
 class Site:
@@ -34,7 +34,7 @@ class Site:
 
     Attributes:
         supply: where weights come from.
-        placement: every copy of every unit.
+        weights: every copy of every unit.
         meters: count and time what happens.
         lane: what streams; None where nothing does, or not yet.
         unbuilt: whether master copies of streamed units are still to be built, or tried again.
@@ -48,13 +48,13 @@ class Site:
         pins: PinBudget | None,
         watch: Watch,
         counters: Counters,
-        verifier: NoVerifier,
+        verifier: Verifier,
         listeners: Sequence[StepListener],
     ) -> None:
         largest = max(unit.nbytes for unit in (*blocks.units, blocks.rest))
         self.backend = backend
         self.supply = Supply(backend, config, largest, pins, watch)
-        self.placement = Placement(blocks, backend, self.supply, verifier)
+        self.weights = WeightCopies(blocks, backend, self.supply, verifier)
         self.meters = Meters(backend, counters, listeners)
         self.lane: Lane | None = None
         self.unbuilt = False
@@ -74,15 +74,15 @@ class Site:
         """
         self.supply.arena.begin()
         self.backend.open(copy_streams)
-        self.placement.carry_out(plan, patches)
+        self.weights.carry_out(plan, patches)
         self.unbuilt = True
         if builds_for is not None:
             self.build(plan, builds_for)
-        self.placement.bake(plan, patches)
-        self.placement.bind()
+        self.weights.bake(plan, patches)
+        self.weights.bind()
         if plan.segments:
             reader, tick = self.supply.reader, self.supply.tick
-            copies = self.placement.copies
+            copies = self.weights.copies
             self.lane = self._verifier.make_lane(self.backend, plan, copies, reader, copy_streams, self.meters, tick)
 
     def prefetch(self) -> None:
@@ -92,15 +92,15 @@ class Site:
 
     def put_away(self, plan: Plan) -> None:
         """Give the reader's ring back once everything streams from page-locked memory."""
-        if self.supply.reader.ring_bytes and not self.placement.arriving:
-            self.placement.adopt()
-            if self.placement.pinned_bytes(plan) == plan.streamed_bytes:
+        if self.supply.reader.ring_bytes and not self.weights.arriving:
+            self.weights.adopt()
+            if self.weights.pinned_bytes(plan) == plan.streamed_bytes:
                 self.supply.reader.flush()
                 self.supply.reader.close()
 
     def bind(self) -> None:
         """Point the modules at the copies that are in use, which may be others now."""
-        self.placement.bind()
+        self.weights.bind()
         if self.lane is not None:
             self.lane.refresh()
 
@@ -114,16 +114,16 @@ class Site:
     def prepare(self, plan: Plan, owner: PinOwner) -> None:
         """``plan`` may be carried out soon: begin to build what streams then."""
         self.supply.builder.stop()  # Called again: two builds of one unit must not run at once.
-        self.placement.adopt()
-        self.supply.build_behind(self.placement.unbuilt(plan), owner)
+        self.weights.adopt()
+        self.supply.build_behind(self.weights.unbuilt(plan), owner)
 
     def build(self, plan: Plan, owner: PinOwner) -> None:
         """Build what ``plan`` streams and has no master copy. Nothing is under way."""
         try:
-            self.supply.build(self.placement.unbuilt(plan), owner)
+            self.supply.build(self.weights.unbuilt(plan), owner)
             self.unbuilt = False
         finally:
-            self.placement.adopt()
+            self.weights.adopt()
 
     def finish_building(self, plan: Plan | None, owner: PinOwner) -> None:
         """Build all master copies that are wanted and missing."""
@@ -136,16 +136,16 @@ class Site:
 
     def retry_building(self, plan: Plan) -> None:
         """What could not be page-locked before may be possible now."""
-        if self.placement.unbuilt(plan):
+        if self.weights.unbuilt(plan):
             self.supply.arena.begin()
             self.unbuilt = True
 
     def make_masters(self, names: Collection[str]) -> None:
         """Have modules point at copies of these tensors that other code may write to."""
-        self.placement.arrive_all()
+        self.weights.arrive_all()
         self.halt()
         try:
-            self.placement.make_masters(names)
+            self.weights.make_masters(names)
         finally:
             self.bind()
             self.unbuilt = True
@@ -155,14 +155,14 @@ class Site:
     def give_way(self, nbytes: int, residents: Iterable[int]) -> int:
         """Give up these residents, in this order, until ``nbytes`` are free; returns the bytes that were freed."""
         before = self.backend.allocated
-        if self.placement.arriving:
+        if self.weights.arriving:
             self.halt()  # What is still on its way is not needed.
         else:
             self.drain()
         for unit in residents:
             if before - self.backend.allocated >= nbytes:
                 break
-            self.placement.drop_residents([unit])
+            self.weights.drop_residents([unit])
         self.backend.give_back()
         return before - self.backend.allocated
 
@@ -171,7 +171,7 @@ class Site:
         self.halt()
         before = self.supply.reader.ring_bytes
         self.supply.reader.close()
-        return before + self.placement.drop_masters(nbytes)
+        return before + self.weights.drop_masters(nbytes)
 
     def drop_lane(self) -> None:
         """Give the staging memory back. No copy may be under way."""
@@ -183,21 +183,21 @@ class Site:
     def clear_device(self) -> None:
         """Take everything off the device; modules use the originals again. Master copies stay. Nothing is under way."""
         self.drop_lane()
-        self.placement.clear_device()
+        self.weights.clear_device()
         self.backend.give_back()
         self.supply.reader.close()
         self.backend.close_feeders()
         self.unbuilt = False
 
-    def take_up(self, blocks: BlockSet, verifier: NoVerifier, changes: Changes) -> None:
+    def take_up(self, blocks: BlockSet, verifier: Verifier, changes: Changes) -> None:
         """The model was cut anew, after ``changes``; modules show what is there. Nothing is under way."""
         self._verifier = verifier
-        self.placement.take_up(blocks, verifier, changes)
+        self.weights.take_up(blocks, verifier, changes)
 
     def close(self) -> None:
         """Free the master copies too, and end threads and copy streams. The site can be used again."""
         self.supply.close()
-        self.placement.clear_host()
+        self.weights.clear_host()
         self.backend.close()
 
     def leave(self) -> None:
@@ -227,8 +227,8 @@ class Site:
         self.settle()
         self.supply.halt()
         self.backend.synchronize()
-        self.placement.adopt()
-        self.placement.stop_awaiting()
+        self.weights.adopt()
+        self.weights.stop_awaiting()
 
     def copy_synchronously(self) -> None:
         """Copy nothing ahead from now on, also in the middle of a step. Nothing is on its way."""

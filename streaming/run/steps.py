@@ -63,7 +63,7 @@ class Steps:
         if recorder is not None:
             block_numbers, unit_numbers = set(range(len(blocks))), set(range(len(units)))
         else:
-            arriving = set(self._site.placement.arriving)
+            arriving = set(self._site.weights.arriving)
             block_numbers = arriving | set(self._site.lane.streamed_blocks if self._site.lane is not None else ())
             unit_numbers = plan.streamed | {unit for block in arriving for unit in self._units_of(block)}
         by_units = self._planner.by_units
@@ -101,7 +101,7 @@ class Steps:
             )
         self.last_used = time.monotonic()
         self.settle()
-        if piece := self._planner.piece():
+        if piece := self._planner.vram.piece():
             # Not before the step: when torch gives back what it keeps for one device, it does so for all devices.
             self._site.backend.keep(piece)
         if self._recorder is not None:
@@ -122,16 +122,16 @@ class Steps:
             if self._recorder is not None:
                 self._recorder.end_step()
             if self._recorder is None or self._recorder.complete:
-                self._planner.stepped()
+                self._planner.vram.stepped()
         else:
             self._site.settle()
-            if self._plan is not None and self._site.placement.lacks(self._plan):
+            if self._plan is not None and self._site.weights.lacks(self._plan):
                 self.state = State.REDUCED  # A resident could not be read; the next step tries again.
         if self._site.lane is not None:
             self._site.lane.end_step(completed)
         self._site.meters.stalls.collect()
         if completed:
-            self._site.placement.complete()
+            self._site.weights.complete()
 
     def enter_block(self, block: int) -> None:
         if self._by_units is not None:
@@ -190,10 +190,10 @@ class Steps:
 
     def _arrive(self, block: int) -> None:
         """Have compute wait for residents of ``block`` that are still on their way."""
-        placement, backend = self._site.placement, self._site.backend
-        if block in placement.arriving:
+        weights, backend = self._site.weights, self._site.backend
+        if block in weights.arriving:
             before = backend.moment()
-            placement.arrive(block)
+            weights.arrive(block)
             after = backend.moment()
             self._site.meters.stalls.add(lambda: backend.seconds(before, after))
 

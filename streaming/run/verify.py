@@ -68,7 +68,7 @@ class _Part(NamedTuple):
     source: torch.Tensor
 
 
-class NoVerifier:
+class Verifier:
     """Compares nothing: steps run as if there were no verifier.
 
     Attributes:
@@ -86,7 +86,7 @@ class NoVerifier:
         """A resident copy has arrived."""
 
 
-class Verifier(NoVerifier):
+class ChecksumVerifier(Verifier):
     """Compares each segment with its source before it is used, and each resident copy when it has arrived.
 
     The source is the master copy; where there is none, the file or memory that the weights were loaded from, which is
@@ -152,7 +152,7 @@ class Verifier(NoVerifier):
 class _VerifiedLane(Lane):
     """A lane that has each segment checked before it is used."""
 
-    def __init__(self, verifier: Verifier, *args: Any) -> None:
+    def __init__(self, verifier: ChecksumVerifier, *args: Any) -> None:
         super().__init__(*args)
         self._verifier = verifier
 

@@ -27,13 +27,13 @@ def cases(found: programs.Found) -> None:
     from weightstream.nodes.model.patcher import StreamedModelPatcher
     from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
     from weightstream.nodes.tell.progress import LoadingBar
-    from weightstream.streaming import Streamer, StreamingConfig, UnsupportedModelError, split_model
+    from weightstream.streaming import Streamer, StreamingConfig, UnsupportedModelError, cut_model
 
     cpu, gpus = torch.device("cpu"), list(visible_gpus().values())[:2]
 
     def over_two(name: str, model: torch.nn.Module) -> StreamedModelPatcher:
         """On two devices with little more room than what streams needs, so that blocks take turns."""
-        blocks = split_model(model, model_dtype, minimum_share=0)
+        blocks = cut_model(model, model_dtype, minimum_share=0)
         streamer = Streamer(model.diffusion_model, blocks, make_backend(gpus[0]), StreamingConfig())
         setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, LoadingBar(None)))
         patcher = StreamedModelPatcher(model, gpus[0], cpu, streamer.model_bytes)

@@ -68,13 +68,13 @@ class Case:
         """A model whose weights are views of the file, and its streamer."""
         from models import make_transformer
         from weightstream.nodes.host.devices import make_backend
-        from weightstream.streaming import Checkpoint, Streamer, StreamingConfig, split_model
+        from weightstream.streaming import Checkpoint, Streamer, StreamingConfig, cut_model
 
         checkpoint = Checkpoint.open(self.path)
         model = make_transformer(self.depth, self.width, seed=1)
         model.load_state_dict(checkpoint.state_dict(), assign=True)
         model.requires_grad_(False)
-        blocks = split_model(model, locate=checkpoint.locate)
+        blocks = cut_model(model, locate=checkpoint.locate)
         config = StreamingConfig(slots=SLOTS, adaptive=False, thrifty=False, **settings)
         streamer = Streamer(model, blocks, make_backend(self.device), config)
         yield model, streamer

@@ -73,7 +73,7 @@ def compare(found: programs.Found, counts: Counts) -> None:
     from weightstream.nodes.model.patcher import StreamedModelPatcher
     from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
     from weightstream.nodes.tell.progress import LoadingBar
-    from weightstream.streaming import Streamer, StreamingConfig, split_model
+    from weightstream.streaming import Streamer, StreamingConfig, cut_model
 
     gpu, cpu = mm.get_torch_device(), torch.device("cpu")
     records = gpu.type == "cuda" and hasattr(comfy.model_prefetch, "malloc_graph_begin")
@@ -113,7 +113,7 @@ def compare(found: programs.Found, counts: Counts) -> None:
 
     def streamed(name: str, model: torch.nn.Module, share: float) -> StreamedModelPatcher:
         """With room for what streams needs, and a share of the rest."""
-        blocks = split_model(model, model_dtype, minimum_share=0)
+        blocks = cut_model(model, model_dtype, minimum_share=0)
         streamer = Streamer(model.diffusion_model, blocks, make_backend(gpu), StreamingConfig())
         setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, LoadingBar(None)))
         patcher = StreamedModelPatcher(model, gpu, cpu, streamer.model_bytes)

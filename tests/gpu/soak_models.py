@@ -37,7 +37,7 @@ from weightstream.nodes.model.parts import split_blocks
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
 from weightstream.nodes.tell.progress import LoadingBar
-from weightstream.streaming import Streamer, StreamingConfig, split_model
+from weightstream.streaming import Streamer, StreamingConfig, cut_model
 
 import nodes as host_nodes
 from tools.checkpoints import write_flux, write_flux_lora
@@ -170,7 +170,7 @@ def _causal() -> torch.nn.Module:
 
 def _streamed(name: str, model: torch.nn.Module) -> StreamedModelPatcher:
     gpu, cpu = mm.get_torch_device(), torch.device("cpu")
-    blocks = split_model(model, model_dtype, minimum_share=0)
+    blocks = cut_model(model, model_dtype, minimum_share=0)
     streamer = Streamer(model.diffusion_model, blocks, make_backend(gpu), StreamingConfig())
     setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, LoadingBar(None)))
     return StreamedModelPatcher(model, gpu, cpu, streamer.model_bytes)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from models import Transformer, make_transformer
-from weightstream.streaming import Checkpoint, CudaBackend, PinBudget, Streamer, StreamingConfig, split_model
+from weightstream.streaming import Checkpoint, CudaBackend, PinBudget, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.memory.arena import Arena
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -52,7 +52,7 @@ def from_file(checkpoint: Checkpoint) -> Transformer:
 
 
 def make_streamer(model: Transformer, **settings: int) -> Streamer:
-    return Streamer(model, split_model(model), CudaBackend(torch.device("cuda:0")), StreamingConfig(**settings))
+    return Streamer(model, cut_model(model), CudaBackend(torch.device("cuda:0")), StreamingConfig(**settings))
 
 
 @pytest.mark.parametrize("copy_streams", [0, 1, 2, 3])
@@ -167,7 +167,7 @@ def test_steps_are_right_while_masters_are_built_from_a_file(
     for _ in range(4):
         model = from_file(checkpoint)
         backend = CudaBackend(torch.device("cuda:0"))
-        blocks = split_model(model, locate=checkpoint.locate)
+        blocks = cut_model(model, locate=checkpoint.locate)
         assert all(spec.source is not None for spec in blocks.specs)
         config = StreamingConfig(chunk_bytes=chance.choice([1 << 19, 1 << 21]), chunks=chance.choice([1, 3, 16]))
         streamer = Streamer(model, blocks, backend, config, PinBudget(limit))
@@ -300,7 +300,7 @@ def test_a_resident_that_is_read_before_it_has_arrived_is_waited_for(
     path, x, expected = in_file
     checkpoint = Checkpoint.open(path)
     model = from_file(checkpoint)
-    blocks = split_model(model, locate=checkpoint.locate)
+    blocks = cut_model(model, locate=checkpoint.locate)
     streamer = Streamer(model, blocks, CudaBackend(torch.device("cuda:0")), StreamingConfig(read_threads=1, chunks=1))
     streamer.load(streamer.plan_for(streamer.minimum_bytes + 6 * streamer.outline.block_bytes(0)))
     assert streamer.plan is not None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import make_transformer
-from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.devices.cuda_pages import lasting_memory, page_counts
 from weightstream.streaming.devices.lasting_memory import LastingMemory
 
@@ -161,7 +161,7 @@ def test_residents_that_come_and_go_leave_no_gap(memory: LastingMemory) -> None:
     expected = resident(x)
     del resident
     torch.cuda.empty_cache()
-    streamer = Streamer(model, split_model(model), CudaBackend(DEVICE), StreamingConfig())
+    streamer = Streamer(model, cut_model(model), CudaBackend(DEVICE), StreamingConfig())
     chance, before = random.Random(3), free()
     for _ in range(15):
         streamer.load(streamer.plan_for(chance.randint(streamer.minimum_bytes, streamer.model_bytes)))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from models import make_transformer
-from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.devices.copies import Event, Pair
 from weightstream.streaming.model.layout import NamedTensor, make_layout
 from weightstream.streaming.model.sums import MOST_WORDS, Summing
@@ -94,7 +94,7 @@ def test_a_damaged_copy_is_found_and_mended(
     expected = resident(x)
     model, backend = make_transformer(DEPTH, WIDTH), CorruptingBackend()
     config = StreamingConfig(verify=True, pin_memory=pin_memory, adaptive=False, thrifty=False)
-    streamer = Streamer(model, split_model(model), backend, config)
+    streamer = Streamer(model, cut_model(model), backend, config)
     streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
     for _ in range(4):
         assert torch.equal(streamer.run(lambda: model(x)), expected)
@@ -118,7 +118,7 @@ def test_damaged_residents_are_found_and_mended(caplog: pytest.LogCaptureFixture
     resident(x)
     expected = resident(x)
     model, backend = make_transformer(DEPTH, WIDTH), CorruptingBackend()
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig(verify=True, adaptive=False))
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(verify=True, adaptive=False))
     backend.damage, backend.countdown = swap_words, 5
     streamer.load(streamer.plan_for(10**12))
     for _ in range(2):

@@ -21,7 +21,7 @@ from vaes import VAE, write_vae
 from weightstream.nodes import gpu_placement
 from weightstream.nodes.host import devices, hosts
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.tell import status
+from weightstream.nodes.tell import messages
 from weightstream.streaming import UnsupportedModelError, VirtualMemory
 
 import nodes as host_nodes
@@ -147,14 +147,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the node has said."""
     texts: list[str] = []
-    announce = status.announce
+    announce = messages.announce
 
     def listen(name: str, text: str, *rest: Any, **options: Any) -> None:
         if name == gpu_placement.NAME:
             texts.append(text)
         announce(name, text, *rest, **options)
 
-    monkeypatch.setattr(status, "announce", listen)
+    monkeypatch.setattr(messages, "announce", listen)
     return texts
 
 

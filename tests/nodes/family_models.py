@@ -32,8 +32,8 @@ from weightstream.streaming import (
     StreamingConfig,
     VirtualMemory,
     assumed_profile,
+    cut_model,
     minimum_bytes,
-    split_model,
 )
 from weightstream.streaming.model.shown import memory_of
 
@@ -149,7 +149,7 @@ def whole(model: torch.nn.Module) -> ModelPatcher:
 
 def streamed(name: str, model: torch.nn.Module) -> StreamedModelPatcher:
     """The same model on a virtual device with the least room with which it streams."""
-    blocks = split_model(model, model_dtype, minimum_share=0)
+    blocks = cut_model(model, model_dtype, minimum_share=0)
     memory = VirtualMemory(minimum_bytes(blocks.outline, assumed_profile(blocks.outline)))
     streamer = Streamer(
         model.diffusion_model, blocks, CpuBackend(memory), StreamingConfig(headroom_bytes=0, thrifty=False)

@@ -37,7 +37,7 @@ from weightstream.nodes.host.hosts import VERSION as HOST_VERSION
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.streamed_model import model_dtype
 from weightstream.nodes.twins.likeness import difference, held_by
-from weightstream.streaming import split_model
+from weightstream.streaming import cut_model
 from weightstream.streaming.handoff.boundary import Boundary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,7 +164,7 @@ def _check_two_devices(native: ModelPatcher, family: Family, expected: torch.Ten
     """Blocks in turn: what crosses the boundary arrives, and is what it should be."""
     links = CountingLinks()
     boundary = Boundary(HOME, links)
-    blocks = [block.module for block in split_model(native.model, model_dtype, minimum_share=0).blocks]
+    blocks = [block.module for block in cut_model(native.model, model_dtype, minimum_share=0).blocks]
     places = [(block, SECOND if number % 2 else HOME) for number, block in enumerate(blocks)]
     boundary.attach(native.model.diffusion_model, places)
     assert torch.equal(sample(native, family), expected)
@@ -187,7 +187,7 @@ def _row(name: str) -> Row:
     """What the table says of a family that streams, by a model of real size."""
     family = FAMILIES[name]
     assert getattr(comfy.supported_models, name).matches(family.size)
-    outline = split_model(build(name, family), model_dtype).outline
+    outline = cut_model(build(name, family), model_dtype).outline
     largest = max(outline.block_bytes(block) for block in range(outline.blocks))
     share = 1 - outline.rest_bytes / outline.model_bytes
     size, largest_size = f"{outline.model_bytes / 1024**3:.1f} GiB", f"{largest / 1024**2:.0f} MiB"

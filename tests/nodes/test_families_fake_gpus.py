@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformer_patches import Points
 from weightstream.nodes.model.parts import AROUND_STEPS, TRANSFORMER_PATCHES
 from weightstream.nodes.model.streamed_model import model_dtype
-from weightstream.streaming import split_model
+from weightstream.streaming import cut_model
 from weightstream.streaming.handoff import boundary as handoff
 from weightstream.streaming.handoff.away import Away
 from weightstream.streaming.handoff.boundary import Boundary
@@ -132,7 +132,7 @@ def tables(modules: int) -> list[Any]:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    return [block.module for block in split_model(model, model_dtype, minimum_share=0).blocks]
+    return [block.module for block in cut_model(model, model_dtype, minimum_share=0).blocks]
 
 
 def split(model: nn.Module, blocks: list[nn.Module], values: bool) -> Setup:

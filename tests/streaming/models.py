@@ -19,7 +19,7 @@ from weightstream.streaming import (
     Streamer,
     StreamingConfig,
     VirtualMemory,
-    split_model,
+    cut_model,
 )
 from weightstream.streaming.planning.segments import cut
 
@@ -73,7 +73,7 @@ SETTINGS = {"slots": 2, "segment_bytes": 10_000, "headroom_bytes": 0, "thrifty":
 def make_streamer(model: Transformer, budget: int = 10**9, learned: bool = False, **settings: int) -> Streamer:
     """A streamer on a virtual device; with ``learned`` it knows the order of the units, and streams parts of blocks."""
     config = StreamingConfig(**{**SETTINGS, **settings})
-    streamer = Streamer(model, split_model(model), CpuBackend(VirtualMemory(budget)), config)
+    streamer = Streamer(model, cut_model(model), CpuBackend(VirtualMemory(budget)), config)
     if learned:
         learn(streamer, lambda: model(X))
     return streamer
@@ -198,7 +198,7 @@ class Stored:
         self.expected = self.plain(self.x)
         self.backend = backend or PinningBackend()
         self.pins = pins or PinBudget()
-        blocks = split_model(self.model, (lambda module, name, tensor: dtype or stored), self.checkpoint.locate)
+        blocks = cut_model(self.model, (lambda module, name, tensor: dtype or stored), self.checkpoint.locate)
         config = StreamingConfig(**{**SETTINGS, **SMALL_RING, "adaptive": False, **settings})
         self.streamer = Streamer(self.model, blocks, self.backend, config, self.pins, watch=watch)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from models import make_transformer
 from outlines import flux, flux_profile
-from weightstream.streaming import StreamingConfig, make_plan, split_model
+from weightstream.streaming import StreamingConfig, cut_model, make_plan
 from weightstream.streaming.collector import uncollected
 
 
@@ -116,6 +116,6 @@ def test_cutting_and_planning_are_not_interrupted(collections: list[int]) -> Non
     outline, profile = flux(), flux_profile()
     model = make_transformer(depth=8)
     del collections[:]
-    split_model(model)
+    cut_model(model)
     make_plan(outline, profile, 10e9, StreamingConfig())
     assert len(collections) <= 2, "one behind each"

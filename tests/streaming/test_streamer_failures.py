@@ -16,7 +16,7 @@ from weightstream.streaming import (
     Streamer,
     StreamingConfig,
     VirtualMemory,
-    split_model,
+    cut_model,
 )
 from weightstream.streaming.run.schedule import Schedule
 
@@ -160,7 +160,7 @@ def test_a_failed_copy_is_an_error_and_never_a_wrong_weight(failing_copy: int, a
     model = make_transformer()
     expected = model(X)
     backend = FailingBackend(10**9, at_once)
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig())
     streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
     streamer.finish_building()
     assert torch.equal(model(X), expected)
@@ -183,7 +183,7 @@ def test_a_failed_staged_copy_is_made_again_or_an_error(failing_copy: int, at_on
     model = make_transformer()
     expected = model(X)
     backend = FailingBackend(failing_copy, at_once)
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig(pin_memory=False))
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(pin_memory=False))
     errors = 0
     for _ in range(4):
         try:
@@ -201,7 +201,7 @@ def test_a_failed_first_copy_unloads_the_model() -> None:
     model = make_transformer()
     expected = model(X)
     backend = FailingBackend(1, at_once=True)
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig())
     with pytest.raises(OSError, match="the copy failed"):
         streamer.load(streamer.plan_for(streamer.minimum_bytes))
     assert streamer.state is State.UNLOADED

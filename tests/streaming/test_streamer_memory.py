@@ -17,7 +17,7 @@ from weightstream.streaming import (
     Streamer,
     StreamingConfig,
     VirtualMemory,
-    split_model,
+    cut_model,
 )
 
 
@@ -51,7 +51,7 @@ def test_no_memory_is_kept_alive_by_what_has_moved_on() -> None:
     """Also on the way from one plan to the next no more is alive than the larger of the two asks for."""
     model = make_transformer(depth=8)
     backend = WatchedBackend()
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig(slots=2))
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(slots=2))
     plans = [streamer.plan_for(budget) for budget in budgets(streamer)]
     for before, after in itertools.permutations(plans, 2):
         streamer.load(before)
@@ -100,7 +100,7 @@ def test_masters_exist_for_what_is_streamed_only() -> None:
 def test_a_model_is_freed_without_the_garbage_collector() -> None:
     model = make_transformer()
     backend = CpuBackend(VirtualMemory(10**9))
-    model.streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    model.streamer = Streamer(model, cut_model(model), backend, StreamingConfig())
     model.streamer.load(model.streamer.plan_for(0 + model.streamer.minimum_bytes))
     model(X)
     references = [weakref.ref(model), weakref.ref(model.streamer), weakref.ref(model.blocks[0])]
@@ -117,7 +117,7 @@ def test_a_model_that_is_dropped_while_it_is_measured_leaves_nothing_to_the_garb
     """The recorder of its step knows the reader, and so the page-locked ring."""
     model = make_transformer()
     backend = CpuBackend(VirtualMemory(10**9))
-    model.streamer = Streamer(model, split_model(model), backend, StreamingConfig())
+    model.streamer = Streamer(model, cut_model(model), backend, StreamingConfig())
     model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
     model.streamer.run(partial(model, X))
     references = [weakref.ref(model.streamer), weakref.ref(model.streamer.measuring.recorder)]
@@ -144,7 +144,7 @@ def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
     model = make_transformer()
     pins = PinBudget()
     backend = Registering(VirtualMemory(10**9))
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig(), pins)
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(), pins)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     model(X)
     streamer.finish_building()
@@ -166,11 +166,11 @@ def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
 
 def test_models_share_what_may_be_page_locked() -> None:
     models = [make_transformer(), make_transformer()]
-    pins = PinBudget(limit=sum(split_model(models[0]).outline.unit_bytes) * 3 // 2)
+    pins = PinBudget(limit=sum(cut_model(models[0]).outline.unit_bytes) * 3 // 2)
     expected = models[0](X)
     for model in models:
         backend = CpuBackend(VirtualMemory(10**9))
-        model.streamer = Streamer(model, split_model(model), backend, StreamingConfig(chunks=2), pins)
+        model.streamer = Streamer(model, cut_model(model), backend, StreamingConfig(chunks=2), pins)
         model.streamer.load(model.streamer.plan_for(model.streamer.minimum_bytes))
         assert torch.equal(model(X), expected)
         model.streamer.finish_building()
@@ -202,7 +202,7 @@ def test_the_garbage_collector_may_run_on_a_copy_thread() -> None:
 def test_memory_that_was_given_up_is_in_no_module() -> None:
     """A module that pointed at it still would keep it."""
     model, backend = make_transformer(), WatchedBackend()
-    streamer = Streamer(model, split_model(model), backend, StreamingConfig(slots=2))
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(slots=2))
     streamer.load(streamer.plan_for(10**9))
     before = backend.alive
     assert streamer.give_way(1 << 40) > 0

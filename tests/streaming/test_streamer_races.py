@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 from models import hand_plan, learn, units_of
 from race import NumberedModel, RaceBackend
-from weightstream.streaming import Streamer, StreamingConfig, split_model
+from weightstream.streaming import Streamer, StreamingConfig, cut_model
 from weightstream.streaming.memory.reader import Reader
 
 UNIT = 512
@@ -32,7 +32,7 @@ def make(
     settings = {"read_threads": 1, "chunks": 2, "chunk_bytes": 8 * UNIT, **settings}
     settings = {"segment_bytes": segment_bytes, "adaptive": False, "thrifty": False, **settings}
     config = StreamingConfig(copy_streams, slots, **settings)
-    return backend, model, Streamer(model, split_model(model), backend, config)
+    return backend, model, Streamer(model, cut_model(model), backend, config)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_page_locked_and_staged_segments_mixed_in_any_order_are_ordered(
     streamer.load(hand_plan(streamer, range(18), 3))
     model([0, 1, 2, 3, 4, 5])
     streamer.finish_building()
-    assert 0 < streamer.site.placement.pinned_bytes(streamer.plan) < streamer.plan.streamed_bytes
+    assert 0 < streamer.site.weights.pinned_bytes(streamer.plan) < streamer.plan.streamed_bytes
     chance = random.Random(seed)
     for _ in range(60):
         order = [chance.randrange(6) for _ in range(chance.randint(1, 8))]

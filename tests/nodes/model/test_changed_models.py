@@ -191,7 +191,7 @@ def test_what_nobody_has_changed_is_not_laid_out_anew(
 ) -> None:
     cuts = []
     model = ways[way]()
-    monkeypatch.setattr(following, "split_model", lambda *_, **__: cuts.append(1))
+    monkeypatch.setattr(following, "cut_model", lambda *_, **__: cuts.append(1))
     for each in (model, with_lora(model, 0.8), model):
         sample(each)
         model.model.state_dict()
@@ -206,7 +206,7 @@ def test_weights_that_were_handed_out_and_not_written_to_are_not_laid_out_anew(
 ) -> None:
     model = ways[way]()
     latents = sample(model)
-    monkeypatch.setattr(following, "split_model", None)
+    monkeypatch.setattr(following, "cut_model", None)
     for held in model.model.parameters():
         assert held.data.shape == held.shape
     assert torch.equal(sample(model), latents)

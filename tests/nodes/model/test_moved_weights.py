@@ -204,8 +204,8 @@ def test_a_part_that_cannot_be_loaded_at_once_keeps_hooks(
     act: Act,
 ) -> None:
     model = on_devices(2, 30)
-    placement = model.parts[0].streamer.site.placement
-    carry_out, refusals = placement.carry_out, []
+    weights = model.parts[0].streamer.site.weights
+    carry_out, refusals = weights.carry_out, []
 
     def refuse_once(*arguments: Any) -> None:
         if not refusals:
@@ -215,7 +215,7 @@ def test_a_part_that_cannot_be_loaded_at_once_keeps_hooks(
 
     def act_and_refuse(model: Any) -> None:
         act(model)
-        monkeypatch.setattr(placement, "carry_out", refuse_once)
+        monkeypatch.setattr(weights, "carry_out", refuse_once)
 
     with originals_stay(model):
         assert torch.equal(hooked(between_steps(with_lora(model, 0.7), act_and_refuse)), expected(hooked))

@@ -64,12 +64,12 @@ def test_hooks_stay_when_a_reload_has_no_room(
     expected = sample_with_hooks(native)
     model = streamed(64 * MB, vram_limit=28 * MB)
     assert torch.equal(sample_with_hooks(model), expected)
-    placement = model.streamer.site.placement
+    weights = model.streamer.site.weights
     handle = model.model.diffusion_model.double_blocks[0].register_forward_pre_hook(
         fail_in_calls(lambda *_: None, 1, 2)
     )
     # The first call is the prompt's own load; the second follows the step that failed twice.
-    monkeypatch.setattr(placement, "carry_out", fail_in_calls(placement.carry_out, 0))
+    monkeypatch.setattr(weights, "carry_out", fail_in_calls(weights.carry_out, 0))
     assert torch.equal(sample_with_hooks(model), expected)
     handle.remove()
 
@@ -78,8 +78,8 @@ def test_no_room_in_a_load_means_a_smaller_plan(
     streamed: Load, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = streamed(64 * MB)
-    placement = model.streamer.site.placement
-    monkeypatch.setattr(placement, "carry_out", fail_in_calls(placement.carry_out, 0, 1))
+    weights = model.streamer.site.weights
+    monkeypatch.setattr(weights, "carry_out", fail_in_calls(weights.carry_out, 0, 1))
     assert torch.equal(sample(model), plain)
 
 

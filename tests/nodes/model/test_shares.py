@@ -16,7 +16,7 @@ from sampling import MB, Patched, sample, sample_with_hook, with_lora
 from weightstream.nodes.model import shares
 from weightstream.nodes.model.shares import Shares
 from weightstream.nodes.model.sharing import _times
-from weightstream.nodes.tell import notices, status
+from weightstream.nodes.tell import messages, notices
 from weightstream.streaming import State, VirtualMemory
 from weightstream.streaming.machine.gpus import Link
 
@@ -24,13 +24,13 @@ from weightstream.streaming.machine.gpus import Link
 @pytest.fixture
 def announced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
-    announce = status.announce
+    announce = messages.announce
 
     def listen(name: str, text: str, *rest: Any, **options: Any) -> None:
         texts.append(text)
         announce(name, text, *rest, **options)
 
-    monkeypatch.setattr(status, "announce", listen)
+    monkeypatch.setattr(messages, "announce", listen)
     return texts
 
 

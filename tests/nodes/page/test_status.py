@@ -20,14 +20,14 @@ from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.page import description, watching
 from weightstream.nodes.page.description import ladder_step
 from weightstream.nodes.page.routes import full_status
-from weightstream.nodes.tell import status
+from weightstream.nodes.tell import messages
 from weightstream.nodes.tell.names import shown_name, without_folders
 from weightstream.nodes.tell.notices import keep_notice, withdraw_notice
 from weightstream.nodes.twins.split import split_over
 from weightstream.streaming import Snapshot, VramReader, format_bytes
 from weightstream.streaming.machine.gpus import Nvml
 
-ROOT = Path(status.__file__).parents[2]
+ROOT = Path(messages.__file__).parents[2]
 Load = Callable[..., StreamedModelPatcher]
 READER = VramReader(Nvml(None))
 

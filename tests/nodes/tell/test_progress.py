@@ -18,7 +18,7 @@ from held import check_nothing_is_held, held_by_others
 from reads import Reads
 from sampling import MB, Patched, sample, with_lora
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.tell import status
+from weightstream.nodes.tell import messages
 from weightstream.streaming import format_bytes
 from weightstream.streaming.planning.state import State
 
@@ -49,7 +49,7 @@ class Page:
 
         monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
         comfy.utils.set_progress_bar_global_hook(hook)
-        monkeypatch.setattr(status, "show", show)
+        monkeypatch.setattr(messages, "show", show)
         get_progress_state().nodes.pop(NODE, None)
 
     @property

@@ -27,7 +27,7 @@ from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.state.loaded_state import ON_MODELS, ON_MODULES
-from weightstream.nodes.tell import status
+from weightstream.nodes.tell import messages
 from weightstream.streaming import UnsupportedModelError, VirtualMemory
 
 Load = Callable[..., StreamedModelPatcher]
@@ -320,7 +320,7 @@ def test_our_own_loader_as_the_factory(path: Path, foreign: ModelPatcher, monkey
     for name, part in zip(names, (tensors[::2], tensors[1::2]), strict=True):
         save_file(dict(part), path.parent / name)
     with monkeypatch.context() as patch, torch.inference_mode():
-        patch.setattr(streamed_model, "split_model", refuse)
+        patch.setattr(streamed_model, "cut_model", refuse)
         model = load_streamed(str(path.parent / names[0]), {})
         assert not isinstance(model, StreamedModelPatcher)
     assert torch.equal(sample(stream(model)), sample(foreign))
@@ -340,7 +340,7 @@ def test_plan_and_reasons_are_shown_on_the_node_that_asks(
     streamed: Load, foreign: ModelPatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[tuple[str, str]] = []
-    monkeypatch.setattr(status, "show", lambda text, node_id: shown.append((node_id, text)))
+    monkeypatch.setattr(messages, "show", lambda text, node_id: shown.append((node_id, text)))
     loader = streamed(24 * MB, node_id="loader")
     with torch.inference_mode():
         first = with_settings(loader, OffloadSettings(), "first")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import Doubled, Transformer, X, make_transformer, units_of
-from weightstream.streaming import CpuBackend, State, Streamer, StreamingConfig, VirtualMemory, split_model
+from weightstream.streaming import CpuBackend, State, Streamer, StreamingConfig, VirtualMemory, cut_model
 from weightstream.streaming.memory import reader
 from weightstream.streaming.model.layout import Layout
 
@@ -50,7 +50,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def make(model: Transformer) -> Streamer:
     """Streams the last blocks whole or in part, and keeps the rest; nothing is page-locked."""
     config = StreamingConfig(pin_memory=False, slots=2, read_threads=1, chunks=2, headroom_bytes=0)
-    return Streamer(model, split_model(model), CpuBackend(VirtualMemory(10**9)), config)
+    return Streamer(model, cut_model(model), CpuBackend(VirtualMemory(10**9)), config)
 
 
 def load(streamer: Streamer) -> None:
@@ -100,7 +100,7 @@ def test_a_resident_that_is_read_before_its_block_runs_is_there_when_the_step_ru
     streamer.unload()
     gate.closed = gate.layouts(streamer, [block])
     load(streamer)
-    copies = [streamer.site.placement.copies(unit) for unit in streamer.plan.resident]
+    copies = [streamer.site.weights.copies(unit) for unit in streamer.plan.resident]
     copies = [each for each in copies if each.unit.block == block]
     forward, tries = model.forward, []
 
@@ -124,7 +124,7 @@ def test_residents_of_blocks_that_did_not_run_arrive_too(gate: Gate) -> None:
     streamer = make(model)
     load(streamer)
     assert torch.equal(model(X, [0, 1]), skipped)
-    assert not streamer.site.placement.arriving
+    assert not streamer.site.weights.arriving
     assert torch.equal(model(X), expected)
 
 
@@ -177,7 +177,7 @@ def test_masters_are_made_for_writers_when_everything_has_arrived() -> None:
     load(streamer)
     names = {f"blocks.{index}.out.weight" for index in range(8)}
     streamer.make_masters(names)
-    assert not streamer.site.placement.arriving
+    assert not streamer.site.weights.arriving
     originals = {spec.name: spec.original for spec in streamer.blocks.specs}
     for index, block in enumerate(model.blocks):
         assert block.out.weight.data_ptr() != originals[f"blocks.{index}.out.weight"].data_ptr()
@@ -193,7 +193,7 @@ def test_patches_reach_residents_that_are_still_on_their_way(gate: Gate) -> None
     streamer.unload()
     gate.closed = gate.layouts(streamer, blocks[1:])
     streamer.load(plan)
-    assert streamer.site.placement.arriving
+    assert streamer.site.weights.arriving
     gate.opened.set()
     streamer.load(plan, Doubled(names))
     reference = make_transformer(depth=8)
@@ -213,15 +213,15 @@ def test_a_unit_may_run_outside_of_its_block_before_everything_has_arrived(gate:
     gate.seconds = 0.005
     streamer.load(plan)
     module = streamer.blocks.units[unit].module
-    assert streamer.site.placement.copies(unit).arriving is not None
+    assert streamer.site.weights.copies(unit).arriving is not None
     module(torch.zeros(1, module.in_features))
-    assert streamer.site.placement.copies(unit).resident is not None
+    assert streamer.site.weights.copies(unit).resident is not None
 
 
 def test_master_copies_stay_while_a_step_runs_and_while_somebody_has_written_to_them() -> None:
     model = make_transformer(depth=8)
     expected = model(X)
-    streamer = Streamer(model, split_model(model), CpuBackend(VirtualMemory(10**9)), StreamingConfig(slots=2))
+    streamer = Streamer(model, cut_model(model), CpuBackend(VirtualMemory(10**9)), StreamingConfig(slots=2))
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     streamer.finish_building()
     given = []

@@ -10,7 +10,7 @@ import torch
 from fake_cuda import FakeCuda, cuda
 from models import Doubled, hand_plan, units_of
 from race import NumberedModel, RaceBackend
-from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, cut_model
 
 __all__ = ["cuda"]
 
@@ -59,7 +59,7 @@ def change_patches(
     """Load with patches, others and none, with all of a block's units streamed or resident, and run steps between."""
     model = NumberedModel(BLOCKS, kernels)
     config = StreamingConfig(copy_streams, slots, segment_bytes=0, adaptive=False, thrifty=False, **settings)
-    streamer = Streamer(model, split_model(model), backend, config)
+    streamer = Streamer(model, cut_model(model), backend, config)
     plan = hand_plan(streamer, units_of(streamer, streamed), slots)
     for doubled in (set(WEIGHTS), set(WEIGHTS[::2]), set(), set(WEIGHTS[1:5]), set(WEIGHTS)):
         numbered(model, doubled)
@@ -107,7 +107,7 @@ def test_what_a_failure_leaves_under_way_is_waited_for(slots: int, after: int) -
     backend = RaceBackend()
     model = NumberedModel(BLOCKS, backend)
     config = StreamingConfig(2, slots, segment_bytes=0, adaptive=False, thrifty=False)
-    streamer = Streamer(model, split_model(model), backend, config)
+    streamer = Streamer(model, cut_model(model), backend, config)
     plan = hand_plan(streamer, range(3 * BLOCKS), slots)
     with pytest.raises(RuntimeError, match="no such adapter"):
         streamer.load(plan, Broken(set(WEIGHTS), backend, after))

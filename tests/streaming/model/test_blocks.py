@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import make_transformer
 from torch import nn
-from weightstream.streaming import UnsupportedModelError, find_blocks, split_model
+from weightstream.streaming import UnsupportedModelError, cut_model, find_blocks
 
 
 class Pair(nn.Module):
@@ -78,20 +78,20 @@ def test_a_module_in_a_list_with_much_besides_its_list_is_a_block() -> None:
 
 def test_a_model_without_lists_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no list of repeated blocks"):
-        split_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        cut_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
 
 
 def test_blocks_that_are_small_beside_others_stay_on_the_device() -> None:
     model = make_transformer(depth=2)
     model.switches = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    split = split_model(model)
+    split = cut_model(model)
     assert [block.name for block in split.blocks] == ["blocks.0", "blocks.1"]
     assert "switches.0.weight" in {spec.name for spec in split.rest.layout.specs}
 
 
 def test_every_tensor_has_one_owner() -> None:
     model = make_transformer(depth=3)
-    split = split_model(model)
+    split = cut_model(model)
     assert sorted(spec.name for spec in split.specs) == sorted(model.state_dict())
     of_the_rest = {spec.name for spec in split.rest.layout.specs}
     assert {"input.weight", "input.bias", "output.weight", "output.bias"} <= of_the_rest
@@ -99,7 +99,7 @@ def test_every_tensor_has_one_owner() -> None:
 
 def test_units_are_the_modules_that_hold_tensors_and_small_ones_stay_on_the_device() -> None:
     model = make_transformer(depth=2)
-    split = split_model(model)
+    split = cut_model(model)
     names = ("norm", "qkv", "out", "mlp.0", "mlp.2")
     assert [unit.name for unit in split.units] == [f"blocks.{block}.{name}" for block in range(2) for name in names]
     assert [unit.index for unit in split.units] == list(range(10))
@@ -114,7 +114,7 @@ def test_a_unit_with_a_tensor_of_another_module_of_its_block_has_no_module_of_it
     model.blocks[0].mlp[2].weight = nn.Parameter(model.blocks[0].mlp[0].weight.T)
     model.blocks[0].extra = nn.Linear(32, 64)
     model.blocks[0].extra.weight = model.blocks[0].mlp[0].weight
-    units = {unit.name: unit.module for unit in split_model(model).units}
+    units = {unit.name: unit.module for unit in cut_model(model).units}
     assert units["blocks.0.mlp.0"] is None
     assert units["blocks.1.mlp.0"] is model.blocks[1].mlp[0]
 
@@ -122,13 +122,13 @@ def test_a_unit_with_a_tensor_of_another_module_of_its_block_has_no_module_of_it
 def test_blocks_of_one_class_and_size_are_of_one_kind() -> None:
     model = make_transformer(depth=3)
     model.blocks[1].out = nn.Linear(32, 32, bias=False)
-    assert split_model(model).outline.block_kind == (0, 1, 0)
+    assert cut_model(model).outline.block_kind == (0, 1, 0)
 
 
 def test_a_tensor_tied_between_blocks_belongs_to_the_rest() -> None:
     model = make_transformer(depth=3)
     model.blocks[2].qkv.weight = model.blocks[0].qkv.weight
-    split = split_model(model)
+    split = cut_model(model)
     tied = [value for value in split.rest.layout.values if value.name == "blocks.0.qkv.weight"]
     assert len(tied) == 1
     assert len(tied[0].places) == 2
@@ -138,7 +138,7 @@ def test_a_module_of_two_blocks_or_of_one_and_others_belongs_to_the_rest() -> No
     model = make_transformer(depth=3)
     model.blocks[2].qkv = model.blocks[0].qkv
     model.also_called = model.blocks[1].out
-    split = split_model(model)
+    split = cut_model(model)
     of_the_rest = {spec.name for spec in split.rest.layout.specs}
     assert {"blocks.0.qkv.weight", "blocks.1.out.weight"} <= of_the_rest
     assert not {"blocks.0.qkv", "blocks.2.qkv", "blocks.1.out"} & {unit.name for unit in split.units}
@@ -148,14 +148,14 @@ def test_a_model_mostly_outside_of_blocks_is_refused() -> None:
     model = make_transformer(depth=2, width=8)
     model.huge = nn.Linear(200, 200)
     with pytest.raises(UnsupportedModelError, match=r"only \d+% of its bytes"):
-        split_model(model)
+        cut_model(model)
 
 
 def test_sparse_tensors_are_refused_by_name() -> None:
     model = make_transformer(depth=2)
     model.blocks[1].register_buffer("mask", torch.eye(4).to_sparse())
     with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.mask"):
-        split_model(model)
+        cut_model(model)
 
 
 def test_tensors_without_memory_or_a_protocol_are_refused_by_name() -> None:
@@ -167,4 +167,4 @@ def test_tensors_without_memory_or_a_protocol_are_refused_by_name() -> None:
     model = make_transformer(depth=2)
     model.blocks[1]._buffers["packed"] = torch.Tensor._make_wrapper_subclass(Packed, (4,))
     with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.packed is a Packed"):
-        split_model(model)
+        cut_model(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import SETTINGS, X, make_transformer
 from torch import nn
-from weightstream.streaming import CpuBackend, Streamer, StreamingConfig, VirtualMemory, split_model
+from weightstream.streaming import CpuBackend, Streamer, StreamingConfig, VirtualMemory, cut_model
 from weightstream.streaming.handoff.boundary import Boundary
 from weightstream.streaming.split.assignment import DeviceRoom, assign
 from weightstream.streaming.split.links import Links
@@ -19,7 +19,7 @@ DEPTH = 9
 class Parts:
     def __init__(self, model: nn.Module, devices: tuple[int, ...], **settings: object) -> None:
         self.model = model
-        blocks = split_model(model, lambda module, name, tensor: tensor.dtype)
+        blocks = cut_model(model, lambda module, name, tensor: tensor.dtype)
         places = [torch.device("cpu", device) for device in devices]
         self.boundary = Boundary(places[0], Links())
         self.streamers = []
@@ -70,7 +70,7 @@ def test_output_is_the_same_at_every_budget(devices: int, room: int, copy_stream
 
 def test_a_part_knows_its_blocks_only() -> None:
     model = make_transformer(depth=4)
-    whole = split_model(model, lambda module, name, tensor: tensor.dtype)
+    whole = cut_model(model, lambda module, name, tensor: tensor.dtype)
     first, second = whole.part([2, 0], True), whole.part([1, 3], False)
     assert [block.name for block in first.blocks] == [whole.blocks[0].name, whole.blocks[2].name]
     for part in (first, second):

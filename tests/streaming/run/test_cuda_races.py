@@ -15,7 +15,7 @@ from fake_cuda import FakeCuda, cuda
 from models import hand_plan, learn, units_of
 from page_drivers import RamPages
 from race import NumberedModel
-from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.memory.arena import Arena
 from weightstream.streaming.memory.reader import Reader
 from weightstream.streaming.memory.transfer import Move
@@ -43,7 +43,7 @@ def make(cuda: FakeCuda, blocks: int, slots: int, **settings: Any) -> tuple[Numb
     settings = {"segment_bytes": 0, "adaptive": False, "thrifty": False, "chunk_bytes": UNIT, **settings}
     backend = CudaBackend(DEVICE)
     backend.fine_bytes = UNIT // 2
-    return model, Streamer(model, split_model(model), backend, StreamingConfig(slots=slots, **settings))
+    return model, Streamer(model, cut_model(model), backend, StreamingConfig(slots=slots, **settings))
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_page_locked_and_staged_segments_mixed(cuda: FakeCuda, seed: int, monkey
     streamer.load(hand_plan(streamer, range(18), 3))
     model([0, 1, 2, 3, 4, 5])
     streamer.finish_building()
-    assert 0 < streamer.site.placement.pinned_bytes(streamer.plan) < streamer.plan.streamed_bytes
+    assert 0 < streamer.site.weights.pinned_bytes(streamer.plan) < streamer.plan.streamed_bytes
     chance = random.Random(seed)
     for _ in range(20):
         order = [chance.randrange(6) for _ in range(chance.randint(1, 8))]

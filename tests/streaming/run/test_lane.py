@@ -7,7 +7,7 @@ import torch
 from fake_cuda import FakeCuda, cuda
 from models import hand_plan, learn
 from torch import nn
-from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, split_model
+from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, cut_model
 
 __all__ = ["cuda"]
 
@@ -64,7 +64,7 @@ class Model(nn.Module):
 
 def make(cuda: FakeCuda, model: nn.Module, slots: int, segment_bytes: int) -> Streamer:
     config = StreamingConfig(slots=slots, segment_bytes=segment_bytes, adaptive=False, thrifty=False)
-    return Streamer(model, split_model(model), CudaBackend(torch.device("cuda", 1)), config)
+    return Streamer(model, cut_model(model), CudaBackend(torch.device("cuda", 1)), config)
 
 
 @pytest.mark.parametrize("segment_bytes", [0, 2 * UNIT, 3 * UNIT], ids=["one unit", "two units", "three units"])

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import SETTINGS, Doubled, PinningBackend, Stored, X, make_transformer
-from weightstream.streaming import CorruptionError, State, Streamer, StreamingConfig, split_model
+from weightstream.streaming import CorruptionError, State, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.devices import cpu_backend
 from weightstream.streaming.devices.copies import Event, Pair
 from weightstream.streaming.run import verify
 from weightstream.streaming.run.lane import Lane
-from weightstream.streaming.run.verify import Verifier
+from weightstream.streaming.run.verify import ChecksumVerifier
 
 
 def flip_a_bit(target: torch.Tensor) -> None:
@@ -87,7 +87,7 @@ class Made:
         self.model = make_transformer()
         self.plain = make_transformer()
         config = StreamingConfig(**{**SETTINGS, "adaptive": False, **settings})
-        self.streamer = Streamer(self.model, split_model(self.model), self.backend, config)
+        self.streamer = Streamer(self.model, cut_model(self.model), self.backend, config)
 
     def load(self, patches: Doubled | None = None) -> None:
         """Some blocks resident, some streamed."""
@@ -311,7 +311,7 @@ def test_without_it_a_lane_is_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("something was compared")
 
     monkeypatch.setattr(verify, "checksums", unexpected)
-    monkeypatch.setattr(Verifier, "check", unexpected)
+    monkeypatch.setattr(ChecksumVerifier, "check", unexpected)
     made = Made()
     made.load()
     for _ in range(3):
@@ -327,7 +327,7 @@ def test_it_can_be_switched_on_and_off() -> None:
     for on in (True, False, True):
         made.streamer.configure(replace(made.streamer.config, verify=on))
         made.load()
-        assert isinstance(made.streamer._verifier, Verifier) is on
+        assert isinstance(made.streamer._verifier, ChecksumVerifier) is on
         assert (type(made.streamer.site.lane) is not Lane) is on
         assert torch.equal(made.step(), made.plain(X))
 

@@ -12,7 +12,7 @@ from models import Transformer, X, make_streamer
 from race import NumberedBlock, NumberedModel, RaceBackend
 from torch import nn
 from ways_in import KINDS, ByMethods, LayerByLayer, Stop, make, run
-from weightstream.streaming import Streamer, StreamingConfig, split_model
+from weightstream.streaming import Streamer, StreamingConfig, cut_model
 from weightstream.streaming.run.by_units import ByUnits
 
 
@@ -296,7 +296,7 @@ def test_every_access_to_a_slot_is_ordered(ways: tuple[str, ...], learned: bool)
         backend = RaceBackend()
         model = RacingModel(4, backend, ways)
         config = StreamingConfig(copy_streams, slots, segment_bytes=0, adaptive=False, thrifty=False)
-        streamer = Streamer(model, split_model(model), backend, config)
+        streamer = Streamer(model, cut_model(model), backend, config)
         streamer.load(streamer.plan_for(streamer.minimum_bytes))
         for _ in range(4 if learned else 0):
             streamer.run(lambda model=model: model(everything))

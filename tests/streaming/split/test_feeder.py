@@ -19,7 +19,7 @@ from weightstream.streaming import (
     Streamer,
     StreamingConfig,
     VirtualMemory,
-    split_model,
+    cut_model,
 )
 from weightstream.streaming.devices import backend as backends
 from weightstream.streaming.devices import copies
@@ -50,7 +50,7 @@ def make(
     model: torch.nn.Module, backend: Backend, slots: int, copy_streams: int = 2, segment_bytes: int = 3 * UNIT
 ) -> Streamer:
     config = StreamingConfig(copy_streams, slots, segment_bytes=segment_bytes, adaptive=False, thrifty=False)
-    return Streamer(model, split_model(model), backend, config)
+    return Streamer(model, cut_model(model), backend, config)
 
 
 # -- what goes where ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from virtual_time import Clock, TimedBackend, TimedLayer, TimedModel
-from weightstream.streaming import Group, Streamer, StreamingConfig, split_model
+from weightstream.streaming import Group, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.split.assignment import HOP_SECONDS, DeviceRoom, assign
 from weightstream.streaming.split.turns import Share, forecast_of_all
 
@@ -46,7 +46,7 @@ class Devices:
         self.assignment = assign(sizes, rooms)
         small = [[(nbytes // SCALE, *times) for nbytes, *times in block] for block in FLUX]
         self.model = TimedModel(self.clock, small, self.assignment.devices, HOP_SECONDS, OUTSIDE)
-        blocks = split_model(self.model)
+        blocks = cut_model(self.model)
         config = StreamingConfig(
             staging_bytes=400_000_000 // SCALE,
             segment_bytes=32 * 1024**2 // SCALE,

@@ -48,7 +48,7 @@ class DeviceMemory(NamedTuple):
 
 
 @dataclass(eq=False)
-class Regime:
+class KnownShape:
     """What is known about steps of one shape.
 
     Attributes:
@@ -74,7 +74,7 @@ class Regime:
     shortages: int = 0
 
 
-class Residency:
+class VramBudget:
     """Budgets for one model on one device.
 
     Args:
@@ -88,9 +88,9 @@ class Residency:
     def __init__(self, headroom: int, adaptive: bool = True) -> None:
         self._headroom = headroom
         self._adaptive = adaptive
-        self._regimes: OrderedDict[Hashable, Regime] = OrderedDict()
-        self.current = Regime()
-        self._in_prompt: list[Regime] = []
+        self._shapes: OrderedDict[Hashable, KnownShape] = OrderedDict()
+        self.current = KnownShape()
+        self._in_prompt: list[KnownShape] = []
         self._ran = False
         self.begins = True
         self._stuck = self._piece = 0
@@ -108,11 +108,11 @@ class Residency:
         kept = memory.cached - self._stuck
         if 0 < self._piece < kept:
             need = self._piece = kept
-        regime = self.current
-        if regime.counts > 1:  # The first count may be too high: a first step also loads kernels and tries them.
-            need = max(need, regime.activation_bytes or 0)
-        regime.activation_bytes = need
-        regime.counts += 1
+        known = self.current
+        if known.counts > 1:  # The first count may be too high: a first step also loads kernels and tries them.
+            need = max(need, known.activation_bytes or 0)
+        known.activation_bytes = need
+        known.counts += 1
 
     def trimmed(self, kept: int) -> None:
         """torch has freed what it could of its cache, and still keeps ``kept`` bytes."""
@@ -125,12 +125,14 @@ class Residency:
         return self._most_counted() > self._piece * (1 + GAPS / 2)
 
     def piece(self) -> int:
-        """Return the bytes that torch shall keep in one piece from now on."""
+        """Return the bytes that torch shall keep in one piece from now on; 0 where it keeps enough."""
+        if not self.lacks_piece:
+            return 0
         self._piece = self._most_counted()
         return self._piece
 
     def _most_counted(self) -> int:
-        return max((regime.activation_bytes or 0 for regime in self._in_prompt if regime.counts), default=0)
+        return max((known.activation_bytes or 0 for known in self._in_prompt if known.counts), default=0)
 
     def stepped(self) -> None:
         """A whole step has run."""
@@ -143,18 +145,18 @@ class Residency:
         self.current.ceiling = budget
         self.current.ceiling_available = memory.free + memory.cached + device_bytes
 
-    def enter(self, shape: Hashable) -> Regime:
+    def enter(self, shape: Hashable) -> KnownShape:
         """Take up what is known of ``shape``, that of the next step."""
-        regime = self._regimes.setdefault(shape, Regime())
-        self._regimes.move_to_end(shape)
-        if len(self._regimes) > MOST_SHAPES:
-            self._regimes.popitem(last=False)
-        if regime is not self.current:
-            regime.in_a_row = regime.shortages = 0
-            self.current = regime
-        if regime not in self._in_prompt:
-            self._in_prompt.append(regime)
-        return regime
+        known = self._shapes.setdefault(shape, KnownShape())
+        self._shapes.move_to_end(shape)
+        if len(self._shapes) > MOST_SHAPES:
+            self._shapes.popitem(last=False)
+        if known is not self.current:
+            known.in_a_row = known.shortages = 0
+            self.current = known
+        if known not in self._in_prompt:
+            self._in_prompt.append(known)
+        return known
 
     def budget(self, memory: DeviceMemory, device_bytes: int, estimate: Callable[[], int] | None) -> float | None:
         """Return the bytes for all weights and staging of the next step; None leaves them as they are.
@@ -164,46 +166,46 @@ class Residency:
             device_bytes: bytes of the device that the model has now.
             estimate: returns the bytes of activations of the next step, for a shape that has not run yet.
         """
-        regime = self.current
+        known = self.current
         if not self._adaptive:
             return None
-        if regime.steps == 0:
+        if known.steps == 0:
             room = self._room_for(memory, estimate() if estimate is not None else 0)
             return device_bytes + room if room < 0 else None
-        if regime.steps <= MEASURED_STEPS and self._ran:
-            if regime.counts:
-                return min(device_bytes + self._room_for(memory, self._most_activations()), regime.ceiling)
-            regime.activation_bytes = max(memory.cached, regime.activation_bytes or 0)
-            return min(device_bytes + memory.free - self._headroom, regime.ceiling)
-        if regime.in_a_row <= 1 and regime.activation_bytes is not None:
-            if (room := self._room_for(memory, regime.activation_bytes)) < 0:
-                return min(device_bytes + room, regime.ceiling)
-            if regime.in_a_row == 1:
-                return min(device_bytes + self._room_for(memory, self._most_activations()), regime.ceiling)
+        if known.steps <= MEASURED_STEPS and self._ran:
+            if known.counts:
+                return min(device_bytes + self._room_for(memory, self._most_activations()), known.ceiling)
+            known.activation_bytes = max(memory.cached, known.activation_bytes or 0)
+            return min(device_bytes + memory.free - self._headroom, known.ceiling)
+        if known.in_a_row <= 1 and known.activation_bytes is not None:
+            if (room := self._room_for(memory, known.activation_bytes)) < 0:
+                return min(device_bytes + room, known.ceiling)
+            if known.in_a_row == 1:
+                return min(device_bytes + self._room_for(memory, self._most_activations()), known.ceiling)
             return None
         return self._under_pressure(memory, device_bytes)
 
     def prompt_budget(self, memory: DeviceMemory, device_bytes: int, offered: float) -> float:
         """Return the bytes for the next prompt: from measurements if there are any, else what the host ``offered``."""
-        regime = self.current
-        if memory.free + memory.cached + device_bytes > regime.ceiling_available + self._headroom:
-            regime.ceiling = math.inf
-        if regime.activation_bytes is None or not self._adaptive:
-            return min(offered, regime.ceiling)
-        return min(device_bytes + self._room_for(memory, regime.activation_bytes), regime.ceiling)
+        known = self.current
+        if memory.free + memory.cached + device_bytes > known.ceiling_available + self._headroom:
+            known.ceiling = math.inf
+        if known.activation_bytes is None or not self._adaptive:
+            return min(offered, known.ceiling)
+        return min(device_bytes + self._room_for(memory, known.activation_bytes), known.ceiling)
 
     def _most_activations(self) -> int:
         """The most that any shape of this prompt needs: shapes may come back in any order."""
-        return max(regime.activation_bytes or 0 for regime in self._in_prompt)
+        return max(known.activation_bytes or 0 for known in self._in_prompt)
 
     def _room_for(self, memory: DeviceMemory, activation_bytes: int) -> int:
         return memory.free + max(0, memory.cached - self._stuck) - activation_bytes - self._headroom
 
     def _under_pressure(self, memory: DeviceMemory, device_bytes: int) -> float | None:
-        regime = self.current
+        known = self.current
         short = memory.free < self._headroom * SHORTAGE
-        regime.shortages = regime.shortages + 1 if short else 0
-        if regime.shortages < 2:
+        known.shortages = known.shortages + 1 if short else 0
+        if known.shortages < 2:
             return None
-        regime.shortages = 0
+        known.shortages = 0
         return device_bytes + memory.free - self._headroom

@@ -33,7 +33,7 @@ class Checks(Protocol):
         """A resident copy has arrived."""
 
 
-class Placement:
+class WeightCopies:
     """Every copy of every unit of one model, on one device and in host memory.
 
     Args:

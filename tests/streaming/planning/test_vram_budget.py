@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from weightstream.streaming import DeviceMemory, Residency
+from weightstream.streaming import DeviceMemory, VramBudget
 
 MB = 1_000_000
 HEADROOM = 200 * MB
@@ -10,8 +10,8 @@ HEADROOM = 200 * MB
 class Device:
     """A card of 10 GB: weights, activations of the shape that ran last, and what others take."""
 
-    def __init__(self, residency: Residency, weights: int = 4000 * MB) -> None:
-        self.residency = residency
+    def __init__(self, vram: VramBudget, weights: int = 4000 * MB) -> None:
+        self.vram = vram
         self.weights = weights
         self.cached = 0
         self.others = 0
@@ -22,30 +22,30 @@ class Device:
 
     def step(self, shape: str, activations: int, estimate: int = 0) -> float | None:
         """A step as a streamer makes it; gives the budget that came before it."""
-        self.residency.enter(shape)
-        budget = self.residency.budget(self.memory, self.weights, lambda: estimate)
+        self.vram.enter(shape)
+        budget = self.vram.budget(self.memory, self.weights, lambda: estimate)
         if budget is not None:
             self.weights = int(budget)
         self.cached = max(self.cached, activations)
-        self.residency.stepped()
+        self.vram.stepped()
         return budget
 
     def prompt(self, offered: int = 0) -> float:
         """The host empties torch's cache, and loads the model for a prompt."""
         self.cached = 0
-        self.weights = int(self.residency.prompt_budget(self.memory, self.weights, offered))
-        self.residency.begin_prompt()
+        self.weights = int(self.vram.prompt_budget(self.memory, self.weights, offered))
+        self.vram.begin_prompt()
         return self.weights
 
 
 def test_after_the_first_step_the_budget_is_what_activations_leave() -> None:
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     assert device.step("a", 1500 * MB, estimate=3000 * MB) is None
     assert device.step("a", 1500 * MB) == (10_000 - 1500 - 200) * MB
 
 
 def test_one_shape_has_one_budget_from_the_third_step_on() -> None:
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     device.step("a", 1500 * MB)
     device.step("a", 1500 * MB)
     settled = device.step("a", 1500 * MB)
@@ -57,7 +57,7 @@ def test_one_shape_has_one_budget_from_the_third_step_on() -> None:
 def test_shapes_in_turn_settle_and_do_not_move_weights(pattern: str) -> None:
     """Positive and negative prompts in steps of their own, areas, or a batch and its remainder."""
     need = {"a": 1500 * MB, "b": 500 * MB}
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     for shape in pattern * 4:
         device.step(shape, need[shape])
     settled = device.weights
@@ -70,7 +70,7 @@ def test_shapes_in_turn_settle_and_do_not_move_weights(pattern: str) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_short_prompts_never_take_what_activations_need(steps: int) -> None:
     """Between prompts the host empties torch's cache: what torch keeps then is not what a step needs."""
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     for _ in range(6):
         for _ in range(steps):
             device.step("a", 1500 * MB)
@@ -81,7 +81,7 @@ def test_short_prompts_never_take_what_activations_need(steps: int) -> None:
 
 
 def test_a_larger_shape_makes_room_before_it_runs() -> None:
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     for _ in range(3):
         device.step("small", 500 * MB)
     assert device.weights == 9300 * MB
@@ -91,7 +91,7 @@ def test_a_larger_shape_makes_room_before_it_runs() -> None:
 
 
 def test_a_known_smaller_shape_takes_the_memory_back_when_it_stays() -> None:
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     for shape, activations in (("small", 500 * MB), ("large", 4000 * MB)):
         for _ in range(4):
             device.step(shape, activations)
@@ -104,7 +104,7 @@ def test_a_known_smaller_shape_takes_the_memory_back_when_it_stays() -> None:
 
 
 def test_a_known_larger_shape_makes_room_at_once() -> None:
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     for shape, activations in (("large", 4000 * MB), ("small", 500 * MB)):
         for _ in range(4):
             device.step(shape, activations)
@@ -114,7 +114,7 @@ def test_a_known_larger_shape_makes_room_at_once() -> None:
 
 
 def test_what_others_take_is_given_after_two_looks() -> None:
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     for _ in range(4):
         device.step("a", 1500 * MB)
     device.others = 180 * MB
@@ -126,7 +126,7 @@ def test_what_others_take_is_given_after_two_looks() -> None:
 
 
 def test_a_short_dip_moves_nothing() -> None:
-    device = Device(Residency(HEADROOM))
+    device = Device(VramBudget(HEADROOM))
     for _ in range(4):
         device.step("a", 1500 * MB)
     for others in (180 * MB, 0, 180 * MB, 0):
@@ -135,21 +135,21 @@ def test_a_short_dip_moves_nothing() -> None:
 
 
 def test_a_prompt_uses_what_was_measured_instead_of_an_estimate() -> None:
-    residency = Residency(HEADROOM)
-    device = Device(residency)
-    assert residency.prompt_budget(device.memory, device.weights, 2500 * MB) == 2500 * MB
+    vram = VramBudget(HEADROOM)
+    device = Device(vram)
+    assert vram.prompt_budget(device.memory, device.weights, 2500 * MB) == 2500 * MB
     for _ in range(3):
         device.step("a", 1500 * MB)
     device.weights -= 3000 * MB  # Given to another model meanwhile, which has let go of it.
-    assert residency.prompt_budget(device.memory, device.weights, 2500 * MB) == 8300 * MB
+    assert vram.prompt_budget(device.memory, device.weights, 2500 * MB) == 8300 * MB
 
 
 @pytest.mark.parametrize("ceiling", [3000 * MB, 6000 * MB])
 def test_a_shape_that_ran_out_of_memory_keeps_the_budget_with_which_it_ran(ceiling: int) -> None:
-    residency = Residency(HEADROOM)
-    device = Device(residency)
+    vram = VramBudget(HEADROOM)
+    device = Device(vram)
     device.step("a", 1500 * MB)
-    residency.out_of_memory(ceiling, device.memory, device.weights)
+    vram.out_of_memory(ceiling, device.memory, device.weights)
     device.weights = ceiling
     for _ in range(10):
         device.step("a", 1500 * MB)
@@ -166,44 +166,44 @@ STUCK = 130 * MB
 class Pool(Device):
     """A card whose allocator is counted. It never gives back all, and what is cut out of one piece may need more."""
 
-    def __init__(self, residency: Residency, more: int = 0) -> None:
-        super().__init__(residency)
+    def __init__(self, vram: VramBudget, more: int = 0) -> None:
+        super().__init__(vram)
         self.more = more
         self.pieces: list[int] = []
 
     def trim(self) -> None:
         self.cached = STUCK
-        self.residency.trimmed(STUCK)
+        self.vram.trimmed(STUCK)
 
     def prompt(self, offered: int = 0) -> float:
-        self.weights = int(self.residency.prompt_budget(self.memory, self.weights, offered))
-        self.residency.begin_prompt()
+        self.weights = int(self.vram.prompt_budget(self.memory, self.weights, offered))
+        self.vram.begin_prompt()
         return self.weights
 
     def step(self, shape: str, activations: int, estimate: int = 0) -> float | None:
-        if begins := self.residency.begins:
+        if begins := self.vram.begins:
             self.trim()
-        self.residency.enter(shape)
-        budget = self.residency.budget(self.memory, self.weights, lambda: estimate)
+        self.vram.enter(shape)
+        budget = self.vram.budget(self.memory, self.weights, lambda: estimate)
         moved = budget is not None and budget != self.weights
         if moved:
             self.weights = int(budget)
-        if moved or (self.residency.lacks_piece and not begins):
+        if moved or (self.vram.lacks_piece and not begins):
             self.trim()
-        if self.residency.lacks_piece:
-            self.pieces.append(self.residency.piece())
+        if self.vram.lacks_piece:
+            self.pieces.append(self.vram.piece())
             self.cached += self.pieces[-1]
         in_pieces = self.cached - STUCK < activations
         self.cached = max(self.cached, STUCK + (activations * 13 // 10 if in_pieces else activations + self.more))
         assert self.weights + self.cached <= 10_000 * MB, "out of memory"
-        if self.residency.current.steps < 2:
-            self.residency.observe(self.memory, activations)
-        self.residency.stepped()
+        if self.vram.current.steps < 2:
+            self.vram.observe(self.memory, activations)
+        self.vram.stepped()
         return budget
 
 
 def test_the_need_of_a_step_is_what_was_allocated_at_once() -> None:
-    pool = Pool(Residency(HEADROOM))
+    pool = Pool(VramBudget(HEADROOM))
     assert pool.step("a", 1600 * MB) is None
     assert pool.step("a", 1600 * MB) == (10_000 - 130 - 1800 - 200) * MB
     assert pool.pieces == [1800 * MB]
@@ -213,7 +213,7 @@ def test_the_need_of_a_step_is_what_was_allocated_at_once() -> None:
 @pytest.mark.parametrize("steps", [2, 3, 8])
 def test_a_plan_that_held_for_a_prompt_holds_for_all(more: int, steps: int) -> None:
     """The host empties torch's memory between them, and little of it all is never used."""
-    pool = Pool(Residency(HEADROOM), more * MB)
+    pool = Pool(VramBudget(HEADROOM), more * MB)
     for _ in range(2):
         pool.prompt(offered=4000 * MB)
         for _ in range(steps):
@@ -231,7 +231,7 @@ def test_a_plan_that_held_for_a_prompt_holds_for_all(more: int, steps: int) -> N
 
 
 def test_shapes_in_turn_share_the_largest_piece() -> None:
-    pool = Pool(Residency(HEADROOM))
+    pool = Pool(VramBudget(HEADROOM))
     for _ in range(6):
         pool.step("a", 1600 * MB)
         pool.step("b", 800 * MB)
@@ -240,47 +240,47 @@ def test_shapes_in_turn_share_the_largest_piece() -> None:
 
 
 def test_after_torch_gave_everything_back_the_piece_is_kept_anew() -> None:
-    residency = Residency(HEADROOM)
-    pool = Pool(residency)
+    vram = VramBudget(HEADROOM)
+    pool = Pool(vram)
     for _ in range(4):
         pool.step("a", 1600 * MB)
-    assert not residency.lacks_piece
-    residency.trimmed(STUCK)
-    assert residency.lacks_piece
-    assert residency.piece() == 1800 * MB
-    assert residency.budget(pool.memory, pool.weights, None) is None
+    assert not vram.lacks_piece
+    vram.trimmed(STUCK)
+    assert vram.lacks_piece
+    assert vram.piece() == 1800 * MB
+    assert vram.budget(pool.memory, pool.weights, None) is None
 
 
 def test_a_second_look_at_the_need_replaces_the_first_and_later_ones_only_add() -> None:
-    residency = Residency(HEADROOM)
-    residency.enter("a")
+    vram = VramBudget(HEADROOM)
+    vram.enter("a")
     needs = []
     for peak in (3200, 1600, 800, 2400):
-        residency.observe(DeviceMemory(0, 0), peak)
-        needs.append(residency.current.activation_bytes)
+        vram.observe(DeviceMemory(0, 0), peak)
+        needs.append(vram.current.activation_bytes)
     assert needs == [3600, 1800, 1800, 2700]
 
 
 def test_what_was_taken_beyond_a_piece_stays_part_of_the_need() -> None:
-    residency = Residency(HEADROOM)
-    residency.enter("a")
-    residency.trimmed(STUCK)
-    residency.observe(DeviceMemory(0, STUCK), 1600)
-    assert residency.piece() == 1800
+    vram = VramBudget(HEADROOM)
+    vram.enter("a")
+    vram.trimmed(STUCK)
+    vram.observe(DeviceMemory(0, STUCK), 1600)
+    assert vram.piece() == 1800
     for kept, need in ((2100, 2100), (2100, 2100), (2200, 2200)):
-        residency.observe(DeviceMemory(0, STUCK + kept), 1600)
-        assert residency.current.activation_bytes == need
+        vram.observe(DeviceMemory(0, STUCK + kept), 1600)
+        assert vram.current.activation_bytes == need
 
 
 def test_without_adaptation_the_offer_stands() -> None:
-    residency = Residency(HEADROOM, adaptive=False)
-    device = Device(residency)
+    vram = VramBudget(HEADROOM, adaptive=False)
+    device = Device(vram)
     assert [device.step("a", 9000 * MB) for _ in range(6)] == [None] * 6
-    assert residency.prompt_budget(device.memory, device.weights, 123.0) == 123.0
+    assert vram.prompt_budget(device.memory, device.weights, 123.0) == 123.0
 
 
 def test_only_so_many_shapes_are_remembered() -> None:
-    residency = Residency(HEADROOM)
+    vram = VramBudget(HEADROOM)
     for number in range(100):
-        residency.enter(number)
-    assert len(residency._regimes) == 32
+        vram.enter(number)
+    assert len(vram._shapes) == 32

@@ -12,7 +12,7 @@ from .layout import AS_LOADED, Binding, Forms, Layout, Place, Value, bound
 from .shown import Watched, apart, counted, memory_of, settled, shown, watch
 
 
-class Home(Binding):
+class LastingBinding(Binding):
     """Points the modules of a unit at tensors that they hold between blocks.
 
     Args:
@@ -66,7 +66,7 @@ class Home(Binding):
             held.settle()
 
 
-class ShownHome(Home):
+class ShownBinding(LastingBinding):
     """Points the modules at what they show while no copy is bound."""
 
     def __init__(self, layout: Layout) -> None:
@@ -77,7 +77,7 @@ class ShownHome(Home):
             holder[attribute] = settled(held)
 
 
-def home_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, computes: bool = True) -> Home:
+def lasting_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, computes: bool = True) -> LastingBinding:
     """Return a home in ``buffer``.
 
     Args:
@@ -98,7 +98,7 @@ def home_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, comp
             else:
                 held = bound(value, made)
                 tensors[value.name] = held, [held] if value.is_plain else own
-        return Home(layout, tensors)
+        return LastingBinding(layout, tensors)
 
 
 def _counting(value: Value) -> list[torch.Tensor]:
