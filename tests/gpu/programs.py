@@ -166,26 +166,45 @@ def main() -> None:
 
 
 def run_all(
-    names: Iterable[str], comfyui: str, folder: Path, flags: Sequence[str], **environment: str
+    names: Iterable[str],
+    comfyui: str,
+    folder: Path,
+    flags: Sequence[str],
+    tell: Callable[[str, dict[str, Any]], None] = lambda name, found: None,
+    **environment: str,
 ) -> dict[str, dict[str, Any]]:
     """What each program finds, or its ``error``, in as few processes as it takes.
 
     Args:
         folder: for files; not shared with another call.
+        tell: is called with a program's name and what it has found, as soon as it has ended.
         environment: variables that the processes have beside those of this one.
     """
     found: dict[str, dict[str, Any]] = {}
     left = list(names)
+
+    def keep(name: str, what: dict[str, Any]) -> None:
+        found[name] = what
+        left.remove(name)
+        tell(name, what)
+
     while left:
-        command = [sys.executable, str(HERE / "programs.py"), comfyui, str(folder / f"from-{left[0]}"), ",".join(left)]
-        process = subprocess.run(
-            [*command, *flags], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-        )
-        lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith(LINE)]
-        found |= {line.pop("program"): line for line in lines}
-        left = [name for name in left if name not in found]
-        if left and not any("error" in line for line in lines):
-            found[left.pop(0)] = {"error": f"{process.stderr[-4000:]}\nits process ended with {process.returncode}"}
+        own = folder / f"from-{left[0]}"
+        command = [sys.executable, HERE / "programs.py", comfyui, own, ",".join(left), *flags]
+        failed = False
+        with (folder / f"{own.name}.err").open("w+", errors="replace") as errors:
+            environ = {**os.environ, **environment}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environ) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.startswith(LINE):
+                        what = json.loads(line)
+                        failed = failed or "error" in what
+                        keep(what.pop("program"), what)
+            if left and not failed:
+                errors.seek(0)
+                said = errors.read()[-4000:]
+                keep(left[0], {"error": f"{said}\nits process ended with {process.returncode}"})
     return found
 
 

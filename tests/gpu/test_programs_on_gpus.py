@@ -7,8 +7,9 @@ file (``--dist loadfile``).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import programs
@@ -17,7 +18,8 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-Findings = dict[str, dict[str, dict[str, Any]]]
+# By run and program.
+Findings = dict[tuple[str, str], "Future[dict[str, Any]]"]
 
 
 class Run(NamedTuple):
@@ -63,43 +65,56 @@ MOST_AT_ONCE = 6
 
 @pytest.fixture(scope="session")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Findings]:
-    """What those programs have found that tests of this session are about: all are run now, several hosts at once."""
-    wanted: dict[str, list[str]] = {}
+    """What those programs find that tests of this session are about: all run from now on, several hosts at once."""
+    findings: Findings = {}
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.function is test_a_program_finds_no_difference:
-            parameters = item.callspec.params
-            if RUNS[parameters["run"]].gpus <= torch.cuda.device_count():
-                wanted.setdefault(parameters["run"], []).append(parameters["program"])
-
-    def start(name: str) -> dict[str, dict[str, Any]]:
-        run = RUNS[name]
-        folder = tmp_path_factory.mktemp(name)
-        return programs.run_all(wanted[name], os.environ["COMFYUI_PATH"], folder, run.flags, **dict(run.variables))
-
+            name, program = item.callspec.params["run"], item.callspec.params["program"]
+            if RUNS[name].gpus <= torch.cuda.device_count():
+                findings[name, program] = Future()
+    folders = {name: tmp_path_factory.mktemp(name) for name, _ in findings}
     torch.cuda.empty_cache()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_run_all, findings, folders)
+        yield findings
+
+
+def _run_all(findings: Findings, folders: dict[str, Path]) -> None:
+    """Give each of the ``findings`` its result."""
+
+    def start(name: str) -> None:
+        run = RUNS[name]
+        wanted = {program: future for (one, program), future in findings.items() if one == name}
+        try:
+            programs.run_all(
+                wanted,
+                os.environ["COMFYUI_PATH"],
+                folders[name],
+                run.flags,
+                lambda program, what: wanted[program].set_result(what),
+                **dict(run.variables),
+            )
+        except Exception as error:
+            for future in wanted.values():
+                if not future.done():
+                    future.set_exception(error)
+
     at_once = min(MOST_AT_ONCE, max(1, (os.cpu_count() or 1) // 2))
-    together, apart = ([name for name in wanted if RUNS[name].alone is alone] for alone in (False, True))
+    together, apart = ([name for name in folders if RUNS[name].alone is alone] for alone in (False, True))
     with ThreadPoolExecutor(at_once) as pool:
-        findings = dict(zip(together, pool.map(start, together), strict=True))
-    findings |= {name: start(name) for name in apart}
-    yield findings
-    say_seconds(request.config, findings)
-
-
-def say_seconds(config: pytest.Config, findings: Findings) -> None:
-    """Which programs have taken how long, past what pytest captures."""
-    plugin = config.pluginmanager.get_plugin
-    with plugin("capturemanager").global_and_fixture_disabled():
-        for name, by_program in findings.items():
-            taken = ", ".join(f"{program} {found.get('seconds', '?')}" for program, found in by_program.items())
-            plugin("terminalreporter").write_line(f"seconds of {name}: {taken}")
+        list(pool.map(start, together))
+    for name in apart:
+        start(name)
 
 
 @pytest.mark.parametrize(("run", "program"), CASES, ids=["-".join(case) for case in CASES])
-def test_a_program_finds_no_difference(found: Findings, run: str, program: str) -> None:
+def test_a_program_finds_no_difference(
+    found: Findings, run: str, program: str, record_property: Callable[[str, object], None]
+) -> None:
     if RUNS[run].gpus > torch.cuda.device_count():
         pytest.skip(f"needs {RUNS[run].gpus} CUDA GPUs")
-    seen = found[run][program]
+    seen = found[run, program].result()
+    record_property("seconds", seen.get("seconds"))
     print(seen.get("error", ""))
     differing = programs.differences(seen)
     assert differing == EXPECTED.get(run, []), "; ".join(differing)

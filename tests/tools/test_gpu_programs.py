@@ -59,27 +59,40 @@ def test_an_error_of_a_program_is_told_of_with_what_it_has_found_before(tmp_path
     assert programs.differences(found) == ["two", "ValueError: no more"]
 
 
+CRASHES = """
+import json, os, sys
+
+comfyui, folder, names, *flags = sys.argv[1:]
+said = {"a": [{"agree": {"a": True}}, {"error": "no"}], "c": [], "d": [{"agree": {}}]}[names[0]]
+with open("started", "a") as file:
+    print(json.dumps([names, os.path.basename(folder), flags, os.environ["GIVEN"]]), file=file)
+print("a word")
+for name, line in zip(names.split(","), said):
+    print(json.dumps({"program": name, **line}))
+sys.stdout.flush()
+os.write(2, b"Segmentation fault")
+os._exit(11)
+"""
+
+
 def test_what_comes_behind_a_program_that_ends_its_process_is_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One raises an error, one crashes at its begin, and one behind another that has ended well."""
-    started, said = [], iter(([{"agree": {"a": True}}, {"error": "no"}], [], [{"agree": {}}]))
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        names = command[4].split(",")
-        started.append((names, Path(command[3]).relative_to(tmp_path), command[5:]))
-        lines = [json.dumps({"program": name, **line}) for name, line in zip(names, next(said), strict=False)]
-        return subprocess.CompletedProcess(command, -11, "\n".join(["a word", *lines]), "Segmentation fault\n")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    found = programs.run_all("abcde", "ComfyUI", tmp_path, ["--cpu"])
-    assert [names for names, _, _ in started] == [[*"abcde"], [*"cde"], [*"de"]]
-    assert len({folder for _, folder, _ in started}) == 3
-    assert all(flags == ["--cpu"] for _, _, flags in started)
+    (tmp_path / "programs.py").write_text(CRASHES)
+    monkeypatch.setattr(programs, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    found = programs.run_all("abcde", "ComfyUI", tmp_path, ["--cpu"], lambda name, what: told.append(name), GIVEN="1")
+    started = [json.loads(line) for line in (tmp_path / "started").read_text().splitlines()]
+    assert [names for names, _, _, _ in started] == ["a,b,c,d,e", "c,d,e", "d,e"]
+    assert len({folder for _, folder, _, _ in started}) == 3
+    assert all(rest == [["--cpu"], "1"] for _, _, *rest in started)
     assert [programs.differences(found[name]) for name in "abcde"] == [
-        *([], ["no"], ["its process ended with -11"], [], ["its process ended with -11"])
+        *([], ["no"], ["its process ended with 11"], [], ["its process ended with 11"])
     ]
     assert "Segmentation fault" in found["c"]["error"]
+    assert told == [*"abcde"]
 
 
 def test_a_soak(tmp_path: Path) -> None:
