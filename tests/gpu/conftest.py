@@ -1,4 +1,4 @@
-"""What a test has found is told as soon as it has ended: a machine with a GPU may be gone before all of them have."""
+"""A machine with a GPU may be gone before all tests have ended: what each has found is told at once, the longest last."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parent
+LONGEST = "test_programs_on_gpus.py"
 
 
 def is_here(report: pytest.TestReport, config: pytest.Config) -> bool:
@@ -20,6 +21,10 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -
         seconds = dict(report.user_properties).get("seconds", report.duration)
         return "passed", ".", f"PASSED in {seconds:.1f} s"
     return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name == LONGEST)
 
 
 class TellsFailures:
