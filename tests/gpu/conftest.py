@@ -1,4 +1,4 @@
-"""A machine with a GPU may be gone before all tests have ended: what each has found is told at once, the longest last."""
+"""A machine with a GPU may be gone before all tests have ended: each tells at once what it found, the longest last."""
 
 from __future__ import annotations
 

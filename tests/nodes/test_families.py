@@ -180,7 +180,8 @@ def _shrink(model: StreamedModelPatcher) -> None:
     model.streamer.finish_building()
     assert model.streamer.plan.learned
     in_blocks = model.streamer.model_bytes - model.streamer.outline.rest_bytes
-    assert model.streamer.plan.streamed_bytes > 0.8 * in_blocks
+    # The least memory has room for at most a third of any family's blocks; how much of it is staging hangs on times.
+    assert model.streamer.plan.streamed_bytes > 0.6 * in_blocks
 
 
 def _row(name: str) -> Row:
