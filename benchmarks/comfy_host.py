@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -76,6 +77,14 @@ def end_of_node() -> None:
     if comfy.memory_management.aimdo_enabled:
         for call in _calls_at_end_of_node():
             call()
+
+
+def end_of_prompt() -> None:
+    """What ComfyUI's server does between two prompts, if it did not do so in the ten seconds before."""
+    import comfy.model_management as mm
+
+    gc.collect()
+    mm.soft_empty_cache()
 
 
 @functools.cache

@@ -142,6 +142,7 @@ def measure_comfy(job: Job) -> dict[str, Any]:
         comfy_host.end_of_node()
         warm_up = StepClock()
         sample(model, job.case, WARM_UP_STEPS, warm_up.mark_first_and_wait)
+        comfy_host.end_of_prompt()
         plan = plan_of(model)
         clock = StepClock()
         latent = sample(model, job.case, job.steps, clock.mark)

@@ -6,7 +6,6 @@ It looks after each step and changes nothing: what it reads are counters of the 
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import time
 from collections import Counter
@@ -161,8 +160,7 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
         for number in range(wanted["prompts"]):
             prompt = run_prompt(model, job)
             if tidy := time.monotonic() - tidied > TIDY_SECONDS:
-                gc.collect()
-                mm.soft_empty_cache()
+                comfy_host.end_of_prompt()
                 tidied = time.monotonic()
             prompts.append(prompt | host.take() | {"tidied": tidy, "warnings": warnings.take()})
             logging.info("prompt %d: %s", number + 1, prompts[-1])

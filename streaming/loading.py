@@ -97,7 +97,7 @@ class Loading:
         self.planner = self._make_planner()
         self._verifier = self._make_verifier()
         self._equip(backend)
-        self.site.weights.show()
+        self.site.weight_copies.show()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Loading:
         try:
             self.site.halt()
             self.site.drop_lane()
-            unread = self.site.weights.unread_bytes(plan)
+            unread = self.site.weight_copies.unread_bytes(plan)
             if self.state is State.UNLOADED:
                 self.site.supply.begin(unread)
                 self._steps_before = self.counters.steps
@@ -230,7 +230,7 @@ class Loading:
     def _is_as_wished(self, plan: Plan, patches: Patches) -> bool:
         if self.state is not State.LOADED or plan != self.plan:
             return False
-        weights = self.site.weights
+        weights = self.site.weight_copies
         return not (weights.is_stale(plan, patches) or weights.lacks(plan))
 
     def prepare(self, budget: float) -> None:
@@ -268,11 +268,11 @@ class Loading:
     @property
     def arriving(self) -> bool:
         """Whether residents are still on their way."""
-        return bool(self.site.weights.arriving)
+        return bool(self.site.weight_copies.arriving)
 
     def arrive_all(self) -> None:
         """Wait until every resident is there."""
-        self.site.weights.arrive_all()
+        self.site.weight_copies.arrive_all()
 
     def load_within(self, plan: Plan, load: Callable[[Plan], None] | None = None) -> None:
         """Load ``plan``; where there is no room for it after all, the next smaller one, down to the least.
@@ -314,7 +314,7 @@ class Loading:
         resident = set(self.plan.resident)
         order = reversed(order_of_residency(self.outline, self.profile))
         freed = self.site.give_way(nbytes, [unit for unit in order if unit in resident])
-        if freed or self.site.weights.lacks(self.plan):
+        if freed or self.site.weight_copies.lacks(self.plan):
             self._steps.state = State.REDUCED
         return freed
 
@@ -349,7 +349,7 @@ class Loading:
         Args:
             exchanged: full names of tensors that the host itself exchanges while a model is loaded.
         """
-        return Changes() if self._lent else self.site.weights.changes(exchanged)
+        return Changes() if self._lent else self.site.weight_copies.changes(exchanged)
 
     def take_overwritten(self) -> list[str]:
         """Names of units that were written to in a slot, so that the writes are lost; each is returned once."""

@@ -12,31 +12,31 @@ from .planning.state import Standing, State
 from .run.telemetry import Activity, Snapshot
 
 
-def explain(now: Standing, weights: WeightCopies, supply: Supply, building: bool, finding: str) -> str:
+def explain(now: Standing, copies: WeightCopies, supply: Supply, building: bool, finding: str) -> str:
     """The plan in effect, and where its streamed weights come from, in a line.
 
     ``building``: whether master copies are still to be built. ``finding``: why copies are synchronous, or when blocks
     begin.
     """
-    text = _explain(now, weights, supply, building)
+    text = _explain(now, copies, supply, building)
     return f"{text}; {finding}" if finding else text
 
 
-def _explain(now: Standing, weights: WeightCopies, supply: Supply, building: bool) -> str:
+def _explain(now: Standing, copies: WeightCopies, supply: Supply, building: bool) -> str:
     plan = now.plan
     if plan is None:
         return "not loaded"
     text = plan.explain()
     if now.state is State.REDUCED:
-        given_up = plan.resident_bytes - weights.resident_bytes
+        given_up = plan.resident_bytes - copies.resident_bytes
         what = format_bytes(given_up) if given_up else "page-locked memory"
         return f"gave up {what} until it runs again; before that: {text}"
-    return f"{text}; {_memory_text(plan, weights, supply, building)}" if plan.segments else text
+    return f"{text}; {_memory_text(plan, copies, supply, building)}" if plan.segments else text
 
 
 def take_snapshot(
     now: Standing,
-    weights: WeightCopies,
+    copies: WeightCopies,
     supply: Supply,
     backend: Backend,
     config: StreamingConfig,
@@ -47,19 +47,19 @@ def take_snapshot(
 ) -> Snapshot:
     """The whole state in one value. What is passed may go on changing meanwhile, on another thread."""
     plan, arena = now.plan, supply.arena
-    pinned = weights.pinned_bytes(plan) if plan is not None else 0
+    pinned = copies.pinned_bytes(plan) if plan is not None else 0
     blocks = len(profile.block_seconds)
     forecast = plan.forecast if plan is not None else None
     return Snapshot(
         device=backend.name,
         mode=_mode(plan, config),
-        explain=explain(now, weights, supply, building, finding),
+        explain=explain(now, copies, supply, building, finding),
         note="; ".join(filter(None, (arena.reason, finding))),
         blocks=blocks,
         resident_blocks=plan.resident_blocks if plan is not None else 0,
         streamed_blocks=blocks - plan.resident_blocks if plan is not None else 0,
         segments=len(plan.segments) if plan is not None else 0,
-        resident_bytes=weights.resident_bytes,
+        resident_bytes=copies.resident_bytes,
         rest_bytes=plan.rest_bytes if plan is not None else 0,
         staging_bytes=plan.staging_bytes if plan is not None else 0,
         streamed_block_bytes=plan.streamed_bytes if plan is not None else 0,
@@ -84,12 +84,12 @@ def take_snapshot(
     )
 
 
-def _memory_text(plan: Plan, weights: WeightCopies, supply: Supply, building: bool) -> str:
+def _memory_text(plan: Plan, copies: WeightCopies, supply: Supply, building: bool) -> str:
     """How much streams from page-locked memory, how much from elsewhere, and why."""
-    pinned = weights.pinned_bytes(plan)
+    pinned = copies.pinned_bytes(plan)
     text = f"{format_bytes(pinned)} from page-locked memory"
-    if weights.backend.links > 1:
-        text += f" over {weights.backend.links} links"
+    if copies.backend.links > 1:
+        text += f" over {copies.backend.links} links"
     if pinned == plan.streamed_bytes:
         return text
     staged = format_bytes(plan.streamed_bytes - pinned)

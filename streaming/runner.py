@@ -5,7 +5,8 @@ Before the first step it is not known in which order the parts of a block run, o
 at all (some code reads a layer's weight without calling it). So in that step all that is streamed of a block is one
 segment, on the device from the block's begin to its end, and hooks record which units run. From then on segments are
 parts of blocks. Copies are timed, and in step two each unit too, less its waits. The plan for step three is made from
-that, and then stays, unless a later step on several devices shows that those times were too long (``Group.doubt``).
+that, and then stays, unless those times turn out to be too long: because the host needed as long to launch that step,
+or a later step on several devices is shorter (``Group.doubt``); then they are measured once more.
 Making a plan waits for the device, and so is done only after the first two steps of a shape, and when memory requires
 it (vram_budget.py).
 """

@@ -40,7 +40,7 @@ class Streamer(Loading):
     def written(self) -> list[str]:
         """Names of weights that were written to or exchanged since the model was loaded; not while a block runs. Small
         buffers are left out, and so is everything while hooks of the host are in the weights."""
-        return [] if self._lent else self.site.weights.written()
+        return [] if self._lent else self.site.weight_copies.written()
 
     def show(self, changes: Changes) -> None:
         """Have the modules hold what they would hold unloaded, ``changes`` included, to be laid out anew."""
@@ -49,7 +49,7 @@ class Streamer(Loading):
         self._steps.detach()
         if self.state is State.LOADED:
             self._steps.state = State.REDUCED
-        self.site.weights.show()
+        self.site.weight_copies.show()
         changes.show()
 
     def take_up(self, blocks: BlockSet, changes: Changes) -> None:
@@ -81,7 +81,7 @@ class Streamer(Loading):
 
     def bare(self, names: Collection[str]) -> set[str]:
         """Those of these tensors of which only the original exists."""
-        return self.site.weights.bare(names)
+        return self.site.weight_copies.bare(names)
 
     def lend_masters(self) -> None:
         """Other code has written to master copies: they stay until :meth:`take_masters_back`."""
@@ -90,7 +90,7 @@ class Streamer(Loading):
     def take_masters_back(self) -> None:
         """What other code had written to master copies is undone."""
         if self._lent:
-            self.site.weights.settle()
+            self.site.weight_copies.settle()
         self._lent = False
 
     def invalidate(self) -> None:
@@ -103,12 +103,12 @@ class Streamer(Loading):
         self.settle()
         self.check_files()
         changes = self.changes()
-        self.site.weights.bind_originals()
+        self.site.weight_copies.bind_originals()
         changes.show()
         try:
             yield
         finally:
-            self.site.weights.bind_again()
+            self.site.weight_copies.bind_again()
             changes.put_back()
 
     def take_blocks(self, blocks: BlockSet) -> None:
@@ -117,7 +117,7 @@ class Streamer(Loading):
         self.blocks, self.outline = blocks, blocks.outline
         self.planner, self._verifier = self._make_planner(), self._make_verifier()
         self.move_to(self.backend)
-        self.site.weights.show()
+        self.site.weight_copies.show()
 
     def configure(self, config: StreamingConfig) -> None:
         """Stream with other settings from the next load on. Where they differ, nothing of what was built is kept.
@@ -151,7 +151,7 @@ class Streamer(Loading):
 
     def check_files(self) -> int:
         """Raise if a file has other contents than when the model was loaded; returns how often files were touched."""
-        return self.site.weights.check_sources()
+        return self.site.weight_copies.check_sources()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class Streamer(Loading):
 
     def explain(self) -> str:
         """The plan in effect, and where its streamed weights come from, in a line."""
-        return explain(self.standing, self.site.weights, self.site.supply, self.building, self._findings)
+        return explain(self.standing, self.site.weight_copies, self.site.supply, self.building, self._findings)
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
@@ -216,7 +216,7 @@ class Streamer(Loading):
             now = self.standing  # Read last: another thread that unloads drops a plan before its site and its blocks.
             told = (self.config, self.profile, self._activity(), site.building, self._findings)
             try:
-                found = take_snapshot(now, site.weights, site.supply, site.backend, *told)
+                found = take_snapshot(now, site.weight_copies, site.supply, site.backend, *told)
             except IndexError:
                 if site is self.site and blocks is self.blocks:
                     raise

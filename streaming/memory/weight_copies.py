@@ -21,7 +21,7 @@ from .weights import NoPatches, Patches, Weights
 
 
 class Checks(Protocol):
-    """Checks resident copies that have arrived (run/verify.py).
+    """Is asked to check resident copies that have arrived (run/verify.py).
 
     Attributes:
         trusting: whether copies that arrived while no step waited for them may be kept.
@@ -40,7 +40,7 @@ class WeightCopies:
         blocks: the model cut into blocks and rest.
         backend: the device.
         supply: where weights come from.
-        verifier: checks resident copies that have arrived.
+        verifier: is asked to check resident copies that have arrived.
     """
 
     def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: Checks) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..errors import UnsupportedModelError
 from ..model.blocks import Unit
 from ..model.forms import Form, OtherForm, PlainForm, take_apart
-from ..model.lasting_binding import LastingBinding, lasting_in
+from ..model.lasting_binding import LastingBinding, lasting_binding_to
 from ..model.layout import Binding, Value
 from .transfer import Tick
 
@@ -63,7 +63,7 @@ class Weights:
     def lasting(self) -> LastingBinding:
         """Points the unit's module at this buffer."""
         if self._lasting is None:
-            self._lasting = lasting_in(self.unit.layout, self.buffer, self._forms, self._computes)
+            self._lasting = lasting_binding_to(self.unit.layout, self.buffer, self._forms, self._computes)
         return self._lasting
 
     def take_up(self, unit: Unit) -> None:

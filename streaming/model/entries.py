@@ -27,6 +27,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any, Protocol
 
@@ -61,9 +62,30 @@ def hidden(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Return what calls ``hook`` and is hidden from torch.compile; itself if that is what it is."""
     if hook in _ours:
         return hook
-    hiding = torch.compiler.disable(hook)
+    hiding = _hidden_class()(hook)
     _ours.add(hiding)
     return hiding
+
+
+@cache
+def _hidden_class() -> type:
+    """A class of functions that torch.compile does not look into. Made when it is first needed: that imports much.
+
+    torch.compiler.disable makes eleven objects. There is one class of which it hides all calls, and not one wrapper for
+    each hook, as thousands of objects bring nearer that Python's collector looks through all (collector.py).
+    """
+
+    class Hidden:
+        __slots__ = ("__weakref__", "_hook")
+
+        def __init__(self, hook: Callable[..., Any]) -> None:
+            self._hook = hook
+
+        @torch.compiler.disable
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self._hook(*args, **kwargs)
+
+    return Hidden
 
 
 class Entries:

@@ -77,8 +77,10 @@ class ShownBinding(LastingBinding):
             holder[attribute] = settled(held)
 
 
-def lasting_in(layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, computes: bool = True) -> LastingBinding:
-    """Return a home in ``buffer``.
+def lasting_binding_to(
+    layout: Layout, buffer: torch.Tensor, forms: Forms = AS_LOADED, computes: bool = True
+) -> LastingBinding:
+    """Return a binding to ``buffer`` that lasts.
 
     Args:
         layout: of the unit.

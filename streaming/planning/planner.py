@@ -19,7 +19,8 @@ from .vram_budget import MEASURED_STEPS, SHORTAGE, DeviceMemory, VramBudget
 # A plan that is predicted to gain less than this is not worth moving weights for.
 WORTHWHILE = 0.02
 # A step shorter than this part of the measured compute disproves the measurement: the host was late then, which happens
-# where it launches kernels on several devices. Steps of a shape are measured again at most so often.
+# where it launches kernels on several devices. Steps of a shape are measured again at most so often, for that reason or
+# because the host needed as long as the measured step (of SD3.5 on an H200 such a step showed twice the compute).
 DISPROVED = 0.85
 MOST_DOUBTS = 2
 # Memory that nobody asks for is given back only if it is more than this part of the model.
@@ -46,13 +47,17 @@ class StepRecord(Protocol):
 
     Attributes:
         never_entered: blocks whose units ran though the block itself was not entered.
+        host_was_late: whether its times may be those of the host, which needed as long to launch the step.
     """
 
     @property
     def never_entered(self) -> set[int]: ...
 
-    def profile(self, known: Profile, with_times: bool) -> Profile:
-        """Return ``known``, updated with what the step has shown; times are updated only ``with_times``."""
+    @property
+    def host_was_late(self) -> bool: ...
+
+    def profile(self, before: Profile, with_times: bool) -> Profile:
+        """Return ``before``, updated with what the step has shown; times are updated only ``with_times``."""
 
 
 class Planner:
@@ -168,17 +173,17 @@ class Planner:
 
     def wants_measuring(self) -> bool:
         """Whether to measure the next step: the first of a shape shows in which order units run, a later one times."""
-        known = self.vram.current
-        if known.steps == 0 or not (self.profile.learned or self.compiled or self._whole_blocks):
+        shape = self.vram.current
+        if shape.steps == 0 or not (self.profile.learned or self.compiled or self._whole_blocks):
             return True
-        return not known.timed
+        return not shape.timed
 
     def doubts(self, step_seconds: float | None) -> bool:
         """Whether the measured compute is too much, because a recent step took only ``step_seconds`` in all."""
-        known = self.vram.current
-        if step_seconds is None or not known.timed or known.in_a_row <= MEASURED_STEPS:
+        shape = self.vram.current
+        if step_seconds is None or not shape.timed or shape.in_a_row <= MEASURED_STEPS:
             return False
-        return known.doubts < MOST_DOUBTS and step_seconds < DISPROVED * self.profile.compute_seconds
+        return shape.doubts < MOST_DOUBTS and step_seconds < DISPROVED * self.profile.compute_seconds
 
     def measure_again(self) -> None:
         """Have the times of the next step of this shape measured once more."""
@@ -190,16 +195,18 @@ class Planner:
         if record.never_entered:
             self.by_units |= record.never_entered
             return  # The next step knows when these begin, and is measured anew.
-        known = self.vram.current
-        known.timed = known.steps > 1
-        profile = record.profile(self.profile, with_times=known.timed)
+        shape = self.vram.current
+        timed = shape.steps > 1
+        profile = record.profile(self.profile, with_times=timed)
         if self.compiled or self._whole_blocks:
             profile = replace(profile, unit_runs=None, unit_times=None)
         # A step measured in doubt may show that compute takes less time, but not that less is computed (by a cache).
         fewer = set(profile.block_order) < set(self.profile.block_order)
-        if known.doubts and (fewer or profile.compute_seconds >= self.profile.compute_seconds):
-            return
-        known.profile = self.profile = profile
+        if not shape.doubts or not (fewer or profile.compute_seconds >= self.profile.compute_seconds):
+            shape.profile = self.profile = profile
+        shape.timed = timed
+        if timed and record.host_was_late and shape.doubts < MOST_DOUBTS:
+            self.measure_again()
 
     def stream_whole_blocks(self) -> None:
         """From now on blocks stream as a whole, because their units do not always run by themselves."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby, pairwise
 from statistics import median
+from time import perf_counter
 from typing import NamedTuple
 
 from ..devices.backend import Backend
@@ -18,6 +19,9 @@ from ..split.assignment import HOP_SECONDS
 
 # Shorter copies say more about starting a copy than about the bus.
 LEAST_TIMED_BYTES = 4 * 1024**2
+
+# A step of which the host needs this part to launch it may have waited for the host, not for compute.
+HOST_SHARE = 0.9
 
 # A block that runs more than this part of its bytes twice in a row streams as a whole.
 MOSTLY_TWICE = 0.5
@@ -120,6 +124,8 @@ class Recorder:
         self._gap: _Gap | None = None
         self._running = False
         self._alone: set[int] = set()
+        self._on_others = False
+        self._host_began = self._host_seconds = 0.0
         backend.time_copies()
 
     @property
@@ -131,6 +137,16 @@ class Recorder:
     def never_entered(self) -> set[int]:
         """Blocks of which units ran in the step, though the block itself was not entered."""
         return self._alone - {block for block, _ in self._runs}
+
+    @property
+    def host_was_late(self) -> bool:
+        """Whether launching the step took the host about as long as the step, so that its times may be the host's.
+
+        A virtual device computes on the host, and where weights are read or several devices take turns the host waits.
+        """
+        if self._backend.is_virtual or self._staged.nbytes or self._on_others:
+            return False
+        return self._host_seconds >= HOST_SHARE * _seconds(self._backend, self._begin, self._end)
 
     @property
     def not_entered(self) -> list[int]:
@@ -145,9 +161,12 @@ class Recorder:
         self._runs.clear()
         self._open.clear()
         self._alone.clear()
+        self._on_others = False
         self._running = True
+        self._host_began = perf_counter()
 
     def end_step(self) -> None:
+        self._host_seconds = perf_counter() - self._host_began
         self._end = self._backend.moment()
         self._running = False
         before, now = self._staged_before, self._staged_so_far()
@@ -202,23 +221,24 @@ class Recorder:
 
     def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
         """A block has run, here or on another device."""
+        self._on_others = self._on_others or device is not self._backend
         if device is not self._backend and self._gap is not None:
             self._gap.elsewhere.append(_Elsewhere(device, seconds))
 
-    def profile(self, known: Profile, with_times: bool) -> Profile:
-        """Return what was recorded. Everything recorded must be over; ``known`` fills what this step has not shown.
+    def profile(self, before: Profile, with_times: bool) -> Profile:
+        """Return what was recorded. Everything recorded must be over; ``before`` fills what this step has not shown.
 
         Args:
-            with_times: false keeps the times of ``known``: in a first step kernels are loaded, and the driver sees
+            with_times: false keeps the times of ``before``: in a first step kernels are loaded, and the driver sees
                 memory for the first time.
         """
         bandwidth = self._bandwidth()
         order = tuple(dict.fromkeys(block for block, _ in self._runs))
         profile = replace(
-            known,
-            bandwidth=bandwidth or known.bandwidth,
-            unit_runs=known.unit_runs or self._unit_runs(),
-            block_order=order or known.block_order,
+            before,
+            bandwidth=bandwidth or before.bandwidth,
+            unit_runs=before.unit_runs or self._unit_runs(),
+            block_order=order or before.block_order,
         )
         if not with_times:
             return profile
@@ -236,7 +256,7 @@ class Recorder:
             other_seconds=sum(gaps.values()) + after,
             gap_seconds=tuple(gaps.get(block, 0.0) for block in range(self._outline.blocks)),
             unit_times=self._unit_times(times),
-            measured=bandwidth is not None or known.measured,
+            measured=bandwidth is not None or before.measured,
         )
 
     def _gap_times(self) -> dict[int, float]:

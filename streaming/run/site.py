@@ -29,12 +29,12 @@ class Site:
         pins: page-locked memory that this model shares with others; None makes a budget of its own without limit.
         watch: is called with the progress of loading, and may raise to cancel it.
         counters: where to count.
-        verifier: checks copies that have arrived.
+        verifier: is asked to check copies that have arrived.
         listeners: are told of waits for copies.
 
     Attributes:
         supply: where weights come from.
-        weights: every copy of every unit.
+        weight_copies: every copy of every unit.
         meters: count and time what happens.
         lane: what streams; None where nothing does, or not yet.
         unbuilt: whether master copies of streamed units are still to be built, or tried again.
@@ -54,7 +54,7 @@ class Site:
         largest = max(unit.nbytes for unit in (*blocks.units, blocks.rest))
         self.backend = backend
         self.supply = Supply(backend, config, largest, pins, watch)
-        self.weights = WeightCopies(blocks, backend, self.supply, verifier)
+        self.weight_copies = WeightCopies(blocks, backend, self.supply, verifier)
         self.meters = Meters(backend, counters, listeners)
         self.lane: Lane | None = None
         self.unbuilt = False
@@ -74,15 +74,15 @@ class Site:
         """
         self.supply.arena.begin()
         self.backend.open(copy_streams)
-        self.weights.carry_out(plan, patches)
+        self.weight_copies.carry_out(plan, patches)
         self.unbuilt = True
         if builds_for is not None:
             self.build(plan, builds_for)
-        self.weights.bake(plan, patches)
-        self.weights.bind()
+        self.weight_copies.bake(plan, patches)
+        self.weight_copies.bind()
         if plan.segments:
             reader, tick = self.supply.reader, self.supply.tick
-            copies = self.weights.copies
+            copies = self.weight_copies.copies
             self.lane = self._verifier.make_lane(self.backend, plan, copies, reader, copy_streams, self.meters, tick)
 
     def prefetch(self) -> None:
@@ -92,15 +92,15 @@ class Site:
 
     def put_away(self, plan: Plan) -> None:
         """Give the reader's ring back once everything streams from page-locked memory."""
-        if self.supply.reader.ring_bytes and not self.weights.arriving:
-            self.weights.adopt()
-            if self.weights.pinned_bytes(plan) == plan.streamed_bytes:
+        if self.supply.reader.ring_bytes and not self.weight_copies.arriving:
+            self.weight_copies.adopt()
+            if self.weight_copies.pinned_bytes(plan) == plan.streamed_bytes:
                 self.supply.reader.flush()
                 self.supply.reader.close()
 
     def bind(self) -> None:
         """Point the modules at the copies that are in use, which may be others now."""
-        self.weights.bind()
+        self.weight_copies.bind()
         if self.lane is not None:
             self.lane.refresh()
 
@@ -114,16 +114,16 @@ class Site:
     def prepare(self, plan: Plan, owner: PinOwner) -> None:
         """``plan`` may be carried out soon: begin to build what streams then."""
         self.supply.builder.stop()  # Called again: two builds of one unit must not run at once.
-        self.weights.adopt()
-        self.supply.build_behind(self.weights.unbuilt(plan), owner)
+        self.weight_copies.adopt()
+        self.supply.build_behind(self.weight_copies.unbuilt(plan), owner)
 
     def build(self, plan: Plan, owner: PinOwner) -> None:
         """Build what ``plan`` streams and has no master copy. Nothing is under way."""
         try:
-            self.supply.build(self.weights.unbuilt(plan), owner)
+            self.supply.build(self.weight_copies.unbuilt(plan), owner)
             self.unbuilt = False
         finally:
-            self.weights.adopt()
+            self.weight_copies.adopt()
 
     def finish_building(self, plan: Plan | None, owner: PinOwner) -> None:
         """Build all master copies that are wanted and missing."""
@@ -136,16 +136,16 @@ class Site:
 
     def retry_building(self, plan: Plan) -> None:
         """What could not be page-locked before may be possible now."""
-        if self.weights.unbuilt(plan):
+        if self.weight_copies.unbuilt(plan):
             self.supply.arena.begin()
             self.unbuilt = True
 
     def make_masters(self, names: Collection[str]) -> None:
         """Have modules point at copies of these tensors that other code may write to."""
-        self.weights.arrive_all()
+        self.weight_copies.arrive_all()
         self.halt()
         try:
-            self.weights.make_masters(names)
+            self.weight_copies.make_masters(names)
         finally:
             self.bind()
             self.unbuilt = True
@@ -155,14 +155,14 @@ class Site:
     def give_way(self, nbytes: int, residents: Iterable[int]) -> int:
         """Give up these residents, in this order, until ``nbytes`` are free; returns the bytes that were freed."""
         before = self.backend.allocated
-        if self.weights.arriving:
+        if self.weight_copies.arriving:
             self.halt()  # What is still on its way is not needed.
         else:
             self.drain()
         for unit in residents:
             if before - self.backend.allocated >= nbytes:
                 break
-            self.weights.drop_residents([unit])
+            self.weight_copies.drop_residents([unit])
         self.backend.give_back()
         return before - self.backend.allocated
 
@@ -171,7 +171,7 @@ class Site:
         self.halt()
         before = self.supply.reader.ring_bytes
         self.supply.reader.close()
-        return before + self.weights.drop_masters(nbytes)
+        return before + self.weight_copies.drop_masters(nbytes)
 
     def drop_lane(self) -> None:
         """Give the staging memory back. No copy may be under way."""
@@ -183,7 +183,7 @@ class Site:
     def clear_device(self) -> None:
         """Take everything off the device; modules use the originals again. Master copies stay. Nothing is under way."""
         self.drop_lane()
-        self.weights.clear_device()
+        self.weight_copies.clear_device()
         self.backend.give_back()
         self.supply.reader.close()
         self.backend.close_feeders()
@@ -192,12 +192,12 @@ class Site:
     def take_up(self, blocks: BlockSet, verifier: Verifier, changes: Changes) -> None:
         """The model was cut anew, after ``changes``; modules show what is there. Nothing is under way."""
         self._verifier = verifier
-        self.weights.take_up(blocks, verifier, changes)
+        self.weight_copies.take_up(blocks, verifier, changes)
 
     def close(self) -> None:
         """Free the master copies too, and end threads and copy streams. The site can be used again."""
         self.supply.close()
-        self.weights.clear_host()
+        self.weight_copies.clear_host()
         self.backend.close()
 
     def leave(self) -> None:
@@ -227,8 +227,8 @@ class Site:
         self.settle()
         self.supply.halt()
         self.backend.synchronize()
-        self.weights.adopt()
-        self.weights.stop_awaiting()
+        self.weight_copies.adopt()
+        self.weight_copies.stop_awaiting()
 
     def copy_synchronously(self) -> None:
         """Copy nothing ahead from now on, also in the middle of a step. Nothing is on its way."""

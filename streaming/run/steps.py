@@ -63,7 +63,7 @@ class Steps:
         if recorder is not None:
             block_numbers, unit_numbers = set(range(len(blocks))), set(range(len(units)))
         else:
-            arriving = set(self._site.weights.arriving)
+            arriving = set(self._site.weight_copies.arriving)
             block_numbers = arriving | set(self._site.lane.streamed_blocks if self._site.lane is not None else ())
             unit_numbers = plan.streamed | {unit for block in arriving for unit in self._units_of(block)}
         by_units = self._planner.by_units
@@ -125,13 +125,13 @@ class Steps:
                 self._planner.vram.stepped()
         else:
             self._site.settle()
-            if self._plan is not None and self._site.weights.lacks(self._plan):
+            if self._plan is not None and self._site.weight_copies.lacks(self._plan):
                 self.state = State.REDUCED  # A resident could not be read; the next step tries again.
         if self._site.lane is not None:
             self._site.lane.end_step(completed)
         self._site.meters.stalls.collect()
         if completed:
-            self._site.weights.complete()
+            self._site.weight_copies.complete()
 
     def enter_block(self, block: int) -> None:
         if self._by_units is not None:
@@ -190,7 +190,7 @@ class Steps:
 
     def _arrive(self, block: int) -> None:
         """Have compute wait for residents of ``block`` that are still on their way."""
-        weights, backend = self._site.weights, self._site.backend
+        weights, backend = self._site.weight_copies, self._site.backend
         if block in weights.arriving:
             before = backend.moment()
             weights.arrive(block)

@@ -69,7 +69,7 @@ class _Part(NamedTuple):
 
 
 class Verifier:
-    """Compares nothing: steps run as if there were no verifier.
+    """Is asked to check copies that have arrived. This one checks nothing, and steps run as if there were none.
 
     Attributes:
         finding: what was found, for people; empty while nothing was.

@@ -20,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,7 @@ PACK = "weightstream"
 LINE = '{"program": '
 # Many times what the longest one takes.
 PROGRAM_SECONDS = 240
+LOOK_SECONDS = 0.5
 
 
 @dataclass
@@ -151,6 +153,7 @@ def alone(cases: Cases) -> None:
 def main() -> None:
     comfyui, folder, names, *flags = sys.argv[1:]
     faulthandler.enable()
+    end_after(PROGRAM_SECONDS)
     start_host(Path(comfyui), flags)
     for name in names.split(","):
         end_after(PROGRAM_SECONDS)
@@ -171,6 +174,7 @@ def run_all(
     folder: Path,
     flags: Sequence[str],
     tell: Callable[[str, dict[str, Any]], None] = lambda name, found: None,
+    over: threading.Event | None = None,
     **environment: str,
 ) -> dict[str, dict[str, Any]]:
     """What each program finds, or its ``error``, in as few processes as it takes.
@@ -178,6 +182,7 @@ def run_all(
     Args:
         folder: for files; not shared with another call.
         tell: is called with a program's name and what it has found, as soon as it has ended.
+        over: once it is set, the process that runs is ended, and no other is started.
         environment: variables that the processes have beside those of this one.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -188,14 +193,19 @@ def run_all(
         left.remove(name)
         tell(name, what)
 
-    while left:
+    over = over or threading.Event()
+    while left and not over.is_set():
         own = folder / f"from-{left[0]}"
         command = [sys.executable, HERE / "programs.py", comfyui, own, ",".join(left), *flags]
         failed = False
         with (folder / f"{own.name}.err").open("w+", errors="replace") as errors:
             environ = {**os.environ, **environment}
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environ) as process:
+            pipe = subprocess.PIPE
+            with subprocess.Popen(
+                command, stdout=pipe, stderr=errors, text=True, errors="replace", env=environ
+            ) as process:
                 assert process.stdout is not None
+                threading.Thread(target=_end_when, args=(over, process), daemon=True).start()
                 for line in process.stdout:
                     if line.startswith(LINE):
                         what = json.loads(line)
@@ -206,6 +216,13 @@ def run_all(
                 said = errors.read()[-4000:]
                 keep(left[0], {"error": f"{said}\nits process ended with {process.returncode}"})
     return found
+
+
+def _end_when(over: threading.Event, process: subprocess.Popen[str]) -> None:
+    """End ``process`` when ``over`` is set, if it runs still."""
+    while process.poll() is None:
+        if over.wait(LOOK_SECONDS):
+            process.kill()
 
 
 def differences(found: dict[str, Any]) -> list[str]:

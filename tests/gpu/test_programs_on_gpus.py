@@ -7,8 +7,10 @@ file (``--dist loadfile``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,9 +53,9 @@ RUNS = {
     "soak-dynamic": Run("soak"),
     "soak-static-2": Run("soak", STATIC, 2, (TWO,)),
     "soak-dynamic-2": Run("soak", (), 2, (TWO,)),
+    **{f"families-{part}": Run("families", STATIC, 2, (("FAMILIES", f"{part}/4"),)) for part in range(1, 5)},
     # Processes take turns on a GPU, and one that waits for its own kernels would wait for all.
     "late": Run("late", STATIC, alone=True),
-    **{f"families-{part}": Run("families", STATIC, 2, (("FAMILIES", f"{part}/4"),)) for part in range(1, 5)},
     "split-static": Run("split", STATIC, 2, alone=True),
     "split-dynamic": Run("split", (), 2, alone=True),
     "split-static-through-ram": Run("split", STATIC, 2, (THROUGH_RAM,), alone=True),
@@ -61,7 +63,12 @@ RUNS = {
 }
 # Where the user says so, nothing goes straight.
 EXPECTED = {"split-static-through-ram": ["links verified"], "split-dynamic-through-ram": ["links verified"]}
-CASES = [(name, program) for name, run in RUNS.items() for program in run.names.split()]
+# In the order in which they end, about: a run's next program begins when the one before it has ended.
+ROUNDS = zip_longest(
+    *[[(name, program) for program in run.names.split()] for name, run in RUNS.items() if not run.alone]
+)
+CASES = [case for found in ROUNDS for case in found if case is not None]
+CASES += [(name, program) for name, run in RUNS.items() if run.alone for program in run.names.split()]
 MOST_AT_ONCE = 6
 
 
@@ -76,14 +83,32 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 findings[name, program] = Future()
     folders = {name: tmp_path_factory.mktemp(name) for name, _ in findings}
     torch.cuda.empty_cache()
+    over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(_run_all, findings, folders)
-        yield findings
+        pool.submit(_run_all, findings, folders, over)
+        try:
+            yield findings
+        finally:
+            over.set()  # Whatever still runs is wanted no more.
 
 
-def _run_all(findings: Findings, folders: dict[str, Path]) -> None:
-    """Give each of the ``findings`` its result."""
+def _run_all(findings: Findings, folders: dict[str, Path], over: threading.Event) -> None:
+    """Give each of the ``findings`` its result, or the error that has prevented it."""
+    try:
+        _start_all(findings, folders, over)
+    except BaseException as error:
+        _fail(findings.values(), error)
+        raise
+    _fail(findings.values(), RuntimeError("the tests were stopped"))
 
+
+def _fail(futures: Iterable[Future[dict[str, Any]]], error: BaseException) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
+
+
+def _start_all(findings: Findings, folders: dict[str, Path], over: threading.Event) -> None:
     def start(name: str) -> None:
         run = RUNS[name]
         wanted = {program: future for (one, program), future in findings.items() if one == name}
@@ -94,12 +119,11 @@ def _run_all(findings: Findings, folders: dict[str, Path]) -> None:
                 folders[name],
                 run.flags,
                 lambda program, what: wanted[program].set_result(what),
+                over,
                 **dict(run.variables),
             )
         except Exception as error:
-            for future in wanted.values():
-                if not future.done():
-                    future.set_exception(error)
+            _fail(wanted.values(), error)
 
     at_once = min(MOST_AT_ONCE, max(1, (os.cpu_count() or 1) // 2))
     together, apart = ([name for name in folders if RUNS[name].alone is alone] for alone in (False, True))

@@ -11,6 +11,7 @@ from models import Transformer, X, make_streamer, make_transformer
 from torch import nn
 from weightstream.streaming import DeviceMemoryError, State, Streamer, StreamingError, VirtualMemory
 from weightstream.streaming.planning import planner
+from weightstream.streaming.run.recorder import Recorder
 
 BLOCK = 35_840
 
@@ -67,6 +68,25 @@ def test_times_and_the_bus_are_measured() -> None:
     assert snapshot.predicted_step_seconds > 0
     assert snapshot.step_seconds > 0
     assert snapshot.limited_by in ("bus", "compute")
+
+
+@pytest.mark.parametrize(("late", "measured"), [("", "12"), ("2", "123"), ("23", "1234"), ("1234567", "1234")])
+def test_a_step_for_which_the_host_was_late_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, late: str, measured: str
+) -> None:
+    """At most twice: a host may always be late. Only shorter times replace those that were measured before."""
+    model = make_transformer()
+    streamer = make_streamer(model, adaptive=False)
+    streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
+    number, seconds, found = 0, [], ""
+    monkeypatch.setattr(Recorder, "host_was_late", property(lambda _: str(number) in late))
+    for number in range(1, 8):
+        step(streamer, model)
+        found += str(number) if streamer.measuring.recorder is not None else ""
+        streamer.learn()
+        seconds.append(streamer.profile.compute_seconds)
+    assert found == measured
+    assert seconds[1:] == sorted(seconds[1:], reverse=True)
 
 
 def test_one_shape_has_one_plan_from_the_third_step_on() -> None:

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import programs
 import pytest
+import test_programs_on_gpus as on_gpus
 
 GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
 HOST = os.environ["COMFYUI_PATH"]
@@ -93,6 +96,34 @@ def test_what_comes_behind_a_program_that_ends_its_process_is_run(
     ]
     assert "Segmentation fault" in found["c"]["error"]
     assert told == [*"abcde"]
+
+
+def test_who_wants_no_more_waits_for_no_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "programs.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)\n")
+    monkeypatch.setattr(programs, "HERE", tmp_path)
+    over = threading.Event()
+    threading.Timer(1.0, over.set).start()
+    found = programs.run_all("ab", "ComfyUI", tmp_path, [], over=over)
+    assert [*found] == ["a"]
+    assert "its process ended with" in found["a"]["error"]
+
+
+def test_everybody_who_waits_for_a_program_hears_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of its result, of the error of what runs it, or that nothing came."""
+
+    def run_all(
+        wanted: dict[str, Any], comfyui: str, folder: Path, flags: object, tell: Any, *_: Any, **__: Any
+    ) -> None:
+        if "late" in wanted:
+            raise OSError("no more memory")
+        tell("host", {"agree": {"a": True}})
+
+    monkeypatch.setattr(programs, "run_all", run_all)
+    findings = {case: Future() for case in (("static", "host"), ("static", "settings"), ("late", "late"))}
+    on_gpus._run_all(findings, {"static": tmp_path, "late": tmp_path}, threading.Event())
+    assert findings["static", "host"].result(0) == {"agree": {"a": True}}
+    assert str(findings["static", "settings"].exception(0)) == "the tests were stopped"
+    assert str(findings["late", "late"].exception(0)) == "no more memory"
 
 
 def test_a_soak(tmp_path: Path) -> None:

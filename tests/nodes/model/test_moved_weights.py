@@ -204,7 +204,7 @@ def test_a_part_that_cannot_be_loaded_at_once_keeps_hooks(
     act: Act,
 ) -> None:
     model = on_devices(2, 30)
-    weights = model.parts[0].streamer.site.weights
+    weights = model.parts[0].streamer.site.weight_copies
     carry_out, refusals = weights.carry_out, []
 
     def refuse_once(*arguments: Any) -> None:

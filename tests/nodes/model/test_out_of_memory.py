@@ -64,7 +64,7 @@ def test_hooks_stay_when_a_reload_has_no_room(
     expected = sample_with_hooks(native)
     model = streamed(64 * MB, vram_limit=28 * MB)
     assert torch.equal(sample_with_hooks(model), expected)
-    weights = model.streamer.site.weights
+    weights = model.streamer.site.weight_copies
     handle = model.model.diffusion_model.double_blocks[0].register_forward_pre_hook(
         fail_in_calls(lambda *_: None, 1, 2)
     )
@@ -78,7 +78,7 @@ def test_no_room_in_a_load_means_a_smaller_plan(
     streamed: Load, plain: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = streamed(64 * MB)
-    weights = model.streamer.site.weights
+    weights = model.streamer.site.weight_copies
     monkeypatch.setattr(weights, "carry_out", fail_in_calls(weights.carry_out, 0, 1))
     assert torch.equal(sample(model), plain)
 

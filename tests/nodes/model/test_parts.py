@@ -44,7 +44,7 @@ def memories(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[VirtualMemor
 
 
 @pytest.fixture
-def cut_model(models: Path, memories: Callable[..., list[VirtualMemory]]) -> Split:
+def split_over_devices(models: Path, memories: Callable[..., list[VirtualMemory]]) -> Split:
     def load(*budgets: int, shares: list[float] | None = None, **options: Any) -> StreamedModelPatcher:
         memories(*budgets)
         with torch.inference_mode():
@@ -70,11 +70,11 @@ BUDGETS = {
 
 @pytest.mark.parametrize("case", BUDGETS)
 def test_latents_are_the_hosts_with_and_without_lora(
-    cut_model: Split, plain: torch.Tensor, plain_with_lora: Patched, case: str
+    split_over_devices: Split, plain: torch.Tensor, plain_with_lora: Patched, case: str
 ) -> None:
     budgets, streams = BUDGETS[case]
     expected = {0.0: plain, 0.7: plain_with_lora(0.7)}
-    model = cut_model(*budgets)
+    model = split_over_devices(*budgets)
     for strength in (0.0, 0.7, 0.7, 0.0):
         for _ in range(2):
             latent = sample(with_lora(model, strength) if strength else model)
@@ -88,16 +88,16 @@ def test_latents_are_the_hosts_with_and_without_lora(
     assert torch.equal(sample(model), expected[0.0])
 
 
-def test_every_device_has_the_share_that_was_asked_for(cut_model: Split, plain: torch.Tensor) -> None:
-    model = cut_model(60 * MB, 60 * MB, shares=[3, 1])
+def test_every_device_has_the_share_that_was_asked_for(split_over_devices: Split, plain: torch.Tensor) -> None:
+    model = split_over_devices(60 * MB, 60 * MB, shares=[3, 1])
     assert torch.equal(sample(model), plain)
     blocks = [streamer.outline.model_bytes - streamer.outline.rest_bytes for streamer in model.streamers]
     assert blocks[0] / sum(blocks) == pytest.approx(0.75, abs=0.1)
     assert [streamer.backend.name for streamer in model.streamers] == ["virtual:0", "virtual:1"]
 
 
-def test_the_host_takes_memory_on_the_device_where_it_is_needed(cut_model: Split, plain: torch.Tensor) -> None:
-    model = cut_model(30 * MB, 30 * MB)
+def test_the_host_takes_memory_on_the_device_where_it_is_needed(split_over_devices: Split, plain: torch.Tensor) -> None:
+    model = split_over_devices(30 * MB, 30 * MB)
     assert torch.equal(sample(model), plain)
     part = model.parts[0]
     loaded = [entry.model for entry in mm.current_loaded_models]
@@ -117,17 +117,17 @@ def test_the_host_takes_memory_on_the_device_where_it_is_needed(cut_model: Split
 
 @pytest.mark.parametrize("mode", [comfy.hooks.EnumHookMode.MinVram, comfy.hooks.EnumHookMode.MaxSpeed])
 def test_hooks_write_to_the_weights_of_all_devices(
-    cut_model: Split, native: ModelPatcher, plain: torch.Tensor, mode: Any
+    split_over_devices: Split, native: ModelPatcher, plain: torch.Tensor, mode: Any
 ) -> None:
     expected = sample_with_hook(native, mode)
-    model = cut_model(14 * MB, 14 * MB)
+    model = split_over_devices(14 * MB, 14 * MB)
     for _ in range(2):
         assert torch.equal(sample_with_hook(model, mode), expected)
         assert torch.equal(sample(model), plain)
 
 
-def test_saved_weights_are_those_of_all_devices(cut_model: Split, native: ModelPatcher) -> None:
-    model = cut_model(14 * MB, 14 * MB)
+def test_saved_weights_are_those_of_all_devices(split_over_devices: Split, native: ModelPatcher) -> None:
+    model = split_over_devices(14 * MB, 14 * MB)
     sample(model)
     with torch.inference_mode():
         ours, theirs = model.model_state_dict_for_saving(), native.model_state_dict_for_saving()
@@ -136,8 +136,8 @@ def test_saved_weights_are_those_of_all_devices(cut_model: Split, native: ModelP
     assert model.get_key_patches().keys() == native.get_key_patches().keys()
 
 
-def test_clones_have_parts_with_their_patches(cut_model: Split) -> None:
-    model = cut_model(14 * MB, 14 * MB)
+def test_clones_have_parts_with_their_patches(split_over_devices: Split) -> None:
+    model = split_over_devices(14 * MB, 14 * MB)
     patched = with_lora(model, 0.5)
     assert patched.parts[0] is not model.parts[0]
     assert patched.parts[0].model is model.parts[0].model
@@ -145,8 +145,8 @@ def test_clones_have_parts_with_their_patches(cut_model: Split) -> None:
     assert model.parts[0]._owner is model
 
 
-def test_an_interrupt_leaves_nothing_bound(cut_model: Split, plain: torch.Tensor) -> None:
-    model = cut_model(14 * MB, 14 * MB)
+def test_an_interrupt_leaves_nothing_bound(split_over_devices: Split, plain: torch.Tensor) -> None:
+    model = split_over_devices(14 * MB, 14 * MB)
     sample(model)
 
     def interrupt(*_: object) -> None:
@@ -221,9 +221,9 @@ def test_another_device_gets_the_whole_model(incoming: ModelPatcher, plain: torc
 
 
 @pytest.mark.parametrize("case", BUDGETS)
-def test_blocks_compute_with_weights_on_their_device(cut_model: Split, case: str) -> None:
+def test_blocks_compute_with_weights_on_their_device(split_over_devices: Split, case: str) -> None:
     budgets, _ = BUDGETS[case]
-    model = cut_model(*budgets)
+    model = split_over_devices(*budgets)
     wrong: set[str] = set()
 
     def check(streamer: Any, name: str, module: torch.nn.Module) -> None:
@@ -245,7 +245,7 @@ def test_what_streams_is_built_ahead_on_all_devices(incoming: ModelPatcher) -> N
     model = over(incoming, 2)
     for streamer in model.streamers:
         streamer.site.supply.builder.wait(lambda: None)
-        streamer.site.weights.adopt()
+        streamer.site.weight_copies.adopt()
         assert 0 < streamer.snapshot().pageable_bytes + streamer.snapshot().pinned_bytes <= streamer.model_bytes
     if isinstance(incoming, StreamedModelPatcher):
         assert incoming.streamer.snapshot().pageable_bytes == 0, "nobody runs it"
@@ -327,20 +327,22 @@ def difference(one: ModelPatcher, other: ModelPatcher) -> dict[str, torch.Tensor
         return calc_lora_model(model, 4, name, name, {}, LORAType.FULL_DIFF, bias_diff=True)
 
 
-def test_a_lora_that_is_extracted(cut_model: Split, native: ModelPatcher, tmp_path: Path) -> None:
+def test_a_lora_that_is_extracted(split_over_devices: Split, native: ModelPatcher, tmp_path: Path) -> None:
     write_flux(tmp_path / "other.safetensors", seed=5)
     with torch.inference_mode():
         other = comfy.sd.load_diffusion_model(str(tmp_path / "other.safetensors"))
     expected = difference(native, other)
     mm.unload_all_models()
-    found = difference(cut_model(60 * MB, 60 * MB), other)
+    found = difference(split_over_devices(60 * MB, 60 * MB), other)
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.allclose(found[name].float(), expected[name].float(), atol=1e-2), name
 
 
-def test_parts_have_the_patches_of_the_clone_that_is_loaded_alone(cut_model: Split, plain: torch.Tensor) -> None:
-    model = cut_model(60 * MB, 60 * MB)
+def test_parts_have_the_patches_of_the_clone_that_is_loaded_alone(
+    split_over_devices: Split, plain: torch.Tensor
+) -> None:
+    model = split_over_devices(60 * MB, 60 * MB)
     patched = with_lora(model, 0.7)
     sample(patched)
     with torch.inference_mode():
@@ -349,9 +351,9 @@ def test_parts_have_the_patches_of_the_clone_that_is_loaded_alone(cut_model: Spl
     assert torch.equal(sample(model), plain)
 
 
-def test_a_part_whose_model_nobody_has_any_more_is_unloaded(cut_model: Split, native: ModelPatcher) -> None:
+def test_a_part_whose_model_nobody_has_any_more_is_unloaded(split_over_devices: Split, native: ModelPatcher) -> None:
     """On GPUs the host has the part in its list for as long as somebody holds it."""
-    model = cut_model(30 * MB, 30 * MB)
+    model = split_over_devices(30 * MB, 30 * MB)
     sample(model)
     (part,), gone = model.parts, weakref.ref(model.model)
     del model

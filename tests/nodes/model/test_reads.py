@@ -57,7 +57,7 @@ def test_a_lora_reads_nothing_and_what_it_changed_is_read_when_it_goes(
 def test_after_unloading_only_what_was_resident_is_read(streamed: Load, plain: torch.Tensor, reads: Reads) -> None:
     model = streamed(64 * MB, vram_limit=28 * MB)
     settle(model)
-    blocks, weights = model.streamer.blocks, model.streamer.site.weights
+    blocks, weights = model.streamer.blocks, model.streamer.site.weight_copies
     units = [blocks.rest, *(unit for unit in blocks.units if weights.copies(unit.index).master is None)]
     places = [spec.source for unit in units for spec in unit.layout.specs if spec.source is not None]
     without_master = {

@@ -100,7 +100,7 @@ def test_a_resident_that_is_read_before_its_block_runs_is_there_when_the_step_ru
     streamer.unload()
     gate.closed = gate.layouts(streamer, [block])
     load(streamer)
-    copies = [streamer.site.weights.copies(unit) for unit in streamer.plan.resident]
+    copies = [streamer.site.weight_copies.copies(unit) for unit in streamer.plan.resident]
     copies = [each for each in copies if each.unit.block == block]
     forward, tries = model.forward, []
 
@@ -124,7 +124,7 @@ def test_residents_of_blocks_that_did_not_run_arrive_too(gate: Gate) -> None:
     streamer = make(model)
     load(streamer)
     assert torch.equal(model(X, [0, 1]), skipped)
-    assert not streamer.site.weights.arriving
+    assert not streamer.site.weight_copies.arriving
     assert torch.equal(model(X), expected)
 
 
@@ -177,7 +177,7 @@ def test_masters_are_made_for_writers_when_everything_has_arrived() -> None:
     load(streamer)
     names = {f"blocks.{index}.out.weight" for index in range(8)}
     streamer.make_masters(names)
-    assert not streamer.site.weights.arriving
+    assert not streamer.site.weight_copies.arriving
     originals = {spec.name: spec.original for spec in streamer.blocks.specs}
     for index, block in enumerate(model.blocks):
         assert block.out.weight.data_ptr() != originals[f"blocks.{index}.out.weight"].data_ptr()
@@ -193,7 +193,7 @@ def test_patches_reach_residents_that_are_still_on_their_way(gate: Gate) -> None
     streamer.unload()
     gate.closed = gate.layouts(streamer, blocks[1:])
     streamer.load(plan)
-    assert streamer.site.weights.arriving
+    assert streamer.site.weight_copies.arriving
     gate.opened.set()
     streamer.load(plan, Doubled(names))
     reference = make_transformer(depth=8)
@@ -213,9 +213,9 @@ def test_a_unit_may_run_outside_of_its_block_before_everything_has_arrived(gate:
     gate.seconds = 0.005
     streamer.load(plan)
     module = streamer.blocks.units[unit].module
-    assert streamer.site.weights.copies(unit).arriving is not None
+    assert streamer.site.weight_copies.copies(unit).arriving is not None
     module(torch.zeros(1, module.in_features))
-    assert streamer.site.weights.copies(unit).resident is not None
+    assert streamer.site.weight_copies.copies(unit).resident is not None
 
 
 def test_master_copies_stay_while_a_step_runs_and_while_somebody_has_written_to_them() -> None:

@@ -184,7 +184,7 @@ def test_building_that_is_stopped_is_taken_up_where_it_was(tmp_path: Path, monke
 def test_a_patch_comes_while_a_master_is_half_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masters, "BUILD_BYTES", 512)
     stored = Stored(tmp_path)
-    copies = stored.streamer.site.weights.copies(1)
+    copies = stored.streamer.site.weight_copies.copies(1)
     names = {spec.name for spec in copies.unit.layout.specs}
     for name in names:
         stored.plain.get_parameter(name).mul_(2)
@@ -262,7 +262,7 @@ def test_units_that_cannot_be_copied_are_named_and_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(masters, "read_range", failing)
         stored.check(2)
-    missing = len(stored.streamer.site.weights.unbuilt(stored.streamer.plan))
+    missing = len(stored.streamer.site.weight_copies.unbuilt(stored.streamer.plan))
     assert (missing >= 3) if failures == 100 else (missing <= failures)
     note = stored.streamer.snapshot().note
     assert ("could not be copied ([Errno 5] Input/output error)" in note) is (missing > 0)

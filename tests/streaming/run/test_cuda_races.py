@@ -88,7 +88,7 @@ def test_page_locked_and_staged_segments_mixed(cuda: FakeCuda, seed: int, monkey
     streamer.load(hand_plan(streamer, range(18), 3))
     model([0, 1, 2, 3, 4, 5])
     streamer.finish_building()
-    assert 0 < streamer.site.weights.pinned_bytes(streamer.plan) < streamer.plan.streamed_bytes
+    assert 0 < streamer.site.weight_copies.pinned_bytes(streamer.plan) < streamer.plan.streamed_bytes
     chance = random.Random(seed)
     for _ in range(20):
         order = [chance.randrange(6) for _ in range(chance.randint(1, 8))]

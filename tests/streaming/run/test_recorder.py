@@ -10,12 +10,15 @@ from outlines import make_outline
 from weightstream.streaming.devices.copies import CopyTime
 from weightstream.streaming.planning.profile import assumed_profile
 from weightstream.streaming.planning.timeline import timeline
+from weightstream.streaming.run import recorder as recorder_file
 from weightstream.streaming.run.recorder import Recorder
 from weightstream.streaming.split.assignment import HOP_SECONDS
 
 
 class Clock:
     """A device that is where the test says."""
+
+    is_virtual = False
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -67,6 +70,40 @@ def record(recorder: Recorder, clock: Clock, gaps: list[float], waits: list[floa
     clock.now += 0.25
     wait(recorder, clock, 3.0)
     recorder.end_step()
+
+
+@pytest.mark.parametrize(
+    ("takes", "virtual", "read", "other", "late"),
+    [
+        (45.3, False, 0, False, True),
+        (40.8, False, 0, False, True),
+        (40.6, False, 0, False, False),
+        (45.3, True, 0, False, False),
+        (45.3, False, 1, False, False),
+        (45.3, False, 0, True, False),
+    ],
+)
+def test_a_host_is_late_that_needs_as_long_as_the_step(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, takes: float, virtual: bool, read: int, other: bool, late: bool
+) -> None:
+    """On a virtual device, or where the host waits for reads or for turns of others, that says nothing."""
+    host = iter((100.0, 100.0 + takes))
+    monkeypatch.setattr(recorder_file, "perf_counter", lambda: next(host))
+    clock.is_virtual = virtual
+    reader = SimpleNamespace(step_bytes=0, step_seconds=0.0, sent_bytes=0)
+    recorder = Recorder(make_outline([[1], [1], [1]]), clock, reader)
+    own = recorder.begin_block
+
+    def begin_block(block: int) -> None:
+        reader.step_bytes += read
+        if other:
+            recorder.computed(Clock(), lambda: 1.0)
+        own(block)
+
+    recorder.begin_block = begin_block
+    record(recorder, clock, [2.0, 2.0, 2.0], [7.0, 0.0, 11.0])
+    assert clock.now == 45.25
+    assert recorder.host_was_late is late
 
 
 def test_what_others_wait_for_is_no_compute(recorder: Recorder, clock: Clock) -> None:
