@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import sys
 import threading
 from collections.abc import Iterator
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_ulonglong, c_ushort, c_void_p
+from ctypes import POINTER, byref, c_int, c_size_t, c_ubyte, c_ulonglong, c_ushort, c_void_p
 from typing import Any
 
 import torch
 
+from . import cuda_driver
+from .cuda_driver import CudaContext, DriverError
 from .lasting_memory import LastingMemory, PageCounts
 from .pages import OutOfPagesError
 
@@ -66,15 +67,10 @@ class Access(ctypes.Structure):
     _fields_ = [("location", Location), ("flags", c_int)]
 
 
-# CUdevice is an int, CUcontext a pointer, CUdeviceptr and CUmemGenericAllocationHandle are unsigned long longs.
+# CUdeviceptr and CUmemGenericAllocationHandle are unsigned long longs.
 PROTOTYPES: dict[str, list[Any]] = {
-    "cuInit": [c_uint],
-    "cuGetErrorName": [c_int, POINTER(c_char_p)],
-    "cuDeviceGet": [POINTER(c_int), c_int],
+    **cuda_driver.PROTOTYPES,
     "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
-    "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
-    "cuCtxPushCurrent_v2": [c_void_p],
-    "cuCtxPopCurrent_v2": [POINTER(c_void_p)],
     "cuMemGetAllocationGranularity": [POINTER(c_size_t), POINTER(AllocationProperties), c_int],
     "cuMemAddressReserve": [POINTER(c_ulonglong), c_size_t, c_size_t, c_ulonglong, c_ulonglong],
     "cuMemAddressFree": [c_ulonglong, c_size_t],
@@ -87,20 +83,11 @@ PROTOTYPES: dict[str, list[Any]] = {
 
 
 def open_library() -> Any:
-    """Load the driver's library, with the functions above.
-
-    Raises:
-        OSError: there is no driver.
-        AttributeError: the driver is too old.
-    """
-    library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
-    for name, arguments in PROTOTYPES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, c_int
-    return library
+    """Load the driver's library, with the functions above, or raise as :func:`cuda_driver.open_library` does."""
+    return cuda_driver.open_library(PROTOTYPES)
 
 
-class CudaPageDriver:
+class CudaPageDriver(CudaContext):
     """A :class:`PageDriver` of one device, in the context that torch computes in.
 
     Args:
@@ -112,34 +99,31 @@ class CudaPageDriver:
     """
 
     def __init__(self, library: Any, index: int) -> None:
-        self._library = library
-        self._call("cuInit", 0)
-        device, supported, page = c_int(), c_int(), c_size_t()
-        self._call("cuDeviceGet", byref(device), index)
-        self._call("cuDeviceGetAttribute", byref(supported), ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device)
+        super().__init__(library, index)
+        supported, page = c_int(), c_size_t()
+        attribute = ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        self._call("cuDeviceGetAttribute", byref(supported), attribute, self._device)
         if not supported.value:
             raise RuntimeError("the device has no virtual memory management")
-        location = Location(LOCATION_TYPE_DEVICE, device.value)
+        location = Location(LOCATION_TYPE_DEVICE, self._device.value)
         self._properties = AllocationProperties(ALLOCATION_TYPE_PINNED, 0, location)
         self._access = Access(location, ACCESS_READ_WRITE)
         self._call("cuMemGetAllocationGranularity", byref(page), byref(self._properties), GRANULARITY_MINIMUM)
         self.page_bytes = page.value
-        # The context that torch has, or will have. It is never released, as torch never releases its own.
-        self._context = c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
+        self.retain()
 
     def reserve(self, nbytes: int) -> int:
         address = c_ulonglong()
-        with self._current():
+        with self.current():
             self._call("cuMemAddressReserve", byref(address), nbytes, 0, 0, 0)
         return address.value
 
     def unreserve(self, address: int, nbytes: int) -> None:
-        with self._giving_back(), self._current():
+        with self._giving_back(), self.current():
             self._call("cuMemAddressFree", address, nbytes)
 
     def map(self, address: int, nbytes: int) -> None:
-        with self._current():
+        with self.current():
             handle = c_ulonglong()
             self._call("cuMemCreate", byref(handle), nbytes, byref(self._properties), 0)
             try:
@@ -153,7 +137,7 @@ class CudaPageDriver:
                 raise
 
     def unmap(self, address: int, nbytes: int) -> None:
-        with self._giving_back(), self._current():
+        with self._giving_back(), self.current():
             self._call("cuMemUnmap", address, nbytes)
 
     @contextlib.contextmanager
@@ -164,23 +148,13 @@ class CudaPageDriver:
         except OutOfPagesError as error:
             raise RuntimeError(str(error)) from error
 
-    @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
-        """While this lasts, the device's context is this thread's; before, it may have none, or another device's."""
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
-            yield
-        finally:
-            self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
-
     def _call(self, name: str, *arguments: Any) -> None:
-        code = getattr(self._library, name)(*arguments)
-        if code == OUT_OF_MEMORY:
-            raise OutOfPagesError(f"{name} found no memory")
-        if code:
-            text = c_char_p()
-            self._library.cuGetErrorName(code, byref(text))
-            raise RuntimeError(f"{name} failed with {(text.value or b'an unknown error').decode()} ({code})")
+        try:
+            super()._call(name, *arguments)
+        except DriverError as error:
+            if error.code == OUT_OF_MEMORY:
+                raise OutOfPagesError(f"{name} found no memory") from None
+            raise
 
 
 _MEMORIES: dict[int, LastingMemory | None] = {}

@@ -13,7 +13,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Each room may import those before it. "" is what lies beside the rooms, above all of them.
 ROOMS = {
-    "streaming": ["planning", "files", "devices", "machine", "split", "model", "memory", "run", "handoff", ""],
+    "streaming": [
+        "planning",
+        "files",
+        "devices",
+        "packing",
+        "machine",
+        "split",
+        "model",
+        "memory",
+        "run",
+        "handoff",
+        "",
+    ],
     "nodes": ["host", "tell", "state", "model", "twins", "page", ""],
 }
 # Beside the rooms, and for everybody.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightstream.streaming.devices import cuda_pages
+from weightstream.streaming.devices import cuda_driver, cuda_pages
 from weightstream.streaming.devices.cuda_pages import (
     PROTOTYPES,
     Access,
@@ -292,7 +292,7 @@ def test_a_driver_that_has_refused_something_is_opened_still(machine: SimpleName
 def test_every_function_has_its_prototype(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = {name: SimpleNamespace() for name in PROTOTYPES}
     loaded = SimpleNamespace(**functions)
-    monkeypatch.setattr(cuda_pages.sys, "platform", "linux")
+    monkeypatch.setattr(cuda_driver.sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: loaded if name == "libcuda.so.1" else None)
     assert cuda_pages.open_library() is loaded
     assert all(function.restype is ctypes.c_int for function in functions.values())

@@ -1,0 +1,76 @@
+"""Launches kernels that were compiled on the user's machine (nvrtc.py), by the driver."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_uint, c_ulonglong, c_void_p
+from typing import Any
+
+from . import cuda_driver
+from .cuda_driver import CudaContext
+
+# CUmodule, CUfunction and CUstream are pointers.
+PROTOTYPES: dict[str, list[Any]] = {
+    **cuda_driver.PROTOTYPES,
+    "cuModuleLoadData": [POINTER(c_void_p), c_char_p],
+    "cuModuleGetFunction": [POINTER(c_void_p), c_void_p, c_char_p],
+    "cuLaunchKernel": [c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), c_void_p],
+}
+
+
+class CudaKernels(CudaContext):
+    """The kernels of one program on one device.
+
+    Args:
+        library: of :func:`cuda_driver.open_library`, with :data:`PROTOTYPES`.
+        index: of the device, as torch and the driver number those that are visible.
+        code: a cubin for this device. It stays loaded as long as the process runs.
+
+    Raises:
+        DriverError: the driver has refused something.
+    """
+
+    def __init__(self, library: Any, index: int, code: bytes) -> None:
+        super().__init__(library, index)
+        self.retain()
+        self._module = c_void_p()
+        self._functions: dict[str, c_void_p] = {}
+        with self.current():
+            self._call("cuModuleLoadData", byref(self._module), code)
+
+    def launch_of(self, name: str, blocks: int, threads: int, arguments: Sequence[Any]) -> Launch:
+        """Return a launch of the kernel ``name``, which may be made often.
+
+        Args:
+            blocks, threads: of the grid, and of each block; one dimension.
+            arguments: values of ctypes, as the kernel declares them.
+        """
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = c_void_p()
+            self._call("cuModuleGetFunction", byref(function), self._module, name.encode())
+        return Launch(self, function, blocks, threads, arguments)
+
+
+class Launch:
+    """One way of launching a kernel: where, with what. Everything is prepared, as it is launched in every step."""
+
+    def __init__(
+        self, kernels: CudaKernels, function: c_void_p, blocks: int, threads: int, arguments: Sequence[Any]
+    ) -> None:
+        self._kernels = kernels
+        self._kept = tuple(arguments)
+        pointers = [ctypes.cast(byref(argument), c_void_p) for argument in self._kept]
+        self._arguments = (c_void_p * len(pointers))(*pointers)
+        self._place = function, blocks, 1, 1, threads, 1, 1, 0
+
+    def __call__(self, stream: int) -> None:
+        """Queue the kernel on a stream of the device (a CUstream, as torch's ``Stream.cuda_stream`` has it)."""
+        with self._kernels.current():
+            self._kernels._call("cuLaunchKernel", *self._place, stream, self._arguments, None)
+
+
+def pointer(address: int) -> c_ulonglong:
+    """A pointer to memory of a device, as an argument of a kernel."""
+    return c_ulonglong(address)
