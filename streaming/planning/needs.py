@@ -42,10 +42,18 @@ def segment_needs(
 
 
 def stages_of(needs: Sequence[Need], bandwidths: Sequence[float], total: float) -> tuple[list[Stage], float]:
-    """Return needs as stages of a step of ``total`` seconds without waits, and the seconds before the first of them."""
+    """Return needs as stages of a step of ``total`` seconds without waits, and the seconds before the first of them.
+
+    A packed segment is unpacked whenever it is needed, before anything else is computed.
+    """
     ends = (*(need.begin for need in needs[1:]), total)
     stages = [
-        Stage(need.segment.nbytes / bandwidths[need.link], need.end - need.begin, end - need.begin, need.link)
+        Stage(
+            need.segment.nbytes / bandwidths[need.link],
+            need.end - need.begin + need.segment.unpack_seconds,
+            end - need.begin + need.segment.unpack_seconds,
+            need.link,
+        )
         for need, end in zip(needs, ends, strict=True)
     ]
     return stages, needs[0].begin

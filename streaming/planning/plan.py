@@ -117,14 +117,29 @@ class Plan:
         """Bytes that cross the bus in one step."""
         return sum(segment.nbytes for segment in self.segments)
 
+    @cached_property
+    def packed(self) -> frozenset[int]:
+        """Units that are packed when they are copied."""
+        return frozenset(unit for unit in self.streamed if self.outline.is_packed(unit))
+
+    @cached_property
+    def streamed_weight_bytes(self) -> int:
+        """Bytes of the units that are streamed; more than :attr:`streamed_bytes` where some are packed."""
+        return sum(self.outline.unit_bytes[unit] for unit in self.streamed)
+
+    @cached_property
+    def unpacking_bytes(self) -> int:
+        """Memory into which segments are unpacked, one after another."""
+        return max((segment.unpacked_bytes for segment in self.segments), default=0)
+
     @property
     def resident_bytes(self) -> int:
-        return self.outline.model_bytes - self.outline.rest_bytes - self.streamed_bytes
+        return self.outline.model_bytes - self.outline.rest_bytes - self.streamed_weight_bytes
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device in all: rest, residents and staging."""
-        return self.rest_bytes + self.resident_bytes + self.staging_bytes
+        """Bytes on the device in all: rest, residents, staging, and what is unpacked."""
+        return self.rest_bytes + self.resident_bytes + self.staging_bytes + self.unpacking_bytes
 
     def explain(self) -> str:
         """The plan in a line, for the log and the node."""
@@ -134,12 +149,16 @@ class Plan:
         blocks = self.outline.blocks
         if not self.segments:
             return f"all {blocks} blocks resident ({format_bytes(self.device_bytes)} on the device), nothing streamed"
-        return (
-            f"{format_bytes(self.streamed_bytes)} a step streamed in {len(self.segments)} segments, from "
+        text = format_bytes(self.streamed_bytes)
+        if self.packed:
+            text += f" (packed, {format_bytes(self.streamed_weight_bytes)} of weights)"
+        text += (
+            f" a step streamed in {len(self.segments)} segments, from "
             f"{blocks - self.resident_blocks} of {blocks} blocks; {format_bytes(self.device_bytes)} on the device: "
             f"{format_bytes(self.resident_bytes)} of blocks resident, {format_bytes(self.rest_bytes)} outside of "
             f"blocks, {format_bytes(self.staging_bytes)} staging"
         )
+        return text + (f", {format_bytes(self.unpacking_bytes)} to unpack in" if self.packed else "")
 
     def _forecast_text(self) -> str:
         if (forecast := self.forecast) is None:
@@ -159,7 +178,8 @@ _LIMIT_NAMES = {"bus": "the bus", "compute": "compute"}
 
 def minimum_bytes(outline: Outline, profile: Profile) -> int:
     """Return the least bytes of device memory for a plan: the rest, and one slot for what cannot be cut further."""
-    return outline.rest_bytes + _ladder(outline, profile)[0].piece_bytes
+    rung = _ladder(outline, profile)[0]
+    return outline.rest_bytes + rung.piece_bytes + rung.unpacked_bytes
 
 
 # Returns the seconds that a step will take under a plan, by a profile.
@@ -220,12 +240,16 @@ class _Rung(NamedTuple):
     """What is left to stream when a number of units, the first of the order of residency, is kept.
 
     Attributes:
-        streamed_bytes: bytes of the other units.
-        piece_bytes: the largest segment of theirs that cannot be cut further.
+        weight_bytes: bytes of the other units.
+        streamed_bytes: those that are copied: fewer where units are packed.
+        piece_bytes: the largest segment of theirs that cannot be cut further, as it is copied.
+        unpacked_bytes: the most that such a segment takes when it is unpacked.
     """
 
+    weight_bytes: int
     streamed_bytes: int
     piece_bytes: int
+    unpacked_bytes: int
 
 
 @lru_cache(maxsize=16)
@@ -233,23 +257,33 @@ def _ladder(outline: Outline, profile: Profile) -> tuple[_Rung, ...]:
     """For each number of kept units, none to all but one, what is left to stream."""
     alone = {unit for runs in profile.unit_runs or () for unit, _ in runs}
     if not outline.unit_bytes:
-        return (_Rung(0, 0),)  # One of several devices may have no block.
+        return (_Rung(0, 0, 0, 0),)  # One of several devices may have no block.
     left = [set(units) for units in outline.block_units]
     pieces = [_largest_piece(outline, units, alone) for units in left]
-    streamed = sum(outline.unit_bytes)
-    rungs = [_Rung(streamed, max(pieces))]
+    weights = sum(outline.unit_bytes)
+    streamed = sum(map(outline.bytes_in_slot, range(len(outline.unit_bytes))))
+
+    def rung() -> _Rung:
+        return _Rung(weights, streamed, max(one for one, _ in pieces), max(unpacked for _, unpacked in pieces))
+
+    rungs = [rung()]
     for unit in order_of_residency(outline, profile)[:-1]:
         block = outline.unit_block[unit]
         left[block].discard(unit)
         pieces[block] = _largest_piece(outline, left[block], alone)
-        streamed -= outline.unit_bytes[unit]
-        rungs.append(_Rung(streamed, max(pieces)))
+        weights -= outline.unit_bytes[unit]
+        streamed -= outline.bytes_in_slot(unit)
+        rungs.append(rung())
     return tuple(rungs)
 
 
-def _largest_piece(outline: Outline, units: Collection[int], alone: Collection[int]) -> int:
-    sizes = [outline.unit_bytes[unit] for unit in units]
-    return max(sizes, default=0) if all(unit in alone for unit in units) else sum(sizes)
+def _largest_piece(outline: Outline, units: Collection[int], alone: Collection[int]) -> tuple[int, int]:
+    """The most bytes of these units that are copied at once, and the most that are unpacked at once."""
+    sizes = [outline.bytes_in_slot(unit) for unit in units]
+    unpacked = [outline.unit_bytes[unit] for unit in units if outline.is_packed(unit)]
+    if all(unit in alone for unit in units):
+        return max(sizes, default=0), max(unpacked, default=0)
+    return sum(sizes), sum(unpacked)
 
 
 @dataclass(frozen=True)
@@ -368,7 +402,22 @@ class _Ring:
         return plan if forecast_seconds(plan, self.profile, bus) <= seconds else None
 
     def _device_bytes(self, kept: int) -> int:
-        return self.outline.model_bytes - self._rungs[kept].streamed_bytes + self.slots * self._slot_bytes(kept)
+        staying = self.outline.model_bytes - self._rungs[kept].weight_bytes
+        return staying + self.slots * self._slot_bytes(kept) + self._unpacked_bytes(kept)
+
+    def _unpacked_bytes(self, kept: int) -> int:
+        """The most that a segment takes when it is unpacked: its largest part, or a whole slot of packed ones."""
+        outline = self.outline
+        if not outline.slot_bytes:
+            return 0
+        return max(self._rungs[kept].unpacked_bytes, math.ceil(self._slot_bytes(kept) * self._most_unpacked))
+
+    @cached_property
+    def _most_unpacked(self) -> float:
+        """Bytes of weights for each byte in a slot, at most."""
+        outline = self.outline
+        ratios = [size / outline.bytes_in_slot(unit) for unit, size in enumerate(outline.unit_bytes) if size]
+        return max(ratios, default=1.0)
 
     def _slot_bytes(self, kept: int) -> int:
         return max(self.segment_bytes, self._rungs[kept].piece_bytes)

@@ -23,12 +23,27 @@ class Outline:
         unit_block: the block that each unit belongs to, ascending.
         block_kind: equal numbers mark blocks of one class with like units.
         rest_bytes: bytes outside of units, which always stay on the device.
+        slot_bytes: bytes of each unit as it is copied when it streams, and lies in a slot: fewer where it is packed.
+            Empty where nothing is.
+        unpack_seconds: for each unit seconds of the device's time for unpacking it, whenever it is needed.
     """
 
     unit_bytes: tuple[int, ...]
     unit_block: tuple[int, ...]
     block_kind: tuple[int, ...]
     rest_bytes: int
+    slot_bytes: tuple[int, ...] = field(default=(), repr=False)
+    unpack_seconds: tuple[float, ...] = field(default=(), repr=False)
+
+    def bytes_in_slot(self, unit: int) -> int:
+        return self.slot_bytes[unit] if self.slot_bytes else self.unit_bytes[unit]
+
+    def is_packed(self, unit: int) -> bool:
+        """Whether the unit is packed when it streams."""
+        return self.bytes_in_slot(unit) < self.unit_bytes[unit]
+
+    def seconds_to_unpack(self, unit: int) -> float:
+        return self.unpack_seconds[unit] if self.unpack_seconds else 0.0
 
     @cached_property
     def block_units(self) -> tuple[tuple[int, ...], ...]:

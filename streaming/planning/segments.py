@@ -16,15 +16,19 @@ class Segment:
     Attributes:
         block: number of the block.
         units: in the order in which they lie in the slot.
-        nbytes: bytes in all.
+        nbytes: bytes in all that are copied.
         runs: how often its units run, together, in one run of the block; then the slot is free. With 0 the segment
             stays from the block's begin to its end: it is not known which units run by themselves, or one does not.
+        unpacked_bytes: of those units that are packed, bytes of their weights.
+        unpack_seconds: until the device has unpacked them.
     """
 
     block: int
     units: tuple[int, ...]
     nbytes: int
     runs: int
+    unpacked_bytes: int = 0
+    unpack_seconds: float = 0.0
 
 
 def cut(outline: Outline, streamed: Collection[int], profile: Profile, target_bytes: int) -> tuple[Segment, ...]:
@@ -42,21 +46,24 @@ def _cut_block(
     mine = [unit for unit in outline.block_units[block] if unit in streamed]
     runs = dict(profile.unit_runs[block]) if profile.unit_runs is not None else {}
     if any(unit not in runs for unit in mine):
-        yield Segment(block, tuple(mine), _bytes(outline, mine), 0)
+        yield _segment(outline, block, mine, 0)
         return
     group: list[int] = []
     for unit in (unit for unit in runs if unit in streamed):
-        if group and _bytes(outline, group) + outline.unit_bytes[unit] > target_bytes:
-            yield _segment(outline, block, group, runs)
+        if group and _bytes(outline, group) + outline.bytes_in_slot(unit) > target_bytes:
+            yield _segment(outline, block, group, sum(runs[unit] for unit in group))
             group = []
         group.append(unit)
     if group:
-        yield _segment(outline, block, group, runs)
+        yield _segment(outline, block, group, sum(runs[unit] for unit in group))
 
 
-def _segment(outline: Outline, block: int, units: list[int], runs: dict[int, int]) -> Segment:
-    return Segment(block, tuple(units), _bytes(outline, units), sum(runs[unit] for unit in units))
+def _segment(outline: Outline, block: int, units: list[int], runs: int) -> Segment:
+    packed = [unit for unit in units if outline.is_packed(unit)]
+    unpacked_bytes = sum(outline.unit_bytes[unit] for unit in packed)
+    seconds = sum(outline.seconds_to_unpack(unit) for unit in packed)
+    return Segment(block, tuple(units), _bytes(outline, units), runs, unpacked_bytes, seconds)
 
 
 def _bytes(outline: Outline, units: list[int]) -> int:
-    return sum(outline.unit_bytes[unit] for unit in units)
+    return sum(outline.bytes_in_slot(unit) for unit in units)

@@ -1,0 +1,60 @@
+"""Which of the units that stream are packed: as many as make the bus as fast as compute, and no more. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import NamedTuple
+
+from .plan import Plan
+from .profile import Outline, Profile
+from .timeline import timeline
+
+# So many more bytes are packed than would make the bus just as fast as compute.
+MARGIN = 0.1
+
+
+class Packing(NamedTuple):
+    """What packing would save, and cost.
+
+    Attributes:
+        slot_bytes: of each unit when it is packed, as it is copied; its own bytes where it cannot be.
+        bytes_per_second: of weights, with which the device unpacks.
+    """
+
+    slot_bytes: tuple[int, ...]
+    bytes_per_second: float
+
+
+def packed_outline(outline: Outline, packing: Packing, units: Collection[int]) -> Outline:
+    """Return ``outline`` with these units packed, as far as they can be."""
+    sizes = [packing.slot_bytes[unit] if unit in units else nbytes for unit, nbytes in enumerate(outline.unit_bytes)]
+    seconds = [nbytes / packing.bytes_per_second for nbytes in outline.unit_bytes]
+    return replace(outline, slot_bytes=tuple(sizes), unpack_seconds=tuple(seconds))
+
+
+def units_to_pack(plan: Plan, profile: Profile, packing: Packing) -> frozenset[int]:
+    """Return the units to pack of those that ``plan`` streams, which packs none.
+
+    With the share s of their bytes packed the bus needs B (1 - s r) / b seconds, and compute C + B s / u: they are equal
+    for s = (B / b - C) / (B (r / b + 1 / u)). (B: bytes that could be packed, r: the part that this saves, b: bytes a
+    second of the bus, u: of the device that unpacks; what cannot be packed is in C as seconds of the bus.)
+    """
+    sizes = plan.outline.unit_bytes
+    order = [moment.unit for moment in timeline(plan.outline, profile) if moment.unit in plan.streamed]
+    able = [unit for unit in order if packing.slot_bytes[unit] < sizes[unit]]
+    total = sum(sizes[unit] for unit in able)
+    if not total:
+        return frozenset()
+    saved = 1 - sum(packing.slot_bytes[unit] for unit in able) / total
+    too_long = plan.streamed_weight_bytes / profile.bandwidth - profile.compute_seconds
+    share = too_long / (total * (saved / profile.bandwidth + 1 / packing.bytes_per_second)) * (1 + MARGIN)
+    if share >= 1:
+        return frozenset(able)
+    found, due = set(), 0.0
+    for unit in able:  # Spread evenly over the step.
+        due += share * sizes[unit]
+        if due >= sizes[unit] / 2:
+            due -= sizes[unit]
+            found.add(unit)
+    return frozenset(found)
