@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from enum import Enum
 
 from .errors import ConfigError
 
@@ -17,6 +18,14 @@ MOST_SLOTS = 8
 VIRTUAL_VARIABLE = "WEIGHTSTREAM_VIRTUAL"
 
 UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+
+
+class PackingMode(Enum):
+    """When weights that stream are packed (docs/packing.md)."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class StreamingConfig:
             most 16.
         read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
         build_threads: threads that build master copies behind other work, before a model is loaded.
+        packing: whether weights are packed where that makes a step faster, wherever they stream, or never.
         verify: compare every copy on the device with its source before it is used (verify.py; for debugging).
     """
 
@@ -62,6 +72,7 @@ class StreamingConfig:
     chunk_bytes: int = 8 * 1024**2
     chunks: int = 16
     build_threads: int = 4
+    packing: PackingMode = PackingMode.OFF
     verify: bool = False
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ StreamingError
 |-- CorruptionError        what arrived on the device is not what was sent, time and again
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
 |-- StepNotRepeatedError   a step failed and has changed what it began with
+|-- CannotPackError        some weights cannot be packed, so that another plan is needed; for the engine alone
 |-- WeightsMovedError      weights went off the device while a step ran that needed them
 |-- GradientError          gradients are asked for through a block that streams
 `-- ServerError            no ComfyUI with this pack answers
@@ -25,6 +26,18 @@ class ConfigError(StreamingError, ValueError):
 
 class UnsupportedModelError(StreamingError):
     """The model cannot be streamed; the message says why."""
+
+
+class CannotPackError(StreamingError):
+    """Some weights cannot be packed as a plan would have it. The engine makes another plan.
+
+    Attributes:
+        units: their numbers.
+    """
+
+    def __init__(self, units: set[int]) -> None:
+        super().__init__(f"{len(units)} units cannot be packed")
+        self.units = units
 
 
 class BudgetError(StreamingError):

@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .config import StreamingConfig, format_bytes
+from .config import PackingMode, StreamingConfig, format_bytes
 from .devices.backend import Backend, is_out_of_memory
+from .errors import CannotPackError
 from .group import Group
 from .measuring import Measuring
 from .memory.arena import PinBudget
@@ -23,6 +24,9 @@ from .memory.reader import Reader
 from .memory.supply import Watch
 from .memory.weights import NoPatches, Patches
 from .model.blocks import BlockSet
+from .model.packed_units import planned_bytes
+from .packing.unpackers import unpacked_bytes_per_second
+from .planning.packing import Packing
 from .planning.plan import Plan
 from .planning.planner import Planner
 from .planning.profile import Profile
@@ -166,13 +170,25 @@ class Loading:
     def learn(self) -> None:
         """Keep what the step before has shown, if it was measured; waits for the device then. No step runs."""
         self.measuring.learn(self.drain)
+        if self.profile.measured and self._may_pack and self.planner.packing is None:
+            sizes = tuple(planned_bytes(unit.layout) for unit in self.blocks.units)
+            self.planner.packing = Packing(sizes, unpacked_bytes_per_second(self.backend))
+
+    @property
+    def _may_pack(self) -> bool:
+        """Whether weights may be packed: copies that are compared with their source, or come over several links, are
+        as they were loaded."""
+        if self.config.packing is PackingMode.OFF or self.config.verify or self.config.synchronous:
+            return False
+        return self.backend.links == 1 and self.site.lane is not None
 
     @property
     def standing(self) -> Standing:
         """How the model stands on the device now."""
         device_bytes = self.device_bytes
         if self.plan is not None and self.site.lane is None:
-            device_bytes += self.plan.staging_bytes  # The next load allocates the slots again.
+            # The next load allocates the slots again.
+            device_bytes += self.plan.staging_bytes + self.plan.unpacking_bytes
         return Standing(self.state, self.plan, device_bytes, self.backend.budget)
 
     def prompt_budget(self, offered: float) -> float:
@@ -199,8 +215,17 @@ class Loading:
         Only differences to the present state cost anything: a second call with the same arguments does nothing.
         After an error the model is unloaded and all device memory is given back.
         """
+        patches = patches or NoPatches()
         with self._occupied():
-            self._load(plan, patches or NoPatches())
+            while True:
+                refused = self.site.weight_copies.unpackable(plan, patches)
+                try:
+                    if not refused:
+                        return self._load(plan, patches)
+                except CannotPackError as error:
+                    refused = error.units
+                self.planner.unpackable |= refused
+                plan = self.planner.plan_within(plan.budget)
 
     def _load(self, plan: Plan, patches: Patches) -> None:
         self._steps.last_used = time.monotonic()
@@ -216,13 +241,16 @@ class Loading:
                 self.site.supply.begin(unread)
                 self._steps_before = self.counters.steps
             self.plan = plan
-            self.site.carry_out(plan, patches, self.config.copy_streams, self if self._has_run else None)
+            self.site.carry_out(plan, patches, self.config.copy_streams, self, builds=self._has_run)
             self.attach_hooks()
             self.site.prefetch()
             self._steps.state = State.LOADED
             seconds = time.monotonic() - self._steps.last_used
             logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
             self.site.put_away(plan)
+        except CannotPackError:
+            self._steps.state = State.REDUCED
+            raise
         except BaseException:
             self.unload()
             raise
@@ -300,6 +328,7 @@ class Loading:
         Page-locking that failed before may succeed now.
         """
         self.planner.vram.begin_prompt()
+        self.planner.unpackable = frozenset()
         if self.plan is not None:
             self.site.retry_building(self.plan)
 

@@ -76,8 +76,14 @@ class Streamer(Loading):
 
     def make_masters(self, names: Collection[str]) -> None:
         """Other code will write to these tensors where the modules point: have modules point at copies of them."""
-        if self.state is not State.UNLOADED and self.plan is not None:
-            self.site.make_masters(names)
+        if self.state is State.UNLOADED or self.plan is None:
+            return
+        self.site.make_masters(names)
+        if packed := self.plan.packed & self.site.weight_copies.holding(names):
+            # What is written to these copies must be what streams. Another plan comes with the next step.
+            self.planner.unpackable |= packed
+            self.site.drop_lane()
+            self._steps.state = State.REDUCED
 
     def bare(self, names: Collection[str]) -> set[str]:
         """Those of these tensors of which only the original exists."""

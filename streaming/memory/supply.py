@@ -111,7 +111,10 @@ class Supply:
         self.builder.start(copies)
 
     def _make_room(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
-        needed = sum(unit.unit.nbytes for unit in copies if not unit.master_bytes)  # Some may have been begun.
+        self.make_room(sum(unit.unit.nbytes for unit in copies if not unit.master_bytes), owner)  # Some are begun.
+
+    def make_room(self, needed: int, owner: PinOwner) -> None:
+        """Have other models give up page-locked memory until ``needed`` bytes fit, as far as they can."""
         budget = self.arena.budget
         self.reader.drop_behind = self.builder.drop_behind = not budget.has_room(needed)
         if needed:

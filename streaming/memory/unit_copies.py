@@ -13,6 +13,7 @@ from ..model.blocks import Unit, is_small_buffer
 from ..model.contents import needs_work, ranges, read_range
 from ..model.lasting_binding import LastingBinding, ShownBinding
 from ..model.layout import Binding
+from ..model.packed_units import PackedUnit
 from ..model.sums import Summing
 from .arena import Arena, HostBuffer
 from .reader import Reader
@@ -30,6 +31,22 @@ class _Master(NamedTuple):
     memory: HostBuffer
 
 
+class PackedCopy(NamedTuple):
+    """The unit's weights as they were loaded, packed, in host memory.
+
+    Attributes:
+        unit: where its tensors lie.
+        memory: which it fills.
+    """
+
+    unit: PackedUnit
+    memory: HostBuffer
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        return self.memory.memory
+
+
 class _Arriving(NamedTuple):
     """Device memory that is being filled."""
 
@@ -45,6 +62,7 @@ class UnitCopies:
 
     Attributes:
         arriving: a resident copy that is on its way.
+        packed: a packed copy of what was loaded. Modules never point at it; while it is in use they show the original.
         bound: what modules point at between blocks.
         built: a master copy that a builder's thread has finished and that is not adopted yet (builder.py, Note: handed
             over, not shared).
@@ -58,6 +76,7 @@ class UnitCopies:
         self.resident: Weights | None = None
         self.arriving: _Arriving | None = None
         self.built: _Master | None = None
+        self.packed: PackedCopy | None = None
         self._master: _Master | None = None
         self._begun: tuple[HostBuffer, int] | None = None
         self._sums: dict[str, torch.Tensor] | None = None
@@ -158,6 +177,11 @@ class UnitCopies:
         built, self.built = self.built, None
         self._master = built or self._master
 
+    def drop_packed(self) -> HostBuffer | None:
+        """Drop the packed copy, and return its memory."""
+        dropped, self.packed = self.packed, None
+        return dropped.memory if dropped is not None else None
+
     def begin_master_anew(self) -> None:
         """The master copy holds patches that are not wanted any more: have it filled again, in the same memory."""
         assert self._master is not None
@@ -252,7 +276,8 @@ class UnitCopies:
         if resident is not None:
             backend.free(resident.buffer)
         self.adopt()
-        for memory in (self._master.memory if self._master else None, self._begun[0] if self._begun else None):
+        master = self._master.memory if self._master else None
+        for memory in (master, self._begun[0] if self._begun else None, self.drop_packed()):
             if memory is not None:
                 arena.release(memory)
         self._master = self._begun = None

@@ -11,9 +11,10 @@ from ..devices.backend import Backend
 from ..model.blocks import BlockSet, Unit
 from ..model.sums import Summing
 from ..planning.plan import Plan
-from .arena import HostBuffer
+from .arena import HostBuffer, PinOwner
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
+from .packing import pack_units
 from .supply import Supply
 from .transfer import Load
 from .unit_copies import UnitCopies
@@ -85,6 +86,37 @@ class WeightCopies:
             self.arrive(block)
         for copies in resident:
             self._free(copies.drop_master())
+        for unit, copies in enumerate(self._copies):
+            if unit not in plan.packed:
+                self._free(copies.drop_packed())
+
+    def unpackable(self, plan: Plan, patches: Patches) -> set[int]:
+        """Units that ``plan`` packs and that must stream as they are: with patches, or written to by other code."""
+        return {
+            unit
+            for unit in plan.packed
+            for copies in [self._copies[unit]]
+            if copies.patched_by(patches) or (copies.bound_weights is not None and any(find_changes(copies)))
+        }
+
+    def pack(self, plan: Plan, owner: PinOwner) -> set[int]:
+        """Make the packed copies that ``plan`` streams from; nothing is under way, and there is no ring on the device.
+
+        Returns the units that have none: they would hardly be smaller, or no more memory may be page-locked.
+        """
+        missing = [unit for unit in sorted(plan.packed) if self._copies[unit].packed is None]
+        if not missing:
+            self._drop_masters_of(plan.packed)
+            return set()
+        self._supply.make_room(sum(plan.outline.bytes_in_slot(unit) for unit in missing), owner)
+        self.arrive_all()  # The reader goes through its transfers in order.
+        refused = pack_units(self.backend, self._supply, {unit: self._copies[unit] for unit in missing})
+        self._drop_masters_of(plan.packed - refused)
+        return refused
+
+    def _drop_masters_of(self, units: Iterable[int]) -> None:
+        for unit in units:
+            self._free(self._copies[unit].drop_master())
 
     def adopt(self) -> None:
         """Take the master copies that a builder has finished."""
@@ -93,12 +125,17 @@ class WeightCopies:
 
     def unbuilt(self, plan: Plan) -> list[UnitCopies]:
         """The units that stream without a master copy, in the order in which they are needed."""
-        units = (self._copies[unit] for segment in plan.segments for unit in segment.units)
-        return [copies for copies in units if copies.master is None]
+        units = (unit for segment in plan.segments for unit in segment.units)
+        return [self._copies[unit] for unit in units if unit not in plan.packed and self._copies[unit].master is None]
 
     def pinned_bytes(self, plan: Plan) -> int:
-        """Bytes that ``plan`` streams from page-locked master copies."""
-        return sum(self._copies[unit].unit.nbytes for unit in plan.streamed if self._copies[unit].pinned)
+        """Bytes that ``plan`` streams from page-locked memory, packed or not."""
+        found = 0
+        for unit in plan.streamed:
+            copies = self._copies[unit]
+            pinned = copies.packed is not None and copies.packed.memory.pinned if unit in plan.packed else copies.pinned
+            found += plan.outline.bytes_in_slot(unit) if pinned else 0
+        return found
 
     def check_sources(self) -> int:
         """Raise if a file is not the one that was loaded any more; returns how often files were touched."""
@@ -108,7 +145,8 @@ class WeightCopies:
 
     def unread_bytes(self, plan: Plan) -> int:
         """Bytes that ``plan`` needs on the device and that are in no copy yet."""
-        needed = [self._rest, *self._copies]
+        packed = {id(self._copies[unit]) for unit in plan.packed if self._copies[unit].packed is not None}
+        needed = [copies for copies in (self._rest, *self._copies) if id(copies) not in packed]
         return sum(copies.unit.nbytes for copies in needed if copies.resident is None and copies.master is None)
 
     def is_stale(self, plan: Plan, patches: Patches) -> bool:
@@ -208,6 +246,7 @@ class WeightCopies:
         for copies in reversed(self._copies):
             if freed >= nbytes:
                 break
+            freed += self._free(copies.drop_packed())
             if copies.master_bytes and not any(find_changes(copies)):  # Those that were written to stay.
                 freed += self._free(copies.drop_master())
         return freed
@@ -220,9 +259,10 @@ class WeightCopies:
         self.show()
 
     def clear_host(self) -> None:
-        """Drop the master copies."""
+        """Drop the master copies, and the packed ones."""
         for copies in self._copies:
             self._free(copies.drop_master())
+            self._free(copies.drop_packed())
 
     def _free(self, memory: HostBuffer | None) -> int:
         if memory is None:
@@ -244,6 +284,10 @@ class WeightCopies:
         units = [copies.unit for copies in (*self._copies, self._rest) if copies.resident is None and not copies.master]
         values = (value for unit in units for value in unit.layout.values)
         return {name for value in values for name in value.names if name in names}
+
+    def holding(self, names: Collection[str]) -> set[int]:
+        """The units of blocks that hold one of these tensors."""
+        return {unit for unit, copies in enumerate(self._copies) if copies.holds(names)}
 
     def make_masters(self, names: Collection[str]) -> None:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""

@@ -87,9 +87,10 @@ class TensorSpec:
         """Return the spec of the same tensor, cast to another dtype on the way."""
         return replace(self, dtype=dtype, nbytes=self.shape.numel() * dtype.itemsize)
 
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Return this tensor's part of ``buffer`` (uint8, one dimension), typed and shaped."""
-        flat = buffer[self.offset : self.offset + self.nbytes].view(self.dtype)
+    def view(self, buffer: torch.Tensor, offset: int | None = None) -> torch.Tensor:
+        """Return this tensor's part of ``buffer`` (uint8, one dimension), typed and shaped; at another ``offset``."""
+        begin = self.offset if offset is None else offset
+        flat = buffer[begin : begin + self.nbytes].view(self.dtype)
         return flat.as_strided(self.shape, self.stride)
 
 
@@ -164,8 +165,12 @@ class Layout:
 
     def binding(self, buffer: torch.Tensor, forms: Forms = AS_LOADED) -> Binding:
         """Return a binding, made once, that points the modules at ``buffer`` for as long as a block runs."""
-        views = iter(self.views(buffer))
-        tensors = [(value, forms.get(value.name, value.form).assemble(views)) for value in self.values]
+        return self.binding_of(self.views(buffer), forms)
+
+    def binding_of(self, views: Iterable[torch.Tensor], forms: Forms = AS_LOADED) -> Binding:
+        """As :meth:`binding`, to plain tensors wherever they lie, in the order of :attr:`specs`."""
+        parts = iter(views)
+        tensors = [(value, forms.get(value.name, value.form).assemble(parts)) for value in self.values]
         return Binding((value, bound(value, tensor)) for value, tensor in tensors)
 
     def original_binding(self) -> Binding:

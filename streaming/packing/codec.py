@@ -47,7 +47,7 @@ MOST_VALUES = 1 << 30
 # A tensor is packed only if that saves at least this part of it.
 WORTHWHILE = 0.05
 # Values that are packed or unpacked at once by torch's operations, which need about 12 bytes for each.
-CHUNK = GROUP << 11
+CHUNK = GROUP << 10
 
 
 @dataclass(frozen=True)

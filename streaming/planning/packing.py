@@ -33,19 +33,21 @@ def packed_outline(outline: Outline, packing: Packing, units: Collection[int]) -
     return replace(outline, slot_bytes=tuple(sizes), unpack_seconds=tuple(seconds))
 
 
-def units_to_pack(plan: Plan, profile: Profile, packing: Packing) -> frozenset[int]:
-    """Return the units to pack of those that ``plan`` streams, which packs none.
+def units_to_pack(
+    plan: Plan, profile: Profile, packing: Packing, without: Collection[int] = (), everything: bool = False
+) -> frozenset[int]:
+    """Return the units to pack of those that ``plan`` streams, which packs none; ``everything`` that can be packed.
 
-    With the share s of their bytes packed the bus needs B (1 - s r) / b seconds, and compute C + B s / u: they are equal
-    for s = (B / b - C) / (B (r / b + 1 / u)). (B: bytes that could be packed, r: the part that this saves, b: bytes a
-    second of the bus, u: of the device that unpacks; what cannot be packed is in C as seconds of the bus.)
+    With the share s of B bytes packed, of which that saves the part r, the bus needs (A - B s r) / b seconds, and the
+    device C + B s / u; they are equal for s = (A / b - C) / (B (r / b + 1 / u)). (A: all bytes that stream, B: those of
+    units that can be packed, b: bytes a second of the bus, u: of the device that unpacks, C: seconds of compute.)
     """
     sizes = plan.outline.unit_bytes
     order = [moment.unit for moment in timeline(plan.outline, profile) if moment.unit in plan.streamed]
-    able = [unit for unit in order if packing.slot_bytes[unit] < sizes[unit]]
+    able = [unit for unit in order if packing.slot_bytes[unit] < sizes[unit] and unit not in without]
     total = sum(sizes[unit] for unit in able)
-    if not total:
-        return frozenset()
+    if not total or everything:
+        return frozenset(able)
     saved = 1 - sum(packing.slot_bytes[unit] for unit in able) / total
     too_long = plan.streamed_weight_bytes / profile.bandwidth - profile.compute_seconds
     share = too_long / (total * (saved / profile.bandwidth + 1 / packing.bytes_per_second)) * (1 + MARGIN)

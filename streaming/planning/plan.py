@@ -368,8 +368,10 @@ class _Ring:
     def _plan_streaming(self, units: Collection[int], more: int = 0) -> Plan:
         """Return the plan that streams ``units`` through this ring, enlarged by ``more`` bytes."""
         streamed = frozenset(units)
-        slot = self._slot_bytes(len(self._order) - len(streamed))
-        segments = cut(self.outline, streamed, self.profile, self.segment_bytes if self.fine else slot)
+        kept = len(self._order) - len(streamed)
+        slot = self._slot_bytes(kept)
+        target = self.segment_bytes if self.fine else slot
+        segments = cut(self.outline, streamed, self.profile, target, self._unpacking_bytes(kept))
         return Plan.streaming(self.outline, segments, self.slots * slot + more)
 
     def fewest(self, seconds: float, bus: float, below: float) -> Plan | None:
@@ -403,21 +405,12 @@ class _Ring:
 
     def _device_bytes(self, kept: int) -> int:
         staying = self.outline.model_bytes - self._rungs[kept].weight_bytes
-        return staying + self.slots * self._slot_bytes(kept) + self._unpacked_bytes(kept)
+        return staying + self.slots * self._slot_bytes(kept) + self._unpacking_bytes(kept)
 
-    def _unpacked_bytes(self, kept: int) -> int:
-        """The most that a segment takes when it is unpacked: its largest part, or a whole slot of packed ones."""
-        outline = self.outline
-        if not outline.slot_bytes:
-            return 0
-        return max(self._rungs[kept].unpacked_bytes, math.ceil(self._slot_bytes(kept) * self._most_unpacked))
-
-    @cached_property
-    def _most_unpacked(self) -> float:
-        """Bytes of weights for each byte in a slot, at most."""
-        outline = self.outline
-        ratios = [size / outline.bytes_in_slot(unit) for unit, size in enumerate(outline.unit_bytes) if size]
-        return max(ratios, default=1.0)
+    def _unpacking_bytes(self, kept: int) -> int:
+        """The most that a segment may take when it is unpacked: as much more than its largest part as a slot has."""
+        rung = self._rungs[kept]
+        return rung.unpacked_bytes * self._slot_bytes(kept) // max(1, rung.piece_bytes)
 
     def _slot_bytes(self, kept: int) -> int:
         return max(self.segment_bytes, self._rungs[kept].piece_bytes)

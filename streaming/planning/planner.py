@@ -9,7 +9,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
-from ..config import StreamingConfig
+from ..config import PackingMode, StreamingConfig
+from .packing import Packing, packed_outline, units_to_pack
 from .plan import Plan, SecondsOf, forecast_seconds, make_plan, minimum_bytes, with_forecast
 from .profile import Outline, Profile, assumed_profile
 from .spread import best_order
@@ -73,11 +74,15 @@ class Planner:
         vram: how much memory the model may use on the device; it is told of prompts, of steps and of what these need.
         compiled: whether steps run compiled (hooks.py, Note: compiled models).
         by_units: blocks that are not entered though their units run (by_units.py).
+        packing: what packing would save and cost; None before that is known, or where nothing may be packed.
+        unpackable: units that may not be packed now.
     """
 
     def __init__(self, outline: Outline, config: StreamingConfig, seconds_of: SecondsOf = forecast_seconds) -> None:
         self.compiled = False
         self.by_units: frozenset[int] = frozenset()
+        self.packing: Packing | None = None
+        self.unpackable: frozenset[int] = frozenset()
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
         self._config = config
@@ -101,7 +106,23 @@ class Planner:
         """
         if self._config.vram_limit is not None:
             budget = min(budget, self._config.vram_limit)
-        return make_plan(self._outline, self.profile, budget, self._config, self._seconds_of)
+        plan = make_plan(self._outline, self.profile, budget, self._config, self._seconds_of)
+        return self._packed(plan, budget) or plan
+
+    def _packed(self, plan: Plan, budget: float) -> Plan | None:
+        """Return a plan for the same budget that packs weights; None where that would gain too little."""
+        if self.packing is None or not self.profile.measured or not plan.segments:
+            return None
+        always = self._config.packing is PackingMode.ON
+        units = units_to_pack(plan, self.profile, self.packing, self.unpackable, everything=always)
+        outline = packed_outline(self._outline, self.packing, units)
+        if not units or budget < minimum_bytes(outline, self.profile):
+            return None
+        packed = make_plan(outline, self.profile, budget, self._config, self._seconds_of)
+        if always:
+            return packed
+        gain = 1 - self._seconds_of(packed, self.profile) / self._seconds_of(plan, self.profile)
+        return packed if gain >= WORTHWHILE else None
 
     def plan_within(self, budget: float) -> Plan:
         """Return the plan for ``budget`` or :attr:`minimum_bytes`, whichever is more: a try shows whether that fits."""
@@ -231,14 +252,14 @@ class Planner:
         """The model was laid out anew. What is known is kept only if its blocks are the same."""
         before, self._outline, self._chosen = self._outline, outline, None
         if replace(outline, rest_bytes=before.rest_bytes) != before:
-            self.by_units, self._whole_blocks = frozenset(), False
+            self.by_units, self._whole_blocks, self.packing = frozenset(), False, None
             self.profile = _with_best_order(outline, assumed_profile(outline))
             self._forget_memory()
 
     def change_device(self) -> None:
         """The model moves to another device: keep only what holds on every device."""
         self._forget_memory()
-        self.profile = replace(self.profile, measured=False)
+        self.profile, self.packing = replace(self.profile, measured=False), None
 
     def _forget_memory(self) -> None:
         self.vram = VramBudget(self._config.headroom_bytes, self._config.adaptive)
@@ -260,12 +281,22 @@ class Planner:
         outdated = bool(now.plan.segments) and self.profile.learned and not now.plan.learned
         # A small part of the headroom may be used up: that is not worth moving weights.
         short = budget is not None and now.device_bytes > budget + self._config.headroom_bytes * SHORTAGE
-        return outdated or short or self._copies_ahead(now.plan) or now.state is State.REDUCED
+        changes = self._copies_ahead(now.plan) or self._leaves_unpacked(now.plan)
+        return outdated or short or changes or now.state is State.REDUCED
 
     def _copies_ahead(self, plan: Plan) -> bool:
         """Whether ``plan`` has staging memory for prefetches, which the settings no longer allow."""
         largest = max((segment.nbytes for segment in plan.segments), default=0)
         return self._config.synchronous and plan.staging_bytes > max(largest, self._config.segment_bytes)
+
+    def _leaves_unpacked(self, plan: Plan) -> bool:
+        """Whether ``plan`` streams something as it is that the settings would have packed."""
+        if self.packing is None or self._config.packing is not PackingMode.ON:
+            return False
+        return any(
+            self.packing.slot_bytes[unit] < self._outline.unit_bytes[unit] and unit not in self.unpackable
+            for unit in plan.streamed - plan.packed
+        )
 
     def _choose_order(self, budget: float) -> None:
         """Take the order of residency that fits the measured times, if it gains enough to move weights for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -31,17 +32,20 @@ class Segment:
     unpack_seconds: float = 0.0
 
 
-def cut(outline: Outline, streamed: Collection[int], profile: Profile, target_bytes: int) -> tuple[Segment, ...]:
+def cut(
+    outline: Outline, streamed: Collection[int], profile: Profile, target_bytes: int, unpacked_bytes: float = math.inf
+) -> tuple[Segment, ...]:
     """Cut what is streamed into segments, in the order in which they are needed.
 
-    Units that run one after another share a segment up to ``target_bytes``; a larger unit is a segment by itself.
+    Units that run one after another share a segment up to ``target_bytes``, and to ``unpacked_bytes`` of what is
+    packed; a larger unit is a segment by itself.
     """
-    order = blocks_in_order(outline, profile)
-    return tuple(segment for block in order for segment in _cut_block(outline, block, streamed, profile, target_bytes))
+    order, most = blocks_in_order(outline, profile), (target_bytes, unpacked_bytes)
+    return tuple(segment for block in order for segment in _cut_block(outline, block, streamed, profile, most))
 
 
 def _cut_block(
-    outline: Outline, block: int, streamed: Collection[int], profile: Profile, target_bytes: int
+    outline: Outline, block: int, streamed: Collection[int], profile: Profile, most: tuple[float, float]
 ) -> Iterator[Segment]:
     mine = [unit for unit in outline.block_units[block] if unit in streamed]
     runs = dict(profile.unit_runs[block]) if profile.unit_runs is not None else {}
@@ -50,7 +54,8 @@ def _cut_block(
         return
     group: list[int] = []
     for unit in (unit for unit in runs if unit in streamed):
-        if group and _bytes(outline, group) + outline.bytes_in_slot(unit) > target_bytes:
+        larger = [*group, unit]
+        if group and (_bytes(outline, larger) > most[0] or _unpacked_bytes(outline, larger) > most[1]):
             yield _segment(outline, block, group, sum(runs[unit] for unit in group))
             group = []
         group.append(unit)
@@ -59,11 +64,13 @@ def _cut_block(
 
 
 def _segment(outline: Outline, block: int, units: list[int], runs: int) -> Segment:
-    packed = [unit for unit in units if outline.is_packed(unit)]
-    unpacked_bytes = sum(outline.unit_bytes[unit] for unit in packed)
-    seconds = sum(outline.seconds_to_unpack(unit) for unit in packed)
-    return Segment(block, tuple(units), _bytes(outline, units), runs, unpacked_bytes, seconds)
+    seconds = sum(outline.seconds_to_unpack(unit) for unit in units if outline.is_packed(unit))
+    return Segment(block, tuple(units), _bytes(outline, units), runs, _unpacked_bytes(outline, units), seconds)
 
 
 def _bytes(outline: Outline, units: list[int]) -> int:
     return sum(outline.bytes_in_slot(unit) for unit in units)
+
+
+def _unpacked_bytes(outline: Outline, units: list[int]) -> int:
+    return sum(outline.unit_bytes[unit] for unit in units if outline.is_packed(unit))

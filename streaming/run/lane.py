@@ -19,7 +19,11 @@ What a block writes to its weights while they are in a slot, or puts in their pl
 It shows in torch's count of writes to the slot, and in what modules hold; the step ends in an error then (runner.py).
 A segment is released when its units have run as often as they did before, and at the latest when its block or the
 step ends. A unit that runs once more begins its segment anew, with a wait and a binding of its own; so nothing here
-relies on how often units ran before. The host itself waits for nothing but readers. torch's allocator is never told
+relies on how often units ran before.
+What is packed is unpacked when its segment begins, by kernels on the compute stream, behind the wait for ``ready``,
+into memory that all packed segments use in turn. They queue their kernels on that stream one after another, so
+unpacking the next comes behind all that reads this one: no event is needed. By 1 the slot is written again behind both.
+The host itself waits for nothing but readers. torch's allocator is never told
 about the second stream (``record_stream``): instead, staging memory is freed only after ``synchronize``.
 """
 
@@ -29,6 +33,7 @@ import logging
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch.autograd import profiler
@@ -41,6 +46,7 @@ from ..memory.reader import Reader
 from ..memory.transfer import Load, Move, Tick, Transfer
 from ..memory.unit_copies import UnitCopies
 from ..model.layout import Binding
+from ..packing.unpackers import unpacker_of
 from ..planning.plan import Plan
 from .ring import Ring, Slot
 from .schedule import Entry, Schedule
@@ -52,6 +58,13 @@ logger = logging.getLogger(__name__)
 Place = tuple[torch.Tensor, UnitCopies]
 
 
+class _Ways(NamedTuple):
+    """What is made once for a segment and a place: bindings of its units, and what unpacks those that are packed."""
+
+    bindings: list[Binding]
+    unpacking: list[Callable[[], None]]
+
+
 class _Run:
     """A segment that is bound.
 
@@ -59,31 +72,39 @@ class _Run:
         active: its units that are running now.
         left: runs of its units until it is released; a segment that its block holds does not count down to zero.
         buffer: the memory in which it is: its slot, or its own.
-        bindings: to that memory.
+        unpacked: the memory in which its packed units are once they are unpacked; None without any.
+        ways: to that memory.
         writes: how often the memory had been written to when it was bound; None before that.
     """
 
-    __slots__ = ("active", "bindings", "buffer", "left", "writes")
+    __slots__ = ("active", "buffer", "left", "unpacked", "ways", "writes")
 
-    def __init__(self, left: int, buffer: torch.Tensor, bindings: Sequence[Binding]) -> None:
+    def __init__(self, left: int, buffer: torch.Tensor, unpacked: torch.Tensor | None, ways: _Ways) -> None:
         self.active = 0
         self.left = left
         self.buffer = buffer
-        self.bindings = bindings
-        self.writes: int | None = None
+        self.unpacked = unpacked
+        self.ways = ways
+        self.writes: tuple[int, int] | None = None
 
     def bind(self) -> None:
-        """Point the modules at its memory."""
-        for binding in self.bindings:
+        """Unpack what is packed, and point the modules at the memory."""
+        for unpack in self.ways.unpacking:
+            unpack()
+        for binding in self.ways.bindings:
             binding.apply()
-        self.writes = self.buffer._version
+        self.writes = self._versions
+
+    @property
+    def _versions(self) -> tuple[int, int]:
+        return self.buffer._version, self.unpacked._version if self.unpacked is not None else 0
 
     @property
     def is_written(self) -> bool:
         """Whether the memory was written to since then, or other weights were put in its place."""
         if self.writes is None:
             return False
-        return self.buffer._version != self.writes or not all(map(_is_in_place, self.bindings))
+        return self._versions != self.writes or not all(map(_is_in_place, self.ways.bindings))
 
 
 class Lane:
@@ -129,12 +150,19 @@ class Lane:
         spans = [range(offset, offset + segment.nbytes) for offset, segment in ends]
         self._ring = Ring(backend, plan.staging_bytes, spans)
         self._schedule = Schedule(range(len(spans)), spans, ahead=copy_streams > 0)
+        self._packed = plan.packed
+        self._sizes = [list(map(plan.outline.bytes_in_slot, segment.units)) for segment in plan.segments]
+        self._unpacker = unpacker_of(backend.device) if plan.packed else None
         self._pairs: list[list[Pair] | None] = []
-        self._bindings: list[list[Binding]] = []
+        self._ways: list[_Ways] = []
+        self._unpacked: torch.Tensor | None = None
+        self._unpacked_in_use = False
         try:
+            if plan.unpacking_bytes:
+                self._unpacked = backend.allocate(plan.unpacking_bytes)
             self._prepare()
         except BaseException:
-            self._ring.close()
+            self.close()
             raise
 
     def _prepare(self) -> None:
@@ -144,18 +172,45 @@ class Lane:
         """
         with torch.inference_mode(False):
             for number, slot in enumerate(self._ring.slots):
-                self._bindings.append(self._bindings_to(number, slot.buffer))
+                self._ways.append(self._ways_to(number, slot.buffer, self._unpacked))
                 self._pairs.append(self._pairs_to(number, slot.buffer))
 
-    def _bindings_to(self, number: int, buffer: torch.Tensor) -> list[Binding]:
-        return [unit.binding_to(place) for place, unit in places_in(buffer, self._copies[number])]
+    def _ways_to(self, number: int, buffer: torch.Tensor, unpacked: torch.Tensor | None) -> _Ways:
+        """How the modules of a segment in ``buffer`` are bound; its packed units to where they are ``unpacked``."""
+        ways = _Ways([], [])
+        begin = 0
+        for place, unit in self._places_in(number, buffer):
+            if not self._is_packed(unit):
+                ways.bindings.append(unit.binding_to(place))
+                continue
+            assert unpacked is not None
+            assert unit.packed is not None
+            target = unpacked[begin : begin + unit.unit.nbytes]
+            begin += unit.unit.nbytes
+            ways.bindings.append(unit.unit.layout.binding_of(unit.packed.unit.views(place, target)))
+            ways.unpacking.extend(unit.packed.unit.unpacking(self._unpacker, place, target))
+        return ways
 
     def _pairs_to(self, number: int, buffer: torch.Tensor) -> list[Pair] | None:
-        """Targets in ``buffer``, each with its master copy; None where not all of these are page-locked."""
-        group = self._copies[number]
-        if not all(unit.pinned for unit in group):
-            return None
-        return [(place, unit.master.buffer) for place, unit in places_in(buffer, group)]
+        """Targets in ``buffer``, each with what is copied there; None where not all of that is page-locked."""
+        pairs = []
+        for place, unit in self._places_in(number, buffer):
+            if self._is_packed(unit):
+                if not unit.packed.memory.pinned:
+                    return None
+                pairs.append((place[: unit.packed.unit.nbytes], unit.packed.buffer))
+            elif unit.pinned:
+                pairs.append((place, unit.master.buffer))
+            else:
+                return None
+        return pairs
+
+    def _is_packed(self, unit: UnitCopies) -> bool:
+        return unit.unit.index in self._packed
+
+    def _places_in(self, number: int, buffer: torch.Tensor) -> list[Place]:
+        """Where in a slot each unit of a segment lies: one behind another."""
+        return places_in(buffer, self._copies[number], self._sizes[number])
 
     @property
     def streamed_blocks(self) -> tuple[int, ...]:
@@ -239,6 +294,10 @@ class Lane:
     def close(self) -> None:
         """Give the staging memory back. No copy may be under way, and no segment bound."""
         self._ring.close()
+        if self._unpacked is not None:
+            self._backend.free(self._unpacked)
+            self._unpacked = None
+        self._ways.clear()
 
     # -- one segment ---------------------------------------------------------------------------------------------
 
@@ -248,7 +307,7 @@ class Lane:
         if entry is Entry.CROWDED_OUT:
             return self._begin_elsewhere(number)
         slot = self._ring.slots[number]
-        run = self._open[number] = _Run(self._segments[number].runs, slot.buffer, self._bindings[number])
+        run = self._open[number] = self._run_in(number, slot.buffer, self._ways[number])
         try:
             if entry is Entry.HELD:
                 self._counters.hits += 1
@@ -268,10 +327,10 @@ class Lane:
     def _begin_elsewhere(self, number: int) -> _Run:
         """Begin a segment in memory of its own; compute waits while it is copied there."""
         self._counters.misses += 1
-        buffer = self._own_memory(number)
+        buffer = self._own_memory(number, self._segments[number].nbytes)
+        run = None
         try:
-            with torch.inference_mode(False):
-                run = _Run(self._segments[number].runs, buffer, self._bindings_to(number, buffer))
+            run = self._run_in(number, buffer, None)
             # Race: kernels of this memory's previous user may still be under way.
             ready = self._copy(number, buffer, self._pairs_to(number, buffer), [self._backend.mark()], opening=True)
             self._backend.wait(self._reader.wait(ready, self._tick) if isinstance(ready, Transfer) else ready)
@@ -280,13 +339,36 @@ class Lane:
             self._reader.flush()
             self._backend.synchronize()  # Race: a copy to it may be under way.
             self._backend.free(buffer)
+            if run is not None:
+                self._leave_unpacked(run)
             raise
         self._open[number] = run
         run.bind()
         return run
 
-    def _own_memory(self, number: int) -> torch.Tensor:
-        nbytes = self._segments[number].nbytes
+    def _run_in(self, number: int, buffer: torch.Tensor, ways: _Ways | None) -> _Run:
+        """A segment in ``buffer``; ``ways`` hold where the memory for unpacking is free."""
+        segment = self._segments[number]
+        unpacked = None
+        if segment.unpacked_bytes and not self._unpacked_in_use:
+            unpacked, self._unpacked_in_use = self._unpacked, True
+        elif segment.unpacked_bytes:  # Another packed segment runs still.
+            unpacked, ways = self._own_memory(number, segment.unpacked_bytes), None
+        if ways is None:
+            with torch.inference_mode(False):
+                ways = self._ways_to(number, buffer, unpacked)
+        return _Run(segment.runs, buffer, unpacked, ways)
+
+    def _leave_unpacked(self, run: _Run) -> None:
+        """What reads a run's unpacked weights is queued, on the stream on which others will be unpacked there."""
+        if run.unpacked is None:
+            return
+        if run.unpacked is self._unpacked:
+            self._unpacked_in_use = False
+        else:
+            self._backend.free(run.unpacked)
+
+    def _own_memory(self, number: int, nbytes: int) -> torch.Tensor:
         try:
             return self._backend.allocate(nbytes)
         except Exception as error:
@@ -348,6 +430,7 @@ class Lane:
                     self._schedule.drop(number)
             for binding in self._lasting[number]:
                 binding.apply()
+            self._leave_unpacked(run)
             if not is_in_slot:
                 self._backend.free(run.buffer)
 
@@ -366,28 +449,28 @@ class Lane:
         if pairs is not None and self._reader.idle:
             ready = self._backend.bring(pairs, after, opening)
         else:
-            parts = [_part(place, unit) for place, unit in places_in(buffer, self._copies[number])]
+            parts = [self._part(place, unit) for place, unit in self._places_in(number, buffer)]
             ready = self._reader.transfer(parts, after, opening)
         self._counters.copies += 1
         self._counters.streamed_bytes += self._segments[number].nbytes
         return ready
 
+    def _part(self, place: torch.Tensor, unit: UnitCopies) -> Load | Move:
+        """What to ask a reader for, for one unit."""
+        if self._is_packed(unit):
+            return Move(unit.packed.buffer, place[: unit.packed.unit.nbytes], unit.packed.memory.pinned)
+        if unit.master is None:
+            return Load(unit.unit.layout, place)
+        return Move(unit.master.buffer, place, unit.pinned)
 
-def places_in(buffer: torch.Tensor, group: Sequence[UnitCopies]) -> list[Place]:
-    """Where in a slot each unit of a segment lies: one behind another."""
+
+def places_in(buffer: torch.Tensor, group: Sequence[UnitCopies], sizes: Sequence[int]) -> list[Place]:
+    """Where in ``buffer`` each unit of a segment lies, with so many bytes: one behind another."""
     places, offset = [], 0
-    for unit in group:
-        end = offset + unit.unit.nbytes
-        places.append((buffer[offset:end], unit))
-        offset = end
+    for unit, nbytes in zip(group, sizes, strict=True):
+        places.append((buffer[offset : offset + nbytes], unit))
+        offset += nbytes
     return places
-
-
-def _part(place: torch.Tensor, unit: UnitCopies) -> Load | Move:
-    """What to ask a reader for, for one unit."""
-    if unit.master is None:
-        return Load(unit.unit.layout, place)
-    return Move(unit.master.buffer, place, unit.pinned)
 
 
 _is_in_place = operator.methodcaller("is_in_place")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ..config import StreamingConfig
 from ..devices.backend import Backend
+from ..errors import CannotPackError
 from ..memory.arena import PinBudget, PinOwner
 from ..memory.changes import Changes
 from ..memory.supply import Supply, Watch
@@ -65,19 +66,24 @@ class Site:
 
     # -- loading -------------------------------------------------------------------------------------------------
 
-    def carry_out(self, plan: Plan, patches: Patches, copy_streams: int, builds_for: PinOwner | None) -> None:
+    def carry_out(self, plan: Plan, patches: Patches, copy_streams: int, owner: PinOwner, builds: bool) -> None:
         """Have the weights where ``plan`` has them, with ``patches``; nothing is under way, and there is no lane.
 
         Args:
-            builds_for: the owner of the master copies that are built now, in the budget of page-locked memory; None
-                builds none yet.
+            owner: of page-locked memory, in its budget.
+            builds: whether master copies are built now. Packed ones are in any case: without them nothing streams.
+
+        Raises:
+            CannotPackError: another plan is needed. Residents are where this one has them.
         """
         self.supply.arena.begin()
         self.backend.open(copy_streams)
         self.weight_copies.carry_out(plan, patches)
         self.unbuilt = True
-        if builds_for is not None:
-            self.build(plan, builds_for)
+        if refused := self.weight_copies.pack(plan, owner):
+            raise CannotPackError(refused)
+        if builds:
+            self.build(plan, owner)
         self.weight_copies.bake(plan, patches)
         self.weight_copies.bind()
         if plan.segments:

@@ -26,7 +26,7 @@ from ..errors import CorruptionError
 from ..memory.unit_copies import UnitCopies
 from ..model.blocks import BlockSet
 from ..model.contents import read_range
-from .lane import Lane, Place, places_in
+from .lane import Lane, Place
 from .telemetry import Counters
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class _VerifiedLane(Lane):
 
     def _arrived(self, number: int, buffer: torch.Tensor) -> None:
         with self._backend.record.paused():  # Not every step takes sums.
-            self._verifier.check(f"segment {number}", places_in(buffer, self._copies[number]))
+            self._verifier.check(f"segment {number}", self._places_in(number, buffer))
 
 
 def _parts(place: torch.Tensor, copies: UnitCopies) -> Iterator[_Part]:

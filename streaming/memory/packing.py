@@ -1,0 +1,83 @@
+"""Makes packed copies: from the file to the device, packed there, and down into page-locked memory.
+
+[Note: up, pack, down]
+The reader brings one unit after another to the device, in two places in turn, as it brings residents. While one is
+packed the next is read. The host waits for the device once for each unit, because how large it is then is known only
+when it is packed.
+ 1. A place is filled again when the kernels that packed what lay there are over: the reader's copies wait for an event
+    that was recorded behind them.
+ 2. Kernels wait for the reader's copies.
+ 3. What was packed goes down behind the kernels, on their stream, into memory that nobody else knows of. The host
+    waits for that before it lets go of the packed tensor, and before it hands the memory over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..devices.backend import Backend
+from ..model.packed_units import pack_unit
+from .arena import Arena, HostBuffer
+from .supply import Supply
+from .transfer import Load, Transfer
+from .unit_copies import PackedCopy, UnitCopies
+
+
+def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies]) -> set[int]:
+    """Give each of ``wanted`` its packed copy; nothing is under way.
+
+    Returns the numbers of those that have none: they would hardly be smaller, or no more memory may be page-locked.
+    """
+    units = [(number, copies) for number, copies in wanted.items()]
+    largest = max(copies.unit.nbytes for _, copies in units)
+    places = [backend.allocate(largest) for _ in range(min(2, len(units)))]
+    free = [backend.mark() for _ in places]  # Race: kernels of this memory's previous user may still be under way.
+    coming: dict[int, Transfer] = {}
+
+    def ask(turn: int) -> None:
+        if turn < len(units):
+            layout, place = units[turn][1].unit.layout, turn % len(places)
+            target = places[place][: layout.nbytes]
+            coming[turn] = supply.reader.transfer([Load(layout, target)], [free[place]])
+
+    refused: set[int] = set()
+    try:
+        ask(0)
+        for turn, (number, copies) in enumerate(units):
+            ask(turn + 1) if len(places) > 1 else None
+            backend.wait(supply.reader.wait(coming.pop(turn), supply.tick))
+            place = turn % len(places)
+            found = pack_unit(copies.unit.layout, places[place][: copies.unit.nbytes])
+            free[place] = backend.mark()
+            if found is None or (memory := _memory(supply.arena, found[1].numel())) is None:
+                refused.add(number)
+            else:
+                _bring_down(backend, found[1], memory)
+                copies.packed = PackedCopy(found[0], memory)
+    finally:
+        supply.reader.flush()
+        backend.synchronize()  # Race: copies and kernels may still use the places.
+        for buffer in places:
+            backend.free(buffer)
+    return refused
+
+
+def _memory(arena: Arena, nbytes: int) -> HostBuffer | None:
+    """Page-locked memory; None where no more may be page-locked."""
+    memory = arena.claim(nbytes)
+    if memory is None:
+        return None
+    memory.memory.fill_(0)  # Touched pages are page-locked several times faster.
+    if memory.pinned or arena.lock(memory):
+        return memory
+    arena.release(memory)
+    return None
+
+
+def _bring_down(backend: Backend, packed: torch.Tensor, memory: HostBuffer) -> None:
+    """Copy what was packed down, and wait for it (Note: up, pack, down, 3)."""
+    with torch.inference_mode(False):
+        memory.memory.copy_(packed, non_blocking=True)
+    backend.finish(backend.mark())

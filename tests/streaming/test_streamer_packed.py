@@ -1,0 +1,333 @@
+"""Weights that stream packed: the same bits come out, whatever happens to copies, plans and weights meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from models import SETTINGS, Doubled, PinningBackend, Transformer, budgets, make_transformer
+from weightstream.streaming import (
+    CpuBackend,
+    State,
+    Streamer,
+    StreamingConfig,
+    StreamingError,
+    VirtualMemory,
+    cut_model,
+)
+from weightstream.streaming import loading as loading_file
+from weightstream.streaming.config import PackingMode
+from weightstream.streaming.memory import packing as packing_file
+from weightstream.streaming.planning.plan import Plan
+
+WIDTH = 128
+X = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+# Room for a ring, and to unpack in, and for little else: of 1.1 MB of weights.
+BUDGET = 450_000
+# Of each block qkv, out and both layers of the MLP; the norm and the biases are too small.
+PACKED_IN_BLOCK = 4
+
+
+def make_model(seed: int = 0) -> Transformer:
+    return make_transformer(4, WIDTH, seed).to(torch.bfloat16)
+
+
+def make(model: Transformer, backend: CpuBackend | None = None, **settings: object) -> Streamer:
+    """A streamer that packs and keeps nothing, unless ``settings`` say otherwise."""
+    packing = {"packing": PackingMode.ON, "stream_all": True, "adaptive": False}
+    config = StreamingConfig(**{**SETTINGS, **packing, **settings})
+    return Streamer(model, cut_model(model), backend or CpuBackend(VirtualMemory(10**9)), config)
+
+
+def step(streamer: Streamer, model: Transformer, **options: object) -> torch.Tensor:
+    return streamer.run(lambda: model(X, **options), shape="x", reload=streamer.load)
+
+
+def learned(streamer: Streamer, model: Transformer) -> Plan:
+    """Load and run until weights are packed; returns the plan."""
+    streamer.load(streamer.plan_for(BUDGET))
+    for _ in range(3):
+        step(streamer, model)
+    assert streamer.plan is not None
+    return streamer.plan
+
+
+@pytest.mark.parametrize("segment_bytes", [0, 60_000, 200_000])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_output_is_the_same_at_every_budget(slots: int, segment_bytes: int) -> None:
+    model = make_model()
+    expected = model(X)
+    memory = VirtualMemory(10**9)
+    streamer = make(model, CpuBackend(memory), stream_all=False, slots=slots, segment_bytes=segment_bytes)
+    learned(streamer, model)
+    found = set()
+    for budget in budgets(streamer):
+        plan = streamer.plan_for(budget)
+        memory.budget = max(plan.device_bytes, streamer.device_bytes)  # Packing takes no more than the plan.
+        streamer.load(plan)
+        found.add(len(plan.packed))
+        for _ in range(3):
+            assert torch.equal(step(streamer, model), expected)
+        assert streamer.plan == plan
+        assert memory.allocated == plan.device_bytes <= budget
+        memory.budget = 10**9
+    assert len(found) > 3
+    streamer.close()
+    assert memory.allocated == 0
+
+
+def test_what_is_packed_takes_less_on_the_bus_and_in_ram() -> None:
+    model = make_model()
+    backend = PinningBackend()
+    streamer = make(model, backend)
+    plan = learned(streamer, model)
+    assert len(plan.packed) == 4 * PACKED_IN_BLOCK
+    assert 0.72 < plan.streamed_bytes / plan.streamed_weight_bytes < 0.74
+    assert sum(backend.registered.values()) <= plan.streamed_bytes
+    snapshot = streamer.snapshot()
+    assert snapshot.streamed_block_bytes == plan.streamed_bytes
+    assert snapshot.pinned_bytes == sum(backend.registered.values())
+    assert snapshot.staged_bytes == 0
+    assert "MB of weights) a step streamed" in streamer.explain()
+    streamer.close()
+    assert backend.registered == {}
+
+
+def test_blocks_may_run_twice_and_in_another_order() -> None:
+    model = make_model()
+    streamer = make(model, slots=2)
+    learned(streamer, model)
+    for order in ([0, 1, 2, 3], [3, 3, 0, 1], [2, 0, 2, 1], [1], [0, 1, 2, 3]):
+        expected = make_model()(X, order=order)
+        assert torch.equal(step(streamer, model, order=order), expected)
+
+
+def test_a_packed_segment_may_begin_while_another_runs() -> None:
+    """A layer that calls one of another block: both are unpacked then, the second in memory of its own."""
+    model = make_model()
+    inner = model.blocks[3].out
+    model.blocks[0].qkv.register_forward_pre_hook(lambda module, args: (args[0] + inner(args[0]),))
+    expected = model(X)
+    memory = VirtualMemory(10**9)
+    streamer = make(model, CpuBackend(memory), slots=4, segment_bytes=0)
+    plan = learned(streamer, model)
+    assert plan.packed
+    for _ in range(3):
+        assert torch.equal(step(streamer, model), expected)
+    assert memory.allocated == streamer.plan.device_bytes
+
+
+def spread(shape: torch.Size) -> torch.Tensor:
+    """Values with forty exponents, equally often."""
+    random = torch.Generator().manual_seed(3)
+    exponents = torch.randint(-43, -3, shape, generator=random)
+    return torch.randn(shape, generator=random).sign() * 2.0**exponents
+
+
+def test_what_does_not_shrink_streams_as_it_is() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[1].qkv.weight.copy_(spread(model.blocks[1].qkv.weight.shape))
+    expected = model(X)
+    streamer = make(model)
+    plan = learned(streamer, model)
+    names = {streamer.blocks.units[unit].name for unit in plan.streamed - plan.packed}
+    assert "blocks.1.qkv" in names
+    assert len(plan.packed) == 4 * PACKED_IN_BLOCK - 1
+    for _ in range(2):
+        assert torch.equal(step(streamer, model), expected)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_where_no_more_may_be_page_locked_the_others_come_from_where_they_are(share: float) -> None:
+    model = make_model()
+    expected = model(X)
+    limit = int(share * 0.73 * cut_model(model).outline.model_bytes)
+    streamer = make(model, PinningBackend(), pinned_limit=limit, chunk_bytes=2048, chunks=3)
+    plan = learned(streamer, model)
+    assert plan.streamed - plan.packed
+    for _ in range(2):
+        assert torch.equal(step(streamer, model), expected)
+
+
+def test_weights_with_patches_stream_as_they_are() -> None:
+    model, reference = make_model(), make_model()
+    plain = reference(X)
+    names = {"blocks.0.qkv.weight", "blocks.2.out.weight"}
+    with torch.no_grad():
+        for name in names:
+            reference.get_parameter(name).mul_(2)
+    patched = reference(X)
+    streamer = make(model)
+    everything = learned(streamer, model).packed
+    patches = Doubled(names)
+    for _ in range(2):
+        streamer.begin_prompt()
+        streamer.load(streamer.plan_for(BUDGET), patches)
+        for _ in range(3):
+            output = streamer.run(lambda: model(X), shape="x", reload=lambda plan: streamer.load(plan, patches))
+            assert torch.equal(output, patched)
+        assert len(everything - streamer.plan.packed) == 2
+        streamer.begin_prompt()
+        streamer.load(streamer.plan_for(BUDGET))
+        for _ in range(2):
+            assert torch.equal(step(streamer, model), plain)
+        assert streamer.plan.packed == everything
+
+
+def test_what_others_write_to_master_copies_is_what_runs() -> None:
+    """As the host's hooks do: they ask for copies, write to what modules hold, and undo it later."""
+    model, reference = make_model(), make_model()
+    plain = reference(X)
+    name = "blocks.1.mlp.0.weight"
+    with torch.no_grad():
+        reference.get_parameter(name).mul_(2)
+    doubled = reference(X)
+    streamer = make(model)
+    everything = learned(streamer, model).packed
+    with torch.no_grad():
+        streamer.make_masters({name})
+        model.blocks[1].mlp[0].weight.mul_(2)
+        streamer.invalidate()
+        streamer.lend_masters()
+        for _ in range(2):
+            assert torch.equal(step(streamer, model), doubled)
+        assert len(everything - streamer.plan.packed) == 1
+        model.blocks[1].mlp[0].weight.div_(2)
+        streamer.invalidate()
+        streamer.take_masters_back()
+    assert torch.equal(step(streamer, model), plain)
+    streamer.begin_prompt()
+    streamer.load(streamer.plan_for(BUDGET))
+    assert torch.equal(step(streamer, model), plain)
+    assert streamer.plan.packed == everything
+
+
+def test_what_others_write_to_what_modules_show_is_noticed() -> None:
+    model = make_model()
+    streamer = make(model)
+    learned(streamer, model)
+    assert not streamer.changes()
+    with torch.no_grad():
+        model.blocks[2].qkv.weight[0, 0] = 3.0
+    assert [change.value.name for change in streamer.changes()] == ["blocks.2.qkv.weight"]
+
+
+def test_writes_of_a_block_to_its_unpacked_weights_are_an_error() -> None:
+    model = make_model()
+    streamer = make(model)
+    learned(streamer, model)
+
+    def double(module: torch.nn.Module, *_: object) -> None:
+        module.weight.mul_(2)
+
+    handle = model.blocks[1].out.register_forward_hook(double)
+    with torch.no_grad(), pytest.raises(StreamingError, match=r"blocks\.1\.out were written to"):
+        step(streamer, model)
+    handle.remove()
+    assert torch.equal(step(streamer, model), make_model()(X))
+
+
+@pytest.fixture
+def packed_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many units were packed, by call."""
+    found: list[int] = []
+    own = packing_file.pack_unit
+
+    def count(*args: object) -> object:
+        found.append(1)
+        return own(*args)
+
+    monkeypatch.setattr(packing_file, "pack_unit", count)
+    return found
+
+
+def test_packed_copies_stay_until_they_are_given_up(packed_units: list[int]) -> None:
+    model = make_model()
+    expected = model(X)
+    streamer = make(model, PinningBackend())
+    plan = learned(streamer, model)
+    assert len(packed_units) == len(plan.packed)
+    for _ in range(2):
+        streamer.unload()
+        assert torch.equal(model(X), expected)
+        streamer.load(streamer.plan_for(BUDGET))
+        assert torch.equal(step(streamer, model), expected)
+    assert len(packed_units) == len(plan.packed)
+    assert streamer.give_up_masters(streamer.reader.ring_bytes + 1) > 0
+    assert streamer.state is State.REDUCED
+    assert torch.equal(step(streamer, model), expected)
+    assert len(packed_units) == len(plan.packed) + 1
+    taken = sum(streamer.backend.registered.values())
+    assert streamer.give_up_masters(1 << 40) >= taken > 0
+    assert streamer.backend.registered == {}
+    assert torch.equal(step(streamer, model), expected)
+    assert len(packed_units) == 2 * len(plan.packed) + 1
+
+
+def test_a_resident_needs_no_packed_copy(packed_units: list[int]) -> None:
+    model = make_model()
+    backend = PinningBackend()
+    streamer = make(model, backend, stream_all=False)
+    assert learned(streamer, model).packed
+    streamer.load(streamer.plan_for(10**9))
+    assert torch.equal(step(streamer, model), make_model()(X))
+    assert backend.registered == {}
+
+
+@pytest.mark.parametrize("setting", [{"verify": True}, {"copy_streams": 0}, {"packing": PackingMode.OFF}], ids=str)
+def test_where_nothing_may_be_packed_nothing_is(setting: dict[str, object]) -> None:
+    model = make_model()
+    expected = model(X)
+    streamer = make(model, **setting)
+    assert learned(streamer, model).packed == frozenset()
+    assert torch.equal(step(streamer, model), expected)
+
+
+@pytest.mark.parametrize(("speed", "packs"), [(1e5, False), (1e15, True)])
+def test_by_itself_it_packs_only_what_makes_steps_faster(
+    monkeypatch: pytest.MonkeyPatch, speed: float, packs: bool
+) -> None:
+    model = make_model()
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda backend: speed)
+    streamer = make(model, packing=PackingMode.AUTO)
+    learned(streamer, model)
+    planner = streamer.planner
+    planner.profile = replace(planner.profile, bandwidth=1e6)  # The bus is what takes long.
+    plan = planner.plan_for(BUDGET)
+    assert bool(plan.packed) is packs
+    streamer.load(plan)
+    assert torch.equal(model(X), make_model()(X))
+
+
+def fails(calls: Callable[[int], bool]) -> Callable[..., object]:
+    own, count = packing_file.pack_unit, [0]
+
+    def pack_unit(*args: object) -> object:
+        count[0] += 1
+        if calls(count[0]):
+            raise RuntimeError("the device has failed")
+        return own(*args)
+
+    return pack_unit
+
+
+def test_an_error_while_weights_are_packed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    backend = PinningBackend()
+    streamer = make(model, backend)
+    streamer.load(streamer.plan_for(BUDGET))
+    step(streamer, model)
+    step(streamer, model)
+    monkeypatch.setattr(packing_file, "pack_unit", fails(lambda call: call == 3))
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        step(streamer, model)
+    assert streamer.state is State.UNLOADED
+    assert backend.allocated == 0
+    streamer.load(streamer.plan_for(BUDGET))
+    assert torch.equal(step(streamer, model), make_model()(X))
+    streamer.close()
+    assert backend.registered == {}
+    assert backend.allocated == 0
