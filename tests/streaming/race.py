@@ -114,18 +114,21 @@ class RaceBackend(UncountedBackend):
         self.memory_accesses.write(self._launch(COMPUTE), tensor)
 
 
-class NumberedPart(nn.Module):
-    """A unit whose weight is its number: a wrong weight is seen at once."""
+SMALL = torch.ones(4)
 
-    def __init__(self, number: int, backend: RaceBackend) -> None:
+
+class NumberedPart(nn.Module):
+    """A unit whose weight is its number, as often as ``like`` has values: a wrong weight is seen at once."""
+
+    def __init__(self, number: int, backend: RaceBackend, like: torch.Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((4,), float(number)), requires_grad=False)
+        self.weight = nn.Parameter(torch.full_like(like, float(number)), requires_grad=False)
         self.number = number
         self.backend = backend
 
     def read(self) -> None:
         self.backend.read(self.weight)
-        assert self.weight.tolist() == [float(self.number)] * 4, f"unit {self.number} computed with {self.weight}"
+        assert (self.weight == self.number).all(), f"unit {self.number} computed with {self.weight}"
 
     def forward(self) -> None:
         self.read()
@@ -134,11 +137,11 @@ class NumberedPart(nn.Module):
 class NumberedBlock(nn.Module):
     """A block of three units, and one that it reads without running it where ``reads_directly``."""
 
-    def __init__(self, number: int, backend: RaceBackend, reads_directly: bool) -> None:
+    def __init__(self, number: int, backend: RaceBackend, reads_directly: bool, like: torch.Tensor) -> None:
         super().__init__()
         # No list: a block that is nothing but a list of layers would be taken apart.
-        self.part0, self.part1, self.part2 = (NumberedPart(10 * number + part, backend) for part in range(3))
-        self.direct = NumberedPart(10 * number + 9, backend) if reads_directly else None
+        self.part0, self.part1, self.part2 = (NumberedPart(10 * number + part, backend, like) for part in range(3))
+        self.direct = NumberedPart(10 * number + 9, backend, like) if reads_directly else None
         self.number = number
 
     def forward(self, seen: list[int], parts: str) -> list[int]:
@@ -150,9 +153,11 @@ class NumberedBlock(nn.Module):
 
 
 class NumberedModel(nn.Module):
-    def __init__(self, count: int, backend: RaceBackend, reads_directly: bool = False) -> None:
+    def __init__(
+        self, count: int, backend: RaceBackend, reads_directly: bool = False, like: torch.Tensor = SMALL
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(NumberedBlock(number, backend, reads_directly) for number in range(count))
+        self.blocks = nn.ModuleList(NumberedBlock(number, backend, reads_directly, like) for number in range(count))
 
     def forward(self, order: list[int], parts: str = "012") -> list[int]:
         """Run blocks in ``order``, each with its ``parts`` in their order; parts may be left out or repeated."""

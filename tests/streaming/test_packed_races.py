@@ -1,0 +1,107 @@
+"""Every access to packed copies, to slots that they are copied to and to what they are unpacked to is ordered."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import learn
+from race import NumberedModel, RaceBackend
+from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
+from weightstream.streaming.memory import packing as packing_file
+from weightstream.streaming.model.packed_units import planned_bytes
+from weightstream.streaming.packing import codec
+from weightstream.streaming.packing.codec import unpack
+from weightstream.streaming.planning.packing import Packing, packed_outline
+from weightstream.streaming.planning.segments import cut
+from weightstream.streaming.run import lane as lane_file
+
+# Fewer values than are packed otherwise, as many as fill several units of alignment.
+VALUES = 4096
+LIKE = torch.ones(VALUES, dtype=torch.bfloat16)
+PARTS = ("012", "210", "0", "0011", "0202", "012")
+
+
+class WatchedUnpacker:
+    """Unpacks on the compute stream."""
+
+    reason = ""
+
+    def __init__(self, backend: RaceBackend) -> None:
+        self._backend = backend
+
+    def prepare(self, packed: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+        def run() -> None:
+            self._backend.read(packed)
+            self._backend.write(out)
+            unpack(packed, out)
+
+        return run
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
+    """Knows of what is packed and unpacked on it too."""
+    backend = RaceBackend()
+    pack_unit, bring_down = packing_file.pack_unit, packing_file._bring_down
+
+    def watched_pack(layout: Any, unit: torch.Tensor) -> Any:
+        backend.read(unit)
+        return pack_unit(layout, unit)
+
+    def watched_bring_down(home: Any, packed: torch.Tensor, memory: Any) -> None:
+        backend.write(memory.memory)
+        bring_down(home, packed, memory)
+
+    monkeypatch.setattr(codec, "FEWEST_VALUES", VALUES)
+    monkeypatch.setattr(packing_file, "pack_unit", watched_pack)
+    monkeypatch.setattr(packing_file, "_bring_down", watched_bring_down)
+    monkeypatch.setattr(lane_file, "unpacker_of", lambda device: WatchedUnpacker(backend))
+    return backend
+
+
+def packed_plan(streamer: Streamer, streamed: list[int], packed: list[int], slots: int) -> Plan:
+    """A plan that streams exactly these units, some of them packed."""
+    sizes = tuple(planned_bytes(unit.layout) for unit in streamer.blocks.units)
+    outline = packed_outline(streamer.outline, Packing(sizes, 1e12), packed)
+    segments = cut(outline, frozenset(streamed), streamer.profile, streamer.config.segment_bytes)
+    return Plan.streaming(outline, segments, slots * max(segment.nbytes for segment in segments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segment_bytes", [0, 3 * VALUES], ids=["one unit", "two units"])
+@pytest.mark.parametrize(("slots", "copy_streams"), [(1, 2), (2, 1), (2, 2), (3, 2)])
+def test_every_access_is_ordered(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int) -> None:
+    """With all streamed units of three blocks packed, every second one, and only those of the second block."""
+    model = NumberedModel(3, backend, like=LIKE)
+    settings = {"segment_bytes": segment_bytes, "adaptive": False, "thrifty": False, "read_threads": 1, "chunks": 2}
+    config = StreamingConfig(copy_streams, slots, chunk_bytes=8192, **settings)
+    streamer = Streamer(model, cut_model(model), backend, config)
+    everything = [0, 1, 2]
+    learn(streamer, lambda: model(everything))
+    before = backend.accesses
+    for streamed in (list(range(9)), [0, 1, 2, 3, 5, 8], [4, 5, 6]):
+        for packed in (streamed, streamed[::2], [unit for unit in streamed if unit in (3, 4, 5)]):
+            streamer.load(packed_plan(streamer, streamed, packed, slots))
+            assert streamer.plan.packed == set(packed)
+            for order, parts in itertools.product((everything, everything[::-1], [0, 0, 2]), PARTS):
+                assert model(order, parts) == order
+    assert backend.accesses - before > 3000
+    streamer.close()
+
+
+def test_without_a_wait_for_the_copy_the_unpacking_is_a_race(
+    backend: RaceBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So this file would tell."""
+    model = NumberedModel(3, backend, like=LIKE)
+    config = StreamingConfig(2, 2, segment_bytes=0, adaptive=False, thrifty=False)
+    streamer = Streamer(model, cut_model(model), backend, config)
+    learn(streamer, lambda: model([0, 1, 2]))
+    streamer.load(packed_plan(streamer, list(range(9)), list(range(9)), 2))
+    monkeypatch.setattr(backend, "wait", lambda event: lambda: 0.0)
+    with pytest.raises(AssertionError, match="compute reads memory before the write into it is done"):
+        model([0, 1, 2])
