@@ -218,7 +218,7 @@ class Loading:
         patches = patches or NoPatches()
         with self._occupied():
             while True:
-                refused = self.site.weight_copies.unpackable(plan, patches)
+                refused = self.site.weight_copies.unpackable(plan)
                 try:
                     if not refused:
                         return self._load(plan, patches)

@@ -1,9 +1,9 @@
-"""Makes packed copies: from the file to the device, packed there, and down into page-locked memory.
+"""Makes packed copies: from the file or a master copy to the device, patched and packed there, and down.
 
 [Note: up, pack, down]
 The reader brings one unit after another to the device, in two places in turn, as it brings residents. While one is
-packed the next is read. The host waits for the device once for each unit, because how large it is then is known only
-when it is packed.
+patched and packed the next is read. The host waits for the device once for each unit, because how large it is then is
+known only when it is packed.
  1. A place is filled again when the kernels that packed what lay there are over: the reader's copies wait for an event
     that was recorded behind them.
  2. Kernels wait for the reader's copies.
@@ -20,15 +20,18 @@ import torch
 from ..devices.backend import Backend
 from ..model.packed_units import pack_unit
 from .arena import Arena, HostBuffer
+from .baking import bake_residents
 from .supply import Supply
-from .transfer import Load, Transfer
+from .transfer import Load, Move, Tick, Transfer
 from .unit_copies import PackedCopy, UnitCopies
+from .weights import Patches, Weights
 
 
-def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies]) -> set[int]:
-    """Give each of ``wanted`` its packed copy; nothing is under way.
+def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies], patches: Patches) -> set[int]:
+    """Give each of ``wanted`` its packed copy, with ``patches``; nothing is under way.
 
-    Returns the numbers of those that have none: they would hardly be smaller, or no more memory may be page-locked.
+    Returns the numbers of those that have none: they would hardly be smaller, a patch gives a value another shape, or
+    no more memory may be page-locked.
     """
     units = [(number, copies) for number, copies in wanted.items()]
     largest = max(copies.unit.nbytes for _, copies in units)
@@ -38,9 +41,9 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies
 
     def ask(turn: int) -> None:
         if turn < len(units):
-            layout, place = units[turn][1].unit.layout, turn % len(places)
-            target = places[place][: layout.nbytes]
-            coming[turn] = supply.reader.transfer([Load(layout, target)], [free[place]])
+            place = turn % len(places)
+            part = _part(units[turn][1], places[place][: units[turn][1].unit.nbytes], patches)
+            coming[turn] = supply.reader.transfer([part], [free[place]])
 
     refused: set[int] = set()
     try:
@@ -49,19 +52,42 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies
             ask(turn + 1) if len(places) > 1 else None
             backend.wait(supply.reader.wait(coming.pop(turn), supply.tick))
             place = turn % len(places)
-            found = pack_unit(copies.unit.layout, places[place][: copies.unit.nbytes])
+            weights = _patched(copies, places[place][: copies.unit.nbytes], patches, supply.tick)
+            found = pack_unit(copies.unit.layout, weights.buffer) if weights.fills_layout else None
             free[place] = backend.mark()
             if found is None or (memory := _memory(supply.arena, found[1].numel())) is None:
                 refused.add(number)
             else:
                 _bring_down(backend, found[1], memory)
-                copies.packed = PackedCopy(found[0], memory)
+                copies.packed = PackedCopy(found[0], memory, weights.signatures)
     finally:
         supply.reader.flush()
         backend.synchronize()  # Race: copies and kernels may still use the places.
         for buffer in places:
             backend.free(buffer)
     return refused
+
+
+def _has_master(copies: UnitCopies, patches: Patches) -> bool:
+    """Whether there is a master copy with these patches."""
+    return copies.master is not None and copies.master.fills_layout and not copies.master.stale(patches)
+
+
+def _part(copies: UnitCopies, target: torch.Tensor, patches: Patches) -> Load | Move:
+    """What to ask the reader for."""
+    if _has_master(copies, patches):
+        return Move(copies.master.buffer, target, copies.pinned)
+    return Load(copies.unit.layout, target)
+
+
+def _patched(copies: UnitCopies, place: torch.Tensor, patches: Patches, tick: Tick) -> Weights:
+    """The unit's weights, which have come to ``place``, with these patches."""
+    weights = Weights(copies.unit, place)
+    if _has_master(copies, patches):
+        weights.sign(copies.master.signatures)
+    else:
+        bake_residents([weights], patches, tick)
+    return weights
 
 
 def _memory(arena: Arena, nbytes: int) -> HostBuffer | None:

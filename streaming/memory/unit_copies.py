@@ -32,15 +32,17 @@ class _Master(NamedTuple):
 
 
 class PackedCopy(NamedTuple):
-    """The unit's weights as they were loaded, packed, in host memory.
+    """The unit's weights, patches included, packed in host memory.
 
     Attributes:
         unit: where its tensors lie.
         memory: which it fills.
+        signatures: of the patches in it, by the names of values.
     """
 
     unit: PackedUnit
     memory: HostBuffer
+    signatures: dict[str, object]
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -62,7 +64,7 @@ class UnitCopies:
 
     Attributes:
         arriving: a resident copy that is on its way.
-        packed: a packed copy of what was loaded. Modules never point at it; while it is in use they show the original.
+        packed: a packed copy. Modules never point at it; while it is in use they show the original between blocks.
         bound: what modules point at between blocks.
         built: a master copy that a builder's thread has finished and that is not adopted yet (builder.py, Note: handed
             over, not shared).
@@ -176,6 +178,13 @@ class UnitCopies:
         """Take the master copy that a builder has finished, if there is one."""
         built, self.built = self.built, None
         self._master = built or self._master
+
+    def is_packed_with(self, patches: Patches) -> bool:
+        """Whether there is a packed copy with these patches and no others."""
+        if self.packed is None:
+            return False
+        found = self.packed.signatures
+        return all(patches.signature(value.name) == found.get(value.name) for value in self.unit.layout.values)
 
     def drop_packed(self) -> HostBuffer | None:
         """Drop the packed copy, and return its memory."""

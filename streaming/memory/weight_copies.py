@@ -71,7 +71,8 @@ class WeightCopies:
         for copies in streamed:
             copies.check_may_go()
         self._renew(streamed, [self._rest, *resident], patches)
-        needed = [copies for copies in streamed if not copies.master and copies.patched_by(patches)]
+        whole = [self._copies[unit] for unit in sorted(plan.streamed - plan.packed)]
+        needed = [copies for copies in whole if not copies.master and copies.patched_by(patches)]
         self._make_masters(needed, patches)
         for copies in streamed:
             copies.drop_resident(self.backend)
@@ -90,27 +91,25 @@ class WeightCopies:
             if unit not in plan.packed:
                 self._free(copies.drop_packed())
 
-    def unpackable(self, plan: Plan, patches: Patches) -> set[int]:
-        """Units that ``plan`` packs and that must stream as they are: with patches, or written to by other code."""
-        return {
-            unit
-            for unit in plan.packed
-            for copies in [self._copies[unit]]
-            if copies.patched_by(patches) or (copies.bound_weights is not None and any(find_changes(copies)))
-        }
+    def unpackable(self, plan: Plan) -> set[int]:
+        """Units that ``plan`` packs and that must stream as they are, as other code has written to their copies."""
+        used = {unit: self._copies[unit] for unit in plan.packed if self._copies[unit].bound_weights is not None}
+        return {unit for unit, copies in used.items() if any(find_changes(copies))}
 
-    def pack(self, plan: Plan, owner: PinOwner) -> set[int]:
+    def pack(self, plan: Plan, patches: Patches, owner: PinOwner) -> set[int]:
         """Make the packed copies that ``plan`` streams from; nothing is under way, and there is no ring on the device.
 
         Returns the units that have none: they would hardly be smaller, or no more memory may be page-locked.
         """
-        missing = [unit for unit in sorted(plan.packed) if self._copies[unit].packed is None]
+        missing = [unit for unit in sorted(plan.packed) if not self._copies[unit].is_packed_with(patches)]
+        for unit in missing:
+            self._free(self._copies[unit].drop_packed())
         if not missing:
             self._drop_masters_of(plan.packed)
             return set()
         self._supply.make_room(sum(plan.outline.bytes_in_slot(unit) for unit in missing), owner)
         self.arrive_all()  # The reader goes through its transfers in order.
-        refused = pack_units(self.backend, self._supply, {unit: self._copies[unit] for unit in missing})
+        refused = pack_units(self.backend, self._supply, {unit: self._copies[unit] for unit in missing}, patches)
         self._drop_masters_of(plan.packed - refused)
         return refused
 
@@ -151,7 +150,9 @@ class WeightCopies:
 
     def is_stale(self, plan: Plan, patches: Patches) -> bool:
         """Whether some weight has other patches in it than ``patches``."""
-        unpatched = [self._copies[unit] for unit in plan.streamed if self._copies[unit].master is None]
+        if not all(self._copies[unit].is_packed_with(patches) for unit in plan.packed):
+            return True
+        unpatched = [self._copies[unit] for unit in plan.streamed - plan.packed if self._copies[unit].master is None]
         unpatched += [copies for waiting in self._arriving.values() for copies in waiting]
         return any(copies.patched_by(patches) for copies in unpatched) or any(
             weights.stale(patches) for weights in self._weights(plan)

@@ -79,6 +79,16 @@ class Weights:
     def patched(self) -> bool:
         return bool(self._baked)
 
+    @property
+    def signatures(self) -> dict[str, object]:
+        """Those of the patches in it, by the names of values."""
+        return dict(self._baked)
+
+    @property
+    def fills_layout(self) -> bool:
+        """Whether all values lie in the buffer as the layout has them: no patch has made another form of one."""
+        return not self._forms
+
     def is_baked(self, name: str) -> bool:
         return name in self._baked
 

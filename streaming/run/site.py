@@ -80,7 +80,7 @@ class Site:
         self.backend.open(copy_streams)
         self.weight_copies.carry_out(plan, patches)
         self.unbuilt = True
-        if refused := self.weight_copies.pack(plan, owner):
+        if refused := self.weight_copies.pack(plan, patches, owner):
             raise CannotPackError(refused)
         if builds:
             self.build(plan, owner)

@@ -152,7 +152,8 @@ def test_where_no_more_may_be_page_locked_the_others_come_from_where_they_are(sh
         assert torch.equal(step(streamer, model), expected)
 
 
-def test_weights_with_patches_stream_as_they_are() -> None:
+@pytest.mark.parametrize("in_first_step", [False, True], ids=["packed before", "not yet"])
+def test_weights_with_patches_are_packed_too(packed_units: list[int], in_first_step: bool) -> None:
     model, reference = make_model(), make_model()
     plain = reference(X)
     names = {"blocks.0.qkv.weight", "blocks.2.out.weight"}
@@ -161,20 +162,50 @@ def test_weights_with_patches_stream_as_they_are() -> None:
             reference.get_parameter(name).mul_(2)
     patched = reference(X)
     streamer = make(model)
-    everything = learned(streamer, model).packed
-    patches = Doubled(names)
+    if not in_first_step:
+        learned(streamer, model)
     for _ in range(2):
+        patches = Doubled(names)
         streamer.begin_prompt()
         streamer.load(streamer.plan_for(BUDGET), patches)
-        for _ in range(3):
-            output = streamer.run(lambda: model(X), shape="x", reload=lambda plan: streamer.load(plan, patches))
+        for _ in range(4):
+            output = streamer.run(
+                lambda: model(X), shape="x", reload=lambda plan, patches=patches: streamer.load(plan, patches)
+            )
             assert torch.equal(output, patched)
-        assert len(everything - streamer.plan.packed) == 2
+        assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK
+        assert sorted(patches.computed) == sorted(names), "each is computed once"
+        del packed_units[:]
         streamer.begin_prompt()
         streamer.load(streamer.plan_for(BUDGET))
         for _ in range(2):
             assert torch.equal(step(streamer, model), plain)
-        assert streamer.plan.packed == everything
+        assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK
+        assert len(packed_units) == 2, "nothing but what was patched is packed anew"
+    with streamer.originals():
+        assert torch.equal(model.blocks[0].qkv.weight, make_model().blocks[0].qkv.weight)
+
+
+class Longer(Doubled):
+    """Makes weights longer."""
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super().compute(name, original), original[:1]])
+
+
+def test_a_patch_that_changes_a_shape_is_not_packed() -> None:
+    model = make_model()
+    streamer = make(model)
+    learned(streamer, model)
+    layer, seen = model.blocks[1].qkv, []
+    streamer.begin_prompt()
+    streamer.load(streamer.plan_for(BUDGET), Longer({"blocks.1.qkv.weight"}))
+    handle = layer.register_forward_pre_hook(lambda *_: seen.append(layer.weight.shape))
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model(X)  # The layer itself cannot run: what it would run with is what counts.
+    handle.remove()
+    assert seen == [(3 * WIDTH + 1, WIDTH)]
+    assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK - 1
 
 
 def test_what_others_write_to_master_copies_is_what_runs() -> None:
