@@ -143,6 +143,10 @@ class Streamer(Loading):
         """Whether torch.compile runs the steps of later plans (hooks.py, Note: compiled models)."""
         self.planner.expect_compiled(compiled)
 
+    def expect_writes(self, expected: bool) -> None:
+        """Whether other code will write to weights while they are loaded, such as hooks of the host: none is packed."""
+        self.planner.writes_expected = expected
+
     def refresh(self) -> None:
         """Call this before the model is loaded: if its files were touched since the last time, copies are dropped.
 

@@ -76,6 +76,7 @@ class Planner:
         by_units: blocks that are not entered though their units run (by_units.py).
         packing: what packing would save and cost; None before that is known, or where nothing may be packed.
         unpackable: units that may not be packed now.
+        writes_expected: whether other code will write to weights, so that none may be packed.
     """
 
     def __init__(self, outline: Outline, config: StreamingConfig, seconds_of: SecondsOf = forecast_seconds) -> None:
@@ -83,6 +84,7 @@ class Planner:
         self.by_units: frozenset[int] = frozenset()
         self.packing: Packing | None = None
         self.unpackable: frozenset[int] = frozenset()
+        self.writes_expected = False
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
         self._config = config
@@ -111,7 +113,7 @@ class Planner:
 
     def _packed(self, plan: Plan, budget: float) -> Plan | None:
         """Return a plan for the same budget that packs weights; None where that would gain too little."""
-        if self.packing is None or not self.profile.measured or not plan.segments:
+        if self.packing is None or self.writes_expected or not self.profile.measured or not plan.segments:
             return None
         always = self._config.packing is PackingMode.ON
         units = units_to_pack(plan, self.profile, self.packing, self.unpackable, everything=always)
@@ -137,7 +139,7 @@ class Planner:
         if self.vram.current.timed and self.vram.current.profile is self.profile:
             self._choose_order(max(budget, self.minimum_bytes))
         plan, current = self.plan_for(budget), now.plan
-        if current is None or (current.segments and current.learned != plan.learned) or self._copies_ahead(current):
+        if current is None or (current.segments and current.learned != plan.learned) or self._is_refused(current):
             return plan
         if current.device_bytes > plan.budget + self._slack(now) or self._is_worthwhile(plan, now):
             return plan
@@ -281,17 +283,20 @@ class Planner:
         outdated = bool(now.plan.segments) and self.profile.learned and not now.plan.learned
         # A small part of the headroom may be used up: that is not worth moving weights.
         short = budget is not None and now.device_bytes > budget + self._config.headroom_bytes * SHORTAGE
-        changes = self._copies_ahead(now.plan) or self._leaves_unpacked(now.plan)
-        return outdated or short or changes or now.state is State.REDUCED
+        return outdated or short or self._is_refused(now.plan) or now.state is State.REDUCED
 
     def _copies_ahead(self, plan: Plan) -> bool:
         """Whether ``plan`` has staging memory for prefetches, which the settings no longer allow."""
         largest = max((segment.nbytes for segment in plan.segments), default=0)
         return self._config.synchronous and plan.staging_bytes > max(largest, self._config.segment_bytes)
 
+    def _is_refused(self, plan: Plan) -> bool:
+        """Whether the settings, or what comes in this prompt, do not allow ``plan`` any more."""
+        return self._copies_ahead(plan) or bool(self.writes_expected and plan.packed) or self._leaves_unpacked(plan)
+
     def _leaves_unpacked(self, plan: Plan) -> bool:
         """Whether ``plan`` streams something as it is that the settings would have packed."""
-        if self.packing is None or self._config.packing is not PackingMode.ON:
+        if self.packing is None or self.writes_expected or self._config.packing is not PackingMode.ON:
             return False
         return any(
             self.packing.slot_bytes[unit] < self._outline.unit_bytes[unit] and unit not in self.unpackable

@@ -236,6 +236,20 @@ def test_what_others_write_to_master_copies_is_what_runs() -> None:
     assert streamer.plan.packed == everything
 
 
+def test_where_others_are_expected_to_write_nothing_is_packed() -> None:
+    model = make_model()
+    expected = model(X)
+    streamer = make(model)
+    everything = learned(streamer, model).packed
+    for writes in (True, False):
+        streamer.expect_writes(writes)
+        streamer.begin_prompt()
+        streamer.load(streamer.next_plan(BUDGET))
+        for _ in range(2):
+            assert torch.equal(step(streamer, model), expected)
+        assert streamer.plan.packed == (set() if writes else everything)
+
+
 def test_what_others_write_to_what_modules_show_is_noticed() -> None:
     model = make_model()
     streamer = make(model)
