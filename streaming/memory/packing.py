@@ -7,8 +7,8 @@ known only when it is packed.
  1. A place is filled again when the kernels that packed what lay there are over: the reader's copies wait for an event
     that was recorded behind them.
  2. Kernels wait for the reader's copies.
- 3. What was packed goes down behind the kernels, on their stream, into memory that nobody else knows of. The host
-    waits for that before it lets go of the packed tensor, and before it hands the memory over.
+ 3. What was packed goes down behind the kernels, on their stream, into memory that nobody else uses yet. The host
+    waits for all of that once, at the end. (torch gives the packed tensor's memory to others on that stream alone.)
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies
             if found is None or (memory := _memory(supply.arena, found[1].numel())) is None:
                 refused.add(number)
             else:
-                _bring_down(backend, found[1], memory)
+                _bring_down(found[1], memory)
                 copies.packed = PackedCopy(found[0], memory, weights.signatures)
     finally:
         supply.reader.flush()
-        backend.synchronize()  # Race: copies and kernels may still use the places.
+        backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
         for buffer in places:
             backend.free(buffer)
     return refused
@@ -102,8 +102,7 @@ def _memory(arena: Arena, nbytes: int) -> HostBuffer | None:
     return None
 
 
-def _bring_down(backend: Backend, packed: torch.Tensor, memory: HostBuffer) -> None:
-    """Copy what was packed down, and wait for it (Note: up, pack, down, 3)."""
+def _bring_down(packed: torch.Tensor, memory: HostBuffer) -> None:
+    """Queue the copy of what was packed (Note: up, pack, down, 3)."""
     with torch.inference_mode(False):
         memory.memory.copy_(packed, non_blocking=True)
-    backend.finish(backend.mark())

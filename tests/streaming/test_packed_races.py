@@ -52,9 +52,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
         backend.read(unit)
         return pack_unit(layout, unit)
 
-    def watched_bring_down(home: Any, packed: torch.Tensor, memory: Any) -> None:
+    def watched_bring_down(packed: torch.Tensor, memory: Any) -> None:
         backend.write(memory.memory)
-        bring_down(home, packed, memory)
+        bring_down(packed, memory)
 
     monkeypatch.setattr(codec, "FEWEST_VALUES", VALUES)
     monkeypatch.setattr(packing_file, "pack_unit", watched_pack)
