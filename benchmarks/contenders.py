@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import comfy_host
@@ -70,6 +71,9 @@ def load_with_weightstream(job: Job) -> Any:
             raise RuntimeError("the model does not use all GPUs; its log says why")
     if not hasattr(model, "status"):
         raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
+    if job.contender == "weightstream-packed":
+        packing = type(model.settings.packing)
+        model.settings = replace(model.settings, packing=packing.ON if job.case.tiny else packing.AUTO)
     return model
 
 
@@ -246,6 +250,7 @@ NAMES = (
     "weightstream-static",
     "weightstream-blocks",
     "weightstream-one-gpu",
+    "weightstream-packed",
     "comfy-dynamic",
     "comfy-static",
     *FAST_DISK,

@@ -1,6 +1,7 @@
 """The engine: streams the blocks of any ``nn.Module`` from page-locked RAM to a device. It knows nothing of ComfyUI."""
 
 from .config import (
+    PackingMode,
     StreamingConfig,
     VirtualDevices,
     format_bytes,
@@ -76,6 +77,7 @@ __all__ = [
     "HostMemory",
     "NoPatches",
     "Outline",
+    "PackingMode",
     "Patches",
     "PinBudget",
     "Plan",

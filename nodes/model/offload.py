@@ -8,7 +8,7 @@ from enum import Enum
 import comfy.model_management as mm
 from comfy.cli_args import args
 
-from ...streaming import Backend, StreamingConfig
+from ...streaming import Backend, PackingMode, StreamingConfig
 from ..host.devices import verifying
 
 GIB = 1024**3
@@ -39,6 +39,7 @@ class OffloadSettings:
         pin_memory: whether to page-lock.
         pinned_limit: bytes of this model that may be page-locked.
         reserve_vram: bytes of VRAM that stay free beside what a step needs.
+        packing: whether weights stream packed. No node sets it yet (docs/packing.md).
     """
 
     mode: Mode = Mode.AUTO
@@ -48,6 +49,7 @@ class OffloadSettings:
     pin_memory: bool | None = None
     pinned_limit: int | None = None
     reserve_vram: int | None = None
+    packing: PackingMode = PackingMode.OFF
 
     def over(self, earlier: OffloadSettings) -> OffloadSettings:
         """These settings; if they set no limit of VRAM, with the limit of ``earlier``, those of a node before."""
@@ -72,6 +74,7 @@ def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
         adaptive=mm.vram_state != mm.VRAMState.NO_VRAM,
         # How fast a CPU computes, and copies from its own memory, says nothing about a GPU.
         thrifty=not virtual,
+        packing=settings.packing,
         verify=verifying(),
     )
 

@@ -27,29 +27,39 @@ from .unit_copies import PackedCopy, UnitCopies
 from .weights import Patches, Weights
 
 
-def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies], patches: Patches) -> set[int]:
+def pack_units(
+    backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies], patches: Patches, room: int
+) -> set[int]:
     """Give each of ``wanted`` its packed copy, with ``patches``; nothing is under way.
+
+    Args:
+        room: bytes on the device to pack them in; enough for the largest unit.
 
     Returns the numbers of those that have none: they would hardly be smaller, a patch gives a value another shape, or
     no more memory may be page-locked.
     """
     units = [(number, copies) for number, copies in wanted.items()]
     largest = max(copies.unit.nbytes for _, copies in units)
-    places = [backend.allocate(largest) for _ in range(min(2, len(units)))]
-    free = [backend.mark() for _ in places]  # Race: kernels of this memory's previous user may still be under way.
+    places: list[torch.Tensor] = []
+    made: list[tuple[UnitCopies, PackedCopy]] = []
     coming: dict[int, Transfer] = {}
 
     def ask(turn: int) -> None:
         if turn < len(units):
-            place = turn % len(places)
-            part = _part(units[turn][1], places[place][: units[turn][1].unit.nbytes], patches)
+            copies, place = units[turn][1], turn % len(places)
+            part = _part(copies, places[place][: copies.unit.nbytes], patches)
             coming[turn] = supply.reader.transfer([part], [free[place]])
 
     refused: set[int] = set()
+    completed = False
     try:
-        ask(0)
+        for _ in range(max(1, min(2, len(units), room // largest))):
+            places.append(backend.allocate(largest))
+        free = [backend.mark() for _ in places]  # Race: kernels of this memory's previous user may still be under way.
+        for turn in range(len(places) - 1):
+            ask(turn)
         for turn, (number, copies) in enumerate(units):
-            ask(turn + 1) if len(places) > 1 else None
+            ask(turn + len(places) - 1)
             backend.wait(supply.reader.wait(coming.pop(turn), supply.tick))
             place = turn % len(places)
             weights = _patched(copies, places[place][: copies.unit.nbytes], patches, supply.tick)
@@ -57,14 +67,19 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies
             free[place] = backend.mark()
             if found is None or (memory := _memory(supply.arena, found[1].numel())) is None:
                 refused.add(number)
-            else:
-                _bring_down(found[1], memory)
-                copies.packed = PackedCopy(found[0], memory, weights.signatures)
+                continue
+            made.append((copies, PackedCopy(found[0], memory, weights.signatures)))
+            _bring_down(found[1], memory)
+        completed = True
     finally:
         supply.reader.flush()
         backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
         for buffer in places:
             backend.free(buffer)
+        for _, packed in made if not completed else ():
+            supply.arena.release(packed.memory)
+    for copies, packed in made:
+        copies.packed = packed
     return refused
 
 

@@ -109,7 +109,9 @@ class WeightCopies:
             return set()
         self._supply.make_room(sum(plan.outline.bytes_in_slot(unit) for unit in missing), owner)
         self.arrive_all()  # The reader goes through its transfers in order.
-        refused = pack_units(self.backend, self._supply, {unit: self._copies[unit] for unit in missing}, patches)
+        wanted = {unit: self._copies[unit] for unit in missing}
+        room = plan.staging_bytes + plan.unpacking_bytes
+        refused = pack_units(self.backend, self._supply, wanted, patches, room)
         self._drop_masters_of(plan.packed - refused)
         return refused
 

@@ -54,7 +54,7 @@ def learned(streamer: Streamer, model: Transformer) -> Plan:
     return streamer.plan
 
 
-@pytest.mark.parametrize("segment_bytes", [0, 60_000, 200_000])
+@pytest.mark.parametrize("segment_bytes", [0, 200_000])
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_output_is_the_same_at_every_budget(slots: int, segment_bytes: int) -> None:
     model = make_model()
@@ -65,7 +65,9 @@ def test_output_is_the_same_at_every_budget(slots: int, segment_bytes: int) -> N
     found = set()
     for budget in budgets(streamer):
         plan = streamer.plan_for(budget)
-        memory.budget = max(plan.device_bytes, streamer.device_bytes)  # Packing takes no more than the plan.
+        streamer.unload()
+        streamer.site.weight_copies.clear_host()
+        memory.budget = plan.device_bytes  # Packing takes no more than the plan.
         streamer.load(plan)
         found.add(len(plan.packed))
         for _ in range(3):
