@@ -32,12 +32,14 @@ class CannotPackError(StreamingError):
     """Some weights cannot be packed as a plan would have it. The engine makes another plan.
 
     Attributes:
-        units: their numbers.
+        large: numbers of units that would hardly be smaller.
+        without_room: those for which no more memory may be page-locked.
     """
 
-    def __init__(self, units: set[int]) -> None:
-        super().__init__(f"{len(units)} units cannot be packed")
-        self.units = units
+    def __init__(self, large: set[int], without_room: set[int]) -> None:
+        super().__init__(f"{len(large | without_room)} units cannot be packed")
+        self.large = large
+        self.without_room = without_room
 
 
 class BudgetError(StreamingError):

@@ -91,6 +91,8 @@ class Loading:
         self._guard = threading.RLock()
         self._depth = 0
         self._lent = False
+        self._cannot_unpack = False
+        self._unpack_speed: float | None = None
         self._touches = 0
         self._steps_before = 0
         self._pins = pins
@@ -170,17 +172,27 @@ class Loading:
     def learn(self) -> None:
         """Keep what the step before has shown, if it was measured; waits for the device then. No step runs."""
         self.measuring.learn(self.drain)
-        if self.profile.measured and self._may_pack and self.planner.packing is None:
-            sizes = tuple(planned_bytes(unit.layout) for unit in self.blocks.units)
-            self.planner.packing = Packing(sizes, unpacked_bytes_per_second(self.backend))
+        if self.profile.measured and self.planner.packing is None and self._may_pack:
+            self.planner.packing = self._find_packing()
+
+    def _find_packing(self) -> Packing | None:
+        """What packing would save and cost; None, from then on, where the device cannot unpack."""
+        try:
+            self._unpack_speed = self._unpack_speed or unpacked_bytes_per_second(self.backend)
+        except Exception as error:  # No memory for it, or a driver that refuses: the model streams as it is.
+            logger.warning("weights do not stream packed on %s: %s", self.backend.name, error)
+            self._cannot_unpack = True
+            return None
+        return Packing(tuple(planned_bytes(unit.layout) for unit in self.blocks.units), self._unpack_speed)
 
     @property
     def _may_pack(self) -> bool:
         """Whether weights may be packed: copies that are compared with their source, or come over several links, are
         as they were loaded."""
-        if self.config.packing is PackingMode.OFF or self.config.verify or self.config.synchronous:
+        config = self.config
+        if config.packing is PackingMode.OFF or config.verify or config.synchronous or not config.pin_memory:
             return False
-        return self.backend.links == 1 and self.site.lane is not None
+        return self.backend.links == 1 and self.site.lane is not None and not self._cannot_unpack
 
     @property
     def standing(self) -> Standing:
@@ -215,17 +227,27 @@ class Loading:
         Only differences to the present state cost anything: a second call with the same arguments does nothing.
         After an error the model is unloaded and all device memory is given back.
         """
-        patches = patches or NoPatches()
         with self._occupied():
-            while True:
-                refused = self.site.weight_copies.unpackable(plan)
-                try:
-                    if not refused:
-                        return self._load(plan, patches)
-                except CannotPackError as error:
-                    refused = error.units
-                self.planner.unpackable |= refused
-                plan = self.planner.plan_within(plan.budget)
+            try:
+                while not self._is_loaded(plan, patches or NoPatches()):
+                    plan = self.planner.plan_within(plan.budget)
+            except BaseException:
+                if self.state is not State.UNLOADED:
+                    self.unload()
+                raise
+
+    def _is_loaded(self, plan: Plan, patches: Patches) -> bool:
+        """Load ``plan``; returns whether that worked, or another plan is needed since some units cannot be packed."""
+        if refused := self.site.weight_copies.unpackable(plan):
+            self.planner.unpackable |= refused
+            return False
+        try:
+            self._load(plan, patches)
+        except CannotPackError as error:
+            self.planner.too_large |= error.large
+            self.planner.unpackable |= error.without_room
+            return False
+        return True
 
     def _load(self, plan: Plan, patches: Patches) -> None:
         self._steps.last_used = time.monotonic()
@@ -431,6 +453,7 @@ class Loading:
         self.unload()
         self.site.leave()
         self.backend = backend
+        self._cannot_unpack, self._unpack_speed = False, None
         self._equip(backend)
         self.planner.change_device()
 

@@ -69,6 +69,8 @@ class Streamer(Loading):
             self.site.clear_device()
             loaded = False
         self.planner.take_up(blocks.outline)
+        if self._unpack_speed is not None:
+            self.planner.packing = self._find_packing()
         if not same:
             self.measuring = Measuring(self.planner, self.group)
         self._steps = Steps(self._root, self.blocks, self.site, self.planner)
@@ -78,12 +80,13 @@ class Streamer(Loading):
         """Other code will write to these tensors where the modules point: have modules point at copies of them."""
         if self.state is State.UNLOADED or self.plan is None:
             return
-        self.site.make_masters(names)
         if packed := self.plan.packed & self.site.weight_copies.holding(names):
             # What is written to these copies must be what streams. Another plan comes with the next step.
             self.planner.unpackable |= packed
+            self.site.halt()
             self.site.drop_lane()
             self._steps.state = State.REDUCED
+        self.site.make_masters(names)
 
     def bare(self, names: Collection[str]) -> set[str]:
         """Those of these tensors of which only the original exists."""

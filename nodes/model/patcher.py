@@ -136,7 +136,7 @@ class StreamedModelPatcher(HookedPatcher):
             self.streamer.begin_run()
             self.streamer.configure(host_config(self.settings, self.streamer.backend))
             self.streamer.expect_compiled(self._is_compiled())
-            self.streamer.expect_writes(self.prompt_has_hooks or self.forced_hooks is not None)
+            self.streamer.expect_writes(self.hooked.prompt_has_hooks or self.hooked.forced_hooks is not None)
             plan = self._plan(math.inf if full_load else lowvram_model_memory)
             self._prepare_modules()
             if self.streamed.boundary is not None:

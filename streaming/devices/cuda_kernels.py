@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_uint, c_ulonglong, c_void_p
 from typing import Any
 
@@ -26,18 +26,21 @@ class CudaKernels(CudaContext):
         library: of :func:`cuda_driver.open_library`, with :data:`PROTOTYPES`.
         index: of the device, as torch and the driver number those that are visible.
         code: a cubin for this device. It stays loaded as long as the process runs.
+        names: of the kernels in it.
 
     Raises:
         DriverError: the driver has refused something.
     """
 
-    def __init__(self, library: Any, index: int, code: bytes) -> None:
+    def __init__(self, library: Any, index: int, code: bytes, names: Iterable[str]) -> None:
         super().__init__(library, index)
         self.retain()
-        self._module = c_void_p()
-        self._functions: dict[str, c_void_p] = {}
+        module = c_void_p()
+        self._functions = {name: c_void_p() for name in names}
         with self.current():
-            self._call("cuModuleLoadData", byref(self._module), code)
+            self._call("cuModuleLoadData", byref(module), code)
+            for name, function in self._functions.items():
+                self._call("cuModuleGetFunction", byref(function), module, name.encode())
 
     def launch_of(self, name: str, blocks: int, threads: int, arguments: Sequence[Any]) -> Launch:
         """Return a launch of the kernel ``name``, which may be made often.
@@ -46,11 +49,7 @@ class CudaKernels(CudaContext):
             blocks, threads: of the grid, and of each block; one dimension.
             arguments: values of ctypes, as the kernel declares them.
         """
-        function = self._functions.get(name)
-        if function is None:
-            function = self._functions[name] = c_void_p()
-            self._call("cuModuleGetFunction", byref(function), self._module, name.encode())
-        return Launch(self, function, blocks, threads, arguments)
+        return Launch(self, self._functions[name], blocks, threads, arguments)
 
 
 class Launch:

@@ -14,11 +14,13 @@ known only when it is packed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 from ..devices.backend import Backend
 from ..model.packed_units import pack_unit
+from ..packing.unpackers import unpacker_of
 from .arena import Arena, HostBuffer
 from .baking import bake_residents
 from .supply import Supply
@@ -27,19 +29,34 @@ from .unit_copies import PackedCopy, UnitCopies
 from .weights import Patches, Weights
 
 
-def pack_units(
-    backend: Backend, supply: Supply, wanted: Mapping[int, UnitCopies], patches: Patches, room: int
-) -> set[int]:
+class Wanted(NamedTuple):
+    """A unit to be packed, and the most bytes that it may take then."""
+
+    copies: UnitCopies
+    most_bytes: int
+
+
+class Refused(NamedTuple):
+    """Units that were not packed.
+
+    Attributes:
+        large: they take more than was planned, or a patch gives a value another shape.
+        without_room: no more memory may be page-locked.
+    """
+
+    large: set[int]
+    without_room: set[int]
+
+
+def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, room: int) -> Refused:
     """Give each of ``wanted`` its packed copy, with ``patches``; nothing is under way.
 
     Args:
+        wanted: by number.
         room: bytes on the device to pack them in; enough for the largest unit.
-
-    Returns the numbers of those that have none: they would hardly be smaller, a patch gives a value another shape, or
-    no more memory may be page-locked.
     """
-    units = [(number, copies) for number, copies in wanted.items()]
-    largest = max(copies.unit.nbytes for _, copies in units)
+    units = [(number, *one) for number, one in wanted.items()]
+    largest = max(copies.unit.nbytes for _, copies, _ in units)
     places: list[torch.Tensor] = []
     made: list[tuple[UnitCopies, PackedCopy]] = []
     coming: dict[int, Transfer] = {}
@@ -50,7 +67,7 @@ def pack_units(
             part = _part(copies, places[place][: copies.unit.nbytes], patches)
             coming[turn] = supply.reader.transfer([part], [free[place]])
 
-    refused: set[int] = set()
+    refused = Refused(set(), set())
     completed = False
     try:
         for _ in range(max(1, min(2, len(units), room // largest))):
@@ -58,21 +75,24 @@ def pack_units(
         free = [backend.mark() for _ in places]  # Race: kernels of this memory's previous user may still be under way.
         for turn in range(len(places) - 1):
             ask(turn)
-        for turn, (number, copies) in enumerate(units):
+        for turn, (number, copies, most) in enumerate(units):
             ask(turn + len(places) - 1)
             backend.wait(supply.reader.wait(coming.pop(turn), supply.tick))
             place = turn % len(places)
             weights = _patched(copies, places[place][: copies.unit.nbytes], patches, supply.tick)
             found = pack_unit(copies.unit.layout, weights.buffer) if weights.fills_layout else None
             free[place] = backend.mark()
-            if found is None or (memory := _memory(supply.arena, found[1].numel())) is None:
-                refused.add(number)
+            if found is None or found[1].numel() > most:
+                refused.large.add(number)
                 continue
+            if (memory := _memory(supply.arena, found[1].numel())) is None:
+                refused.without_room.update(number for number, *_ in units[turn:])
+                break
             made.append((copies, PackedCopy(found[0], memory, weights.signatures)))
             _bring_down(found[1], memory)
         completed = True
     finally:
-        supply.reader.flush()
+        supply.reader.abandon()  # What is on its way to a place is not needed any more.
         backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
         for buffer in places:
             backend.free(buffer)
@@ -81,6 +101,32 @@ def pack_units(
     for copies, packed in made:
         copies.packed = packed
     return refused
+
+
+def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies) -> None:
+    """Make the master copy of a unit from its packed copy, patches included, by way of the device.
+
+    Nothing is under way, and modules are left as they are.
+    """
+    packed = copies.packed
+    assert packed is not None
+    source, place = backend.allocate(packed.unit.nbytes), backend.allocate(copies.unit.nbytes)
+    try:
+        source.copy_(packed.buffer)
+        for part in packed.unit.parts:
+            if not part.packed:
+                begin, end = part.spec.offset, part.spec.offset + part.spec.nbytes
+                place[begin:end].copy_(source[part.offset : part.offset + part.nbytes])
+        for unpack in packed.unit.unpacking(unpacker_of(backend.device), source, place):
+            unpack()
+        copies.resident = Weights(copies.unit, place)
+        copies.resident.sign(packed.signatures)
+        copies.move_to_master(arena)
+    finally:
+        copies.resident = None
+        backend.synchronize()  # Race: copies and kernels may still use both.
+        backend.free(source)
+        backend.free(place)
 
 
 def _has_master(copies: UnitCopies, patches: Patches) -> bool:

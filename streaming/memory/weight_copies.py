@@ -14,7 +14,7 @@ from ..planning.plan import Plan
 from .arena import HostBuffer, PinOwner
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
-from .packing import pack_units
+from .packing import Refused, Wanted, pack_units, unpack_to_master
 from .supply import Supply
 from .transfer import Load
 from .unit_copies import UnitCopies
@@ -96,23 +96,23 @@ class WeightCopies:
         used = {unit: self._copies[unit] for unit in plan.packed if self._copies[unit].bound_weights is not None}
         return {unit for unit, copies in used.items() if any(find_changes(copies))}
 
-    def pack(self, plan: Plan, patches: Patches, owner: PinOwner) -> set[int]:
+    def pack(self, plan: Plan, patches: Patches, owner: PinOwner) -> Refused:
         """Make the packed copies that ``plan`` streams from; nothing is under way, and there is no ring on the device.
 
-        Returns the units that have none: they would hardly be smaller, or no more memory may be page-locked.
+        Returns the units that have none.
         """
         missing = [unit for unit in sorted(plan.packed) if not self._copies[unit].is_packed_with(patches)]
         for unit in missing:
             self._free(self._copies[unit].drop_packed())
         if not missing:
             self._drop_masters_of(plan.packed)
-            return set()
+            return Refused(set(), set())
         self._supply.make_room(sum(plan.outline.bytes_in_slot(unit) for unit in missing), owner)
         self.arrive_all()  # The reader goes through its transfers in order.
-        wanted = {unit: self._copies[unit] for unit in missing}
+        wanted = {unit: Wanted(self._copies[unit], plan.outline.bytes_in_slot(unit)) for unit in missing}
         room = plan.staging_bytes + plan.unpacking_bytes
         refused = pack_units(self.backend, self._supply, wanted, patches, room)
-        self._drop_masters_of(plan.packed - refused)
+        self._drop_masters_of(plan.packed - refused.large - refused.without_room)
         return refused
 
     def _drop_masters_of(self, units: Iterable[int]) -> None:
@@ -134,7 +134,8 @@ class WeightCopies:
         found = 0
         for unit in plan.streamed:
             copies = self._copies[unit]
-            pinned = copies.packed is not None and copies.packed.memory.pinned if unit in plan.packed else copies.pinned
+            packed = copies.packed  # Another thread may drop it.
+            pinned = packed is not None and packed.memory.pinned if unit in plan.packed else copies.pinned
             found += plan.outline.bytes_in_slot(unit) if pinned else 0
         return found
 
@@ -295,7 +296,12 @@ class WeightCopies:
     def make_masters(self, names: Collection[str]) -> None:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""
         bare = [copies for copies in self._copies if copies.resident is None and copies.master is None]
-        self._make_masters([copies for copies in bare if copies.holds(names)], NoPatches())
+        bare = [copies for copies in bare if copies.holds(names)]
+        for copies in bare:
+            if copies.packed is not None:  # With the patches that are in it.
+                unpack_to_master(self.backend, self._supply.arena, copies)
+                self._free(copies.drop_packed())
+        self._make_masters([copies for copies in bare if copies.master is None], NoPatches())
 
     def _make_masters(self, copies: list[UnitCopies], patches: Patches) -> None:
         """Make master copies: of patched residents as they are (where ``patches`` allow), of others as loaded."""

@@ -93,7 +93,7 @@ class CudaUnpacker:
         if capability < LEAST_CAPABILITY:
             raise CompilerError(f"compute capability {capability[0]}.{capability[1]} is too old")
         code = compile_source(SOURCE.read_text("utf-8"), SOURCE.name, capability)
-        self._kernels = CudaKernels(open_library(PROTOTYPES), index, code)
+        self._kernels = CudaKernels(open_library(PROTOTYPES), index, code, KERNELS.values())
         self._device = torch.device("cuda", index)
 
     def prepare(self, packed: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:

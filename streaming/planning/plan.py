@@ -324,8 +324,8 @@ class _Ring:
         if self._least_seconds(kept) < found[0] * (1 - FORECAST_TOLERANCE):
             found = self._better_of(found, self._in_slots(plan))
         left = self._without_what_fits(self._order[kept:], room)
-        if len(left) < len(plan.streamed):
-            found = self._better_of(found, self._plan_streaming(left))
+        if len(left) < len(plan.streamed) and (fuller := self._plan_streaming(left)).device_bytes <= budget:
+            found = self._better_of(found, fuller)
         for fewer in range(kept, max(-1, kept - MOST_IN_EXCHANGE - 1), -1) if self.grows else ():
             if self._least_seconds(fewer) < found[0] * (1 - FORECAST_TOLERANCE):
                 more = min(budget - self._device_bytes(fewer), self._slot_bytes(fewer))  # More is another ring.

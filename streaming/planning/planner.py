@@ -75,7 +75,8 @@ class Planner:
         compiled: whether steps run compiled (hooks.py, Note: compiled models).
         by_units: blocks that are not entered though their units run (by_units.py).
         packing: what packing would save and cost; None before that is known, or where nothing may be packed.
-        unpackable: units that may not be packed now.
+        unpackable: units that may not be packed in this prompt.
+        too_large: units that take more than planned when they are packed.
         writes_expected: whether other code will write to weights, so that none may be packed.
     """
 
@@ -84,6 +85,7 @@ class Planner:
         self.by_units: frozenset[int] = frozenset()
         self.packing: Packing | None = None
         self.unpackable: frozenset[int] = frozenset()
+        self.too_large: frozenset[int] = frozenset()
         self.writes_expected = False
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
@@ -116,7 +118,8 @@ class Planner:
         if self.packing is None or self.writes_expected or not self.profile.measured or not plan.segments:
             return None
         always = self._config.packing is PackingMode.ON
-        units = units_to_pack(plan, self.profile, self.packing, self.unpackable, everything=always)
+        without = self.unpackable | self.too_large
+        units = units_to_pack(plan, self.profile, self.packing, without, everything=always)
         outline = packed_outline(self._outline, self.packing, units)
         if not units or budget < minimum_bytes(outline, self.profile):
             return None
@@ -139,7 +142,9 @@ class Planner:
         if self.vram.current.timed and self.vram.current.profile is self.profile:
             self._choose_order(max(budget, self.minimum_bytes))
         plan, current = self.plan_for(budget), now.plan
-        if current is None or (current.segments and current.learned != plan.learned) or self._is_refused(current):
+        if current is None or (current.segments and current.learned != plan.learned):
+            return plan
+        if self._is_refused(current) or self._leaves_unpacked(current):
             return plan
         if current.device_bytes > plan.budget + self._slack(now) or self._is_worthwhile(plan, now):
             return plan
@@ -190,7 +195,8 @@ class Planner:
         if not (must or measured or budget is not None):
             return Decision(now.plan, moves=False)
         plan = self.plan_within(room)
-        if must or self._is_worthwhile(plan, now):
+        packs = self._leaves_unpacked(now.plan) and plan != now.plan
+        if must or packs or self._is_worthwhile(plan, now):
             return Decision(plan, moves=True)
         return Decision(with_forecast(now.plan, self.profile, self._config, self._seconds_of), moves=False)
 
@@ -253,8 +259,9 @@ class Planner:
     def take_up(self, outline: Outline) -> None:
         """The model was laid out anew. What is known is kept only if its blocks are the same."""
         before, self._outline, self._chosen = self._outline, outline, None
+        self.packing, self.too_large = None, frozenset()
         if replace(outline, rest_bytes=before.rest_bytes) != before:
-            self.by_units, self._whole_blocks, self.packing = frozenset(), False, None
+            self.by_units, self._whole_blocks = frozenset(), False
             self.profile = _with_best_order(outline, assumed_profile(outline))
             self._forget_memory()
 
@@ -292,15 +299,15 @@ class Planner:
 
     def _is_refused(self, plan: Plan) -> bool:
         """Whether the settings, or what comes in this prompt, do not allow ``plan`` any more."""
-        return self._copies_ahead(plan) or bool(self.writes_expected and plan.packed) or self._leaves_unpacked(plan)
+        return self._copies_ahead(plan) or bool(self.writes_expected and plan.packed)
 
     def _leaves_unpacked(self, plan: Plan) -> bool:
         """Whether ``plan`` streams something as it is that the settings would have packed."""
         if self.packing is None or self.writes_expected or self._config.packing is not PackingMode.ON:
             return False
         return any(
-            self.packing.slot_bytes[unit] < self._outline.unit_bytes[unit] and unit not in self.unpackable
-            for unit in plan.streamed - plan.packed
+            self.packing.slot_bytes[unit] < self._outline.unit_bytes[unit]
+            for unit in plan.streamed - plan.packed - self.unpackable - self.too_large
         )
 
     def _choose_order(self, budget: float) -> None:

@@ -80,8 +80,9 @@ class Site:
         self.backend.open(copy_streams)
         self.weight_copies.carry_out(plan, patches)
         self.unbuilt = True
-        if refused := self.weight_copies.pack(plan, patches, owner):
-            raise CannotPackError(refused)
+        refused = self.weight_copies.pack(plan, patches, owner)
+        if any(refused):
+            raise CannotPackError(*refused)
         if builds:
             self.build(plan, owner)
         self.weight_copies.bake(plan, patches)

@@ -245,6 +245,103 @@ def test_what_others_write_to_master_copies_is_what_runs(packed_before: bool) ->
     assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK
 
 
+def test_others_write_to_patched_weights_as_they_are_patched() -> None:
+    """A hook and a LoRA on one weight: what the host keeps of it, and writes back, has the LoRA in it."""
+    model, reference = make_model(), make_model()
+    name = "blocks.1.mlp.0.weight"
+    with torch.no_grad():
+        reference.get_parameter(name).mul_(2)
+    patched = reference(X)
+    with torch.no_grad():
+        reference.get_parameter(name).mul_(4)
+    both = reference(X)
+    patches = Doubled({name})
+    streamer = make(model)
+    learned(streamer, model)
+
+    def run() -> torch.Tensor:
+        return streamer.run(lambda: model(X), shape="x", reload=lambda plan: streamer.load(plan, patches))
+
+    streamer.begin_prompt()
+    streamer.load(streamer.plan_for(BUDGET), patches)
+    assert torch.equal(run(), patched)
+    with torch.no_grad():
+        streamer.make_masters({name})
+        weight = model.blocks[1].mlp[0].weight
+        kept = weight.clone()
+        weight.mul_(4)
+        streamer.invalidate()
+        streamer.lend_masters()
+        for _ in range(2):
+            assert torch.equal(run(), both)
+        model.blocks[1].mlp[0].weight.copy_(kept)
+        streamer.invalidate()
+        streamer.take_masters_back()
+    for _ in range(2):
+        assert torch.equal(run(), patched)
+        streamer.begin_prompt()
+        streamer.load(streamer.plan_for(BUDGET), patches)
+    assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK
+    assert torch.equal(run(), patched)
+
+
+def test_where_no_memory_may_be_page_locked_nothing_is_packed_in_any_prompt(packed_units: list[int]) -> None:
+    model = make_model()
+    expected = model(X)
+    limit = int(0.4 * 0.73 * cut_model(model).outline.model_bytes)
+    for setting in ({"pin_memory": False}, {"pinned_limit": limit}):
+        streamer = make(model, PinningBackend(), **setting)
+        learned(streamer, model)
+        for _ in range(3):
+            del packed_units[:]
+            streamer.begin_prompt()
+            streamer.load(streamer.next_plan(BUDGET))
+            assert torch.equal(step(streamer, model), expected)
+            assert len(packed_units) <= 1, "it stops at the first that has no room"
+
+
+def test_a_device_that_cannot_unpack_streams_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def fail(backend: object) -> float:
+        asked.append(1)
+        raise RuntimeError("cuLaunchKernel failed")
+
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", fail)
+    model = make_model()
+    expected = model(X)
+    streamer = make(model)
+    for _ in range(2):
+        assert learned(streamer, model).packed == frozenset()
+        assert torch.equal(step(streamer, model), expected)
+    assert len(asked) == 1
+
+
+def in_float16(model: Transformer) -> None:
+    """Exchange weights for those of another dtype, of as many bytes."""
+    for block in model.blocks:
+        for layer in (block.qkv, block.out):
+            layer.weight = torch.nn.Parameter(layer.weight.to(torch.float16), requires_grad=False)
+            layer.forward = lambda x, layer=layer: torch.nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias)
+
+
+def test_weights_of_another_dtype_are_planned_anew() -> None:
+    model, reference = make_model(), make_model()
+    in_float16(reference)
+    streamer = make(model)
+    before = learned(streamer, model)
+    in_float16(model)
+    changes = streamer.changes()
+    assert len(changes) == 8
+    streamer.show(changes)
+    streamer.take_up(cut_model(model), changes)
+    plan = learned(streamer, model)
+    assert len(plan.packed) == len(before.packed)
+    assert plan.streamed_bytes > before.streamed_bytes * 1.1
+    for _ in range(3):
+        assert torch.equal(step(streamer, model), reference(X))
+
+
 def test_where_others_are_expected_to_write_nothing_is_packed() -> None:
     model = make_model()
     expected = model(X)

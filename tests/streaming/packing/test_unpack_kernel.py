@@ -258,7 +258,7 @@ def test_what_has_no_kernel_is_decoded_by_torch(machine: SimpleNamespace) -> Non
 
 
 def test_a_launch_that_fails_says_so(machine: SimpleNamespace) -> None:
-    kernels = CudaKernels(machine.library, 1, b"code")
+    kernels = CudaKernels(machine.library, 1, b"code", KERNELS.values())
     launch = kernels.launch_of("unpack_bfloat16", 1, 256, (pointer(1), pointer(2), KernelFormat()))
     machine.library.fails = {"cuLaunchKernel": INVALID_VALUE}
     with pytest.raises(DriverError, match="cuLaunchKernel failed"):
