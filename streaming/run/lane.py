@@ -317,7 +317,7 @@ class Lane:
             with _phase("stream::wait"):
                 self._wait(number, slot, entry)
             self._arrived(number, slot.buffer)
-            run.bind()
+            self._bind(run)
         except BaseException:
             self._release(number)
             self._schedule.drop(number)
@@ -343,8 +343,18 @@ class Lane:
                 self._leave_unpacked(run)
             raise
         self._open[number] = run
-        run.bind()
+        self._bind(run)
         return run
+
+    def _bind(self, run: _Run) -> None:
+        """Have the modules of a segment that has arrived use it. A plan counts unpacking apart from compute."""
+        if not (run.ways.unpacking and self._stalls.has_listeners):
+            return run.bind()
+        backend = self._backend  # So that the closure below does not keep the lane alive.
+        before = backend.moment()
+        run.bind()
+        after = backend.moment()
+        return self._stalls.tell(lambda: backend.seconds(before, after))
 
     def _run_in(self, number: int, buffer: torch.Tensor, ways: _Ways | None) -> _Run:
         """A segment in ``buffer``; ``ways`` hold where the memory for unpacking is free."""

@@ -84,7 +84,7 @@ class StepListener(Protocol):
     """Measures a step, which may run on several devices."""
 
     def stalled(self, stall: Stall) -> None:
-        """Compute waits for a copy."""
+        """Compute waits for a copy, or weights are unpacked: time that a resident would not take."""
 
     def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
         """A block has run on ``device``; ``seconds`` waits for it, and returns its compute."""
@@ -108,6 +108,15 @@ class StallMeter:
 
     def add(self, stall: Stall) -> None:
         self._pending.append(stall)
+        self.tell(stall)
+
+    @property
+    def has_listeners(self) -> bool:
+        """Whether somebody measures the step."""
+        return bool(self._listeners)
+
+    def tell(self, stall: Stall) -> None:
+        """Tell those who measure the step of time that is no wait for a copy, and is not counted."""
         for listener in self._listeners:
             listener.stalled(stall)
 

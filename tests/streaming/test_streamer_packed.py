@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,7 +21,9 @@ from weightstream.streaming import (
 from weightstream.streaming import loading as loading_file
 from weightstream.streaming.config import PackingMode
 from weightstream.streaming.memory import packing as packing_file
+from weightstream.streaming.packing import unpackers
 from weightstream.streaming.planning.plan import Plan
+from weightstream.streaming.run import lane as lane_file
 
 WIDTH = 128
 X = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
@@ -451,6 +454,30 @@ def test_by_itself_it_packs_only_what_makes_steps_faster(
     assert bool(plan.packed) is packs
     streamer.load(plan)
     assert torch.equal(model(X), make_model()(X))
+
+
+def test_unpacking_is_not_measured_as_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a second shape are measured while weights are packed."""
+    slow = 0.02
+
+    class Slow:
+        reason = ""
+
+        def prepare(self, packed: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+            run = unpackers.TorchUnpacker("").prepare(packed, out)
+            return lambda: (time.sleep(slow), run())
+
+    monkeypatch.setattr(lane_file, "unpacker_of", lambda device: Slow())
+    model = make_model()
+    streamer = make(model)
+    assert len(learned(streamer, model).packed) == 4 * PACKED_IN_BLOCK
+    for _ in range(3):
+        streamer.run(lambda: model(X), shape="another", reload=streamer.load)
+    streamer.learn()
+    assert streamer.profile.measured
+    assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK
+    assert streamer.snapshot().step_seconds > 4 * PACKED_IN_BLOCK * slow
+    assert streamer.profile.compute_seconds < 4 * PACKED_IN_BLOCK * slow / 2
 
 
 def fails(calls: Callable[[int], bool]) -> Callable[..., object]:
