@@ -87,6 +87,7 @@ class Planner:
         self.unpackable: frozenset[int] = frozenset()
         self.too_large: frozenset[int] = frozenset()
         self.writes_expected = False
+        self._last_packed: frozenset[int] = frozenset()
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
         self._config = config
@@ -114,20 +115,28 @@ class Planner:
         return self._packed(plan, budget) or plan
 
     def _packed(self, plan: Plan, budget: float) -> Plan | None:
-        """Return a plan for the same budget that packs weights; None where that would gain too little."""
-        if self.packing is None or self.writes_expected or not self.profile.measured or not plan.segments:
+        """Return a plan for the same budget that packs weights; None where that would gain too little.
+
+        In a shape of which nothing was measured yet the same units stay packed, as their copies are there.
+        """
+        if self.packing is None or self.writes_expected or not plan.segments:
             return None
         always = self._config.packing is PackingMode.ON
         without = self.unpackable | self.too_large
-        units = units_to_pack(plan, self.profile, self.packing, without, everything=always)
+        if self.profile.measured:
+            units = units_to_pack(plan, self.profile, self.packing, without, everything=always)
+            self._last_packed = frozenset()
+        else:
+            units = self._last_packed - without
         outline = packed_outline(self._outline, self.packing, units)
         if not units or budget < minimum_bytes(outline, self.profile):
             return None
         packed = make_plan(outline, self.profile, budget, self._config, self._seconds_of)
-        if always:
-            return packed
         gain = 1 - self._seconds_of(packed, self.profile) / self._seconds_of(plan, self.profile)
-        return packed if gain >= WORTHWHILE else None
+        if not always and self.profile.measured and gain < WORTHWHILE:
+            return None
+        self._last_packed = units
+        return packed
 
     def plan_within(self, budget: float) -> Plan:
         """Return the plan for ``budget`` or :attr:`minimum_bytes`, whichever is more: a try shows whether that fits."""
@@ -259,7 +268,7 @@ class Planner:
     def take_up(self, outline: Outline) -> None:
         """The model was laid out anew. What is known is kept only if its blocks are the same."""
         before, self._outline, self._chosen = self._outline, outline, None
-        self.packing, self.too_large = None, frozenset()
+        self.packing, self.too_large, self._last_packed = None, frozenset(), frozenset()
         if replace(outline, rest_bytes=before.rest_bytes) != before:
             self.by_units, self._whole_blocks = frozenset(), False
             self.profile = _with_best_order(outline, assumed_profile(outline))

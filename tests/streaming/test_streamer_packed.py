@@ -473,6 +473,7 @@ def test_unpacking_is_not_measured_as_compute(monkeypatch: pytest.MonkeyPatch) -
     assert len(learned(streamer, model).packed) == 4 * PACKED_IN_BLOCK
     for _ in range(3):
         streamer.run(lambda: model(X), shape="another", reload=streamer.load)
+        assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK, "also while nothing is known of the shape"
     streamer.learn()
     assert streamer.profile.measured
     assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK
