@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from driver_library import DriverLibrary
 from weightstream.streaming.devices import cuda_driver, cuda_pages
 from weightstream.streaming.devices.cuda_pages import (
     PROTOTYPES,
@@ -23,41 +24,26 @@ from weightstream.streaming.devices.lasting_memory import LastingMemory, PageCou
 from weightstream.streaming.devices.pages import OutOfPagesError, Pages
 
 PAGE = 1 << 21
-CONTEXT, BASE = 0xC0, 1 << 40
+BASE = 1 << 40
 INVALID_VALUE, OUT_OF_MEMORY = 1, 2
 
 
-class Library:
-    """The driver's library, whose functions are Python's. Which device it is: the second of two.
+class Library(DriverLibrary):
+    """Keeps account of pages.
 
     Attributes:
-        fails: codes that functions give instead of doing anything, by their names.
         supported: whether devices have virtual memory management.
         handles: sizes of memory that was made, by their handles, and whether the handle was given back.
         mapped: handles and whether the device may access them, by address and size.
     """
 
     def __init__(self) -> None:
-        self.fails: dict[str, int] = {}
+        super().__init__(PROTOTYPES)
         self.supported = 1
-        self.contexts: list[int] = []
-        self.retained = 0
         self.reserved: dict[int, int] = {}
         self.handles: dict[int, int] = {}
         self.mapped: dict[tuple[int, int], list[Any]] = {}
         self._made = 0
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in PROTOTYPES:
-            raise AttributeError(name)
-        function = getattr(type(self), "do_" + name)
-
-        def call(*arguments: Any) -> int:
-            assert len(arguments) == len(PROTOTYPES[name])
-            values = [argument.value if hasattr(argument, "value") else argument for argument in arguments]
-            return self.fails.get(name) or function(self, *values) or 0
-
-        return call
 
     @property
     def bytes_taken(self) -> int:
@@ -65,31 +51,9 @@ class Library:
         mapped = {handle: nbytes for (_, nbytes), (handle, _) in self.mapped.items()}
         return sum({**mapped, **self.handles}.values())
 
-    def do_cuInit(self, flags: int) -> None:
-        assert flags == 0
-
-    def do_cuGetErrorName(self, code: int, text: Any) -> None:
-        text._obj.value = b"CUDA_ERROR_OF_SOME_KIND"
-
-    def do_cuDeviceGet(self, device: Any, ordinal: int) -> None:
-        assert ordinal == 1
-        device._obj.value = 1
-
     def do_cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
         assert (attribute, device) == (102, 1)
         value._obj.value = self.supported
-
-    def do_cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
-        assert device == 1
-        self.retained += 1
-        context._obj.value = CONTEXT
-
-    def do_cuCtxPushCurrent_v2(self, context: int) -> None:
-        assert context == CONTEXT
-        self.contexts.append(context)
-
-    def do_cuCtxPopCurrent_v2(self, context: Any) -> None:
-        context._obj.value = self.contexts.pop()
 
     def do_cuMemGetAllocationGranularity(self, nbytes: Any, properties: Any, option: int) -> None:
         self._check_properties(properties)
@@ -97,17 +61,17 @@ class Library:
         nbytes._obj.value = PAGE
 
     def do_cuMemAddressReserve(self, address: Any, nbytes: int, alignment: int, wish: int, flags: int) -> None:
-        self._check_context()
+        self.check_context()
         assert nbytes % PAGE == alignment == wish == flags == 0
         address._obj.value = BASE + (len(self.reserved) << 36)
         self.reserved[address._obj.value] = nbytes
 
     def do_cuMemAddressFree(self, address: int, nbytes: int) -> None:
-        self._check_context()
+        self.check_context()
         assert self.reserved.pop(address) == nbytes
 
     def do_cuMemCreate(self, handle: Any, nbytes: int, properties: Any, flags: int) -> None:
-        self._check_context()
+        self.check_context()
         self._check_properties(properties)
         assert nbytes % PAGE == flags == 0
         self._made += 1
@@ -115,26 +79,23 @@ class Library:
         self.handles[self._made] = nbytes
 
     def do_cuMemRelease(self, handle: int) -> None:
-        self._check_context()
+        self.check_context()
         del self.handles[handle]
 
     def do_cuMemMap(self, address: int, nbytes: int, offset: int, handle: int, flags: int) -> None:
-        self._check_context()
+        self.check_context()
         assert address % PAGE == offset == flags == 0
         assert self.handles[handle] == nbytes
         self.mapped[address, nbytes] = [handle, False]
 
     def do_cuMemUnmap(self, address: int, nbytes: int) -> None:
-        self._check_context()
+        self.check_context()
         del self.mapped[address, nbytes]
 
     def do_cuMemSetAccess(self, address: int, nbytes: int, access: Any, count: int) -> None:
-        self._check_context()
+        self.check_context()
         assert (access._obj.location.type, access._obj.location.id, access._obj.flags, count) == (1, 1, 3, 1)
         self.mapped[address, nbytes][1] = True
-
-    def _check_context(self) -> None:
-        assert self.contexts == [CONTEXT], "a thread may be in no context, or in that of another device"
 
     def _check_properties(self, properties: Any) -> None:
         known = properties._obj

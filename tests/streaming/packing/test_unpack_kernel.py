@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from driver_library import DriverLibrary
 from weights_to_pack import WEIGHTS, bits, every_value, normal
 from weightstream.streaming.devices import cuda_kernels, nvrtc
 from weightstream.streaming.devices.cuda_driver import DriverError
@@ -33,7 +34,6 @@ HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 # Turing, Ampere, Ada, Hopper, and both kinds of Blackwell.
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
-CONTEXT = 0xC0
 INVALID_VALUE = 1
 
 Run = Callable[[torch.Tensor, torch.Tensor], None]
@@ -124,69 +124,37 @@ def test_without_a_compiler_that_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- how it is launched ------------------------------------------------------------------------------------------------
 
 
-class Library:
-    """The driver's library, strict about what it is given. Which device it is: the second of two.
+class Library(DriverLibrary):
+    """Knows of launches.
 
     Attributes:
         launches: of each launch the kernel, its blocks and threads, the stream, and its arguments.
     """
 
     def __init__(self) -> None:
-        self.fails: dict[str, int] = {}
-        self.contexts: list[int] = []
+        super().__init__(cuda_kernels.PROTOTYPES)
         self.loaded: list[bytes] = []
         self.functions: list[str] = []
         self.launches: list[tuple[str, int, int, int, tuple[int, int, bytes]]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in cuda_kernels.PROTOTYPES:
-            raise AttributeError(name)
-        function = getattr(type(self), "do_" + name)
-
-        def call(*arguments: Any) -> int:
-            assert len(arguments) == len(cuda_kernels.PROTOTYPES[name])
-            return self.fails.get(name) or function(self, *arguments) or 0
-
-        return call
-
-    def do_cuInit(self, flags: int) -> None:
-        assert flags == 0
-
-    def do_cuGetErrorName(self, code: int, text: Any) -> None:
-        text._obj.value = b"CUDA_ERROR_OF_SOME_KIND"
-
-    def do_cuDeviceGet(self, device: Any, ordinal: int) -> None:
-        assert ordinal == 1
-        device._obj.value = 1
-
-    def do_cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> None:
-        assert device.value == 1
-        context._obj.value = CONTEXT
-
-    def do_cuCtxPushCurrent_v2(self, context: Any) -> None:
-        self.contexts.append(context.value)
-
-    def do_cuCtxPopCurrent_v2(self, context: Any) -> None:
-        context._obj.value = self.contexts.pop()
-
     def do_cuModuleLoadData(self, module: Any, code: bytes) -> None:
-        assert self.contexts == [CONTEXT]
+        self.check_context()
         self.loaded.append(code)
         module._obj.value = len(self.loaded)
 
-    def do_cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> None:
-        assert module.value == 1
+    def do_cuModuleGetFunction(self, function: Any, module: int, name: bytes) -> None:
+        assert module == 1
         self.functions.append(name.decode())
         function._obj.value = len(self.functions)
 
-    def do_cuLaunchKernel(self, function: Any, *rest: Any) -> None:
-        assert self.contexts == [CONTEXT], "a thread may be in no context, or in that of another device"
+    def do_cuLaunchKernel(self, function: int, *rest: Any) -> None:
+        self.check_context()
         x, y, z, threads, *others, shared, stream, arguments, extra = rest
         assert (y, z, others, shared, extra) == (1, 1, [1, 1], 0, None)
         packed, out, form = arguments
         addresses = [ctypes.cast(one, ctypes.POINTER(ctypes.c_ulonglong))[0] for one in (packed, out)]
         given = (*addresses, ctypes.string_at(form, ctypes.sizeof(KernelFormat)))
-        self.launches.append((self.functions[function.value - 1], x, threads, stream, given))
+        self.launches.append((self.functions[function - 1], x, threads, stream, given))
 
 
 @pytest.fixture
