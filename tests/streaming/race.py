@@ -120,7 +120,7 @@ SMALL = torch.ones(4)
 class NumberedPart(nn.Module):
     """A unit whose weight is its number, as often as ``like`` has values: a wrong weight is seen at once."""
 
-    def __init__(self, number: int, backend: RaceBackend, like: torch.Tensor) -> None:
+    def __init__(self, number: int, backend: RaceBackend, like: torch.Tensor = SMALL) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full_like(like, float(number)), requires_grad=False)
         self.number = number
@@ -137,7 +137,7 @@ class NumberedPart(nn.Module):
 class NumberedBlock(nn.Module):
     """A block of three units, and one that it reads without running it where ``reads_directly``."""
 
-    def __init__(self, number: int, backend: RaceBackend, reads_directly: bool, like: torch.Tensor) -> None:
+    def __init__(self, number: int, backend: RaceBackend, reads_directly: bool, like: torch.Tensor = SMALL) -> None:
         super().__init__()
         # No list: a block that is nothing but a list of layers would be taken apart.
         self.part0, self.part1, self.part2 = (NumberedPart(10 * number + part, backend, like) for part in range(3))
