@@ -102,22 +102,20 @@ class WeightCopies:
         Returns the units that have none.
         """
         missing = [unit for unit in sorted(plan.packed) if not self._copies[unit].is_packed_with(patches)]
-        for unit in missing:
-            self._free(self._copies[unit].drop_packed())
+        for unit in plan.packed.difference(missing):
+            self._free(self._copies[unit].drop_master())
         if not missing:
-            self._drop_masters_of(plan.packed)
             return Refused(set(), set())
-        self._supply.make_room(sum(plan.outline.bytes_in_slot(unit) for unit in missing), owner)
+        self._supply.make_room(self._needed_to_pack(missing, plan), owner)
         self.arrive_all()  # The reader goes through its transfers in order.
         wanted = {unit: Wanted(self._copies[unit], plan.outline.bytes_in_slot(unit)) for unit in missing}
-        room = plan.staging_bytes + plan.unpacking_bytes
-        refused = pack_units(self.backend, self._supply, wanted, patches, room)
-        self._drop_masters_of(plan.packed - refused.large - refused.without_room)
-        return refused
+        return pack_units(self.backend, self._supply, wanted, patches, plan.staging_bytes + plan.unpacking_bytes)
 
-    def _drop_masters_of(self, units: Iterable[int]) -> None:
-        for unit in units:
-            self._free(self._copies[unit].drop_master())
+    def _needed_to_pack(self, units: Collection[int], plan: Plan) -> int:
+        """Bytes of host memory to take for packed copies, beside those that their units give back one by one."""
+        sizes = [plan.outline.bytes_in_slot(unit) for unit in units if self._copies[unit].packed is None]
+        given_back = sum(self._copies[unit].master_bytes for unit in units)
+        return max(0, sum(sizes) - given_back) + sum(sorted(sizes)[-2:])
 
     def adopt(self) -> None:
         """Take the master copies that a builder has finished."""

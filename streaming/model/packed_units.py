@@ -57,6 +57,15 @@ class PackedUnit(NamedTuple):
             if part.packed
         ]
 
+    def unpack(self, unpacker: Unpacker, packed: torch.Tensor, unpacked: torch.Tensor) -> None:
+        """Queue on the current stream what makes the unit itself of a packed one."""
+        for part in self.parts:
+            if not part.packed:
+                begin, end = part.spec.offset, part.spec.offset + part.spec.nbytes
+                unpacked[begin:end].copy_(packed[part.offset : part.offset + part.nbytes])
+        for unpack in self.unpacking(unpacker, packed, unpacked):
+            unpack()
+
 
 def planned_bytes(layout: Layout) -> int:
     """Return the most bytes that a unit takes when it is packed; those of the layout where it is not worth it."""

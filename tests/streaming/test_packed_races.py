@@ -50,17 +50,29 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
 
     def watched_pack(layout: Any, unit: torch.Tensor) -> Any:
         backend.read(unit)
+        backend.finish(backend.mark())  # How large it is is known when that is done.
         return pack_unit(layout, unit)
 
-    def watched_bring_down(packed: torch.Tensor, memory: Any) -> None:
-        backend.write(memory.memory)
-        bring_down(packed, memory)
+    def watched_bring_down(packed: torch.Tensor, target: torch.Tensor) -> None:
+        backend.write(target)
+        bring_down(packed, target)
 
     monkeypatch.setattr(codec, "FEWEST_VALUES", VALUES)
     monkeypatch.setattr(packing_file, "pack_unit", watched_pack)
     monkeypatch.setattr(packing_file, "_bring_down", watched_bring_down)
-    monkeypatch.setattr(lane_file, "unpacker_of", lambda device: WatchedUnpacker(backend))
+    for module in (lane_file, packing_file):
+        monkeypatch.setattr(module, "unpacker_of", lambda device: WatchedUnpacker(backend))
     return backend
+
+
+class Same:
+    """Patches that leave weights as they are."""
+
+    def signature(self, name: str) -> object:
+        return self
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        return original
 
 
 def packed_plan(streamer: Streamer, streamed: list[int], packed: list[int], slots: int) -> Plan:
@@ -85,8 +97,13 @@ def test_every_access_is_ordered(backend: RaceBackend, slots: int, copy_streams:
     before = backend.accesses
     for streamed in (list(range(9)), [0, 1, 2, 3, 5, 8], [4, 5, 6]):
         for packed in (streamed, streamed[::2], [unit for unit in streamed if unit in (3, 4, 5)]):
+            streamer.load(packed_plan(streamer, streamed, [], slots))
+            streamer.finish_building()
+            assert all(streamer.site.weight_copies.copies(unit).pinned for unit in streamed)
             streamer.load(packed_plan(streamer, streamed, packed, slots))
             assert streamer.plan.packed == set(packed)
+            assert model(everything) == everything
+            streamer.load(streamer.plan, Same())
             for order, parts in itertools.product((everything, everything[::-1], [0, 0, 2]), PARTS):
                 assert model(order, parts) == order
     assert backend.accesses - before > 3000
@@ -105,3 +122,21 @@ def test_without_a_wait_for_the_copy_the_unpacking_is_a_race(
     monkeypatch.setattr(backend, "wait", lambda event: lambda: 0.0)
     with pytest.raises(AssertionError, match="compute reads memory before the write into it is done"):
         model([0, 1, 2])
+
+
+def test_after_an_error_no_memory_is_freed_that_a_copy_writes_to(
+    backend: RaceBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = NumberedModel(3, backend, like=LIKE)
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(2, 2, adaptive=False, thrifty=False))
+    learn(streamer, lambda: model([0, 1, 2]))
+    plan = packed_plan(streamer, list(range(9)), list(range(9)), 2)
+
+    def fail(*args: object) -> None:
+        streamer.reader.flush()  # The next unit is on its way.
+        raise RuntimeError("no kernel could be launched")
+
+    monkeypatch.setattr(packing_file, "pack_unit", fail)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        streamer.load(plan)
+    assert backend.allocated == 0
