@@ -19,7 +19,9 @@ from typing import NamedTuple
 import torch
 
 from ..devices.backend import Backend
-from ..model.packed_units import pack_unit
+from ..model.layout import Layout
+from ..model.packed_units import PackedUnit, measure_unit
+from ..packing.packers import packer_of
 from ..packing.unpackers import unpacker_of
 from .arena import Arena, HostBuffer
 from .baking import bake_residents
@@ -101,6 +103,16 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], p
     for copies, packed in made:
         copies.packed = packed
     return refused
+
+
+def pack_unit(layout: Layout, unit: torch.Tensor) -> tuple[PackedUnit, torch.Tensor] | None:
+    """Return a unit packed, on its device; None where it takes more than is planned."""
+    measured = measure_unit(layout, unit, packer_of(unit.device))
+    if measured is None:
+        return None
+    packed = torch.empty(measured.packed_unit.nbytes, dtype=torch.uint8, device=unit.device)
+    measured.write(packed)
+    return measured.packed_unit, packed
 
 
 def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies) -> None:
