@@ -7,9 +7,9 @@ known only when it is packed.
  1. A place is filled again when the kernels that packed what lay there are over: the reader's copies wait for an event
     that was recorded behind them.
  2. Kernels wait for the reader's copies.
- 3. What was packed goes down behind the kernels, on their stream, and so do the kernels of the next unit behind that.
-    (torch gives the packed tensor's memory to others on that stream alone.) So once the host has waited for the next
-    unit, or for everything, it has arrived.
+ 3. All units are packed into the same memory. What lies there goes down behind the kernels, on their stream, and the
+    kernels of the next unit come behind that. So once the host has waited for the next unit, or for everything, it has
+    arrived.
  4. Then it replaces the unit's master copy, whose memory is given back at once: host memory is needed for all that
     streams and a few units more, not for all of it twice. What goes down may be written where the unit's packed copy
     with other patches was, which was read before, on the same stream.
@@ -25,7 +25,8 @@ import torch
 
 from ..devices.backend import Backend
 from ..devices.copies import ALIGNMENT
-from ..model.packed_units import pack_unit
+from ..model.packed_units import MeasuredUnit, measure_unit
+from ..packing.packers import packer_of
 from ..packing.unpackers import unpacker_of
 from .arena import Arena, HostBuffer
 from .baking import bake_residents
@@ -85,9 +86,11 @@ class _Work:
         self._backend = backend
         self._supply = supply
         self._patches = patches
+        self._packer = packer_of(backend.device)
         self._units = deque((number, *one) for number, one in wanted.items())
         self._to_ask = deque(one.copies for one in wanted.values())
         self._places: list[_Place] = []
+        self._packed: torch.Tensor | None = None
         self._coming: deque[tuple[_Place, Transfer]] = deque()
         self._going: tuple[UnitCopies, PackedCopy] | None = None
         self._unused: list[HostBuffer] = []
@@ -95,7 +98,9 @@ class _Work:
     def begin(self, room: int) -> None:
         """Allocate places, and ask for the first units."""
         largest = max(_Place.bytes_for(copies, self._patches) for copies in self._to_ask)
-        for _ in range(max(1, min(2, len(self._units), room // largest))):
+        most = max(most for *_, most in self._units)
+        self._packed = self._backend.allocate(most)
+        for _ in range(max(1, min(2, len(self._units), (room - most) // largest))):
             self._places.append(_Place(self._backend, largest))
         for place in self._places:
             self._ask(place)
@@ -109,21 +114,18 @@ class _Work:
         place, transfer = self._coming.popleft()
         self._backend.wait(self._supply.reader.wait(transfer, self._supply.tick))
         weights = place.patched(copies, self._patches, self._supply.tick)
-        found = pack_unit(copies.unit.layout, weights.buffer) if weights.fills_layout else None
-        self._arrived()  # To pack a unit is to wait for it, and what went down before it has arrived.
-        place.free = self._backend.mark()
-        self._ask(place)
-        if found is None or found[1].numel() > most:
+        found = measure_unit(copies.unit.layout, weights.buffer, self._packer) if weights.fills_layout else None
+        self._arrived()  # To measure a unit is to wait for it, and what went down before it has arrived.
+        if found is None or found.packed_unit.nbytes > most:
             self.refused.large.add(number)
-            return True
-        memory = memory or self._memory(copies, most)  # Master copies may have made room.
-        if memory is None:
+        elif (memory := memory or self._memory(copies, most)) is None:  # A master copy may have made room.
             self.refused.without_room.update([number, *(number for number, *_ in self._units)])
             return False
-        self._unused.remove(memory)
-        packed = PackedCopy(found[0], memory, weights.signatures)
-        self._going = copies, packed
-        _bring_down(found[1], packed.buffer)
+        else:
+            self._unused.remove(memory)
+            self._bring_down(found, copies, PackedCopy(found.packed_unit, memory, weights.signatures))
+        place.free = self._backend.mark()
+        self._ask(place)
         return True
 
     def end(self) -> None:
@@ -131,8 +133,9 @@ class _Work:
         self._supply.reader.abandon()  # What is on its way to a place is not needed any more.
         self._backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
         self._arrived()
-        for place in self._places:
-            self._backend.free(place.buffer)
+        for buffer in (self._packed, *(place.buffer for place in self._places)):
+            if buffer is not None:
+                self._backend.free(buffer)
         for memory in self._unused:
             self._supply.arena.release(memory)
 
@@ -153,6 +156,13 @@ class _Work:
             return memory
         memory.memory.fill_(0)  # Touched pages are page-locked several times faster.
         return memory if arena.lock(memory) else None
+
+    def _bring_down(self, found: MeasuredUnit, copies: UnitCopies, packed: PackedCopy) -> None:
+        """Queue packing, and behind it the copy to page-locked memory (Note: up, pack, down, 3)."""
+        assert self._packed is not None
+        self._going = copies, packed
+        found.write(self._packed)
+        _copy_down(self._packed[: packed.unit.nbytes], packed.buffer)
 
     def _arrived(self) -> None:
         """What was going down has arrived, and replaces the master copy (Note: up, pack, down, 4)."""
@@ -209,8 +219,7 @@ class _Place:
         return self.buffer[_aligned(copies.unit.nbytes) :][: self._packed.unit.nbytes]
 
 
-def _bring_down(packed: torch.Tensor, target: torch.Tensor) -> None:
-    """Queue the copy of what was packed to page-locked memory (Note: up, pack, down, 3)."""
+def _copy_down(packed: torch.Tensor, target: torch.Tensor) -> None:
     with torch.inference_mode(False):
         target.copy_(packed, non_blocking=True)
 

@@ -12,7 +12,7 @@ from models import learn
 from race import NumberedModel, RaceBackend
 from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.memory import packing as packing_file
-from weightstream.streaming.model.packed_units import planned_bytes
+from weightstream.streaming.model.packed_units import MeasuredUnit, planned_bytes
 from weightstream.streaming.packing import codec
 from weightstream.streaming.packing.codec import unpack
 from weightstream.streaming.planning.packing import Packing, packed_outline
@@ -42,24 +42,39 @@ class WatchedUnpacker:
         return run
 
 
+class WatchedUnit:
+    """Is packed on the compute stream."""
+
+    def __init__(self, backend: RaceBackend, found: MeasuredUnit, unit: torch.Tensor) -> None:
+        self.packed_unit = found.packed_unit
+        self._backend, self._found, self._unit = backend, found, unit
+
+    def write(self, target: torch.Tensor) -> None:
+        self._backend.read(self._unit)
+        self._backend.write(target[: self.packed_unit.nbytes])
+        self._found.write(target)
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
     """Knows of what is packed and unpacked on it too."""
     backend = RaceBackend()
-    pack_unit, bring_down = packing_file.pack_unit, packing_file._bring_down
+    measure_unit, copy_down = packing_file.measure_unit, packing_file._copy_down
 
-    def watched_pack(layout: Any, unit: torch.Tensor) -> Any:
+    def watched_measure(layout: Any, unit: torch.Tensor, packer: Any) -> Any:
         backend.read(unit)
         backend.finish(backend.mark())  # How large it is is known when that is done.
-        return pack_unit(layout, unit)
+        found = measure_unit(layout, unit, packer)
+        return None if found is None else WatchedUnit(backend, found, unit)
 
-    def watched_bring_down(packed: torch.Tensor, target: torch.Tensor) -> None:
+    def watched_copy(packed: torch.Tensor, target: torch.Tensor) -> None:
+        backend.read(packed)
         backend.write(target)
-        bring_down(packed, target)
+        copy_down(packed, target)
 
     monkeypatch.setattr(codec, "FEWEST_VALUES", VALUES)
-    monkeypatch.setattr(packing_file, "pack_unit", watched_pack)
-    monkeypatch.setattr(packing_file, "_bring_down", watched_bring_down)
+    monkeypatch.setattr(packing_file, "measure_unit", watched_measure)
+    monkeypatch.setattr(packing_file, "_copy_down", watched_copy)
     for module in (lane_file, packing_file):
         monkeypatch.setattr(module, "unpacker_of", lambda device: WatchedUnpacker(backend))
     return backend
@@ -136,7 +151,7 @@ def test_after_an_error_no_memory_is_freed_that_a_copy_writes_to(
         streamer.reader.flush()  # The next unit is on its way.
         raise RuntimeError("no kernel could be launched")
 
-    monkeypatch.setattr(packing_file, "pack_unit", fail)
+    monkeypatch.setattr(packing_file, "measure_unit", fail)
     with pytest.raises(RuntimeError, match="no kernel"):
         streamer.load(plan)
     assert backend.allocated == 0

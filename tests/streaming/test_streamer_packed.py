@@ -461,13 +461,13 @@ def test_writes_of_a_block_to_its_unpacked_weights_are_an_error() -> None:
 def packed_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many units were packed, by call."""
     found: list[int] = []
-    own = packing_file.pack_unit
+    own = packing_file.measure_unit
 
     def count(*args: object) -> object:
         found.append(1)
         return own(*args)
 
-    monkeypatch.setattr(packing_file, "pack_unit", count)
+    monkeypatch.setattr(packing_file, "measure_unit", count)
     return found
 
 
@@ -555,15 +555,15 @@ def test_unpacking_is_not_measured_as_compute(monkeypatch: pytest.MonkeyPatch) -
 
 
 def fails(calls: Callable[[int], bool]) -> Callable[..., object]:
-    own, count = packing_file.pack_unit, [0]
+    own, count = packing_file.measure_unit, [0]
 
-    def pack_unit(*args: object) -> object:
+    def measure_unit(*args: object) -> object:
         count[0] += 1
         if calls(count[0]):
             raise RuntimeError("the device has failed")
         return own(*args)
 
-    return pack_unit
+    return measure_unit
 
 
 def test_an_error_while_weights_are_packed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,7 +573,7 @@ def test_an_error_while_weights_are_packed_leaves_nothing_behind(monkeypatch: py
     streamer.load(streamer.plan_for(BUDGET))
     step(streamer, model)
     step(streamer, model)
-    monkeypatch.setattr(packing_file, "pack_unit", fails(lambda call: call == 3))
+    monkeypatch.setattr(packing_file, "measure_unit", fails(lambda call: call == 3))
     with pytest.raises(RuntimeError, match="the device has failed"):
         step(streamer, model)
     assert streamer.state is State.UNLOADED
