@@ -114,9 +114,11 @@ class _Work:
         place, transfer = self._coming.popleft()
         self._backend.wait(self._supply.reader.wait(transfer, self._supply.tick))
         weights = place.patched(copies, self._patches, self._supply.tick)
-        found = measure_unit(copies.unit.layout, weights.buffer, self._packer) if weights.fills_layout else None
+        found = None
+        if weights.fills_layout:
+            found = measure_unit(copies.unit.layout, weights.buffer, self._packer, most)
         self._arrived()  # To measure a unit is to wait for it, and what went down before it has arrived.
-        if found is None or found.packed_unit.nbytes > most:
+        if found is None:
             self.refused.large.add(number)
         elif (memory := memory or self._memory(copies, most)) is None:  # A master copy may have made room.
             self.refused.without_room.update([number, *(number for number, *_ in self._units)])

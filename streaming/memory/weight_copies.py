@@ -15,6 +15,7 @@ from .arena import HostBuffer, PinOwner
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
 from .packing import Refused, Wanted, pack_units, unpack_to_master
+from .sampling import planned_bytes_of
 from .supply import Supply
 from .transfer import Load
 from .unit_copies import UnitCopies
@@ -95,6 +96,10 @@ class WeightCopies:
         """Units that ``plan`` packs and that must stream as they are, as other code has written to their copies."""
         used = {unit: self._copies[unit] for unit in plan.packed if self._copies[unit].bound_weights is not None}
         return {unit for unit, copies in used.items() if any(find_changes(copies))}
+
+    def packed_sizes(self) -> tuple[int, ...]:
+        """Return of each unit the most bytes that it takes when it is packed; its own where it is not to be packed."""
+        return tuple(map(planned_bytes_of, self._copies))
 
     def pack(self, plan: Plan, patches: Patches, owner: PinOwner) -> Refused:
         """Make the packed copies that ``plan`` streams from; nothing is under way, and there is no ring on the device.

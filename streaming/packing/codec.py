@@ -129,6 +129,14 @@ def packed_bytes(form: Format, escaped: int) -> int | None:
     return nbytes if nbytes <= 2 * form.values * (1 - WORTHWHILE) else None
 
 
+def expected_bytes(values: int, sample: torch.Tensor) -> float:
+    """Return how many bytes ``values`` values take packed, if they are like ``sample``: one dimension, on the host."""
+    form = format_of(values, sample.dtype)
+    counts = torch.bincount(_exponents(sample.view(torch.int16), form), minlength=TABLE + 1)
+    escaped = 1 - int(counts.topk(TABLE).values.sum()) / sample.numel()
+    return form.escapes + values * escaped
+
+
 def pack_into(tensor: torch.Tensor, table: torch.Tensor, packed: torch.Tensor) -> None:
     """Fill ``packed``, which has as many bytes as this takes, with ``tensor``; what means nothing is zero."""
     form = format_of(tensor.numel(), tensor.dtype)

@@ -10,15 +10,17 @@ import torch
 
 from ..devices.backend import Backend
 from ..devices.cuda_kernels import pointer
-from .codec import format_of, pack, unpack
+from .codec import format_of, unpack
 from .kernels import FOLDER, WARP, WARPS, OnePerDevice, blocks_of, kernel_format, load_kernels
+from .packers import packer_of
 
 SOURCE = FOLDER / "unpack.cu"
 KERNELS = {torch.bfloat16: "unpack_bfloat16", torch.float16: "unpack_float16"}
-# Values whose decoding is timed: as many as a large layer has, or a few where the device is the host's processor.
-TIMED_VALUES = 1 << 24
+# Values whose decoding is timed, in each of some tensors in turn: so many that launching takes less time than decoding,
+# and together more than a GPU's cache holds; or a few where the device is the host's processor.
+TIMED_VALUES, TIMED_TENSORS = 1 << 24, 3
 TIMED_VALUES_IN_RAM = 1 << 15
-TIMED_RUNS = 4
+TIMED_ROUNDS = 3
 
 
 class Unpacker(Protocol):
@@ -77,20 +79,27 @@ def unpacker_of(device: torch.device) -> Unpacker:
     return _UNPACKERS.of(device)
 
 
-def unpacked_bytes_per_second(backend: Backend, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Measure how fast weights of ``dtype`` are decoded on a device that is idle: bytes of weights a second."""
+def unpacked_bytes_per_second(backend: Backend, dtype: torch.dtype) -> float:
+    """Measure how fast weights of ``dtype`` are decoded on a device that is idle: bytes of weights a second.
+
+    It takes 105 MB on the device for a moment.
+    """
     device = backend.device
     count = TIMED_VALUES_IN_RAM if backend.is_virtual else TIMED_VALUES
-    weights = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
-    packed = pack(weights)
-    assert packed is not None
-    run = unpacker_of(device).prepare(packed, weights)
-    run()
+    weights = torch.randn(count, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+    (sized,) = packer_of(device).sizes([weights])
+    assert sized.nbytes is not None
+    packed = [torch.empty(sized.nbytes, dtype=torch.uint8, device=device) for _ in range(TIMED_TENSORS)]
+    for one in packed:
+        sized.write(one)
+    runs = [unpacker_of(device).prepare(one, weights) for one in packed]
+    for run in runs:
+        run()
     begin = backend.moment()
-    for _ in range(TIMED_RUNS):
+    for run in runs * TIMED_ROUNDS:
         run()
     end = backend.moment()
     backend.synchronize()
     seconds = backend.seconds(begin, end)
     assert seconds is not None
-    return TIMED_RUNS * weights.nbytes / max(seconds, 1e-9)
+    return TIMED_ROUNDS * TIMED_TENSORS * weights.nbytes / max(seconds, 1e-9)

@@ -12,7 +12,7 @@ from models import learn
 from race import NumberedModel, RaceBackend
 from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.memory import packing as packing_file
-from weightstream.streaming.model.packed_units import MeasuredUnit, planned_bytes
+from weightstream.streaming.model.packed_units import MeasuredUnit
 from weightstream.streaming.packing import codec
 from weightstream.streaming.packing.codec import unpack
 from weightstream.streaming.planning.packing import Packing, packed_outline
@@ -61,10 +61,10 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
     backend = RaceBackend()
     measure_unit, copy_down = packing_file.measure_unit, packing_file._copy_down
 
-    def watched_measure(layout: Any, unit: torch.Tensor, packer: Any) -> Any:
+    def watched_measure(layout: Any, unit: torch.Tensor, *rest: Any) -> Any:
         backend.read(unit)
         backend.finish(backend.mark())  # How large it is is known when that is done.
-        found = measure_unit(layout, unit, packer)
+        found = measure_unit(layout, unit, *rest)
         return None if found is None else WatchedUnit(backend, found, unit)
 
     def watched_copy(packed: torch.Tensor, target: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class Same:
 
 def packed_plan(streamer: Streamer, streamed: list[int], packed: list[int], slots: int) -> Plan:
     """A plan that streams exactly these units, some of them packed."""
-    sizes = tuple(planned_bytes(unit.layout) for unit in streamer.blocks.units)
+    sizes = streamer.site.weight_copies.packed_sizes()
     outline = packed_outline(streamer.outline, Packing(sizes, 1e12), packed)
     segments = cut(outline, frozenset(streamed), streamer.profile, streamer.config.segment_bytes)
     return Plan.streaming(outline, segments, slots * max(segment.nbytes for segment in segments))

@@ -89,7 +89,7 @@ def test_what_is_packed_takes_less_on_the_bus_and_in_ram() -> None:
     streamer = make(model, backend)
     plan = learned(streamer, model)
     assert len(plan.packed) == 4 * PACKED_IN_BLOCK
-    assert 0.72 < plan.streamed_bytes / plan.streamed_weight_bytes < 0.74
+    assert 0.70 < plan.streamed_bytes / plan.streamed_weight_bytes < 0.72
     assert sum(backend.registered.values()) <= plan.streamed_bytes
     snapshot = streamer.snapshot()
     assert snapshot.streamed_block_bytes == plan.streamed_bytes
@@ -379,7 +379,7 @@ def test_where_no_memory_may_be_page_locked_nothing_is_packed_in_any_prompt(pack
 def test_a_device_that_cannot_unpack_streams_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def fail(backend: object) -> float:
+    def fail(*args: object) -> float:
         asked.append(1)
         raise RuntimeError("cuLaunchKernel failed")
 
@@ -518,7 +518,7 @@ def test_by_itself_it_packs_only_what_makes_steps_faster(
     monkeypatch: pytest.MonkeyPatch, speed: float, packs: bool
 ) -> None:
     model = make_model()
-    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda backend: speed)
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: speed)
     streamer = make(model, packing=PackingMode.AUTO)
     learned(streamer, model)
     planner = streamer.planner

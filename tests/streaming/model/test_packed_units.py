@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import nn
-from weights_to_pack import bits, every_value, normal
-from weightstream.streaming.model.layout import Layout, NamedTensor, Place, make_layout
-from weightstream.streaming.model.packed_units import measure_unit, planned_bytes
+from weights_to_pack import every_value, normal
+from weightstream.streaming.model.layout import Layout, NamedTensor, Place, TensorSpec, make_layout
+from weightstream.streaming.model.packed_units import measure_unit, packed_dtype, planned_bytes
 from weightstream.streaming.packing.codec import FEWEST_VALUES
 from weightstream.streaming.packing.packers import Sized, TorchPacker
 from weightstream.streaming.packing.unpackers import TorchUnpacker
@@ -56,7 +56,7 @@ def test_a_unit_is_measured_at_once_and_comes_back() -> None:
     ]
     layout = layout_of(*weights, torch.rand(5), *(normal(8 * COUNT, torch.bfloat16, seed) for seed in (1, 2)))
     unit, packer = filled(layout), CountingPacker()
-    measured = measure_unit(layout, unit, packer)
+    measured = measure_unit(layout, unit, packer, layout.nbytes)
     assert packer.asked == [5]
     found = measured.packed_unit
     assert [part.packed for part in found.parts] == [True, True, False, False, True, True]
@@ -74,17 +74,44 @@ def test_a_unit_is_measured_at_once_and_comes_back() -> None:
 
 
 def test_what_takes_more_than_planned_stays_as_it_is() -> None:
-    wide = torch.where(torch.arange(COUNT) % 5 == 0, torch.logspace(-30, 30, COUNT), normal(COUNT, torch.float32))
-    layout = layout_of(wide.to(torch.bfloat16))
-    (sized,) = TorchPacker("").sizes([bits(layout.specs[0].original).view(torch.bfloat16)])
-    assert planned_bytes(layout) < sized.nbytes < layout.nbytes
-    assert measure_unit(layout, filled(layout), TorchPacker("")) is None
+    layout = layout_of(normal(COUNT, torch.bfloat16))
+    measured = measure_unit(layout, filled(layout), TorchPacker(""), layout.nbytes)
+    most = measured.packed_unit.nbytes
+    assert measure_unit(layout, filled(layout), TorchPacker(""), most) is not None
+    assert measure_unit(layout, filled(layout), TorchPacker(""), most - 1) is None
+
+
+def whole(spec: TensorSpec) -> torch.Tensor:
+    return spec.original.flatten()
+
+
+def test_a_unit_is_planned_with_a_little_more_than_it_takes() -> None:
+    """Tensors of both dtypes, a small one, one of another dtype and one that does not shrink."""
+    layout = layout_of(
+        normal(COUNT, torch.bfloat16), normal(2 * COUNT, torch.float16), torch.rand(5), every_value(torch.bfloat16)
+    )
+    measured = measure_unit(layout, filled(layout), TorchPacker(""), layout.nbytes)
+    planned = planned_bytes(layout, whole)
+    assert measured.packed_unit.nbytes < planned < 1.01 * measured.packed_unit.nbytes
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.rand(COUNT), normal(FEWEST_VALUES - 8, torch.bfloat16)], ids=["float32", "small"]
+    "tensors",
+    [
+        [torch.rand(COUNT)],
+        [normal(FEWEST_VALUES - 8, torch.bfloat16)],
+        [every_value(torch.bfloat16)],
+        [normal(COUNT, torch.bfloat16), torch.rand(4 * COUNT)],
+    ],
+    ids=["float32", "small", "does not shrink", "a small part shrinks"],
 )
-def test_where_nothing_can_be_packed_nobody_measures(tensor: torch.Tensor) -> None:
-    layout, packer = layout_of(tensor), CountingPacker()
-    assert measure_unit(layout, filled(layout), packer) is None
-    assert packer.asked == []
+def test_what_is_not_worth_it_is_planned_as_it_is(tensors: list[torch.Tensor]) -> None:
+    layout = layout_of(*tensors)
+    assert planned_bytes(layout, whole) == layout.nbytes
+
+
+def test_the_dtype_of_most_weights() -> None:
+    half, brain = layout_of(normal(2 * COUNT, torch.float16)), layout_of(normal(COUNT, torch.bfloat16))
+    assert packed_dtype([half, brain]) is torch.float16
+    assert packed_dtype([half, brain, brain, brain]) is torch.bfloat16
+    assert packed_dtype([layout_of(torch.rand(COUNT))]) is None
