@@ -14,15 +14,17 @@ known only when it is packed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..devices.backend import Backend
 from ..model.packed_units import pack_unit
-from ..packing.unpackers import unpacker_of
+from ..packing.unpackers import Unpacker, unpacker_of
 from .arena import Arena, HostBuffer
 from .baking import bake_residents
+from .checks import Checks, Unpacked
 from .supply import Supply
 from .transfer import Load, Move, Tick, Transfer
 from .unit_copies import PackedCopy, UnitCopies
@@ -48,12 +50,15 @@ class Refused(NamedTuple):
     without_room: set[int]
 
 
-def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, room: int) -> Refused:
+def pack_units(
+    backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, room: int, checks: Checks
+) -> Refused:
     """Give each of ``wanted`` its packed copy, with ``patches``; nothing is under way.
 
     Args:
         wanted: by number.
         room: bytes on the device to pack them in; enough for the largest unit.
+        checks: is asked to check what has arrived there.
     """
     units = [(number, *one) for number, one in wanted.items()]
     largest = max(copies.unit.nbytes for _, copies, _ in units)
@@ -79,7 +84,8 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], p
             ask(turn + len(places) - 1)
             backend.wait(supply.reader.wait(coming.pop(turn), supply.tick))
             place = turn % len(places)
-            weights = _patched(copies, places[place][: copies.unit.nbytes], patches, supply.tick)
+            weights = _patched(copies, places[place][: copies.unit.nbytes], patches, supply.tick, checks)
+            sums = checks.sums_of(weights)
             found = pack_unit(copies.unit.layout, weights.buffer) if weights.fills_layout else None
             free[place] = backend.mark()
             if found is None or found[1].numel() > most:
@@ -88,7 +94,7 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], p
             if (memory := _memory(supply.arena, found[1].numel())) is None:
                 refused.without_room.update(number for number, *_ in units[turn:])
                 break
-            made.append((copies, PackedCopy(found[0], memory, weights.signatures)))
+            made.append((copies, PackedCopy(found[0], memory, weights.signatures, sums)))
             _bring_down(found[1], memory)
         completed = True
     finally:
@@ -103,7 +109,7 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], p
     return refused
 
 
-def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies) -> None:
+def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks: Checks) -> None:
     """Make the master copy of a unit from its packed copy, patches included, by way of the device.
 
     Nothing is under way, and modules are left as they are.
@@ -111,14 +117,10 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies) -> None
     packed = copies.packed
     assert packed is not None
     source, place = backend.allocate(packed.unit.nbytes), backend.allocate(copies.unit.nbytes)
+    unpack = partial(_unpack, packed, unpacker_of(backend.device), source, place)
     try:
-        source.copy_(packed.buffer)
-        for part in packed.unit.parts:
-            if not part.packed:
-                begin, end = part.spec.offset, part.spec.offset + part.spec.nbytes
-                place[begin:end].copy_(source[part.offset : part.offset + part.nbytes])
-        for unpack in packed.unit.unpacking(unpacker_of(backend.device), source, place):
-            unpack()
+        unpack()
+        checks.check_unpacked("to be written to", [Unpacked(copies, copies.unit.layout.bytes_in(place))], unpack)
         copies.resident = Weights(copies.unit, place)
         copies.resident.sign(packed.signatures)
         copies.move_to_master(arena)
@@ -127,6 +129,17 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies) -> None
         backend.synchronize()  # Race: copies and kernels may still use both.
         backend.free(source)
         backend.free(place)
+
+
+def _unpack(packed: PackedCopy, unpacker: Unpacker, source: torch.Tensor, place: torch.Tensor) -> None:
+    """Bring a packed copy to ``source`` on the device, and make the unit of it in ``place``."""
+    source.copy_(packed.buffer)
+    for part in packed.unit.parts:
+        if not part.packed:
+            begin, end = part.spec.offset, part.spec.offset + part.spec.nbytes
+            place[begin:end].copy_(part.bytes_in(source))
+    for unpack in packed.unit.unpacking(unpacker, source, place):
+        unpack()
 
 
 def _has_master(copies: UnitCopies, patches: Patches) -> bool:
@@ -141,10 +154,12 @@ def _part(copies: UnitCopies, target: torch.Tensor, patches: Patches) -> Load | 
     return Load(copies.unit.layout, target)
 
 
-def _patched(copies: UnitCopies, place: torch.Tensor, patches: Patches, tick: Tick) -> Weights:
+def _patched(copies: UnitCopies, place: torch.Tensor, patches: Patches, tick: Tick, checks: Checks) -> Weights:
     """The unit's weights, which have come to ``place``, with these patches."""
     weights = Weights(copies.unit, place)
-    if _has_master(copies, patches):
+    has_master = _has_master(copies, patches)
+    checks.check_loaded(weights, copies.master if has_master else None)
+    if has_master:
         weights.sign(copies.master.signatures)
     else:
         bake_residents([weights], patches, tick)

@@ -38,11 +38,15 @@ class PackedCopy(NamedTuple):
         unit: where its tensors lie.
         memory: which it fills.
         signatures: of the patches in it, by the names of values.
+        sums: of the weights before they were packed; None where nobody checks what comes out (checks.py).
+        spoiled: whether something else came out.
     """
 
     unit: PackedUnit
     memory: HostBuffer
     signatures: dict[str, object]
+    sums: torch.Tensor | None = None
+    spoiled: bool = False
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -180,11 +184,16 @@ class UnitCopies:
         self._master = built or self._master
 
     def is_packed_with(self, patches: Patches) -> bool:
-        """Whether there is a packed copy with these patches and no others."""
-        if self.packed is None:
+        """Whether there is a packed copy with these patches and no others, and nothing is known to be wrong with it."""
+        if self.packed is None or self.packed.spoiled:
             return False
         found = self.packed.signatures
         return all(patches.signature(value.name) == found.get(value.name) for value in self.unit.layout.values)
+
+    def spoil_packed(self) -> None:
+        """What was packed does not come out: the next load makes the packed copy anew."""
+        assert self.packed is not None
+        self.packed = self.packed._replace(spoiled=True)
 
     def drop_packed(self) -> HostBuffer | None:
         """Drop the packed copy, and return its memory."""

@@ -33,6 +33,10 @@ class PackedPart(NamedTuple):
     nbytes: int
     packed: bool
 
+    def bytes_in(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return its memory in ``buffer``, where the packed unit lies."""
+        return buffer[self.offset : self.offset + self.nbytes]
+
 
 class PackedUnit(NamedTuple):
     """Where the tensors of a packed unit lie, in the order of its layout, and its bytes."""
@@ -49,12 +53,17 @@ class PackedUnit(NamedTuple):
         """
         return [part.spec.view(unpacked) if part.packed else part.spec.view(packed, part.offset) for part in self.parts]
 
+    def bytes_in(self, packed: torch.Tensor, unpacked: torch.Tensor) -> list[torch.Tensor]:
+        """Return the memory of what :meth:`views` returns."""
+        return [
+            unpacked[part.spec.offset : part.spec.offset + part.spec.nbytes] if part.packed else part.bytes_in(packed)
+            for part in self.parts
+        ]
+
     def unpacking(self, unpacker: Unpacker, packed: torch.Tensor, unpacked: torch.Tensor) -> list[Callable[[], None]]:
         """Return functions that queue the unpacking from ``packed`` to ``unpacked`` on the current stream."""
         return [
-            unpacker.prepare(packed[part.offset : part.offset + part.nbytes], _flat(part.spec, unpacked))
-            for part in self.parts
-            if part.packed
+            unpacker.prepare(part.bytes_in(packed), _flat(part.spec, unpacked)) for part in self.parts if part.packed
         ]
 
 

@@ -12,7 +12,7 @@ from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, cut_m
 from weightstream.streaming.devices.copies import Event, Pair
 from weightstream.streaming.model.layout import NamedTensor, make_layout
 from weightstream.streaming.model.sums import MOST_WORDS, Summing
-from weightstream.streaming.run.verify import BATCH_BYTES, PIECE_WORDS, checksums
+from weightstream.streaming.run.checksums import BATCH_BYTES, PIECE_WORDS, checksums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
