@@ -4,7 +4,8 @@
 What is packed is unpacked when its segment begins, by kernels on the compute stream, behind the wait for ``ready``
 (lane.py), into memory that all packed segments use in turn. They queue their kernels on that stream one after another,
 so unpacking the next comes behind all that reads this one: no event is needed. By rule 1 of *Note: two events guard a
-slot* the slot is written again behind both.
+slot* the slot is written again behind both. ``ready`` stands for the whole copy, whichever links have brought its parts
+(feeder.py).
 A segment that begins while another packed one runs still gets memory of its own for that time.
 """
 
