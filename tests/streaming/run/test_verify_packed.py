@@ -94,6 +94,15 @@ def test_what_is_not_damaged_streams_as_ever() -> None:
     assert seen[0] == seen[1]
 
 
+def test_what_is_packed_from_a_patched_master_copy_is_compared_with_that() -> None:
+    made = Made(("blocks.0.qkv.weight", "blocks.2.out.weight"))
+    made.load()
+    for _ in range(3):
+        made.step()
+    made.check()
+    made.close()
+
+
 def test_without_it_nothing_is_summed_and_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def unexpected(memory: torch.Tensor) -> torch.Tensor:
         raise AssertionError("something was summed")
