@@ -11,11 +11,11 @@ from .unit_copies import UnitCopies
 from .weights import Weights
 
 
-class Unpacked(NamedTuple):
-    """A unit that was unpacked on the device.
+class OnDevice(NamedTuple):
+    """A unit on the device, packed or unpacked from its packed copy.
 
     Attributes:
-        copies: its packed copy is what it was unpacked from.
+        copies: of the unit.
         memory: of its tensors, uint8 each, in the order of its layout.
     """
 
@@ -38,9 +38,11 @@ class Checks(Protocol):
     def check_loaded(self, weights: Weights, master: Weights | None) -> None:
         """Weights that will be packed have arrived on the device, from ``master`` or as they were loaded."""
 
-    def sums_of(self, weights: Weights) -> torch.Tensor | None:
-        """Return what :meth:`check_unpacked` needs of weights that will be packed, patches included; None for nothing.
-        They are on the device, and whoever overwrites them waits for what is queued here."""
+    def sums_of(self, memory: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Return what a packed copy keeps of tensors on the device; None for nothing. The host waits for them."""
 
-    def check_unpacked(self, what: str, units: Sequence[Unpacked], again: Callable[[], None]) -> None:
-        """Units were unpacked; ``again`` does that once more, from what was copied to the device."""
+    def check_packed(self, what: str, units: Sequence[OnDevice]) -> None:
+        """Packed copies of units of one block have arrived, and will be unpacked."""
+
+    def check_unpacked(self, what: str, units: Sequence[OnDevice], again: Callable[[], None]) -> None:
+        """Units of one block were unpacked; ``again`` does that once more, from what has arrived."""

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 
 from ..devices.backend import Backend
-from ..model.packed_units import pack_unit
+from ..model.packed_units import PackedUnit, pack_unit
 from ..packing.unpackers import Unpacker, unpacker_of
 from .arena import Arena, HostBuffer
 from .baking import bake_residents
-from .checks import Checks, Unpacked
+from .checks import Checks, OnDevice
 from .supply import Supply
 from .transfer import Load, Move, Tick, Transfer
 from .unit_copies import PackedCopy, UnitCopies
@@ -85,7 +85,7 @@ def pack_units(
             backend.wait(supply.reader.wait(coming.pop(turn), supply.tick))
             place = turn % len(places)
             weights = _patched(copies, places[place][: copies.unit.nbytes], patches, supply.tick, checks)
-            sums = checks.sums_of(weights)
+            sums = checks.sums_of(copies.unit.layout.bytes_in(weights.buffer))
             found = pack_unit(copies.unit.layout, weights.buffer) if weights.fills_layout else None
             free[place] = backend.mark()
             if found is None or found[1].numel() > most:
@@ -94,7 +94,8 @@ def pack_units(
             if (memory := _memory(supply.arena, found[1].numel())) is None:
                 refused.without_room.update(number for number, *_ in units[turn:])
                 break
-            made.append((copies, PackedCopy(found[0], memory, weights.signatures, sums)))
+            packed_sums = checks.sums_of(found[0].parts_in(found[1]))
+            made.append((copies, PackedCopy(found[0], memory, weights.signatures, sums, packed_sums)))
             _bring_down(found[1], memory)
         completed = True
     finally:
@@ -117,10 +118,12 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks:
     packed = copies.packed
     assert packed is not None
     source, place = backend.allocate(packed.unit.nbytes), backend.allocate(copies.unit.nbytes)
-    unpack = partial(_unpack, packed, unpacker_of(backend.device), source, place)
+    unpack = partial(_unpack, packed.unit, unpacker_of(backend.device), source, place)
     try:
+        source.copy_(packed.buffer)
+        checks.check_packed("to be written to", [OnDevice(copies, packed.unit.parts_in(source))])
         unpack()
-        checks.check_unpacked("to be written to", [Unpacked(copies, copies.unit.layout.bytes_in(place))], unpack)
+        checks.check_unpacked("to be written to", [OnDevice(copies, copies.unit.layout.bytes_in(place))], unpack)
         copies.resident = Weights(copies.unit, place)
         copies.resident.sign(packed.signatures)
         copies.move_to_master(arena)
@@ -131,14 +134,13 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks:
         backend.free(place)
 
 
-def _unpack(packed: PackedCopy, unpacker: Unpacker, source: torch.Tensor, place: torch.Tensor) -> None:
-    """Bring a packed copy to ``source`` on the device, and make the unit of it in ``place``."""
-    source.copy_(packed.buffer)
-    for part in packed.unit.parts:
+def _unpack(packed: PackedUnit, unpacker: Unpacker, source: torch.Tensor, place: torch.Tensor) -> None:
+    """Make in ``place`` on the device what is packed in ``source``."""
+    for part in packed.parts:
         if not part.packed:
             begin, end = part.spec.offset, part.spec.offset + part.spec.nbytes
             place[begin:end].copy_(part.bytes_in(source))
-    for unpack in packed.unit.unpacking(unpacker, source, place):
+    for unpack in packed.unpacking(unpacker, source, place):
         unpack()
 
 

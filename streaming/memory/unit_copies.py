@@ -38,14 +38,16 @@ class PackedCopy(NamedTuple):
         unit: where its tensors lie.
         memory: which it fills.
         signatures: of the patches in it, by the names of values.
-        sums: of the weights before they were packed; None where nobody checks what comes out (checks.py).
-        spoiled: whether something else came out.
+        sums, packed_sums: of the weights before they were packed, and of what was made of them, on the device; None
+            where nobody checks that (checks.py).
+        spoiled: whether it must not be used, as it was damaged or something else came out.
     """
 
     unit: PackedUnit
     memory: HostBuffer
     signatures: dict[str, object]
     sums: torch.Tensor | None = None
+    packed_sums: torch.Tensor | None = None
     spoiled: bool = False
 
     @property
@@ -191,7 +193,7 @@ class UnitCopies:
         return all(patches.signature(value.name) == found.get(value.name) for value in self.unit.layout.values)
 
     def spoil_packed(self) -> None:
-        """What was packed does not come out: the next load makes the packed copy anew."""
+        """The packed copy must not be used: the next load makes it anew."""
         assert self.packed is not None
         self.packed = self.packed._replace(spoiled=True)
 

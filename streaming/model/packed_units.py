@@ -53,6 +53,10 @@ class PackedUnit(NamedTuple):
         """
         return [part.spec.view(unpacked) if part.packed else part.spec.view(packed, part.offset) for part in self.parts]
 
+    def parts_in(self, packed: torch.Tensor) -> list[torch.Tensor]:
+        """Return the memory of its tensors as they are packed."""
+        return [part.bytes_in(packed) for part in self.parts]
+
     def bytes_in(self, packed: torch.Tensor, unpacked: torch.Tensor) -> list[torch.Tensor]:
         """Return the memory of what :meth:`views` returns."""
         return [

@@ -5,25 +5,28 @@ What lies between the tensors of a unit is left out: it is neither read nor writ
 
 [Note: what is packed is checked twice]
 In its slot a packed unit is compared with the packed copy that it was copied from, as others are with their master
-copies. That says nothing of the packed copy itself, nor of who unpacks it. So sums are taken of the weights before they
-are packed, on the device, once these were compared with their source and patches are in them. They are kept with the
-packed copy (``PackedCopy.sums``), and what modules will use is compared with them whenever it was unpacked.
-If that differs, what lies in the slot is compared once more (it may have been overwritten meanwhile), and unpacked
-again. If that differs too, the packed copy was damaged in host memory or on its way there, or it was packed or unpacked
-wrongly. It must not be used; the next load makes it anew.
+copies. That says nothing of the packed copy itself, nor of who packs and unpacks. So sums are taken on the device, when
+weights were compared with their source and patches are in them: before they are packed, and of what was made of them.
+The packed copy keeps both.
+ 1. What has arrived is compared with the sums of what was made. If it differs, the packed copy was damaged in host
+    memory, or on its way there. It is not unpacked: a decoder trusts what it reads, and may leave its memory.
+ 2. What modules will use is compared with the sums of the weights. If it differs, what lies in the slot is compared
+    once more (it may have been overwritten meanwhile), and unpacked again. If that differs too, weights are packed or
+    unpacked wrongly.
+Such a packed copy must not be used; the next load makes it anew.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import CorruptionError
-from ..memory.checks import Unpacked
+from ..memory.checks import OnDevice
 from ..memory.unit_copies import UnitCopies
 from ..memory.weights import Weights
 from ..model.blocks import BlockSet, Unit
@@ -66,11 +69,14 @@ class Verifier:
     def check_loaded(self, weights: Weights, master: Weights | None) -> None:
         """Weights that will be packed have arrived on the device, from ``master`` or as they were loaded."""
 
-    def sums_of(self, weights: Weights) -> torch.Tensor | None:
-        """Return what is kept of weights that will be packed."""
+    def sums_of(self, memory: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Return what a packed copy keeps of tensors on the device."""
         return None
 
-    def check_unpacked(self, what: str, units: Sequence[Unpacked], again: Callable[[], None]) -> None:
+    def check_packed(self, what: str, units: Sequence[OnDevice]) -> None:
+        """Packed copies have arrived."""
+
+    def check_unpacked(self, what: str, units: Sequence[OnDevice], again: Callable[[], None]) -> None:
         """Units were unpacked."""
 
 
@@ -129,28 +135,46 @@ class ChecksumVerifier(Verifier):
                 f"({what}: {'; '.join(damage)}). The device, its bus or its driver damages data"
             )
 
-    def sums_of(self, weights: Weights) -> torch.Tensor:
-        return checksums_of(weights.unit.layout.bytes_in(weights.buffer))
+    def sums_of(self, memory: Sequence[torch.Tensor]) -> torch.Tensor:
+        return checksums_of(memory)
 
-    def check_unpacked(self, what: str, units: Sequence[Unpacked], again: Callable[[], None]) -> None:
-        """Compare units of one block with the sums of what was packed, and have them unpacked again if they differ.
+    def check_packed(self, what: str, units: Sequence[OnDevice]) -> None:
+        """Compare units that have arrived as they were sent with what was packed.
+
+        Raises:
+            CorruptionError: they differ.
+        """
+        if wrong := _unlike(units, "packed_sums"):
+            self._counters.corrupted += 1
+            name, damage = self._name_spoiled(wrong), "; ".join(wrong.values())
+            raise CorruptionError(
+                f"a packed copy of {name} in RAM was damaged ({what}: {damage}). The next prompt packs it anew; if "
+                "this comes again, check the RAM"
+            )
+
+    def check_unpacked(self, what: str, units: Sequence[OnDevice], again: Callable[[], None]) -> None:
+        """Compare units with the weights that were packed, and have them unpacked again if they differ.
 
         Raises:
             CorruptionError: they differ still.
         """
-        if not (wrong := _unlike_packed(units)):
+        if not (wrong := _unlike(units, "sums")):
             return
-        found = [copies.unit for copies, _ in units]
-        self._report(what, found, list(wrong.values()))
+        self._report(what, [copies.unit for copies, _ in units], list(wrong.values()))
         again()
-        if wrong := _unlike_packed(units):
-            for copies in wrong:
-                copies.spoil_packed()
+        if wrong := _unlike(units, "sums"):
+            name, damage = self._name_spoiled(wrong), "; ".join(wrong.values())
             raise CorruptionError(
-                f"weights of {self._name(found)} are not what was packed, and again when they were unpacked anew "
-                f"({what}: {'; '.join(wrong.values())}). The packed copy in RAM was damaged, or the device packs or "
-                "unpacks wrongly. The next prompt packs them anew; if this comes again, switch packing off"
+                f"weights of {name} are not what was packed, and again when they were unpacked anew ({what}: {damage})."
+                " The device packs or unpacks wrongly. The next prompt packs them anew; if this comes again, switch "
+                "packing off"
             )
+
+    def _name_spoiled(self, wrong: Collection[UnitCopies]) -> str:
+        """Have packed copies made anew by the next load; returns their name, for people."""
+        for copies in wrong:
+            copies.spoil_packed()
+        return self._name([copies.unit for copies in wrong])
 
     def _report(self, what: str, units: Sequence[Unit], damage: Sequence[str]) -> None:
         """Count and tell what was found; from now on copies are synchronous, and none is on its way."""
@@ -175,8 +199,10 @@ class _VerifiedLane(Lane):
         self._verifier = verifier
 
     def _arrived(self, number: int, buffer: torch.Tensor) -> None:
+        what, places = f"segment {number}", self._places_in(number, buffer)
         with self._backend.record.paused():  # Not every step takes sums.
-            self._verifier.check(f"segment {number}", self._places_in(number, buffer))
+            self._verifier.check(what, places)
+            self._verifier.check_packed(what, [_as_packed(place) for place in places if place.packed])
 
     def _unpack(self, number: int, run: OpenSegment) -> None:
         super()._unpack(number, run)
@@ -191,9 +217,13 @@ class _VerifiedLane(Lane):
             self._verifier.check_unpacked(f"segment {number}, unpacked", units, again)
 
 
-def _unpacked(place: Place, target: torch.Tensor) -> Unpacked:
+def _as_packed(place: Place) -> OnDevice:
+    return OnDevice(place.copies, place.copies.packed.unit.parts_in(place.memory))
+
+
+def _unpacked(place: Place, target: torch.Tensor) -> OnDevice:
     """What modules use of a unit that was unpacked from ``place`` to ``target``."""
-    return Unpacked(place.copies, place.copies.packed.unit.bytes_in(place.memory, target))
+    return OnDevice(place.copies, place.copies.packed.unit.bytes_in(place.memory, target))
 
 
 def _parts(place: Place) -> Iterator[_Part]:
@@ -202,8 +232,8 @@ def _parts(place: Place) -> Iterator[_Part]:
     if not place.packed:
         yield from _parts_of(place.copies.unit.layout, place.memory, place.copies.master)
         return
-    for part in packed.unit.parts:
-        yield _Part(part.spec.name, part.bytes_in(place.memory), part.bytes_in(packed.buffer))
+    names = [part.spec.name for part in packed.unit.parts]
+    yield from map(_Part, names, packed.unit.parts_in(place.memory), packed.unit.parts_in(packed.buffer))
 
 
 def _parts_of(layout: Layout, memory: torch.Tensor, master: Weights | None) -> Iterator[_Part]:
@@ -223,11 +253,11 @@ def _compare(parts: Sequence[_Part]) -> list[str]:
     return differences([part.name for part in parts], [part.copy for part in parts], expected)
 
 
-def _unlike_packed(units: Sequence[Unpacked]) -> dict[UnitCopies, str]:
-    """Return those units that are not what was packed, each with what differs."""
+def _unlike(units: Sequence[OnDevice], sums: str) -> dict[UnitCopies, str]:
+    """Return those units of which these ``sums`` are not what their packed copy has, each with what differs."""
     found = {}
     for copies, memory in units:
-        damage = differences([spec.name for spec in copies.unit.layout.specs], memory, copies.packed.sums)
-        if damage:
+        names = [spec.name for spec in copies.unit.layout.specs]
+        if damage := differences(names, memory, getattr(copies.packed, sums)):
             found[copies] = "; ".join(damage)
     return found

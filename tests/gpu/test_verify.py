@@ -160,7 +160,7 @@ def test_damaged_packed_weights_are_found(
     copies = streamer.site.weight_copies.copies(min(streamer.plan.packed))
     copies.packed.buffer[1000] ^= 4
     streamer.invalidate()
-    with pytest.raises(CorruptionError, match="are not what was packed"):
+    with pytest.raises(CorruptionError, match="in RAM was damaged"):
         streamer.run(lambda: model(x))
     streamer.begin_prompt()
     streamer.load(streamer.plan_for(budget))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -64,12 +65,12 @@ class Made:
         damage(memory)
         self.streamer.invalidate()
 
-    def check(self, corrupted: int = 0, steps: int = 2) -> None:
+    def check(self, corrupted: int = 0, steps: int = 2, mode: str = "") -> None:
         """Steps are right, still packed; so many copies were found to be wrong by then."""
         for _ in range(steps):
             assert torch.equal(self.step(), self.expected)
         assert self.streamer.counters.corrupted == corrupted
-        assert self.streamer.snapshot().mode == ("synchronous" if corrupted else "streamed")
+        assert self.streamer.snapshot().mode == (mode or ("synchronous" if corrupted else "streamed"))
         assert len(self.streamer.plan.packed) == 4 * PACKED_IN_BLOCK
 
     def unit(self, name: str) -> UnitCopies:
@@ -111,8 +112,8 @@ def test_without_it_nothing_is_summed_and_nothing_kept(monkeypatch: pytest.Monke
     made = Made(verify=False).learned()
     assert type(made.streamer.site.lane) is Lane
     packed = [made.streamer.site.weight_copies.copies(unit).packed for unit in made.streamer.plan.packed]
-    assert [copy.sums for copy in packed] == [None] * len(packed)
-    made.damage(made.unit("blocks.1.qkv").packed.buffer)
+    assert [(copy.sums, copy.packed_sums) for copy in packed] == [(None, None)] * len(packed)
+    made.damage(made.unit("blocks.1.qkv").packed.buffer, zero_the_tail)
     assert not torch.equal(made.step(), made.expected), "damage must show, or nothing is tested"
 
 
@@ -133,17 +134,15 @@ def test_a_damaged_copy_to_a_slot_is_mended(
     made.close()
 
 
-def tamper(
-    monkeypatch: pytest.MonkeyPatch, harm: Callable[[torch.Tensor, Callable[[], None], torch.Tensor], None]
-) -> None:
-    """Have lanes unpack by ``harm``, which is given what lies in the slot, what unpacks it, and where it goes to."""
+def tamper(monkeypatch: pytest.MonkeyPatch, harm: Harm, file: ModuleType = lane_file) -> None:
+    """Have a file unpack by ``harm``, which is given what is packed, what unpacks it, and where it goes to."""
 
     class Tampered(TorchUnpacker):
         def prepare(self, packed: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
             run = super().prepare(packed, out)
             return lambda: harm(packed, run, out)
 
-    monkeypatch.setattr(lane_file, "unpacker_of", lambda device: Tampered(""))
+    monkeypatch.setattr(file, "unpacker_of", lambda device: Tampered(""))
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, move_words])
@@ -218,12 +217,12 @@ def test_a_packed_copy_that_was_damaged_in_ram_is_an_error_and_made_anew(
     made.check()
     made.damage(made.unit("blocks.2.out").packed.buffer, damage)
     del packed_units[:]
-    with pytest.raises(CorruptionError, match=r"blocks\.2 are not what was packed, .*blocks\.2\.out\.weight"):
+    with pytest.raises(CorruptionError, match=r"copy of blocks\.2 in RAM was damaged \(segment \d: blocks\.2\.out"):
         made.step()
     assert packed_units == []
     made.load()
     assert packed_units == ["blocks.2.out"]
-    made.check(corrupted=1)
+    made.check(corrupted=1, mode="streamed")
     made.close()
 
 
@@ -232,10 +231,10 @@ def test_damage_to_what_lies_in_a_packed_unit_as_it_is_is_found() -> None:
     packed = made.unit("blocks.1.qkv").packed
     (small,) = [part for part in packed.unit.parts if not part.packed]
     made.damage(small.bytes_in(packed.buffer))
-    with pytest.raises(CorruptionError, match=r"blocks\.1\.qkv\.bias differs"):
+    with pytest.raises(CorruptionError, match=r"in RAM was damaged .*blocks\.1\.qkv\.bias differs"):
         made.step()
     made.load()
-    made.check(corrupted=1)
+    made.check(corrupted=1, mode="streamed")
 
 
 @pytest.fixture
@@ -276,17 +275,23 @@ def brought_down_wrongly(patch: pytest.MonkeyPatch, name: str) -> None:
     patch.setattr(packing_file, "_bring_down", bring_down)
 
 
-@pytest.mark.parametrize("wrong", [packed_wrongly, brought_down_wrongly])
+@pytest.mark.parametrize(
+    ("wrong", "text", "mode"),
+    [
+        (packed_wrongly, "are not what was packed", "synchronous"),
+        (brought_down_wrongly, "in RAM was damaged", "streamed"),
+    ],
+)
 def test_what_was_packed_wrongly_is_an_error_and_packed_anew(
-    wrong: Callable[[pytest.MonkeyPatch, str], None], monkeypatch: pytest.MonkeyPatch
+    wrong: Callable[[pytest.MonkeyPatch, str], None], text: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Made()
     with monkeypatch.context() as patch:
         wrong(patch, "blocks.1.qkv")
-        with pytest.raises(CorruptionError, match=r"weights of blocks\.1 are not what was packed"):
+        with pytest.raises(CorruptionError, match=rf"of blocks\.1 {text}"):
             learned(made.streamer, made.model)
     made.load()
-    made.check(corrupted=1)
+    made.check(corrupted=1, mode=mode)
     made.close()
 
 
@@ -332,19 +337,33 @@ def test_a_master_copy_is_not_made_of_a_damaged_packed_copy() -> None:
     made.streamer.drain()
     flip_a_bit(made.unit("blocks.1.mlp.0").packed.buffer)
     before = made.backend.store.allocated
-    with pytest.raises(
-        CorruptionError, match=r"blocks\.1 are not what was packed, .*\(to be written to: blocks\.1\.mlp\.0"
-    ):
+    with pytest.raises(CorruptionError, match=r"in RAM was damaged \(to be written to: blocks\.1\.mlp\.0"):
         made.streamer.make_masters({name})
     assert made.backend.store.allocated < before, "there is no lane, and nothing else was left"
     made.load()
-    made.check(corrupted=1)
+    made.check(corrupted=1, mode="streamed")
     made.streamer.make_masters({name})
     made.streamer.lend_masters()
     for _ in range(2):
         assert torch.equal(made.step(), made.expected)
     assert made.streamer.counters.corrupted == 1
     made.streamer.take_masters_back()
+    made.close()
+
+
+def test_a_master_copy_is_not_made_of_what_was_unpacked_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made().learned()
+
+    def harm(packed: torch.Tensor, run: Callable[[], None], out: torch.Tensor) -> None:
+        run()
+        flip_a_bit(out.view(torch.uint8))
+
+    with monkeypatch.context() as patch:
+        tamper(patch, harm, packing_file)
+        with pytest.raises(CorruptionError, match=NOT_WHAT_WAS_PACKED):
+            made.streamer.make_masters({"blocks.1.mlp.0.weight"})
+    made.load()
+    made.check(corrupted=1)
     made.close()
 
 
