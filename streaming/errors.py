@@ -6,7 +6,7 @@ StreamingError
 |-- BudgetError            the device memory allowed is too small for even one slot
 |-- CheckpointError        a file cannot be loaded; the message names it
 |   `-- CheckpointChangedError  the file was changed after it was opened
-|-- CorruptionError        what arrived on the device is not what was sent, time and again
+|-- CorruptionError        what is on the device is not what was sent or packed, time and again
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
 |-- StepNotRepeatedError   a step failed and has changed what it began with
 |-- CannotPackError        some weights cannot be packed, so that another plan is needed; for the engine alone
@@ -63,7 +63,7 @@ class CheckpointChangedError(CheckpointError):
 
 
 class CorruptionError(StreamingError):
-    """What arrived on the device is not what was sent, also when it was sent again."""
+    """What is on the device is not what was sent, also when it was sent again; or not what was packed."""
 
 
 class DeviceMemoryError(StreamingError):

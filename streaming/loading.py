@@ -189,12 +189,11 @@ class Loading:
 
     @property
     def _may_pack(self) -> bool:
-        """Whether weights may be packed: copies that are compared with their source, or come over several links, are
-        as they were loaded."""
+        """Whether weights may be packed: synchronous copies, and those in pageable memory, are as they were loaded."""
         config = self.config
-        if config.packing is PackingMode.OFF or config.verify or config.synchronous or not config.pin_memory:
+        if config.packing is PackingMode.OFF or config.synchronous or not config.pin_memory:
             return False
-        return self.backend.links == 1 and self.site.lane is not None and not self._cannot_unpack
+        return self.site.lane is not None and not self._cannot_unpack
 
     @property
     def standing(self) -> Standing:

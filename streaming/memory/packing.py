@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,10 @@ from ..devices.backend import Backend
 from ..devices.copies import ALIGNMENT
 from ..model.packed_units import MeasuredUnit, measure_unit
 from ..packing.packers import packer_of
-from ..packing.unpackers import unpacker_of
+from ..packing.unpackers import Unpacker, unpacker_of
 from .arena import Arena, HostBuffer
 from .baking import bake_residents
+from .checks import Checks, OnDevice
 from .supply import Supply
 from .transfer import Load, Move, Tick, Transfer
 from .unit_copies import PackedCopy, UnitCopies
@@ -55,7 +57,9 @@ class Refused(NamedTuple):
     without_room: set[int]
 
 
-def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, room: int) -> Refused:
+def pack_units(
+    backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, room: int, checks: Checks
+) -> Refused:
     """Give each of ``wanted`` its packed copy, with ``patches``, in place of its master copy; nothing is under way.
 
     After an error some units have theirs, and the others what they had, except packed copies with other patches.
@@ -63,8 +67,9 @@ def pack_units(backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], p
     Args:
         wanted: by number.
         room: bytes on the device to pack them in; enough for the largest unit.
+        checks: is asked to check what has arrived there.
     """
-    work = _Work(backend, supply, wanted, patches)
+    work = _Work(backend, supply, wanted, patches, checks)
     try:
         work.begin(room)
         while work.pack_next():
@@ -81,11 +86,14 @@ class _Work:
         refused: units that were not packed so far.
     """
 
-    def __init__(self, backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches) -> None:
+    def __init__(
+        self, backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, checks: Checks
+    ) -> None:
         self.refused = Refused(set(), set())
         self._backend = backend
         self._supply = supply
         self._patches = patches
+        self._checks = checks
         self._packer = packer_of(backend.device)
         self._units = deque((number, *one) for number, one in wanted.items())
         self._to_ask = deque(one.copies for one in wanted.values())
@@ -113,7 +121,8 @@ class _Work:
         memory = self._memory(copies, most)  # While the unit is on its way.
         place, transfer = self._coming.popleft()
         self._backend.wait(self._supply.reader.wait(transfer, self._supply.tick))
-        weights = place.patched(copies, self._patches, self._supply.tick)
+        weights = place.patched(copies, self._patches, self._supply.tick, self._checks)
+        sums = self._checks.sums_of(copies.unit.layout.bytes_in(weights.buffer))
         found = None
         if weights.fills_layout:
             found = measure_unit(copies.unit.layout, weights.buffer, self._packer, most)
@@ -124,8 +133,7 @@ class _Work:
             self.refused.without_room.update([number, *(number for number, *_ in self._units)])
             return False
         else:
-            self._unused.remove(memory)
-            self._bring_down(found, copies, PackedCopy(found.packed_unit, memory, weights.signatures))
+            self._bring_down(found, copies, PackedCopy(found.packed_unit, memory, weights.signatures, sums))
         place.free = self._backend.mark()
         self._ask(place)
         return True
@@ -149,22 +157,26 @@ class _Work:
 
     def _memory(self, copies: UnitCopies, nbytes: int) -> HostBuffer | None:
         """Page-locked memory, the unit's own if it has some; None where no more may be page-locked."""
+        if copies.packed is not None:
+            return copies.packed.memory
         arena = self._supply.arena
-        memory = copies.drop_packed() or arena.claim(nbytes)
-        if memory is None:
+        if (memory := arena.claim(nbytes)) is None:
             return None
         self._unused.append(memory)
-        if memory.pinned:
-            return memory
         memory.memory.fill_(0)  # Touched pages are page-locked several times faster.
         return memory if arena.lock(memory) else None
 
     def _bring_down(self, found: MeasuredUnit, copies: UnitCopies, packed: PackedCopy) -> None:
         """Queue packing, and behind it the copy to page-locked memory (Note: up, pack, down, 3)."""
         assert self._packed is not None
+        source = self._packed[: packed.unit.nbytes]
+        found.write(source)
+        packed = packed._replace(packed_sums=self._checks.sums_of(packed.unit.parts_in(source)))
+        if (memory := copies.drop_packed()) is not None:
+            self._unused.append(memory)
+        _copy_down(source, packed.buffer)
+        self._unused.remove(packed.memory)
         self._going = copies, packed
-        found.write(self._packed)
-        _copy_down(self._packed[: packed.unit.nbytes], packed.buffer)
 
     def _arrived(self) -> None:
         """What was going down has arrived, and replaces the master copy (Note: up, pack, down, 4)."""
@@ -205,13 +217,17 @@ class _Place:
             return Move(copies.master.buffer, target, copies.pinned)
         return Load(copies.unit.layout, target)
 
-    def patched(self, copies: UnitCopies, patches: Patches, tick: Tick) -> Weights:
+    def patched(self, copies: UnitCopies, patches: Patches, tick: Tick, checks: Checks) -> Weights:
         """The unit's weights, which have come, with these patches."""
         weights = Weights(copies.unit, self.buffer[: copies.unit.nbytes])
         if self._packed is not None:
-            self._packed.unit.unpack(self._unpacker, self._behind(copies), weights.buffer)
-        if self._packed is None and _has_master(copies, patches):
-            weights.sign(copies.master.signatures)
+            _unpack("to be patched", copies, self._behind(copies), weights.buffer, self._unpacker, checks)
+            bake_residents([weights], patches, tick)
+            return weights
+        master = copies.master if _has_master(copies, patches) else None
+        checks.check_loaded(weights, master)
+        if master is not None:
+            weights.sign(master.signatures)
         else:
             bake_residents([weights], patches, tick)
         return weights
@@ -233,14 +249,15 @@ def _has_master(copies: UnitCopies, patches: Patches) -> bool:
 
 def _is_to_unpack(copies: UnitCopies, patches: Patches) -> bool:
     """Whether the weights as they were loaded come from a packed copy."""
-    return copies.packed is not None and not copies.packed.signatures and not _has_master(copies, patches)
+    packed = copies.packed
+    return packed is not None and not (packed.signatures or packed.spoiled or _has_master(copies, patches))
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies) -> None:
+def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks: Checks) -> None:
     """Make the master copy of a unit from its packed copy, patches included, by way of the device.
 
     Nothing is under way, and modules are left as they are.
@@ -250,7 +267,7 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies) -> None
     source, place = backend.allocate(packed.unit.nbytes), backend.allocate(copies.unit.nbytes)
     try:
         source.copy_(packed.buffer)
-        packed.unit.unpack(unpacker_of(backend.device), source, place)
+        _unpack("to be written to", copies, source, place, unpacker_of(backend.device), checks)
         copies.resident = Weights(copies.unit, place)
         copies.resident.sign(packed.signatures)
         copies.move_to_master(arena)
@@ -259,3 +276,15 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies) -> None
         backend.synchronize()  # Race: copies and kernels may still use both.
         backend.free(source)
         backend.free(place)
+
+
+def _unpack(
+    what: str, copies: UnitCopies, source: torch.Tensor, place: torch.Tensor, unpacker: Unpacker, checks: Checks
+) -> None:
+    """Make a unit in ``place`` on the device of its packed copy, which was brought to ``source``; ``what`` says why."""
+    assert copies.packed is not None
+    packed = copies.packed.unit
+    unpack = partial(packed.unpack, unpacker, source, place)
+    checks.check_packed(what, [OnDevice(copies, packed.parts_in(source))])
+    unpack()
+    checks.check_unpacked(what, [OnDevice(copies, copies.unit.layout.bytes_in(place))], unpack)

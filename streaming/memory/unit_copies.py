@@ -38,11 +38,17 @@ class PackedCopy(NamedTuple):
         unit: where its tensors lie.
         memory: in which it lies, from the beginning on; as much as the unit may take with other patches.
         signatures: of the patches in it, by the names of values.
+        sums, packed_sums: of the weights before they were packed, and of what was made of them, on the device; None
+            where nobody checks that (checks.py).
+        spoiled: whether it must not be used, as it was damaged or something else came out.
     """
 
     unit: PackedUnit
     memory: HostBuffer
     signatures: dict[str, object]
+    sums: torch.Tensor | None = None
+    packed_sums: torch.Tensor | None = None
+    spoiled: bool = False
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -180,11 +186,16 @@ class UnitCopies:
         self._master = built or self._master
 
     def is_packed_with(self, patches: Patches) -> bool:
-        """Whether there is a packed copy with these patches and no others."""
-        if self.packed is None:
+        """Whether there is a packed copy with these patches and no others, and nothing is known to be wrong with it."""
+        if self.packed is None or self.packed.spoiled:
             return False
         found = self.packed.signatures
         return all(patches.signature(value.name) == found.get(value.name) for value in self.unit.layout.values)
+
+    def spoil_packed(self) -> None:
+        """The packed copy must not be used: the next load makes it anew."""
+        assert self.packed is not None
+        self.packed = self.packed._replace(spoiled=True)
 
     def drop_packed(self) -> HostBuffer | None:
         """Drop the packed copy, and return its memory."""

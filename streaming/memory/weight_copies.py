@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence, Set
-from typing import Protocol
 
 import torch
 
@@ -14,25 +13,13 @@ from ..planning.plan import Plan
 from .arena import HostBuffer, PinOwner
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
+from .checks import Checks
 from .packing import Refused, Wanted, pack_units, unpack_to_master
 from .sampling import planned_bytes_of
 from .supply import Supply
 from .transfer import Load
 from .unit_copies import UnitCopies
 from .weights import NoPatches, Patches, Weights
-
-
-class Checks(Protocol):
-    """Is asked to check resident copies that have arrived (run/verify.py).
-
-    Attributes:
-        trusting: whether copies that arrived while no step waited for them may be kept.
-    """
-
-    trusting: bool
-
-    def check_resident(self, copies: UnitCopies) -> None:
-        """A resident copy has arrived."""
 
 
 class WeightCopies:
@@ -42,7 +29,7 @@ class WeightCopies:
         blocks: the model cut into blocks and rest.
         backend: the device.
         supply: where weights come from.
-        verifier: is asked to check resident copies that have arrived.
+        verifier: is asked to check what has arrived on the device.
     """
 
     def __init__(self, blocks: BlockSet, backend: Backend, supply: Supply, verifier: Checks) -> None:
@@ -114,7 +101,8 @@ class WeightCopies:
         self._supply.make_room(self._needed_to_pack(missing, plan), owner)
         self.arrive_all()  # The reader goes through its transfers in order.
         wanted = {unit: Wanted(self._copies[unit], plan.outline.bytes_in_slot(unit)) for unit in missing}
-        return pack_units(self.backend, self._supply, wanted, patches, plan.staging_bytes + plan.unpacking_bytes)
+        room = plan.staging_bytes + plan.unpacking_bytes
+        return pack_units(self.backend, self._supply, wanted, patches, room, self._verifier)
 
     def _needed_to_pack(self, units: Collection[int], plan: Plan) -> int:
         """Bytes of host memory to take for packed copies, beside those that their units give back one by one."""
@@ -302,7 +290,7 @@ class WeightCopies:
         bare = [copies for copies in bare if copies.holds(names)]
         for copies in bare:
             if copies.packed is not None:  # With the patches that are in it.
-                unpack_to_master(self.backend, self._supply.arena, copies)
+                unpack_to_master(self.backend, self._supply.arena, copies, self._verifier)
                 self._free(copies.drop_packed())
         self._make_masters([copies for copies in bare if copies.master is None], NoPatches())
 

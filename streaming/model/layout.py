@@ -163,6 +163,10 @@ class Layout:
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         return [spec.view(buffer) for spec in self.specs]
 
+    def bytes_in(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Return the memory of each plain tensor in ``buffer``."""
+        return [buffer[spec.offset : spec.offset + spec.nbytes] for spec in self.specs]
+
     def binding(self, buffer: torch.Tensor, forms: Forms = AS_LOADED) -> Binding:
         """Return a binding, made once, that points the modules at ``buffer`` for as long as a block runs."""
         return self.binding_of(self.views(buffer), forms)

@@ -37,6 +37,10 @@ class PackedPart(NamedTuple):
     nbytes: int
     packed: bool
 
+    def bytes_in(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return its memory in ``buffer``, where the packed unit lies."""
+        return buffer[self.offset : self.offset + self.nbytes]
+
 
 class PackedUnit(NamedTuple):
     """Where the tensors of a packed unit lie, in the order of its layout, and its bytes."""
@@ -53,12 +57,21 @@ class PackedUnit(NamedTuple):
         """
         return [part.spec.view(unpacked) if part.packed else part.spec.view(packed, part.offset) for part in self.parts]
 
+    def parts_in(self, packed: torch.Tensor) -> list[torch.Tensor]:
+        """Return the memory of its tensors as they are packed."""
+        return [part.bytes_in(packed) for part in self.parts]
+
+    def bytes_in(self, packed: torch.Tensor, unpacked: torch.Tensor) -> list[torch.Tensor]:
+        """Return the memory of what :meth:`views` returns."""
+        return [
+            unpacked[part.spec.offset : part.spec.offset + part.spec.nbytes] if part.packed else part.bytes_in(packed)
+            for part in self.parts
+        ]
+
     def unpacking(self, unpacker: Unpacker, packed: torch.Tensor, unpacked: torch.Tensor) -> list[Callable[[], None]]:
         """Return functions that queue the unpacking from ``packed`` to ``unpacked`` on the current stream."""
         return [
-            unpacker.prepare(packed[part.offset : part.offset + part.nbytes], _flat(part.spec, unpacked))
-            for part in self.parts
-            if part.packed
+            unpacker.prepare(part.bytes_in(packed), _flat(part.spec, unpacked)) for part in self.parts if part.packed
         ]
 
     def unpack(self, unpacker: Unpacker, packed: torch.Tensor, unpacked: torch.Tensor) -> None:
@@ -66,7 +79,7 @@ class PackedUnit(NamedTuple):
         for part in self.parts:
             if not part.packed:
                 begin, end = part.spec.offset, part.spec.offset + part.spec.nbytes
-                unpacked[begin:end].copy_(packed[part.offset : part.offset + part.nbytes])
+                unpacked[begin:end].copy_(part.bytes_in(packed))
         for unpack in self.unpacking(unpacker, packed, unpacked):
             unpack()
 

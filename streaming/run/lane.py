@@ -20,20 +20,16 @@ It shows in torch's count of writes to the slot, and in what modules hold; the s
 A segment is released when its units have run as often as they did before, and at the latest when its block or the
 step ends. A unit that runs once more begins its segment anew, with a wait and a binding of its own; so nothing here
 relies on how often units ran before.
-What is packed is unpacked when its segment begins, by kernels on the compute stream, behind the wait for ``ready``,
-into memory that all packed segments use in turn. They queue their kernels on that stream one after another, so
-unpacking the next comes behind all that reads this one: no event is needed. By 1 the slot is written again behind both.
-The host itself waits for nothing but readers. torch's allocator is never told
-about the second stream (``record_stream``): instead, staging memory is freed only after ``synchronize``.
+What is packed is unpacked when its segment begins (unpacking.py, Note: unpacked in turn).
+The host itself waits for nothing but readers. torch's allocator is never told about the second stream
+(``record_stream``): instead, staging memory is freed only after ``synchronize``.
 """
 
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch.autograd import profiler
@@ -43,68 +39,18 @@ from ..config import format_bytes
 from ..devices.backend import Backend, is_out_of_memory
 from ..devices.copies import Event, Pair
 from ..memory.reader import Reader
-from ..memory.transfer import Load, Move, Tick, Transfer
+from ..memory.transfer import Tick, Transfer
 from ..memory.unit_copies import UnitCopies
-from ..model.layout import Binding
 from ..packing.unpackers import unpacker_of
 from ..planning.plan import Plan
+from .open_segment import OpenSegment
+from .places import Place, Ways, pairs_to, places_in, ways_to
 from .ring import Ring, Slot
 from .schedule import Entry, Schedule
 from .telemetry import Meters
+from .unpacking import UnpackingMemory
 
 logger = logging.getLogger(__name__)
-
-# A unit's memory in a slot, and the unit.
-Place = tuple[torch.Tensor, UnitCopies]
-
-
-class _Ways(NamedTuple):
-    """What is made once for a segment and a place: bindings of its units, and what unpacks those that are packed."""
-
-    bindings: list[Binding]
-    unpacking: list[Callable[[], None]]
-
-
-class _Run:
-    """A segment that is bound.
-
-    Attributes:
-        active: its units that are running now.
-        left: runs of its units until it is released; a segment that its block holds does not count down to zero.
-        buffer: the memory in which it is: its slot, or its own.
-        unpacked: the memory in which its packed units are once they are unpacked; None without any.
-        ways: to that memory.
-        writes: how often the memory had been written to when it was bound; None before that.
-    """
-
-    __slots__ = ("active", "buffer", "left", "unpacked", "ways", "writes")
-
-    def __init__(self, left: int, buffer: torch.Tensor, unpacked: torch.Tensor | None, ways: _Ways) -> None:
-        self.active = 0
-        self.left = left
-        self.buffer = buffer
-        self.unpacked = unpacked
-        self.ways = ways
-        self.writes: tuple[int, int] | None = None
-
-    def bind(self) -> None:
-        """Unpack what is packed, and point the modules at the memory."""
-        for unpack in self.ways.unpacking:
-            unpack()
-        for binding in self.ways.bindings:
-            binding.apply()
-        self.writes = self._versions
-
-    @property
-    def _versions(self) -> tuple[int, int]:
-        return self.buffer._version, self.unpacked._version if self.unpacked is not None else 0
-
-    @property
-    def is_written(self) -> bool:
-        """Whether the memory was written to since then, or other weights were put in its place."""
-        if self.writes is None:
-            return False
-        return self._versions != self.writes or not all(map(_is_in_place, self.ways.bindings))
 
 
 class Lane:
@@ -143,7 +89,7 @@ class Lane:
         for number, segment in enumerate(plan.segments):
             self._of_block.setdefault(segment.block, []).append(number)
         self._running: set[int] = set()
-        self._open: dict[int, _Run] = {}
+        self._open: dict[int, OpenSegment] = {}
         self._copies = [[copies(unit) for unit in segment.units] for segment in plan.segments]
         self._lasting = [[unit.lasting for unit in group] for group in self._copies]
         ends = zip(plan.offsets, plan.segments, strict=True)
@@ -154,12 +100,10 @@ class Lane:
         self._sizes = [list(map(plan.outline.bytes_in_slot, segment.units)) for segment in plan.segments]
         self._unpacker = unpacker_of(backend.device) if plan.packed else None
         self._pairs: list[list[Pair] | None] = []
-        self._ways: list[_Ways] = []
-        self._unpacked: torch.Tensor | None = None
-        self._unpacked_in_use = False
+        self._ways: list[Ways] = []
+        self._unpacking = UnpackingMemory(backend)
         try:
-            if plan.unpacking_bytes:
-                self._unpacked = backend.allocate(plan.unpacking_bytes)
+            self._unpacking.allocate(plan.unpacking_bytes)
             self._prepare()
         except BaseException:
             self.close()
@@ -172,45 +116,12 @@ class Lane:
         """
         with torch.inference_mode(False):
             for number, slot in enumerate(self._ring.slots):
-                self._ways.append(self._ways_to(number, slot.buffer, self._unpacked))
-                self._pairs.append(self._pairs_to(number, slot.buffer))
-
-    def _ways_to(self, number: int, buffer: torch.Tensor, unpacked: torch.Tensor | None) -> _Ways:
-        """How the modules of a segment in ``buffer`` are bound; its packed units to where they are ``unpacked``."""
-        ways = _Ways([], [])
-        begin = 0
-        for place, unit in self._places_in(number, buffer):
-            if not self._is_packed(unit):
-                ways.bindings.append(unit.binding_to(place))
-                continue
-            assert unpacked is not None
-            assert unit.packed is not None
-            target = unpacked[begin : begin + unit.unit.nbytes]
-            begin += unit.unit.nbytes
-            ways.bindings.append(unit.unit.layout.binding_of(unit.packed.unit.views(place, target)))
-            ways.unpacking.extend(unit.packed.unit.unpacking(self._unpacker, place, target))
-        return ways
-
-    def _pairs_to(self, number: int, buffer: torch.Tensor) -> list[Pair] | None:
-        """Targets in ``buffer``, each with what is copied there; None where not all of that is page-locked."""
-        pairs = []
-        for place, unit in self._places_in(number, buffer):
-            if self._is_packed(unit):
-                if not unit.packed.memory.pinned:
-                    return None
-                pairs.append((place[: unit.packed.unit.nbytes], unit.packed.buffer))
-            elif unit.pinned:
-                pairs.append((place, unit.master.buffer))
-            else:
-                return None
-        return pairs
-
-    def _is_packed(self, unit: UnitCopies) -> bool:
-        return unit.unit.index in self._packed
+                places = self._places_in(number, slot.buffer)
+                self._ways.append(ways_to(places, self._unpacking.memory, self._unpacker))
+                self._pairs.append(pairs_to(places))
 
     def _places_in(self, number: int, buffer: torch.Tensor) -> list[Place]:
-        """Where in a slot each unit of a segment lies: one behind another."""
-        return places_in(buffer, self._copies[number], self._sizes[number])
+        return places_in(buffer, self._copies[number], self._sizes[number], self._packed)
 
     @property
     def streamed_blocks(self) -> tuple[int, ...]:
@@ -279,7 +190,7 @@ class Lane:
         for number, group in enumerate(self._copies):
             self._lasting[number] = [unit.lasting for unit in group]
             with torch.inference_mode(False):
-                self._pairs[number] = self._pairs_to(number, self._ring.slots[number].buffer)
+                self._pairs[number] = pairs_to(self._places_in(number, self._ring.slots[number].buffer))
         self.forget()
 
     def prefetch(self) -> None:
@@ -294,14 +205,12 @@ class Lane:
     def close(self) -> None:
         """Give the staging memory back. No copy may be under way, and no segment bound."""
         self._ring.close()
-        if self._unpacked is not None:
-            self._backend.free(self._unpacked)
-            self._unpacked = None
+        self._unpacking.close()
         self._ways.clear()
 
     # -- one segment ---------------------------------------------------------------------------------------------
 
-    def _begin(self, number: int) -> _Run:
+    def _begin(self, number: int) -> OpenSegment:
         self._make_way(number)
         entry = self._schedule.enter(number)
         if entry is Entry.CROWDED_OUT:
@@ -317,14 +226,14 @@ class Lane:
             with _phase("stream::wait"):
                 self._wait(number, slot, entry)
             self._arrived(number, slot.buffer)
-            self._bind(run)
+            self._bind(number, run)
         except BaseException:
             self._release(number)
             self._schedule.drop(number)
             raise
         return run
 
-    def _begin_elsewhere(self, number: int) -> _Run:
+    def _begin_elsewhere(self, number: int) -> OpenSegment:
         """Begin a segment in memory of its own; compute waits while it is copied there."""
         self._counters.misses += 1
         buffer = self._own_memory(number, self._segments[number].nbytes)
@@ -332,7 +241,8 @@ class Lane:
         try:
             run = self._run_in(number, buffer, None)
             # Race: kernels of this memory's previous user may still be under way.
-            ready = self._copy(number, buffer, self._pairs_to(number, buffer), [self._backend.mark()], opening=True)
+            pairs = pairs_to(self._places_in(number, buffer))
+            ready = self._copy(number, buffer, pairs, [self._backend.mark()], opening=True)
             self._backend.wait(self._reader.wait(ready, self._tick) if isinstance(ready, Transfer) else ready)
             self._arrived(number, buffer)
         except BaseException:
@@ -340,43 +250,38 @@ class Lane:
             self._backend.synchronize()  # Race: a copy to it may be under way.
             self._backend.free(buffer)
             if run is not None:
-                self._leave_unpacked(run)
+                self._unpacking.leave(run.unpacked)
             raise
         self._open[number] = run
-        self._bind(run)
+        self._bind(number, run)
         return run
 
-    def _bind(self, run: _Run) -> None:
-        """Have the modules of a segment that has arrived use it. A plan counts unpacking apart from compute."""
-        if not (run.ways.unpacking and self._stalls.has_listeners):
-            return run.bind()
+    def _bind(self, number: int, run: OpenSegment) -> None:
+        """Have the modules of a segment that has arrived use it."""
+        if run.ways.unpacking:
+            self._unpack(number, run)
+        run.bind()
+
+    def _unpack(self, number: int, run: OpenSegment) -> None:
+        """Unpack what has arrived. A plan counts that apart from compute."""
+        if not self._stalls.has_listeners:
+            return run.unpack()
         backend = self._backend  # So that the closure below does not keep the lane alive.
         before = backend.moment()
-        run.bind()
+        run.unpack()
         after = backend.moment()
         return self._stalls.tell(lambda: backend.seconds(before, after))
 
-    def _run_in(self, number: int, buffer: torch.Tensor, ways: _Ways | None) -> _Run:
+    def _run_in(self, number: int, buffer: torch.Tensor, ways: Ways | None) -> OpenSegment:
         """A segment in ``buffer``; ``ways`` hold where the memory for unpacking is free."""
         segment = self._segments[number]
-        unpacked = None
-        if segment.unpacked_bytes and not self._unpacked_in_use:
-            unpacked, self._unpacked_in_use = self._unpacked, True
-        elif segment.unpacked_bytes:  # Another packed segment runs still.
+        unpacked = self._unpacking.take() if segment.unpacked_bytes else None
+        if segment.unpacked_bytes and unpacked is None:
             unpacked, ways = self._own_memory(number, segment.unpacked_bytes), None
         if ways is None:
             with torch.inference_mode(False):
-                ways = self._ways_to(number, buffer, unpacked)
-        return _Run(segment.runs, buffer, unpacked, ways)
-
-    def _leave_unpacked(self, run: _Run) -> None:
-        """What reads a run's unpacked weights is queued, on the stream on which others will be unpacked there."""
-        if run.unpacked is None:
-            return
-        if run.unpacked is self._unpacked:
-            self._unpacked_in_use = False
-        else:
-            self._backend.free(run.unpacked)
+                ways = ways_to(self._places_in(number, buffer), unpacked, self._unpacker)
+        return OpenSegment(segment.runs, buffer, unpacked, ways)
 
     def _own_memory(self, number: int, nbytes: int) -> torch.Tensor:
         try:
@@ -440,7 +345,7 @@ class Lane:
                     self._schedule.drop(number)
             for binding in self._lasting[number]:
                 binding.apply()
-            self._leave_unpacked(run)
+            self._unpacking.leave(run.unpacked)
             if not is_in_slot:
                 self._backend.free(run.buffer)
 
@@ -459,31 +364,13 @@ class Lane:
         if pairs is not None and self._reader.idle:
             ready = self._backend.bring(pairs, after, opening)
         else:
-            parts = [self._part(place, unit) for place, unit in self._places_in(number, buffer)]
+            parts = [place.request() for place in self._places_in(number, buffer)]
             ready = self._reader.transfer(parts, after, opening)
         self._counters.copies += 1
         self._counters.streamed_bytes += self._segments[number].nbytes
         return ready
 
-    def _part(self, place: torch.Tensor, unit: UnitCopies) -> Load | Move:
-        """What to ask a reader for, for one unit."""
-        if self._is_packed(unit):
-            return Move(unit.packed.buffer, place[: unit.packed.unit.nbytes], unit.packed.memory.pinned)
-        if unit.master is None:
-            return Load(unit.unit.layout, place)
-        return Move(unit.master.buffer, place, unit.pinned)
 
-
-def places_in(buffer: torch.Tensor, group: Sequence[UnitCopies], sizes: Sequence[int]) -> list[Place]:
-    """Where in ``buffer`` each unit of a segment lies, with so many bytes: one behind another."""
-    places, offset = [], 0
-    for unit, nbytes in zip(group, sizes, strict=True):
-        places.append((buffer[offset : offset + nbytes], unit))
-        offset += nbytes
-    return places
-
-
-_is_in_place = operator.methodcaller("is_in_place")
 _NO_PHASE = nullcontext()
 
 

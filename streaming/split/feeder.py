@@ -10,7 +10,8 @@ there to where it belongs:
     that writes to the device;
  3. copies out of chunks are on one stream of their own, so they end in the order in which they were queued.
 The whole copy is done when all of its parts are (``Backend.bring``), and later copies wait for that. So the device sees
-the same as if one link had brought everything.
+the same as if one link had brought everything. Packed weights are divided as bytes, wherever a part ends: the device
+that computes unpacks them when all parts are there (unpacking.py).
 """
 
 from __future__ import annotations

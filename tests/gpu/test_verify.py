@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from models import make_transformer
-from weightstream.streaming import CudaBackend, Streamer, StreamingConfig, cut_model
+from weightstream.streaming import CorruptionError, CudaBackend, Streamer, StreamingConfig, cut_model
+from weightstream.streaming.config import PackingMode
 from weightstream.streaming.devices.copies import Event, Pair
 from weightstream.streaming.model.layout import NamedTensor, make_layout
 from weightstream.streaming.model.sums import MOST_WORDS, Summing
-from weightstream.streaming.run.verify import BATCH_BYTES, PIECE_WORDS, checksums
+from weightstream.streaming.run.checksums import BATCH_BYTES, PIECE_WORDS, checksums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -126,3 +127,43 @@ def test_damaged_residents_are_found_and_mended(caplog: pytest.LogCaptureFixture
     assert streamer.counters.corrupted == 1
     assert "(resident: " in caplog.text
     streamer.close()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, zero_the_tail, None])
+def test_damaged_packed_weights_are_found(
+    damage: Callable[[torch.Tensor], None] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy to a slot is mended. A packed copy that was damaged in RAM is an error, and made anew."""
+    resident = make_transformer(DEPTH, WIDTH).to(torch.bfloat16).cuda()
+    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).cuda()
+    resident(x)
+    expected = resident(x)
+    model, backend = make_transformer(DEPTH, WIDTH).to(torch.bfloat16), CorruptingBackend()
+    config = StreamingConfig(verify=True, packing=PackingMode.ON, stream_all=True, adaptive=False)
+    streamer = Streamer(model, cut_model(model), backend, config)
+
+    def check(corrupted: int) -> None:
+        for _ in range(4):
+            assert torch.equal(streamer.run(lambda: model(x)), expected)
+        assert streamer.counters.corrupted == corrupted
+        assert len(streamer.plan.packed) == 4 * DEPTH
+
+    budget = streamer.minimum_bytes + streamer.outline.block_bytes(0)
+    streamer.load(streamer.plan_for(budget))
+    check(corrupted=0)
+    streamer.drain()
+    backend.damage, backend.countdown = damage, 3
+    check(corrupted=1)
+    assert "a copy of blocks." in caplog.text
+    assert streamer.snapshot().mode == "synchronous"
+    streamer.drain()
+    copies = streamer.site.weight_copies.copies(min(streamer.plan.packed))
+    copies.packed.buffer[1000] ^= 4
+    streamer.invalidate()
+    with pytest.raises(CorruptionError, match="in RAM was damaged"):
+        streamer.run(lambda: model(x))
+    streamer.begin_prompt()
+    streamer.load(streamer.plan_for(budget))
+    check(corrupted=2)
+    streamer.close()
+    assert backend.allocated == 0

@@ -11,6 +11,7 @@ import torch
 from models import learn
 from race import NumberedModel, RaceBackend
 from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
+from weightstream.streaming.devices import backend as backend_file
 from weightstream.streaming.memory import packing as packing_file
 from weightstream.streaming.model.packed_units import MeasuredUnit
 from weightstream.streaming.packing import codec
@@ -18,6 +19,7 @@ from weightstream.streaming.packing.codec import unpack
 from weightstream.streaming.planning.packing import Packing, packed_outline
 from weightstream.streaming.planning.segments import cut
 from weightstream.streaming.run import lane as lane_file
+from weightstream.streaming.split.feeder import Feeder
 
 # Fewer values than are packed otherwise, as many as fill several units of alignment.
 VALUES = 4096
@@ -98,11 +100,15 @@ def packed_plan(streamer: Streamer, streamed: list[int], packed: list[int], slot
     return Plan.streaming(outline, segments, slots * max(segment.nbytes for segment in segments))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("segment_bytes", [0, 3 * VALUES], ids=["one unit", "two units"])
-@pytest.mark.parametrize(("slots", "copy_streams"), [(1, 2), (2, 1), (2, 2), (3, 2)])
-def test_every_access_is_ordered(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int) -> None:
-    """With all streamed units of three blocks packed, every second one, and only those of the second block."""
+def feed(backend: RaceBackend, helpers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ``helpers`` other devices bring parts of every copy, each through two chunks that are soon in use again."""
+    monkeypatch.setattr(backend_file, "LEAST_FED_BYTES", 0)
+    others = (RaceBackend(backend.memory_accesses) for _ in range(helpers))
+    backend.feeders += [Feeder(other, chunk_bytes=1024, chunks=2) for other in others]
+
+
+def run_plans(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int) -> int:
+    """All streamed units of three blocks are packed, every second one, and only those of the second block."""
     model = NumberedModel(3, backend, like=LIKE)
     settings = {"segment_bytes": segment_bytes, "adaptive": False, "thrifty": False, "read_threads": 1, "chunks": 2}
     config = StreamingConfig(copy_streams, slots, chunk_bytes=8192, **settings)
@@ -117,26 +123,52 @@ def test_every_access_is_ordered(backend: RaceBackend, slots: int, copy_streams:
             assert all(streamer.site.weight_copies.copies(unit).pinned for unit in streamed)
             streamer.load(packed_plan(streamer, streamed, packed, slots))
             assert streamer.plan.packed == set(packed)
+            assert backend.links == 1 + len(backend.feeders)
             assert model(everything) == everything
             streamer.load(streamer.plan, Same())
             for order, parts in itertools.product((everything, everything[::-1], [0, 0, 2]), PARTS):
                 assert model(order, parts) == order
-    assert backend.accesses - before > 3000
+    checked = backend.accesses - before
     streamer.close()
+    return checked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segment_bytes", [0, 3 * VALUES], ids=["one unit", "two units"])
+@pytest.mark.parametrize(("slots", "copy_streams"), [(1, 2), (2, 0), (2, 1), (2, 2), (3, 2)])
+def test_every_access_is_ordered(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int) -> None:
+    """Without copy streams too: copies become synchronous when one was corrupted (verify.py)."""
+    assert run_plans(backend, slots, copy_streams, segment_bytes) > 3000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("helpers", "slots"), [(1, 1), (2, 2)])
+def test_every_access_is_ordered_over_several_links(
+    backend: RaceBackend, helpers: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed(backend, helpers, monkeypatch)
+    assert run_plans(backend, slots, 2, 3 * VALUES) > 8000
+
+
+def packed_streamer(backend: RaceBackend) -> tuple[NumberedModel, Streamer]:
+    """It streams all of its units packed from the next step on."""
+    model = NumberedModel(3, backend, like=LIKE)
+    config = StreamingConfig(2, 2, segment_bytes=0, adaptive=False, thrifty=False)
+    streamer = Streamer(model, cut_model(model), backend, config)
+    learn(streamer, lambda: model([0, 1, 2]))
+    streamer.load(packed_plan(streamer, list(range(9)), list(range(9)), 2))
+    return model, streamer
 
 
 def test_without_a_wait_for_the_copy_the_unpacking_is_a_race(
     backend: RaceBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So this file would tell."""
-    model = NumberedModel(3, backend, like=LIKE)
-    config = StreamingConfig(2, 2, segment_bytes=0, adaptive=False, thrifty=False)
-    streamer = Streamer(model, cut_model(model), backend, config)
-    learn(streamer, lambda: model([0, 1, 2]))
-    streamer.load(packed_plan(streamer, list(range(9)), list(range(9)), 2))
+    model, streamer = packed_streamer(backend)
     monkeypatch.setattr(backend, "wait", lambda event: lambda: 0.0)
     with pytest.raises(AssertionError, match="compute reads memory before the write into it is done"):
         model([0, 1, 2])
+    assert streamer.plan.packed
 
 
 def test_after_an_error_no_memory_is_freed_that_a_copy_writes_to(
@@ -155,3 +187,15 @@ def test_after_an_error_no_memory_is_freed_that_a_copy_writes_to(
     with pytest.raises(RuntimeError, match="no kernel"):
         streamer.load(plan)
     assert backend.allocated == 0
+
+
+def test_without_a_wait_for_all_links_the_unpacking_is_a_race(
+    backend: RaceBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy is taken for done when the home's own part of it is."""
+    feed(backend, 1, monkeypatch)
+    model, streamer = packed_streamer(backend)
+    streamer.drain()
+    monkeypatch.setattr(backend, "_all_over", lambda stream, events: events[0])
+    with pytest.raises(AssertionError, match="compute reads memory before the write into it is done"):
+        model([0, 1, 2])

@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from weightstream.streaming.run import verify
-from weightstream.streaming.run.verify import PIECE_WORDS, checksums
+from weightstream.streaming.run import checksums as checksums_file
+from weightstream.streaming.run.checksums import PIECE_WORDS, checksums
 
 PIECE_BYTES = 4 * PIECE_WORDS
 
@@ -51,7 +51,7 @@ def test_batches_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sums(words)
     assert len(expected) == 6
     for pieces in (1, 2, 3, 100):
-        monkeypatch.setattr(verify, "BATCH_BYTES", pieces * PIECE_BYTES)
+        monkeypatch.setattr(checksums_file, "BATCH_BYTES", pieces * PIECE_BYTES)
         assert torch.equal(sums(words), expected)
 
 
