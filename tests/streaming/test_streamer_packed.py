@@ -14,6 +14,7 @@ from weightstream.streaming import CpuBackend, State, StreamingError, VirtualMem
 from weightstream.streaming import loading as loading_file
 from weightstream.streaming.config import PackingMode
 from weightstream.streaming.memory import packing as packing_file
+from weightstream.streaming.memory.sampling import SLICE_VALUES, SLICES
 from weightstream.streaming.packing import unpackers
 from weightstream.streaming.run import lane as lane_file
 
@@ -92,10 +93,16 @@ def spread(shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=random).sign() * 2.0**exponents
 
 
-def test_what_does_not_shrink_streams_as_it_is() -> None:
+@pytest.mark.parametrize("sampled", [True, False])
+def test_what_does_not_shrink_streams_as_it_is(sampled: bool) -> None:
+    """Whether that is known before it is packed, from a sample, or is seen then."""
     model = make_model()
+    weight = model.blocks[1].qkv.weight
     with torch.no_grad():
-        model.blocks[1].qkv.weight.copy_(spread(model.blocks[1].qkv.weight.shape))
+        values = weight.flatten().view(SLICES, -1)
+        begin = 0 if sampled else SLICE_VALUES
+        values[:, begin:] = spread(values[:, begin:].shape)
+        weight.copy_(values.view(weight.shape))
     expected = model(X)
     backend = PinningBackend()
     streamer = make(model, backend)
