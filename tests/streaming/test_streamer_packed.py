@@ -556,6 +556,8 @@ def test_a_gpu_without_a_kernel_is_told_of(
     learned(streamer, model)
     assert torch.equal(step(streamer, model), make_model()(X))
     assert why(streamer) == (f"{text} (only CUDA has a kernel that decodes)" if text else "")
+    streamer.keep(replace(streamer.plan, forecast=replace(streamer.plan.forecast, seconds=0.0)))
+    assert bool(why(streamer)) is (mode is PackingMode.ON), "with another plan copies hide behind compute"
 
 
 def test_unpacking_is_not_measured_as_compute(monkeypatch: pytest.MonkeyPatch) -> None:
