@@ -73,9 +73,10 @@ def _explain_where_asked(plan: Plan, planner: Planner, obstacle: str, slow: str)
         obstacle = "hooks change them in this prompt"
     if obstacle:
         return f"{NOT_PACKED}: {obstacle}"
-    if planner.packing is None:  # Times are not known yet.
+    packing = planner.packing  # Read once: another thread may take it away.
+    if packing is None:  # Times are not known yet.
         return ""
-    able = {unit for unit in plan.streamed if planner.packing.slot_bytes[unit] < plan.outline.unit_bytes[unit]}
+    able = {unit for unit in plan.streamed if packing.slot_bytes[unit] < plan.outline.unit_bytes[unit]}
     if not able:
         return f"{NOT_PACKED}: none that streams is a large one in bfloat16 or float16"
     left = able - plan.packed
