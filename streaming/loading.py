@@ -25,7 +25,7 @@ from .memory.reader import Reader
 from .memory.supply import Watch
 from .memory.weights import NoPatches, Patches
 from .model.blocks import BlockSet
-from .model.packed_units import planned_bytes
+from .model.packed_units import packed_dtype
 from .obstacles import Decoder, find_obstacle
 from .packing.unpackers import unpacked_bytes_per_second, unpacker_of
 from .planning.packing import Packing
@@ -198,22 +198,22 @@ class Loading:
         return find_obstacle(self.config, self.backend.links, self._decoder)
 
     def _find_packing(self) -> Packing | None:
-        """What packing would save and cost; None, from then on, where the device cannot unpack."""
-        sizes = tuple(planned_bytes(unit.layout) for unit in self.blocks.units)
-        if sizes == self.outline.unit_bytes:
-            return Packing(sizes, math.inf)  # There is nothing to unpack.
-        if self._decoder.bytes_per_second is None:
-            self._decoder = self._try_decoder()
-        if self._decoder.bytes_per_second is None:
-            return None
-        return Packing(sizes, self._decoder.bytes_per_second)
-
-    def _try_decoder(self) -> Decoder:
+        """What packing would save and cost; None, from then on, where it cannot be."""
         try:
-            speed = unpacked_bytes_per_second(self.backend)
+            sizes = self.site.weight_copies.packed_sizes()
+            if sizes == self.outline.unit_bytes:
+                return Packing(sizes, math.inf)  # There is nothing to unpack.
+            if self._decoder.bytes_per_second is None:
+                self._decoder = self._time_decoder()
+            return Packing(sizes, self._decoder.bytes_per_second)
         except Exception as error:  # No memory for it, or a driver that refuses: the model streams as it is.
             logger.warning("weights do not stream packed on %s: %s", self.backend.name, error)
-            return Decoder(failure=_first_line(str(error)) or type(error).__name__)
+            self._decoder = Decoder(failure=_first_line(str(error)) or type(error).__name__)
+            return None
+
+    def _time_decoder(self) -> Decoder:
+        dtype = packed_dtype(unit.layout for unit in self.blocks.units)
+        speed = unpacked_bytes_per_second(self.backend, dtype or torch.bfloat16)
         slow = "" if self.backend.is_virtual else unpacker_of(self.backend.device).reason
         return Decoder(speed, _first_line(slow))
 

@@ -22,7 +22,7 @@ class Decoder(NamedTuple):
     Attributes:
         bytes_per_second: of weights; None before it was measured.
         slow: why it is not our kernel; empty where it is, and on virtual devices.
-        failure: why nothing can be unpacked; empty where it can.
+        failure: what went wrong when it was tried; empty where nothing did.
     """
 
     bytes_per_second: float | None = None
@@ -43,7 +43,7 @@ def find_obstacle(config: StreamingConfig, links: int, decoder: Decoder) -> str:
         (links > 1, f"they come over {links} links"),
         (config.synchronous, "copies are synchronous"),
         (not config.pin_memory, "they are not page-locked"),
-        (bool(decoder.failure), f"the device cannot unpack them ({decoder.failure})"),
+        (bool(decoder.failure), f"they cannot be packed ({decoder.failure})"),
     )
     return next((text for holds, text in obstacles if holds), "")
 
@@ -78,10 +78,10 @@ def _explain_where_asked(plan: Plan, planner: Planner, obstacle: str, slow: str)
         return ""
     able = {unit for unit in plan.streamed if packing.slot_bytes[unit] < plan.outline.unit_bytes[unit]}
     if not able:
-        return f"{NOT_PACKED}: none that streams is a large one in bfloat16 or float16"
+        return f"{NOT_PACKED}: none that streams is large, in bfloat16 or float16, and gets smaller"
     left = able - plan.packed
     texts = (
-        _count(left & planner.too_large, able, "they would hardly get smaller"),
+        _count(left & planner.too_large, able, "they take more room than was planned"),
         _count(left & planner.without_room, able, "no page-locked memory is left for them"),
         _count(left & planner.unpackable, able, "other code writes to them"),
         f"weights are unpacked slowly: {_no_kernel(slow)}" if slow and plan.packed else "",

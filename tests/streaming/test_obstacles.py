@@ -16,7 +16,7 @@ def test_usual_settings_are_no_obstacle() -> None:
     ("links", "decoder", "text"),
     [
         (2, Decoder(), "they come over 2 links"),
-        (1, Decoder(failure="no memory"), "the device cannot unpack them (no memory)"),
+        (1, Decoder(failure="no memory"), "they cannot be packed (no memory)"),
         (2, Decoder(failure="no memory"), "they come over 2 links"),
     ],
 )

@@ -98,7 +98,7 @@ def test_what_is_packed_takes_less_on_the_bus_and_in_ram() -> None:
     streamer = make(model, backend)
     plan = learned(streamer, model)
     assert len(plan.packed) == 4 * PACKED_IN_BLOCK
-    assert 0.72 < plan.streamed_bytes / plan.streamed_weight_bytes < 0.74
+    assert 0.70 < plan.streamed_bytes / plan.streamed_weight_bytes < 0.72
     assert sum(backend.registered.values()) <= plan.streamed_bytes
     snapshot = streamer.snapshot()
     assert snapshot.streamed_block_bytes == plan.streamed_bytes
@@ -147,14 +147,16 @@ def test_what_does_not_shrink_streams_as_it_is() -> None:
     with torch.no_grad():
         model.blocks[1].qkv.weight.copy_(spread(model.blocks[1].qkv.weight.shape))
     expected = model(X)
-    streamer = make(model)
+    backend = PinningBackend()
+    streamer = make(model, backend)
     plan = learned(streamer, model)
     names = {streamer.blocks.units[unit].name for unit in plan.streamed - plan.packed}
     assert "blocks.1.qkv" in names
     assert len(plan.packed) == 4 * PACKED_IN_BLOCK - 1
-    assert why(streamer) == "1 of 16 layers do not stream packed: they would hardly get smaller"
+    assert why(streamer) == ""
     for _ in range(2):
         assert torch.equal(step(streamer, model), expected)
+    assert streamer.snapshot().pinned_bytes == sum(backend.registered.values()), "nothing is counted that is not there"
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -168,6 +170,77 @@ def test_where_no_more_may_be_page_locked_the_others_come_from_where_they_are(sh
     assert why(streamer) == f"{left} of 16 layers do not stream packed: no page-locked memory is left for them"
     for _ in range(2):
         assert torch.equal(step(streamer, model), expected)
+
+
+class Counting(PinningBackend):
+    """Knows how much was page-locked at most since ``most`` was set to 0."""
+
+    most = 0
+
+    def register(self, buffer: torch.Tensor) -> str | None:
+        reason = super().register(buffer)
+        self.most = max(self.most, sum(self.registered.values()))
+        return reason
+
+
+def test_host_memory_holds_hardly_more_than_one_copy_of_each_unit() -> None:
+    """Master copies go one by one, while packed ones come."""
+    model = make_model()
+    backend = Counting()
+    streamer = make(model, backend, chunk_bytes=2048, chunks=3)
+    streamer.load(streamer.plan_for(BUDGET))
+    for _ in range(2):
+        step(streamer, model)
+    whole = sum(backend.registered.values())
+    assert whole >= streamer.outline.model_bytes * 0.9
+    backend.most = 0
+    step(streamer, model)
+    assert streamer.plan.packed
+    largest = max(unit.nbytes for unit in streamer.blocks.units)
+    assert 0 < backend.most <= whole + 2 * largest + streamer.config.chunk_bytes * streamer.config.chunks
+
+
+def test_room_for_one_copy_of_each_unit_and_one_more_is_enough() -> None:
+    model = make_model()
+    expected = model(X)
+    blocks = cut_model(model)
+    largest = max(unit.nbytes for unit in blocks.units)
+    streamer = make(model, Counting(), pinned_limit=blocks.outline.model_bytes + largest, chunk_bytes=2048, chunks=3)
+    plan = learned(streamer, model)
+    assert len(plan.packed) == 4 * PACKED_IN_BLOCK
+    assert torch.equal(step(streamer, model), expected)
+
+
+class DoubledAnew(Doubled):
+    """As others double, but others do not know."""
+
+    def signature(self, name: str) -> object | None:
+        return (self, name) if super().signature(name) is not None else None
+
+
+def test_patches_are_written_into_what_is_packed_and_the_file_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the memory where it is packed. What had patches in it before comes from where it was loaded from."""
+    model, reference = make_model(), make_model()
+    names = {"blocks.0.qkv.weight", "blocks.2.out.weight"}
+    with torch.no_grad():
+        for name in names:
+            reference.get_parameter(name).mul_(2)
+    loads: list[object] = []
+    own = packing_file.Load
+    monkeypatch.setattr(packing_file, "Load", lambda *args: loads.append(args) or own(*args))
+    backend = PinningBackend()
+    streamer = make(model, backend)
+    learned(streamer, model)
+    del loads[:]
+    locked = dict(backend.registered)
+    streamer.load(streamer.plan, Doubled(names))
+    assert loads == []
+    assert backend.registered == locked
+    assert torch.equal(model(X), reference(X))
+    streamer.load(streamer.plan, DoubledAnew(names))
+    assert len(loads) == 2
+    assert backend.registered == locked
+    assert torch.equal(model(X), reference(X))
 
 
 @pytest.mark.parametrize("in_first_step", [False, True], ids=["packed before", "not yet"])
@@ -223,6 +296,7 @@ def test_a_patch_that_changes_a_shape_is_not_packed() -> None:
         model(X)  # The layer itself cannot run: what it would run with is what counts.
     handle.remove()
     assert seen == [(3 * WIDTH + 1, WIDTH)]
+    assert why(streamer) == "1 of 16 layers do not stream packed: they take more room than was planned"
     assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK - 1
 
 
@@ -320,7 +394,7 @@ def test_where_no_memory_may_be_page_locked_nothing_is_packed_in_any_prompt(pack
 def test_a_device_that_cannot_unpack_streams_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def fail(backend: object) -> float:
+    def fail(*args: object) -> float:
         asked.append(1)
         raise RuntimeError("cuLaunchKernel failed\nand more")
 
@@ -332,7 +406,7 @@ def test_a_device_that_cannot_unpack_streams_as_before(monkeypatch: pytest.Monke
         assert learned(streamer, model).packed == frozenset()
         assert torch.equal(step(streamer, model), expected)
     assert len(asked) == 1
-    assert why(streamer) == "weights do not stream packed: the device cannot unpack them (cuLaunchKernel failed)"
+    assert why(streamer) == "weights do not stream packed: they cannot be packed (cuLaunchKernel failed)"
 
 
 def test_of_the_first_steps_nothing_is_said() -> None:
@@ -350,7 +424,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The devices for which a kernel was compiled and timed."""
     found: list[object] = []
     own = loading_file.unpacked_bytes_per_second
-    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda backend: found.append(1) or own(backend))
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: found.append(1) or own(*args))
     return found
 
 
@@ -363,7 +437,7 @@ def test_where_there_is_nothing_to_pack_no_kernel_is_tried(tried: list[object]) 
     for _ in range(4):
         assert torch.equal(streamer.run(lambda: model(x), shape="x"), expected)
     assert streamer.plan.packed == frozenset()
-    text = "weights do not stream packed: none that streams is a large one in bfloat16 or float16"
+    text = "weights do not stream packed: none that streams is large, in bfloat16 or float16, and gets smaller"
     assert why(streamer) == text
     assert tried == []
 
@@ -455,13 +529,13 @@ def test_writes_of_a_block_to_its_unpacked_weights_are_an_error() -> None:
 def packed_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many units were packed, by call."""
     found: list[int] = []
-    own = packing_file.pack_unit
+    own = packing_file.measure_unit
 
     def count(*args: object) -> object:
         found.append(1)
         return own(*args)
 
-    monkeypatch.setattr(packing_file, "pack_unit", count)
+    monkeypatch.setattr(packing_file, "measure_unit", count)
     return found
 
 
@@ -522,7 +596,7 @@ def test_by_itself_it_packs_only_what_makes_steps_faster(
     monkeypatch: pytest.MonkeyPatch, speed: float, packs: bool
 ) -> None:
     model = make_model()
-    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda backend: speed)
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: speed)
     monkeypatch.setattr(Recorder, "_bandwidth", lambda self: 1e6)  # The bus is what takes long.
     streamer = make(model, packing=PackingMode.AUTO)
     assert bool(learned(streamer, model).packed) is packs
@@ -550,12 +624,12 @@ def test_a_gpu_without_a_kernel_is_told_of(
     monkeypatch: pytest.MonkeyPatch, mode: PackingMode, bandwidth: float, speed: float, text: str
 ) -> None:
     model = make_model()
-    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda backend: speed)
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: speed)
     monkeypatch.setattr(Recorder, "_bandwidth", lambda self: bandwidth)
     streamer = make(model, Gpu(VirtualMemory(10**9)), packing=mode)
     learned(streamer, model)
     assert torch.equal(step(streamer, model), make_model()(X))
-    assert why(streamer) == (f"{text} (only CUDA has a kernel that decodes)" if text else "")
+    assert why(streamer) == (f"{text} ({unpackers.unpacker_of(torch.device('cpu')).reason})" if text else "")
     streamer.keep(replace(streamer.plan, forecast=replace(streamer.plan.forecast, seconds=0.0)))
     assert bool(why(streamer)) is (mode is PackingMode.ON), "with another plan copies hide behind compute"
 
@@ -586,15 +660,15 @@ def test_unpacking_is_not_measured_as_compute(monkeypatch: pytest.MonkeyPatch) -
 
 
 def fails(calls: Callable[[int], bool]) -> Callable[..., object]:
-    own, count = packing_file.pack_unit, [0]
+    own, count = packing_file.measure_unit, [0]
 
-    def pack_unit(*args: object) -> object:
+    def measure_unit(*args: object) -> object:
         count[0] += 1
         if calls(count[0]):
             raise RuntimeError("the device has failed")
         return own(*args)
 
-    return pack_unit
+    return measure_unit
 
 
 def test_an_error_while_weights_are_packed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,7 +678,7 @@ def test_an_error_while_weights_are_packed_leaves_nothing_behind(monkeypatch: py
     streamer.load(streamer.plan_for(BUDGET))
     step(streamer, model)
     step(streamer, model)
-    monkeypatch.setattr(packing_file, "pack_unit", fails(lambda call: call == 3))
+    monkeypatch.setattr(packing_file, "measure_unit", fails(lambda call: call == 3))
     with pytest.raises(RuntimeError, match="the device has failed"):
         step(streamer, model)
     assert streamer.state is State.UNLOADED
