@@ -71,9 +71,11 @@ def load_with_weightstream(job: Job) -> Any:
             raise RuntimeError("the model does not use all GPUs; its log says why")
     if not hasattr(model, "status"):
         raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
+    packing = type(model.settings.packing)
     if job.contender == "weightstream-packed":
-        packing = type(model.settings.packing)
         model.settings = replace(model.settings, packing=packing.ON if job.case.tiny else packing.AUTO)
+    elif job.contender == "weightstream-unpacked":
+        model.settings = replace(model.settings, packing=packing.OFF)
     return model
 
 
@@ -251,6 +253,7 @@ NAMES = (
     "weightstream-blocks",
     "weightstream-one-gpu",
     "weightstream-packed",
+    "weightstream-unpacked",
     "comfy-dynamic",
     "comfy-static",
     *FAST_DISK,

@@ -7,7 +7,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..streaming import UnsupportedModelError
+from ..streaming import PackingMode, UnsupportedModelError
 from .changed_files import count_outdated
 from .model.offload import GIB, Mode, OffloadSettings
 from .model.patcher import StreamedModelPatcher
@@ -66,6 +66,13 @@ class AsyncOffloadSettings(io.ComfyNode):
                 _gib("pinned_limit_gb", "RAM of this model that may be page-locked, in GiB. 0 sets no limit."),
                 _gib("reserve_vram_gb", "VRAM that stays free beside what a step needs, in GiB. 0 is automatic."),
                 io.Clip.Input("clip", optional=True, tooltip="A text encoder that shall stream the same way."),
+                io.Combo.Input(
+                    "packing",
+                    options=[mode.value for mode in PackingMode],
+                    default=PackingMode.AUTO.value,
+                    optional=True,
+                    tooltip="auto packs weights where the bus is the limit: 0.70 of the bytes, and the same bits",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The MODEL, streamed as chosen; as it came in where it cannot stream."),
@@ -91,6 +98,7 @@ class AsyncOffloadSettings(io.ComfyNode):
         pinned_limit_gb: float,
         reserve_vram_gb: float,
         clip: Any = None,
+        packing: str = PackingMode.AUTO.value,
     ) -> io.NodeOutput:
         settings = OffloadSettings(
             mode=Mode(mode),
@@ -100,6 +108,7 @@ class AsyncOffloadSettings(io.ComfyNode):
             pin_memory=PINNING[pin_memory],
             pinned_limit=_bytes(pinned_limit_gb),
             reserve_vram=_bytes(reserve_vram_gb),
+            packing=PackingMode(packing),
         )
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
         model = with_settings(model, settings, node_id)

@@ -52,7 +52,7 @@ class StreamingConfig:
             most 16.
         read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
         build_threads: threads that build master copies behind other work, before a model is loaded.
-        packing: whether weights are packed where that makes a step faster, wherever they stream, or never.
+        packing: whether weights are packed where that makes a step faster (``AUTO``), wherever they stream, or never.
         verify: compare every copy on the device with its source before it is used (verify.py; for debugging).
     """
 
@@ -72,7 +72,7 @@ class StreamingConfig:
     chunk_bytes: int = 8 * 1024**2
     chunks: int = 16
     build_threads: int = 4
-    packing: PackingMode = PackingMode.OFF
+    packing: PackingMode = PackingMode.AUTO
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +85,8 @@ class StreamingConfig:
         for name in ("vram_limit", "pinned_limit"):
             if (limit := getattr(self, name)) is not None and limit < 0:
                 raise ConfigError(f"{name} must be None or 0 bytes and more, got {limit}")
+        if not isinstance(self.packing, PackingMode):
+            raise ConfigError(f"packing must be a PackingMode, got {self.packing!r}")
 
     @property
     def synchronous(self) -> bool:

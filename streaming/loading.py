@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -25,9 +26,10 @@ from .memory.supply import Watch
 from .memory.weights import NoPatches, Patches
 from .model.blocks import BlockSet
 from .model.packed_units import packed_dtype
-from .packing.unpackers import unpacked_bytes_per_second
+from .obstacles import Decoder, find_obstacle
+from .packing.unpackers import unpacked_bytes_per_second, unpacker_of
 from .planning.packing import Packing
-from .planning.plan import Plan
+from .planning.plan import Plan, is_bus_limited
 from .planning.planner import Planner
 from .planning.profile import Profile
 from .planning.spread import order_of_residency
@@ -91,8 +93,7 @@ class Loading:
         self._guard = threading.RLock()
         self._depth = 0
         self._lent = False
-        self._cannot_unpack = False
-        self._unpack_speed: float | None = None
+        self._decoder = Decoder()
         self._touches = 0
         self._steps_before = 0
         self._pins = pins
@@ -172,28 +173,49 @@ class Loading:
     def learn(self) -> None:
         """Keep what the step before has shown, if it was measured; waits for the device then. No step runs."""
         self.measuring.learn(self.drain)
-        if self.profile.measured and self.planner.packing is None and self._may_pack:
+        if self.planner.packing is None and self._wants_packing:
             self.planner.packing = self._find_packing()
-
-    def _find_packing(self) -> Packing | None:
-        """What packing would save and cost; None, from then on, where the device cannot unpack."""
-        try:
-            if self._unpack_speed is None:
-                dtype = packed_dtype(unit.layout for unit in self.blocks.units)
-                self._unpack_speed = unpacked_bytes_per_second(self.backend, dtype or torch.bfloat16)
-            return Packing(self.site.weight_copies.packed_sizes(), self._unpack_speed)
-        except Exception as error:  # No memory for it, or a driver that refuses: the model streams as it is.
-            logger.warning("weights do not stream packed on %s: %s", self.backend.name, error)
-            self._cannot_unpack = True
-            return None
+            self.measuring.expect_plan()  # Not always after a step that was measured: less memory makes plans longer.
 
     @property
-    def _may_pack(self) -> bool:
-        """Whether weights may be packed: synchronous copies, and those in pageable memory, are as they were loaded."""
-        config = self.config
-        if config.packing is PackingMode.OFF or config.synchronous or not config.pin_memory:
+    def _wants_packing(self) -> bool:
+        """Whether to find out now what packing would bring: for a kernel that is never used, none is compiled."""
+        if self.config.packing is PackingMode.OFF or self._obstacle or self.plan is None or self.site.lane is None:
             return False
-        return self.site.lane is not None and not self._cannot_unpack
+        if not self.profile.measured:
+            return False
+        return self.config.packing is PackingMode.ON or self._waits_for_the_bus(self.plan)
+
+    def _waits_for_the_bus(self, plan: Plan) -> bool:
+        """Whether a step with ``plan`` takes longer than its compute, by what is known now."""
+        if plan.forecast is not None:
+            return plan.forecast.limited_by == "bus"
+        return is_bus_limited(self._seconds_of(plan, self.profile), self.profile.compute_seconds)
+
+    @property
+    def _obstacle(self) -> str:
+        """Why no weight may be packed, with these settings on this device; empty where they may be."""
+        return find_obstacle(self.config, self._decoder)
+
+    def _find_packing(self) -> Packing | None:
+        """What packing would save and cost; None, from then on, where it cannot be."""
+        try:
+            sizes = self.site.weight_copies.packed_sizes()
+            if sizes == self.outline.unit_bytes:
+                return Packing(sizes, math.inf)  # There is nothing to unpack.
+            if self._decoder.bytes_per_second is None:
+                self._decoder = self._time_decoder()
+            return Packing(sizes, self._decoder.bytes_per_second)
+        except Exception as error:  # No memory for it, or a driver that refuses: the model streams as it is.
+            logger.warning("weights do not stream packed on %s: %s", self.backend.name, error)
+            self._decoder = Decoder(failure=_first_line(str(error)) or type(error).__name__)
+            return None
+
+    def _time_decoder(self) -> Decoder:
+        dtype = packed_dtype(unit.layout for unit in self.blocks.units)
+        speed = unpacked_bytes_per_second(self.backend, dtype or torch.bfloat16)
+        slow = "" if self.backend.is_virtual else unpacker_of(self.backend.device).reason
+        return Decoder(speed, _first_line(slow))
 
     @property
     def standing(self) -> Standing:
@@ -246,7 +268,7 @@ class Loading:
             self._load(plan, patches)
         except CannotPackError as error:
             self.planner.too_large |= error.large
-            self.planner.unpackable |= error.without_room
+            self.planner.without_room |= error.without_room
             return False
         return True
 
@@ -351,7 +373,7 @@ class Loading:
         Page-locking that failed before may succeed now.
         """
         self.planner.vram.begin_prompt()
-        self.planner.unpackable = frozenset()
+        self.planner.begin_prompt()
         if self.plan is not None:
             self.site.retry_building(self.plan)
 
@@ -454,7 +476,7 @@ class Loading:
         self.unload()
         self.site.leave()
         self.backend = backend
-        self._cannot_unpack, self._unpack_speed = False, None
+        self._decoder = Decoder()
         self._equip(backend)
         self.planner.change_device()
 
@@ -492,3 +514,7 @@ class Loading:
         """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
         self._steps.settle()
         self.site.settle()
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

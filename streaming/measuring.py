@@ -49,6 +49,10 @@ class Measuring:
         learned, self._has_learned = self._has_learned, False
         return learned
 
+    def expect_plan(self) -> None:
+        """Something else became known, of which another plan may come."""
+        self._has_learned = True
+
     def record(self, outline: Outline, backend: Backend, reader: Reader) -> None:
         """Measure the next step."""
         self.stop()

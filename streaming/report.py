@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .config import StreamingConfig, format_bytes
 from .devices.backend import Backend
 from .memory.supply import Supply
@@ -12,14 +14,24 @@ from .planning.state import Standing, State
 from .run.telemetry import Activity, Snapshot
 
 
-def explain(now: Standing, copies: WeightCopies, supply: Supply, building: bool, finding: str) -> str:
+class Findings(NamedTuple):
+    """What is not as one would expect, in words; empty where all is.
+
+    Attributes:
+        copies: why copies are synchronous, or when blocks begin.
+        unpacked: why weights do not stream packed.
+    """
+
+    copies: str = ""
+    unpacked: str = ""
+
+
+def explain(now: Standing, copies: WeightCopies, supply: Supply, building: bool, findings: Findings) -> str:
     """The plan in effect, and where its streamed weights come from, in a line.
 
-    ``building``: whether master copies are still to be built. ``finding``: why copies are synchronous, or when blocks
-    begin.
+    ``building``: whether master copies are still to be built.
     """
-    text = _explain(now, copies, supply, building)
-    return f"{text}; {finding}" if finding else text
+    return "; ".join(filter(None, (_explain(now, copies, supply, building), *findings)))
 
 
 def _explain(now: Standing, copies: WeightCopies, supply: Supply, building: bool) -> str:
@@ -43,7 +55,7 @@ def take_snapshot(
     profile: Profile,
     activity: Activity,
     building: bool,
-    finding: str,
+    findings: Findings,
 ) -> Snapshot:
     """The whole state in one value. What is passed may go on changing meanwhile, on another thread."""
     plan, arena = now.plan, supply.arena
@@ -53,8 +65,9 @@ def take_snapshot(
     return Snapshot(
         device=backend.name,
         mode=_mode(plan, config),
-        explain=explain(now, copies, supply, building, finding),
-        note="; ".join(filter(None, (arena.reason, finding))),
+        explain=explain(now, copies, supply, building, findings),
+        note="; ".join(filter(None, (arena.reason, findings.copies))),
+        why_unpacked=findings.unpacked,
         blocks=blocks,
         resident_blocks=plan.resident_blocks if plan is not None else 0,
         streamed_blocks=blocks - plan.resident_blocks if plan is not None else 0,
@@ -63,6 +76,7 @@ def take_snapshot(
         rest_bytes=plan.rest_bytes if plan is not None else 0,
         staging_bytes=plan.staging_bytes if plan is not None else 0,
         streamed_block_bytes=plan.streamed_bytes if plan is not None else 0,
+        streamed_weight_bytes=plan.streamed_weight_bytes if plan is not None else 0,
         pinned_bytes=arena.pinned_bytes,
         pageable_bytes=arena.pageable_bytes,
         staged_bytes=plan.streamed_bytes - pinned if plan is not None else 0,

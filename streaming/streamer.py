@@ -19,9 +19,10 @@ from .loading import Loading
 from .measuring import Measuring
 from .memory.changes import Changes
 from .model.blocks import BlockSet
+from .obstacles import explain_unpacked
 from .planning.plan import Plan
 from .planning.state import State
-from .report import explain, take_snapshot
+from .report import Findings, explain, take_snapshot
 from .run.steps import Steps
 from .run.telemetry import Activity, Run, Snapshot
 from .runner import run_step
@@ -69,7 +70,7 @@ class Streamer(Loading):
             self.site.clear_device()
             loaded = False
         self.planner.take_up(blocks.outline)
-        if self._unpack_speed is not None:
+        if self._decoder.bytes_per_second is not None:
             self.planner.packing = self._find_packing()
         if not same:
             self.measuring = Measuring(self.planner, self.group)
@@ -218,18 +219,26 @@ class Streamer(Loading):
         by_units = f"nobody calls {len(names)} of its blocks ({names[0]}), so layers in them tell when" if names else ""
         return "; ".join(filter(None, (self._verifier.finding, by_units)))
 
+    def _why_unpacked(self, plan: Plan | None) -> str:
+        """Why weights do not stream packed, where that was asked for or would help."""
+        if plan is None:
+            return ""
+        return explain_unpacked(plan, self.planner, self.config.packing, self._obstacle, self._decoder.slow)
+
     def explain(self) -> str:
         """The plan in effect, and where its streamed weights come from, in a line."""
-        return explain(self.standing, self.site.weight_copies, self.site.supply, self.building, self._findings)
+        now, findings = self.standing, Findings(self._findings, self._why_unpacked(self.plan))
+        return explain(now, self.site.weight_copies, self.site.supply, self.building, findings)
 
     def snapshot(self) -> Snapshot:
         """The state now, for any thread. Waits for nothing and changes nothing."""
         while True:
             site, blocks = self.site, self.blocks
             now = self.standing  # Read last: another thread that unloads drops a plan before its site and its blocks.
-            told = (self.config, self.profile, self._activity(), site.building, self._findings)
+            told = (self.config, self.profile, self._activity(), site.building)
             try:
-                found = take_snapshot(now, site.weight_copies, site.supply, site.backend, *told)
+                findings = Findings(self._findings, self._why_unpacked(now.plan))
+                found = take_snapshot(now, site.weight_copies, site.supply, site.backend, *told, findings)
             except IndexError:
                 if site is self.site and blocks is self.blocks:
                     raise

@@ -39,7 +39,7 @@ class OffloadSettings:
         pin_memory: whether to page-lock.
         pinned_limit: bytes of this model that may be page-locked.
         reserve_vram: bytes of VRAM that stay free beside what a step needs.
-        packing: whether weights stream packed. No node sets it yet (docs/packing.md).
+        packing: whether weights stream packed (docs/packing.md).
     """
 
     mode: Mode = Mode.AUTO
@@ -49,7 +49,7 @@ class OffloadSettings:
     pin_memory: bool | None = None
     pinned_limit: int | None = None
     reserve_vram: int | None = None
-    packing: PackingMode = PackingMode.OFF
+    packing: PackingMode = PackingMode.AUTO
 
     def over(self, earlier: OffloadSettings) -> OffloadSettings:
         """These settings; if they set no limit of VRAM, with the limit of ``earlier``, those of a node before."""

@@ -62,7 +62,7 @@ def ladder_step(now: Snapshot) -> tuple[str, str]:
         return "synchronous", now.note or "its settings ask for it"
     if now.staged_bytes == 0:
         kept = now.resident_bytes + now.rest_bytes
-        return "pinned", f"{format_bytes(kept)} of {format_bytes(kept + now.streamed_block_bytes)} stay in VRAM"
+        return "pinned", f"{format_bytes(kept)} of {format_bytes(kept + now.streamed_weight_bytes)} stay in VRAM"
     if now.building:
         return "staged", now.note or "page-locked copies are still being made"
     return "staged", now.note

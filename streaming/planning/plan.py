@@ -34,6 +34,11 @@ MOST_IN_EXCHANGE = 2
 WORTH_FILLING = 0.01
 
 
+def is_bus_limited(seconds: float, compute_seconds: float) -> bool:
+    """Whether a step of so many seconds takes longer than its compute."""
+    return seconds > compute_seconds * (1 + FORECAST_TOLERANCE)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """How long a step will take.
@@ -55,7 +60,7 @@ class Forecast:
     @property
     def limited_by(self) -> str:
         """``compute`` or ``bus``."""
-        return "bus" if self.seconds > self.compute_seconds * (1 + FORECAST_TOLERANCE) else "compute"
+        return "bus" if is_bus_limited(self.seconds, self.compute_seconds) else "compute"
 
 
 @dataclass(frozen=True)

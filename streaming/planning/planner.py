@@ -75,7 +75,8 @@ class Planner:
         compiled: whether steps run compiled (hooks.py, Note: compiled models).
         by_units: blocks that are not entered though their units run (by_units.py).
         packing: what packing would save and cost; None before that is known, or where nothing may be packed.
-        unpackable: units that may not be packed in this prompt.
+        unpackable: units that other code writes to in this prompt, so that they may not be packed.
+        without_room: units for which no more memory may be page-locked in this prompt.
         too_large: units that take more than planned when they are packed.
         writes_expected: whether other code will write to weights, so that none may be packed.
     """
@@ -85,6 +86,7 @@ class Planner:
         self.by_units: frozenset[int] = frozenset()
         self.packing: Packing | None = None
         self.unpackable: frozenset[int] = frozenset()
+        self.without_room: frozenset[int] = frozenset()
         self.too_large: frozenset[int] = frozenset()
         self.writes_expected = False
         self._last_packed: frozenset[int] = frozenset()
@@ -100,6 +102,15 @@ class Planner:
     def minimum_bytes(self) -> int:
         """The least bytes of device memory with which the model streams; fewer once the order of its units is known."""
         return minimum_bytes(self._outline, self.profile)
+
+    def begin_prompt(self) -> None:
+        """What kept units from being packed in the prompt before may be over."""
+        self.unpackable = self.without_room = frozenset()
+
+    @property
+    def refused(self) -> frozenset[int]:
+        """Units that stream as they are, although weights are packed."""
+        return self.unpackable | self.without_room | self.too_large
 
     # -- plans for a budget --------------------------------------------------------------------------------------
 
@@ -122,12 +133,11 @@ class Planner:
         if self.packing is None or self.writes_expected or not plan.segments:
             return None
         always = self._config.packing is PackingMode.ON
-        without = self.unpackable | self.too_large
         if self.profile.measured:
-            units = units_to_pack(plan, self.profile, self.packing, without, everything=always)
+            units = units_to_pack(plan, self.profile, self.packing, self.refused, everything=always)
             self._last_packed = frozenset()
         else:
-            units = self._last_packed - without
+            units = self._last_packed - self.refused
         outline = packed_outline(self._outline, self.packing, units)
         if not units or budget < minimum_bytes(outline, self.profile):
             return None
@@ -316,7 +326,7 @@ class Planner:
             return False
         return any(
             self.packing.slot_bytes[unit] < self._outline.unit_bytes[unit]
-            for unit in plan.streamed - plan.packed - self.unpackable - self.too_large
+            for unit in plan.streamed - plan.packed - self.refused
         )
 
     def _choose_order(self, budget: float) -> None:

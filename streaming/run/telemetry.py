@@ -211,9 +211,11 @@ class Snapshot:
         mode: ``off`` (not loaded), ``resident``, ``streamed`` or ``synchronous``.
         explain: the plan in effect, in a line.
         note: why something that was asked for is not in effect; empty when all is.
+        why_unpacked: why weights do not stream packed, where that was asked for, or would help and cannot be.
         blocks, resident_blocks, streamed_blocks: all; those that stay as a whole; those of which some part is streamed.
         segments: copies in one step.
         streamed_block_bytes: bytes that cross the bus in one step.
+        streamed_weight_bytes: bytes of the weights that these are; more where some are packed.
         pinned_bytes, pageable_bytes: host memory for master copies and for the ring through which others are staged.
         staged_bytes: of the bytes that stream, those that come through that ring, from a file or pageable memory.
         ring_bytes: host memory of that ring; 0 when it is not needed.
@@ -230,6 +232,7 @@ class Snapshot:
     mode: str
     explain: str
     note: str
+    why_unpacked: str
     blocks: int
     resident_blocks: int
     streamed_blocks: int
@@ -238,6 +241,7 @@ class Snapshot:
     rest_bytes: int
     staging_bytes: int
     streamed_block_bytes: int
+    streamed_weight_bytes: int
     pinned_bytes: int
     pageable_bytes: int
     staged_bytes: int

@@ -24,6 +24,7 @@ SETTINGS: dict[str, Any] = {
     "pin_memory": "auto",
     "pinned_limit_gb": 0.0,
     "reserve_vram_gb": 0.0,
+    "packing": "auto",
 }
 
 

@@ -9,17 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.hooks
 import comfy.model_management as mm
+import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from prompts import SETTINGS
-from sampling import MB, MODEL, Patched, sample, with_lora
+from sampling import MB, MODEL, Patched, sample, sample_with_hook, with_lora
+from told import entry_of
+from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
 from weightstream.nodes.twins import takeover
-from weightstream.streaming import BudgetError, VirtualMemory
+from weightstream.streaming import BudgetError, PackingMode, VirtualMemory
 
 import nodes as host_nodes
 
@@ -172,6 +176,40 @@ def test_page_locking_on_and_off(streamed: Load, plain: torch.Tensor) -> None:
         assert torch.equal(sample(model), plain)
         model.streamer.finish_building()
         assert (model.status()["pinned_bytes"] > 0) is locked
+
+
+def test_packing_is_as_the_node_says(streamed: Load, plain: torch.Tensor) -> None:
+    """The small model has float32 weights, of which none can be packed: where that was asked for, it is told."""
+    for setting, mode in (("auto", PackingMode.AUTO), ("off", PackingMode.OFF), ("on", PackingMode.ON)):
+        model = settings_node(streamed(), packing=setting)
+        assert torch.equal(sample(model), plain)
+        assert model.streamer.config.packing is mode
+        why = model.status()["why_unpacked"]
+        assert ("do not stream packed: none that streams is large" in why) is (setting == "on")
+        assert why in model.streamer.explain()
+    assert settings_node(streamed()).settings.packing is PackingMode.AUTO
+
+
+def test_weights_of_16_bits_stream_packed(models: Path, virtual_device: Device) -> None:
+    """What hooks of the host change streams as it is, and the status says so."""
+    virtual_device(64 * MB)
+    path, options = str(models / MODEL), {"dtype": torch.bfloat16}
+    with torch.inference_mode():
+        native, model = comfy.sd.load_diffusion_model(path, options), load_streamed(path, options)
+    model = settings_node(model, mode="stream", packing="on")
+    sample(native)  # The first sampling may differ from all later ones.
+    for strength in (0.0, 0.7):
+        ours, theirs = (with_lora(each, strength) if strength else each for each in (model, native))
+        assert torch.equal(sample(ours), sample(theirs))
+        entry = entry_of(model)
+        share = entry["streamed_block_bytes"] / entry["streamed_weight_bytes"]
+        assert 0.70 < share < 0.75
+        assert entry["why_unpacked"] == ""
+        assert 0.95 < entry["pinned_bytes"] / entry["streamed_block_bytes"] <= 1  # Slots are as large as was planned.
+        assert "of weights) a step streamed" in entry["plan"]
+    mode = comfy.hooks.EnumHookMode.MinVram
+    assert torch.equal(sample_with_hook(model, mode), sample_with_hook(native, mode))
+    assert entry_of(model)["why_unpacked"] == "weights do not stream packed: hooks change them in this prompt"
 
 
 def test_a_limit_that_is_too_small_is_refused(streamed: Load, foreign: ModelPatcher) -> None:

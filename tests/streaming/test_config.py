@@ -34,8 +34,8 @@ def test_as_many_slots_as_staging_memory_holds(settings: dict[str, int], slot_mb
     assert StreamingConfig(**settings).slot_counts(slot_mb * 1_000_000)[0] == slots
 
 
-@pytest.mark.parametrize("settings", [{"copy_streams": -1}, {"slots": -1}, {"vram_limit": -1}])
-def test_impossible_settings_are_refused(settings: dict[str, int]) -> None:
+@pytest.mark.parametrize("settings", [{"copy_streams": -1}, {"slots": -1}, {"vram_limit": -1}, {"packing": "auto"}])
+def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         StreamingConfig(**settings)
 

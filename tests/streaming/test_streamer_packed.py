@@ -10,13 +10,22 @@ import pytest
 import torch
 from models import Doubled, PinningBackend, Transformer, budgets
 from packed_models import BUDGET, PACKED_IN_BLOCK, WIDTH, X, learned, make, make_model, step
-from weightstream.streaming import CpuBackend, State, StreamingError, VirtualMemory, cut_model
+from weightstream.streaming import CpuBackend, State, Streamer, StreamingError, VirtualMemory, cut_model
 from weightstream.streaming import loading as loading_file
 from weightstream.streaming.config import PackingMode
 from weightstream.streaming.memory import packing as packing_file
 from weightstream.streaming.memory.sampling import SLICE_VALUES, SLICES
 from weightstream.streaming.packing import unpackers
 from weightstream.streaming.run import lane as lane_file
+from weightstream.streaming.run.recorder import Recorder
+
+
+def why(streamer: Streamer) -> str:
+    """Why weights do not stream packed, as the status says it, and the line too, once."""
+    text, line = streamer.snapshot().why_unpacked, streamer.explain()
+    assert line.endswith(text)
+    assert line.count("packed: ") == text.count("packed: ") <= 1
+    return text
 
 
 @pytest.mark.parametrize("segment_bytes", [0, 200_000])
@@ -55,6 +64,8 @@ def test_what_is_packed_takes_less_on_the_bus_and_in_ram() -> None:
     assert sum(backend.registered.values()) <= plan.streamed_bytes
     snapshot = streamer.snapshot()
     assert snapshot.streamed_block_bytes == plan.streamed_bytes
+    assert snapshot.streamed_weight_bytes == plan.streamed_weight_bytes
+    assert why(streamer) == ""
     assert snapshot.pinned_bytes == sum(backend.registered.values())
     assert snapshot.staged_bytes == 0
     assert "MB of weights) a step streamed" in streamer.explain()
@@ -110,6 +121,8 @@ def test_what_does_not_shrink_streams_as_it_is(sampled: bool) -> None:
     names = {streamer.blocks.units[unit].name for unit in plan.streamed - plan.packed}
     assert "blocks.1.qkv" in names
     assert len(plan.packed) == 4 * PACKED_IN_BLOCK - 1
+    told = "" if sampled else "1 of 16 layers do not stream packed: they take more room than was planned"
+    assert why(streamer) == told
     for _ in range(2):
         assert torch.equal(step(streamer, model), expected)
     assert streamer.snapshot().pinned_bytes == sum(backend.registered.values()), "nothing is counted that is not there"
@@ -122,7 +135,8 @@ def test_where_no_more_may_be_page_locked_the_others_come_from_where_they_are(sh
     limit = int(share * 0.73 * cut_model(model).outline.model_bytes)
     streamer = make(model, PinningBackend(), pinned_limit=limit, chunk_bytes=2048, chunks=3)
     plan = learned(streamer, model)
-    assert plan.streamed - plan.packed
+    left = 4 * PACKED_IN_BLOCK - len(plan.packed)
+    assert why(streamer) == f"{left} of 16 layers do not stream packed: no page-locked memory is left for them"
     for _ in range(2):
         assert torch.equal(step(streamer, model), expected)
 
@@ -251,6 +265,7 @@ def test_a_patch_that_changes_a_shape_is_not_packed() -> None:
         model(X)  # The layer itself cannot run: what it would run with is what counts.
     handle.remove()
     assert seen == [(3 * WIDTH + 1, WIDTH)]
+    assert why(streamer) == "1 of 16 layers do not stream packed: they take more room than was planned"
     assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK - 1
 
 
@@ -279,6 +294,7 @@ def test_what_others_write_to_master_copies_is_what_runs(packed_before: bool) ->
         for _ in range(2):
             assert torch.equal(step(streamer, model), doubled)
         assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK - 1
+        assert why(streamer) == "1 of 16 layers do not stream packed: other code writes to them"
         model.blocks[1].mlp[0].weight.div_(2)
         streamer.invalidate()
         streamer.take_masters_back()
@@ -349,7 +365,7 @@ def test_a_device_that_cannot_unpack_streams_as_before(monkeypatch: pytest.Monke
 
     def fail(*args: object) -> float:
         asked.append(1)
-        raise RuntimeError("cuLaunchKernel failed")
+        raise RuntimeError("cuLaunchKernel failed\nand more")
 
     monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", fail)
     model = make_model()
@@ -359,6 +375,58 @@ def test_a_device_that_cannot_unpack_streams_as_before(monkeypatch: pytest.Monke
         assert learned(streamer, model).packed == frozenset()
         assert torch.equal(step(streamer, model), expected)
     assert len(asked) == 1
+    assert why(streamer) == "weights do not stream packed: they cannot be packed (cuLaunchKernel failed)"
+
+
+def test_of_the_first_steps_nothing_is_said() -> None:
+    model = make_model()
+    streamer = make(model)
+    assert why(streamer) == ""
+    streamer.load(streamer.plan_for(BUDGET))
+    assert why(streamer) == ""
+    step(streamer, model)
+    assert why(streamer) == ""
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The devices for which a kernel was compiled and timed."""
+    found: list[object] = []
+    own = loading_file.unpacked_bytes_per_second
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: found.append(1) or own(*args))
+    return found
+
+
+def test_where_there_is_nothing_to_pack_no_kernel_is_tried(tried: list[object]) -> None:
+    model = make_model().float()
+    x = X.float()
+    expected = model(x)
+    streamer = make(model)
+    streamer.load(streamer.plan_for(10**6))
+    for _ in range(4):
+        assert torch.equal(streamer.run(lambda: model(x), shape="x"), expected)
+    assert streamer.plan.packed == frozenset()
+    text = "weights do not stream packed: none that streams is large, in bfloat16 or float16, and gets smaller"
+    assert why(streamer) == text
+    assert tried == []
+
+
+def test_by_itself_it_tries_a_kernel_only_where_the_bus_is_the_limit(
+    monkeypatch: pytest.MonkeyPatch, tried: list[object]
+) -> None:
+    model = make_model()
+    streamer = make(model, packing=PackingMode.AUTO)
+    monkeypatch.setattr(Recorder, "_bandwidth", lambda self: 1e15)
+    learned(streamer, model)
+    step(streamer, model)
+    assert tried == []
+    planner = streamer.planner
+    planner.vram.current.profile = planner.profile = replace(planner.profile, bandwidth=1e6)
+    streamer.keep(planner.plan_for(BUDGET))  # As with less memory, of which a step does not learn.
+    for _ in range(2):
+        assert torch.equal(step(streamer, model), make_model()(X))
+        assert len(tried) == 1
+    assert streamer.plan.packed
 
 
 def in_float16(model: Transformer) -> None:
@@ -398,6 +466,7 @@ def test_where_others_are_expected_to_write_nothing_is_packed() -> None:
         for _ in range(2):
             assert torch.equal(step(streamer, model), expected)
         assert streamer.plan.packed == (set() if writes else everything)
+        assert why(streamer) == ("weights do not stream packed: hooks change them in this prompt" if writes else "")
 
 
 def test_what_others_write_to_what_modules_show_is_noticed() -> None:
@@ -472,13 +541,22 @@ def test_a_resident_needs_no_packed_copy(packed_units: list[int]) -> None:
     assert backend.registered == {}
 
 
-@pytest.mark.parametrize("setting", [{"copy_streams": 0}, {"packing": PackingMode.OFF}], ids=str)
-def test_where_nothing_may_be_packed_nothing_is(setting: dict[str, object]) -> None:
+OBSTACLES: list[tuple[dict[str, object], str]] = [
+    ({"copy_streams": 0}, "copies are synchronous"),
+    ({"pin_memory": False}, "they are not page-locked"),
+    ({"packing": PackingMode.OFF}, ""),
+    ({"packing": PackingMode.AUTO, "copy_streams": 0}, ""),
+]
+
+
+@pytest.mark.parametrize(("setting", "reason"), OBSTACLES, ids=str)
+def test_where_nothing_may_be_packed_nothing_is(setting: dict[str, object], reason: str) -> None:
     model = make_model()
     expected = model(X)
     streamer = make(model, **setting)
     assert learned(streamer, model).packed == frozenset()
     assert torch.equal(step(streamer, model), expected)
+    assert why(streamer) == (f"weights do not stream packed: {reason}" if reason else "")
 
 
 @pytest.mark.parametrize(("speed", "packs"), [(1e5, False), (1e15, True)])
@@ -487,14 +565,41 @@ def test_by_itself_it_packs_only_what_makes_steps_faster(
 ) -> None:
     model = make_model()
     monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: speed)
+    monkeypatch.setattr(Recorder, "_bandwidth", lambda self: 1e6)  # The bus is what takes long.
     streamer = make(model, packing=PackingMode.AUTO)
+    assert bool(learned(streamer, model).packed) is packs
+    assert torch.equal(step(streamer, model), make_model()(X))
+    assert why(streamer) == ""
+
+
+class Gpu(CpuBackend):
+    """A device that is no virtual one, and for which there is no kernel."""
+
+    is_virtual = False
+
+
+@pytest.mark.parametrize(
+    ("mode", "bandwidth", "speed", "text"),
+    [
+        (PackingMode.AUTO, 1e6, 1e5, "weights do not stream packed: there is no kernel here that unpacks them"),
+        (PackingMode.AUTO, 1e15, 1e5, ""),
+        (PackingMode.AUTO, 1e6, 1e15, ""),
+        (PackingMode.ON, 1e6, 1e5, "weights are unpacked slowly: there is no kernel here that unpacks them"),
+    ],
+    ids=["the bus is the limit", "compute is the limit", "it is fast all the same", "it was asked for"],
+)
+def test_a_gpu_without_a_kernel_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, mode: PackingMode, bandwidth: float, speed: float, text: str
+) -> None:
+    model = make_model()
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: speed)
+    monkeypatch.setattr(Recorder, "_bandwidth", lambda self: bandwidth)
+    streamer = make(model, Gpu(VirtualMemory(10**9)), packing=mode)
     learned(streamer, model)
-    planner = streamer.planner
-    planner.profile = replace(planner.profile, bandwidth=1e6)  # The bus is what takes long.
-    plan = planner.plan_for(BUDGET)
-    assert bool(plan.packed) is packs
-    streamer.load(plan)
-    assert torch.equal(model(X), make_model()(X))
+    assert torch.equal(step(streamer, model), make_model()(X))
+    assert why(streamer) == (f"{text} ({unpackers.unpacker_of(torch.device('cpu')).reason})" if text else "")
+    streamer.keep(replace(streamer.plan, forecast=replace(streamer.plan.forecast, seconds=0.0)))
+    assert bool(why(streamer)) is (mode is PackingMode.ON), "with another plan copies hide behind compute"
 
 
 def test_unpacking_is_not_measured_as_compute(monkeypatch: pytest.MonkeyPatch) -> None:

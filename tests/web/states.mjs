@@ -6,7 +6,7 @@
 /** @import { Feed, FeedState } from "../../web/lib/feed.mjs" */
 /** @import { Device, Event, Host, Model, Run, Status } from "../../web/lib/status.mjs" */
 
-const GB = 1e9;
+export const GB = 1e9;
 export const NOW = 1_764_320_000_000;
 
 /**
@@ -175,6 +175,23 @@ export const STATES = {
     }),
   ),
   streaming: feedState(STREAMING, { event: event(STREAMING) }),
+  packed: feedState(
+    status({
+      devices: [device({ resident: 5.3 * GB, staging: 0.6 * GB, torch: 1.4 * GB, copy_rate: 55.1 * GB, stalled: 0.22 })],
+      host: host({ pinned: 13.0 * GB }),
+      models: [
+        model({
+          running: true, reason: "5.8 GB of 23.8 GB stay in VRAM",
+          plan: "13.0 GB (packed, 18.0 GB of weights) a step streamed in 190 segments, from 57 of 57 blocks; 6.4 GB on the "
+            + "device: 5.3 GB of blocks resident, 500 MB outside of blocks, 400 MB staging, 200 MB to unpack in; a step in "
+            + "0.232 s, limited by the bus (0.177 s of compute); 13.0 GB from page-locked memory",
+          pinned_bytes: 13.0 * GB, resident_bytes: 5.3 * GB, streamed_block_bytes: 13.0 * GB,
+          streamed_weight_bytes: 18.0 * GB,
+          last_run: run({ bytes: 260 * GB, rate: 55.1 * GB, stall_ms_per_block: 0.9, step_seconds: 0.232 }),
+        }),
+      ],
+    }),
+  ),
   split: feedState(
     status({
       devices: [

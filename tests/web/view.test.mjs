@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import { stringsFor } from "../../web/lib/strings.mjs";
 import { buildView } from "../../web/lib/view.mjs";
-import { STATES, device, event, feedState, host, model, run, status } from "./states.mjs";
+import { GB, STATES, device, event, feedState, host, model, run, status } from "./states.mjs";
 
 const EN = stringsFor("en");
 
@@ -18,6 +18,7 @@ const EXPECTED = {
   loading: ["loading", "active", "Loading"],
   allResident: ["allResident", "good", "All resident"],
   streaming: ["streaming", "active", "Streaming"],
+  packed: ["streaming", "active", "Streaming"],
   split: ["streaming", "active", "Streaming"],
   inactive: ["idle", "neutral", "Idle"],
   fallback: ["idle", "neutral", "Idle"],
@@ -198,6 +199,10 @@ test("each loaded model has a line, and what does not stream", () => {
   assert.deepEqual(lines("eight").length, 1);
   assert.deepEqual(lines("inactive"), ["Not streaming: Flux (node 7)"]);
   assert.deepEqual(lines("idle"), []);
+  const halves = [{}, { device: "gpu:1", reason: "another" }].map((changes) =>
+    model({ resident_bytes: 5.3 * GB, streamed_block_bytes: 13.0 * GB, streamed_weight_bytes: 18.0 * GB, ...changes }));
+  const [both] = view(feedState(status({ models: halves }))).briefs;
+  assert.equal(both.text, "flux1-dev: streams from page-locked RAM, 11.6 GB of 47.6 GB stay in VRAM", "weights, not what is sent");
   const parts = [model(), model({ device: "gpu:1", ladder: "staged", reason: "host memory is nearly full" })];
   const [{ text }] = view(feedState(status({ models: parts }))).briefs;
   assert.equal(text, "flux1-dev: streams from the file, host memory is nearly full", "the worst of its parts");
@@ -206,6 +211,7 @@ test("each loaded model has a line, and what does not stream", () => {
 test("a card begins with what is copied in a step and what limits it", () => {
   const summary = (/** @type {string} */ name) => view(STATES[name]).models[0].summary;
   assert.match(summary("streaming"), /^Each step copies 11\.2 GB, .* more VRAM makes it faster\.$/);
+  assert.match(summary("packed"), /^Each step copies 13\.0 GB \(packed, 18\.0 GB of weights\), which takes longer /);
   assert.match(summary("split"), /^Each step copies 18\.1 GB, .* more VRAM makes it faster\.$/, "one part waits for its bus");
   assert.match(summary("eight"), /^Each step copies 306 GB .* makes nothing faster\.$/);
   assert.match(summary("loading"), /not measured yet\.$/);

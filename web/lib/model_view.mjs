@@ -92,12 +92,31 @@ function summary(parts, strings) {
   const loaded = parts.filter((part) => part.ladder !== "unloaded");
   if (loaded.length === 0) return "";
   if (loaded.every((part) => part.ladder === "resident")) return strings.summaryResident;
-  const streamed = sumOf(loaded, (part) => part.streamed_block_bytes);
-  if (streamed === null) return "";
-  const copied = format.bytes(streamed);
+  const copied = copiedText(loaded, strings);
+  if (copied === "") return "";
   if (loaded.some((part) => part.ladder === "synchronous")) return strings.summarySynchronous(copied);
   if (loaded.some((part) => part.limited_by === "bus")) return strings.summaryBus(copied);
   return loaded.every((part) => part.limited_by) ? strings.summaryCompute(copied) : strings.summaryUnmeasured(copied);
+}
+
+/**
+ * What is copied in a step, as it is sent, and the weights that this is, where they are packed; "" where it is not known.
+ * @param {readonly Model[]} parts
+ * @param {Strings} strings
+ */
+function copiedText(parts, strings) {
+  const sent = sumOf(parts, (part) => part.streamed_block_bytes);
+  const weights = sumOf(parts, weightBytes);
+  if (sent === null || weights === null) return "";
+  return weights > sent ? strings.packed(format.bytes(sent), format.bytes(weights)) : format.bytes(sent);
+}
+
+/**
+ * Bytes of the weights that stream. An older server does not tell them apart from what is sent.
+ * @param {Model} part
+ */
+function weightBytes(part) {
+  return part.streamed_weight_bytes ?? part.streamed_block_bytes;
 }
 
 /**
@@ -125,7 +144,7 @@ function briefReason(parts, ladder, strings) {
   const reasons = new Set(parts.map((part) => part.reason));
   if (reasons.size === 1) return parts[0].reason;
   const kept = sumOf(parts, (part) => (part.resident_bytes ?? NaN) + (part.rest_bytes ?? 0));
-  const streamed = sumOf(parts, (part) => part.streamed_block_bytes);
+  const streamed = sumOf(parts, weightBytes);
   if (ladder !== "pinned" || kept === null || streamed === null) return "";
   return strings.stay(format.bytes(kept), format.bytes(kept + streamed));
 }

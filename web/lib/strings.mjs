@@ -76,6 +76,7 @@ const ENGLISH = {
   because: (/** @type {string} */ step, /** @type {string} */ reason) => `${step}: ${reason}`,
   and: (/** @type {string} */ one, /** @type {string} */ other) => `${one}, ${other}`,
   stay: (/** @type {string} */ kept, /** @type {string} */ all) => `${kept} of ${all} stay in VRAM`,
+  packed: (/** @type {string} */ sent, /** @type {string} */ weights) => `${sent} (packed, ${weights} of weights)`,
   summaryResident: "The whole model is in VRAM; nothing has to be copied.",
   summaryBus: (/** @type {string} */ copied) =>
     `Each step copies ${copied}, which takes longer than to compute it: more VRAM makes it faster.`,
@@ -173,6 +174,7 @@ const CHINESE = {
   because: (step, reason) => `${step}：${reason}`,
   and: (one, other) => `${one}，${other}`,
   stay: (kept, all) => `${all} 中的 ${kept} 留在显存中`,
+  packed: (sent, weights) => `${sent}（压缩后，权重共 ${weights}）`,
   summaryResident: "整个模型都在显存中，无需拷贝。",
   summaryBus: (copied) => `每步拷贝 ${copied}，比计算更久：更多显存会更快。`,
   summaryCompute: (copied) => `每步拷贝 ${copied}，与计算同时进行，计算更久：更多显存不会更快。`,

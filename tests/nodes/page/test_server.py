@@ -224,6 +224,18 @@ def test_settings_that_are_off_leave_the_model_as_it_is(host: HeadlessHost) -> N
     assert demo.read_status(host)["models"] == []
 
 
+def test_what_was_saved_before_there_was_packing_has_its_values_in_their_places(host: HeadlessHost) -> None:
+    """A workflow's values are in the order of the widgets; an API prompt names them."""
+    inputs = host.get("/object_info/WeightStreamOffloadSettings")["WeightStreamOffloadSettings"]["input"]
+    assert [*inputs["required"]] == ["model", *(name for name in SETTINGS if name != "packing")]
+    assert [*inputs["optional"]] == ["clip", "packing"]
+    ours = settings_prompt(54)
+    del ours["settings"]["inputs"]["packing"]
+    free(host)
+    host.run(ours)
+    assert streamed_model(host)["mode"] == "streamed"
+
+
 def test_settings_that_do_not_exist_are_refused(host: HeadlessHost) -> None:
     free(host)
     host.run(settings_prompt(52))
@@ -231,6 +243,7 @@ def test_settings_that_do_not_exist_are_refused(host: HeadlessHost) -> None:
     for name, value, kind in (
         ("mode", "nonsense", "value_not_in_list"),
         ("pin_memory", "perhaps", "value_not_in_list"),
+        ("packing", "zip", "value_not_in_list"),
         ("copy_streams", 99, "value_bigger_than_max"),
         ("prefetch_depth", -1, "value_smaller_than_min"),
         ("vram_limit_gb", "much", "invalid_input_type"),

@@ -40,6 +40,7 @@ def test_the_ladder(streamed: Load) -> None:
     kept, whole = (format_bytes(nbytes) for nbytes in (now.device_bytes - now.staging_bytes, model.model_size()))
     assert ladder_step(now) == ("pinned", f"{kept} of {whole} stay in VRAM")
     steps: list[tuple[Snapshot, tuple[str, str]]] = [
+        (replace(now, streamed_block_bytes=5), ("pinned", f"{kept} of {whole} stay in VRAM")),
         (replace(now, staged_bytes=5, note="the limit is reached"), ("staged", "the limit is reached")),
         (replace(now, staged_bytes=5, building=True), ("staged", "page-locked copies are still being made")),
         (replace(now, mode="synchronous"), ("synchronous", "its settings ask for it")),
