@@ -24,7 +24,7 @@ from .memory.reader import Reader
 from .memory.supply import Watch
 from .memory.weights import NoPatches, Patches
 from .model.blocks import BlockSet
-from .model.packed_units import planned_bytes
+from .model.packed_units import packed_dtype
 from .packing.unpackers import unpacked_bytes_per_second
 from .planning.packing import Packing
 from .planning.plan import Plan
@@ -178,12 +178,14 @@ class Loading:
     def _find_packing(self) -> Packing | None:
         """What packing would save and cost; None, from then on, where the device cannot unpack."""
         try:
-            self._unpack_speed = self._unpack_speed or unpacked_bytes_per_second(self.backend)
+            if self._unpack_speed is None:
+                dtype = packed_dtype(unit.layout for unit in self.blocks.units)
+                self._unpack_speed = unpacked_bytes_per_second(self.backend, dtype or torch.bfloat16)
+            return Packing(self.site.weight_copies.packed_sizes(), self._unpack_speed)
         except Exception as error:  # No memory for it, or a driver that refuses: the model streams as it is.
             logger.warning("weights do not stream packed on %s: %s", self.backend.name, error)
             self._cannot_unpack = True
             return None
-        return Packing(tuple(planned_bytes(unit.layout) for unit in self.blocks.units), self._unpack_speed)
 
     @property
     def _may_pack(self) -> bool:

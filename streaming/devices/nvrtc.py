@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 PROTOTYPES: dict[str, list[Any]] = {
-    "nvrtcCreateProgram": [POINTER(c_void_p), c_char_p, c_char_p, c_int, c_void_p, c_void_p],
+    "nvrtcCreateProgram": [POINTER(c_void_p), c_char_p, c_char_p, c_int, POINTER(c_char_p), POINTER(c_char_p)],
     "nvrtcCompileProgram": [c_void_p, c_int, POINTER(c_char_p)],
     "nvrtcGetProgramLogSize": [c_void_p, POINTER(c_size_t)],
     "nvrtcGetProgramLog": [c_void_p, c_char_p],
@@ -25,25 +26,27 @@ class CompilerError(Exception):
     """There is no compiler, or it has refused the source."""
 
 
-def compile_source(source: str, name: str, capability: tuple[int, int], options: Sequence[str] = ()) -> bytes:
+def compile_source(
+    source: str, name: str, capability: tuple[int, int], headers: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
     """Return the machine code (a cubin) of ``source`` for devices of this compute capability.
 
     Args:
-        source: CUDA C++ without includes.
+        source: CUDA C++ that includes nothing but ``headers``.
         name: of the program, for messages.
         capability: major and minor number, as torch.cuda.get_device_capability gives them.
-        options: of the compiler, beside the architecture.
+        headers: their texts by the names that the source has for them.
 
     Raises:
         CompilerError: says why there is no code, with the compiler's messages.
     """
     library = open_library()
     program = c_void_p()
-    _check(library, "nvrtcCreateProgram", byref(program), source.encode(), name.encode(), 0, None, None)
+    texts, names = _strings(headers.values()), _strings(headers)
+    _check(library, "nvrtcCreateProgram", byref(program), source.encode(), name.encode(), len(headers), texts, names)
     try:
-        arguments = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", *options]
-        array = (c_char_p * len(arguments))(*[argument.encode() for argument in arguments])
-        if library.nvrtcCompileProgram(program, len(arguments), array):
+        options = _strings([f"--gpu-architecture=sm_{capability[0]}{capability[1]}"])
+        if library.nvrtcCompileProgram(program, len(options), options):
             messages = _read(library, program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
             raise CompilerError(f"{name} was not compiled: {messages.decode(errors='replace').strip()}")
         return _read(library, program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
@@ -89,6 +92,12 @@ def _candidates() -> Iterator[str]:
         folders += sorted(Path(root).glob("*/lib")) + sorted(Path(root).glob("*/bin"))
     yield from (str(folder / name) for name in names for folder in folders if (folder / name).is_file())
     yield from names
+
+
+def _strings(texts: Iterable[str]) -> Any:
+    """An array of C's strings."""
+    encoded = [text.encode() for text in texts]
+    return (c_char_p * len(encoded))(*encoded)
 
 
 def _read(library: Any, program: c_void_p, size_of: str, read: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Makes packed copies: from the file or a master copy to the device, patched and packed there, and down.
+"""Makes packed copies: from the file or another copy to the device, patched and packed there, and down.
 
 [Note: up, pack, down]
 The reader brings one unit after another to the device, in two places in turn, as it brings residents. While one is
@@ -7,12 +7,17 @@ known only when it is packed.
  1. A place is filled again when the kernels that packed what lay there are over: the reader's copies wait for an event
     that was recorded behind them.
  2. Kernels wait for the reader's copies.
- 3. What was packed goes down behind the kernels, on their stream, into memory that nobody else uses yet. The host
-    waits for all of that once, at the end. (torch gives the packed tensor's memory to others on that stream alone.)
+ 3. All units are packed into the same memory. What lies there goes down behind the kernels, on their stream, and the
+    kernels of the next unit come behind that. So once the host has waited for the next unit, or for everything, it has
+    arrived.
+ 4. Then it replaces the unit's master copy, whose memory is given back at once: host memory is needed for all that
+    streams and a few units more, not for all of it twice. What goes down may be written where the unit's packed copy
+    with other patches was, which was read before, on the same stream.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +25,9 @@ from typing import NamedTuple
 import torch
 
 from ..devices.backend import Backend
-from ..model.packed_units import PackedUnit, pack_unit
+from ..devices.copies import ALIGNMENT
+from ..model.packed_units import MeasuredUnit, measure_unit
+from ..packing.packers import packer_of
 from ..packing.unpackers import Unpacker, unpacker_of
 from .arena import Arena, HostBuffer
 from .baking import bake_residents
@@ -53,61 +60,201 @@ class Refused(NamedTuple):
 def pack_units(
     backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, room: int, checks: Checks
 ) -> Refused:
-    """Give each of ``wanted`` its packed copy, with ``patches``; nothing is under way.
+    """Give each of ``wanted`` its packed copy, with ``patches``, in place of its master copy; nothing is under way.
+
+    After an error some units have theirs, and the others what they had, except packed copies with other patches.
 
     Args:
         wanted: by number.
         room: bytes on the device to pack them in; enough for the largest unit.
         checks: is asked to check what has arrived there.
     """
-    units = [(number, *one) for number, one in wanted.items()]
-    largest = max(copies.unit.nbytes for _, copies, _ in units)
-    places: list[torch.Tensor] = []
-    made: list[tuple[UnitCopies, PackedCopy]] = []
-    coming: dict[int, Transfer] = {}
-
-    def ask(turn: int) -> None:
-        if turn < len(units):
-            copies, place = units[turn][1], turn % len(places)
-            part = _part(copies, places[place][: copies.unit.nbytes], patches)
-            coming[turn] = supply.reader.transfer([part], [free[place]])
-
-    refused = Refused(set(), set())
-    completed = False
+    work = _Work(backend, supply, wanted, patches, checks)
     try:
-        for _ in range(max(1, min(2, len(units), room // largest))):
-            places.append(backend.allocate(largest))
-        free = [backend.mark() for _ in places]  # Race: kernels of this memory's previous user may still be under way.
-        for turn in range(len(places) - 1):
-            ask(turn)
-        for turn, (number, copies, most) in enumerate(units):
-            ask(turn + len(places) - 1)
-            backend.wait(supply.reader.wait(coming.pop(turn), supply.tick))
-            place = turn % len(places)
-            weights = _patched(copies, places[place][: copies.unit.nbytes], patches, supply.tick, checks)
-            sums = checks.sums_of(copies.unit.layout.bytes_in(weights.buffer))
-            found = pack_unit(copies.unit.layout, weights.buffer) if weights.fills_layout else None
-            free[place] = backend.mark()
-            if found is None or found[1].numel() > most:
-                refused.large.add(number)
-                continue
-            if (memory := _memory(supply.arena, found[1].numel())) is None:
-                refused.without_room.update(number for number, *_ in units[turn:])
-                break
-            packed_sums = checks.sums_of(found[0].parts_in(found[1]))
-            made.append((copies, PackedCopy(found[0], memory, weights.signatures, sums, packed_sums)))
-            _bring_down(found[1], memory)
-        completed = True
+        work.begin(room)
+        while work.pack_next():
+            """One more."""
     finally:
-        supply.reader.abandon()  # What is on its way to a place is not needed any more.
-        backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
-        for buffer in places:
-            backend.free(buffer)
-        for _, packed in made if not completed else ():
-            supply.arena.release(packed.memory)
-    for copies, packed in made:
-        copies.packed = packed
-    return refused
+        work.end()
+    return work.refused
+
+
+class _Work:
+    """Packs one unit after another (Note: up, pack, down).
+
+    Attributes:
+        refused: units that were not packed so far.
+    """
+
+    def __init__(
+        self, backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, checks: Checks
+    ) -> None:
+        self.refused = Refused(set(), set())
+        self._backend = backend
+        self._supply = supply
+        self._patches = patches
+        self._checks = checks
+        self._packer = packer_of(backend.device)
+        self._units = deque((number, *one) for number, one in wanted.items())
+        self._to_ask = deque(one.copies for one in wanted.values())
+        self._places: list[_Place] = []
+        self._packed: torch.Tensor | None = None
+        self._coming: deque[tuple[_Place, Transfer]] = deque()
+        self._going: tuple[UnitCopies, PackedCopy] | None = None
+        self._unused: list[HostBuffer] = []
+
+    def begin(self, room: int) -> None:
+        """Allocate places, and ask for the first units."""
+        largest = max(_Place.bytes_for(copies, self._patches) for copies in self._to_ask)
+        most = max(most for *_, most in self._units)
+        self._packed = self._backend.allocate(most)
+        for _ in range(max(1, min(2, len(self._units), (room - most) // largest))):
+            self._places.append(_Place(self._backend, largest))
+        for place in self._places:
+            self._ask(place)
+
+    def pack_next(self) -> bool:
+        """Pack the next unit, and ask for one more in its place; returns whether to go on."""
+        if not self._units:
+            return False
+        number, copies, most = self._units.popleft()
+        memory = self._memory(copies, most)  # While the unit is on its way.
+        place, transfer = self._coming.popleft()
+        self._backend.wait(self._supply.reader.wait(transfer, self._supply.tick))
+        weights = place.patched(copies, self._patches, self._supply.tick, self._checks)
+        sums = self._checks.sums_of(copies.unit.layout.bytes_in(weights.buffer))
+        found = None
+        if weights.fills_layout:
+            found = measure_unit(copies.unit.layout, weights.buffer, self._packer, most)
+        self._arrived()  # To measure a unit is to wait for it, and what went down before it has arrived.
+        if found is None:
+            self.refused.large.add(number)
+        elif (memory := memory or self._memory(copies, most)) is None:  # A master copy may have made room.
+            self.refused.without_room.update([number, *(number for number, *_ in self._units)])
+            return False
+        else:
+            self._bring_down(found, copies, PackedCopy(found.packed_unit, memory, weights.signatures, sums))
+        place.free = self._backend.mark()
+        self._ask(place)
+        return True
+
+    def end(self) -> None:
+        """Wait for what is going down, and give everything else back."""
+        self._supply.reader.abandon()  # What is on its way to a place is not needed any more.
+        self._backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
+        self._arrived()
+        for buffer in (self._packed, *(place.buffer for place in self._places)):
+            if buffer is not None:
+                self._backend.free(buffer)
+        for memory in self._unused:
+            self._supply.arena.release(memory)
+
+    def _ask(self, place: _Place) -> None:
+        """Ask for the next unit (Note: up, pack, down, 1)."""
+        if self._to_ask:
+            part = place.part(self._to_ask.popleft(), self._patches)
+            self._coming.append((place, self._supply.reader.transfer([part], [place.free])))
+
+    def _memory(self, copies: UnitCopies, nbytes: int) -> HostBuffer | None:
+        """Page-locked memory, the unit's own if it has some; None where no more may be page-locked."""
+        if copies.packed is not None:
+            return copies.packed.memory
+        arena = self._supply.arena
+        if (memory := arena.claim(nbytes)) is None:
+            return None
+        self._unused.append(memory)
+        memory.memory.fill_(0)  # Touched pages are page-locked several times faster.
+        return memory if arena.lock(memory) else None
+
+    def _bring_down(self, found: MeasuredUnit, copies: UnitCopies, packed: PackedCopy) -> None:
+        """Queue packing, and behind it the copy to page-locked memory (Note: up, pack, down, 3)."""
+        assert self._packed is not None
+        source = self._packed[: packed.unit.nbytes]
+        found.write(source)
+        packed = packed._replace(packed_sums=self._checks.sums_of(packed.unit.parts_in(source)))
+        if (memory := copies.drop_packed()) is not None:
+            self._unused.append(memory)
+        _copy_down(source, packed.buffer)
+        self._unused.remove(packed.memory)
+        self._going = copies, packed
+
+    def _arrived(self) -> None:
+        """What was going down has arrived, and replaces the master copy (Note: up, pack, down, 4)."""
+        if self._going is None:
+            return
+        (copies, copies.packed), self._going = self._going, None
+        if (master := copies.drop_master()) is not None:
+            self._supply.arena.release(master)
+
+
+class _Place:
+    """Memory on the device in which one unit at a time is patched and packed.
+
+    Attributes:
+        buffer: the unit, and behind it what it is unpacked from, if it is.
+        free: the event behind the last use.
+    """
+
+    def __init__(self, backend: Backend, nbytes: int) -> None:
+        self.buffer = backend.allocate(nbytes)
+        self.free = backend.mark()  # Race: kernels of this memory's previous user may still be under way.
+        self._unpacker = unpacker_of(backend.device)
+        self._packed: PackedCopy | None = None
+
+    @staticmethod
+    def bytes_for(copies: UnitCopies, patches: Patches) -> int:
+        """Bytes of a place for this unit."""
+        unpacked = _aligned(copies.unit.nbytes)
+        return unpacked + copies.packed.unit.nbytes if _is_to_unpack(copies, patches) else unpacked
+
+    def part(self, copies: UnitCopies, patches: Patches) -> Load | Move:
+        """What to ask the reader for: patches are written into weights as they were loaded."""
+        self._packed = copies.packed if _is_to_unpack(copies, patches) else None
+        if self._packed is not None:
+            return Move(self._packed.buffer, self._behind(copies), pinned=True)
+        target = self.buffer[: copies.unit.nbytes]
+        if _has_master(copies, patches):
+            return Move(copies.master.buffer, target, copies.pinned)
+        return Load(copies.unit.layout, target)
+
+    def patched(self, copies: UnitCopies, patches: Patches, tick: Tick, checks: Checks) -> Weights:
+        """The unit's weights, which have come, with these patches."""
+        weights = Weights(copies.unit, self.buffer[: copies.unit.nbytes])
+        if self._packed is not None:
+            _unpack("to be patched", copies, self._behind(copies), weights.buffer, self._unpacker, checks)
+            bake_residents([weights], patches, tick)
+            return weights
+        master = copies.master if _has_master(copies, patches) else None
+        checks.check_loaded(weights, master)
+        if master is not None:
+            weights.sign(master.signatures)
+        else:
+            bake_residents([weights], patches, tick)
+        return weights
+
+    def _behind(self, copies: UnitCopies) -> torch.Tensor:
+        assert self._packed is not None
+        return self.buffer[_aligned(copies.unit.nbytes) :][: self._packed.unit.nbytes]
+
+
+def _copy_down(packed: torch.Tensor, target: torch.Tensor) -> None:
+    with torch.inference_mode(False):
+        target.copy_(packed, non_blocking=True)
+
+
+def _has_master(copies: UnitCopies, patches: Patches) -> bool:
+    """Whether there is a master copy with these patches."""
+    return copies.master is not None and copies.master.fills_layout and not copies.master.stale(patches)
+
+
+def _is_to_unpack(copies: UnitCopies, patches: Patches) -> bool:
+    """Whether the weights as they were loaded come from a packed copy."""
+    packed = copies.packed
+    return packed is not None and not (packed.signatures or packed.spoiled or _has_master(copies, patches))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks: Checks) -> None:
@@ -118,12 +265,9 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks:
     packed = copies.packed
     assert packed is not None
     source, place = backend.allocate(packed.unit.nbytes), backend.allocate(copies.unit.nbytes)
-    unpack = partial(_unpack, packed.unit, unpacker_of(backend.device), source, place)
     try:
         source.copy_(packed.buffer)
-        checks.check_packed("to be written to", [OnDevice(copies, packed.unit.parts_in(source))])
-        unpack()
-        checks.check_unpacked("to be written to", [OnDevice(copies, copies.unit.layout.bytes_in(place))], unpack)
+        _unpack("to be written to", copies, source, place, unpacker_of(backend.device), checks)
         copies.resident = Weights(copies.unit, place)
         copies.resident.sign(packed.signatures)
         copies.move_to_master(arena)
@@ -134,53 +278,13 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks:
         backend.free(place)
 
 
-def _unpack(packed: PackedUnit, unpacker: Unpacker, source: torch.Tensor, place: torch.Tensor) -> None:
-    """Make in ``place`` on the device what is packed in ``source``."""
-    for part in packed.parts:
-        if not part.packed:
-            begin, end = part.spec.offset, part.spec.offset + part.spec.nbytes
-            place[begin:end].copy_(part.bytes_in(source))
-    for unpack in packed.unpacking(unpacker, source, place):
-        unpack()
-
-
-def _has_master(copies: UnitCopies, patches: Patches) -> bool:
-    """Whether there is a master copy with these patches."""
-    return copies.master is not None and copies.master.fills_layout and not copies.master.stale(patches)
-
-
-def _part(copies: UnitCopies, target: torch.Tensor, patches: Patches) -> Load | Move:
-    """What to ask the reader for."""
-    if _has_master(copies, patches):
-        return Move(copies.master.buffer, target, copies.pinned)
-    return Load(copies.unit.layout, target)
-
-
-def _patched(copies: UnitCopies, place: torch.Tensor, patches: Patches, tick: Tick, checks: Checks) -> Weights:
-    """The unit's weights, which have come to ``place``, with these patches."""
-    weights = Weights(copies.unit, place)
-    has_master = _has_master(copies, patches)
-    checks.check_loaded(weights, copies.master if has_master else None)
-    if has_master:
-        weights.sign(copies.master.signatures)
-    else:
-        bake_residents([weights], patches, tick)
-    return weights
-
-
-def _memory(arena: Arena, nbytes: int) -> HostBuffer | None:
-    """Page-locked memory; None where no more may be page-locked."""
-    memory = arena.claim(nbytes)
-    if memory is None:
-        return None
-    memory.memory.fill_(0)  # Touched pages are page-locked several times faster.
-    if memory.pinned or arena.lock(memory):
-        return memory
-    arena.release(memory)
-    return None
-
-
-def _bring_down(packed: torch.Tensor, memory: HostBuffer) -> None:
-    """Queue the copy of what was packed (Note: up, pack, down, 3)."""
-    with torch.inference_mode(False):
-        memory.memory.copy_(packed, non_blocking=True)
+def _unpack(
+    what: str, copies: UnitCopies, source: torch.Tensor, place: torch.Tensor, unpacker: Unpacker, checks: Checks
+) -> None:
+    """Make a unit in ``place`` on the device of its packed copy, which was brought to ``source``; ``what`` says why."""
+    assert copies.packed is not None
+    packed = copies.packed.unit
+    unpack = partial(packed.unpack, unpacker, source, place)
+    checks.check_packed(what, [OnDevice(copies, packed.parts_in(source))])
+    unpack()
+    checks.check_unpacked(what, [OnDevice(copies, copies.unit.layout.bytes_in(place))], unpack)

@@ -36,7 +36,7 @@ class PackedCopy(NamedTuple):
 
     Attributes:
         unit: where its tensors lie.
-        memory: which it fills.
+        memory: in which it lies, from the beginning on; as much as the unit may take with other patches.
         signatures: of the patches in it, by the names of values.
         sums, packed_sums: of the weights before they were packed, and of what was made of them, on the device; None
             where nobody checks that (checks.py).
@@ -52,7 +52,7 @@ class PackedCopy(NamedTuple):
 
     @property
     def buffer(self) -> torch.Tensor:
-        return self.memory.memory
+        return self.memory.memory[: self.unit.nbytes]
 
 
 class _Arriving(NamedTuple):

@@ -15,6 +15,7 @@ from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
 from .checks import Checks
 from .packing import Refused, Wanted, pack_units, unpack_to_master
+from .sampling import planned_bytes_of
 from .supply import Supply
 from .transfer import Load
 from .unit_copies import UnitCopies
@@ -83,28 +84,31 @@ class WeightCopies:
         used = {unit: self._copies[unit] for unit in plan.packed if self._copies[unit].bound_weights is not None}
         return {unit for unit, copies in used.items() if any(find_changes(copies))}
 
+    def packed_sizes(self) -> tuple[int, ...]:
+        """Return of each unit the most bytes that it takes when it is packed; its own where it is not to be packed."""
+        return tuple(map(planned_bytes_of, self._copies))
+
     def pack(self, plan: Plan, patches: Patches, owner: PinOwner) -> Refused:
         """Make the packed copies that ``plan`` streams from; nothing is under way, and there is no ring on the device.
 
         Returns the units that have none.
         """
         missing = [unit for unit in sorted(plan.packed) if not self._copies[unit].is_packed_with(patches)]
-        for unit in missing:
-            self._free(self._copies[unit].drop_packed())
+        for unit in plan.packed.difference(missing):
+            self._free(self._copies[unit].drop_master())
         if not missing:
-            self._drop_masters_of(plan.packed)
             return Refused(set(), set())
-        self._supply.make_room(sum(plan.outline.bytes_in_slot(unit) for unit in missing), owner)
+        self._supply.make_room(self._needed_to_pack(missing, plan), owner)
         self.arrive_all()  # The reader goes through its transfers in order.
         wanted = {unit: Wanted(self._copies[unit], plan.outline.bytes_in_slot(unit)) for unit in missing}
         room = plan.staging_bytes + plan.unpacking_bytes
-        refused = pack_units(self.backend, self._supply, wanted, patches, room, self._verifier)
-        self._drop_masters_of(plan.packed - refused.large - refused.without_room)
-        return refused
+        return pack_units(self.backend, self._supply, wanted, patches, room, self._verifier)
 
-    def _drop_masters_of(self, units: Iterable[int]) -> None:
-        for unit in units:
-            self._free(self._copies[unit].drop_master())
+    def _needed_to_pack(self, units: Collection[int], plan: Plan) -> int:
+        """Bytes of host memory to take for packed copies, beside those that their units give back one by one."""
+        sizes = [plan.outline.bytes_in_slot(unit) for unit in units if self._copies[unit].packed is None]
+        given_back = sum(self._copies[unit].master_bytes for unit in units)
+        return max(0, sum(sizes) - given_back) + sum(sorted(sizes)[-2:])
 
     def adopt(self) -> None:
         """Take the master copies that a builder has finished."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..devices.copies import ALIGNMENT
-from ..packing.codec import may_pack, pack
+from ..packing.codec import expected_bytes, may_pack
+from ..packing.packers import Packer, Sized
 from ..packing.unpackers import Unpacker
 from .layout import Layout, TensorSpec
 
-# The most bits that a value of so many is planned with: large layers take 11.2 to 11.5 of 16 (docs/packing.md), and a
-# unit that takes more stays as it is.
-PLANNED_BITS = {torch.bfloat16: 11.6, torch.float16: 14.6}
+# A tensor is planned with so many bits for each value more than a sample of it takes; a unit that takes more than that
+# stays as it is. Samples of 8192 values differ by 0.02 bits or less, but patches and channels differ too.
+SLACK_BITS = 0.1
 # A unit is packed only if that saves at least this part of it.
 WORTHWHILE = 0.05
 
@@ -70,43 +74,103 @@ class PackedUnit(NamedTuple):
             unpacker.prepare(part.bytes_in(packed), _flat(part.spec, unpacked)) for part in self.parts if part.packed
         ]
 
+    def unpack(self, unpacker: Unpacker, packed: torch.Tensor, unpacked: torch.Tensor) -> None:
+        """Queue on the current stream what makes the unit itself of a packed one."""
+        for part in self.parts:
+            if not part.packed:
+                begin, end = part.spec.offset, part.spec.offset + part.spec.nbytes
+                unpacked[begin:end].copy_(part.bytes_in(packed))
+        for unpack in self.unpacking(unpacker, packed, unpacked):
+            unpack()
 
-def planned_bytes(layout: Layout) -> int:
-    """Return the most bytes that a unit takes when it is packed; those of the layout where it is not worth it."""
-    total = 0
-    for spec in layout.specs:
-        packs = may_pack(spec.shape.numel(), spec.dtype)
-        nbytes = int(spec.shape.numel() * PLANNED_BITS[spec.dtype] / 8) if packs else spec.nbytes
-        total += _aligned(nbytes)
+
+@dataclass(frozen=True)
+class MeasuredUnit:
+    """A unit of which is known how it lies packed, and which is not packed yet."""
+
+    packed_unit: PackedUnit
+    _writes: tuple[Callable[[torch.Tensor], object], ...]
+
+    def write(self, target: torch.Tensor) -> None:
+        """Queue packing on the current stream, which is the one on which the unit was measured.
+
+        Args:
+            target: uint8, one dimension, at a multiple of 16, of at least as many bytes as the packed unit has. Those
+                between its parts become zero; those behind it stay as they are. The unit may not change before.
+        """
+        for part, write in zip(self.packed_unit.parts, self._writes, strict=True):
+            end = part.offset + part.nbytes
+            write(target[part.offset : end])
+            target[end : part.offset + _aligned(part.nbytes)] = 0
+
+
+def packed_dtype(layouts: Iterable[Layout]) -> torch.dtype | None:
+    """Return the dtype of most of what may be packed; None where nothing may be."""
+    found: Counter[torch.dtype] = Counter()
+    for layout in layouts:
+        for spec in filter(_may_pack, layout.specs):
+            found[spec.dtype] += spec.nbytes
+    return max(found, key=found.__getitem__, default=None)
+
+
+def planned_bytes(layout: Layout, sample_of: Callable[[TensorSpec], torch.Tensor]) -> int:
+    """Return the most bytes that a unit takes when it is packed; those of the layout where it is not worth it.
+
+    Args:
+        sample_of: returns some values of a tensor, on the host.
+    """
+    total = sum(_aligned(_planned_bytes(spec, sample_of)) for spec in layout.specs)
     return total if total <= layout.nbytes * (1 - WORTHWHILE) else layout.nbytes
 
 
-def pack_unit(layout: Layout, unit: torch.Tensor) -> tuple[PackedUnit, torch.Tensor] | None:
-    """Return a unit packed, on its device; None where it takes more than :func:`planned_bytes`.
+def _planned_bytes(spec: TensorSpec, sample_of: Callable[[TensorSpec], torch.Tensor]) -> int:
+    if not _may_pack(spec):
+        return spec.nbytes
+    values = spec.shape.numel()
+    return min(spec.nbytes, int(expected_bytes(values, sample_of(spec)) + values * SLACK_BITS / 8))
+
+
+def measure_unit(layout: Layout, unit: torch.Tensor, packer: Packer, most: int) -> MeasuredUnit | None:
+    """Find out how a unit lies packed; the host waits for the current stream, once.
+
+    Returns None if it takes more than ``most`` bytes.
 
     Args:
         unit: uint8, one dimension: the unit as its layout has it.
+        packer: of its device.
     """
     parts: list[PackedPart] = []
-    found: list[torch.Tensor] = []
+    writes: list[Callable[[torch.Tensor], object]] = []
     offset = 0
-    for spec in layout.specs:
-        packed = pack(_flat(spec, unit)) if may_pack(spec.shape.numel(), spec.dtype) else None
-        data = unit[spec.offset : spec.offset + spec.nbytes] if packed is None else packed
-        parts.append(PackedPart(spec, offset, data.numel(), packed is not None))
-        found.append(data)
-        offset += _aligned(data.numel())
-    most = planned_bytes(layout)
-    if offset > most or most == layout.nbytes:
-        return None
-    whole = torch.zeros(offset, dtype=torch.uint8, device=unit.device)
-    for part, data in zip(parts, found, strict=True):
-        whole[part.offset : part.offset + part.nbytes] = data
-    return PackedUnit(tuple(parts), offset), whole
+    for spec, sized in zip(layout.specs, _sizes(layout, unit, packer), strict=True):
+        packed = sized is not None and sized.nbytes is not None
+        nbytes = sized.nbytes if packed else spec.nbytes
+        parts.append(PackedPart(spec, offset, nbytes, packed))
+        writes.append(sized.write if packed else partial(_copy, _bytes(spec, unit)))
+        offset += _aligned(nbytes)
+    return MeasuredUnit(PackedUnit(tuple(parts), offset), tuple(writes)) if offset <= most else None
+
+
+def _sizes(layout: Layout, unit: torch.Tensor, packer: Packer) -> list[Sized | None]:
+    """How large the tensors of a unit are packed; None for one that is never packed."""
+    sizes = iter(packer.sizes([_flat(spec, unit) for spec in layout.specs if _may_pack(spec)]))
+    return [next(sizes) if _may_pack(spec) else None for spec in layout.specs]
+
+
+def _may_pack(spec: TensorSpec) -> bool:
+    return may_pack(spec.shape.numel(), spec.dtype)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source)
+
+
+def _bytes(spec: TensorSpec, unit: torch.Tensor) -> torch.Tensor:
+    return unit[spec.offset : spec.offset + spec.nbytes]
 
 
 def _flat(spec: TensorSpec, unit: torch.Tensor) -> torch.Tensor:
-    return unit[spec.offset : spec.offset + spec.nbytes].view(spec.dtype)
+    return _bytes(spec, unit).view(spec.dtype)
 
 
 def _aligned(nbytes: int) -> int:

@@ -1,1 +1,1 @@
-"""Weights in fewer bytes, and the same bits: the code, and who decodes it on a device. May import devices and below."""
+"""Weights in fewer bytes and the same bits: the code, and who packs and unpacks. May import devices and below."""

@@ -46,7 +46,8 @@ FEWEST_VALUES = 1 << 14
 MOST_VALUES = 1 << 30
 # A tensor is packed only if that saves at least this part of it.
 WORTHWHILE = 0.05
-# Values that are packed or unpacked at once by torch's operations, which need about 12 bytes for each.
+# Values that are packed or unpacked at once by torch's operations, which take 16 bytes for each to measure, up to 49 to
+# pack, and up to 61 to unpack.
 CHUNK = GROUP << 10
 
 
@@ -100,21 +101,50 @@ def pack(tensor: torch.Tensor) -> torch.Tensor | None:
     Args:
         tensor: one dimension, contiguous, for which :func:`may_pack` holds.
     """
-    form = format_of(tensor.numel(), tensor.dtype)
-    words = tensor.view(torch.int16)
-    chunks = [words[begin : begin + CHUNK] for begin in range(0, form.values, CHUNK)]
-    counts = sum(torch.bincount(_exponents(chunk, form), minlength=1 << form.exponent_bits) for chunk in chunks)
-    table = counts.topk(TABLE).indices.to(torch.uint8)
-    escaped = form.values - int(counts[table.long()].sum())
-    nbytes = form.escapes + escaped
-    if nbytes > tensor.nbytes * (1 - WORTHWHILE):
+    table, nbytes = measure(tensor)
+    if nbytes is None:
         return None
-    packed = torch.zeros(nbytes, dtype=torch.uint8, device=tensor.device)
+    packed = torch.empty(nbytes, dtype=torch.uint8, device=tensor.device)
+    pack_into(tensor, table, packed)
+    return packed
+
+
+def measure(tensor: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    """Return the table of ``tensor``, and how many bytes it takes packed; None where that would not be worth it.
+
+    Of two exponents that are equally common the smaller one comes first, so that the same values give the same bytes.
+    """
+    form = format_of(tensor.numel(), tensor.dtype)
+    counts = sum(
+        torch.bincount(_exponents(chunk, form), minlength=1 << form.exponent_bits)
+        for chunk in tensor.view(torch.int16).split(CHUNK)
+    )
+    order = counts.argsort(descending=True, stable=True)
+    return order[:TABLE].to(torch.uint8), packed_bytes(form, int(counts[order[TABLE:]].sum()))
+
+
+def packed_bytes(form: Format, escaped: int) -> int | None:
+    """Return the bytes of a packed tensor with so many escapes; None where packing would not be worth it."""
+    nbytes = form.escapes + escaped
+    return nbytes if nbytes <= 2 * form.values * (1 - WORTHWHILE) else None
+
+
+def expected_bytes(values: int, sample: torch.Tensor) -> float:
+    """Return how many bytes ``values`` values take packed, if they are like ``sample``: one dimension, on the host."""
+    form = format_of(values, sample.dtype)
+    counts = torch.bincount(_exponents(sample.view(torch.int16), form), minlength=TABLE + 1)
+    escaped = 1 - int(counts.topk(TABLE).values.sum()) / sample.numel()
+    return form.escapes + values * escaped
+
+
+def pack_into(tensor: torch.Tensor, table: torch.Tensor, packed: torch.Tensor) -> None:
+    """Fill ``packed``, which has as many bytes as this takes, with ``tensor``; what means nothing is zero."""
+    form = format_of(tensor.numel(), tensor.dtype)
+    packed[: form.escapes] = 0
     packed[:TABLE] = table
     found = form.escapes
-    for number, chunk in enumerate(chunks):
+    for number, chunk in enumerate(tensor.view(torch.int16).split(CHUNK)):
         found += _pack_chunk(chunk, form, table, packed, number * CHUNK, found)
-    return packed
 
 
 def _pack_chunk(

@@ -1,22 +1,9 @@
 // Decodes packed weights (codec.py, Note: seven exponents and an escape).
 //
-// A warp decodes a group of 2048 values, in 8 rounds of 256; a lane has 8 neighbours in each round, so that it reads 8
-// bytes and writes 16. It computes on bytes and nibbles of a register at once: three bits of eight values become eight
-// nibbles, and __byte_perm looks up four of them in a table of eight bytes.
-//
-// The host's C++ compiler compiles this file too, for the tests, with these functions emulated.
+// A lane reads 8 bytes in each round and writes 16. It computes on bytes and nibbles of a register at once: three bits of
+// eight values become eight nibbles, and __byte_perm looks up four of them in a table of eight bytes.
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-
-#define ROUNDS 8
-#define LANES 32
-#define WARPS 8
-
-// Where the parts of a packed tensor begin, in bytes; 8 values are one chunk.
-struct Format {
-    u32 chunks, low, planes[6], starts, escapes;
-};
+#include "format.cuh"
 
 // Bit i of a byte becomes the lowest bit of nibble i.
 __device__ static u32 spread(u32 bits) {
@@ -57,14 +44,8 @@ __device__ static void unpack(const u8* packed, uint4* out, const Format& form) 
         u32 exponents[2] = {__byte_perm(table.x, table.y, index & 0xFFFFu), __byte_perm(table.x, table.y, index >> 16)};
 
         u32 escaped = index_bits[0] & index_bits[1] & index_bits[2];
-        const u32 count = __popc(escaped);
-        u32 before = count;
-        for (u32 distance = 1; distance < LANES; distance *= 2) {
-            const u32 other = __shfl_up_sync(0xFFFFFFFFu, before, distance);
-            if (lane >= distance) before += other;
-        }
-        const u32 all = __shfl_sync(0xFFFFFFFFu, before, LANES - 1);
-        const u8* next = escapes + (before - count);
+        const Sum sum = sum_over_lanes(__popc(escaped));
+        const u8* next = escapes + sum.before;
         while (escaped) {
             const u32 place = __ffs(escaped) - 1;
             const u32 shift = place % 4 * 8;
@@ -75,7 +56,7 @@ __device__ static void unpack(const u8* packed, uint4* out, const Format& form) 
             else exponents[1] = (exponents[1] & ~mask) | exponent;
             escaped &= escaped - 1;
         }
-        escapes += all;
+        escapes += sum.all;
         if (!inside) continue;
 
         if (REST_PLANES) {

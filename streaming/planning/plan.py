@@ -24,6 +24,8 @@ from .timeline import timeline
 FREE_BUS = 0.3
 # Two forecasts that differ by less are the same.
 FORECAST_TOLERANCE = 0.005
+# More memory is told to be of no use to a step of packed weights that takes no more longer than compute than this.
+UNPACKING = 0.05
 # Slots absorb delays that no forecast knows of, so a plan with fewer slots than usual must gain more than this.
 SLOT_TOLERANCE = 0.02
 # At most this many additional units are streamed so that the ring can be larger.
@@ -221,7 +223,8 @@ def make_plan(
         )
     thrifty = config.thrifty and not config.stream_all
     if best.segments and profile.measured and thrifty and forecast_seconds(best, profile) <= _resident_seconds(profile):
-        best = min(best, _as_fast_as_resident(outline, profile, config, FREE_BUS), key=lambda plan: plan.device_bytes)
+        least = _least_within(outline, profile, config, _resident_seconds(profile), FREE_BUS)
+        best = min(best, least, key=lambda plan: plan.device_bytes)
     order = order_of_residency(outline, profile)
     best = replace(best, budget=budget, learned=profile.learned, order=order)
     return with_forecast(best, profile, config, seconds_of)
@@ -457,9 +460,8 @@ def _fastest(rings: Iterable[_Ring], budget: float, seconds_of: SecondsOf | None
 
 
 @lru_cache(maxsize=16)
-def _as_fast_as_resident(outline: Outline, profile: Profile, config: StreamingConfig, bus: float) -> Plan:
-    """Return the plan of least memory that is as fast as with everything resident, with ``bus`` of the bandwidth."""
-    goal = _resident_seconds(profile)
+def _least_within(outline: Outline, profile: Profile, config: StreamingConfig, goal: float, bus: float = 1.0) -> Plan:
+    """Return the plan of least memory whose step takes ``goal`` seconds at most, with ``bus`` of the bandwidth."""
     least = Plan(outline, (), ())
     for ring in _rings(outline, profile, config):
         least = ring.fewest(goal, bus, least.device_bytes) or least
@@ -470,6 +472,11 @@ def _resident_seconds(profile: Profile) -> float:
     return profile.compute_seconds * (1 + FORECAST_TOLERANCE)
 
 
+def _short_enough(plan: Plan, profile: Profile) -> float:
+    """Seconds of a step that more memory would hardly make shorter. (Without packing less memory would be needed.)"""
+    return profile.compute_seconds * (1 + UNPACKING) if plan.packed else _resident_seconds(profile)
+
+
 @uncollected()
 def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig, seconds_of: SecondsOf | None = None) -> Plan:
     """Return ``plan`` with the forecast that ``profile`` gives; unchanged before anything was measured."""
@@ -478,7 +485,7 @@ def with_forecast(plan: Plan, profile: Profile, config: StreamingConfig, seconds
     seconds = (seconds_of or forecast_seconds)(plan, profile)
     forecast = Forecast(seconds, profile.compute_seconds, plan.streamed_bytes / profile.bandwidth)
     if forecast.limited_by == "bus":
-        enough = _as_fast_as_resident(plan.outline, profile, config, 1.0)
+        enough = _least_within(plan.outline, profile, config, _short_enough(plan, profile))
         more = max(0, enough.device_bytes - plan.device_bytes)
         forecast = replace(forecast, more_bytes=more, more_seconds=forecast_seconds(enough, profile))
     return replace(plan, forecast=forecast)

@@ -13,7 +13,7 @@ from race import NumberedModel, RaceBackend
 from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.devices import backend as backend_file
 from weightstream.streaming.memory import packing as packing_file
-from weightstream.streaming.model.packed_units import planned_bytes
+from weightstream.streaming.model.packed_units import MeasuredUnit
 from weightstream.streaming.packing import codec
 from weightstream.streaming.packing.codec import unpack
 from weightstream.streaming.planning.packing import Packing, packed_outline
@@ -44,30 +44,57 @@ class WatchedUnpacker:
         return run
 
 
+class WatchedUnit:
+    """Is packed on the compute stream."""
+
+    def __init__(self, backend: RaceBackend, found: MeasuredUnit, unit: torch.Tensor) -> None:
+        self.packed_unit = found.packed_unit
+        self._backend, self._found, self._unit = backend, found, unit
+
+    def write(self, target: torch.Tensor) -> None:
+        self._backend.read(self._unit)
+        self._backend.write(target[: self.packed_unit.nbytes])
+        self._found.write(target)
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
     """Knows of what is packed and unpacked on it too."""
     backend = RaceBackend()
-    pack_unit, bring_down = packing_file.pack_unit, packing_file._bring_down
+    measure_unit, copy_down = packing_file.measure_unit, packing_file._copy_down
 
-    def watched_pack(layout: Any, unit: torch.Tensor) -> Any:
+    def watched_measure(layout: Any, unit: torch.Tensor, *rest: Any) -> Any:
         backend.read(unit)
-        return pack_unit(layout, unit)
+        backend.finish(backend.mark())  # How large it is is known when that is done.
+        found = measure_unit(layout, unit, *rest)
+        return None if found is None else WatchedUnit(backend, found, unit)
 
-    def watched_bring_down(packed: torch.Tensor, memory: Any) -> None:
-        backend.write(memory.memory)
-        bring_down(packed, memory)
+    def watched_copy(packed: torch.Tensor, target: torch.Tensor) -> None:
+        backend.read(packed)
+        backend.write(target)
+        copy_down(packed, target)
 
     monkeypatch.setattr(codec, "FEWEST_VALUES", VALUES)
-    monkeypatch.setattr(packing_file, "pack_unit", watched_pack)
-    monkeypatch.setattr(packing_file, "_bring_down", watched_bring_down)
-    monkeypatch.setattr(lane_file, "unpacker_of", lambda device: WatchedUnpacker(backend))
+    monkeypatch.setattr(packing_file, "measure_unit", watched_measure)
+    monkeypatch.setattr(packing_file, "_copy_down", watched_copy)
+    for module in (lane_file, packing_file):
+        monkeypatch.setattr(module, "unpacker_of", lambda device: WatchedUnpacker(backend))
     return backend
+
+
+class Same:
+    """Patches that leave weights as they are."""
+
+    def signature(self, name: str) -> object:
+        return self
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        return original
 
 
 def packed_plan(streamer: Streamer, streamed: list[int], packed: list[int], slots: int) -> Plan:
     """A plan that streams exactly these units, some of them packed."""
-    sizes = tuple(planned_bytes(unit.layout) for unit in streamer.blocks.units)
+    sizes = streamer.site.weight_copies.packed_sizes()
     outline = packed_outline(streamer.outline, Packing(sizes, 1e12), packed)
     segments = cut(outline, frozenset(streamed), streamer.profile, streamer.config.segment_bytes)
     return Plan.streaming(outline, segments, slots * max(segment.nbytes for segment in segments))
@@ -91,9 +118,14 @@ def run_plans(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes
     before = backend.accesses
     for streamed in (list(range(9)), [0, 1, 2, 3, 5, 8], [4, 5, 6]):
         for packed in (streamed, streamed[::2], [unit for unit in streamed if unit in (3, 4, 5)]):
+            streamer.load(packed_plan(streamer, streamed, [], slots))
+            streamer.finish_building()
+            assert all(streamer.site.weight_copies.copies(unit).pinned for unit in streamed)
             streamer.load(packed_plan(streamer, streamed, packed, slots))
             assert streamer.plan.packed == set(packed)
             assert backend.links == 1 + len(backend.feeders)
+            assert model(everything) == everything
+            streamer.load(streamer.plan, Same())
             for order, parts in itertools.product((everything, everything[::-1], [0, 0, 2]), runs):
                 assert model(order, parts) == order
     checked = backend.accesses - before
@@ -141,6 +173,24 @@ def test_without_a_wait_for_the_copy_the_unpacking_is_a_race(
     with pytest.raises(AssertionError, match="compute reads memory before the write into it is done"):
         model([0, 1, 2])
     assert streamer.plan.packed
+
+
+def test_after_an_error_no_memory_is_freed_that_a_copy_writes_to(
+    backend: RaceBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = NumberedModel(3, backend, like=LIKE)
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(2, 2, adaptive=False, thrifty=False))
+    learn(streamer, lambda: model([0, 1, 2]))
+    plan = packed_plan(streamer, list(range(9)), list(range(9)), 2)
+
+    def fail(*args: object) -> None:
+        streamer.reader.flush()  # The next unit is on its way.
+        raise RuntimeError("no kernel could be launched")
+
+    monkeypatch.setattr(packing_file, "measure_unit", fail)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        streamer.load(plan)
+    assert backend.allocated == 0
 
 
 def test_without_a_wait_for_all_links_the_unpacking_is_a_race(

@@ -1,4 +1,5 @@
-// What unpack.cu needs of CUDA, on threads of the host: a warp is 32 of them, which exchange values at a barrier.
+// What the kernels need of CUDA, on threads of the host: a warp is 32 of them, which exchange values at a barrier. Warps
+// run one after another, so that memory of a block is the same for all blocks.
 
 #include <barrier>
 #include <cstdint>
@@ -8,6 +9,7 @@
 
 #define __device__
 #define __global__
+#define __shared__ static
 
 struct alignas(8) uint2 {
     unsigned int x, y;
@@ -22,16 +24,16 @@ struct Index {
 thread_local Index threadIdx, blockIdx;
 
 static constexpr int WARP = 32;
-static unsigned int exchanged[WARP];
+// Two turns: one is not written to before everybody has read it, as there is a barrier of the other in between.
+static unsigned int exchanged[2][WARP];
+thread_local unsigned int turn;
 static std::barrier<> everybody(WARP);
 
 static unsigned int exchange(unsigned int value, unsigned int from) {
-    const unsigned int lane = threadIdx.x % WARP;
-    exchanged[lane] = value;
+    turn ^= 1;
+    exchanged[turn][threadIdx.x % WARP] = value;
     everybody.arrive_and_wait();
-    const unsigned int found = exchanged[from];
-    everybody.arrive_and_wait();
-    return found;
+    return exchanged[turn][from];
 }
 
 static unsigned int __shfl_sync(unsigned int, unsigned int value, unsigned int from) { return exchange(value, from); }
@@ -39,6 +41,12 @@ static unsigned int __shfl_sync(unsigned int, unsigned int value, unsigned int f
 static unsigned int __shfl_up_sync(unsigned int, unsigned int value, unsigned int distance) {
     const unsigned int lane = threadIdx.x % WARP;
     return exchange(value, lane >= distance ? lane - distance : lane);
+}
+
+static void __syncwarp() { everybody.arrive_and_wait(); }
+
+static unsigned int atomicAdd(unsigned int* place, unsigned int more) {
+    return __atomic_fetch_add(place, more, __ATOMIC_RELAXED);
 }
 
 static unsigned int __byte_perm(unsigned int low, unsigned int high, unsigned int selector) {

@@ -108,3 +108,22 @@ def test_unpacking_counts_as_compute() -> None:
     plans = [make_plan(one, profile, 30 * MB, replace(EAGER, stream_all=True)) for one in (outline, packed)]
     seconds = [forecast_seconds(plan, profile) for plan in plans]
     assert seconds == pytest.approx([4e-3, 6e-3])
+
+
+@pytest.mark.parametrize("budget", [1.0, 4.4, 6.2, 10.4])
+def test_more_memory_is_told_to_help_as_far_as_it_does(budget: float) -> None:
+    """With the memory that the plan asks for a step takes as long as told, and hardly more than compute."""
+    outline, profile = flux(), flux_profile()
+    packing = packing_of(outline)
+    plan = make_plan(outline, profile, budget * GB, FULL)
+    units = units_to_pack(plan, profile, packing)
+    forecast = make_plan(packed_outline(outline, packing, units), profile, budget * GB, FULL).forecast
+    assert forecast.limited_by == "bus"
+    if not forecast.more_bytes:
+        assert forecast.seconds <= 1.05 * profile.compute_seconds
+        return
+    more = make_plan(outline, profile, budget * GB + forecast.more_bytes, FULL)
+    units = units_to_pack(more, profile, packing)
+    packed = make_plan(packed_outline(outline, packing, units), profile, budget * GB + forecast.more_bytes, FULL)
+    seconds = min(forecast_seconds(plan, profile) for plan in (more, packed))
+    assert seconds <= forecast.more_seconds <= 1.05 * profile.compute_seconds

@@ -18,6 +18,7 @@ from weightstream.streaming import CorruptionError
 from weightstream.streaming.memory import packing as packing_file
 from weightstream.streaming.memory import weight_copies as weight_copies_file
 from weightstream.streaming.memory.unit_copies import UnitCopies
+from weightstream.streaming.model.packed_units import MeasuredUnit
 from weightstream.streaming.packing.unpackers import TorchUnpacker
 from weightstream.streaming.run import checksums
 from weightstream.streaming.run import lane as lane_file
@@ -247,38 +248,37 @@ def test_damage_to_what_lies_in_a_packed_unit_as_it_is_is_found() -> None:
 def packed_units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of units that were packed."""
     found: list[str] = []
-    own = packing_file.pack_unit
+    own = packing_file.measure_unit
 
-    def note(layout: Any, unit: torch.Tensor) -> object:
+    def note(layout: Any, *rest: Any) -> object:
         found.append(layout.specs[0].name.rpartition(".")[0])
-        return own(layout, unit)
+        return own(layout, *rest)
 
-    monkeypatch.setattr(packing_file, "pack_unit", note)
+    monkeypatch.setattr(packing_file, "measure_unit", note)
     return found
 
 
 def packed_wrongly(patch: pytest.MonkeyPatch, name: str) -> None:
-    own = packing_file.pack_unit
+    own = MeasuredUnit.write
 
-    def pack_unit(layout: Any, unit: torch.Tensor) -> Any:
-        found = own(layout, unit)
-        if layout.specs[0].name.startswith(name):
-            flip_a_bit(found[1])
-        return found
+    def write(unit: MeasuredUnit, target: torch.Tensor) -> None:
+        own(unit, target)
+        if unit.packed_unit.parts[0].spec.name.startswith(name):
+            flip_a_bit(target)
 
-    patch.setattr(packing_file, "pack_unit", pack_unit)
+    patch.setattr(MeasuredUnit, "write", write)
 
 
 def brought_down_wrongly(patch: pytest.MonkeyPatch, name: str) -> None:
-    own, count = packing_file._bring_down, [0]
+    own, count = packing_file._copy_down, [0]
 
-    def bring_down(packed: torch.Tensor, memory: Any) -> None:
-        own(packed, memory)
+    def copy_down(packed: torch.Tensor, target: torch.Tensor) -> None:
+        own(packed, target)
         count[0] += 1
         if count[0] == 5:
-            flip_a_bit(memory.memory)
+            flip_a_bit(target)
 
-    patch.setattr(packing_file, "_bring_down", bring_down)
+    patch.setattr(packing_file, "_copy_down", copy_down)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_a_device_packs_by_itself_where_that_makes_the_whole_step_faster(
     slow: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bus of one of two devices is what a step waits for."""
-    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda backend: 1e15)
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: 1e15)
     placed = Devices((0, 0, 1, 1), packing=PackingMode.AUTO)
     placed.load()
     for _ in range(3):
