@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -107,7 +107,7 @@ def feed(backend: RaceBackend, helpers: int, monkeypatch: pytest.MonkeyPatch) ->
     backend.feeders += [Feeder(other, chunk_bytes=1024, chunks=2) for other in others]
 
 
-def run_plans(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int) -> int:
+def run_plans(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int, runs: Sequence[str]) -> int:
     """All streamed units of three blocks are packed, every second one, and only those of the second block."""
     model = NumberedModel(3, backend, like=LIKE)
     settings = {"segment_bytes": segment_bytes, "adaptive": False, "thrifty": False, "read_threads": 1, "chunks": 2}
@@ -126,7 +126,7 @@ def run_plans(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes
             assert backend.links == 1 + len(backend.feeders)
             assert model(everything) == everything
             streamer.load(streamer.plan, Same())
-            for order, parts in itertools.product((everything, everything[::-1], [0, 0, 2]), PARTS):
+            for order, parts in itertools.product((everything, everything[::-1], [0, 0, 2]), runs):
                 assert model(order, parts) == order
     checked = backend.accesses - before
     streamer.close()
@@ -135,10 +135,14 @@ def run_plans(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("segment_bytes", [0, 3 * VALUES], ids=["one unit", "two units"])
-@pytest.mark.parametrize(("slots", "copy_streams"), [(1, 2), (2, 0), (2, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("slots", "copy_streams"), [(1, 2), (2, 1), (2, 2), (3, 2)])
 def test_every_access_is_ordered(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int) -> None:
-    """Without copy streams too: copies become synchronous when one was corrupted (verify.py)."""
-    assert run_plans(backend, slots, copy_streams, segment_bytes) > 3000
+    assert run_plans(backend, slots, copy_streams, segment_bytes, PARTS) > 3000
+
+
+def test_every_access_is_ordered_without_copy_streams(backend: RaceBackend) -> None:
+    """Copies become synchronous when one was corrupted (verify.py)."""
+    assert run_plans(backend, 2, 0, 3 * VALUES, PARTS[:3]) > 1500
 
 
 @pytest.mark.slow
@@ -147,7 +151,7 @@ def test_every_access_is_ordered_over_several_links(
     backend: RaceBackend, helpers: int, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed(backend, helpers, monkeypatch)
-    assert run_plans(backend, slots, 2, 3 * VALUES) > 8000
+    assert run_plans(backend, slots, 2, 3 * VALUES, PARTS[:3]) > 4000
 
 
 def packed_streamer(backend: RaceBackend) -> tuple[NumberedModel, Streamer]:
