@@ -71,11 +71,8 @@ def load_with_weightstream(job: Job) -> Any:
             raise RuntimeError("the model does not use all GPUs; its log says why")
     if not hasattr(model, "status"):
         raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
-    packing = type(model.settings.packing)
-    if job.contender == "weightstream-packed":
-        model.settings = replace(model.settings, packing=packing.ON if job.case.tiny else packing.AUTO)
-    elif job.contender == "weightstream-unpacked":
-        model.settings = replace(model.settings, packing=packing.OFF)
+    if job.contender == "weightstream-unpacked":
+        model.settings = replace(model.settings, packing=type(model.settings.packing).OFF)
     return model
 
 
@@ -252,7 +249,6 @@ NAMES = (
     "weightstream-static",
     "weightstream-blocks",
     "weightstream-one-gpu",
-    "weightstream-packed",
     "weightstream-unpacked",
     "comfy-dynamic",
     "comfy-static",

@@ -23,6 +23,7 @@ LORA_TINY = Model("flux-tiny-lora-random", "flux-lora", ("--size", "tiny", "--ra
 # Who is measured, whose loader that is, and whether the whole card is free: the last one's pictures are the right ones.
 WHO = {
     "weightstream": ("weightstream", False),
+    "weightstream-unpacked": ("weightstream-unpacked", False),
     "comfy-dynamic": ("comfy-dynamic", False),
     "comfy-whole-card": ("comfy-dynamic", True),
 }

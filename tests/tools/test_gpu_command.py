@@ -210,7 +210,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks measure on Linux alone")
 def test_tests_and_steps_in_small(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
     """Contenders of ours, one with an option that is forced; test_benchmarks.py has it without."""
-    contenders = ("resident", "h2d", "weightstream-fast-disk", "comfy-no-fast-disk", "weightstream-packed")
+    contenders = ("resident", "h2d", "weightstream-fast-disk", "comfy-no-fast-disk", "weightstream-unpacked")
     done = command(tmp_path, "--steps", "2", "--contenders", ",".join(contenders))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/gpu: 0 passed, 0 failed" in done.stdout
