@@ -43,15 +43,20 @@ class Watched(torch.Tensor):
 
     Attributes:
         spec: what its bytes are unless they were written to; None for a view of something else than the whole.
-        origin: the tensor that it is a view of; itself otherwise.
         counter: a plain tensor with the same counter, which is quicker to ask.
     """
 
     spec: TensorSpec | None
-    origin: Watched
     counter: torch.Tensor
+    _origin: Watched | None = None
     _stamp = 0
     _handed_out = False
+
+    @property
+    def origin(self) -> Watched:
+        """The tensor that it is a view of; itself otherwise. (It has no reference to itself: memory would stay until
+        the garbage collector comes.)"""
+        return self if self._origin is None else self._origin
 
     @property
     def changed(self) -> bool:
@@ -103,7 +108,7 @@ class Watched(torch.Tensor):
 
     def leave_origin(self) -> None:
         """Be no view from now on, because it gets other memory."""
-        self.origin = self
+        self._origin = None
         self.hand_out()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -147,7 +152,7 @@ def _followed(one: Watched, function: Callable, found: Any) -> Any:
     if is_counted and type(found) is torch.Tensor and not found.is_inference():
         view = found.as_subclass(Watched)
         view.spec = one.spec if function is torch.Tensor.detach else None
-        view.origin, view.counter = one.origin, one.counter
+        view._origin, view.counter = one.origin, one.counter
         return view
     one.hand_out()
     return found
@@ -166,7 +171,7 @@ def watch(tensor: torch.Tensor, spec: TensorSpec, is_parameter: bool) -> Watched
     with torch.inference_mode(False):
         counter = counted(tensor)
         watched = counter.as_subclass(Watched)
-        watched.spec, watched.origin, watched.counter = spec, watched, counter
+        watched.spec, watched.counter = spec, counter
         if is_parameter:
             watched._is_param = True  # What torch.nn.Parameter does to a tensor of another class.
         watched._stamp = counter._version

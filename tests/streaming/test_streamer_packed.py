@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,6 +16,7 @@ from packed_models import BUDGET, PACKED_IN_BLOCK, WIDTH, X, learned, make, make
 from weightstream.streaming import CpuBackend, State, Streamer, StreamingError, VirtualMemory, cut_model
 from weightstream.streaming import loading as loading_file
 from weightstream.streaming.config import PackingMode
+from weightstream.streaming.memory import arena as arena_file
 from weightstream.streaming.memory import packing as packing_file
 from weightstream.streaming.memory.sampling import SLICE_VALUES, SLICES
 from weightstream.streaming.packing import unpackers
@@ -141,32 +145,44 @@ def test_where_no_more_may_be_page_locked_the_others_come_from_where_they_are(sh
         assert torch.equal(step(streamer, model), expected)
 
 
-class Counting(PinningBackend):
-    """Knows how much was page-locked at most since ``most`` was set to 0."""
+@pytest.fixture
+def host_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Returns how many bytes of host memory were mapped at most since the last call. Nobody collects garbage."""
+    mapped, most = {}, [0]
+    own = arena_file._map
 
-    most = 0
+    def count(nbytes: int) -> mmap.mmap:
+        memory = own(nbytes)
+        mapped[id(memory)] = nbytes
+        weakref.finalize(memory, mapped.pop, id(memory))
+        most[0] = max(most[0], sum(mapped.values()))
+        return memory
 
-    def register(self, buffer: torch.Tensor) -> str | None:
-        reason = super().register(buffer)
-        self.most = max(self.most, sum(self.registered.values()))
-        return reason
+    def most_since() -> int:
+        found, most[0] = most[0], sum(mapped.values())
+        return found
+
+    monkeypatch.setattr(arena_file, "_map", count)
+    gc.disable()
+    yield most_since
+    gc.enable()
 
 
-def test_host_memory_holds_hardly_more_than_one_copy_of_each_unit() -> None:
+def test_host_memory_holds_hardly_more_than_one_copy_of_each_unit(host_memory: Callable[[], int]) -> None:
     """Master copies go one by one, while packed ones come."""
     model = make_model()
-    backend = Counting()
-    streamer = make(model, backend, chunk_bytes=2048, chunks=3)
+    streamer = make(model, PinningBackend(), chunk_bytes=2048, chunks=3)
     streamer.load(streamer.plan_for(BUDGET))
     for _ in range(2):
         step(streamer, model)
-    whole = sum(backend.registered.values())
+    whole = sum(streamer.backend.registered.values())
     assert whole >= streamer.outline.model_bytes * 0.9
-    backend.most = 0
+    host_memory()
     step(streamer, model)
     assert streamer.plan.packed
     largest = max(unit.nbytes for unit in streamer.blocks.units)
-    assert 0 < backend.most <= whole + 2 * largest + streamer.config.chunk_bytes * streamer.config.chunks
+    assert whole < host_memory() <= whole + 2 * largest + streamer.config.chunk_bytes * streamer.config.chunks
+    assert host_memory() == sum(streamer.backend.registered.values()) < 0.75 * whole
 
 
 def test_room_for_one_copy_of_each_unit_and_one_more_is_enough() -> None:
@@ -174,7 +190,9 @@ def test_room_for_one_copy_of_each_unit_and_one_more_is_enough() -> None:
     expected = model(X)
     blocks = cut_model(model)
     largest = max(unit.nbytes for unit in blocks.units)
-    streamer = make(model, Counting(), pinned_limit=blocks.outline.model_bytes + largest, chunk_bytes=2048, chunks=3)
+    streamer = make(
+        model, PinningBackend(), pinned_limit=blocks.outline.model_bytes + largest, chunk_bytes=2048, chunks=3
+    )
     plan = learned(streamer, model)
     assert len(plan.packed) == 4 * PACKED_IN_BLOCK
     assert torch.equal(step(streamer, model), expected)
