@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from inline import InlineExecutor
 from models import learn
 from race import NumberedModel, RaceBackend
 from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
@@ -77,6 +78,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
     monkeypatch.setattr(codec, "FEWEST_VALUES", VALUES)
     monkeypatch.setattr(packing_file, "measure_unit", watched_measure)
     monkeypatch.setattr(packing_file, "_copy_down", watched_copy)
+    monkeypatch.setattr(packing_file, "ThreadPoolExecutor", InlineExecutor)
     for module in (lane_file, packing_file):
         monkeypatch.setattr(module, "unpacker_of", lambda device: WatchedUnpacker(backend))
     return backend

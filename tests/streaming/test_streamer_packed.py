@@ -7,10 +7,12 @@ import mmap
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from inline import InlineExecutor, LazyExecutor
 from models import Doubled, PinningBackend, Transformer, budgets
 from packed_models import BUDGET, PACKED_IN_BLOCK, WIDTH, X, learned, make, make_model, step
 from weightstream.streaming import CpuBackend, State, Streamer, StreamingError, VirtualMemory, cut_model
@@ -168,8 +170,12 @@ def host_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     gc.enable()
 
 
-def test_host_memory_holds_hardly_more_than_one_copy_of_each_unit(host_memory: Callable[[], int]) -> None:
+def test_host_memory_holds_hardly_more_than_one_copy_of_each_unit(
+    host_memory: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Master copies go one by one, while packed ones come."""
+    monkeypatch.setattr(packing_file, "UNITS_AHEAD", 1)
+    monkeypatch.setattr(packing_file, "ThreadPoolExecutor", InlineExecutor)
     model = make_model()
     streamer = make(model, PinningBackend(), chunk_bytes=2048, chunks=3)
     streamer.load(streamer.plan_for(BUDGET))
@@ -185,7 +191,9 @@ def test_host_memory_holds_hardly_more_than_one_copy_of_each_unit(host_memory: C
     assert host_memory() == sum(streamer.backend.registered.values()) < 0.75 * whole
 
 
-def test_room_for_one_copy_of_each_unit_and_one_more_is_enough() -> None:
+@pytest.mark.parametrize("executor", [ThreadPoolExecutor, LazyExecutor])
+def test_room_for_one_copy_of_each_unit_and_one_more_is_enough(executor: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_file, "ThreadPoolExecutor", executor)
     model = make_model()
     expected = model(X)
     blocks = cut_model(model)

@@ -15,6 +15,7 @@ from weightstream.streaming import loading as loading_file
 from weightstream.streaming.config import PackingMode
 from weightstream.streaming.devices import backend as backends
 from weightstream.streaming.devices.copies import Event, Pair, count_bytes
+from weightstream.streaming.run.recorder import Recorder
 from weightstream.streaming.split.assignment import Assignment
 from weightstream.streaming.split.feeder import Feeder
 
@@ -159,6 +160,7 @@ def test_a_device_packs_by_itself_where_that_makes_the_whole_step_faster(
 ) -> None:
     """The bus of one of two devices is what a step waits for."""
     monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: 1e15)
+    monkeypatch.setattr(Recorder, "_bandwidth", lambda self: 1e6)  # So both find out what packing would bring.
     placed = Devices((0, 0, 1, 1), packing=PackingMode.AUTO)
     placed.load()
     for _ in range(3):
