@@ -27,6 +27,7 @@ from .memory.weights import NoPatches, Patches
 from .model.blocks import BlockSet
 from .model.packed_units import packed_dtype
 from .obstacles import Decoder, find_obstacle
+from .packing.ahead import KERNELS_AHEAD
 from .packing.unpackers import unpacked_bytes_per_second, unpacker_of
 from .planning.packing import Packing
 from .planning.plan import Plan, is_bus_limited
@@ -177,9 +178,15 @@ class Loading:
             self.planner.packing = self._find_packing()
             self.measuring.expect_plan()  # Not always after a step that was measured: less memory makes plans longer.
 
+    def _compile_ahead(self, plan: Plan) -> None:
+        """The first step takes longer than to compile what may be needed behind the second."""
+        may_pack = self.config.packing is not PackingMode.OFF and plan.segments and not self._obstacle
+        if may_pack and not self.backend.is_virtual and packed_dtype(unit.layout for unit in self.blocks.units):
+            KERNELS_AHEAD.compile(self.backend.device)
+
     @property
     def _wants_packing(self) -> bool:
-        """Whether to find out now what packing would bring: for a kernel that is never used, none is compiled."""
+        """Whether to find out now what packing would bring."""
         if self.config.packing is PackingMode.OFF or self._obstacle or self.plan is None or self.site.lane is None:
             return False
         if not self.profile.measured:
@@ -290,6 +297,7 @@ class Loading:
             self.attach_hooks()
             self.site.prefetch()
             self._steps.state = State.LOADED
+            self._compile_ahead(plan)
             seconds = time.monotonic() - self._steps.last_used
             logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
             self.site.put_away(plan)

@@ -80,7 +80,11 @@ class CudaContext:
             self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def _call(self, name: str, *arguments: Any) -> None:
-        if code := getattr(self._library, name)(*arguments):
+        self._check(name, getattr(self._library, name)(*arguments))
+
+    def _check(self, name: str, code: int) -> None:
+        """Raise unless the function ``name`` has returned success."""
+        if code:
             text = c_char_p()
             self._library.cuGetErrorName(code, byref(text))
             name_of_code = (text.value or b"an unknown error").decode()

@@ -51,6 +51,14 @@ class CudaKernels(CudaContext):
         """
         return Launch(self, self._functions[name], blocks, threads, arguments)
 
+    def launch(self, place: Sequence[Any], stream: int, arguments: Any) -> None:
+        """Launch a kernel, with as little of Python around it as may be."""
+        library = self._library
+        self._check("cuCtxPushCurrent_v2", library.cuCtxPushCurrent_v2(self._context))
+        code = library.cuLaunchKernel(*place, stream, arguments, None)
+        library.cuCtxPopCurrent_v2(byref(c_void_p()))
+        self._check("cuLaunchKernel", code)
+
 
 class Launch:
     """One way of launching a kernel: where, with what. Everything is prepared, as it is launched in every step."""
@@ -58,7 +66,7 @@ class Launch:
     def __init__(
         self, kernels: CudaKernels, function: c_void_p, blocks: int, threads: int, arguments: Sequence[Any]
     ) -> None:
-        self._kernels = kernels
+        self._launch = kernels.launch
         self._kept = tuple(arguments)
         pointers = [ctypes.cast(byref(argument), c_void_p) for argument in self._kept]
         self._arguments = (c_void_p * len(pointers))(*pointers)
@@ -66,8 +74,7 @@ class Launch:
 
     def __call__(self, stream: int) -> None:
         """Queue the kernel on a stream of the device (a CUstream, as torch's ``Stream.cuda_stream`` has it)."""
-        with self._kernels.current():
-            self._kernels._call("cuLaunchKernel", *self._place, stream, self._arguments, None)
+        self._launch(self._place, stream, self._arguments)
 
 
 def pointer(address: int) -> c_ulonglong:

@@ -605,6 +605,27 @@ class Gpu(CpuBackend):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "mode", "compiles"),
+    [
+        (torch.bfloat16, PackingMode.AUTO, True),
+        (torch.bfloat16, PackingMode.OFF, False),
+        (torch.float32, PackingMode.ON, False),
+    ],
+)
+def test_kernels_are_compiled_before_anything_is_packed(
+    dtype: torch.dtype, mode: PackingMode, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(loading_file.KERNELS_AHEAD, "compile", asked.append)
+    for backend in (CpuBackend(VirtualMemory(10**9)), Gpu(VirtualMemory(10**9))):
+        model = make_model().to(dtype)
+        streamer = make(model, backend, packing=mode)
+        streamer.load(streamer.plan_for(2 * BUDGET))
+        assert asked == ([backend.device] if compiles and not backend.is_virtual else [])
+        streamer.close()
+
+
+@pytest.mark.parametrize(
     ("mode", "bandwidth", "speed", "text"),
     [
         (PackingMode.AUTO, 1e6, 1e5, "weights do not stream packed: there is no kernel here that unpacks them"),
