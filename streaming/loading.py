@@ -207,7 +207,7 @@ class Loading:
     def _find_packing(self) -> Packing | None:
         """What packing would save and cost; None, from then on, where it cannot be."""
         try:
-            sizes = self.site.weight_copies.packed_sizes()
+            sizes = self.site.weight_copies.packed_sizes(self.site.supply.tick)
             if sizes == self.outline.unit_bytes:
                 return Packing(sizes, math.inf)  # There is nothing to unpack.
             if self._decoder.bytes_per_second is None:
@@ -381,7 +381,6 @@ class Loading:
         Page-locking that failed before may succeed now.
         """
         self.planner.vram.begin_prompt()
-        self.planner.begin_prompt()
         if self.plan is not None:
             self.site.retry_building(self.plan)
 

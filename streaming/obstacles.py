@@ -75,7 +75,9 @@ def _explain_where_asked(plan: Plan, planner: Planner, obstacle: str, slow: str)
         return ""
     able = {unit for unit in plan.streamed if packing.slot_bytes[unit] < plan.outline.unit_bytes[unit]}
     if not able:
-        return f"{NOT_PACKED}: none that streams is large, in bfloat16 or float16, and gets smaller"
+        return f"{NOT_PACKED}: none that streams is held in bfloat16 or float16, is large and gets smaller"
+    if planner.cramped and not plan.packed:
+        return f"{NOT_PACKED}: there is no room in VRAM to unpack them in"
     left = able - plan.packed
     texts = (
         _count(left & planner.too_large, able, "they take more room than was planned"),

@@ -81,9 +81,10 @@ class Streamer(Loading):
         """Other code will write to these tensors where the modules point: have modules point at copies of them."""
         if self.state is State.UNLOADED or self.plan is None:
             return
-        if packed := self.plan.packed & self.site.weight_copies.holding(names):
-            # What is written to these copies must be what streams. Another plan comes with the next step.
-            self.planner.unpackable |= packed
+        # What is written to these copies must be what streams.
+        held = self.site.weight_copies.holding(names)
+        self.planner.unpackable |= held
+        if self.plan.packed & held:  # Another plan comes with the next step.
             self.site.halt()
             self.site.drop_lane()
             self._steps.state = State.REDUCED
@@ -206,6 +207,8 @@ class Streamer(Loading):
         self._run_began = replace(self.counters)
         self.site.meters.step.begin_run()
         self.counters.runs += 1
+        self.planner.begin_run()
+        self._decoder = self._decoder._replace(failure="")  # Memory may have been short.
 
     @property
     def never_entered(self) -> list[str]:

@@ -13,15 +13,13 @@ known only when it is packed.
  4. Then it replaces the unit's master copy, whose memory is given back at once: host memory is needed for all that
     streams and a few units more, not for all of it twice. What goes down may be written where the unit's packed copy
     with other patches was, which was read before, on the same stream.
- 5. Threads take and give back page-locked memory meanwhile, which takes longer than all the rest. They work on memory
-    that no other thread refers to: before it is handed over by a future, or after the host has dropped it.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -32,25 +30,14 @@ from ..devices.copies import ALIGNMENT
 from ..model.packed_units import MeasuredUnit, measure_unit
 from ..packing.packers import packer_of
 from ..packing.unpackers import Unpacker, unpacker_of
-from .arena import Arena, HostBuffer
+from .arena import Arena
 from .baking import bake_residents
 from .checks import Checks, OnDevice
+from .memory_ahead import MemoryAhead, Wanted
 from .supply import Supply
 from .transfer import Load, Move, Tick, Transfer
 from .unit_copies import PackedCopy, UnitCopies
 from .weights import Patches, Weights
-
-# Threads that take and give back memory, and units for which memory is taken ahead. (With one thread that does
-# everything 18 GB took 1.5 s: 0.85 to take memory, 0.4 to give it back, on an H200.)
-MEMORY_THREADS = 4
-UNITS_AHEAD = 6
-
-
-class Wanted(NamedTuple):
-    """A unit to be packed, and the most bytes that it may take then."""
-
-    copies: UnitCopies
-    most_bytes: int
 
 
 class Refused(NamedTuple):
@@ -70,24 +57,29 @@ def pack_units(
 ) -> Refused:
     """Give each of ``wanted`` its packed copy, with ``patches``, in place of its master copy; nothing is under way.
 
-    After an error some units have theirs, and the others what they had, except packed copies with other patches.
+    After an error, and of units that were refused, some have lost their master copies or packed copies with other
+    patches.
 
     Args:
-        wanted: by number.
-        room: bytes on the device to pack them in; enough for the largest unit.
+        wanted: by number. Those come first that have memory of their own, as they need no room and make some.
+        room: bytes on the device to pack them in; enough for the largest unit and the most that one takes packed.
         checks: is asked to check what has arrived there.
     """
-    work = _Work(backend, supply, wanted, patches, checks)
+    in_order = sorted(wanted, key=lambda number: not _has_memory(wanted[number].copies))
+    reason = supply.arena.reason
+    packing = UnitPacking(backend, supply, {number: wanted[number] for number in in_order}, patches, checks)
     try:
-        work.begin(room)
-        while work.pack_next():
-            """One more."""
+        packing.begin(room)
+        while packing.pack_next():
+            pass
     finally:
-        work.end()
-    return work.refused
+        packing.end()
+    if not any(packing.refused):
+        supply.arena.reason = reason  # There was too little room ahead, but enough in the end.
+    return packing.refused
 
 
-class _Work:
+class UnitPacking:
     """Packs one unit after another (Note: up, pack, down).
 
     Attributes:
@@ -103,28 +95,28 @@ class _Work:
         self._patches = patches
         self._checks = checks
         self._packer = packer_of(backend.device)
+        self._memory = MemoryAhead(supply.arena, wanted.values())
         self._units = deque((number, *one) for number, one in wanted.items())
         self._to_ask = deque(one.copies for one in wanted.values())
-        self._places: list[_Place] = []
-        self._packed: torch.Tensor | None = None
+        self._buffers: list[torch.Tensor] = []
         self._coming: deque[tuple[_Place, Transfer]] = deque()
         self._going: tuple[UnitCopies, PackedCopy] | None = None
-        self._pool = ThreadPoolExecutor(MEMORY_THREADS, "weightstream-pack")
-        self._to_take = deque(wanted.values())
-        self._taken: deque[Future[HostBuffer | None]] = deque()
-        self._given_back: list[Future[None]] = []
-        self._unused: list[HostBuffer] = []
 
     def begin(self, room: int) -> None:
-        """Allocate places, and ask for the first units."""
-        largest = max(_Place.bytes_for(copies, self._patches) for copies in self._to_ask)
+        """Allocate memory on the device, and ask for the first units."""
         most = max(most for *_, most in self._units)
-        self._packed = self._backend.allocate(most)
+        self._allocate(most)
+        unpacked = max(_aligned(copies.unit.nbytes) for copies in self._to_ask)
+        packed = max((copies.packed.unit.nbytes for copies in self._to_ask if copies.packed is not None), default=0)
+        unpacks = most + unpacked + packed <= room
+        largest = unpacked + packed if unpacks else unpacked
         for _ in range(max(1, min(2, len(self._units), (room - most) // largest))):
-            self._places.append(_Place(self._backend, largest))
-        for place in self._places:
-            self._ask(place)
-        self._take_ahead()
+            self._ask(_Place(self._backend, self._allocate(largest), unpacks))
+        self._memory.begin()
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        self._buffers.append(self._backend.allocate(nbytes))
+        return self._buffers[-1]
 
     def pack_next(self) -> bool:
         """Pack the next unit, and ask for one more in its place; returns whether to go on."""
@@ -138,8 +130,8 @@ class _Work:
         found = None
         if weights.fills_layout:
             found = measure_unit(copies.unit.layout, weights.buffer, self._packer, most)
-        self._arrived()  # To measure a unit is to wait for it, and what went down before it has arrived.
-        memory = self._memory(copies, most)
+            self._arrived()  # To measure a unit is to wait for it, and what went down before it has arrived.
+        memory = self._memory.next(needed=found is not None)
         if found is None:
             self.refused.large.add(number)
         elif memory is None:
@@ -152,17 +144,15 @@ class _Work:
         return True
 
     def end(self) -> None:
-        """Wait for what is going down, and give everything else back."""
-        self._supply.reader.abandon()  # What is on its way to a place is not needed any more.
-        self._backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
-        self._arrived()
-        for buffer in (self._packed, *(place.buffer for place in self._places)):
-            if buffer is not None:
-                self._backend.free(buffer)
-        self._pool.shutdown()
-        for memory in self._unused:
-            self._supply.arena.release(memory)
-        self._finish_giving_back()
+        """Wait for what is going down, and give everything else back, each thing also after an error with another."""
+        with ExitStack() as last:
+            last.callback(self._memory.close)
+            for buffer in self._buffers:
+                last.callback(self._backend.free, buffer)
+            last.callback(self._forget_going)
+            self._supply.reader.abandon()  # What is on its way to a place is not needed any more.
+            self._backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
+            self._arrived()
 
     def _ask(self, place: _Place) -> None:
         """Ask for the next unit (Note: up, pack, down, 1)."""
@@ -170,102 +160,67 @@ class _Work:
             part = place.part(self._to_ask.popleft(), self._patches)
             self._coming.append((place, self._supply.reader.transfer([part], [place.free])))
 
-    def _take_ahead(self) -> None:
-        """Have memory taken for the next units, one after another, as far as there is room now."""
-        while self._to_take and len(self._taken) < UNITS_AHEAD:
-            if (taken := self._take(*self._to_take[0])) is None:
-                return
-            self._to_take.popleft()
-            self._taken.append(taken)
-
-    def _take(self, copies: UnitCopies, nbytes: int) -> Future[HostBuffer | None] | None:
-        """Have page-locked memory taken for a unit, its own if it has some; None where no more may be page-locked."""
-        if copies.packed is not None:
-            own: Future[HostBuffer | None] = Future()
-            own.set_result(copies.packed.memory)
-            return own
-        if (memory := self._supply.arena.claim(nbytes)) is None:
-            return None
-        self._unused.append(memory)
-        return self._pool.submit(self._lock, memory)
-
-    def _lock(self, memory: HostBuffer) -> HostBuffer | None:
-        """Note: up, pack, down, 5."""
-        memory.memory.numpy().fill(0)  # Touched pages are page-locked several times faster.
-        return memory if self._supply.arena.lock(memory) else None
-
-    def _memory(self, copies: UnitCopies, nbytes: int) -> HostBuffer | None:
-        """Return the memory of the next unit; None where no more may be page-locked, also with what was given back."""
-        if self._taken:
-            memory = self._taken.popleft().result()
-        else:
-            self._to_take.popleft()
-            memory = None
-        if memory is None:
-            self._finish_giving_back()
-            taken = self._take(copies, nbytes)
-            memory = taken.result() if taken is not None else None
-        self._take_ahead()
-        return memory
-
-    def _finish_giving_back(self) -> None:
-        while self._given_back:
-            self._given_back.pop().result()
-
     def _bring_down(self, found: MeasuredUnit, copies: UnitCopies, packed: PackedCopy) -> None:
         """Queue packing, and behind it the copy to page-locked memory (Note: up, pack, down, 3)."""
-        assert self._packed is not None
-        source = self._packed[: packed.unit.nbytes]
+        source = self._buffers[0][: packed.unit.nbytes]
         found.write(source)
         packed = packed._replace(packed_sums=self._checks.sums_of(packed.unit.parts_in(source)))
-        if (memory := copies.drop_packed()) is not None:
-            self._unused.append(memory)
+        if (before := copies.drop_packed()) is not None:
+            self._memory.take_back(before)
         _copy_down(source, packed.buffer)
-        self._unused.remove(packed.memory)
+        self._memory.hand_over(packed.memory)
         self._going = copies, packed
 
     def _arrived(self) -> None:
         """What was going down has arrived, and replaces the master copy (Note: up, pack, down, 4)."""
         if self._going is None:
             return
-        (copies, copies.packed), self._going = self._going, None
+        copies, packed = self._going
+        self._going = None
+        copies.packed = packed
         if (master := copies.drop_master()) is not None:
-            self._given_back.append(self._pool.submit(self._supply.arena.release, master))
+            self._memory.give_back(master)
+
+    def _forget_going(self) -> None:
+        """Nobody knows whether it has arrived."""
+        if self._going is not None:
+            self._memory.take_back(self._going[1].memory)
+            self._going = None
 
 
 class _Place:
     """Memory on the device in which one unit at a time is patched and packed.
 
+    Args:
+        backend: the device.
+        buffer: the memory, for a unit, and behind it for what the unit is unpacked from.
+        unpacks: whether there is room for that.
+
     Attributes:
-        buffer: the unit, and behind it what it is unpacked from, if it is.
         free: the event behind the last use.
     """
 
-    def __init__(self, backend: Backend, nbytes: int) -> None:
-        self.buffer = backend.allocate(nbytes)
-        self.free = backend.mark()  # Race: kernels of this memory's previous user may still be under way.
+    def __init__(self, backend: Backend, buffer: torch.Tensor, unpacks: bool) -> None:
         self._unpacker = unpacker_of(backend.device)
+        self._unpacks = unpacks
         self._packed: PackedCopy | None = None
-
-    @staticmethod
-    def bytes_for(copies: UnitCopies, patches: Patches) -> int:
-        """Bytes of a place for this unit."""
-        unpacked = _aligned(copies.unit.nbytes)
-        return unpacked + copies.packed.unit.nbytes if _is_to_unpack(copies, patches) else unpacked
+        self._buffer = buffer
+        self.free = backend.mark()  # Race: kernels of this memory's previous user may still be under way.
 
     def part(self, copies: UnitCopies, patches: Patches) -> Load | Move:
         """What to ask the reader for: patches are written into weights as they were loaded."""
-        self._packed = copies.packed if _is_to_unpack(copies, patches) else None
-        if self._packed is not None:
-            return Move(self._packed.buffer, self._behind(copies), pinned=True)
-        target = self.buffer[: copies.unit.nbytes]
+        target = self._buffer[: copies.unit.nbytes]
+        self._packed = None
         if _has_master(copies, patches):
             return Move(copies.master.buffer, target, copies.pinned)
+        if self._unpacks and copies.packed is not None and not (copies.packed.signatures or copies.packed.spoiled):
+            self._packed = copies.packed
+            return Move(copies.packed.buffer, self._behind(copies), pinned=True)
         return Load(copies.unit.layout, target)
 
     def patched(self, copies: UnitCopies, patches: Patches, tick: Tick, checks: Checks) -> Weights:
         """The unit's weights, which have come, with these patches."""
-        weights = Weights(copies.unit, self.buffer[: copies.unit.nbytes])
+        weights = Weights(copies.unit, self._buffer[: copies.unit.nbytes])
         if self._packed is not None:
             _unpack("to be patched", copies, self._behind(copies), weights.buffer, self._unpacker, checks)
             bake_residents([weights], patches, tick)
@@ -280,7 +235,7 @@ class _Place:
 
     def _behind(self, copies: UnitCopies) -> torch.Tensor:
         assert self._packed is not None
-        return self.buffer[_aligned(copies.unit.nbytes) :][: self._packed.unit.nbytes]
+        return self._buffer[_aligned(copies.unit.nbytes) :][: self._packed.unit.nbytes]
 
 
 def _copy_down(packed: torch.Tensor, target: torch.Tensor) -> None:
@@ -293,10 +248,9 @@ def _has_master(copies: UnitCopies, patches: Patches) -> bool:
     return copies.master is not None and copies.master.fills_layout and not copies.master.stale(patches)
 
 
-def _is_to_unpack(copies: UnitCopies, patches: Patches) -> bool:
-    """Whether the weights as they were loaded come from a packed copy."""
-    packed = copies.packed
-    return packed is not None and not (packed.signatures or packed.spoiled or _has_master(copies, patches))
+def _has_memory(copies: UnitCopies) -> bool:
+    """Whether it has page-locked memory in which it may be packed, or that it gives back for that."""
+    return copies.packed is not None or copies.pinned
 
 
 def _aligned(nbytes: int) -> int:
@@ -310,8 +264,11 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks:
     """
     packed = copies.packed
     assert packed is not None
-    source, place = backend.allocate(packed.unit.nbytes), backend.allocate(copies.unit.nbytes)
+    allocated: list[torch.Tensor] = []
     try:
+        for nbytes in (packed.unit.nbytes, copies.unit.nbytes):
+            allocated.append(backend.allocate(nbytes))
+        source, place = allocated
         source.copy_(packed.buffer)
         _unpack("to be written to", copies, source, place, unpacker_of(backend.device), checks)
         copies.resident = Weights(copies.unit, place)
@@ -320,8 +277,8 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks:
     finally:
         copies.resident = None
         backend.synchronize()  # Race: copies and kernels may still use both.
-        backend.free(source)
-        backend.free(place)
+        for buffer in allocated:
+            backend.free(buffer)
 
 
 def _unpack(

@@ -14,10 +14,11 @@ from .arena import HostBuffer, PinOwner
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
 from .checks import Checks
-from .packing import Refused, Wanted, pack_units, unpack_to_master
+from .memory_ahead import Wanted
+from .packing import Refused, pack_units, unpack_to_master
 from .sampling import planned_bytes_of
 from .supply import Supply
-from .transfer import Load
+from .transfer import Load, Tick
 from .unit_copies import UnitCopies
 from .weights import NoPatches, Patches, Weights
 
@@ -58,6 +59,9 @@ class WeightCopies:
         self._summed = False
         for copies in streamed:
             copies.check_may_go()
+        for unit, copies in enumerate(self._copies):
+            if unit not in plan.packed:
+                self._free(copies.drop_packed())
         self._renew(streamed, [self._rest, *resident], patches)
         whole = [self._copies[unit] for unit in sorted(plan.streamed - plan.packed)]
         needed = [copies for copies in whole if not copies.master and copies.patched_by(patches)]
@@ -75,18 +79,17 @@ class WeightCopies:
             self.arrive(block)
         for copies in resident:
             self._free(copies.drop_master())
-        for unit, copies in enumerate(self._copies):
-            if unit not in plan.packed:
-                self._free(copies.drop_packed())
 
     def unpackable(self, plan: Plan) -> set[int]:
         """Units that ``plan`` packs and that must stream as they are, as other code has written to their copies."""
-        used = {unit: self._copies[unit] for unit in plan.packed if self._copies[unit].bound_weights is not None}
-        return {unit for unit, copies in used.items() if any(find_changes(copies))}
+        return {unit for unit in plan.packed if _is_written_to(self._copies[unit])}
 
-    def packed_sizes(self) -> tuple[int, ...]:
-        """Return of each unit the most bytes that it takes when it is packed; its own where it is not to be packed."""
-        return tuple(map(planned_bytes_of, self._copies))
+    def packed_sizes(self, tick: Tick) -> tuple[int, ...]:
+        """Return of each unit the most bytes that it takes when it is packed; its own where it is not to be packed.
+
+        ``tick`` is called before each unit, and may raise.
+        """
+        return tuple(planned_bytes_of(copies, tick) for copies in self._copies)
 
     def pack(self, plan: Plan, patches: Patches, owner: PinOwner) -> Refused:
         """Make the packed copies that ``plan`` streams from; nothing is under way, and there is no ring on the device.
@@ -108,7 +111,7 @@ class WeightCopies:
         """Bytes of host memory to take for packed copies, beside those that their units give back one by one."""
         sizes = [plan.outline.bytes_in_slot(unit) for unit in units if self._copies[unit].packed is None]
         given_back = sum(self._copies[unit].master_bytes for unit in units)
-        return max(0, sum(sizes) - given_back) + sum(sorted(sizes)[-2:])
+        return max(0, sum(sizes) - given_back)
 
     def adopt(self) -> None:
         """Take the master copies that a builder has finished."""
@@ -408,6 +411,15 @@ class WeightCopies:
         """Whether a resident of ``plan`` is missing, because it could not be read."""
         residents = [self._rest, *(self._copies[unit] for unit in plan.resident)]
         return any(copies.resident is None and not _is_on_its_way(copies) for copies in residents)
+
+
+def _is_written_to(copies: UnitCopies) -> bool:
+    """Whether other code has written to the copy in use. What was written to patched values goes with the patches, and
+    so must not come into a packed copy that is known by them."""
+    if copies.bound_weights is None:
+        return False
+    copies.note_writes()
+    return bool(copies.bound_weights.written) or any(find_changes(copies))
 
 
 def _identity(unit: Unit) -> object:

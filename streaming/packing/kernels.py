@@ -83,6 +83,8 @@ class OnePerDevice(Generic[T]):
 
     def of(self, device: torch.device) -> T:
         """Return that of ``device``."""
+        if (made := self._made.get(device)) is not None:
+            return made  # While one is made, which takes seconds, others are there already.
         with self._making:
             if device not in self._made:
                 self._made[device] = self._make(device)

@@ -78,6 +78,7 @@ class Planner:
         unpackable: units that other code writes to in this prompt, so that they may not be packed.
         without_room: units for which no more memory may be page-locked in this prompt.
         too_large: units that take more than planned when they are packed.
+        cramped: whether the last plan packs nothing since there is no room to unpack in.
         writes_expected: whether other code will write to weights, so that none may be packed.
     """
 
@@ -89,6 +90,7 @@ class Planner:
         self.without_room: frozenset[int] = frozenset()
         self.too_large: frozenset[int] = frozenset()
         self.writes_expected = False
+        self.cramped = False
         self._last_packed: frozenset[int] = frozenset()
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
@@ -103,7 +105,7 @@ class Planner:
         """The least bytes of device memory with which the model streams; fewer once the order of its units is known."""
         return minimum_bytes(self._outline, self.profile)
 
-    def begin_prompt(self) -> None:
+    def begin_run(self) -> None:
         """What kept units from being packed in the prompt before may be over."""
         self.unpackable = self.without_room = frozenset()
 
@@ -130,6 +132,7 @@ class Planner:
 
         In a shape of which nothing was measured yet the same units stay packed, as their copies are there.
         """
+        self.cramped = False
         if self.packing is None or self.writes_expected or not plan.segments:
             return None
         always = self._config.packing is PackingMode.ON
@@ -139,7 +142,8 @@ class Planner:
         else:
             units = self._last_packed - self.refused
         outline = packed_outline(self._outline, self.packing, units)
-        if not units or budget < minimum_bytes(outline, self.profile):
+        self.cramped = bool(units) and budget < minimum_bytes(outline, self.profile)
+        if not units or self.cramped:
             return None
         packed = make_plan(outline, self.profile, budget, self._config, self._seconds_of)
         gain = 1 - self._seconds_of(packed, self.profile) / self._seconds_of(plan, self.profile)
@@ -322,7 +326,9 @@ class Planner:
 
     def _leaves_unpacked(self, plan: Plan) -> bool:
         """Whether ``plan`` streams something as it is that the settings would have packed."""
-        if self.packing is None or self.writes_expected or self._config.packing is not PackingMode.ON:
+        if self.packing is None or self.writes_expected or self.cramped:
+            return False
+        if self._config.packing is not PackingMode.ON:
             return False
         return any(
             self.packing.slot_bytes[unit] < self._outline.unit_bytes[unit]

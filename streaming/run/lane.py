@@ -279,8 +279,12 @@ class Lane:
         if segment.unpacked_bytes and unpacked is None:
             unpacked, ways = self._own_memory(number, segment.unpacked_bytes), None
         if ways is None:
-            with torch.inference_mode(False):
-                ways = ways_to(self._places_in(number, buffer), unpacked, self._unpacker)
+            try:
+                with torch.inference_mode(False):
+                    ways = ways_to(self._places_in(number, buffer), unpacked, self._unpacker)
+            except BaseException:
+                self._unpacking.leave(unpacked)
+                raise
         return OpenSegment(segment.runs, buffer, unpacked, ways)
 
     def _own_memory(self, number: int, nbytes: int) -> torch.Tensor:

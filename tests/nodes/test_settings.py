@@ -185,7 +185,7 @@ def test_packing_is_as_the_node_says(streamed: Load, plain: torch.Tensor) -> Non
         assert torch.equal(sample(model), plain)
         assert model.streamer.config.packing is mode
         why = model.status()["why_unpacked"]
-        assert ("do not stream packed: none that streams is large" in why) is (setting == "on")
+        assert ("do not stream packed: none that streams is held" in why) is (setting == "on")
         assert why in model.streamer.explain()
     assert settings_node(streamed()).settings.packing is PackingMode.AUTO
 

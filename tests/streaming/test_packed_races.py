@@ -13,6 +13,7 @@ from models import learn
 from race import NumberedModel, RaceBackend
 from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.devices import backend as backend_file
+from weightstream.streaming.memory import memory_ahead
 from weightstream.streaming.memory import packing as packing_file
 from weightstream.streaming.model.packed_units import MeasuredUnit
 from weightstream.streaming.packing import codec
@@ -78,7 +79,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
     monkeypatch.setattr(codec, "FEWEST_VALUES", VALUES)
     monkeypatch.setattr(packing_file, "measure_unit", watched_measure)
     monkeypatch.setattr(packing_file, "_copy_down", watched_copy)
-    monkeypatch.setattr(packing_file, "ThreadPoolExecutor", InlineExecutor)
+    monkeypatch.setattr(memory_ahead, "ThreadPoolExecutor", InlineExecutor)
     for module in (lane_file, packing_file):
         monkeypatch.setattr(module, "unpacker_of", lambda device: WatchedUnpacker(backend))
     return backend
@@ -96,7 +97,7 @@ class Same:
 
 def packed_plan(streamer: Streamer, streamed: list[int], packed: list[int], slots: int) -> Plan:
     """A plan that streams exactly these units, some of them packed."""
-    sizes = streamer.site.weight_copies.packed_sizes()
+    sizes = streamer.site.weight_copies.packed_sizes(lambda: None)
     outline = packed_outline(streamer.outline, Packing(sizes, 1e12), packed)
     segments = cut(outline, frozenset(streamed), streamer.profile, streamer.config.segment_bytes)
     return Plan.streaming(outline, segments, slots * max(segment.nbytes for segment in segments))

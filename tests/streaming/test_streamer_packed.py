@@ -19,8 +19,9 @@ from weightstream.streaming import CpuBackend, State, Streamer, StreamingError, 
 from weightstream.streaming import loading as loading_file
 from weightstream.streaming.config import PackingMode
 from weightstream.streaming.memory import arena as arena_file
+from weightstream.streaming.memory import memory_ahead
 from weightstream.streaming.memory import packing as packing_file
-from weightstream.streaming.memory.sampling import SLICE_VALUES, SLICES
+from weightstream.streaming.memory.sampling import SLICES, VALUES
 from weightstream.streaming.packing import unpackers
 from weightstream.streaming.run import lane as lane_file
 from weightstream.streaming.run.recorder import Recorder
@@ -117,7 +118,7 @@ def test_what_does_not_shrink_streams_as_it_is(sampled: bool) -> None:
     weight = model.blocks[1].qkv.weight
     with torch.no_grad():
         values = weight.flatten().view(SLICES, -1)
-        begin = 0 if sampled else SLICE_VALUES
+        begin = 0 if sampled else VALUES // SLICES
         values[:, begin:] = spread(values[:, begin:].shape)
         weight.copy_(values.view(weight.shape))
     expected = model(X)
@@ -174,8 +175,8 @@ def test_host_memory_holds_hardly_more_than_one_copy_of_each_unit(
     host_memory: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Master copies go one by one, while packed ones come."""
-    monkeypatch.setattr(packing_file, "UNITS_AHEAD", 1)
-    monkeypatch.setattr(packing_file, "ThreadPoolExecutor", InlineExecutor)
+    monkeypatch.setattr(memory_ahead, "UNITS_AHEAD", 1)
+    monkeypatch.setattr(memory_ahead, "ThreadPoolExecutor", InlineExecutor)
     model = make_model()
     streamer = make(model, PinningBackend(), chunk_bytes=2048, chunks=3)
     streamer.load(streamer.plan_for(BUDGET))
@@ -191,16 +192,27 @@ def test_host_memory_holds_hardly_more_than_one_copy_of_each_unit(
     assert host_memory() == sum(streamer.backend.registered.values()) < 0.75 * whole
 
 
+@pytest.mark.parametrize("share", [0.98, 1.0, 1.05])
+def test_where_master_copies_fill_the_limit_all_is_packed(share: float) -> None:
+    """A unit's own master copy goes for it, as the weights are on the device by then."""
+    model = make_model()
+    limit = int(share * cut_model(model).outline.model_bytes)
+    streamer = make(model, PinningBackend(), pinned_limit=limit, chunk_bytes=2048, chunks=3)
+    plan = learned(streamer, model)
+    assert len(plan.packed) == 4 * PACKED_IN_BLOCK
+    assert torch.equal(step(streamer, model), make_model()(X))
+    assert streamer.snapshot().note == ""
+
+
 @pytest.mark.parametrize("executor", [ThreadPoolExecutor, LazyExecutor])
-def test_room_for_one_copy_of_each_unit_and_one_more_is_enough(executor: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_file, "ThreadPoolExecutor", executor)
+@pytest.mark.parametrize("share", [0.8, 1.1])
+def test_room_for_all_packed_copies_is_enough(executor: type, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where not all units have master copies, whenever those give their memory back."""
+    monkeypatch.setattr(memory_ahead, "ThreadPoolExecutor", executor)
     model = make_model()
     expected = model(X)
-    blocks = cut_model(model)
-    largest = max(unit.nbytes for unit in blocks.units)
-    streamer = make(
-        model, PinningBackend(), pinned_limit=blocks.outline.model_bytes + largest, chunk_bytes=2048, chunks=3
-    )
+    limit = int(share * cut_model(model).outline.model_bytes)
+    streamer = make(model, PinningBackend(), pinned_limit=limit, chunk_bytes=2048, chunks=3)
     plan = learned(streamer, model)
     assert len(plan.packed) == 4 * PACKED_IN_BLOCK
     assert torch.equal(step(streamer, model), expected)
@@ -252,6 +264,7 @@ def test_weights_with_patches_are_packed_too(packed_units: list[int], in_first_s
         learned(streamer, model)
     for _ in range(2):
         patches = Doubled(names)
+        streamer.begin_run()
         streamer.begin_prompt()
         streamer.load(streamer.plan_for(BUDGET), patches)
         for _ in range(4):
@@ -262,6 +275,7 @@ def test_weights_with_patches_are_packed_too(packed_units: list[int], in_first_s
         assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK
         assert sorted(patches.computed) == sorted(names), "each is computed once"
         del packed_units[:]
+        streamer.begin_run()
         streamer.begin_prompt()
         streamer.load(streamer.plan_for(BUDGET))
         for _ in range(2):
@@ -284,6 +298,7 @@ def test_a_patch_that_changes_a_shape_is_not_packed() -> None:
     streamer = make(model)
     learned(streamer, model)
     layer, seen = model.blocks[1].qkv, []
+    streamer.begin_run()
     streamer.begin_prompt()
     streamer.load(streamer.plan_for(BUDGET), Longer({"blocks.1.qkv.weight"}))
     handle = layer.register_forward_pre_hook(lambda *_: seen.append(layer.weight.shape))
@@ -325,6 +340,7 @@ def test_what_others_write_to_master_copies_is_what_runs(packed_before: bool) ->
         streamer.invalidate()
         streamer.take_masters_back()
     assert torch.equal(step(streamer, model), plain)
+    streamer.begin_run()
     streamer.begin_prompt()
     streamer.load(streamer.plan_for(BUDGET))
     assert torch.equal(step(streamer, model), plain)
@@ -348,6 +364,7 @@ def test_others_write_to_patched_weights_as_they_are_patched() -> None:
     def run() -> torch.Tensor:
         return streamer.run(lambda: model(X), shape="x", reload=lambda plan: streamer.load(plan, patches))
 
+    streamer.begin_run()
     streamer.begin_prompt()
     streamer.load(streamer.plan_for(BUDGET), patches)
     assert torch.equal(run(), patched)
@@ -365,6 +382,7 @@ def test_others_write_to_patched_weights_as_they_are_patched() -> None:
         streamer.take_masters_back()
     for _ in range(2):
         assert torch.equal(run(), patched)
+        streamer.begin_run()
         streamer.begin_prompt()
         streamer.load(streamer.plan_for(BUDGET), patches)
     assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK
@@ -380,6 +398,7 @@ def test_where_no_memory_may_be_page_locked_nothing_is_packed_in_any_prompt(pack
         learned(streamer, model)
         for _ in range(3):
             del packed_units[:]
+            streamer.begin_run()
             streamer.begin_prompt()
             streamer.load(streamer.next_plan(BUDGET))
             assert torch.equal(step(streamer, model), expected)
@@ -432,7 +451,7 @@ def test_where_there_is_nothing_to_pack_no_kernel_is_tried(tried: list[object]) 
     for _ in range(4):
         assert torch.equal(streamer.run(lambda: model(x), shape="x"), expected)
     assert streamer.plan.packed == frozenset()
-    text = "weights do not stream packed: none that streams is large, in bfloat16 or float16, and gets smaller"
+    text = "weights do not stream packed: none that streams is held in bfloat16 or float16, is large and gets smaller"
     assert why(streamer) == text
     assert tried == []
 
@@ -453,6 +472,24 @@ def test_by_itself_it_tries_a_kernel_only_where_the_bus_is_the_limit(
         assert torch.equal(step(streamer, model), make_model()(X))
         assert len(tried) == 1
     assert streamer.plan.packed
+
+
+def test_what_failed_is_tried_again_by_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There was no memory to time unpacking in."""
+    own, failures = loading_file.unpacked_bytes_per_second, [torch.OutOfMemoryError("no memory is left")]
+
+    def fail_once(*args: object) -> float:
+        if failures:
+            raise failures.pop()
+        return own(*args)
+
+    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", fail_once)
+    model = make_model()
+    streamer = make(model)
+    assert learned(streamer, model).packed == frozenset()
+    assert why(streamer) == "weights do not stream packed: they cannot be packed (no memory is left)"
+    streamer.begin_run()
+    assert len(learned(streamer, model).packed) == 4 * PACKED_IN_BLOCK
 
 
 def in_float16(model: Transformer) -> None:
@@ -487,6 +524,7 @@ def test_where_others_are_expected_to_write_nothing_is_packed() -> None:
     everything = learned(streamer, model).packed
     for writes in (True, False):
         streamer.expect_writes(writes)
+        streamer.begin_run()
         streamer.begin_prompt()
         streamer.load(streamer.next_plan(BUDGET))
         for _ in range(2):

@@ -47,7 +47,7 @@ def test_a_sample_tells_how_large_each_unit_is(built: bool, monkeypatch: pytest.
         streamer.site.supply.build_needed([weight_copies.copies(unit) for unit in range(3)])
         weight_copies.adopt()
         monkeypatch.setattr(sampling, "read_range", None)
-    planned = weight_copies.packed_sizes()
+    planned = weight_copies.packed_sizes(lambda: None)
     for unit, most in enumerate(planned):
         layout = weight_copies.copies(unit).unit.layout
         memory = torch.empty(layout.nbytes, dtype=torch.uint8)
@@ -62,4 +62,4 @@ def test_small_tensors_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = NumberedModel(2, RaceBackend())
     streamer = Streamer(model, cut_model(model), CpuBackend(VirtualMemory(10**8)), StreamingConfig())
     monkeypatch.setattr(sampling, "read_range", None)
-    assert streamer.site.weight_copies.packed_sizes() == streamer.outline.unit_bytes
+    assert streamer.site.weight_copies.packed_sizes(lambda: None) == streamer.outline.unit_bytes

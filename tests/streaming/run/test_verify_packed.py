@@ -54,6 +54,7 @@ class Made:
         return self
 
     def load(self) -> None:
+        self.streamer.begin_run()
         self.streamer.begin_prompt()
         self.streamer.load(self.streamer.plan_for(BUDGET), self.patches)
 

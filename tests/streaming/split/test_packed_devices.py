@@ -114,6 +114,7 @@ class Devices:
 
     def load(self) -> None:
         for streamer in self.streamers:
+            streamer.begin_run()
             streamer.begin_prompt()
             streamer.load(streamer.plan_for(BUDGET), self.patches)
 
