@@ -71,7 +71,8 @@ class AsyncOffloadSettings(io.ComfyNode):
                     options=[mode.value for mode in PackingMode],
                     default=PackingMode.AUTO.value,
                     optional=True,
-                    tooltip="auto packs weights where the bus is the limit: 0.70 of the bytes, and the same bits",
+                    tooltip="auto packs 16-bit weights where the bus is the limit: the same bits in 0.70 of the bytes "
+                    "(bfloat16). on packs all that can be, off none.",
                 ),
             ],
             outputs=[
