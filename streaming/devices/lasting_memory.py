@@ -3,8 +3,10 @@
 [Note: weights in pages]
 torch's allocators keep memory in large pieces: the driver's pool behind cudaMallocAsync grows by 32 MiB. Residents are
 made and dropped whenever the plan changes, and what a dropped one left between two that stay was in unusable pieces:
-0.4 to 1.1 GB of FLUX in 16 GB. In pages (pages.py) all of it goes back to the driver, and torch has activations and
-slots alone. Slots stay with torch: other GPUs copy into them, and pages can be reached by their own device only.
+0.4 to 1.1 GB of FLUX in 16 GB. In pages (pages.py) all of it goes back to the driver. So does the memory of slots and
+that to unpack in: made anew with another plan in torch's memory, they left up to 80 MB more that torch could not give
+back, and the next prompt had to plan with less (FLUX in 8 GB). What torch has is activations alone. Pages can be
+reached by their own device only, so slots that other GPUs copy into stay with torch (feeder.py).
 
 [Note: memory that goes later]
 torch frees behind the kernels of a stream; a page that is unmapped is gone at once, also for kernels that read it. And

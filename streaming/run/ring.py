@@ -44,7 +44,7 @@ class Ring:
 
     def __init__(self, backend: Backend, nbytes: int, spans: Sequence[range]) -> None:
         self._backend = backend
-        self._memory = backend.allocate(nbytes)
+        self._memory = backend.allocate(nbytes, lasting=not backend.feeders)
         try:
             self.slots = [Slot(span, _part(self._memory, span)) for span in spans]
             # Race: kernels may still read what lies in these slots. At first these are kernels of the memory's previous

@@ -31,7 +31,7 @@ class UnpackingMemory:
     def allocate(self, nbytes: int) -> None:
         """Take so much memory, if any, on the device."""
         if nbytes:
-            self.memory = self._backend.allocate(nbytes)
+            self.memory = self._backend.allocate(nbytes, lasting=True)
 
     def take(self) -> torch.Tensor | None:
         """Return the memory for a segment that begins; None while another one has it."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 from weightstream.streaming import CpuBackend, DeviceMemoryError, VirtualMemory
 from weightstream.streaming.run.ring import Ring
+from weightstream.streaming.run.unpacking import UnpackingMemory
+from weightstream.streaming.split.feeder import Feeder
 
 SPANS = [range(512), range(512, 1536), range(256, 1024)]
 
@@ -92,3 +94,27 @@ def test_writes_to_one_slot_do_not_count_for_another() -> None:
     first.buffer.fill_(1)
     assert second.buffer._version == before
     assert first.buffer._version > 0
+
+
+class Kinds(CpuBackend):
+    """Notes for which buffers memory of their own would do."""
+
+    def __init__(self) -> None:
+        super().__init__(VirtualMemory(1 << 20))
+        self.lasting: list[bool] = []
+
+    def allocate(self, nbytes: int, lasting: bool = False) -> torch.Tensor:
+        self.lasting.append(lasting)
+        return super().allocate(nbytes, lasting)
+
+
+def test_slots_have_memory_of_their_own_unless_other_devices_copy_into_them() -> None:
+    alone, fed = Kinds(), Kinds()
+    fed.feeders.append(Feeder(CpuBackend(VirtualMemory(1 << 20))))
+    for backend in (alone, fed):
+        Ring(backend, 3 * 512, SPANS).close()
+        memory = UnpackingMemory(backend)
+        memory.allocate(512)
+        memory.close()
+    assert alone.lasting == [True, True]
+    assert fed.lasting == [False, True], "nobody but the device itself unpacks"
