@@ -5,6 +5,7 @@ Nothing is moved here. A new plan replaces the one in effect if that cannot stay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -29,6 +30,8 @@ MUCH = 0.1
 # The memory that a host offers varies between prompts, and shrinks after the first, when libraries have loaded their
 # kernels. Moving weights for that costs more than it gains.
 MOST_SLACK = 400 * 1024**2
+# A budget is about the same as another if they differ by no more than this part of the model.
+ABOUT = 0.01
 
 
 class Decision(NamedTuple):
@@ -59,6 +62,14 @@ class StepRecord(Protocol):
 
     def profile(self, before: Profile, with_times: bool) -> Profile:
         """Return ``before``, updated with what the step has shown; times are updated only ``with_times``."""
+
+
+class _Settled(NamedTuple):
+    """A plan that was chosen, for which budget, and by what."""
+
+    plan: Plan
+    budget: float
+    known: tuple[object, ...]
 
 
 class Planner:
@@ -99,6 +110,12 @@ class Planner:
         self.vram = VramBudget(config.headroom_bytes, config.adaptive)
         self._whole_blocks = False
         self._chosen: tuple[Profile, float] | None = None
+        self._settled: _Settled | None = None
+
+    @property
+    def _limit(self) -> float:
+        """The most bytes that the settings allow."""
+        return math.inf if self._config.vram_limit is None else self._config.vram_limit
 
     @property
     def minimum_bytes(self) -> int:
@@ -122,8 +139,7 @@ class Planner:
         Raises:
             BudgetError: that is less than :attr:`minimum_bytes`.
         """
-        if self._config.vram_limit is not None:
-            budget = min(budget, self._config.vram_limit)
+        budget = min(budget, self._limit)
         plan = make_plan(self._outline, self.profile, budget, self._config, self._seconds_of)
         return self._packed(plan, budget) or plan
 
@@ -164,14 +180,42 @@ class Planner:
         """
         if self.vram.current.timed and self.vram.current.profile is self.profile:
             self._choose_order(max(budget, self.minimum_bytes))
+        if budget >= self.minimum_bytes and (settled := self._settled_within(budget, now)) is not None:
+            plan = replace(settled.plan, budget=min(budget, self._limit))
+            return self._settle(plan, settled.budget)
         plan, current = self.plan_for(budget), now.plan
         if current is None or (current.segments and current.learned != plan.learned):
-            return plan
+            return self._settle(plan, budget)
         if self._is_refused(current) or self._leaves_unpacked(current):
-            return plan
+            return self._settle(plan, budget)
         if current.device_bytes > plan.budget + self._slack(now) or self._is_worthwhile(plan, now):
-            return plan
-        return with_forecast(replace(current, budget=plan.budget), self.profile, self._config, self._seconds_of)
+            return self._settle(plan, budget)
+        kept = replace(current, budget=plan.budget)
+        return self._settle(with_forecast(kept, self.profile, self._config, self._seconds_of), budget)
+
+    def _settle(self, plan: Plan, budget: float) -> Plan:
+        """Remember that ``plan`` was chosen for ``budget``, by what is known now; returns it."""
+        self._settled = _Settled(plan, budget, self._known(plan))
+        return plan
+
+    def _settled_within(self, budget: float, now: Standing) -> _Settled | None:
+        """Return the plan in effect if it was chosen for about this budget, and nothing else is known now.
+
+        To plan takes 0.1 to 0.3 s of a slow host (FLUX), and would be done up to three times in each prompt.
+        """
+        settled = self._settled
+        about = min(self._slack(now), self._config.headroom_bytes * SHORTAGE, self._outline.model_bytes * ABOUT)
+        if settled is None or settled.plan is not now.plan or abs(budget - settled.budget) > about:
+            return None
+        if settled.plan.device_bytes > budget + about or settled.known != self._known(settled.plan):
+            return None
+        return settled
+
+    def _known(self, plan: Plan) -> tuple[object, ...]:
+        """All that makes the choice of ``plan``, beside the budget."""
+        seconds = self._seconds_of(plan, self.profile)  # Those of other devices count in it.
+        settings = self._config, self._outline, self.writes_expected
+        return self.profile, seconds, self.packing, self.refused, *settings
 
     def _slack(self, now: Standing) -> int:
         """Bytes beyond a budget that are not worth moving weights for."""
@@ -217,11 +261,14 @@ class Planner:
         must = self._must_change(budget, now)
         if not (must or measured or budget is not None):
             return Decision(now.plan, moves=False)
+        if not must and self._settled_within(room, now) is not None:
+            return Decision(now.plan, moves=False)
         plan = self.plan_within(room)
         packs = self._leaves_unpacked(now.plan) and plan != now.plan
         if must or packs or self._is_worthwhile(plan, now):
-            return Decision(plan, moves=True)
-        return Decision(with_forecast(now.plan, self.profile, self._config, self._seconds_of), moves=False)
+            return Decision(self._settle(plan, room), moves=True)
+        kept = with_forecast(now.plan, self.profile, self._config, self._seconds_of)
+        return Decision(self._settle(kept, room), moves=False)
 
     def wants_measuring(self) -> bool:
         """Whether to measure the next step: the first of a shape shows in which order units run, a later one times."""

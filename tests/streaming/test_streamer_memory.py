@@ -83,7 +83,7 @@ def test_residents_lie_in_the_order_in_which_they_stay(monkeypatch: pytest.Monke
     sizes = streamer.outline.unit_bytes
     kept = [unit for unit in plan.order if unit in set(plan.resident)]
     assert kept != sorted(kept)
-    assert taken == [streamer.outline.rest_bytes, *(sizes[unit] for unit in kept)]
+    assert taken == [streamer.outline.rest_bytes, *(sizes[unit] for unit in kept), plan.staging_bytes]
 
 
 def test_masters_exist_for_what_is_streamed_only() -> None:
