@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -30,7 +30,7 @@ class Group:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The budgets for which plans were made."""
     budgets: list[float] = []
     make = planner_module.make_plan
@@ -40,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         return make(outline, profile, budget, *rest)
 
     monkeypatch.setattr(planner_module, "make_plan", note)
-    yield budgets
+    return budgets
 
 
 def measured_planner(group: Group | None = None, config: StreamingConfig = FULL) -> Planner:
