@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import weakref
@@ -14,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .config import PackingMode, StreamingConfig, format_bytes
+from .config import StreamingConfig, format_bytes
 from .devices.backend import Backend, is_out_of_memory
 from .errors import CannotPackError
 from .group import Group
@@ -25,12 +24,8 @@ from .memory.reader import Reader
 from .memory.supply import Watch
 from .memory.weights import NoPatches, Patches
 from .model.blocks import BlockSet
-from .model.packed_units import packed_dtype
-from .obstacles import Decoder, find_obstacle
-from .packing.ahead import KERNELS_AHEAD
-from .packing.unpackers import unpacked_bytes_per_second, unpacker_of
-from .planning.packing import Packing
-from .planning.plan import Plan, is_bus_limited
+from .packing_choice import PackingChoice
+from .planning.plan import Plan
 from .planning.planner import Planner
 from .planning.profile import Profile
 from .planning.spread import order_of_residency
@@ -65,6 +60,7 @@ class Loading:
         group: see above.
         planner: decides what to have on the device.
         measuring: measures steps that teach it something.
+        packing_choice: finds out whether weights should stream packed.
         site: where the weights are.
         plan: in effect; None while unloaded.
         moves: how often weights were loaded, given up or unloaded.
@@ -94,7 +90,6 @@ class Loading:
         self._guard = threading.RLock()
         self._depth = 0
         self._lent = False
-        self._decoder = Decoder()
         self._touches = 0
         self._steps_before = 0
         self._pins = pins
@@ -174,55 +169,8 @@ class Loading:
     def learn(self) -> None:
         """Keep what the step before has shown, if it was measured; waits for the device then. No step runs."""
         self.measuring.learn(self.drain)
-        if self.planner.packing is None and self._wants_packing:
-            self.planner.packing = self._find_packing()
+        if self.packing_choice.learn(self.plan):
             self.measuring.expect_plan()  # Not always after a step that was measured: less memory makes plans longer.
-
-    def _compile_ahead(self, plan: Plan) -> None:
-        """The first step takes longer than to compile what may be needed behind the second."""
-        may_pack = self.config.packing is not PackingMode.OFF and plan.segments and not self._obstacle
-        if may_pack and not self.backend.is_virtual and packed_dtype(unit.layout for unit in self.blocks.units):
-            KERNELS_AHEAD.compile(self.backend.device)
-
-    @property
-    def _wants_packing(self) -> bool:
-        """Whether to find out now what packing would bring."""
-        if self.config.packing is PackingMode.OFF or self._obstacle or self.plan is None or self.site.lane is None:
-            return False
-        if not self.profile.measured:
-            return False
-        return self.config.packing is PackingMode.ON or self._waits_for_the_bus(self.plan)
-
-    def _waits_for_the_bus(self, plan: Plan) -> bool:
-        """Whether a step with ``plan`` takes longer than its compute, by what is known now."""
-        if plan.forecast is not None:
-            return plan.forecast.limited_by == "bus"
-        return is_bus_limited(self._seconds_of(plan, self.profile), self.profile.compute_seconds)
-
-    @property
-    def _obstacle(self) -> str:
-        """Why no weight may be packed, with these settings on this device; empty where they may be."""
-        return find_obstacle(self.config, self._decoder)
-
-    def _find_packing(self) -> Packing | None:
-        """What packing would save and cost; None, from then on, where it cannot be."""
-        try:
-            sizes = self.site.weight_copies.packed_sizes(self.site.supply.tick)
-            if sizes == self.outline.unit_bytes:
-                return Packing(sizes, math.inf)  # There is nothing to unpack.
-            if self._decoder.bytes_per_second is None:
-                self._decoder = self._time_decoder()
-            return Packing(sizes, self._decoder.bytes_per_second)
-        except Exception as error:  # No memory for it, or a driver that refuses: the model streams as it is.
-            logger.warning("weights do not stream packed on %s: %s", self.backend.name, error)
-            self._decoder = Decoder(failure=_first_line(str(error)) or type(error).__name__)
-            return None
-
-    def _time_decoder(self) -> Decoder:
-        dtype = packed_dtype(unit.layout for unit in self.blocks.units)
-        speed = unpacked_bytes_per_second(self.backend, dtype or torch.bfloat16)
-        slow = "" if self.backend.is_virtual else unpacker_of(self.backend.device).reason
-        return Decoder(speed, _first_line(slow))
 
     @property
     def standing(self) -> Standing:
@@ -297,7 +245,7 @@ class Loading:
             self.attach_hooks()
             self.site.prefetch()
             self._steps.state = State.LOADED
-            self._compile_ahead(plan)
+            self.packing_choice.compile_ahead(plan)
             seconds = time.monotonic() - self._steps.last_used
             logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
             self.site.put_away(plan)
@@ -405,6 +353,7 @@ class Loading:
         if not self.config.synchronous:
             self.config = replace(self.config, copy_streams=0)
             self.planner.configure(self.config)
+            self.packing_choice.configure(self.config)
             self.site.copy_synchronously()
 
     def unload(self) -> None:
@@ -483,7 +432,6 @@ class Loading:
         self.unload()
         self.site.leave()
         self.backend = backend
-        self._decoder = Decoder()
         self._equip(backend)
         self.planner.change_device()
 
@@ -503,6 +451,7 @@ class Loading:
         self.site.supply.arena.budget.join(self)
         self._steps = Steps(self._root, self.blocks, self.site, self.planner)
         self.measuring = Measuring(self.planner, self.group)
+        self.packing_choice = PackingChoice(self.blocks, self.site, self.planner, self.config, self._seconds_of)
 
     def _make_planner(self) -> Planner:
         return Planner(self.outline, self.config, self._seconds_of)
@@ -521,7 +470,3 @@ class Loading:
         """Release what an exception or an interrupt left bound. Harmless when there is nothing."""
         self._steps.settle()
         self.site.settle()
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]

@@ -19,7 +19,6 @@ from .loading import Loading
 from .measuring import Measuring
 from .memory.changes import Changes
 from .model.blocks import BlockSet
-from .obstacles import explain_unpacked
 from .planning.plan import Plan
 from .planning.state import State
 from .report import Findings, explain, take_snapshot
@@ -70,8 +69,7 @@ class Streamer(Loading):
             self.site.clear_device()
             loaded = False
         self.planner.take_up(blocks.outline)
-        if self._decoder.bytes_per_second is not None:
-            self.planner.packing = self._find_packing()
+        self.packing_choice.take_up(blocks)
         if not same:
             self.measuring = Measuring(self.planner, self.group)
         self._steps = Steps(self._root, self.blocks, self.site, self.planner)
@@ -208,7 +206,7 @@ class Streamer(Loading):
         self.site.meters.step.begin_run()
         self.counters.runs += 1
         self.planner.begin_run()
-        self._decoder = self._decoder._replace(failure="")  # Memory may have been short.
+        self.packing_choice.begin_run()
 
     @property
     def never_entered(self) -> list[str]:
@@ -224,9 +222,7 @@ class Streamer(Loading):
 
     def _why_unpacked(self, plan: Plan | None) -> str:
         """Why weights do not stream packed, where that was asked for or would help."""
-        if plan is None:
-            return ""
-        return explain_unpacked(plan, self.planner, self.config.packing, self._obstacle, self._decoder.slow)
+        return "" if plan is None else self.packing_choice.explain(plan)
 
     def explain(self) -> str:
         """The plan in effect, and where its streamed weights come from, in a line."""

@@ -38,3 +38,11 @@ def learned(streamer: Streamer, model: Transformer) -> Plan:
         step(streamer, model)
     assert streamer.plan is not None
     return streamer.plan
+
+
+def why(streamer: Streamer) -> str:
+    """Why weights do not stream packed, as the status says it, and the line too, once."""
+    text, line = streamer.snapshot().why_unpacked, streamer.explain()
+    assert line.endswith(text)
+    assert line.count("packed: ") == text.count("packed: ") <= 1
+    return text

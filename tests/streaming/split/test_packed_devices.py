@@ -10,8 +10,15 @@ import torch
 from damage import CorruptingBackend, flip_a_bit
 from models import SETTINGS, Doubled
 from packed_models import BUDGET, PACKED_IN_BLOCK, X, learned, make, make_model, step
-from weightstream.streaming import CpuBackend, Group, Streamer, StreamingConfig, VirtualMemory, cut_model
-from weightstream.streaming import loading as loading_file
+from weightstream.streaming import (
+    CpuBackend,
+    Group,
+    Streamer,
+    StreamingConfig,
+    VirtualMemory,
+    cut_model,
+    packing_choice,
+)
 from weightstream.streaming.config import PackingMode
 from weightstream.streaming.devices import backend as backends
 from weightstream.streaming.devices.copies import Event, Pair, count_bytes
@@ -160,7 +167,7 @@ def test_a_device_packs_by_itself_where_that_makes_the_whole_step_faster(
     slow: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bus of one of two devices is what a step waits for."""
-    monkeypatch.setattr(loading_file, "unpacked_bytes_per_second", lambda *args: 1e15)
+    monkeypatch.setattr(packing_choice, "unpacked_bytes_per_second", lambda *args: 1e15)
     monkeypatch.setattr(Recorder, "_bandwidth", lambda self: 1e6)  # So both find out what packing would bring.
     placed = Devices((0, 0, 1, 1), packing=PackingMode.AUTO)
     placed.load()
