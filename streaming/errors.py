@@ -9,7 +9,6 @@ StreamingError
 |-- CorruptionError        what is on the device is not what was sent or packed, time and again
 |-- DeviceMemoryError      a virtual device has no room left for an allocation
 |-- StepNotRepeatedError   a step failed and has changed what it began with
-|-- CannotPackError        some weights cannot be packed, so that another plan is needed; for the engine alone
 |-- WeightsMovedError      weights went off the device while a step ran that needed them
 |-- GradientError          gradients are asked for through a block that streams
 `-- ServerError            no ComfyUI with this pack answers
@@ -26,20 +25,6 @@ class ConfigError(StreamingError, ValueError):
 
 class UnsupportedModelError(StreamingError):
     """The model cannot be streamed; the message says why."""
-
-
-class CannotPackError(StreamingError):
-    """Some weights cannot be packed as a plan would have it. The engine makes another plan.
-
-    Attributes:
-        large: numbers of units that would hardly be smaller.
-        without_room: those for which no more memory may be page-locked.
-    """
-
-    def __init__(self, large: set[int], without_room: set[int]) -> None:
-        super().__init__(f"{len(large | without_room)} units cannot be packed")
-        self.large = large
-        self.without_room = without_room
 
 
 class BudgetError(StreamingError):

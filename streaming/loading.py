@@ -15,7 +15,6 @@ from torch import nn
 
 from .config import StreamingConfig, format_bytes
 from .devices.backend import Backend, is_out_of_memory
-from .errors import CannotPackError
 from .group import Group
 from .measuring import Measuring
 from .memory.arena import PinBudget
@@ -25,6 +24,7 @@ from .memory.supply import Watch
 from .memory.weights import NoPatches, Patches
 from .model.blocks import BlockSet
 from .packing_choice import PackingChoice
+from .planning.packing import Refusals
 from .planning.plan import Plan
 from .planning.planner import Planner
 from .planning.profile import Profile
@@ -207,31 +207,23 @@ class Loading:
         """
         with self._occupied():
             try:
-                while not self._is_loaded(plan, patches or NoPatches()):
+                while refused := self._load(plan, patches or NoPatches()):
+                    self.planner.refusals |= refused
                     plan = self.planner.plan_within(plan.budget)
             except BaseException:
                 if self.state is not State.UNLOADED:
                     self.unload()
                 raise
 
-    def _is_loaded(self, plan: Plan, patches: Patches) -> bool:
-        """Load ``plan``; returns whether that worked, or another plan is needed since some units cannot be packed."""
+    def _load(self, plan: Plan, patches: Patches) -> Refusals:
+        """Load ``plan``; returns the units that cannot be packed: where there are some, another plan is needed."""
         if refused := self.site.weight_copies.unpackable(plan):
-            self.planner.unpackable |= refused
-            return False
-        try:
-            self._load(plan, patches)
-        except CannotPackError as error:
-            self.planner.too_large |= error.large
-            self.planner.without_room |= error.without_room
-            return False
-        return True
-
-    def _load(self, plan: Plan, patches: Patches) -> None:
+            return refused
         self._steps.last_used = time.monotonic()
         if self._is_as_wished(plan, patches):
             self.site.put_away(plan)
-            return self.keep(plan)
+            self.keep(plan)
+            return Refusals()
         self.moves += 1
         try:
             self.site.halt()
@@ -241,7 +233,10 @@ class Loading:
                 self.site.supply.begin(unread)
                 self._steps_before = self.counters.steps
             self.plan = plan
-            self.site.carry_out(plan, patches, self.config.copy_streams, self, builds=self._has_run)
+            refused = self.site.carry_out(plan, patches, self.config.copy_streams, self, builds=self._has_run)
+            if refused:
+                self._steps.state = State.REDUCED
+                return refused
             self.attach_hooks()
             self.site.prefetch()
             self._steps.state = State.LOADED
@@ -249,12 +244,10 @@ class Loading:
             seconds = time.monotonic() - self._steps.last_used
             logger.debug("loaded in %.3f s; %s had no copy before", seconds, format_bytes(unread))
             self.site.put_away(plan)
-        except CannotPackError:
-            self._steps.state = State.REDUCED
-            raise
         except BaseException:
             self.unload()
             raise
+        return Refusals()
 
     def _is_as_wished(self, plan: Plan, patches: Patches) -> bool:
         if self.state is not State.LOADED or plan != self.plan:

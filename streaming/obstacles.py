@@ -78,11 +78,11 @@ def _explain_where_asked(plan: Plan, planner: Planner, obstacle: str, slow: str)
         return f"{NOT_PACKED}: none that streams is held in bfloat16 or float16, is large and gets smaller"
     if planner.cramped and not plan.packed:
         return f"{NOT_PACKED}: there is no room in VRAM to unpack them in"
-    left = able - plan.packed
+    left, refusals = able - plan.packed, planner.refusals
     texts = (
-        _count(left & planner.too_large, able, "they take more room than was planned"),
-        _count(left & planner.without_room, able, "no page-locked memory is left for them"),
-        _count(left & planner.unpackable, able, "other code writes to them"),
+        _count(left & refusals.too_large, able, "they take more room than was planned"),
+        _count(left & refusals.without_room, able, "no page-locked memory is left for them"),
+        _count(left & refusals.written, able, "other code writes to them"),
         f"weights are unpacked slowly: {_no_kernel(slow)}" if slow and plan.packed else "",
     )
     return "; ".join(filter(None, texts))

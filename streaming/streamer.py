@@ -19,6 +19,7 @@ from .loading import Loading
 from .measuring import Measuring
 from .memory.changes import Changes
 from .model.blocks import BlockSet
+from .planning.packing import Refusals
 from .planning.plan import Plan
 from .planning.state import State
 from .report import Findings, explain, take_snapshot
@@ -81,7 +82,7 @@ class Streamer(Loading):
             return
         # What is written to these copies must be what streams.
         held = self.site.weight_copies.holding(names)
-        self.planner.unpackable |= held
+        self.planner.refusals |= Refusals(written=held)
         if self.plan.packed & held:  # Another plan comes with the next step.
             self.site.halt()
             self.site.drop_lane()

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -30,6 +29,7 @@ from ..devices.copies import ALIGNMENT
 from ..model.packed_units import MeasuredUnit, measure_unit
 from ..packing.packers import packer_of
 from ..packing.unpackers import Unpacker, unpacker_of
+from ..planning.packing import Refusals
 from .arena import Arena
 from .baking import bake_residents
 from .checks import Checks, OnDevice
@@ -40,25 +40,13 @@ from .unit_copies import PackedCopy, UnitCopies
 from .weights import Patches, Weights
 
 
-class Refused(NamedTuple):
-    """Units that were not packed.
-
-    Attributes:
-        large: they take more than was planned, or a patch gives a value another shape.
-        without_room: no more memory may be page-locked.
-    """
-
-    large: set[int]
-    without_room: set[int]
-
-
 def pack_units(
     backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, room: int, checks: Checks
-) -> Refused:
+) -> Refusals:
     """Give each of ``wanted`` its packed copy, with ``patches``, in place of its master copy; nothing is under way.
 
-    After an error, and of units that were refused, some have lost their master copies or packed copies with other
-    patches.
+    Returns those that could not be packed. These, and any after an error, may have lost their master copies or packed
+    copies with other patches.
 
     Args:
         wanted: by number. Those come first that have memory of their own, as they need no room and make some.
@@ -74,7 +62,7 @@ def pack_units(
             pass
     finally:
         packing.end()
-    if not any(packing.refused):
+    if not packing.refused:
         supply.arena.reason = reason  # There was too little room ahead, but enough in the end.
     return packing.refused
 
@@ -89,7 +77,7 @@ class UnitPacking:
     def __init__(
         self, backend: Backend, supply: Supply, wanted: Mapping[int, Wanted], patches: Patches, checks: Checks
     ) -> None:
-        self.refused = Refused(set(), set())
+        self.refused = Refusals()
         self._backend = backend
         self._supply = supply
         self._patches = patches
@@ -133,9 +121,9 @@ class UnitPacking:
             self._arrived()  # To measure a unit is to wait for it, and what went down before it has arrived.
         memory = self._memory.next(needed=found is not None)
         if found is None:
-            self.refused.large.add(number)
+            self.refused |= Refusals(too_large=frozenset([number]))
         elif memory is None:
-            self.refused.without_room.update([number, *(number for number, *_ in self._units)])
+            self.refused |= Refusals(without_room=frozenset([number, *(number for number, *_ in self._units)]))
             return False
         else:
             self._bring_down(found, copies, PackedCopy(found.packed_unit, memory, weights.signatures, sums))

@@ -9,13 +9,14 @@ import torch
 from ..devices.backend import Backend
 from ..model.blocks import BlockSet, Unit
 from ..model.sums import Summing
+from ..planning.packing import Refusals
 from ..planning.plan import Plan
 from .arena import HostBuffer, PinOwner
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
 from .checks import Checks
 from .memory_ahead import Wanted
-from .packing import Refused, pack_units, unpack_to_master
+from .packing import pack_units, unpack_to_master
 from .sampling import planned_bytes_of
 from .supply import Supply
 from .transfer import Load, Tick
@@ -80,9 +81,9 @@ class WeightCopies:
         for copies in resident:
             self._free(copies.drop_master())
 
-    def unpackable(self, plan: Plan) -> set[int]:
+    def unpackable(self, plan: Plan) -> Refusals:
         """Units that ``plan`` packs and that must stream as they are, as other code has written to their copies."""
-        return {unit for unit in plan.packed if _is_written_to(self._copies[unit])}
+        return Refusals(written=frozenset(unit for unit in plan.packed if _is_written_to(self._copies[unit])))
 
     def packed_sizes(self, tick: Tick) -> tuple[int, ...]:
         """Return of each unit the most bytes that it takes when it is packed; its own where it is not to be packed.
@@ -91,7 +92,7 @@ class WeightCopies:
         """
         return tuple(planned_bytes_of(copies, tick) for copies in self._copies)
 
-    def pack(self, plan: Plan, patches: Patches, owner: PinOwner) -> Refused:
+    def pack(self, plan: Plan, patches: Patches, owner: PinOwner) -> Refusals:
         """Make the packed copies that ``plan`` streams from; nothing is under way, and there is no ring on the device.
 
         Returns the units that have none.
@@ -100,7 +101,7 @@ class WeightCopies:
         for unit in plan.packed.difference(missing):
             self._free(self._copies[unit].drop_master())
         if not missing:
-            return Refused(set(), set())
+            return Refusals()
         self._supply.make_room(self._needed_to_pack(missing, plan), owner)
         self.arrive_all()  # The reader goes through its transfers in order.
         wanted = {unit: Wanted(self._copies[unit], plan.outline.bytes_in_slot(unit)) for unit in missing}
@@ -283,9 +284,9 @@ class WeightCopies:
         values = (value for unit in units for value in unit.layout.values)
         return {name for value in values for name in value.names if name in names}
 
-    def holding(self, names: Collection[str]) -> set[int]:
+    def holding(self, names: Collection[str]) -> frozenset[int]:
         """The units of blocks that hold one of these tensors."""
-        return {unit for unit, copies in enumerate(self._copies) if copies.holds(names)}
+        return frozenset(unit for unit, copies in enumerate(self._copies) if copies.holds(names))
 
     def make_masters(self, names: Collection[str]) -> None:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .plan import Plan
@@ -24,6 +24,34 @@ class Packing(NamedTuple):
 
     slot_bytes: tuple[int, ...]
     bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Units that stream as they are although weights are packed, by what is in the way; false where there are none.
+
+    Attributes:
+        too_large: they take more than was planned, or a patch gives a value another shape.
+        without_room: no more memory may be page-locked for them.
+        written: other code writes to them.
+    """
+
+    too_large: frozenset[int] = frozenset()
+    without_room: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()
+
+    @property
+    def units(self) -> frozenset[int]:
+        """All of them."""
+        return self.too_large | self.without_room | self.written
+
+    def __bool__(self) -> bool:
+        return bool(self.units)
+
+    def __or__(self, other: Refusals) -> Refusals:
+        return Refusals(
+            self.too_large | other.too_large, self.without_room | other.without_room, self.written | other.written
+        )
 
 
 def packed_outline(outline: Outline, packing: Packing, units: Collection[int]) -> Outline:

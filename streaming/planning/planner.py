@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from ..config import PackingMode, StreamingConfig
-from .packing import Packing, packed_outline, units_to_pack
+from .packing import Packing, Refusals, packed_outline, units_to_pack
 from .plan import Plan, SecondsOf, forecast_seconds, make_plan, minimum_bytes, with_forecast
 from .profile import Outline, Profile, assumed_profile
 from .spread import best_order
@@ -86,9 +86,7 @@ class Planner:
         compiled: whether steps run compiled (hooks.py, Note: compiled models).
         by_units: blocks that are not entered though their units run (by_units.py).
         packing: what packing would save and cost; None before that is known, or where nothing may be packed.
-        unpackable: units that other code writes to in this prompt, so that they may not be packed.
-        without_room: units for which no more memory may be page-locked in this prompt.
-        too_large: units that take more than planned when they are packed.
+        refusals: units that cannot be packed, as far as that was seen.
         cramped: whether the last plan packs nothing since there is no room to unpack in.
         writes_expected: whether other code will write to weights, so that none may be packed.
     """
@@ -97,9 +95,7 @@ class Planner:
         self.compiled = False
         self.by_units: frozenset[int] = frozenset()
         self.packing: Packing | None = None
-        self.unpackable: frozenset[int] = frozenset()
-        self.without_room: frozenset[int] = frozenset()
-        self.too_large: frozenset[int] = frozenset()
+        self.refusals = Refusals()
         self.writes_expected = False
         self.cramped = False
         self._last_packed: frozenset[int] = frozenset()
@@ -123,13 +119,8 @@ class Planner:
         return minimum_bytes(self._outline, self.profile)
 
     def begin_run(self) -> None:
-        """What kept units from being packed in the prompt before may be over."""
-        self.unpackable = self.without_room = frozenset()
-
-    @property
-    def refused(self) -> frozenset[int]:
-        """Units that stream as they are, although weights are packed."""
-        return self.unpackable | self.without_room | self.too_large
+        """What others did in the prompt before, and want of memory, may be over."""
+        self.refusals = Refusals(too_large=self.refusals.too_large)
 
     # -- plans for a budget --------------------------------------------------------------------------------------
 
@@ -153,10 +144,10 @@ class Planner:
             return None
         always = self._config.packing is PackingMode.ON
         if self.profile.measured:
-            units = units_to_pack(plan, self.profile, self.packing, self.refused, everything=always)
+            units = units_to_pack(plan, self.profile, self.packing, self.refusals.units, everything=always)
             self._last_packed = frozenset()
         else:
-            units = self._last_packed - self.refused
+            units = self._last_packed - self.refusals.units
         outline = packed_outline(self._outline, self.packing, units)
         self.cramped = bool(units) and budget < minimum_bytes(outline, self.profile)
         if not units or self.cramped:
@@ -215,7 +206,7 @@ class Planner:
         """All that makes the choice of ``plan``, beside the budget."""
         seconds = self._seconds_of(plan, self.profile)  # Those of other devices count in it.
         settings = self._config, self._outline, self.writes_expected
-        return self.profile, seconds, self.packing, self.refused, *settings
+        return self.profile, seconds, self.packing, self.refusals.units, *settings
 
     def _slack(self, now: Standing) -> int:
         """Bytes beyond a budget that are not worth moving weights for."""
@@ -329,7 +320,8 @@ class Planner:
     def take_up(self, outline: Outline) -> None:
         """The model was laid out anew. What is known is kept only if its blocks are the same."""
         before, self._outline, self._chosen = self._outline, outline, None
-        self.packing, self.too_large, self._last_packed = None, frozenset(), frozenset()
+        self.packing, self._last_packed = None, frozenset()
+        self.refusals = replace(self.refusals, too_large=frozenset())
         if replace(outline, rest_bytes=before.rest_bytes) != before:
             self.by_units, self._whole_blocks = frozenset(), False
             self.profile = _with_best_order(outline, assumed_profile(outline))
@@ -379,7 +371,7 @@ class Planner:
             return False
         return any(
             self.packing.slot_bytes[unit] < self._outline.unit_bytes[unit]
-            for unit in plan.streamed - plan.packed - self.refused
+            for unit in plan.streamed - plan.packed - self.refusals.units
         )
 
     def _choose_order(self, budget: float) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ..config import StreamingConfig
 from ..devices.backend import Backend
-from ..errors import CannotPackError
 from ..memory.arena import PinBudget, PinOwner
 from ..memory.changes import Changes
 from ..memory.supply import Supply, Watch
 from ..memory.weight_copies import WeightCopies
 from ..memory.weights import Patches
 from ..model.blocks import BlockSet
+from ..planning.packing import Refusals
 from ..planning.plan import Plan
 from .lane import Lane
 from .telemetry import Counters, Meters, StepListener
@@ -66,23 +66,22 @@ class Site:
 
     # -- loading -------------------------------------------------------------------------------------------------
 
-    def carry_out(self, plan: Plan, patches: Patches, copy_streams: int, owner: PinOwner, builds: bool) -> None:
+    def carry_out(self, plan: Plan, patches: Patches, copy_streams: int, owner: PinOwner, builds: bool) -> Refusals:
         """Have the weights where ``plan`` has them, with ``patches``; nothing is under way, and there is no lane.
+
+        Returns the units that cannot be packed. Where there are some, residents are where ``plan`` has them, nothing
+        streams, and another plan is needed.
 
         Args:
             owner: of page-locked memory, in its budget.
             builds: whether master copies are built now. Packed ones are in any case: without them nothing streams.
-
-        Raises:
-            CannotPackError: another plan is needed. Residents are where this one has them.
         """
         self.supply.arena.begin()
         self.backend.open(copy_streams)
         self.weight_copies.carry_out(plan, patches)
         self.unbuilt = True
-        refused = self.weight_copies.pack(plan, patches, owner)
-        if any(refused):
-            raise CannotPackError(*refused)
+        if refused := self.weight_copies.pack(plan, patches, owner):
+            return refused
         if builds:
             self.build(plan, owner)
         self.weight_copies.bake(plan, patches)
@@ -91,6 +90,7 @@ class Site:
             reader, tick = self.supply.reader, self.supply.tick
             copies = self.weight_copies.copies
             self.lane = self._verifier.make_lane(self.backend, plan, copies, reader, copy_streams, self.meters, tick)
+        return Refusals()
 
     def prefetch(self) -> None:
         """Begin to copy what the next step needs first."""

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from outlines import EAGER, FULL, MB, flux, flux_profile, make_outline, make_profile
 from weightstream.streaming import BudgetError, Outline, Profile, make_plan, minimum_bytes
-from weightstream.streaming.planning.packing import Packing, packed_outline, units_to_pack
+from weightstream.streaming.planning.packing import Packing, Refusals, packed_outline, units_to_pack
 from weightstream.streaming.planning.plan import forecast_seconds
 from weightstream.streaming.planning.spread import best_order
 
 GB = 1_000_000_000
+REASONS = ("too_large", "without_room", "written")
 
 
 def packing_of(outline: Outline, share: float = 0.7, speed: float = 1000e9) -> Packing:
@@ -127,3 +128,12 @@ def test_more_memory_is_told_to_help_as_far_as_it_does(budget: float) -> None:
     packed = make_plan(packed_outline(outline, packing, units), profile, budget * GB + forecast.more_bytes, FULL)
     seconds = min(forecast_seconds(plan, profile) for plan in (more, packed))
     assert seconds <= forecast.more_seconds <= 1.05 * profile.compute_seconds
+
+
+def test_what_is_in_the_way_adds_up_by_reason() -> None:
+    none, large, room, written = Refusals(), *(Refusals(**{name: frozenset([1])}) for name in REASONS)
+    assert not none
+    assert all((large, room, written))
+    found = none | large | room | Refusals(written=frozenset([2])) | Refusals(too_large=frozenset([3]))
+    assert found == Refusals(frozenset([1, 3]), frozenset([1]), frozenset([2]))
+    assert found.units == {1, 2, 3}

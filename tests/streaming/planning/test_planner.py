@@ -9,7 +9,7 @@ import pytest
 from outlines import FULL, MB, flux, flux_profile
 from weightstream.streaming import Plan, StreamingConfig
 from weightstream.streaming.planning import planner as planner_module
-from weightstream.streaming.planning.packing import Packing
+from weightstream.streaming.planning.packing import Packing, Refusals
 from weightstream.streaming.planning.plan import forecast_seconds
 from weightstream.streaming.planning.planner import Planner
 from weightstream.streaming.planning.profile import Profile
@@ -100,7 +100,7 @@ def others_write(planner: Planner, group: Group) -> None:
 
 
 def a_unit_is_refused(planner: Planner, group: Group) -> None:
-    planner.too_large = frozenset({3})
+    planner.refusals = Refusals(too_large=frozenset({3}))
 
 
 def other_settings(planner: Planner, group: Group) -> None:
