@@ -205,15 +205,26 @@ class Loading:
         Only differences to the present state cost anything: a second call with the same arguments does nothing.
         After an error the model is unloaded and all device memory is given back.
         """
+        patches = patches or NoPatches()
         with self._occupied():
             try:
-                while refused := self._load(plan, patches or NoPatches()):
+                plan = self._plan_what_may_fit(plan, patches)
+                while refused := self._load(plan, patches):
                     self.planner.refusals |= refused
                     plan = self.planner.plan_within(plan.budget)
             except BaseException:
                 if self.state is not State.UNLOADED:
                     self.unload()
                 raise
+
+    def _plan_what_may_fit(self, plan: Plan, patches: Patches) -> Plan:
+        """Return ``plan``, or one that packs units which were too large with other patches than these."""
+        refusals = self.planner.refusals
+        if not (fit := self.site.weight_copies.may_fit(refusals.too_large, patches)):
+            return plan
+        self.planner.refusals = replace(refusals, too_large=refusals.too_large - fit)
+        other = self.planner.plan_within(plan.budget) if fit & plan.streamed else plan
+        return other if fit & other.packed else plan
 
     def _load(self, plan: Plan, patches: Patches) -> Refusals:
         """Load ``plan``; returns the units that cannot be packed: where there are some, another plan is needed."""

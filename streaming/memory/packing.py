@@ -121,6 +121,7 @@ class UnitPacking:
             self._arrived()  # To measure a unit is to wait for it, and what went down before it has arrived.
         memory = self._memory.next(needed=found is not None)
         if found is None:
+            copies.too_large_with = weights.signatures
             self.refused |= Refusals(too_large=frozenset([number]))
         elif memory is None:
             self.refused |= Refusals(without_room=frozenset([number, *(number for number, *_ in self._units)]))

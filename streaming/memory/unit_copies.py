@@ -71,6 +71,7 @@ class UnitCopies:
     Attributes:
         arriving: a resident copy that is on its way.
         packed: a packed copy. Modules never point at it; while it is in use they show the original between blocks.
+        too_large_with: signatures of the patches with which it turned out to take more than planned when it is packed.
         bound: what modules point at between blocks.
         built: a master copy that a builder's thread has finished and that is not adopted yet (builder.py, Note: handed
             over, not shared).
@@ -85,6 +86,7 @@ class UnitCopies:
         self.arriving: _Arriving | None = None
         self.built: _Master | None = None
         self.packed: PackedCopy | None = None
+        self.too_large_with: dict[str, object] | None = None
         self._master: _Master | None = None
         self._begun: tuple[HostBuffer, int] | None = None
         self._sums: dict[str, torch.Tensor] | None = None
@@ -189,7 +191,13 @@ class UnitCopies:
         """Whether there is a packed copy with these patches and no others, and nothing is known to be wrong with it."""
         if self.packed is None or self.packed.spoiled:
             return False
-        found = self.packed.signatures
+        return self._are_signatures_of(patches, self.packed.signatures)
+
+    def is_too_large_with(self, patches: Patches) -> bool:
+        """Whether it is known to take more than planned when it is packed with these patches."""
+        return self.too_large_with is not None and self._are_signatures_of(patches, self.too_large_with)
+
+    def _are_signatures_of(self, patches: Patches, found: dict[str, object]) -> bool:
         return all(patches.signature(value.name) == found.get(value.name) for value in self.unit.layout.values)
 
     def spoil_packed(self) -> None:

@@ -85,6 +85,10 @@ class WeightCopies:
         """Units that ``plan`` packs and that must stream as they are, as other code has written to their copies."""
         return Refusals(written=frozenset(unit for unit in plan.packed if _is_written_to(self._copies[unit])))
 
+    def may_fit(self, too_large: Collection[int], patches: Patches) -> frozenset[int]:
+        """Those of these units, which were too large to be packed, of which that is not known with ``patches``."""
+        return frozenset(unit for unit in too_large if not self._copies[unit].is_too_large_with(patches))
+
     def packed_sizes(self, tick: Tick) -> tuple[int, ...]:
         """Return of each unit the most bytes that it takes when it is packed; its own where it is not to be packed.
 

@@ -298,6 +298,43 @@ def test_a_patch_that_changes_a_shape_is_not_packed() -> None:
     assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK - 1
 
 
+class Spread(Doubled):
+    """Makes weights that do not get smaller when they are packed."""
+
+    def signature(self, name: str) -> object | None:
+        return "spread" if name in self.names else None
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        return spread(original.shape).to(original.dtype)
+
+
+@pytest.mark.parametrize("asked_before", [True, False], ids=["a plan of its own", "the plan in effect"])
+def test_what_is_too_large_with_one_patch_is_packed_with_another(packed_units: list[int], asked_before: bool) -> None:
+    model, large, fits = make_model(), "blocks.1.qkv.weight", "blocks.2.out.weight"
+    streamer = make(model)
+    learned(streamer, model)
+    prompts: list[tuple[Doubled, int, int]] = [
+        (Spread({large}), PACKED_IN_BLOCK * 4 - 1, 1),
+        (Spread({large}), PACKED_IN_BLOCK * 4 - 1, 0),
+        (Doubled({large}), PACKED_IN_BLOCK * 4, 1),
+        (Spread({large}), PACKED_IN_BLOCK * 4 - 1, 1),
+        (Spread({large, fits}), PACKED_IN_BLOCK * 4 - 2, 1),
+        (Doubled({fits}), PACKED_IN_BLOCK * 4, 2),
+    ]
+    for patches, packed, tried in prompts:
+        del packed_units[:]
+        streamer.begin_run()
+        streamer.load(streamer.next_plan(BUDGET) if asked_before else streamer.plan, patches)
+        assert len(streamer.plan.packed) == packed
+        assert len(packed_units) == tried, "only what has other patches is tried"
+        reference = make_model()
+        with torch.no_grad():
+            for name in patches.names:
+                weight = reference.get_parameter(name)
+                weight.copy_(patches.compute(name, weight))
+        assert torch.equal(model(X), reference(X))
+
+
 @pytest.mark.parametrize("packed_before", [True, False])
 def test_what_others_write_to_master_copies_is_what_runs(packed_before: bool) -> None:
     """As the host's hooks do: they ask for copies, write to what modules hold, and undo it later."""
