@@ -244,6 +244,7 @@ class Loading:
                 self.site.supply.begin(unread)
                 self._steps_before = self.counters.steps
             self.plan = plan
+            self.planner.note_plan(plan)
             refused = self.site.carry_out(plan, patches, self.config.copy_streams, self, builds=self._has_run)
             if refused:
                 self._steps.state = State.REDUCED

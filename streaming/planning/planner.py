@@ -98,7 +98,7 @@ class Planner:
         self.refusals = Refusals()
         self.writes_expected = False
         self.cramped = False
-        self._last_packed: frozenset[int] = frozenset()
+        self._packed_now: frozenset[int] = frozenset()
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
         self._config = config
@@ -122,6 +122,10 @@ class Planner:
         """What others did in the prompt before, and want of memory, may be over."""
         self.refusals = Refusals(too_large=self.refusals.too_large)
 
+    def note_plan(self, plan: Plan) -> None:
+        """``plan`` comes into effect: the units that it packs have packed copies, and no others."""
+        self._packed_now = plan.packed
+
     # -- plans for a budget --------------------------------------------------------------------------------------
 
     def plan_for(self, budget: float) -> Plan:
@@ -137,7 +141,7 @@ class Planner:
     def _packed(self, plan: Plan, budget: float) -> Plan | None:
         """Return a plan for the same budget that packs weights; None where that would gain too little.
 
-        In a shape of which nothing was measured yet the same units stay packed, as their copies are there.
+        In a shape of which nothing was measured yet the units stay packed that are so now, as their copies are there.
         """
         self.cramped = False
         if self.packing is None or self.writes_expected or not plan.segments:
@@ -145,9 +149,8 @@ class Planner:
         always = self._config.packing is PackingMode.ON
         if self.profile.measured:
             units = units_to_pack(plan, self.profile, self.packing, self.refusals.units, everything=always)
-            self._last_packed = frozenset()
         else:
-            units = self._last_packed - self.refusals.units
+            units = self._packed_now - self.refusals.units
         outline = packed_outline(self._outline, self.packing, units)
         self.cramped = bool(units) and budget < minimum_bytes(outline, self.profile)
         if not units or self.cramped:
@@ -156,7 +159,6 @@ class Planner:
         gain = 1 - self._seconds_of(packed, self.profile) / self._seconds_of(plan, self.profile)
         if not always and self.profile.measured and gain < WORTHWHILE:
             return None
-        self._last_packed = units
         return packed
 
     def plan_within(self, budget: float) -> Plan:
@@ -320,7 +322,7 @@ class Planner:
     def take_up(self, outline: Outline) -> None:
         """The model was laid out anew. What is known is kept only if its blocks are the same."""
         before, self._outline, self._chosen = self._outline, outline, None
-        self.packing, self._last_packed = None, frozenset()
+        self.packing, self._packed_now = None, frozenset()
         self.refusals = replace(self.refusals, too_large=frozenset())
         if replace(outline, rest_bytes=before.rest_bytes) != before:
             self.by_units, self._whole_blocks = frozenset(), False
@@ -365,7 +367,7 @@ class Planner:
 
     def _leaves_unpacked(self, plan: Plan) -> bool:
         """Whether ``plan`` streams something as it is that the settings would have packed."""
-        if self.packing is None or self.writes_expected or self.cramped:
+        if self.packing is None or self.writes_expected or self.cramped or not self.profile.measured:
             return False
         if self._config.packing is not PackingMode.ON:
             return False

@@ -12,6 +12,7 @@ import pytest
 import torch
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from safetensors.torch import save_file
+from weightstream.streaming.memory import packing as packing_file
 
 # Many times what the slowest test takes.
 HANG_SECONDS = 60
@@ -55,3 +56,17 @@ def path(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt", "note": "é"})
     return path
+
+
+@pytest.fixture
+def packed_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many units were packed, by call."""
+    found: list[int] = []
+    own = packing_file.measure_unit
+
+    def count(*args: object) -> object:
+        found.append(1)
+        return own(*args)
+
+    monkeypatch.setattr(packing_file, "measure_unit", count)
+    return found

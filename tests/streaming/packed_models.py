@@ -20,6 +20,13 @@ def make_model(seed: int = 0) -> Transformer:
     return make_transformer(4, WIDTH, seed).to(torch.bfloat16)
 
 
+def spread(shape: torch.Size) -> torch.Tensor:
+    """Values with forty exponents, equally often."""
+    random = torch.Generator().manual_seed(3)
+    exponents = torch.randint(-43, -3, shape, generator=random)
+    return torch.randn(shape, generator=random).sign() * 2.0**exponents
+
+
 def make(model: Transformer, backend: CpuBackend | None = None, **settings: object) -> Streamer:
     """A streamer that packs and keeps nothing, unless ``settings`` say otherwise."""
     packing = {"packing": PackingMode.ON, "stream_all": True, "adaptive": False}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from inline import InlineExecutor, LazyExecutor
 from models import Doubled, PinningBackend, Transformer, budgets
-from packed_models import BUDGET, PACKED_IN_BLOCK, WIDTH, X, learned, make, make_model, step, why
+from packed_models import BUDGET, PACKED_IN_BLOCK, WIDTH, X, learned, make, make_model, spread, step, why
 from weightstream.streaming import CpuBackend, State, StreamingError, VirtualMemory, cut_model
 from weightstream.streaming.memory import arena as arena_file
 from weightstream.streaming.memory import memory_ahead
@@ -90,13 +90,6 @@ def test_a_packed_segment_may_begin_while_another_runs() -> None:
     for _ in range(3):
         assert torch.equal(step(streamer, model), expected)
     assert memory.allocated == streamer.plan.device_bytes
-
-
-def spread(shape: torch.Size) -> torch.Tensor:
-    """Values with forty exponents, equally often."""
-    random = torch.Generator().manual_seed(3)
-    exponents = torch.randint(-43, -3, shape, generator=random)
-    return torch.randn(shape, generator=random).sign() * 2.0**exponents
 
 
 @pytest.mark.parametrize("sampled", [True, False])
@@ -298,43 +291,6 @@ def test_a_patch_that_changes_a_shape_is_not_packed() -> None:
     assert len(streamer.plan.packed) == 4 * PACKED_IN_BLOCK - 1
 
 
-class Spread(Doubled):
-    """Makes weights that do not get smaller when they are packed."""
-
-    def signature(self, name: str) -> object | None:
-        return "spread" if name in self.names else None
-
-    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
-        return spread(original.shape).to(original.dtype)
-
-
-@pytest.mark.parametrize("asked_before", [True, False], ids=["a plan of its own", "the plan in effect"])
-def test_what_is_too_large_with_one_patch_is_packed_with_another(packed_units: list[int], asked_before: bool) -> None:
-    model, large, fits = make_model(), "blocks.1.qkv.weight", "blocks.2.out.weight"
-    streamer = make(model)
-    learned(streamer, model)
-    prompts: list[tuple[Doubled, int, int]] = [
-        (Spread({large}), PACKED_IN_BLOCK * 4 - 1, 1),
-        (Spread({large}), PACKED_IN_BLOCK * 4 - 1, 0),
-        (Doubled({large}), PACKED_IN_BLOCK * 4, 1),
-        (Spread({large}), PACKED_IN_BLOCK * 4 - 1, 1),
-        (Spread({large, fits}), PACKED_IN_BLOCK * 4 - 2, 1),
-        (Doubled({fits}), PACKED_IN_BLOCK * 4, 2),
-    ]
-    for patches, packed, tried in prompts:
-        del packed_units[:]
-        streamer.begin_run()
-        streamer.load(streamer.next_plan(BUDGET) if asked_before else streamer.plan, patches)
-        assert len(streamer.plan.packed) == packed
-        assert len(packed_units) == tried, "only what has other patches is tried"
-        reference = make_model()
-        with torch.no_grad():
-            for name in patches.names:
-                weight = reference.get_parameter(name)
-                weight.copy_(patches.compute(name, weight))
-        assert torch.equal(model(X), reference(X))
-
-
 @pytest.mark.parametrize("packed_before", [True, False])
 def test_what_others_write_to_master_copies_is_what_runs(packed_before: bool) -> None:
     """As the host's hooks do: they ask for copies, write to what modules hold, and undo it later."""
@@ -495,20 +451,6 @@ def test_writes_of_a_block_to_its_unpacked_weights_are_an_error() -> None:
         step(streamer, model)
     handle.remove()
     assert torch.equal(step(streamer, model), make_model()(X))
-
-
-@pytest.fixture
-def packed_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many units were packed, by call."""
-    found: list[int] = []
-    own = packing_file.measure_unit
-
-    def count(*args: object) -> object:
-        found.append(1)
-        return own(*args)
-
-    monkeypatch.setattr(packing_file, "measure_unit", count)
-    return found
 
 
 def test_packed_copies_stay_until_they_are_given_up(packed_units: list[int]) -> None:
