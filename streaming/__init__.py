@@ -40,8 +40,9 @@ from .memory.weights import NoPatches, Patches
 from .model.blocks import Block, BlockSet, Unit, cut_model, find_blocks, held_tensors, uncompiled
 from .model.forms import take_apart
 from .model.shown import is_shown
-from .planning.plan import Forecast, Plan, make_plan, minimum_bytes
+from .planning.plan import Forecast, Plan
 from .planning.profile import Outline, Profile, assumed_profile
+from .planning.search import make_plan, minimum_bytes
 from .planning.segments import Segment
 from .planning.state import State
 from .planning.vram_budget import DeviceMemory, VramBudget

@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol
 
 from ..config import PackingMode, StreamingConfig
 from .packing import Packing, Refusals, packed_outline, units_to_pack
-from .plan import Plan, SecondsOf, forecast_seconds, make_plan, minimum_bytes, with_forecast
+from .plan import Plan, SecondsOf, forecast_seconds
 from .profile import Outline, Profile, assumed_profile
+from .search import make_plan, minimum_bytes, with_forecast
 from .spread import best_order
 from .state import Standing, State
 from .vram_budget import MEASURED_STEPS, SHORTAGE, DeviceMemory, VramBudget

@@ -16,7 +16,8 @@ from weightstream.streaming import (
     make_plan,
     minimum_bytes,
 )
-from weightstream.streaming.planning.plan import FORECAST_TOLERANCE, SLOT_TOLERANCE, forecast_seconds
+from weightstream.streaming.planning.plan import FORECAST_TOLERANCE, forecast_seconds
+from weightstream.streaming.planning.search import SLOT_TOLERANCE
 from weightstream.streaming.planning.segments import cut
 from weightstream.streaming.planning.spread import order_of_residency
 
