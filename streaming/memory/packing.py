@@ -95,7 +95,7 @@ class UnitPacking:
         most = max(most for *_, most in self._units)
         self._allocate(most)
         unpacked = max(_aligned(copies.unit.nbytes) for copies in self._to_ask)
-        packed = max((copies.packed.unit.nbytes for copies in self._to_ask if copies.packed is not None), default=0)
+        packed = max((copies.packed.layout.nbytes for copies in self._to_ask if copies.packed is not None), default=0)
         unpacks = most + unpacked + packed <= room
         largest = unpacked + packed if unpacks else unpacked
         for _ in range(max(1, min(2, len(self._units), (room - most) // largest))):
@@ -127,7 +127,7 @@ class UnitPacking:
             self.refused |= Refusals(without_room=frozenset([number, *(number for number, *_ in self._units)]))
             return False
         else:
-            self._bring_down(found, copies, PackedCopy(found.packed_unit, memory, weights.signatures, sums))
+            self._bring_down(found, copies, PackedCopy(found.layout, memory, weights.signatures, sums))
         place.free = self._backend.mark()
         self._ask(place)
         return True
@@ -151,9 +151,9 @@ class UnitPacking:
 
     def _bring_down(self, found: MeasuredUnit, copies: UnitCopies, packed: PackedCopy) -> None:
         """Queue packing, and behind it the copy to page-locked memory (Note: up, pack, down, 3)."""
-        source = self._buffers[0][: packed.unit.nbytes]
+        source = self._buffers[0][: packed.layout.nbytes]
         found.write(source)
-        packed = packed._replace(packed_sums=self._checks.sums_of(packed.unit.parts_in(source)))
+        packed = packed._replace(packed_sums=self._checks.sums_of(packed.layout.parts_in(source)))
         if (before := copies.drop_packed()) is not None:
             self._memory.take_back(before)
         _copy_down(source, packed.buffer)
@@ -224,7 +224,7 @@ class _Place:
 
     def _behind(self, copies: UnitCopies) -> torch.Tensor:
         assert self._packed is not None
-        return self._buffer[_aligned(copies.unit.nbytes) :][: self._packed.unit.nbytes]
+        return self._buffer[_aligned(copies.unit.nbytes) :][: self._packed.layout.nbytes]
 
 
 def _copy_down(packed: torch.Tensor, target: torch.Tensor) -> None:
@@ -255,7 +255,7 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks:
     assert packed is not None
     allocated: list[torch.Tensor] = []
     try:
-        for nbytes in (packed.unit.nbytes, copies.unit.nbytes):
+        for nbytes in (packed.layout.nbytes, copies.unit.nbytes):
             allocated.append(backend.allocate(nbytes))
         source, place = allocated
         source.copy_(packed.buffer)
@@ -275,8 +275,8 @@ def _unpack(
 ) -> None:
     """Make a unit in ``place`` on the device of its packed copy, which was brought to ``source``; ``what`` says why."""
     assert copies.packed is not None
-    packed = copies.packed.unit
-    unpack = partial(packed.unpack, unpacker, source, place)
-    checks.check_packed(what, [OnDevice(copies, packed.parts_in(source))])
+    layout = copies.packed.layout
+    unpack = partial(layout.unpack, unpacker, source, place)
+    checks.check_packed(what, [OnDevice(copies, layout.parts_in(source))])
     unpack()
     checks.check_unpacked(what, [OnDevice(copies, copies.unit.layout.bytes_in(place))], unpack)

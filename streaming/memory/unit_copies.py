@@ -13,7 +13,7 @@ from ..model.blocks import Unit, is_small_buffer
 from ..model.contents import needs_work, ranges, read_range
 from ..model.lasting_binding import LastingBinding, ShownBinding
 from ..model.layout import Binding
-from ..model.packed_units import PackedUnit
+from ..model.packed_units import PackedLayout
 from ..model.sums import Summing
 from .arena import Arena, HostBuffer
 from .reader import Reader
@@ -35,7 +35,7 @@ class PackedCopy(NamedTuple):
     """The unit's weights, patches included, packed in host memory.
 
     Attributes:
-        unit: where its tensors lie.
+        layout: where its tensors lie.
         memory: in which it lies, from the beginning on; as much as the unit may take with other patches.
         signatures: of the patches in it, by the names of values.
         sums, packed_sums: of the weights before they were packed, and of what was made of them, on the device; None
@@ -43,7 +43,7 @@ class PackedCopy(NamedTuple):
         spoiled: whether it must not be used, as it was damaged or something else came out.
     """
 
-    unit: PackedUnit
+    layout: PackedLayout
     memory: HostBuffer
     signatures: dict[str, object]
     sums: torch.Tensor | None = None
@@ -52,7 +52,7 @@ class PackedCopy(NamedTuple):
 
     @property
     def buffer(self) -> torch.Tensor:
-        return self.memory.memory[: self.unit.nbytes]
+        return self.memory.memory[: self.layout.nbytes]
 
 
 class _Arriving(NamedTuple):

@@ -42,7 +42,7 @@ class PackedPart(NamedTuple):
         return buffer[self.offset : self.offset + self.nbytes]
 
 
-class PackedUnit(NamedTuple):
+class PackedLayout(NamedTuple):
     """Where the tensors of a packed unit lie, in the order of its layout, and its bytes."""
 
     parts: tuple[PackedPart, ...]
@@ -88,7 +88,7 @@ class PackedUnit(NamedTuple):
 class MeasuredUnit:
     """A unit of which is known how it lies packed, and which is not packed yet."""
 
-    packed_unit: PackedUnit
+    layout: PackedLayout
     _writes: tuple[Callable[[torch.Tensor], object], ...]
 
     def write(self, target: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ class MeasuredUnit:
             target: uint8, one dimension, at a multiple of 16, of at least as many bytes as the packed unit has. Those
                 between its parts become zero; those behind it stay as they are. The unit may not change before.
         """
-        for part, write in zip(self.packed_unit.parts, self._writes, strict=True):
+        for part, write in zip(self.layout.parts, self._writes, strict=True):
             end = part.offset + part.nbytes
             write(target[part.offset : end])
             target[end : part.offset + _aligned(part.nbytes)] = 0
@@ -148,7 +148,7 @@ def measure_unit(layout: Layout, unit: torch.Tensor, packer: Packer, most: int) 
         parts.append(PackedPart(spec, offset, nbytes, packed))
         writes.append(sized.write if packed else partial(_copy, _bytes(spec, unit)))
         offset += _aligned(nbytes)
-    return MeasuredUnit(PackedUnit(tuple(parts), offset), tuple(writes)) if offset <= most else None
+    return MeasuredUnit(PackedLayout(tuple(parts), offset), tuple(writes)) if offset <= most else None
 
 
 def _sizes(layout: Layout, unit: torch.Tensor, packer: Packer) -> list[Sized | None]:

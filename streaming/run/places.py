@@ -39,7 +39,7 @@ class Place(NamedTuple):
         if self.packed:
             packed = copies.packed
             assert packed is not None
-            return Move(packed.buffer, self.memory[: packed.unit.nbytes], packed.memory.pinned)
+            return Move(packed.buffer, self.memory[: packed.layout.nbytes], packed.memory.pinned)
         if copies.master is None:
             return Load(copies.unit.layout, self.memory)
         return Move(copies.master.buffer, self.memory, copies.pinned)
@@ -48,7 +48,7 @@ class Place(NamedTuple):
         """Points the unit's modules here, and at ``unpacked`` for what is unpacked to that."""
         if unpacked is None:
             return self.copies.binding_to(self.memory)
-        return self.copies.unit.layout.binding_of(self.copies.packed.unit.views(self.memory, unpacked))
+        return self.copies.unit.layout.binding_of(self.copies.packed.layout.views(self.memory, unpacked))
 
 
 class Ways(NamedTuple):
@@ -98,5 +98,5 @@ def ways_to(places: Sequence[Place], memory: torch.Tensor | None, unpacker: Unpa
         target = targets.get(place.copies.unit.index)
         ways.bindings.append(place.binding(target))
         if target is not None:
-            ways.unpacking.extend(place.copies.packed.unit.unpacking(unpacker, place.memory, target))
+            ways.unpacking.extend(place.copies.packed.layout.unpacking(unpacker, place.memory, target))
     return ways

@@ -218,12 +218,12 @@ class _VerifiedLane(Lane):
 
 
 def _as_packed(place: Place) -> OnDevice:
-    return OnDevice(place.copies, place.copies.packed.unit.parts_in(place.memory))
+    return OnDevice(place.copies, place.copies.packed.layout.parts_in(place.memory))
 
 
 def _unpacked(place: Place, target: torch.Tensor) -> OnDevice:
     """What modules use of a unit that was unpacked from ``place`` to ``target``."""
-    return OnDevice(place.copies, place.copies.packed.unit.bytes_in(place.memory, target))
+    return OnDevice(place.copies, place.copies.packed.layout.bytes_in(place.memory, target))
 
 
 def _parts(place: Place) -> Iterator[_Part]:
@@ -232,8 +232,8 @@ def _parts(place: Place) -> Iterator[_Part]:
     if not place.packed:
         yield from _parts_of(place.copies.unit.layout, place.memory, place.copies.master)
         return
-    names = [part.spec.name for part in packed.unit.parts]
-    yield from map(_Part, names, packed.unit.parts_in(place.memory), packed.unit.parts_in(packed.buffer))
+    names = [part.spec.name for part in packed.layout.parts]
+    yield from map(_Part, names, packed.layout.parts_in(place.memory), packed.layout.parts_in(packed.buffer))
 
 
 def _parts_of(layout: Layout, memory: torch.Tensor, master: Weights | None) -> Iterator[_Part]:

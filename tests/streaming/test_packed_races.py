@@ -50,12 +50,12 @@ class WatchedUnit:
     """Is packed on the compute stream."""
 
     def __init__(self, backend: RaceBackend, found: MeasuredUnit, unit: torch.Tensor) -> None:
-        self.packed_unit = found.packed_unit
+        self.layout = found.layout
         self._backend, self._found, self._unit = backend, found, unit
 
     def write(self, target: torch.Tensor) -> None:
         self._backend.read(self._unit)
-        self._backend.write(target[: self.packed_unit.nbytes])
+        self._backend.write(target[: self.layout.nbytes])
         self._found.write(target)
 
 

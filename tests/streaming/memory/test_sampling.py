@@ -53,7 +53,7 @@ def test_a_sample_tells_how_large_each_unit_is(built: bool, monkeypatch: pytest.
         memory = torch.empty(layout.nbytes, dtype=torch.uint8)
         for spec, view in zip(layout.specs, layout.views(memory), strict=True):
             view.copy_(spec.original)
-        measured = measure_unit(layout, memory, TorchPacker(""), layout.nbytes).packed_unit.nbytes
+        measured = measure_unit(layout, memory, TorchPacker(""), layout.nbytes).layout.nbytes
         assert measured <= most <= 1.02 * measured
     assert planned[0] < planned[1] < planned[2] == streamer.outline.unit_bytes[2]
 

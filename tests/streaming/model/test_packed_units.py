@@ -58,7 +58,7 @@ def test_a_unit_is_measured_at_once_and_comes_back() -> None:
     unit, packer = filled(layout), CountingPacker()
     measured = measure_unit(layout, unit, packer, layout.nbytes)
     assert packer.asked == [5]
-    found = measured.packed_unit
+    found = measured.layout
     assert [part.packed for part in found.parts] == [True, True, False, False, True, True]
     memory = torch.full((found.nbytes + BEHIND,), 7, dtype=torch.uint8)
     measured.write(memory)
@@ -76,7 +76,7 @@ def test_a_unit_is_measured_at_once_and_comes_back() -> None:
 def test_what_takes_more_than_planned_stays_as_it_is() -> None:
     layout = layout_of(normal(COUNT, torch.bfloat16))
     measured = measure_unit(layout, filled(layout), TorchPacker(""), layout.nbytes)
-    most = measured.packed_unit.nbytes
+    most = measured.layout.nbytes
     assert measure_unit(layout, filled(layout), TorchPacker(""), most) is not None
     assert measure_unit(layout, filled(layout), TorchPacker(""), most - 1) is None
 
@@ -92,7 +92,7 @@ def test_a_unit_is_planned_with_a_little_more_than_it_takes() -> None:
     )
     measured = measure_unit(layout, filled(layout), TorchPacker(""), layout.nbytes)
     planned = planned_bytes(layout, whole)
-    assert measured.packed_unit.nbytes < planned < 1.01 * measured.packed_unit.nbytes
+    assert measured.layout.nbytes < planned < 1.01 * measured.layout.nbytes
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_a_packed_copy_that_was_damaged_in_ram_is_an_error_and_made_anew(
 def test_damage_to_what_lies_in_a_packed_unit_as_it_is_is_found() -> None:
     made = Made().learned()
     packed = made.unit("blocks.1.qkv").packed
-    (small,) = [part for part in packed.unit.parts if not part.packed]
+    (small,) = [part for part in packed.layout.parts if not part.packed]
     made.damage(small.bytes_in(packed.buffer))
     with pytest.raises(CorruptionError, match=r"in RAM was damaged .*blocks\.1\.qkv\.bias differs"):
         made.step()
@@ -264,7 +264,7 @@ def packed_wrongly(patch: pytest.MonkeyPatch, name: str) -> None:
 
     def write(unit: MeasuredUnit, target: torch.Tensor) -> None:
         own(unit, target)
-        if unit.packed_unit.parts[0].spec.name.startswith(name):
+        if unit.layout.parts[0].spec.name.startswith(name):
             flip_a_bit(target)
 
     patch.setattr(MeasuredUnit, "write", write)
