@@ -29,6 +29,11 @@ class CopyTime(NamedTuple):
     end: Moment
 
 
+def aligned(nbytes: int) -> int:
+    """Return the bytes after which the next tensor begins, behind one of ``nbytes``."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def count_bytes(pairs: Sequence[Pair]) -> int:
     return sum(target.nbytes for target, _ in pairs)
 

@@ -43,10 +43,10 @@ def bake_masters(backend: Backend, masters: Sequence[Weights], patches: Patches,
         return
     largest = max(weights.buffer.nbytes for weights in masters)
     count = max(1, min(room // max(1, largest), len(masters)))
-    ring: list[_Place] = []
+    ring: list[_BakingPlace] = []
     try:
         for _ in range(count):
-            ring.append(_Place(backend, largest))
+            ring.append(_BakingPlace(backend, largest))
         signatures, filled = [], 0
         for number in range(len(masters)):
             # Fill one ahead, where there is a second place.
@@ -63,7 +63,7 @@ def bake_masters(backend: Backend, masters: Sequence[Weights], patches: Patches,
             backend.free(place.buffer)
 
 
-class _Place:
+class _BakingPlace:
     """Memory on the device in which one master copy at a time is patched."""
 
     def __init__(self, backend: Backend, nbytes: int) -> None:

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 
 from ..devices.backend import Backend
-from ..devices.copies import ALIGNMENT
+from ..devices.copies import aligned
 from ..model.packed_units import MeasuredUnit, measure_unit
 from ..packing.packers import packer_of
 from ..packing.unpackers import Unpacker, unpacker_of
@@ -87,19 +87,19 @@ class UnitPacking:
         self._units = deque((number, *one) for number, one in wanted.items())
         self._to_ask = deque(one.copies for one in wanted.values())
         self._buffers: list[torch.Tensor] = []
-        self._coming: deque[tuple[_Place, Transfer]] = deque()
+        self._coming: deque[tuple[_PackingPlace, Transfer]] = deque()
         self._going: tuple[UnitCopies, PackedCopy] | None = None
 
     def begin(self, room: int) -> None:
         """Allocate memory on the device, and ask for the first units."""
         most = max(most for *_, most in self._units)
         self._allocate(most)
-        unpacked = max(_aligned(copies.unit.nbytes) for copies in self._to_ask)
+        unpacked = max(aligned(copies.unit.nbytes) for copies in self._to_ask)
         packed = max((copies.packed.layout.nbytes for copies in self._to_ask if copies.packed is not None), default=0)
         unpacks = most + unpacked + packed <= room
         largest = unpacked + packed if unpacks else unpacked
         for _ in range(max(1, min(2, len(self._units), (room - most) // largest))):
-            self._ask(_Place(self._backend, self._allocate(largest), unpacks))
+            self._ask(_PackingPlace(self._backend, self._allocate(largest), unpacks))
         self._memory.begin()
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
@@ -143,7 +143,7 @@ class UnitPacking:
             self._backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
             self._arrived()
 
-    def _ask(self, place: _Place) -> None:
+    def _ask(self, place: _PackingPlace) -> None:
         """Ask for the next unit (Note: up, pack, down, 1)."""
         if self._to_ask:
             part = place.part(self._to_ask.popleft(), self._patches)
@@ -177,7 +177,7 @@ class UnitPacking:
             self._going = None
 
 
-class _Place:
+class _PackingPlace:
     """Memory on the device in which one unit at a time is patched and packed.
 
     Args:
@@ -224,7 +224,7 @@ class _Place:
 
     def _behind(self, copies: UnitCopies) -> torch.Tensor:
         assert self._packed is not None
-        return self._buffer[_aligned(copies.unit.nbytes) :][: self._packed.layout.nbytes]
+        return self._buffer[aligned(copies.unit.nbytes) :][: self._packed.layout.nbytes]
 
 
 def _copy_down(packed: torch.Tensor, target: torch.Tensor) -> None:
@@ -240,10 +240,6 @@ def _has_master(copies: UnitCopies, patches: Patches) -> bool:
 def _has_memory(copies: UnitCopies) -> bool:
     """Whether it has page-locked memory in which it may be packed, or that it gives back for that."""
     return copies.packed is not None or copies.pinned
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks: Checks) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from ..devices.copies import ALIGNMENT
+from ..devices.copies import aligned
 from .forms import Form, PlainForm, take_apart
 
 
@@ -254,7 +254,7 @@ class NamedTensor:
 
 
 def make_layout(tensors: Iterable[NamedTensor]) -> Layout:
-    """Pack ``tensors`` one after another, each plain tensor aligned to ``ALIGNMENT`` bytes."""
+    """Pack ``tensors`` one after another, each plain tensor aligned (``copies.ALIGNMENT``)."""
     values: list[Value] = []
     offset = 0
     for item in tensors:
@@ -263,7 +263,7 @@ def make_layout(tensors: Iterable[NamedTensor]) -> Layout:
             nbytes = part.numel() * dtype.itemsize
             stride = _dense_stride(part)
             specs.append(TensorSpec(name, part, part.shape, stride, dtype, offset, nbytes, item.locate(part)))
-            offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
+            offset += aligned(nbytes)
         name, *aliases = item.names
         held = item.shown_dtype or item.dtype, Showing(item.showing)
         values.append(Value(name, tuple(aliases), item.places, item.tensor, tuple(specs), item.form, *held))

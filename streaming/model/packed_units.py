@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..devices.copies import ALIGNMENT
-from ..packing.codec import expected_bytes, may_pack
+from ..devices.copies import aligned
+from ..packing.codec import LEAST_SAVED, expected_bytes, may_pack
 from ..packing.packers import Packer, Sized
 from ..packing.unpackers import Unpacker
 from .layout import Layout, TensorSpec
@@ -19,8 +19,6 @@ from .layout import Layout, TensorSpec
 # A tensor is planned with so many bits for each value more than a sample of it takes; a unit that takes more than that
 # stays as it is. Samples of 8192 values differ by 0.02 bits or less, but patches and channels differ too.
 SLACK_BITS = 0.1
-# A unit is packed only if that saves at least this part of it.
-WORTHWHILE = 0.05
 
 
 class PackedPart(NamedTuple):
@@ -101,7 +99,7 @@ class MeasuredUnit:
         for part, write in zip(self.layout.parts, self._writes, strict=True):
             end = part.offset + part.nbytes
             write(target[part.offset : end])
-            target[end : part.offset + _aligned(part.nbytes)] = 0
+            target[end : part.offset + aligned(part.nbytes)] = 0
 
 
 def packed_dtype(layouts: Iterable[Layout]) -> torch.dtype | None:
@@ -119,8 +117,8 @@ def planned_bytes(layout: Layout, sample_of: Callable[[TensorSpec], torch.Tensor
     Args:
         sample_of: returns some values of a tensor, on the host.
     """
-    total = sum(_aligned(_planned_bytes(spec, sample_of)) for spec in layout.specs)
-    return total if total <= layout.nbytes * (1 - WORTHWHILE) else layout.nbytes
+    total = sum(aligned(_planned_bytes(spec, sample_of)) for spec in layout.specs)
+    return total if total <= layout.nbytes * (1 - LEAST_SAVED) else layout.nbytes
 
 
 def _planned_bytes(spec: TensorSpec, sample_of: Callable[[TensorSpec], torch.Tensor]) -> int:
@@ -147,7 +145,7 @@ def measure_unit(layout: Layout, unit: torch.Tensor, packer: Packer, most: int) 
         nbytes = sized.nbytes if packed else spec.nbytes
         parts.append(PackedPart(spec, offset, nbytes, packed))
         writes.append(sized.write if packed else partial(_copy, _bytes(spec, unit)))
-        offset += _aligned(nbytes)
+        offset += aligned(nbytes)
     return MeasuredUnit(PackedLayout(tuple(parts), offset), tuple(writes)) if offset <= most else None
 
 
@@ -171,7 +169,3 @@ def _bytes(spec: TensorSpec, unit: torch.Tensor) -> torch.Tensor:
 
 def _flat(spec: TensorSpec, unit: torch.Tensor) -> torch.Tensor:
     return _bytes(spec, unit).view(spec.dtype)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..devices.copies import ALIGNMENT
+from ..devices.copies import aligned
 from .layout import Value
 
 # More words of 8 bytes than this are laid out as a table.
@@ -70,6 +70,6 @@ def _mix(numbers: torch.Tensor) -> torch.Tensor:
 def _words(buffer: torch.Tensor, value: Value) -> Iterator[torch.Tensor]:
     for spec in value.specs:
         # The padding between tensors stays as it is, too.
-        end = spec.offset + -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+        end = spec.offset + aligned(spec.nbytes)
         if spec.nbytes:
             yield buffer[spec.offset : end].view(torch.int64)

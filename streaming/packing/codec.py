@@ -8,7 +8,7 @@ table of seven; index 7 is an escape, and the exponent is the next byte of a lis
 payloads, infinities, subnormals, minus zero), and only the size depends on the values: 11 bits and 8 for each escape in
 bfloat16, 3 bits more in float16, whose exponent has 5 bits instead of 8.
 
-A packed tensor consists of these parts, each padded to :data:`ALIGNMENT` bytes:
+A packed tensor consists of these parts, each padded to :data:`PART_ALIGNMENT` bytes:
  1. the table: seven exponents, and one byte that means nothing;
  2. the low byte of each value;
  3. one bit of each value at a time (bit planes; the first of eight values is the lowest bit of a byte): in float16 the
@@ -35,17 +35,17 @@ EXPONENT_BITS = {torch.bfloat16: 8, torch.float16: 5}
 TABLE = 7
 INDEX_BITS = 3
 # Values that lie side by side in a byte of a bit plane. A tensor of another number of values is not packed.
-LANES = 8
+VALUES_PER_BYTE = 8
 # Values of a group.
 GROUP = 2048
 # Parts begin at multiples of this, as kernels load 8 bytes at once.
-ALIGNMENT = 16
+PART_ALIGNMENT = 16
 # Smaller tensors are not worth a kernel of their own.
 FEWEST_VALUES = 1 << 14
 # Kernels count bytes of a packed tensor in 32 bits.
 MOST_VALUES = 1 << 30
-# A tensor is packed only if that saves at least this part of it.
-WORTHWHILE = 0.05
+# A tensor, or a unit of several, is packed only if that saves at least this part of it.
+LEAST_SAVED = 0.05
 # Values that are packed or unpacked at once by torch's operations, which take 16 bytes for each to measure, up to 49 to
 # pack, and up to 61 to unpack.
 CHUNK = GROUP << 10
@@ -85,14 +85,14 @@ def format_of(values: int, dtype: torch.dtype) -> Format:
     """Return the format of ``values`` values of ``dtype``, which is a key of :data:`EXPONENT_BITS`."""
     bits = EXPONENT_BITS[dtype]
     planes = 8 - bits + INDEX_BITS
-    sizes = (TABLE + 1, values, *[-(-values // LANES)] * planes, -(-values // GROUP) * 4)
-    ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+    sizes = (TABLE + 1, values, *[-(-values // VALUES_PER_BYTE)] * planes, -(-values // GROUP) * 4)
+    ends = list(accumulate(-(-size // PART_ALIGNMENT) * PART_ALIGNMENT for size in sizes))
     return Format(values, bits, ends[0], tuple(ends[1 : planes + 1]), ends[planes + 1], ends[planes + 2])
 
 
 def may_pack(values: int, dtype: torch.dtype) -> bool:
     """Whether a tensor of so many values is of a dtype and size that :func:`pack` takes."""
-    return dtype in EXPONENT_BITS and FEWEST_VALUES <= values <= MOST_VALUES and values % LANES == 0
+    return dtype in EXPONENT_BITS and FEWEST_VALUES <= values <= MOST_VALUES and values % VALUES_PER_BYTE == 0
 
 
 def pack(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -126,7 +126,7 @@ def measure(tensor: torch.Tensor) -> tuple[torch.Tensor, int | None]:
 def packed_bytes(form: Format, escaped: int) -> int | None:
     """Return the bytes of a packed tensor with so many escapes; None where packing would not be worth it."""
     nbytes = form.escapes + escaped
-    return nbytes if nbytes <= 2 * form.values * (1 - WORTHWHILE) else None
+    return nbytes if nbytes <= 2 * form.values * (1 - LEAST_SAVED) else None
 
 
 def expected_bytes(values: int, sample: torch.Tensor) -> float:
@@ -159,7 +159,7 @@ def _pack_chunk(
         index.masked_fill_(exponents == table[number], number)
     bits = [rest >> (8 + bit) for bit in range(form.rest_planes)] + [index >> bit for bit in range(INDEX_BITS)]
     for plane, bit in zip(form.planes, bits, strict=True):
-        packed[plane + begin // LANES :][: count // LANES] = _to_plane(bit)
+        packed[plane + begin // VALUES_PER_BYTE :][: count // VALUES_PER_BYTE] = _to_plane(bit)
     escapes = exponents[index == TABLE]
     packed[found:][: escapes.numel()] = escapes.to(torch.uint8)
     starts = packed[form.starts : form.escapes].view(torch.int32)[begin // GROUP : begin // GROUP + -(-count // GROUP)]
@@ -182,7 +182,9 @@ def unpack(packed: torch.Tensor, out: torch.Tensor) -> None:
     words = out.view(torch.int16)
     for begin in range(0, form.values, CHUNK):
         count = min(CHUNK, form.values - begin)
-        planes = [_from_plane(packed[plane + begin // LANES :][: count // LANES]) for plane in form.planes]
+        planes = [
+            _from_plane(packed[plane + begin // VALUES_PER_BYTE :][: count // VALUES_PER_BYTE]) for plane in form.planes
+        ]
         rest = packed[form.low + begin :][:count].to(torch.int32)
         for bit in range(form.rest_planes):
             rest |= planes[bit] << (8 + bit)
@@ -209,12 +211,12 @@ def _exponents(words: torch.Tensor, form: Format) -> torch.Tensor:
 
 
 def _weights(device: torch.device) -> torch.Tensor:
-    return torch.arange(LANES, dtype=torch.int32, device=device)
+    return torch.arange(VALUES_PER_BYTE, dtype=torch.int32, device=device)
 
 
 def _to_plane(bits: torch.Tensor) -> torch.Tensor:
     """The lowest bit of each value, eight in a byte."""
-    return ((bits & 1).view(-1, LANES) << _weights(bits.device)).sum(1).to(torch.uint8)
+    return ((bits & 1).view(-1, VALUES_PER_BYTE) << _weights(bits.device)).sum(1).to(torch.uint8)
 
 
 def _from_plane(plane: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from ..devices.cuda_driver import DriverError, open_library
 from ..devices.cuda_kernels import PROTOTYPES, CudaKernels
 from ..devices.nvrtc import CompilerError, compile_source
-from .codec import EXPONENT_BITS, GROUP, INDEX_BITS, LANES, Format
+from .codec import EXPONENT_BITS, GROUP, INDEX_BITS, VALUES_PER_BYTE, Format
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,9 @@ class KernelFormat(ctypes.Structure):
 
 def kernel_format(form: Format) -> KernelFormat:
     """Return ``form`` as the kernels take it."""
-    return KernelFormat(form.values // LANES, form.low, (c_uint * MOST_PLANES)(*form.planes), form.starts, form.escapes)
+    return KernelFormat(
+        form.values // VALUES_PER_BYTE, form.low, (c_uint * MOST_PLANES)(*form.planes), form.starts, form.escapes
+    )
 
 
 def blocks_of(values: int, groups: int = 1) -> int:

@@ -44,7 +44,7 @@ from ..memory.unit_copies import UnitCopies
 from ..packing.unpackers import unpacker_of
 from ..planning.plan import Plan
 from .open_segment import OpenSegment
-from .places import Place, Ways, pairs_to, places_in, ways_to
+from .places import DevicePlace, Ways, pairs_to, places_in, ways_to
 from .ring import Ring, Slot
 from .schedule import Entry, Schedule
 from .telemetry import Meters
@@ -120,7 +120,7 @@ class Lane:
                 self._ways.append(ways_to(places, self._unpacking.memory, self._unpacker))
                 self._pairs.append(pairs_to(places))
 
-    def _places_in(self, number: int, buffer: torch.Tensor) -> list[Place]:
+    def _places_in(self, number: int, buffer: torch.Tensor) -> list[DevicePlace]:
         return places_in(buffer, self._copies[number], self._sizes[number], self._packed)
 
     @property

@@ -14,7 +14,7 @@ from ..model.layout import Binding
 from ..packing.unpackers import Unpacker
 
 
-class Place(NamedTuple):
+class DevicePlace(NamedTuple):
     """A unit's memory on the device: in the slot of its segment, in memory of the segment's own, or a resident's.
 
     Attributes:
@@ -60,7 +60,7 @@ class Ways(NamedTuple):
 
 def places_in(
     buffer: torch.Tensor, group: Sequence[UnitCopies], sizes: Sequence[int], packed: Collection[int]
-) -> list[Place]:
+) -> list[DevicePlace]:
     """Return where in ``buffer`` each unit of a segment lies, with so many bytes: one behind another.
 
     Args:
@@ -68,18 +68,20 @@ def places_in(
     """
     places, offset = [], 0
     for copies, nbytes in zip(group, sizes, strict=True):
-        places.append(Place(buffer[offset : offset + nbytes], copies, copies.unit.index in packed))
+        places.append(DevicePlace(buffer[offset : offset + nbytes], copies, copies.unit.index in packed))
         offset += nbytes
     return places
 
 
-def pairs_to(places: Sequence[Place]) -> list[Pair] | None:
+def pairs_to(places: Sequence[DevicePlace]) -> list[Pair] | None:
     """Return the copies that fill ``places``; None where not all that is copied is page-locked."""
     pairs = [place.pair for place in places]
     return None if None in pairs else pairs
 
 
-def unpacked_in(memory: torch.Tensor | None, places: Sequence[Place]) -> Iterator[tuple[Place, torch.Tensor]]:
+def unpacked_in(
+    memory: torch.Tensor | None, places: Sequence[DevicePlace]
+) -> Iterator[tuple[DevicePlace, torch.Tensor]]:
     """Yield those of ``places`` that are packed, each with its part of ``memory``, to which it is unpacked."""
     begin = 0
     for place in places:
@@ -90,7 +92,7 @@ def unpacked_in(memory: torch.Tensor | None, places: Sequence[Place]) -> Iterato
             begin = end
 
 
-def ways_to(places: Sequence[Place], memory: torch.Tensor | None, unpacker: Unpacker | None) -> Ways:
+def ways_to(places: Sequence[DevicePlace], memory: torch.Tensor | None, unpacker: Unpacker | None) -> Ways:
     """Return how the modules of a segment are bound to ``places``, those that are packed unpacked to ``memory``."""
     ways = Ways([], [])
     targets = {place.copies.unit.index: target for place, target in unpacked_in(memory, places)}

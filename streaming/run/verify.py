@@ -35,7 +35,7 @@ from ..model.layout import Layout
 from .checksums import checksums_of, differences
 from .lane import Lane
 from .open_segment import OpenSegment
-from .places import Place, unpacked_in
+from .places import DevicePlace, unpacked_in
 from .telemetry import Counters
 
 logger = logging.getLogger(__name__)
@@ -106,9 +106,9 @@ class ChecksumVerifier(Verifier):
 
     def check_resident(self, copies: UnitCopies) -> None:
         assert copies.resident is not None
-        self.check("resident", [Place(copies.resident.buffer, copies)])
+        self.check("resident", [DevicePlace(copies.resident.buffer, copies)])
 
-    def check(self, what: str, places: Sequence[Place]) -> None:
+    def check(self, what: str, places: Sequence[DevicePlace]) -> None:
         """Compare units of one block, and mend what differs from its source.
 
         Args:
@@ -217,16 +217,16 @@ class _VerifiedLane(Lane):
             self._verifier.check_unpacked(f"segment {number}, unpacked", units, again)
 
 
-def _as_packed(place: Place) -> OnDevice:
+def _as_packed(place: DevicePlace) -> OnDevice:
     return OnDevice(place.copies, place.copies.packed.layout.parts_in(place.memory))
 
 
-def _unpacked(place: Place, target: torch.Tensor) -> OnDevice:
+def _unpacked(place: DevicePlace, target: torch.Tensor) -> OnDevice:
     """What modules use of a unit that was unpacked from ``place`` to ``target``."""
     return OnDevice(place.copies, place.copies.packed.layout.bytes_in(place.memory, target))
 
 
-def _parts(place: Place) -> Iterator[_Part]:
+def _parts(place: DevicePlace) -> Iterator[_Part]:
     """The tensors of a unit on the device, beside what they should be."""
     packed = place.copies.packed
     if not place.packed:

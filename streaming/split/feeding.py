@@ -22,7 +22,7 @@ ROUNDS = 3
 WARM_UP_SECONDS = 0.1
 # Another link must add this part of what the first carries. Some links share a way to the host's memory, or reach the
 # computing GPU only by that way.
-WORTHWHILE = 0.4
+LINK_GAIN = 0.4
 # A step must be shorter by this part: kernels run slower beside copies.
 GAIN = 0.01
 # Before the model is measured: if it computes for less than assumed, for only this part of the time in which it is
@@ -71,7 +71,7 @@ def find_feeders(home: Backend, helpers: Sequence[Backend], links: Links) -> Fee
             home.open(2)
             rate = _bytes_per_second(home, source) if feeder.is_open else 0.0
             full |= not feeder.is_open
-            if rate >= best + WORTHWHILE * first:
+            if rate >= best + LINK_GAIN * first:
                 found.append(helper)
                 best = rate
             else:
@@ -80,7 +80,7 @@ def find_feeders(home: Backend, helpers: Sequence[Backend], links: Links) -> Fee
                 home.open(2)
         home.close_feeders()
         first = max(first, _bytes_per_second(home, source))
-        if best < first * (1 + WORTHWHILE * len(found)):
+        if best < first * (1 + LINK_GAIN * len(found)):
             found, best = [], first
         return Feeding(found, first, best / first, not full)
     except Exception as error:

@@ -81,10 +81,10 @@ def test_parts_lie_one_behind_another(dtype: torch.dtype) -> None:
     sizes = [count, *[count // 8] * len(form.planes), 6 * 4]
     begins = [form.low, *form.planes, form.starts, form.escapes]
     assert len(form.planes) == {torch.bfloat16: 3, torch.float16: 6}[dtype]
-    assert begins[0] == codec.ALIGNMENT
+    assert begins[0] == codec.PART_ALIGNMENT
     for begin, size, after in zip(begins, sizes, begins[1:], strict=False):
-        assert begin % codec.ALIGNMENT == 0
-        assert 0 <= after - (begin + size) < codec.ALIGNMENT
+        assert begin % codec.PART_ALIGNMENT == 0
+        assert 0 <= after - (begin + size) < codec.PART_ALIGNMENT
 
 
 @pytest.mark.parametrize(
