@@ -156,19 +156,19 @@ class Lane:
 
     def enter(self, number: int) -> None:
         """A unit of segment ``number`` begins: its weights are on the device, or on their way, and bound."""
-        run = self._open.get(number)
-        if run is None:
-            run = self._begin(number)
-        run.active += 1
+        opened = self._open.get(number)
+        if opened is None:
+            opened = self._begin(number)
+        opened.active += 1
 
     def leave(self, number: int) -> None:
         """A unit of segment ``number`` ends."""
-        run = self._open.get(number)
-        if run is None:
+        opened = self._open.get(number)
+        if opened is None:
             return  # Released already: code in between has handled an exception.
-        run.active -= 1
-        run.left -= 1
-        if run.left == 0 and run.active == 0:
+        opened.active -= 1
+        opened.left -= 1
+        if opened.left == 0 and opened.active == 0:
             self._release(number)
             self.prefetch()
 
@@ -216,7 +216,7 @@ class Lane:
         if entry is Entry.CROWDED_OUT:
             return self._begin_elsewhere(number)
         slot = self._ring.slots[number]
-        run = self._open[number] = self._run_in(number, slot.buffer, self._ways[number])
+        opened = self._open[number] = self._open_in(number, slot.buffer, self._ways[number])
         try:
             if entry is Entry.HELD:
                 self._counters.hits += 1
@@ -226,20 +226,20 @@ class Lane:
             with _phase("stream::wait"):
                 self._wait(number, slot, entry)
             self._arrived(number, slot.buffer)
-            self._bind(number, run)
+            self._bind(number, opened)
         except BaseException:
             self._release(number)
             self._schedule.drop(number)
             raise
-        return run
+        return opened
 
     def _begin_elsewhere(self, number: int) -> OpenSegment:
         """Begin a segment in memory of its own; compute waits while it is copied there."""
         self._counters.misses += 1
         buffer = self._own_memory(number, self._segments[number].nbytes)
-        run = None
+        opened = None
         try:
-            run = self._run_in(number, buffer, None)
+            opened = self._open_in(number, buffer, None)
             # Race: kernels of this memory's previous user may still be under way.
             pairs = pairs_to(self._places_in(number, buffer))
             ready = self._copy(number, buffer, pairs, [self._backend.mark()], opening=True)
@@ -249,30 +249,30 @@ class Lane:
             self._reader.flush()
             self._backend.synchronize()  # Race: a copy to it may be under way.
             self._backend.free(buffer)
-            if run is not None:
-                self._unpacking.leave(run.unpacked)
+            if opened is not None:
+                self._unpacking.leave(opened.unpacked)
             raise
-        self._open[number] = run
-        self._bind(number, run)
-        return run
+        self._open[number] = opened
+        self._bind(number, opened)
+        return opened
 
-    def _bind(self, number: int, run: OpenSegment) -> None:
+    def _bind(self, number: int, opened: OpenSegment) -> None:
         """Have the modules of a segment that has arrived use it."""
-        if run.ways.unpacking:
-            self._unpack(number, run)
-        run.bind()
+        if opened.ways.unpacking:
+            self._unpack(number, opened)
+        opened.bind()
 
-    def _unpack(self, number: int, run: OpenSegment) -> None:
+    def _unpack(self, number: int, opened: OpenSegment) -> None:
         """Unpack what has arrived. A plan counts that apart from compute."""
         if not self._stalls.has_listeners:
-            return run.unpack()
+            return opened.unpack()
         backend = self._backend  # So that the closure below does not keep the lane alive.
         before = backend.moment()
-        run.unpack()
+        opened.unpack()
         after = backend.moment()
         return self._stalls.tell(lambda: backend.seconds(before, after))
 
-    def _run_in(self, number: int, buffer: torch.Tensor, ways: Ways | None) -> OpenSegment:
+    def _open_in(self, number: int, buffer: torch.Tensor, ways: Ways | None) -> OpenSegment:
         """A segment in ``buffer``; ``ways`` hold where the memory for unpacking is free."""
         segment = self._segments[number]
         unpacked = self._unpacking.take() if segment.unpacked_bytes else None
@@ -323,9 +323,9 @@ class Lane:
     def _make_way(self, number: int) -> None:
         """Release unused segments in the place of segment ``number``: a unit of theirs was left out this time."""
         slots = self._ring.slots
-        for other, run in list(self._open.items()) if self._open else ():
+        for other, opened in list(self._open.items()) if self._open else ():
             segment = self._segments[other]
-            unused = run.active == 0 and (segment.runs > 0 or segment.block not in self._running)
+            unused = opened.active == 0 and (segment.runs > 0 or segment.block not in self._running)
             if unused and slots[other].overlaps(slots[number]):
                 self._release(other)
 
@@ -336,22 +336,22 @@ class Lane:
             self.prefetch()
 
     def _release(self, number: int) -> None:
-        run = self._open.pop(number)
+        opened = self._open.pop(number)
         with _phase("stream::release"):
             slot = self._ring.slots[number]
-            is_in_slot = run.buffer is slot.buffer
+            is_in_slot = opened.buffer is slot.buffer
             if is_in_slot:
                 self._schedule.leave(number)
                 self._ring.release(slot)
-            if run.is_written:
+            if opened.is_written:
                 self._overwritten += [copies.unit.name for copies in self._copies[number]]
                 if is_in_slot:  # The next run of the segment must not find it.
                     self._schedule.drop(number)
             for binding in self._lasting[number]:
                 binding.apply()
-            self._unpacking.leave(run.unpacked)
+            self._unpacking.leave(opened.unpacked)
             if not is_in_slot:
-                self._backend.free(run.buffer)
+                self._backend.free(opened.buffer)
 
     def _fill(self, number: int, opening: bool) -> None:
         with _phase("stream::prefetch"):

@@ -204,14 +204,14 @@ class _VerifiedLane(Lane):
             self._verifier.check(what, places)
             self._verifier.check_packed(what, [_as_packed(place) for place in places if place.packed])
 
-    def _unpack(self, number: int, run: OpenSegment) -> None:
-        super()._unpack(number, run)
-        places = unpacked_in(run.unpacked, self._places_in(number, run.buffer))
+    def _unpack(self, number: int, opened: OpenSegment) -> None:
+        super()._unpack(number, opened)
+        places = unpacked_in(opened.unpacked, self._places_in(number, opened.buffer))
         units = [_unpacked(place, target) for place, target in places]
 
         def again() -> None:
-            self._arrived(number, run.buffer)
-            run.unpack()
+            self._arrived(number, opened.buffer)
+            opened.unpack()
 
         with self._backend.record.paused():
             self._verifier.check_unpacked(f"segment {number}, unpacked", units, again)
