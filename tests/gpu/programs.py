@@ -13,6 +13,7 @@ process, as nobody knows what it has left behind; :func:`run_all` starts another
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -26,7 +27,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -36,6 +37,8 @@ LINE = '{"program": '
 # Many times what the longest one takes.
 PROGRAM_SECONDS = 240
 LOOK_SECONDS = 0.5
+# Set for a host that is to wait, when it has started, for a line on its standard input.
+WAITS = "WEIGHTSTREAM_PROGRAMS_WAIT"
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Found:
         folder: empty at first, for its files.
         small: there is no GPU, and each way is gone once.
         agree: whether what was compared is the same, by the case's name.
-        facts: what else is worth knowing.
+        facts: what else is worth knowing. Its "parts" are told of with the result: what they took, in seconds.
         error: what it was ended by.
     """
 
@@ -150,11 +153,20 @@ def alone(cases: Cases) -> None:
         raise SystemExit(found.error)
 
 
+def wait_for_turn(lines: IO[str]) -> None:
+    """Wait for a line. Where none comes, whoever has started this is gone."""
+    if not lines.readline():
+        raise SystemExit("nobody wants to know what the programs find")
+
+
 def main() -> None:
     comfyui, folder, names, *flags = sys.argv[1:]
     faulthandler.enable()
     end_after(PROGRAM_SECONDS)
     start_host(Path(comfyui), flags)
+    if os.environ.get(WAITS):
+        faulthandler.cancel_dump_traceback_later()
+        wait_for_turn(sys.stdin)
     for name in names.split(","):
         end_after(PROGRAM_SECONDS)
         found = run(importlib.import_module(f"{name}_program").cases, Path(folder) / name)
@@ -175,6 +187,7 @@ def run_all(
     flags: Sequence[str],
     tell: Callable[[str, dict[str, Any]], None] = lambda name, found: None,
     over: threading.Event | None = None,
+    turn: threading.Event | None = None,
     **environment: str,
 ) -> dict[str, dict[str, Any]]:
     """What each program finds, or its ``error``, in as few processes as it takes.
@@ -183,6 +196,7 @@ def run_all(
         folder: for files; not shared with another call.
         tell: is called with a program's name and what it has found, as soon as it has ended.
         over: once it is set, the process that runs is ended, and no other is started.
+        turn: until it is set, no program begins; the host starts meanwhile.
         environment: variables that the processes have beside those of this one.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -199,13 +213,13 @@ def run_all(
         command = [sys.executable, HERE / "programs.py", comfyui, own, ",".join(left), *flags]
         failed = False
         with (folder / f"{own.name}.err").open("w+", errors="replace") as errors:
-            environ = {**os.environ, **environment}
-            pipe = subprocess.PIPE
+            environ = {**os.environ, **environment, **({WAITS: "1"} if turn else {})}
+            stdin, pipe = subprocess.PIPE if turn else subprocess.DEVNULL, subprocess.PIPE
             with subprocess.Popen(
-                command, stdout=pipe, stderr=errors, text=True, errors="replace", env=environ
+                command, stdin=stdin, stdout=pipe, stderr=errors, text=True, errors="replace", env=environ
             ) as process:
                 assert process.stdout is not None
-                threading.Thread(target=_end_when, args=(over, process), daemon=True).start()
+                threading.Thread(target=_watch, args=(process, over, turn), daemon=True).start()
                 for line in process.stdout:
                     if line.startswith(LINE):
                         what = json.loads(line)
@@ -218,9 +232,15 @@ def run_all(
     return found
 
 
-def _end_when(over: threading.Event, process: subprocess.Popen[str]) -> None:
-    """End ``process`` when ``over`` is set, if it runs still."""
+def _watch(process: subprocess.Popen[str], over: threading.Event, turn: threading.Event | None) -> None:
+    """Let ``process`` begin when it is its ``turn``, and end it when it is ``over``, if it runs still."""
     while process.poll() is None:
+        if turn is not None and turn.is_set():
+            turn = None
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # It has ended just now.
+                process.stdin.write("\n")
+                process.stdin.flush()
         if over.wait(LOOK_SECONDS):
             process.kill()
 

@@ -34,7 +34,7 @@ def cases(found: programs.Found) -> None:
         with torch.inference_mode():
             theirs = host_nodes.UNETLoader().load_unet(file, "default")[0]
         latents = {}
-        for strength in strengths:
+        for strength in dict.fromkeys(strengths):
             model = with_lora(theirs, strength) if strength else theirs
             sample(model)
             latents[strength] = sample(model)

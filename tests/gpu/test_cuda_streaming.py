@@ -55,6 +55,7 @@ def make_streamer(model: Transformer, **settings: int) -> Streamer:
     return Streamer(model, cut_model(model), CudaBackend(torch.device("cuda:0")), StreamingConfig(**settings))
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("copy_streams", [0, 1, 2, 3])
 def test_hundreds_of_steps_at_changing_budgets(reference: tuple[torch.Tensor, torch.Tensor], copy_streams: int) -> None:
     x, expected = reference
@@ -73,6 +74,7 @@ def test_hundreds_of_steps_at_changing_budgets(reference: tuple[torch.Tensor, to
     assert streamer.backend.allocated == 0
 
 
+@pytest.mark.beside
 def test_random_orders_of_blocks_never_use_a_wrong_weight(reference: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, _ = reference
     chance = random.Random(7)
@@ -155,6 +157,7 @@ def test_masters_are_page_locked_for_every_device_and_let_go_of() -> None:
     assert not any(weight.is_pinned() for weight in weights)
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("limit", [0, 30_000_000, None])
 def test_steps_are_right_while_masters_are_built_from_a_file(
     in_file: tuple[Path, torch.Tensor, torch.Tensor], limit: int | None

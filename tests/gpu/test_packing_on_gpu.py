@@ -47,12 +47,14 @@ def test_there_are_kernels() -> None:
     assert isinstance(packer_of(DEVICE), CudaPacker), packer_of(DEVICE).reason
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [8 * GROUP, 8 * GROUP + 8, 9 * GROUP + 1000])
 def test_all_kinds_of_weights_become_the_same_bytes_and_come_back(count: int, dtype: torch.dtype) -> None:
     check([make(count).to(dtype) for make in WEIGHTS.values()], least=6)
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_large_tensor_and_every_bit_pattern_become_the_same_bytes_and_come_back(dtype: torch.dtype) -> None:
     """One of several chunks of torch's operations, which ends within a group."""

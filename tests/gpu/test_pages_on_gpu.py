@@ -6,7 +6,6 @@ import gc
 import itertools
 import random
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -179,7 +178,6 @@ def test_residents_that_come_and_go_leave_no_gap(memory: LastingMemory) -> None:
 
 AT_EXIT = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
 from streaming.devices.cuda_pages import lasting_memory
 torch.ones(1, device="cuda:0")
 memory = lasting_memory(0)
@@ -192,11 +190,10 @@ if memory is not None:
 """
 
 
-def test_a_process_ends_with_buffers_that_somebody_has(pytestconfig: pytest.Config) -> None:
-    program = [sys.executable, "-c", AT_EXIT, str(pytestconfig.rootpath)]
-    result = subprocess.run(program, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
+@pytest.mark.child("-c", AT_EXIT)
+def test_a_process_ends_with_buffers_that_somebody_has(child: subprocess.CompletedProcess[str]) -> None:
+    assert child.returncode == 0, child.stderr
+    assert "Traceback" not in child.stderr
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -15,12 +15,25 @@ from weightstream.streaming.model.layout import NamedTensor, make_layout
 from weightstream.streaming.model.sums import MOST_WORDS, Summing
 from weightstream.streaming.run.checksums import BATCH_BYTES, PIECE_WORDS, checksums
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.beside,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 # Every step takes the sums of everything that streams on the host too, so no wider than it takes for several pieces.
 DEPTH, WIDTH, TOKENS = 8, 512, 64
 # A norm has only ones and zeros: to move them about is no damage.
 SMALLEST_MATRIX = WIDTH * WIDTH
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[torch.Tensor, torch.Tensor]:
+    """An input, and what the model makes of it when it is an ordinary model on the GPU."""
+    resident = make_transformer(DEPTH, WIDTH).cuda()
+    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).cuda()
+    resident(x)
+    return x, resident(x)
 
 
 @pytest.mark.parametrize("nbytes", [1, 6, 4 * PIECE_WORDS, 4 * PIECE_WORDS + 2, 3 * BATCH_BYTES + 4 * PIECE_WORDS + 5])
@@ -87,12 +100,13 @@ class CorruptingBackend(CudaBackend):
 @pytest.mark.parametrize("pin_memory", [True, False], ids=["page-locked", "staged"])
 @pytest.mark.parametrize("copy", [1, 6])
 def test_a_damaged_copy_is_found_and_mended(
-    damage: Callable[[torch.Tensor], None] | None, pin_memory: bool, copy: int, caplog: pytest.LogCaptureFixture
+    reference: tuple[torch.Tensor, torch.Tensor],
+    damage: Callable[[torch.Tensor], None] | None,
+    pin_memory: bool,
+    copy: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    resident = make_transformer(DEPTH, WIDTH).cuda()
-    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).cuda()
-    resident(x)
-    expected = resident(x)
+    x, expected = reference
     model, backend = make_transformer(DEPTH, WIDTH), CorruptingBackend()
     config = StreamingConfig(verify=True, pin_memory=pin_memory, adaptive=False, thrifty=False)
     streamer = Streamer(model, cut_model(model), backend, config)
@@ -113,11 +127,10 @@ def test_a_damaged_copy_is_found_and_mended(
     assert backend.allocated == 0
 
 
-def test_damaged_residents_are_found_and_mended(caplog: pytest.LogCaptureFixture) -> None:
-    resident = make_transformer(DEPTH, WIDTH).cuda()
-    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).cuda()
-    resident(x)
-    expected = resident(x)
+def test_damaged_residents_are_found_and_mended(
+    reference: tuple[torch.Tensor, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    x, expected = reference
     model, backend = make_transformer(DEPTH, WIDTH), CorruptingBackend()
     streamer = Streamer(model, cut_model(model), backend, StreamingConfig(verify=True, adaptive=False))
     backend.damage, backend.countdown = swap_words, 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from weightstream.streaming import open_vram_reader
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 NO_CONTEXT = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
+import torch
 from streaming import open_vram_reader
 torch.cuda.init()
 with open_vram_reader() as reader:
@@ -46,7 +44,6 @@ def test_what_torch_has_is_known() -> None:
     assert any(NBYTES // 2 <= nbytes <= 2 * NBYTES for nbytes in taken), taken
 
 
-def test_reading_makes_no_context(pytestconfig: pytest.Config) -> None:
-    program = [sys.executable, "-c", NO_CONTEXT, str(pytestconfig.rootpath)]
-    result = subprocess.run(program, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.child("-c", NO_CONTEXT)
+def test_reading_makes_no_context(child: subprocess.CompletedProcess[str]) -> None:
+    assert child.returncode == 0, child.stderr

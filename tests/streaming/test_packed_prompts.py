@@ -18,6 +18,8 @@ NAMES = [f"blocks.{block}.{part}.weight" for block in range(4) for part in ("qkv
 # Those of the first block are exchanged, those of the others are patched.
 EXCHANGED, PATCHED = NAMES[:4], NAMES[4:]
 BUDGETS = [450_000, 500_000, 700_000, 10**7]
+# These take every path through the engine that the first twelve take.
+SEEDS = [0, 2, 3, 4, 8, 10]
 LIMITS = [None, 700_000, 1_200_000, 2_500_000]
 
 
@@ -82,9 +84,9 @@ class Prompts:
             plan = streamer.next_plan(chance.choice(BUDGETS))
             streamer.load_within(plan, self.load)
             streamer.begin_prompt()
+            expected = self.expected()
             for _ in range(chance.choice([1, 2, 4])):
-                output = streamer.run(lambda: self.model(X), shape="x", reload=self.load)
-                assert torch.equal(output, self.expected())
+                assert torch.equal(streamer.run(lambda: self.model(X), shape="x", reload=self.load), expected)
         except CancelledError:
             pass
         self.ticks = None
@@ -122,7 +124,7 @@ class Prompts:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_two_models_in_turn(seed: int) -> None:
     chance = random.Random(seed)
     pins = PinBudget(limit=chance.choice(LIMITS))

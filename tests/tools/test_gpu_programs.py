@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future
+import time
 from pathlib import Path
 from typing import Any
 
 import programs
 import pytest
-import test_programs_on_gpus as on_gpus
+from program_runs import CASES, RUNS, Findings, Run
 
 GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
 HOST = os.environ["COMFYUI_PATH"]
@@ -35,9 +36,11 @@ SOME_CASES = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the programs find in one host."""
-    folder = tmp_path_factory.mktemp("programs")
-    return programs.run_all(TOGETHER, HOST, folder, ["--cpu"], WEIGHTSTREAM_VIRTUAL="2x100MB", OMP_NUM_THREADS="1")
+    """What the programs find in one host, whose turn it is."""
+    folder, turn = tmp_path_factory.mktemp("programs"), threading.Event()
+    turn.set()
+    environment = {"WEIGHTSTREAM_VIRTUAL": "2x100MB", "OMP_NUM_THREADS": "1"}
+    return programs.run_all(TOGETHER, HOST, folder, ["--cpu"], turn=turn, **environment)
 
 
 @pytest.mark.parametrize("program", TOGETHER)
@@ -47,7 +50,15 @@ def test_a_program_finds_no_difference(found: dict[str, dict[str, Any]], program
 
 
 def test_every_program_is_run() -> None:
-    assert {path.name.removesuffix("_program.py") for path in GPU_TESTS.glob("*_program.py")} == {*TOGETHER, "soak"}
+    known = {path.name.removesuffix("_program.py") for path in GPU_TESTS.glob("*_program.py")}
+    assert known == {*TOGETHER, "soak"} == {program for _, program in CASES}
+    assert sorted(CASES) == sorted((name, program) for name, run in RUNS.items() for program in run.names.split())
+
+
+def test_parts_of_a_program_are_told_of_with_what_they_took(found: dict[str, dict[str, Any]]) -> None:
+    parts = found["late"]["parts"]
+    assert parts.keys() == found["late"]["agree"].keys()
+    assert sum(parts.values()) <= found["late"]["seconds"] + 0.5
 
 
 def test_an_error_of_a_program_is_told_of_with_what_it_has_found_before(tmp_path: Path) -> None:
@@ -108,22 +119,170 @@ def test_who_wants_no_more_waits_for_no_program(monkeypatch: pytest.MonkeyPatch,
     assert "its process ended with" in found["a"]["error"]
 
 
+WAITING = """
+import os, sys, time
+
+programs = sys.argv[3]
+with open(os.path.join(os.environ["SEEN"], programs + ".started"), "w"):
+    pass
+if os.environ.get("WEIGHTSTREAM_PROGRAMS_WAIT"):
+    sys.stdin.readline()
+time.sleep(0.2)
+seen = sorted(os.listdir(os.environ["SEEN"]))
+print('{"program": "' + programs + '", "agree": {"' + " ".join(seen) + '": true}}', flush=True)
+with open(os.path.join(os.environ["SEEN"], programs + ".ended"), "w"):
+    pass
+"""
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Programs that tell who had started and ended before they did, and where they see it."""
+    for name in ("code", "seen"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "code" / "programs.py").write_text(WAITING)
+    monkeypatch.setattr(programs, "HERE", tmp_path / "code")
+    monkeypatch.setattr(programs, "LOOK_SECONDS", 0.05)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    for name, run in {"a": Run("a"), "b": Run("b"), "c": Run("c", alone=True), "d": Run("d", alone=True)}.items():
+        monkeypatch.setitem(RUNS, name, run)
+    return tmp_path / "seen"
+
+
+@pytest.mark.parametrize("cores", [1, 16])
+def test_a_program_that_is_alone_begins_when_the_others_have_ended_and_somebody_waits(
+    waiting: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    findings = Findings((name, name) for name in "acbd")
+    running = threading.Thread(target=findings.find, args=(dict.fromkeys("abcd", tmp_path), threading.Event()))
+    running.start()
+    for name in "ab":
+        findings.of(name, name)
+    while not (waiting / "c.started").exists():  # Its host starts meanwhile.
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert not (waiting / "c.ended").exists()
+    (seen_by_c,) = findings.of("c", "c")["agree"]
+    (seen_by_d,) = findings.of("d", "d")["agree"]
+    running.join()
+    assert {"a.ended", "b.ended"} <= set(seen_by_c.split())
+    assert "d.ended" not in seen_by_c
+    assert "c.ended" in seen_by_d.split()
+
+
+def test_a_program_that_is_alone_waits_for_the_others_whoever_asks_first(waiting: Path, tmp_path: Path) -> None:
+    findings = Findings((name, name) for name in "abc")
+    running = threading.Thread(target=findings.find, args=(dict.fromkeys("abc", tmp_path), threading.Event()))
+    running.start()
+    (seen,) = findings.of("c", "c")["agree"]
+    running.join()
+    assert {"a.ended", "b.ended"} <= set(seen.split())
+
+
+def test_who_waits_for_a_turn_that_does_not_come_is_ended(waiting: Path, tmp_path: Path) -> None:
+    findings, over = Findings([("c", "c")]), threading.Event()
+    running = threading.Thread(target=findings.find, args=({"c": tmp_path}, over))
+    running.start()
+    while not (waiting / "c.started").exists():
+        time.sleep(0.05)
+    over.set()
+    running.join()
+    assert "its process ended with" in findings.of("c", "c")["error"]
+
+
+def test_a_host_that_waits_ends_with_whoever_has_started_it() -> None:
+    programs.wait_for_turn(io.StringIO("\n"))
+    with pytest.raises(SystemExit):
+        programs.wait_for_turn(io.StringIO(""))
+
+
 def test_everybody_who_waits_for_a_program_hears_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of its result, of the error of what runs it, or that nothing came."""
 
     def run_all(
         wanted: dict[str, Any], comfyui: str, folder: Path, flags: object, tell: Any, *_: Any, **__: Any
     ) -> None:
-        if "late" in wanted:
+        if "soak" in wanted:
             raise OSError("no more memory")
         tell("host", {"agree": {"a": True}})
 
     monkeypatch.setattr(programs, "run_all", run_all)
-    findings = {case: Future() for case in (("static", "host"), ("static", "settings"), ("late", "late"))}
-    on_gpus._run_all(findings, {"static": tmp_path, "late": tmp_path}, threading.Event())
-    assert findings["static", "host"].result(0) == {"agree": {"a": True}}
-    assert str(findings["static", "settings"].exception(0)) == "the tests were stopped"
-    assert str(findings["late", "late"].exception(0)) == "no more memory"
+    findings = Findings([("static", "host"), ("static", "settings"), ("soak-static", "soak")])
+    findings.find({"static": tmp_path, "soak-static": tmp_path}, threading.Event())
+    assert findings.of("static", "host")["agree"] == {"a": True}
+    with pytest.raises(RuntimeError, match="the tests were stopped"):
+        findings.of("static", "settings")
+    with pytest.raises(OSError, match="no more memory"):
+        findings.of("soak-static", "soak")
+
+
+SMALL = {
+    "program_runs.py": """
+import os
+from types import SimpleNamespace
+
+RUNS = {"one": SimpleNamespace(gpus=0), "many": SimpleNamespace(gpus=99)}
+
+
+class Findings:
+    def __init__(self, wanted):
+        self.wanted, self.runs = list(wanted), ["one"]
+
+    def find(self, folders, over):
+        assert [*folders] == self.runs
+        os.environ["BEGUN"] = "yes"
+        over.wait(60)
+""",
+    "test_programs_on_gpus.py": """
+import os
+import pytest
+
+@pytest.mark.parametrize(("run", "program"), [("one", "soak"), ("many", "soak")])
+def test_program(found, run, program, record_property):
+    assert os.environ["BEGUN"]
+    assert found.wanted == [("one", "soak")]
+    for name, value in {"seconds": 3.21, "at": 54.3, "parts": {"first": 1.21, "second": 2}}.items():
+        record_property(name, value)
+""",
+    "test_small.py": """
+import os, time
+from pathlib import Path
+import pytest
+
+BEGUN = Path(__file__).with_name("begun")
+
+@pytest.mark.child("-c", f"open({str(BEGUN)!r}, 'w').close(); print('a word')")
+def test_child(child):
+    assert child.stdout.split() == ["a", "word"]
+
+@pytest.mark.beside
+def test_beside():
+    for _ in range(600):
+        if BEGUN.exists() and "BEGUN" in os.environ:
+            return
+        time.sleep(0.1)
+    pytest.fail("programs or the process have not begun")
+
+def test_alone():
+    assert not BEGUN.exists() and "BEGUN" not in os.environ
+""",
+}
+
+
+def test_tests_of_a_gpu_run_alone_then_beside_programs_and_then_look_at_these(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((GPU_TESTS / "conftest.py").read_text("utf-8"), "utf-8")
+    for name, text in SMALL.items():
+        (tmp_path / name).write_text(text, "utf-8")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", os.devnull, "."]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if " PASSED in " in line]
+    assert [line.partition("::")[2].partition(" ")[0] for line in lines] == [
+        *("test_alone", "test_beside", "test_child", "test_program[one-soak]", "test_program[many-soak]")
+    ]
+    assert "PASSED in 3.2 s (over 54 s after the first began, first 1.2, second 2.0)" in lines[-1]
 
 
 def test_a_soak(tmp_path: Path) -> None:
