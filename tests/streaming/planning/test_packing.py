@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 from outlines import EAGER, FULL, MB, flux, flux_profile, make_outline, make_profile
-from weightstream.streaming import BudgetError, Outline, Profile, make_plan, minimum_bytes
+from weightstream.streaming import BudgetError, Outline, PackingMode, Profile, make_plan, minimum_bytes
 from weightstream.streaming.planning.packing import Packing, Refusals, packed_outline, units_to_pack
 from weightstream.streaming.planning.plan import forecast_seconds
+from weightstream.streaming.planning.planner import WORTHWHILE, Planner
 from weightstream.streaming.planning.spread import best_order
 
 GB = 1_000_000_000
@@ -54,6 +55,26 @@ def test_no_more_is_packed_than_makes_the_bus_as_fast_as_compute() -> None:
         seconds.append(forecast_seconds(packed, profile))
     assert seconds == sorted(seconds, reverse=True)
     assert not units
+
+
+@pytest.mark.parametrize(("budget", "gain", "packs"), [(14.1, 0.03, True), (14.4, 0.017, False)])
+def test_weights_are_packed_where_that_gains_enough(budget: float, gain: float, packs: bool) -> None:
+    """Compute is nearly the limit: packing a few units would make a step hardly shorter. Who asks for it gets it."""
+    outline, profile = flux_with_order()
+    packing = packing_of(outline)
+    plans = {}
+    for mode in PackingMode:
+        planner = Planner(outline, replace(FULL, packing=mode))
+        planner.profile, planner.packing = profile, None if mode is PackingMode.OFF else packing
+        plans[mode] = planner.plan_for(budget * GB)
+    raw = plans[PackingMode.OFF]
+    units = units_to_pack(raw, profile, packing)
+    packed = make_plan(packed_outline(outline, packing, units), profile, budget * GB, FULL)
+    found = 1 - forecast_seconds(packed, profile) / forecast_seconds(raw, profile)
+    assert found == pytest.approx(gain, rel=0.1)
+    assert packs is (found >= WORTHWHILE)
+    assert plans[PackingMode.AUTO].packed == (units if packs else frozenset())
+    assert plans[PackingMode.ON].packed
 
 
 def test_what_is_packed_is_spread_over_the_step() -> None:
