@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import comfy.hooks
@@ -12,18 +13,26 @@ from in_half import LoadInHalf
 from sampling import sample, sample_with_hook, with_lora
 from weightstream.streaming.config import PackingMode
 
+# Strength of the LoRA, and how hooks come, where there are some.
+Prompt = tuple[float, comfy.hooks.EnumHookMode | None]
 
-@pytest.mark.parametrize("hook_mode", list(comfy.hooks.EnumHookMode))
-def test_hooks_and_loras_in_turn(streamed_in_half: LoadInHalf, hook_mode: comfy.hooks.EnumHookMode) -> None:
-    def pictures(model: Any) -> list[torch.Tensor]:
-        strong, weak = with_lora(model, 0.7), with_lora(model, 0.4)
-        plain = [sample(model), sample(strong), sample(strong)]
-        return [*plain, sample_with_hook(model, hook_mode), sample(model), sample_with_hook(weak, hook_mode), *plain]
 
-    expected = pictures(streamed_in_half(PackingMode.OFF))
+def pictures(model: Any, prompts: Iterable[Prompt]) -> Iterator[torch.Tensor]:
+    models = {0.0: model} | {strength: with_lora(model, strength) for strength in (0.7, 0.4)}
+    for strength, mode in prompts:
+        yield sample(models[strength]) if mode is None else sample_with_hook(models[strength], mode)
+
+
+def test_hooks_and_loras_in_turn(streamed_in_half: LoadInHalf) -> None:
+    plain, strong = (0.0, None), (0.7, None)
+    prompts: list[Prompt] = [plain, strong, strong]
+    for mode in comfy.hooks.EnumHookMode:
+        prompts += [(0.0, mode), plain, (0.4, mode), strong]
+    each = list(dict.fromkeys(prompts))
+    expected = dict(zip(each, pictures(streamed_in_half(PackingMode.OFF), each), strict=True))
     model = streamed_in_half(PackingMode.ON)
-    assert all(map(torch.equal, pictures(model), expected))
-    sample(with_lora(model, 0.7))
+    for prompt, found in zip(prompts, pictures(model, prompts), strict=True):
+        assert torch.equal(found, expected[prompt]), prompt
     assert model.streamer.plan.packed
 
 
