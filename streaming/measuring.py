@@ -53,11 +53,11 @@ class Measuring:
         """Something else became known, of which another plan may come."""
         self._has_learned = True
 
-    def record(self, outline: Outline, backend: Backend, reader: Reader) -> None:
-        """Measure the next step."""
+    def record(self, outline: Outline, backend: Backend, reader: Reader, head_start: float = 0.0) -> None:
+        """Measure the next step; with a ``head_start`` the host is so many seconds ahead of the device in it."""
         self.stop()
         tells = weakref.WeakMethod(self._group.computed)  # Weakly: the group refers to its listeners.
-        self.recorder = Recorder(outline, backend, reader, tells)
+        self.recorder = Recorder(outline, backend, reader, tells, head_start)
         self._group.listeners.append(self.recorder)
 
     def finish(self, drain: Callable[[], None]) -> None:

@@ -115,7 +115,7 @@ def _adapt(
     wanted = planner.wants_measuring()
     if learned or wanted != (measuring.recorder is not None):
         if wanted:
-            measuring.record(model.outline, model.backend, model.reader)
+            measuring.record(model.outline, model.backend, model.reader, model.head_start)
         else:
             measuring.stop()
         model.attach_hooks()

@@ -209,6 +209,14 @@ def test_a_stall_is_the_time_that_compute_has_waited(machine: Machine) -> None:
     assert machine.cuda.accesses.seen_by(compute) == begin.clock | {compute: begin.clock[compute]}
 
 
+def test_compute_of_the_device_itself_is_held_back(machine: Machine) -> None:
+    """Another one is current."""
+    machine.backend.hold_back(0.25)
+    ((stream, cycles),) = machine.cuda.slept
+    assert stream is machine.cuda.current_stream(SECOND)
+    assert 0.1 < cycles / 2.8e9 < cycles / 1.2e9 < 0.5
+
+
 # -- the host waits ------------------------------------------------------------------------------------------------
 
 
