@@ -275,8 +275,9 @@ class Backend(ABC):
             for pair in zip(target.split(sizes), source.split(sizes), strict=True):
                 yield [pair]
 
+    @abstractmethod
     def hold_back(self, seconds: float) -> None:
-        """Have compute that is queued from now on begin about so much later. A virtual device computes at once."""
+        """Have compute that is queued from now on begin about so much later."""
 
     def time_copies(self) -> None:
         """Take the time of every copy from now on."""

@@ -154,6 +154,9 @@ class CpuBackend(Backend):
     def peak_bytes(self) -> int:
         return self.store.peak - self.store.allocated
 
+    def hold_back(self, seconds: float) -> None:
+        """Nothing is queued: a virtual device computes at once."""
+
     def moment(self) -> Moment:
         return time.perf_counter()
 
