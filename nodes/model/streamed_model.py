@@ -14,7 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch.utils.hooks import RemovableHandle
 
-from ...streaming import Backend, BudgetError, Feeder, Plan, Streamer, cut_model, format_bytes, gpu_name
+from ...streaming import Backend, BudgetError, Feeder, Plan, Streamer, count_of, cut_model, format_bytes, gpu_name
 from ...streaming.handoff.boundary import Boundary
 from ..host.devices import evictable, make_backend, obtainable, pins, same_device
 from ..host.generators import generators_kept
@@ -214,11 +214,8 @@ def make_streamed(
     check_limit(settings.vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id, bar)
     setattr(model, ATTRIBUTE, streamed)
-    messages.announce(
-        name,
-        f"{len(blocks.blocks)} blocks, {format_bytes(streamer.model_bytes)}, ready to stream to {backend.name}",
-        node_id,
-    )
+    size = f"{count_of(len(blocks.blocks), 'block')}, {format_bytes(streamer.model_bytes)}"
+    messages.announce(name, f"{size}, ready to stream to {backend.name}", node_id)
     streamer.prepare(obtainable(backend))
     return streamed
 

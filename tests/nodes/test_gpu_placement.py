@@ -68,7 +68,7 @@ def test_a_model_that_can_be_split_is_what_the_split_gives(
 ) -> None:
     machine(3)
     model = place(loaded)[0]
-    assert [streamer.backend.name for streamer in model.streamers] == ["virtual:0", "virtual:1", "virtual:2"]
+    assert [streamer.backend.name for streamer in model.streamers] == ["gpu:0", "gpu:1", "gpu:2"]
     assert said == ["MODEL on gpu:0, gpu:1, gpu:2"]
     assert torch.equal(guided(model), guided(native))
 
@@ -77,13 +77,13 @@ def test_a_gpu_without_room_gets_nothing(loaded: Any, said: list[str], native: M
     memories = machine(3)
     memories[0].budget = MB
     model = place(loaded)[0]
-    assert [streamer.backend.name for streamer in model.streamers] == ["virtual:1", "virtual:2"]
+    assert [streamer.backend.name for streamer in model.streamers] == ["gpu:1", "gpu:2"]
     assert len(said) == 1
     assert said[0].startswith("MODEL on gpu:1, gpu:2; gpu:0 is left out, it has room for ")
     assert torch.equal(guided(model), guided(native))
     memories[2].budget = MB
     assert place(loaded, devices="gpu:0,gpu:2,gpu:1")[0].load_device == SECOND
-    assert said[1].startswith("MODEL is not split, virtual:0: it has room for ")
+    assert said[1].startswith("MODEL is not split, gpu:0: it has room for ")
     assert said[1].endswith("; MODEL on gpu:1")
 
 

@@ -165,7 +165,7 @@ def test_settings_of_a_streamed_model(streamed: Load, native: ModelPatcher, plai
     assert status["staged_bytes"] > 0
     plan = limited.streamer.plan
     assert plan.staging_bytes <= 2 * max(segment.nbytes for segment in plan.segments)
-    assert "this model's limit of 5.2 MB page-locked memory is reached" in status["note"]
+    assert "this model's limit of 5.0 MiB page-locked memory is reached" in status["note"]
     assert torch.equal(sample(model), plain)
     assert model.status()["mode"] == "resident"
 

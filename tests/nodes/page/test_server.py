@@ -118,9 +118,7 @@ def test_one_log_line_says_the_plan(host: HeadlessHost) -> None:
     lines = [line for line in host.log.splitlines() if PLAN.search(line)]
     assert lines
     # What a step was measured to take stands there too, once the first has run.
-    assert re.search(
-        r"MB on the device: .*; a step in \S+ s, limited by .*; \S+ M?B from page-locked memory", lines[-1]
-    )
+    assert re.search(r"MiB on the device: .*; a step in \S+ s, .*; \S+ (Mi)?B from page-locked memory", lines[-1])
 
 
 def test_the_node_shows_the_plan(host: HeadlessHost) -> None:
@@ -322,7 +320,7 @@ def test_a_placement_of_four_gpus_runs_on_two(two_gpus: HeadlessHost) -> None:
     runs_on(two_gpus)
     assert used(demo.read_status(two_gpus)["devices"][1]) > 0
     said = two_gpus.log[before:]
-    assert re.search(r"in (runs|turn): \d+ blocks .* on virtual:\d, \d+ blocks .* on virtual:\d", said)
+    assert re.search(r"in (runs|turn): \d+ blocks .* on gpu:\d, \d+ blocks .* on gpu:\d", said)
     assert "GPU Placement: MODEL on gpu:1; CLIP on gpu:1" in said
 
 

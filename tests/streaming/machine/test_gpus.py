@@ -81,9 +81,9 @@ def test_the_command_where_there_is_no_gpu() -> None:
 def test_the_table() -> None:
     unknown = Gpu(1, "AMD Radeon")
     assert as_table([H200, unknown]).splitlines() == [
-        "GPU    name         total   free    link       at most    peers         UUID",
-        "gpu:0  NVIDIA H200  150 GB  140 GB  gen 5 x16  gen 5 x16  gpu:1, gpu:2  GPU-0af1",
-        "gpu:1  AMD Radeon   -       -       -          -          -             -",
+        "GPU    name         total    free     link       at most    peers         UUID",
+        "gpu:0  NVIDIA H200  140 GiB  130 GiB  gen 5 x16  gen 5 x16  gpu:1, gpu:2  GPU-0af1",
+        "gpu:1  AMD Radeon   -        -        -          -          -             -",
     ]
     assert "gen 3 x-" in as_table([replace(H200, link=Link(3))])
 
