@@ -32,6 +32,7 @@ from .files.checkpoint import Checkpoint
 from .files.checkpoint_file import CheckpointFile, FileSlice
 from .files.header import Entry
 from .group import Group
+from .line import Line
 from .machine.device_names import gpu_name, in_parts, parse_device, parse_gpus, parse_shares
 from .machine.gpus import Gpu, list_gpus
 from .machine.host_memory import HostMemory, group_memory
@@ -78,6 +79,7 @@ __all__ = [
     "GradientError",
     "Group",
     "HostMemory",
+    "Line",
     "NoPatches",
     "Outline",
     "PackingMode",

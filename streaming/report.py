@@ -87,6 +87,8 @@ def take_snapshot(
         device_budget_bytes=now.device_budget,
         limited_by=forecast.limited_by if forecast is not None else "",
         predicted_step_seconds=forecast.seconds if forecast is not None else None,
+        more_bytes=forecast.more_bytes if forecast is not None else 0,
+        more_seconds=forecast.more_seconds if forecast is not None else 0.0,
         compute_seconds=profile.compute_seconds if profile.measured else None,
         bandwidth_bytes_per_second=profile.bandwidth if profile.measured else None,
         step_seconds=activity.step_seconds,

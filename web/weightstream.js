@@ -7,6 +7,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { createFeed } from "./lib/feed.mjs";
+import { LINE_EVENT, nodeLines } from "./lib/node_lines.mjs";
 import { nodeWidgets } from "./lib/node_widgets.mjs";
 import { sidebarTab } from "./lib/sidebar_tab.mjs";
 import { stringsFor } from "./lib/strings.mjs";
@@ -19,6 +20,7 @@ const strings = stringsFor(locale());
 const feed = createFeed(api);
 const tab = sidebarTab({ feed, locale });
 const widgets = nodeWidgets({ app, feed, locale });
+const lines = nodeLines({ app, locale });
 
 app.registerExtension({
   name: "weightstream.vram",
@@ -34,6 +36,7 @@ app.registerExtension({
   ],
   commands: [{ id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) }],
   setup() {
+    api.addEventListener(LINE_EVENT, lines.hear);
     app.extensionManager.registerSidebarTab(tab.entry);
   },
   nodeCreated(/** @type {any} */ node) {

@@ -14,13 +14,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch.utils.hooks import RemovableHandle
 
-from ...streaming import Backend, BudgetError, Feeder, Plan, Streamer, count_of, cut_model, format_bytes, gpu_name
+from ...streaming import Backend, BudgetError, Feeder, Line, Plan, Streamer, count_of, cut_model, format_bytes, gpu_name
 from ...streaming.handoff.boundary import Boundary
 from ..host.devices import evictable, make_backend, obtainable, pins, same_device
 from ..host.generators import generators_kept
 from ..host.noted_dtypes import noted_dtype
 from ..state.step_state import StepModules
 from ..tell import messages
+from ..tell.names import without_folders
 from ..tell.progress import LoadingBar
 from .offload import GIB, OffloadSettings, host_config
 from .shares import Shares
@@ -134,14 +135,24 @@ class StreamedModel:
             self.announce()
 
     def announce(self) -> None:
-        """Say which plan is in effect; in the log only when it is another than before."""
+        """Say which plan is in effect: in the log when it is another than before, and in a line on the node."""
         plan, building = self.streamer.plan, self.streamer.building
         synchronous, never_entered = self.streamer.config.synchronous, len(self.streamer.never_entered)
         timed = plan is not None and plan.forecast is not None
         now = (plan, building, synchronous, self.streamer.state, timed, never_entered)
-        messages.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
+        messages.log(self.name, self.streamer.explain(), again=now == self._announced)
+        self._show_line()
         self._announced, self._shown = now, (plan, building, synchronous, never_entered)
         self.bar.wrote = False
+
+    def _show_line(self) -> None:
+        """Show the line of the whole model on the node, of which this may be the part on one of several devices."""
+        if self.node_id is None:
+            return
+        parts = [model.streamer.snapshot() for model in streamed_models() if model.number == self.number]
+        loaded = [part for part in parts if part.mode != "off"]
+        details = [f"{part.device}: {without_folders(part.explain)}" for part in loaded]
+        messages.show_line(Line.of(loaded), details, self.node_id)
 
     def tell_of_hooks(self) -> None:
         """Say once that weights change within steps, and what that costs."""

@@ -224,6 +224,8 @@ class Snapshot:
             what the device's backend allows (None: no limit of its own).
         limited_by: ``compute`` or ``bus``; empty before a step was measured.
         predicted_step_seconds, step_seconds: what the plan expects of a step, and what the last one took.
+        more_bytes, more_seconds: device memory with which a step is as fast as it can be, and what it takes then; 0
+            where none would make it faster.
         compute_seconds, bandwidth_bytes_per_second: as measured: a step with everything resident, and the bus.
         busy, idle_seconds, counters, run, last_run: as :class:`Activity` has them.
     """
@@ -252,6 +254,8 @@ class Snapshot:
     device_budget_bytes: int | None
     limited_by: str
     predicted_step_seconds: float | None
+    more_bytes: int
+    more_seconds: float
     step_seconds: float | None
     compute_seconds: float | None
     bandwidth_bytes_per_second: float | None

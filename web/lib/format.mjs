@@ -82,6 +82,15 @@ export function seconds(value) {
 }
 
 /**
+ * `0.32 s`, `12 s`: as much as one reads at a glance.
+ * @param {number | null | undefined} value
+ */
+export function roughly(value) {
+  if (!isKnown(value)) return DASH;
+  return `${value >= 10 ? value.toFixed(0) : Number(value.toPrecision(2))} s`;
+}
+
+/**
  * `0.42 ms`.
  * @param {number | null | undefined} value
  */

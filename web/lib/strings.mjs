@@ -93,6 +93,14 @@ const ENGLISH = {
     `${run.stall} waited per block; ${run.misses} ${run.misses === 1 ? "miss" : "misses"}`,
   corrupted: (/** @type {number} */ count) => `${count} ${count === 1 ? "copy" : "copies"} arrived damaged, and came again`,
 
+  lineStep: (/** @type {string} */ step) => `${step}/step`,
+  lineAll: (/** @type {string} */ all) => `all ${all} in VRAM`,
+  lineNoWaiting: "hardly any waiting for the bus",
+  lineWaiting: (/** @type {string} */ part) => `${part} waiting for the bus`,
+  lineMore: (/** @type {string} */ size, /** @type {string} */ device, /** @type {string} */ step) =>
+    `+${size} VRAM${device && ` on ${device}`} → ${step}`,
+  lineStaged: (/** @type {string} */ size) => `${size} not page-locked`,
+
   freeModel: "Free model",
   freePinned: (/** @type {string} */ size) => `Free page-locked RAM${size && ` (${size})`}`,
   freeModelOf: (/** @type {string} */ model) => `Free ${model}`,
@@ -186,6 +194,13 @@ const CHINESE = {
   lastRun: (run) =>
     `上次运行：${run.steps} 步，每步 ${run.step}；平均以 ${run.rate} 拷贝 ${run.copied}；每块等待 ${run.stall}；未命中 ${run.misses} 次`,
   corrupted: (count) => `${count} 次拷贝损坏，已重新拷贝`,
+
+  lineStep: (step) => `每步 ${step}`,
+  lineAll: (all) => `全部 ${all} 在显存中`,
+  lineNoWaiting: "几乎不等待总线",
+  lineWaiting: (part) => `${part} 的时间在等待总线`,
+  lineMore: (size, device, step) => `${device}显存再多 ${size} → ${step}`,
+  lineStaged: (size) => `${size} 未锁页`,
 
   freeModel: "释放模型",
   freePinned: (size) => `释放锁页内存${size && `（${size}）`}`,
