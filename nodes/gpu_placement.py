@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
 from ..streaming.machine.device_names import CPU, DEFAULT
 from .changed_files import count_outdated
-from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
+from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, why_no_gpus
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher
 from .tell import messages
@@ -23,8 +23,24 @@ from .twins.split import split_over
 from .twins.vae import vae_on
 
 NAME = "GPU Placement"
-# The same on every machine, so that a workflow from another machine loads here.
-DEVICES = [DEFAULT, CPU, *map(gpu_name, range(8))]
+ALIASES = ["multi gpu", "multigpu", "distorch", "device", "cuda", "vram", "low vram", "offload"]
+
+
+class DeviceChoices(list[str]):
+    """The names in the menu. ComfyUI asks them whether it may run a prompt, so they have every name of a device.
+
+    The menu is the same on every machine, and a workflow from a machine with more GPUs runs on one with fewer.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            parse_device(str(name))
+        except ConfigError:
+            return super().__contains__(name)
+        return True
+
+
+DEVICES = DeviceChoices([DEFAULT, CPU, *map(gpu_name, range(8))])
 
 # Added to the text when the model of another loader has to stream (components.py).
 STREAMS = ", where it streams, since its loader does not give it once more as it is"
@@ -46,6 +62,7 @@ class GpuPlacement(io.ComfyNode):
             display_name="GPU Placement",
             category="weightstream",
             description=cls.__doc__,
+            search_aliases=ALIASES,
             # All but the first are optional: the host lists required inputs before optional ones.
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL. Connect the node directly behind its loader."),
@@ -55,17 +72,23 @@ class GpuPlacement(io.ComfyNode):
                     "devices",
                     default="",
                     optional=True,
-                    tooltip="For the MODEL, the preferred one first: gpu:0,gpu:1. Empty is WEIGHTSTREAM_GPUS, or all.",
+                    tooltip="For the MODEL, the preferred one first: gpu:0,gpu:1 (or cuda:0, or 0). Empty is "
+                    "WEIGHTSTREAM_GPUS, or all.",
                 ),
                 io.Combo.Input(
                     "split",
                     options=list(SPLITS),
                     default="auto",
                     optional=True,
+                    advanced=True,
                     tooltip="How much each of several GPUs gets: auto by memory and speed, equal, or as ratio says.",
                 ),
                 io.String.Input(
-                    "ratio", default="", optional=True, tooltip="For split=ratio, a number for each GPU: 60,40."
+                    "ratio",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="For split=ratio, a number for each GPU: 60,40.",
                 ),
                 _device("clip_device", "the text encoder"),
                 _device("vae_device", "the VAE"),
@@ -74,6 +97,7 @@ class GpuPlacement(io.ComfyNode):
                     options=["fallback", "error"],
                     default="fallback",
                     optional=True,
+                    advanced=True,
                     tooltip="Where a GPU is not there: use those that are, and say so, or stop.",
                 ),
             ],
@@ -86,24 +110,14 @@ class GpuPlacement(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        devices: str | None = "",
-        split: str | None = "auto",
-        ratio: str | None = "",
-        clip_device: str | None = DEFAULT,
-        vae_device: str | None = DEFAULT,
-    ) -> bool | str:
-        """Whether the values can be parsed. Which devices exist is checked when the node runs.
+    def validate_inputs(cls, devices: str | None = "") -> bool | str:
+        """Whether the list can be read. Which devices exist is checked when the node runs.
 
-        A value that comes from another node is None here.
+        ComfyUI repeats what this returns for each input that it takes, so it takes one. ComfyUI looks at the menus
+        itself, and the ratio is read when the node runs. A value that comes from another node is None here.
         """
         try:
-            names = wanted_gpus(devices) if devices is not None else ()
-            if split is not None and ratio is not None:
-                wanted_shares(split, ratio, names)
-            for source, device in (("clip_device", clip_device), ("vae_device", vae_device)):
-                parse_device(device if device is not None else DEFAULT, source)
+            wanted_gpus(devices or "")
         except ConfigError as error:
             return str(error)
         return True

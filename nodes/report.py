@@ -32,6 +32,7 @@ class StreamingReport(io.ComfyNode):
             display_name="Streaming Report",
             category="weightstream",
             description=cls.__doc__,
+            search_aliases=["vram", "streaming", "statistics", "benchmark", "offload"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to tell of."),
                 io.AnyType.Input(

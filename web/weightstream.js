@@ -1,5 +1,6 @@
 /**
- * What the pack adds to ComfyUI's page: a sidebar tab, a widget on the GPU Placement node, a command and a setting.
+ * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, a widget on GPU Placement, presets, a command and a
+ * setting.
  *
  * The page imports every `.js` file of this folder, so this is the only one.
  */
@@ -9,6 +10,7 @@ import { api } from "../../scripts/api.js";
 import { createFeed } from "./lib/feed.mjs";
 import { LINE_EVENT, nodeLines } from "./lib/node_lines.mjs";
 import { nodeWidgets } from "./lib/node_widgets.mjs";
+import { settingsWidgets } from "./lib/settings_widgets.mjs";
 import { sidebarTab } from "./lib/sidebar_tab.mjs";
 import { stringsFor } from "./lib/strings.mjs";
 
@@ -21,6 +23,7 @@ const feed = createFeed(api);
 const tab = sidebarTab({ feed, locale });
 const widgets = nodeWidgets({ app, feed, locale });
 const lines = nodeLines({ app, locale });
+const inputs = settingsWidgets({ locale });
 
 app.registerExtension({
   name: "weightstream.vram",
@@ -40,6 +43,7 @@ app.registerExtension({
     app.extensionManager.registerSidebarTab(tab.entry);
   },
   nodeCreated(/** @type {any} */ node) {
+    inputs.add(node);
     widgets.add(node);
   },
 });

@@ -64,9 +64,12 @@ def wanted_gpus(devices: str) -> tuple[str, ...]:
     """Return the GPUs that the user names on the node, else those of the environment variable; empty means all.
 
     Raises:
-        ConfigError: the text is no list of GPUs.
+        ConfigError: the text is no list of GPUs; the message says which GPUs there are.
     """
-    return parse_gpus(devices) or parse_gpus(os.environ.get(GPUS_VARIABLE, ""), GPUS_VARIABLE)
+    try:
+        return parse_gpus(devices) or parse_gpus(os.environ.get(GPUS_VARIABLE, ""), GPUS_VARIABLE)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({what_is_there(list(visible_gpus()))})") from None
 
 
 def wanted_shares(split: str, ratio: str, names: Sequence[str]) -> tuple[float, ...] | None:
@@ -106,5 +109,8 @@ def choose(devices: str, split: str, ratio: str, present: Sequence[str]) -> Choi
 
 def not_there(missing: Sequence[str], present: Sequence[str]) -> str:
     """In words: which devices are missing, and which are there."""
-    there = ", ".join(present) if present else "no GPU that can be used"
-    return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there (this machine has {there})"
+    return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there ({what_is_there(present)})"
+
+
+def what_is_there(present: Sequence[str]) -> str:
+    return f"this machine has {', '.join(present) if present else 'no GPU that can be used'}"

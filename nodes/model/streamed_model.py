@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from ..state.step_state import StepModules
 from ..tell import messages
 from ..tell.names import without_folders
 from ..tell.progress import LoadingBar
-from .offload import GIB, OffloadSettings, host_config
+from .offload import GIB, ROUND_GIB, OffloadSettings, host_config
 from .shares import Shares
 
 # Where the shared model keeps the one object that holds everything about its streaming.
@@ -233,13 +234,14 @@ def make_streamed(
 
 def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
     """Raise :class:`BudgetError` if ``vram_limit`` bytes have no room for the least that must be there."""
-    if vram_limit is not None and vram_limit < streamer.minimum_bytes:
-        # Rounded up, so that the value in the message works when typed in.
-        gib = -(-streamer.minimum_bytes * 1000 // GIB) / 1000
+    least = streamer.least_limit_bytes
+    if vram_limit is not None and vram_limit < least:
+        # Rounded up to what the input takes, so that the value in the message works when typed in.
+        gib = math.ceil(least / GIB / ROUND_GIB) * ROUND_GIB
         raise BudgetError(
-            f"vram_limit_gb={vram_limit / GIB:.3f} is too small for {name}: its largest block and what lies outside of "
-            f"blocks need at least {gib:.3f}. Set vram_limit_gb to that or more, or to 0 for automatic.",
-            streamer.minimum_bytes,
+            f"vram_limit_gb={vram_limit / GIB:.2f} is too small for {name}: its largest block and what lies outside of "
+            f"blocks need at least {gib:.2f} (GiB). Set vram_limit_gb to that or more, or to 0 for automatic.",
+            least,
         )
 
 

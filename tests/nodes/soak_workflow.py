@@ -64,7 +64,7 @@ class Workflow:
         return comfy.sd.load_diffusion_model(str(self._folder / FILES[name]), model_options={})
 
     def _with_settings(self, model: ModelPatcher, mode: str, limit: int) -> ModelPatcher:
-        return AsyncOffloadSettings.execute(model, mode, 0, 0, limit / 1024**3, "auto", 0.0, 0.0).args[0]
+        return AsyncOffloadSettings.execute(model, mode=mode, vram_limit_gb=limit / 1024**3).args[0]
 
     def _with_lora(self, model: ModelPatcher, name: str, strength: float) -> ModelPatcher:
         lora = comfy.utils.load_torch_file(str(self._folder / f"{name}-lora.safetensors"))

@@ -93,6 +93,8 @@ const ENGLISH = {
     `${run.stall} waited per block; ${run.misses} ${run.misses === 1 ? "miss" : "misses"}`,
   corrupted: (/** @type {number} */ count) => `${count} ${count === 1 ? "copy" : "copies"} arrived damaged, and came again`,
 
+  automatic: "auto",
+  unlimited: "no limit",
   lineStep: (/** @type {string} */ step) => `${step}/step`,
   lineAll: (/** @type {string} */ all) => `all ${all} in VRAM`,
   lineNoWaiting: "hardly any waiting for the bus",
@@ -195,6 +197,8 @@ const CHINESE = {
     `上次运行：${run.steps} 步，每步 ${run.step}；平均以 ${run.rate} 拷贝 ${run.copied}；每块等待 ${run.stall}；未命中 ${run.misses} 次`,
   corrupted: (count) => `${count} 次拷贝损坏，已重新拷贝`,
 
+  automatic: "自动",
+  unlimited: "不限",
   lineStep: (step) => `每步 ${step}`,
   lineAll: (all) => `全部 ${all} 在显存中`,
   lineNoWaiting: "几乎不等待总线",

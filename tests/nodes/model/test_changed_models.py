@@ -67,7 +67,7 @@ def ways(models: Any, plain: torch.Tensor, machine: Machine) -> dict[str, Make]:
     def settings() -> Any:
         machine(1)
         with torch.inference_mode():
-            return AsyncOffloadSettings.execute(from_host(), "auto", 0, 0, 0.0, "auto", 0.0, 0.0).result[0]
+            return AsyncOffloadSettings.execute(from_host()).result[0]
 
     def split() -> Any:
         machine(2, 14 * MB)
