@@ -17,6 +17,7 @@ from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_g
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher
 from .tell import messages
+from .tell.failures import told_on_node
 from .tell.notices import keep_notice, withdraw_notice
 from .twins.components import clip_on, model_on
 from .twins.split import split_over
@@ -142,14 +143,15 @@ class GpuPlacement(io.ComfyNode):
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
         placing = Placing(visible_gpus(), on_missing == "error", node_id)
-        choice = choose(devices, split, ratio, list(placing.gpus))
-        names = parse_device(clip_device, "clip_device"), parse_device(vae_device, "vae_device")
-        placing.check(choice, *names)
-        if placing.gpus:
-            model = placing.place_model(model, choice, split)
-            clip = placing.place("CLIP", clip, names[0], clip_on)
-            vae = placing.place("VAE", vae, names[1], vae_on)
-        else:
+        with told_on_node(NAME, node_id):
+            choice = choose(devices, split, ratio, list(placing.gpus))
+            names = parse_device(clip_device, "clip_device"), parse_device(vae_device, "vae_device")
+            placing.check(choice, *names)
+            if placing.gpus:
+                model = placing.place_model(model, choice, split)
+                clip = placing.place("CLIP", clip, names[0], clip_on)
+                vae = placing.place("VAE", vae, names[1], vae_on)
+        if not placing.gpus:
             placing.fall_back(
                 f"placement is not available here, {why_no_gpus()}; everything stays where its loader put it"
             )

@@ -28,6 +28,7 @@ from .model.offload import GIB, ROUND_GIB, STEP_GIB, OffloadSettings
 from .model.patcher import StreamedModelPatcher
 from .model.streamed_model import make_streamed
 from .tell import messages
+from .tell.failures import told_on_node
 from .tell.names import shown_name
 from .tell.notices import keep_notice
 
@@ -102,11 +103,12 @@ class StreamedModelLoader(io.ComfyNode):
         options = WEIGHT_DTYPES[weight_dtype]
         limit = int(vram_limit_gb * GIB) if vram_limit_gb > 0 else None
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
-        if path := folder_paths.get_full_path(MODELS, unet_name):
-            return io.NodeOutput(load_streamed(path, options, limit, node_id), None, None)
-        path = folder_paths.get_full_path_or_raise(CHECKPOINTS, unet_name)
-        model = load_streamed(path, options, limit, node_id, full_checkpoint=True)
-        return io.NodeOutput(model, *_load_companions(path))
+        with told_on_node(unet_name, node_id):
+            if path := folder_paths.get_full_path(MODELS, unet_name):
+                return io.NodeOutput(load_streamed(path, options, limit, node_id), None, None)
+            path = folder_paths.get_full_path_or_raise(CHECKPOINTS, unet_name)
+            model = load_streamed(path, options, limit, node_id, full_checkpoint=True)
+            return io.NodeOutput(model, *_load_companions(path))
 
 
 def _path_of(name: str) -> str | None:

@@ -22,10 +22,12 @@ from .model.patcher import StreamedModelPatcher
 from .model.streamed_model import check_limit
 from .model.text_encoder import with_patcher
 from .tell import messages
+from .tell.failures import told_on_node
 from .tell.notices import keep_notice, withdraw_notice
 from .twins.components import patcher_on
 from .twins.takeover import give_back, take_over
 
+NAME = "Async Offload Settings"
 MOST_GIB = 1024.0
 PINNING = {"auto": None, "on": True, "off": False}
 ALIASES = ["vram", "low vram", "offload", "async offload", "block swap", "distorch", "unet", "text encoder"]
@@ -63,7 +65,7 @@ class AsyncOffloadSettings(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="WeightStreamOffloadSettings",
-            display_name="Async Offload Settings",
+            display_name=NAME,
             category="weightstream",
             description=cls.__doc__,
             search_aliases=ALIASES,
@@ -153,20 +155,33 @@ class AsyncOffloadSettings(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher | None = None, clip: Any = None, preset: str = CUSTOM, **inputs: Any
     ) -> io.NodeOutput:
-        if model is None and clip is None:
-            raise ConfigError("nothing is connected: connect model, clip, or both")
         settings = _settings({**AUTOMATIC, **inputs, **PRESETS.get(preset, {})})
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
-        refused: list[BudgetError] = []
-        if model is not None:
-            with _collected(refused):
-                model = with_settings(model, settings, node_id)
-        if clip is not None:
-            with _collected(refused):
-                clip = clip_with_settings(clip, settings, node_id)
-        if refused:  # The largest minimum is right for both.
-            raise max(refused, key=lambda error: error.minimum)
-        return io.NodeOutput(model, clip)
+        with told_on_node(NAME, node_id):
+            return io.NodeOutput(*both_with_settings(model, clip, settings, node_id))
+
+
+def both_with_settings(
+    model: ModelPatcher | None, clip: Any, settings: OffloadSettings, node_id: str | None
+) -> tuple[ModelPatcher | None, Any]:
+    """A MODEL and a CLIP, or one of them, that stream as ``settings`` say.
+
+    Raises:
+        ConfigError: there is neither.
+        BudgetError: the limit has no room for one of them; the least that is named is enough for both.
+    """
+    if model is None and clip is None:
+        raise ConfigError("nothing is connected: connect model, clip, or both")
+    refused: list[BudgetError] = []
+    if model is not None:
+        with _collected(refused):
+            model = with_settings(model, settings, node_id)
+    if clip is not None:
+        with _collected(refused):
+            clip = clip_with_settings(clip, settings, node_id)
+    if refused:
+        raise max(refused, key=lambda error: error.minimum)
+    return model, clip
 
 
 @contextmanager

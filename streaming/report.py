@@ -82,6 +82,7 @@ def take_snapshot(
         staged_bytes=plan.streamed_bytes - pinned if plan is not None else 0,
         ring_bytes=supply.reader.ring_bytes,
         building=building,
+        locking=supply.builder.active,
         device_bytes=backend.allocated,
         device_peak_bytes=backend.peak,
         device_budget_bytes=now.device_budget,

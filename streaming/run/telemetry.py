@@ -219,7 +219,7 @@ class Snapshot:
         pinned_bytes, pageable_bytes: host memory for master copies and for the ring through which others are staged.
         staged_bytes: of the bytes that stream, those that come through that ring, from a file or pageable memory.
         ring_bytes: host memory of that ring; 0 when it is not needed.
-        building: whether master copies are being built, or will be before the next step.
+        building, locking: whether master copies are being built, or will be before the next step; whether they are now.
         device_bytes, device_peak_bytes, device_budget_bytes: what this model has allocated, now and at most, and
             what the device's backend allows (None: no limit of its own).
         limited_by: ``compute`` or ``bus``; empty before a step was measured.
@@ -249,6 +249,7 @@ class Snapshot:
     staged_bytes: int
     ring_bytes: int
     building: bool
+    locking: bool
     device_bytes: int
     device_peak_bytes: int
     device_budget_bytes: int | None

@@ -62,7 +62,7 @@ SILENT = "() => performance.now() - window.weightstreamHeard.at(-1) > 3000"
 TEXTS = {
     "starting": ["Connecting", "Waiting for the server's first answer."],
     "idle": ["Idle", "NVIDIA GeForce RTX 4090", "No streamed model is loaded."],
-    "loading": ["Loading", "8.4 / 23.8 GiB, 1.6 GB/s", "page-locked copies are still being made"],
+    "loading": ["Loading", "8.4 / 23.8 GiB, 1.6 GB/s", "page-locked copies are made now"],
     "allResident": [
         "All resident",
         "The whole model is in VRAM; nothing has to be copied.",

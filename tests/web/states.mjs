@@ -154,7 +154,7 @@ export const STATES = {
       host: host({ pinned: 2.1 * GIB }),
       models: [
         model({
-          running: true, last_run: null, ladder: "staged", reason: "page-locked copies are still being made",
+          running: true, last_run: null, ladder: "staged", reason: "page-locked copies are made now", locking: true,
           plan: "11.2 GiB a step streamed in 84 segments, from 57 of 57 blocks; 13.1 GiB on the device: 12.1 GiB of blocks "
             + "resident, 512 MiB outside of blocks, 512 MiB staging; 2.1 GiB from page-locked memory, 9.1 GiB from the file until "
             + "they are page-locked too",
