@@ -4,7 +4,9 @@ from .config import (
     PackingMode,
     StreamingConfig,
     VirtualDevices,
+    count_of,
     format_bytes,
+    format_rate,
     parse_switch,
     parse_virtual_devices,
 )
@@ -30,6 +32,7 @@ from .files.checkpoint import Checkpoint
 from .files.checkpoint_file import CheckpointFile, FileSlice
 from .files.header import Entry
 from .group import Group
+from .line import Line
 from .machine.device_names import gpu_name, in_parts, parse_device, parse_gpus, parse_shares
 from .machine.gpus import Gpu, list_gpus
 from .machine.host_memory import HostMemory, group_memory
@@ -76,6 +79,7 @@ __all__ = [
     "GradientError",
     "Group",
     "HostMemory",
+    "Line",
     "NoPatches",
     "Outline",
     "PackingMode",
@@ -103,11 +107,13 @@ __all__ = [
     "VramReader",
     "WeightsMovedError",
     "assumed_profile",
+    "count_of",
     "cut_model",
     "feeding_is_faster",
     "find_blocks",
     "find_feeders",
     "format_bytes",
+    "format_rate",
     "gpu_name",
     "group_memory",
     "held_tensors",

@@ -142,10 +142,24 @@ def parse_virtual_devices(text: str) -> VirtualDevices:
     return VirtualDevices(count, budget)
 
 
+def count_of(count: int, noun: str) -> str:
+    """``1 block``, ``57 blocks``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def format_bytes(count: float) -> str:
-    """``count`` bytes for people: ``23.8 GB``, ``680 MB``, ``512 B`` (decimal units, as drives and cards are sold)."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
+    """``count`` bytes for people: ``22.2 GiB``, ``648 MiB``, ``512 B``: the units in which users set limits."""
+    return _in_units(count, (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)))
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """A rate for people: ``55.2 GB/s``, in the decimal units in which buses and drives are rated."""
+    return _in_units(bytes_per_second, (("GB", 10**9), ("MB", 10**6), ("KB", 10**3))) + "/s"
+
+
+def _in_units(count: float, units: tuple[tuple[str, int], ...]) -> str:
+    for unit, size in units:
+        if count >= size * 0.9995:  # 1023.9 MiB would be shown as 1024 MiB.
             value = count / size
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
     return f"{count:.0f} B"

@@ -76,3 +76,13 @@ class WeightsMovedError(StreamingError):
 
 class ServerError(StreamingError):
     """No ComfyUI with this pack answers; the message names the address."""
+
+
+def _named_for_people(root: type[StreamingError]) -> None:
+    """ComfyUI shows an error with its module, which for a pack begins with the path of its folder."""
+    root.__module__ = "weightstream"
+    for kind in root.__subclasses__():
+        _named_for_people(kind)
+
+
+_named_for_people(StreamingError)

@@ -144,6 +144,11 @@ class Loading:
         return self.planner.minimum_bytes
 
     @property
+    def least_limit_bytes(self) -> int:
+        """The least limit of device memory that may be set: with it the model streams from its first step on."""
+        return self.planner.least_limit_bytes
+
+    @property
     def device_bytes(self) -> int:
         """Bytes on the device now."""
         return self.backend.allocated

@@ -1,5 +1,6 @@
 /**
- * What the pack adds to ComfyUI's page: a sidebar tab, a widget on the GPU Placement node, a command and a setting.
+ * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, a widget on GPU Placement, presets, a command and a
+ * setting.
  *
  * The page imports every `.js` file of this folder, so this is the only one.
  */
@@ -7,7 +8,9 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { createFeed } from "./lib/feed.mjs";
+import { LINE_EVENT, nodeLines } from "./lib/node_lines.mjs";
 import { nodeWidgets } from "./lib/node_widgets.mjs";
+import { settingsWidgets } from "./lib/settings_widgets.mjs";
 import { sidebarTab } from "./lib/sidebar_tab.mjs";
 import { stringsFor } from "./lib/strings.mjs";
 
@@ -19,6 +22,8 @@ const strings = stringsFor(locale());
 const feed = createFeed(api);
 const tab = sidebarTab({ feed, locale });
 const widgets = nodeWidgets({ app, feed, locale });
+const lines = nodeLines({ app, locale });
+const inputs = settingsWidgets({ locale });
 
 app.registerExtension({
   name: "weightstream.vram",
@@ -34,9 +39,11 @@ app.registerExtension({
   ],
   commands: [{ id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) }],
   setup() {
+    api.addEventListener(LINE_EVENT, lines.hear);
     app.extensionManager.registerSidebarTab(tab.entry);
   },
   nodeCreated(/** @type {any} */ node) {
+    inputs.add(node);
     widgets.add(node);
   },
 });

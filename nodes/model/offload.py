@@ -12,6 +12,8 @@ from ...streaming import Backend, PackingMode, StreamingConfig
 from ..host.devices import verifying
 
 GIB = 1024**3
+# Inputs in GiB: what an arrow adds, and what a value is rounded to, which is as fine as a minimum that an error names.
+STEP_GIB, ROUND_GIB = 0.05, 0.01
 
 
 class Mode(str, Enum):

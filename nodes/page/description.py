@@ -64,7 +64,8 @@ def ladder_step(now: Snapshot) -> tuple[str, str]:
         kept = now.resident_bytes + now.rest_bytes
         return "pinned", f"{format_bytes(kept)} of {format_bytes(kept + now.streamed_weight_bytes)} stay in VRAM"
     if now.building:
-        return "staged", now.note or "page-locked copies are still being made"
+        when = "now" if now.locking else "before the next step"
+        return "staged", now.note or f"page-locked copies are made {when}"
     return "staged", now.note
 
 

@@ -29,7 +29,7 @@ class VirtualMemory:
         allocated, peak: bytes handed out now, and at most since the peak was last reset.
     """
 
-    def __init__(self, budget: int, name: str = "virtual:0") -> None:
+    def __init__(self, budget: int, name: str = "gpu:0") -> None:
         self.name = name
         self.budget = budget
         self.allocated = 0

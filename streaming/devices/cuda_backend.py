@@ -28,7 +28,7 @@ class CudaBackend(Backend):
 
     def __init__(self, device: torch.device, record: AllocationRecord = NO_RECORD) -> None:
         index = device.index if device.index is not None else torch.cuda.current_device()
-        super().__init__(torch.device("cuda", index), f"cuda:{index}", record)
+        super().__init__(torch.device("cuda", index), f"gpu:{index}", record)
         self._out: torch.cuda.Stream | None = None
 
     def _lasting(self, nbytes: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from ..config import format_bytes
+from ..config import format_bytes, format_rate
 from ..errors import ServerError
 
 DEFAULT_URL = "http://127.0.0.1:8188"
@@ -62,7 +62,7 @@ def describe_model(model: dict[str, Any]) -> list[str]:
     if run is None:
         return [*lines, "  no run has ended yet"]
     step = "" if run["step_seconds"] is None else f" of {run['step_seconds']:.3f} s"
-    rate = "" if run["rate"] is None else f", {format_bytes(run['rate'])}/s on average"
+    rate = "" if run["rate"] is None else f", {format_rate(run['rate'])} on average"
     again = f" ({run['reruns']} ran again)" if run["reruns"] else ""
     damaged = f"; {run['corrupted']} arrived damaged" if run["corrupted"] else ""
     return [
@@ -75,7 +75,7 @@ def describe_model(model: dict[str, Any]) -> list[str]:
 def _device(device: dict[str, Any]) -> str:
     parts = ("resident", "staging", "torch", "cache", "other", "free")
     used = ", ".join(f"{name} {_bytes(device[name])}" for name in parts)
-    rate = UNKNOWN if device["copy_rate"] is None else f"{format_bytes(device['copy_rate'])}/s"
+    rate = UNKNOWN if device["copy_rate"] is None else format_rate(device["copy_rate"])
     stalled = UNKNOWN if device["stalled"] is None else f"{device['stalled']:.0%}"
     title = f"{device['device']}  {device['name']}, {_bytes(device['total'])}"
     return f"{title}: {used}; peak {_bytes(device['peak'])}; copies {rate}, stalled {stalled}"

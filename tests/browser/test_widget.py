@@ -62,7 +62,7 @@ SILENT = "() => performance.now() - window.weightstreamHeard.at(-1) > 3000"
 TEXTS = {
     "starting": ["Connecting", "Waiting for the server's first answer."],
     "idle": ["Idle", "NVIDIA GeForce RTX 4090", "No streamed model is loaded."],
-    "loading": ["Loading", "8.4 / 23.8 GB, 1.6 GB/s", "page-locked copies are still being made"],
+    "loading": ["Loading", "8.4 / 23.8 GiB, 1.6 GB/s", "page-locked copies are made now"],
     "allResident": [
         "All resident",
         "The whole model is in VRAM; nothing has to be copied.",
@@ -73,14 +73,14 @@ TEXTS = {
         "Streaming",
         "34.4 GB/s",
         "43 %",
-        "streams from page-locked RAM: 12.6 GB of 23.8 GB stay in VRAM",
-        "Each step copies 11.2 GB",
+        "streams from page-locked RAM: 12.6 GiB of 23.8 GiB stay in VRAM",
+        "Each step copies 11.2 GiB",
         "34.6 GB/s on average",
-        "Free page-locked RAM (11.4 GB)",
+        "Free page-locked RAM (11.4 GiB)",
     ],
     "packed": [
-        "Each step copies 13.0 GB (packed, 18.0 GB of weights)",
-        "5.8 GB of 23.8 GB stay in VRAM",
+        "Each step copies 13.0 GiB (packed, 18.0 GiB of weights)",
+        "5.8 GiB of 23.8 GiB stay in VRAM",
     ],
     "split": [
         "gpu:0",
@@ -88,7 +88,7 @@ TEXTS = {
         "qwen_image_bf16.safetensors",
         "t5xxl_fp16.safetensors",
         "not loaded",
-        "Free page-locked RAM (4.7 GB)",
+        "Free page-locked RAM (4.7 GiB)",
     ],
     "inactive": ["Not streaming: Flux (node 7)", "ComfyUI was told to keep models in VRAM"],
     "fallback": ["Placed differently: GPU Placement (node 9)", "gpu:3 is not there (this machine has gpu:0)"],
@@ -124,7 +124,7 @@ def size(value: int | None) -> str:
     """As the panel writes it."""
     if value is None:
         return DASH
-    for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+    for unit, bytes_of_one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if value >= bytes_of_one * 0.9995:
             number = value / bytes_of_one
             return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.1f} {unit}"

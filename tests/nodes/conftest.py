@@ -168,7 +168,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     def have(count: int, budget: int = 24 * MB) -> tuple[VirtualMemory, ...]:
         devices.read_environment()
-        memories = tuple(VirtualMemory(budget, f"virtual:{index}") for index in range(count))
+        memories = tuple(VirtualMemory(budget, f"gpu:{index}") for index in range(count))
         monkeypatch.setattr(devices._virtual, "devices", memories)
         return memories
 

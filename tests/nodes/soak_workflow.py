@@ -69,8 +69,8 @@ class Workflow:
         return comfy.sd.load_diffusion_model(str(self._folder / FILES[name]), model_options=OPTIONS.get(name, {}))
 
     def _with_settings(self, model: ModelPatcher, mode: str, limit: int, packing: str) -> ModelPatcher:
-        settings = (mode, 0, 0, limit / 1024**3, "auto", 0.0, 0.0)
-        return AsyncOffloadSettings.execute(model, *settings, packing=packing).args[0]
+        settings = {"mode": mode, "vram_limit_gb": limit / 1024**3, "packing": packing}
+        return AsyncOffloadSettings.execute(model, **settings).args[0]
 
     def _with_lora(self, model: ModelPatcher, name: str, strength: float) -> ModelPatcher:
         lora = comfy.utils.load_torch_file(str(self._folder / f"{name}-lora.safetensors"))

@@ -245,7 +245,7 @@ def test_out_of_memory_in_a_step_shrinks_the_plan_and_runs_it_again(
     assert 0 < taking.failures <= 4
     assert streamer.counters.reruns == taking.failures
     assert streamer.counters.steps == failing_step + 6
-    assert "out of memory in a step on virtual:0" in caplog.text
+    assert "out of memory in a step on gpu:0" in caplog.text
     assert "less for weights" in caplog.text
     # It does not grow back into the next failure.
     settled = taking.failures

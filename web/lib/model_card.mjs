@@ -6,6 +6,9 @@ import { el, setAttribute, setOptional, setShown, setText, syncList } from "./do
 import { bytes } from "./format.mjs";
 import { simpleBar } from "./meter.mjs";
 
+// So long a card says what a button has done.
+const SAID_MS = 20_000;
+
 /** @import { Part } from "./dom.mjs" */
 /** @import { Freed } from "./feed.mjs" */
 /** @import { ModelView, PartView } from "./model_view.mjs" */
@@ -31,6 +34,8 @@ export function modelCard(first, strings, unload) {
   // There from the start: what is put into an element that comes with it is often not read out.
   const answer = el("p", { class: "ws-note", role: "status" });
   const freeing = { busy: false };
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  let said;
   const free = freeButton("model");
   const pinned = freeButton("pinned");
   const buttons = el("div", { class: "ws-buttons" }, free, pinned);
@@ -64,6 +69,9 @@ export function modelCard(first, strings, unload) {
   function say(text, tone) {
     answer.className = `ws-note ${tone}`;
     setText(answer, text);
+    clearTimeout(said);
+    // What was so then need not be so any more.
+    if (!freeing.busy) said = setTimeout(() => setText(answer, ""), SAID_MS);
   }
 
   function showButtons() {

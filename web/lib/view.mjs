@@ -34,7 +34,7 @@ export const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
  *   peak: number | null, warning: string, copy: string, stall: string, spark: string, figures: Figure[],
  *   open: boolean}} DeviceView
  * @typedef {{key: string, label: string, amount: string, fill: number | null, warning: string, meter: Meter}} HostView
- * @typedef {{key: string, kind: "inactive" | "fallback", title: string, text: string}} NoticeView
+ * @typedef {{key: string, kind: "inactive" | "fallback" | "failed", title: string, text: string}} NoticeView
  * @typedef {{key: string, text: string, tone: Tone}} BriefView  a line of what is loaded, or was to stream and does not
  * @typedef {"neutral" | "active" | "good" | "warning" | "error"} Tone
  * @typedef {{state: {key: string, tone: Tone, text: string, spoken: string}, banner: string, old: boolean,
@@ -109,7 +109,7 @@ function bannerText({ link }, status, strings) {
  * @param {FeedState} feed
  * @param {Status | null} status
  * @returns {[("starting" | "stale" | "missing" | "gone" | "newer" | "idle" | "allResident" | "loading" | "streaming"
- *   | "running"), Tone]}
+ *   | "running" | "locking"), Tone]}
  */
 function stateOf(feed, status) {
   if (feed.link === "missing" || feed.link === "gone" || feed.link === "newer") return [feed.link, "error"];
@@ -120,6 +120,7 @@ function stateOf(feed, status) {
   const running = models.filter((model) => model.running);
   if (running.some((model) => model.ladder !== "resident")) return ["streaming", "active"];
   if (running.length > 0) return ["running", "active"];
+  if (models.some((model) => model.locking)) return ["locking", "active"];
   const resident = models.length > 0 && models.every((model) => model.ladder === "resident");
   return resident ? ["allResident", "good"] : ["idle", "neutral"];
 }
