@@ -1,5 +1,5 @@
 /**
- * What the pack adds to ComfyUI's page: a sidebar tab, a widget on the GPU Placement node, a command and a setting.
+ * What the pack adds to ComfyUI's page: a sidebar tab, a widget on the GPU Placement node, commands and a setting.
  *
  * The page imports every `.js` file of this folder, so this is the only one.
  */
@@ -10,6 +10,7 @@ import { createFeed } from "./lib/feed.mjs";
 import { nodeWidgets } from "./lib/node_widgets.mjs";
 import { sidebarTab } from "./lib/sidebar_tab.mjs";
 import { stringsFor } from "./lib/strings.mjs";
+import { takeover } from "./lib/takeover.mjs";
 
 const WIDGET_SETTING = "WeightStream.NodeWidget";
 const COMMAND = "WeightStream.ShowVRAM";
@@ -19,6 +20,7 @@ const strings = stringsFor(locale());
 const feed = createFeed(api);
 const tab = sidebarTab({ feed, locale });
 const widgets = nodeWidgets({ app, feed, locale });
+const takingOver = takeover({ app, api, locale });
 
 app.registerExtension({
   name: "weightstream.vram",
@@ -32,7 +34,13 @@ app.registerExtension({
       onChange: (/** @type {boolean} */ shown) => widgets.show(shown),
     },
   ],
-  commands: [{ id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) }],
+  commands: [
+    { id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) },
+    takingOver.command,
+  ],
+  menuCommands: [takingOver.menu],
+  getCanvasMenuItems: takingOver.canvasItems,
+  getNodeMenuItems: takingOver.nodeItems,
   setup() {
     app.extensionManager.registerSidebarTab(tab.entry);
   },

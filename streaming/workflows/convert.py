@@ -56,6 +56,8 @@ def convert(workflow: Any) -> Conversion:
             _Pass(graph, result.notes).run()
             if isinstance(graph, PageGraph):
                 _forget_widgets(result.workflow, graph)
+    except WorkflowError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise WorkflowError(f"it has links or nodes that cannot be read ({type(error).__name__}: {error})") from error
     return result
