@@ -62,6 +62,29 @@ def convert(arguments: argparse.Namespace) -> None:
         print("there is nothing to change; no file is written")
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    from .errors import ServerError
+    from .estimating.cutting import cut
+    from .estimating.estimate import CARDS, Machine, describe_model, describe_plan, measured_by
+    from .estimating.tensors import read_tensors
+    from .machine.server_status import ask
+
+    path = Path(arguments.model)
+    found = cut(read_tensors(path))
+    print("\n".join(describe_model(path.name, found)))
+    compute = arguments.compute
+    if compute is None:
+        try:
+            compute = measured_by(ask(arguments.url), path.name)
+        except ServerError:
+            if arguments.url:
+                raise
+    for vram in [arguments.vram] if arguments.vram else CARDS:
+        machine = Machine(vram, arguments.reserve, arguments.ram, arguments.link, compute, os.name)
+        print("\n".join(["", *describe_plan(found, machine)]))
+    print("\nBy the names in the file's header; the pack itself plans by the model that ComfyUI builds of it.")
+
+
 def _write(path: Path, text: str) -> None:
     """Write the whole file or leave what is there."""
     part = path.with_name(path.name + ".part")
@@ -89,7 +112,25 @@ def parser() -> argparse.ArgumentParser:
         "output", metavar="OUT.json", nargs="?", help=f"default: IN{ENDING}.json beside it; - is the terminal"
     )
     converting.set_defaults(run=convert)
+    planning = commands.add_parser("plan", help="what of a model will stream on a card, and what that takes")
+    planning.add_argument("model", metavar="MODEL.safetensors", help="any file of the model, or its index")
+    planning.add_argument("--vram", type=_positive, help="GiB of the card (default: several cards)")
+    planning.add_argument("--ram", type=_positive, default=0.0, help="GiB of the machine")
+    planning.add_argument("--link", type=_positive, default=25.0, help="GB/s from RAM to the card (default: 25)")
+    planning.add_argument(
+        "--reserve", type=_positive, default=1.5, help="GiB of VRAM for activations and others (default: 1.5)"
+    )
+    planning.add_argument("--compute", type=_positive, help="seconds of a step with all weights in VRAM, if known")
+    planning.add_argument("--url", help="a running ComfyUI that may have measured that (default: the usual address)")
+    planning.set_defaults(run=plan)
     return program
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ WITHOUT_TORCH = (
         (["status", "--url", "127.0.0.1:9"], "no ComfyUI answers"),
         (["convert", "example_workflows/flux1-dev_one_small_gpu.json"], "there is nothing to change"),
         (["gpus"], "this Python has no torch"),
+        (["plan", "missing.safetensors"], "missing.safetensors cannot be read"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

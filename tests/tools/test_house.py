@@ -16,6 +16,7 @@ ROOMS = {
     "streaming": [
         "workflows",
         "planning",
+        "estimating",
         "files",
         "devices",
         "packing",
