@@ -11,6 +11,7 @@ StreamingError
 |-- StepNotRepeatedError   a step failed and has changed what it began with
 |-- WeightsMovedError      weights went off the device while a step ran that needed them
 |-- GradientError          gradients are asked for through a block that streams
+|-- WorkflowError          a file is no workflow, or one that cannot be read
 `-- ServerError            no ComfyUI with this pack answers
 """
 
@@ -72,6 +73,10 @@ class GradientError(StreamingError):
 
 class WeightsMovedError(StreamingError):
     """Weights went off the device while a step ran that needed them, so what it has computed may be wrong."""
+
+
+class WorkflowError(StreamingError, ValueError):
+    """A file is no workflow of ComfyUI, or has something in it that cannot be read."""
 
 
 class ServerError(StreamingError):

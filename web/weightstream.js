@@ -1,5 +1,5 @@
 /**
- * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, a widget on GPU Placement, presets, a command and a
+ * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, a widget on GPU Placement, presets, commands and a
  * setting.
  *
  * The page imports every `.js` file of this folder, so this is the only one.
@@ -13,6 +13,7 @@ import { nodeWidgets } from "./lib/node_widgets.mjs";
 import { settingsWidgets } from "./lib/settings_widgets.mjs";
 import { sidebarTab } from "./lib/sidebar_tab.mjs";
 import { stringsFor } from "./lib/strings.mjs";
+import { takeover } from "./lib/takeover.mjs";
 
 const WIDGET_SETTING = "WeightStream.NodeWidget";
 const COMMAND = "WeightStream.ShowVRAM";
@@ -24,6 +25,7 @@ const tab = sidebarTab({ feed, locale });
 const widgets = nodeWidgets({ app, feed, locale });
 const lines = nodeLines({ app, locale });
 const inputs = settingsWidgets({ locale });
+const takingOver = takeover({ app, api, locale });
 
 app.registerExtension({
   name: "weightstream.vram",
@@ -37,7 +39,13 @@ app.registerExtension({
       onChange: (/** @type {boolean} */ shown) => widgets.show(shown),
     },
   ],
-  commands: [{ id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) }],
+  commands: [
+    { id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) },
+    takingOver.command,
+  ],
+  menuCommands: [takingOver.menu],
+  getCanvasMenuItems: takingOver.canvasItems,
+  getNodeMenuItems: takingOver.nodeItems,
   setup() {
     api.addEventListener(LINE_EVENT, lines.hear);
     app.extensionManager.registerSidebarTab(tab.entry);

@@ -30,6 +30,7 @@ from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import StreamedModel, streamed_models
 from ..tell import messages
 from ..tell.notices import describe_notices
+from .converting import add_convert_route
 from .description import describe_models
 from .usage import sampler
 from .watching import LEASE_SECONDS, SCHEMA, Watch
@@ -150,6 +151,7 @@ def add_routes() -> None:
     if server is None:
         return
     watch = Watch(server)
+    add_convert_route(server)
 
     @server.routes.get(STATUS_ROUTE)
     async def get_status(_request: web.Request) -> web.Response:

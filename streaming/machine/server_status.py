@@ -18,12 +18,13 @@ TIMEOUT_SECONDS = 10
 UNKNOWN = "-"
 
 
-def ask(url: str) -> dict[str, Any]:
-    """Return the status of the server at ``url``.
+def ask(url: str | None = None) -> dict[str, Any]:
+    """Return the status of the server at ``url``, or of the one at ComfyUI's usual address.
 
     Raises:
         ServerError: no server answers there, or it lacks this pack or has another version of it.
     """
+    url = url or DEFAULT_URL
     if "://" not in url:
         url = f"http://{url}"
     try:
