@@ -47,7 +47,6 @@ class StreamingConfig:
         vram_limit: bytes that weights and staging may take on the device; None takes what is offered.
         headroom_bytes: device memory that stays free beside the weights and a step's measured activations.
         adaptive: follow the memory that steps were measured to leave, instead of what was offered for the first.
-        thrifty: keep no more on the device than makes a step faster, once that was measured.
         fill_threads: threads that fill host memory while a load or a step waits for it; 0 takes the number of cores, at
             most 16.
         read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
@@ -66,7 +65,6 @@ class StreamingConfig:
     vram_limit: int | None = None
     headroom_bytes: int = 200_000_000
     adaptive: bool = True
-    thrifty: bool = True
     fill_threads: int = 0
     read_threads: int = 8
     chunk_bytes: int = 8 * 1024**2

@@ -74,8 +74,6 @@ def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
         stream_all=settings.mode is Mode.STREAM,
         headroom_bytes=_headroom(settings, virtual),
         adaptive=mm.vram_state != mm.VRAMState.NO_VRAM,
-        # How fast a CPU computes, and copies from its own memory, says nothing about a GPU.
-        thrifty=not virtual,
         packing=settings.packing,
         verify=verifying(),
     )

@@ -180,10 +180,10 @@ class Plan:
 SecondsOf = Callable[["Plan", Profile], float]
 
 
-def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
-    """Return the seconds that a step will take under ``plan``, with ``bus`` times the bandwidth."""
+def forecast_seconds(plan: Plan, profile: Profile) -> float:
+    """Return the seconds that a step will take under ``plan``."""
     if not plan.segments:
         return profile.compute_seconds
     needs = segment_needs(plan.segments, profile, timeline(plan.outline, profile))
-    stages, lead = stages_of(needs, [profile.bandwidth * bus], profile.compute_seconds)
+    stages, lead = stages_of(needs, [profile.bandwidth], profile.compute_seconds)
     return max(profile.compute_seconds, step_seconds(stages, waits_of(needs, [plan.waits]), lead))

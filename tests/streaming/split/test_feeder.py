@@ -49,7 +49,7 @@ def feed(home: Backend, *helpers: Backend, chunks: int = 2) -> None:
 def make(
     model: torch.nn.Module, backend: Backend, slots: int, copy_streams: int = 2, segment_bytes: int = 3 * UNIT
 ) -> Streamer:
-    config = StreamingConfig(copy_streams, slots, segment_bytes=segment_bytes, adaptive=False, thrifty=False)
+    config = StreamingConfig(copy_streams, slots, segment_bytes=segment_bytes, adaptive=False)
     return Streamer(model, cut_model(model), backend, config)
 
 
