@@ -109,7 +109,8 @@ def choose(devices: str, split: str, ratio: str, present: Sequence[str]) -> Choi
 
 def not_there(missing: Sequence[str], present: Sequence[str]) -> str:
     """In words: which devices are missing, and which are there."""
-    return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there ({what_is_there(present)})"
+    verb = "is not there" if len(missing) == 1 else "are not there"
+    return f"{', '.join(missing)} {verb} ({what_is_there(present)})"
 
 
 def what_is_there(present: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import { lineText } from "./line.mjs";
 import { stringsFor } from "./strings.mjs";
 
 /** @import { Line } from "./line.mjs" */
+/** @import { Strings } from "./strings.mjs" */
 
 export const LINE_EVENT = "weightstream.line";
 const NAME = "weightstream_line";
@@ -43,10 +44,12 @@ export function nodeLines({ app, locale }) {
     holder.addEventListener("wheel", (event) => fold.open && event.stopPropagation());
     resize(0);
     return (/** @type {Line} */ line) => {
-      const text = lineText(line, stringsFor(locale()));
+      const strings = stringsFor(locale());
+      const text = lineText(line, strings);
+      const details = line.details.map((detail) => inWords(detail, strings));
       setText(summary, text);
-      summary.setAttribute("title", [text, ...line.details].join("\n"));
-      body.replaceChildren(...line.details.map((detail) => el("p", {}, detail)));
+      summary.setAttribute("title", [text, ...details].join("\n"));
+      body.replaceChildren(...details.map((detail) => el("p", {}, detail)));
     };
   }
 
@@ -61,6 +64,16 @@ export function nodeLines({ app, locale }) {
       show(line);
     },
   };
+}
+
+/**
+ * A device and its plan.
+ * @param {string} detail
+ * @param {Strings} strings
+ */
+function inWords(detail, strings) {
+  const [device, ...plan] = detail.split(": ");
+  return strings.because(device, strings.fromServer(plan.join(": ")));
 }
 
 /**

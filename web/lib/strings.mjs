@@ -1,8 +1,10 @@
 /**
- * Every text of the page, in each language. Sentences of the server (plans, reasons, notices) are shown as they come.
+ * Every text of the page, in each language. What the server says (plans, reasons, notices) comes in English.
  *
  * @typedef {typeof ENGLISH} Strings
  */
+
+import { inChinese } from "./server_texts.mjs";
 
 const ENGLISH = {
   title: "WeightStream",
@@ -95,6 +97,8 @@ const ENGLISH = {
     `${run.stall} waited per block; ${run.misses} ${run.misses === 1 ? "miss" : "misses"}`,
   corrupted: (/** @type {number} */ count) => `${count} ${count === 1 ? "copy" : "copies"} arrived damaged, and came again`,
 
+  /** What the server says, in the language of the page. */
+  fromServer: (/** @type {string} */ text) => text,
   automatic: "auto",
   unlimited: "no limit",
   lineStep: (/** @type {string} */ step) => `${step}/step`,
@@ -201,6 +205,7 @@ const CHINESE = {
     `上次运行：${run.steps} 步，每步 ${run.step}；平均以 ${run.rate} 拷贝 ${run.copied}；每块等待 ${run.stall}；未命中 ${run.misses} 次`,
   corrupted: (count) => `${count} 次拷贝损坏，已重新拷贝`,
 
+  fromServer: inChinese,
   automatic: "自动",
   unlimited: "不限",
   lineStep: (step) => `每步 ${step}`,

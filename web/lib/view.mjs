@@ -66,7 +66,7 @@ export function buildView(feed, strings, { small = false, keep = () => false } =
     devices,
     // Where figures are unfolded they have the colours beside them.
     legend: devices.some((device) => !device.open),
-    deviceNote: usable && devices.length === 0 ? strings.noDevices(usable.why_no_devices ?? "") : "",
+    deviceNote: usable && devices.length === 0 ? strings.noDevices(strings.fromServer(usable.why_no_devices ?? "")) : "",
     host,
     models,
     // Without its status the server's models are not known to be none.
@@ -130,7 +130,7 @@ function stateOf(feed, status) {
  * @param {Strings} strings
  */
 function spokenNotices(status, strings) {
-  return (status?.notices ?? []).map((notice) => `${strings[notice.kind] ?? ""} ${notice.name}: ${notice.text}`.trim());
+  return (status?.notices ?? []).map((notice) => `${strings[notice.kind] ?? ""} ${notice.name}: ${strings.fromServer(notice.text)}`.trim());
 }
 
 /**
@@ -270,6 +270,6 @@ function noticeView(notice, place, strings) {
     key: `${notice.node_id}/${notice.name}/${place}`,
     kind: notice.kind,
     title: `${strings[notice.kind] ?? ""}: ${notice.name}${where}`,
-    text: notice.text,
+    text: strings.fromServer(notice.text),
   };
 }
