@@ -47,7 +47,9 @@ from .planning.segments import Segment
 from .planning.state import State
 from .planning.vram_budget import DeviceMemory, VramBudget
 from .run.schedule import Schedule
+from .run.step_log import RunLog, StepRow
 from .run.telemetry import Counters, Run, Snapshot
+from .run.trace import NamedTrace, StepTrace, chrome_trace
 from .split.feeder import Feeder
 from .split.feeding import feeding_is_faster, find_feeders
 from .streamer import Streamer
@@ -76,6 +78,7 @@ __all__ = [
     "GradientError",
     "Group",
     "HostMemory",
+    "NamedTrace",
     "NoPatches",
     "Outline",
     "PackingMode",
@@ -85,12 +88,15 @@ __all__ = [
     "Profile",
     "Progress",
     "Run",
+    "RunLog",
     "Schedule",
     "Segment",
     "ServerError",
     "Snapshot",
     "State",
     "StepNotRepeatedError",
+    "StepRow",
+    "StepTrace",
     "Streamer",
     "StreamingConfig",
     "StreamingError",
@@ -103,6 +109,7 @@ __all__ = [
     "VramReader",
     "WeightsMovedError",
     "assumed_profile",
+    "chrome_trace",
     "cut_model",
     "feeding_is_faster",
     "find_blocks",
