@@ -31,7 +31,7 @@ from .files.checkpoint_file import CheckpointFile, FileSlice
 from .files.header import Entry
 from .group import Group
 from .machine.device_names import gpu_name, in_parts, parse_device, parse_gpus, parse_shares
-from .machine.gpus import Gpu, list_gpus
+from .machine.gpus import Gpu, Link, list_gpus
 from .machine.host_memory import HostMemory, group_memory
 from .machine.vram import Vram, VramReader, open_vram_reader
 from .memory.arena import PinBudget
@@ -78,6 +78,7 @@ __all__ = [
     "GradientError",
     "Group",
     "HostMemory",
+    "Link",
     "NamedTrace",
     "NoPatches",
     "Outline",

@@ -30,7 +30,7 @@ from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import StreamedModel, streamed_models
 from ..tell import messages
 from ..tell.notices import describe_notices
-from .description import describe_models
+from .description import describe_causes, describe_models
 from .timeline import describe_runs, describe_traces, trace_file, traces_of
 from .usage import sampler
 from .watching import LEASE_SECONDS, SCHEMA, Watch
@@ -69,6 +69,7 @@ def full_status() -> dict[str, Any]:
         "comfyui": {"version": hosts.VERSION, "broken": list(broken_contracts())},
         "why_no_devices": None if visible_gpus() else why_no_gpus(),
         "models": describe_models(streamed_models()),
+        "causes": describe_causes(streamed_models(), now.devices),
         "notices": describe_notices(),
     }
 
@@ -181,7 +182,6 @@ def add_routes() -> None:
         except BusyError as error:
             return _refused(409, str(error))
 
-
     @server.routes.get(TIMELINE_ROUTE)
     async def get_timeline(request: web.Request) -> web.Response:
         models = _models(request.query.get("model"))
@@ -199,7 +199,8 @@ def add_routes() -> None:
         models = _models(wanted)
         if not models:
             return _unknown(wanted)
-        if not all([model.streamer.ask_for_trace() for model in models]):  # Of all, also behind one that refuses.
+        answers = [model.streamer.ask_for_trace() for model in models]
+        if not all(answers):
             return _refused(409, "steps of a compiled model are not recorded: it would be compiled anew")
         return web.json_response({})
 

@@ -17,7 +17,7 @@ DIGITS = 6
 
 
 def traces_of(models: Sequence[StreamedModel]) -> list[NamedTrace]:
-    """The step that was recorded last, on each device of a model, by the names that nodes use; empty before there is one.
+    """The step that was recorded last, on each device of a model, by the names of nodes; empty before there is one.
 
     A part of which the last one is of another run is left out: their spans do not lie side by side.
     """
@@ -64,6 +64,16 @@ class _Step(NamedTuple):
     copied: float
     waited: float
 
+    @property
+    def rate(self) -> int:
+        """Bytes per second, whole ones."""
+        return round(self.copied / self.seconds) if self.seconds else 0
+
+    @property
+    def waiting(self) -> float:
+        """The part of the step for which it waited; waits are counted late, so they may come to more."""
+        return round(min(1.0, self.waited / self.seconds), 3) if self.seconds else 0.0
+
 
 def describe_runs(models: Iterable[StreamedModel]) -> list[dict[str, Any]]:
     """The last runs of a model, the oldest first: what each step took, its copies per second, and its part of waiting.
@@ -72,7 +82,9 @@ def describe_runs(models: Iterable[StreamedModel]) -> list[dict[str, Any]]:
     """
     parts = [model.streamer.logged_runs() for model in models]
     numbers = sorted({run.number for part in parts for run in part})
-    return [_describe_run(number, [run for part in parts for run in part if run.number == number]) for number in numbers]
+    return [
+        _describe_run(number, [run for part in parts for run in part if run.number == number]) for number in numbers
+    ]
 
 
 def _describe_run(number: int, parts: Sequence[RunLog]) -> dict[str, Any]:
@@ -85,8 +97,8 @@ def _describe_run(number: int, parts: Sequence[RunLog]) -> dict[str, Any]:
         "number": number,
         "steps": list(together),
         "seconds": [round(step.seconds, DIGITS) for step in together.values()],
-        "rate": [round(step.copied / step.seconds) if step.seconds else 0 for step in together.values()],
-        "waiting": [round(min(1.0, step.waited / step.seconds), 3) if step.seconds else 0 for step in together.values()],
+        "rate": [step.rate for step in together.values()],
+        "waiting": [step.waiting for step in together.values()],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -53,12 +54,14 @@ def test_two_devices_lie_side_by_side(loaded: StreamedModelPatcher) -> None:
     devices = describe_traces(traces_of(parts_of(ours)))
     assert [device["device"] for device in devices] == ["gpu:0", "gpu:1"]
     assert min(device["offset"] for device in devices) == 0.0
-    assert len({name for device in devices for name in device["blocks"]}) == sum(len(each["blocks"]) for each in devices)
+    assert len({name for device in devices for name in device["blocks"]}) == sum(
+        len(each["blocks"]) for each in devices
+    )
     # Blocks take turns: whoever computes, the other does not.
     spans = sorted(
         (device["offset"] + begin, device["offset"] + end) for device in devices for begin, end, _ in device["compute"]
     )
-    assert all(end <= begin + 1e-5 for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= begin + 1e-5 for (_, end), (begin, _) in pairwise(spans))
     file = trace_file(traces_of(parts_of(ours)), MODEL)
     names = [event["args"]["name"] for event in file["traceEvents"] if event["name"] == "process_name"]
     assert names == [f"gpu:0 {MODEL}", f"gpu:1 {MODEL}"]

@@ -253,7 +253,9 @@ def test_single_steps_are_told_by_route(host: HeadlessHost) -> None:
     (later,) = host.get(f"{TIMELINE}?model={model['id']}")["devices"]
     assert later["time"] > device["time"]
     file = host.get(f"{TIMELINE}?model={model['id']}&format=chrome")
-    assert sum(event["ph"] == "X" and event["cat"] == "compute" for event in file["traceEvents"]) == len(later["compute"])
+    assert sum(event["ph"] == "X" and event["cat"] == "compute" for event in file["traceEvents"]) == len(
+        later["compute"]
+    )
 
     async def ask() -> list[int]:
         async with aiohttp.ClientSession(host.url) as session:
