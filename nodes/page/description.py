@@ -121,6 +121,7 @@ def _describe_run(run: Run | None, blocks: int) -> dict[str, Any] | None:
         "reruns": counters.reruns,
         "bytes": counters.streamed_bytes,
         "rate": counters.streamed_bytes / counters.steps / seconds if seconds else None,
+        "waiting": min(1.0, counters.stall_seconds / counters.steps / seconds) if seconds else None,
         "stall_ms_per_block": 1000 * counters.stall_seconds / counters.steps / max(1, blocks),
         "misses": counters.misses,
         "corrupted": counters.corrupted,

@@ -4,7 +4,11 @@
  * @typedef {typeof ENGLISH} Strings
  */
 
+import { CHINESE_PICTURES, ENGLISH_PICTURES } from "./picture_strings.mjs";
+
 const ENGLISH = {
+  ...ENGLISH_PICTURES,
+
   title: "WeightStream",
   tab: "VRAM",
   tooltip: "VRAM and streamed models (WeightStream)",
@@ -104,6 +108,8 @@ const ENGLISH = {
 
 /** @type {Strings} */
 const CHINESE = {
+  ...CHINESE_PICTURES,
+
   title: "WeightStream",
   tab: "显存",
   tooltip: "显存与流式模型（WeightStream）",
