@@ -50,3 +50,11 @@ test("on several devices the dearest comes first, with its device, and room last
   assert.deepEqual(views.map(({ device, kind }) => `${device} ${kind}`), ["gpu:1 limit", "gpu:0 others", "gpu:0 room", "gpu:1 room"]);
   assert.ok(causeViews([cause()], "1", EN).every(({ device }) => device === ""));
 });
+
+test("where all devices compute one speaks for all, and where one waits they are silent", () => {
+  const computes = [cause({ kind: "compute", waiting: 0.01 }), cause({ kind: "compute", waiting: 0.02, device: "gpu:1" })];
+  const [view, ...more] = causeViews(computes, "1", EN);
+  assert.deepEqual([view.device, more.length], ["", 0]);
+  assert.match(view.text, /only 2 % of a step/);
+  assert.deepEqual(causeViews([...computes, cause({ device: "gpu:2" })], "1", EN).map(({ kind }) => kind), ["room"]);
+});

@@ -12,7 +12,7 @@ const LABEL = 13;
 const AXIS = 16;
 const GAP = 5;
 const PIXELS_OF_TICK = 64;
-const LEAST_WIDTH = 0.75;
+const LEAST_WIDTH = 1;
 
 /** The colour of each kind, as the style sheet names it. */
 const COLOURS = { compute: "--ws-resident", copies: "--ws-staging", waits: "--ws-error", unpacking: "--ws-torch" };
@@ -64,8 +64,9 @@ export function draw(canvas, view, range) {
  */
 function drawSpans(context, lane, x, top, width, colour) {
   lane.spans.forEach((span, number) => {
-    const left = Math.max(0, x(span.begin));
-    const right = Math.min(width, x(span.end));
+    // Whole pixels: half of one would be of no lane's colour.
+    const left = Math.max(0, Math.floor(x(span.begin)));
+    const right = Math.min(width, Math.round(x(span.end)));
     if (right < 0 || left > width) return;
     context.fillStyle = colour(COLOURS[span.kind]);
     // Neighbours are told apart without another colour.

@@ -38,7 +38,7 @@ const SENTENCES = {
  * @returns {CauseView[]}
  */
 export function causeViews(causes, model, strings) {
-  const ours = causes.filter((cause) => cause.model === model && cause.kind in SENTENCES);
+  const ours = told(causes.filter((cause) => cause.model === model && cause.kind in SENTENCES));
   const several = new Set(ours.map((cause) => cause.device)).size > 1;
   const dearest = several ? [...ours].sort((one, other) => rank(other) - rank(one)) : ours;
   return dearest.map((cause) => {
@@ -52,6 +52,16 @@ export function causeViews(causes, model, strings) {
       costs: cause.seconds ? strings.costs(format.duration(cause.seconds)) : "",
     };
   });
+}
+
+/**
+ * A device that only computes says nothing where another one waits; where all compute, one speaks for all.
+ * @param {readonly Cause[]} causes
+ */
+function told(causes) {
+  const others = causes.filter((cause) => cause.kind !== "compute");
+  if (others.length > 0) return others;
+  return [...causes].sort((one, other) => (other.waiting ?? 0) - (one.waiting ?? 0)).slice(0, 1);
 }
 
 /**

@@ -11,7 +11,7 @@ import { el, setOptional, setShown, setText, syncList } from "./dom.mjs";
 /** @param {Strings} strings */
 export function whyCard(strings) {
   const list = el("ol", { class: "ws-list ws-causes" });
-  const title = el("h3", { class: "ws-heading" }, strings.why);
+  const title = el("p", { class: "ws-heading", "aria-hidden": "true" }, strings.why);
   const element = el("section", { class: "ws-why", "aria-label": strings.why }, title, list);
   const rows = new Map();
   return {
