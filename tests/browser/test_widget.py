@@ -339,6 +339,10 @@ def test_every_state_says_what_it_should(
         elif name == "streaming":
             save_picture(panel, f"state-{name}-light")
         panel.evaluate(UNFOLD)
+        if name == "streaming" and theme == "dark":
+            timeline = panel.locator(".ws-model > details").filter(has=comfy.page.locator("canvas"))
+            expect(timeline.locator("canvas")).to_be_visible()
+            save_picture(timeline, "timeline")
         faults[name] = comfy.page.evaluate(FAULTS, f"[data-test={name}]")
     assert faults == {name: [] for name in names}
 
