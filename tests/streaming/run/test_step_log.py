@@ -7,6 +7,7 @@ from models import X, make_streamer, make_transformer
 from weightstream.streaming import RunLog, StepRow
 from weightstream.streaming.run import step_log
 from weightstream.streaming.run.step_log import StepLog
+from weightstream.streaming.run.telemetry import Counters, Meters
 
 NOTHING = StepRow(0, 0.0, 0, 0.0)
 
@@ -64,3 +65,31 @@ def test_the_log_outlives_a_change_of_settings() -> None:
     before = [each.rows[:1] for each in streamer.logged_runs()]
     streamer.configure(type(streamer.config)(copy_streams=0))
     assert [each.rows[:1] for each in streamer.logged_runs()] == before
+
+
+class LateDevice:
+    """A device that has got nowhere until it is told."""
+
+    over = False
+
+    def moment(self) -> float:
+        return 0.0
+
+    def seconds(self, begin: float, end: float) -> float | None:
+        return 2.0 if self.over else None
+
+
+def test_a_row_has_the_waits_of_its_step_though_the_device_got_there_late() -> None:
+    device, counters = LateDevice(), Counters()
+    meters = Meters(device, counters, [])
+    meters.step.begin_run()
+    meters.begin_step()
+    meters.stalls.add(lambda: device.seconds(0.0, 0.0))
+    meters.step.end(completed=True)
+    meters.stalls.collect()
+    counters.steps += 1
+    assert meters.step.runs() == []
+    device.over = True
+    meters.begin_step()
+    (run,) = meters.step.runs()
+    assert run.rows == (StepRow(1, 2.0, 0, 2.0),)

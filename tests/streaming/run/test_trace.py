@@ -85,6 +85,14 @@ def test_a_measured_step_is_shown_with_its_waits_where_they_were(timed: Timed) -
     assert all(span.seconds == pytest.approx(span.value / BANDWIDTH) for span in trace.copies)
 
 
+def test_waits_before_whole_blocks_are_shown(timed: Timed) -> None:
+    """In the first step blocks stream as a whole, and are waited for before they begin."""
+    took = [timed.step() for _ in range(2)]
+    trace = shown(timed.streamer)
+    assert trace.step == 1
+    assert 0 < trace.waited == pytest.approx(took[0] - 4 * COMPUTE - 0.5)
+
+
 def test_a_step_that_somebody_asks_for_is_shown_and_teaches_nothing(timed: Timed) -> None:
     for _ in range(5):
         timed.step()
