@@ -38,6 +38,8 @@ SET_SEED = """seed => {
     const sampler = app.graph.nodes.find(node => node.type === 'KSampler')
     sampler.widgets.find(widget => widget.name === 'seed').value = seed
 }"""
+# Of the page that ComfyUI brings, and of newer ones.
+TOAST = ".p-toast-message, [data-toast-kind]"
 SELECTED = "() => Object.values(app.canvas.selected_nodes ?? {}).map(node => node.type)"
 SEND_NOTICE = """notice => app.api.dispatchEvent(new CustomEvent('weightstream.notice', { detail: notice }))"""
 NO_CLIPBOARD = "() => Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })"
@@ -228,22 +230,22 @@ def test_a_fallback_is_said_by_a_toast(comfy: ComfyPage) -> None:
     prompt["placement"]["inputs"]["devices"] = "gpu:0,gpu:9"
     comfy.load_prompt(prompt)
     prompt_id = comfy.queue()
-    toast = comfy.page.locator(".p-toast-message", has_text="Placed differently")
+    toast = comfy.page.locator(TOAST, has_text="Placed differently")
     expect(toast.first).to_contain_text("gpu:9", timeout=60_000)
-    toast.first.locator("button").click()
+    toast.first.locator("button").first.click()
     expect(toast).to_have_count(0)
     comfy.host.wait(prompt_id, timeout_s=120)
     notice = {"node_id": None, "name": "Flux", "kind": "inactive", "text": "left as it is"}
     comfy.set("WeightStream.Toasts", False)
     try:
         comfy.page.evaluate(SEND_NOTICE, notice)
-        expect(comfy.page.locator(".p-toast-message", has_text="left as it is")).to_have_count(0)
+        expect(comfy.page.locator(TOAST, has_text="left as it is")).to_have_count(0)
     finally:
         comfy.set("WeightStream.Toasts", True)
     comfy.page.evaluate(SEND_NOTICE, notice)
-    shown = comfy.page.locator(".p-toast-message", has_text="left as it is")
+    shown = comfy.page.locator(TOAST, has_text="left as it is")
     expect(shown).to_have_count(1)
-    shown.locator("button").click()
+    shown.locator("button").first.click()
 
 
 def test_a_report_is_copied_or_shown(ran: ComfyPage) -> None:
