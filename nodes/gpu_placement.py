@@ -13,18 +13,35 @@ from comfy_api.latest import io
 from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
 from ..streaming.machine.device_names import CPU, DEFAULT
 from .changed_files import count_outdated
-from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, wanted_shares, why_no_gpus
+from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, why_no_gpus
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher
 from .tell import messages
+from .tell.failures import told_on_node
 from .tell.notices import keep_notice, withdraw_notice
 from .twins.components import clip_on, model_on
 from .twins.split import split_over
 from .twins.vae import vae_on
 
 NAME = "GPU Placement"
-# The same on every machine, so that a workflow from another machine loads here.
-DEVICES = [DEFAULT, CPU, *map(gpu_name, range(8))]
+ALIASES = ["multi gpu", "multigpu", "distorch", "device", "cuda", "vram", "low vram", "offload"]
+
+
+class DeviceChoices(list[str]):
+    """The names in the menu. ComfyUI asks them whether it may run a prompt, so they have every name of a device.
+
+    The menu is the same on every machine, and a workflow from a machine with more GPUs runs on one with fewer.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            parse_device(str(name))
+        except ConfigError:
+            return super().__contains__(name)
+        return True
+
+
+DEVICES = DeviceChoices([DEFAULT, CPU, *map(gpu_name, range(8))])
 
 # Added to the text when the model of another loader has to stream (components.py).
 STREAMS = ", where it streams, since its loader does not give it once more as it is"
@@ -46,6 +63,7 @@ class GpuPlacement(io.ComfyNode):
             display_name="GPU Placement",
             category="weightstream",
             description=cls.__doc__,
+            search_aliases=ALIASES,
             # All but the first are optional: the host lists required inputs before optional ones.
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL. Connect the node directly behind its loader."),
@@ -55,17 +73,23 @@ class GpuPlacement(io.ComfyNode):
                     "devices",
                     default="",
                     optional=True,
-                    tooltip="For the MODEL, the preferred one first: gpu:0,gpu:1. Empty is WEIGHTSTREAM_GPUS, or all.",
+                    tooltip="For the MODEL, the preferred one first: gpu:0,gpu:1 (or cuda:0, or 0). Empty is "
+                    "WEIGHTSTREAM_GPUS, or all.",
                 ),
                 io.Combo.Input(
                     "split",
                     options=list(SPLITS),
                     default="auto",
                     optional=True,
+                    advanced=True,
                     tooltip="How much each of several GPUs gets: auto by memory and speed, equal, or as ratio says.",
                 ),
                 io.String.Input(
-                    "ratio", default="", optional=True, tooltip="For split=ratio, a number for each GPU: 60,40."
+                    "ratio",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="For split=ratio, a number for each GPU: 60,40.",
                 ),
                 _device("clip_device", "the text encoder"),
                 _device("vae_device", "the VAE"),
@@ -74,6 +98,7 @@ class GpuPlacement(io.ComfyNode):
                     options=["fallback", "error"],
                     default="fallback",
                     optional=True,
+                    advanced=True,
                     tooltip="Where a GPU is not there: use those that are, and say so, or stop.",
                 ),
             ],
@@ -86,24 +111,14 @@ class GpuPlacement(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        devices: str | None = "",
-        split: str | None = "auto",
-        ratio: str | None = "",
-        clip_device: str | None = DEFAULT,
-        vae_device: str | None = DEFAULT,
-    ) -> bool | str:
-        """Whether the values can be parsed. Which devices exist is checked when the node runs.
+    def validate_inputs(cls, devices: str | None = "") -> bool | str:
+        """Whether the list can be read. Which devices exist is checked when the node runs.
 
-        A value that comes from another node is None here.
+        ComfyUI repeats what this returns for each input that it takes, so it takes one. ComfyUI looks at the menus
+        itself, and the ratio is read when the node runs. A value that comes from another node is None here.
         """
         try:
-            names = wanted_gpus(devices) if devices is not None else ()
-            if split is not None and ratio is not None:
-                wanted_shares(split, ratio, names)
-            for source, device in (("clip_device", clip_device), ("vae_device", vae_device)):
-                parse_device(device if device is not None else DEFAULT, source)
+            wanted_gpus(devices or "")
         except ConfigError as error:
             return str(error)
         return True
@@ -128,14 +143,15 @@ class GpuPlacement(io.ComfyNode):
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
         placing = Placing(visible_gpus(), on_missing == "error", node_id)
-        choice = choose(devices, split, ratio, list(placing.gpus))
-        names = parse_device(clip_device, "clip_device"), parse_device(vae_device, "vae_device")
-        placing.check(choice, *names)
-        if placing.gpus:
-            model = placing.place_model(model, choice, split)
-            clip = placing.place("CLIP", clip, names[0], clip_on)
-            vae = placing.place("VAE", vae, names[1], vae_on)
-        else:
+        with told_on_node(NAME, node_id):
+            choice = choose(devices, split, ratio, list(placing.gpus))
+            names = parse_device(clip_device, "clip_device"), parse_device(vae_device, "vae_device")
+            placing.check(choice, *names)
+            if placing.gpus:
+                model = placing.place_model(model, choice, split)
+                clip = placing.place("CLIP", clip, names[0], clip_on)
+                vae = placing.place("VAE", vae, names[1], vae_on)
+        if not placing.gpus:
             placing.fall_back(
                 f"placement is not available here, {why_no_gpus()}; everything stays where its loader put it"
             )

@@ -24,10 +24,11 @@ from .host.devices import make_backend
 from .host.generators import GeneratorStates
 from .host.hosts import made_with
 from .host.mapped import SAFETENSORS_ENDINGS, mapped_loading, opened
-from .model.offload import GIB, OffloadSettings
+from .model.offload import GIB, ROUND_GIB, STEP_GIB, OffloadSettings
 from .model.patcher import StreamedModelPatcher
 from .model.streamed_model import make_streamed
 from .tell import messages
+from .tell.failures import told_on_node
 from .tell.names import shown_name
 from .tell.notices import keep_notice
 
@@ -38,6 +39,8 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
+
+ALIASES = ["load diffusion model", "unet", "unet loader", "vram", "low vram", "block swap", "offload", "distorch"]
 
 # Folders of files that hold a diffusion model alone, and of files that hold text encoders and VAE too.
 MODELS, CHECKPOINTS = "diffusion_models", "checkpoints"
@@ -58,6 +61,7 @@ class StreamedModelLoader(io.ComfyNode):
             display_name="Streamed Model Loader",
             category="weightstream",
             description=cls.__doc__,
+            search_aliases=ALIASES,
             inputs=[
                 io.Combo.Input(
                     "unet_name",
@@ -75,7 +79,8 @@ class StreamedModelLoader(io.ComfyNode):
                     default=0.0,
                     min=0.0,
                     max=1024.0,
-                    step=0.1,
+                    step=STEP_GIB,
+                    round=ROUND_GIB,
                     optional=True,
                     tooltip="VRAM for the model's weights, in GiB. 0 uses what ComfyUI offers.",
                 ),
@@ -98,11 +103,12 @@ class StreamedModelLoader(io.ComfyNode):
         options = WEIGHT_DTYPES[weight_dtype]
         limit = int(vram_limit_gb * GIB) if vram_limit_gb > 0 else None
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
-        if path := folder_paths.get_full_path(MODELS, unet_name):
-            return io.NodeOutput(load_streamed(path, options, limit, node_id), None, None)
-        path = folder_paths.get_full_path_or_raise(CHECKPOINTS, unet_name)
-        model = load_streamed(path, options, limit, node_id, full_checkpoint=True)
-        return io.NodeOutput(model, *_load_companions(path))
+        with told_on_node(unet_name, node_id):
+            if path := folder_paths.get_full_path(MODELS, unet_name):
+                return io.NodeOutput(load_streamed(path, options, limit, node_id), None, None)
+            path = folder_paths.get_full_path_or_raise(CHECKPOINTS, unet_name)
+            model = load_streamed(path, options, limit, node_id, full_checkpoint=True)
+            return io.NodeOutput(model, *_load_companions(path))
 
 
 def _path_of(name: str) -> str | None:

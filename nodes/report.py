@@ -8,7 +8,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..streaming import open_vram_reader
+from ..streaming import Line, open_vram_reader
 from ..streaming.machine.server_status import describe_model as entry_as_text
 from .model.patcher import StreamedModelPatcher
 from .page.description import describe_models
@@ -32,6 +32,7 @@ class StreamingReport(io.ComfyNode):
             display_name="Streaming Report",
             category="weightstream",
             description=cls.__doc__,
+            search_aliases=["vram", "streaming", "statistics", "benchmark", "offload"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to tell of."),
                 io.AnyType.Input(
@@ -41,7 +42,7 @@ class StreamingReport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("text", tooltip="For people."),
+                io.String.Output("text", tooltip="For people, in Markdown."),
                 io.String.Output("json", tooltip="For programs: entries of the status route."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -56,7 +57,7 @@ class StreamingReport(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, trigger: Any = None) -> io.NodeOutput:
         report = make_report(model)
-        text = as_text(report)
+        text = as_markdown(report)
         if (node_id := cls.hidden.unique_id if cls.hidden is not None else None) is not None:
             messages.show(text, node_id)
         return io.NodeOutput(text, json.dumps(report, indent=2), ui={"text": [text], "weightstream": [report]})
@@ -66,12 +67,15 @@ def make_report(model: ModelPatcher) -> dict[str, Any]:
     """Return what the status route has on this MODEL (one entry for each of its devices), on devices and on notices."""
     with open_vram_reader() as reader:
         usage = sampler.sample(reader)
-    entries = []
+    entries, line = [], ""
     if isinstance(model, StreamedModelPatcher):
-        entries = describe_models([model.streamed, *(part.streamed for part in model.parts)], ended=True)
+        streamed = [model.streamed, *(part.streamed for part in model.parts)]
+        entries = describe_models(streamed, ended=True)
+        line = str(Line.of([each.streamer.snapshot() for each in streamed]))
     return {
         "schema": SCHEMA,
         "streams": bool(entries),
+        "line": line,
         "model": entries[0]["name"] if entries else type(model.model).__name__,
         **usage.as_dict(),
         "models": entries,
@@ -79,9 +83,19 @@ def make_report(model: ModelPatcher) -> dict[str, Any]:
     }
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """The report for people: some lines for each device."""
-    notices = [f"{notice['name']}: {notice['text']}" for notice in report["notices"]]
-    if not report["streams"]:
-        return "\n".join([f"{report['model']} does not stream: ComfyUI moves its weights", *notices])
-    return "\n".join([*(line for entry in report["models"] for line in entry_as_text(entry)), *notices])
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report for people: the model in a line, and a list with an item for each device and notice."""
+    line = report["line"] if report["streams"] else "does not stream: ComfyUI moves its weights"
+    items = [item for entry in report["models"] for item in _items(entry)]
+    items += [f"- **{notice['name']}**: {notice['text']}" for notice in report["notices"]]
+    return "\n".join([f"**{report['model']}**: {line}", *([""] if items else []), *items])
+
+
+def _items(entry: dict[str, Any]) -> list[str]:
+    """A device, and what is to be said of it below it."""
+    first, *others = entry_as_text(entry)
+    return [f"- **{entry['device']}**{first.removeprefix(_title(entry))}", *(f"  - {line.strip()}" for line in others)]
+
+
+def _title(entry: dict[str, Any]) -> str:
+    return f"{entry['name']} on {entry['device']}"

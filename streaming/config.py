@@ -47,7 +47,6 @@ class StreamingConfig:
         vram_limit: bytes that weights and staging may take on the device; None takes what is offered.
         headroom_bytes: device memory that stays free beside the weights and a step's measured activations.
         adaptive: follow the memory that steps were measured to leave, instead of what was offered for the first.
-        thrifty: keep no more on the device than makes a step faster, once that was measured.
         fill_threads: threads that fill host memory while a load or a step waits for it; 0 takes the number of cores, at
             most 16.
         read_threads, chunk_bytes, chunks: threads that read ahead, and the page-locked ring that they read into.
@@ -66,7 +65,6 @@ class StreamingConfig:
     vram_limit: int | None = None
     headroom_bytes: int = 200_000_000
     adaptive: bool = True
-    thrifty: bool = True
     fill_threads: int = 0
     read_threads: int = 8
     chunk_bytes: int = 8 * 1024**2
@@ -142,10 +140,24 @@ def parse_virtual_devices(text: str) -> VirtualDevices:
     return VirtualDevices(count, budget)
 
 
+def count_of(count: int, noun: str) -> str:
+    """``1 block``, ``57 blocks``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def format_bytes(count: float) -> str:
-    """``count`` bytes for people: ``23.8 GB``, ``680 MB``, ``512 B`` (decimal units, as drives and cards are sold)."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
+    """``count`` bytes for people: ``22.2 GiB``, ``648 MiB``, ``512 B``: the units in which users set limits."""
+    return _in_units(count, (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)))
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """A rate for people: ``55.2 GB/s``, in the decimal units in which buses and drives are rated."""
+    return _in_units(bytes_per_second, (("GB", 10**9), ("MB", 10**6), ("KB", 10**3))) + "/s"
+
+
+def _in_units(count: float, units: tuple[tuple[str, int], ...]) -> str:
+    for unit, size in units:
+        if count >= size * 0.9995:  # 1023.9 MiB would be shown as 1024 MiB.
             value = count / size
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
     return f"{count:.0f} B"

@@ -11,6 +11,7 @@ StreamingError
 |-- StepNotRepeatedError   a step failed and has changed what it began with
 |-- WeightsMovedError      weights went off the device while a step ran that needed them
 |-- GradientError          gradients are asked for through a block that streams
+|-- WorkflowError          a file is no workflow, or one that cannot be read
 `-- ServerError            no ComfyUI with this pack answers
 """
 
@@ -74,5 +75,19 @@ class WeightsMovedError(StreamingError):
     """Weights went off the device while a step ran that needed them, so what it has computed may be wrong."""
 
 
+class WorkflowError(StreamingError, ValueError):
+    """A file is no workflow of ComfyUI, or has something in it that cannot be read."""
+
+
 class ServerError(StreamingError):
     """No ComfyUI with this pack answers; the message names the address."""
+
+
+def _named_for_people(root: type[StreamingError]) -> None:
+    """ComfyUI shows an error with its module, which for a pack begins with the path of its folder."""
+    root.__module__ = "weightstream"
+    for kind in root.__subclasses__():
+        _named_for_people(kind)
+
+
+_named_for_people(StreamingError)

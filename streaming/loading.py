@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 # When there is no room for a plan, the next one is smaller by this share.
 NO_ROOM_SHARE = 0.1
 
+# A host that takes longer to launch a step has a device that takes as long: it is not late there.
+MOST_HEAD_START = 0.5
+
 
 class Loading:
     """Brings the weights of a model where plans want them. :class:`Streamer` runs the steps.
@@ -143,6 +146,11 @@ class Loading:
         return self.planner.minimum_bytes
 
     @property
+    def least_limit_bytes(self) -> int:
+        """The least limit of device memory that may be set: with it the model streams from its first step on."""
+        return self.planner.least_limit_bytes
+
+    @property
     def device_bytes(self) -> int:
         """Bytes on the device now."""
         return self.backend.allocated
@@ -163,6 +171,12 @@ class Loading:
     def doubts(self) -> bool:
         """Whether a step was over sooner than its compute alone was measured to take."""
         return self.planner.doubts(self.site.meters.step.times().last)
+
+    @property
+    def head_start(self) -> float:
+        """Seconds by which the host is to be ahead of the device in the next step, if that is measured once more."""
+        last = self.site.meters.step.times().last
+        return min(last or 0.0, MOST_HEAD_START) if self.planner.vram.current.doubts else 0.0
 
     def measure_again(self) -> None:
         """The next step teaches its times once more."""

@@ -75,18 +75,28 @@ class Measuring:
         """Something else became known, of which another plan may come."""
         self._has_learned = True
 
-    def record(self, outline: Outline, backend: Backend, reader: Reader, step: int, teaches: bool = True) -> None:
+    def record(
+        self,
+        outline: Outline,
+        backend: Backend,
+        reader: Reader,
+        head_start: float = 0.0,
+        *,
+        step: int = 0,
+        teaches: bool = True,
+    ) -> None:
         """Measure the next step.
 
         Args:
             outline, backend, reader: of the model, as :class:`Recorder` wants them.
+            head_start: seconds that the host is ahead of the device in it.
             step: its number in its run.
             teaches: whether the planner learns from it; else it is only shown.
         """
         self.stop()
         self._teaches, self._step, self._answered = teaches, step, self._group.asked_traces
         tells = weakref.WeakMethod(self._group.computed)  # Weakly: the group refers to its listeners.
-        self.recorder = Recorder(outline, backend, reader, tells)
+        self.recorder = Recorder(outline, backend, reader, tells, head_start)
         self._group.listeners.append(self.recorder)
 
     def finish(self, drain: Callable[[], None]) -> None:

@@ -118,7 +118,8 @@ def _adapt(
         if wanted:
             if not teaches:
                 model.drain()  # The spans of several devices lie as their begins do on the host's clock.
-            measuring.record(model.outline, model.backend, model.reader, model.steps_of_run + 1, teaches)
+            told = model.outline, model.backend, model.reader, model.head_start
+            measuring.record(*told, step=model.steps_of_run + 1, teaches=teaches)
         else:
             measuring.stop()
         model.attach_hooks()

@@ -31,10 +31,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # one process: a server needs 8 s of a core to start.
 SHARING = {
     "servers": (
-        *("tests/nodes/page/test_server.py", "tests/nodes/page/test_watching.py"),
+        *(
+            "tests/nodes/page/test_server.py",
+            "tests/nodes/page/test_watching.py",
+            "tests/nodes/page/test_converting.py",
+        ),
         *("tests/tools/test_benchmarks.py", "tests/tools/test_examples.py"),
     ),
-    "browser": ("tests/browser/test_page.py", "tests/browser/test_widget.py"),
+    "browser": ("tests/browser/test_page.py", "tests/browser/test_takeover.py", "tests/browser/test_widget.py"),
 }
 
 

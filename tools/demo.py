@@ -31,7 +31,7 @@ sys.path.insert(0, str(TOOLS))
 
 from host import HeadlessHost, HostError  # noqa: E402
 
-MB = 1e6
+MIB = 1 << 20
 OURS = "WeightStreamModelLoader"
 THEIRS = "UNETLoader"
 VIRTUAL_VARIABLE = "WEIGHTSTREAM_VIRTUAL"
@@ -217,7 +217,7 @@ def read_status(host: HeadlessHost) -> dict[str, Any]:
 
 
 def megabytes(count: float) -> str:
-    return f"{count / MB:.1f} MB" if count < 1000 * MB else f"{count / (1000 * MB):.2f} GB"
+    return f"{count / MIB:.1f} MiB" if count < 1000 * MIB else f"{count / (1024 * MIB):.2f} GiB"
 
 
 def total(status: Mapping[str, Any], counter: str) -> float:

@@ -1,6 +1,6 @@
 /**
- * What the pack adds to ComfyUI's page: a sidebar tab, a widget on the GPU Placement node, a badge, toasts, a command and
- * settings.
+ * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, a widget on GPU Placement, presets, a badge, toasts,
+ * commands and settings.
  *
  * The page imports every `.js` file of this folder, so this is the only one.
  */
@@ -10,9 +10,12 @@ import { api } from "../../scripts/api.js";
 import { topBarBadge } from "./lib/badge.mjs";
 import { createFeed } from "./lib/feed.mjs";
 import { graphNodes } from "./lib/graph_nodes.mjs";
+import { LINE_EVENT, nodeLines } from "./lib/node_lines.mjs";
 import { nodeWidgets } from "./lib/node_widgets.mjs";
+import { settingsWidgets } from "./lib/settings_widgets.mjs";
 import { sidebarTab } from "./lib/sidebar_tab.mjs";
 import { stringsFor } from "./lib/strings.mjs";
+import { takeover } from "./lib/takeover.mjs";
 import { toasts } from "./lib/toasts.mjs";
 
 const WIDGET_SETTING = "WeightStream.NodeWidget";
@@ -28,6 +31,9 @@ const tab = sidebarTab({ feed, locale, nodes });
 const badge = topBarBadge({ app, feed, strings, open: () => tab.open(app) });
 const setting = (/** @type {string} */ id) => app.extensionManager?.setting?.get(id);
 const widgets = nodeWidgets({ app, feed, locale });
+const lines = nodeLines({ app, locale });
+const inputs = settingsWidgets({ locale });
+const takingOver = takeover({ app, api, locale });
 
 app.registerExtension({
   name: "weightstream.vram",
@@ -56,14 +62,22 @@ app.registerExtension({
       defaultValue: true,
     },
   ],
-  commands: [{ id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) }],
+  commands: [
+    { id: COMMAND, label: strings.showCommand, icon: tab.icon, function: () => tab.open(app) },
+    takingOver.command,
+  ],
+  menuCommands: [takingOver.menu],
+  getCanvasMenuItems: takingOver.canvasItems,
+  getNodeMenuItems: takingOver.nodeItems,
   setup() {
+    api.addEventListener(LINE_EVENT, lines.hear);
     app.extensionManager.registerSidebarTab(tab.entry);
     // The top bar is there by now, which it is not when settings are read.
     badge.show(Boolean(setting(BADGE_SETTING)));
     toasts({ app, api, strings, wanted: () => setting(TOAST_SETTING) !== false, title: nodes.title });
   },
   nodeCreated(/** @type {any} */ node) {
+    inputs.add(node);
     widgets.add(node);
   },
 });

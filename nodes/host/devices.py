@@ -21,6 +21,7 @@ from ...streaming import (
     UnsupportedModelError,
     VirtualMemory,
     format_bytes,
+    gpu_name,
     group_memory,
     parse_switch,
     parse_virtual_devices,
@@ -64,7 +65,7 @@ def read_environment() -> None:
         _virtual.error = error
         logger.error("[WeightStream] %s", error)
         return
-    _virtual.devices = tuple(VirtualMemory(wanted.budget, f"virtual:{index}") for index in range(wanted.count))
+    _virtual.devices = tuple(VirtualMemory(wanted.budget, gpu_name(index)) for index in range(wanted.count))
     logger.info(
         "[WeightStream] %d virtual device(s) of %s in RAM, used where the host has no GPU",
         wanted.count,

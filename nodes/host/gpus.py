@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import comfy.model_management as mm
 import torch
 
-from ...streaming import ConfigError, gpu_name, in_parts, parse_gpus, parse_shares
+from ...streaming import ConfigError, count_of, gpu_name, in_parts, parse_gpus, parse_shares
 from ...streaming.machine.device_names import GPUS_VARIABLE
 from .devices import read_environment, virtual_devices
 
@@ -64,9 +64,12 @@ def wanted_gpus(devices: str) -> tuple[str, ...]:
     """Return the GPUs that the user names on the node, else those of the environment variable; empty means all.
 
     Raises:
-        ConfigError: the text is no list of GPUs.
+        ConfigError: the text is no list of GPUs; the message says which GPUs there are.
     """
-    return parse_gpus(devices) or parse_gpus(os.environ.get(GPUS_VARIABLE, ""), GPUS_VARIABLE)
+    try:
+        return parse_gpus(devices) or parse_gpus(os.environ.get(GPUS_VARIABLE, ""), GPUS_VARIABLE)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({what_is_there(list(visible_gpus()))})") from None
 
 
 def wanted_shares(split: str, ratio: str, names: Sequence[str]) -> tuple[float, ...] | None:
@@ -84,7 +87,7 @@ def wanted_shares(split: str, ratio: str, names: Sequence[str]) -> tuple[float, 
     shares = parse_shares(ratio)
     if names and len(shares) != len(names):
         raise ConfigError(
-            f"ratio={ratio!r} has {_count(len(shares), 'number')} for {_count(len(names), 'device')} "
+            f"ratio={ratio!r} has {count_of(len(shares), 'number')} for {count_of(len(names), 'device')} "
             f"({', '.join(names)}): give one number for each device"
         )
     return shares
@@ -106,9 +109,9 @@ def choose(devices: str, split: str, ratio: str, present: Sequence[str]) -> Choi
 
 def not_there(missing: Sequence[str], present: Sequence[str]) -> str:
     """In words: which devices are missing, and which are there."""
-    there = ", ".join(present) if present else "no GPU that can be used"
-    return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there (this machine has {there})"
+    verb = "is not there" if len(missing) == 1 else "are not there"
+    return f"{', '.join(missing)} {verb} ({what_is_there(present)})"
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def what_is_there(present: Sequence[str]) -> str:
+    return f"this machine has {', '.join(present) if present else 'no GPU that can be used'}"

@@ -12,6 +12,8 @@ from ...streaming import Backend, PackingMode, StreamingConfig
 from ..host.devices import verifying
 
 GIB = 1024**3
+# Inputs in GiB: what an arrow adds, and what a value is rounded to, which is as fine as a minimum that an error names.
+STEP_GIB, ROUND_GIB = 0.05, 0.01
 
 
 class Mode(str, Enum):
@@ -72,8 +74,6 @@ def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
         stream_all=settings.mode is Mode.STREAM,
         headroom_bytes=_headroom(settings, virtual),
         adaptive=mm.vram_state != mm.VRAMState.NO_VRAM,
-        # How fast a CPU computes, and copies from its own memory, says nothing about a GPU.
-        thrifty=not virtual,
         packing=settings.packing,
         verify=verifying(),
     )

@@ -16,6 +16,7 @@ from ...streaming import State, StreamingError, WeightsMovedError
 from ...streaming.collector import uncollected
 from ..host.hosts import end_recordings, nesting_pauses
 from ..state.step_state import RepeatableStep, StepState
+from ..tell.failures import told_on_node
 from . import sharing
 from .hooked import HookedPatcher
 from .sharing import PartFullError
@@ -33,6 +34,11 @@ def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kw
     patcher = getattr(executor.class_obj, "current_patcher", None)
     if not hasattr(patcher, "streamer"):
         return executor(x, *args, **kwargs)
+    with told_on_node(patcher.streamed.title, patcher.streamed.node_id):
+        return _run_streamed(patcher, executor, x, *args, **kwargs)
+
+
+def _run_streamed(patcher: HookedPatcher, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     ensure_loaded(patcher, lambda: int(patcher.memory_required(x.shape)))
     step = partial(
         run_loaded,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,15 +15,16 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch.utils.hooks import RemovableHandle
 
-from ...streaming import Backend, BudgetError, Feeder, Plan, Streamer, cut_model, format_bytes, gpu_name
+from ...streaming import Backend, BudgetError, Feeder, Line, Plan, Streamer, count_of, cut_model, format_bytes, gpu_name
 from ...streaming.handoff.boundary import Boundary
 from ..host.devices import evictable, make_backend, obtainable, pins, same_device
 from ..host.generators import generators_kept
 from ..host.noted_dtypes import noted_dtype
 from ..state.step_state import StepModules
 from ..tell import messages
+from ..tell.names import without_folders
 from ..tell.progress import LoadingBar
-from .offload import GIB, OffloadSettings, host_config
+from .offload import GIB, ROUND_GIB, OffloadSettings, host_config
 from .shares import Shares
 
 # Where the shared model keeps the one object that holds everything about its streaming.
@@ -134,14 +136,24 @@ class StreamedModel:
             self.announce()
 
     def announce(self) -> None:
-        """Say which plan is in effect; in the log only when it is another than before."""
+        """Say which plan is in effect: in the log when it is another than before, and in a line on the node."""
         plan, building = self.streamer.plan, self.streamer.building
         synchronous, never_entered = self.streamer.config.synchronous, len(self.streamer.never_entered)
         timed = plan is not None and plan.forecast is not None
         now = (plan, building, synchronous, self.streamer.state, timed, never_entered)
-        messages.announce(self.name, self.streamer.explain(), self.node_id, again=now == self._announced)
+        messages.log(self.name, self.streamer.explain(), again=now == self._announced)
+        self._show_line()
         self._announced, self._shown = now, (plan, building, synchronous, never_entered)
         self.bar.wrote = False
+
+    def _show_line(self) -> None:
+        """Show the line of the whole model on the node, of which this may be the part on one of several devices."""
+        if self.node_id is None:
+            return
+        parts = [model.streamer.snapshot() for model in streamed_models() if model.number == self.number]
+        loaded = [part for part in parts if part.mode != "off"]
+        details = [f"{part.device}: {without_folders(part.explain)}" for part in loaded]
+        messages.show_line(Line.of(loaded), details, self.node_id)
 
     def tell_of_hooks(self) -> None:
         """Say once that weights change within steps, and what that costs."""
@@ -214,24 +226,22 @@ def make_streamed(
     check_limit(settings.vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id, bar)
     setattr(model, ATTRIBUTE, streamed)
-    messages.announce(
-        name,
-        f"{len(blocks.blocks)} blocks, {format_bytes(streamer.model_bytes)}, ready to stream to {backend.name}",
-        node_id,
-    )
+    size = f"{count_of(len(blocks.blocks), 'block')}, {format_bytes(streamer.model_bytes)}"
+    messages.announce(name, f"{size}, ready to stream to {backend.name}", node_id)
     streamer.prepare(obtainable(backend))
     return streamed
 
 
 def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
     """Raise :class:`BudgetError` if ``vram_limit`` bytes have no room for the least that must be there."""
-    if vram_limit is not None and vram_limit < streamer.minimum_bytes:
-        # Rounded up, so that the value in the message works when typed in.
-        gib = -(-streamer.minimum_bytes * 1000 // GIB) / 1000
+    least = streamer.least_limit_bytes
+    if vram_limit is not None and vram_limit < least:
+        # Rounded up to what the input takes, so that the value in the message works when typed in.
+        gib = math.ceil(least / GIB / ROUND_GIB) * ROUND_GIB
         raise BudgetError(
-            f"vram_limit_gb={vram_limit / GIB:.3f} is too small for {name}: its largest block and what lies outside of "
-            f"blocks need at least {gib:.3f}. Set vram_limit_gb to that or more, or to 0 for automatic.",
-            streamer.minimum_bytes,
+            f"vram_limit_gb={vram_limit / GIB:.2f} is too small for {name}: its largest block and what lies outside of "
+            f"blocks need at least {gib:.2f} (GiB). Set vram_limit_gb to that or more, or to 0 for automatic.",
+            least,
         )
 
 

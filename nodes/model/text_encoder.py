@@ -12,6 +12,7 @@ import torch
 
 from ...streaming import UnsupportedModelError
 from ..state.references import carry_functions
+from ..tell.failures import told_on_node
 from .patcher import StreamedModelPatcher
 from .steps import ensure_loaded, in_effect, repeatable, run_loaded, shapes_of
 from .streamed_model import ATTRIBUTE
@@ -60,9 +61,10 @@ class StepCall:
         patcher = getattr(encoder, ATTRIBUTE).loaded()
         if not isinstance(patcher, StreamedModelPatcher):
             return forward()
-        ensure_loaded(patcher)
-        forward = repeatable(patcher, in_effect(patcher, forward), {"what is encoded": (args, kwargs)})
-        return run_loaded(patcher, forward, (self._name, shapes_of(args), _lengths(args)), None)
+        with told_on_node(patcher.streamed.title, patcher.streamed.node_id):
+            ensure_loaded(patcher)
+            forward = repeatable(patcher, in_effect(patcher, forward), {"what is encoded": (args, kwargs)})
+            return run_loaded(patcher, forward, (self._name, shapes_of(args), _lengths(args)), None)
 
 
 def _lengths(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -107,7 +107,8 @@ def ladder_step(now: Snapshot) -> tuple[str, str]:
         kept = now.resident_bytes + now.rest_bytes
         return "pinned", f"{format_bytes(kept)} of {format_bytes(kept + now.streamed_weight_bytes)} stay in VRAM"
     if now.building:
-        return "staged", now.note or "page-locked copies are still being made"
+        made = "page-locked copies are made now" if now.locking else "page-locked copies are made before the next step"
+        return "staged", now.note or made
     return "staged", now.note
 
 

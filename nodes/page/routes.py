@@ -30,6 +30,7 @@ from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import StreamedModel, streamed_models
 from ..tell import messages
 from ..tell.notices import describe_notices
+from .converting import add_convert_route
 from .description import describe_causes, describe_models
 from .timeline import describe_runs, describe_traces, trace_file, traces_of
 from .usage import sampler
@@ -157,6 +158,7 @@ def add_routes() -> None:
     if server is None:
         return
     watch = Watch(server)
+    add_convert_route(server)
 
     @server.routes.get(STATUS_ROUTE)
     async def get_status(_request: web.Request) -> web.Response:

@@ -37,7 +37,7 @@ DEVICE_FIELDS += ("copy_rate", "stalled")
 HOST_FIELDS = ("ram_total", "ram_available", "pinned", "pinned_limit")
 
 # The fields of a model's entry that neither change all the time nor are in the event already.
-STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", "last_run", "pinned_bytes")
+STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", "last_run", "locking", "pinned_bytes")
 
 
 def make_event(reader: VramReader) -> dict[str, Any]:

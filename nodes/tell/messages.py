@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from ...streaming import Line
 
 if TYPE_CHECKING:
     from server import PromptServer
 
 logger = logging.getLogger(__name__)
 
+# What is in effect for a node's model, as values.
+LINE_EVENT = "weightstream.line"
 
-def announce(name: str, text: str, node_id: str | None, again: bool = False) -> None:
-    """Say ``text`` in the log, and on the node where there is one and a page to show it.
 
-    ``again`` says that the log has this text already; the page may not have it, so the node still gets it.
-    """
-    logger.log(logging.DEBUG if again else logging.INFO, "[WeightStream] %s: %s", name, text)
+def announce(name: str, text: str, node_id: str | None) -> None:
+    """Say ``text`` in the log, and on the node where there is one and a page to show it."""
+    log(name, text)
     if node_id is not None:
         show(text, node_id)
+
+
+def log(name: str, text: str, again: bool = False) -> None:
+    """Say ``text`` in the log. ``again``: the log has it already."""
+    logger.log(logging.DEBUG if again else logging.INFO, "[WeightStream] %s: %s", name, text)
+
+
+def show_line(line: Line, details: Sequence[str], node_id: str) -> None:
+    """Show on a node what is in effect: as text in any page, and as values that ours makes its own sentence of."""
+    show(str(line), node_id)
+    if (server := find_server()) is not None:
+        server.send_sync(LINE_EVENT, {"node": node_id, **line.as_dict(), "text": str(line), "details": list(details)})
 
 
 def show(text: str, node_id: str) -> None:

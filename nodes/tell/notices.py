@@ -16,7 +16,7 @@ MOST_NOTICES = 16
 # Tells open pages of a new one, which nobody may be looking for.
 NOTICE_EVENT = "weightstream.notice"
 
-Kind = Literal["inactive", "fallback"]
+Kind = Literal["inactive", "fallback", "failed"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Notice:
 
     Attributes:
         node_id, name: the id of the node, and the name of what the notice is about.
-        kind: ``inactive``: it does not stream; ``fallback``: it is placed in another way.
+        kind: ``inactive``: it does not stream; ``fallback``: it is placed in another way; ``failed``: it has ended.
         text: what could not be done, and why.
         holds: returns the object that the notice is about; None once that is gone, and the notice with it.
     """
@@ -53,10 +53,12 @@ def keep_notice(kind: Kind, name: str, text: str, node_id: str | None, about: ob
     messages.tell_pages(NOTICE_EVENT, told)
 
 
-def withdraw_notice(name: str, node_id: str | None) -> None:
-    """Remove the notice: the node has done what was asked."""
+def withdraw_notice(name: str, node_id: str | None, kind: Kind | None = None) -> None:
+    """Remove the notice, if it is of this kind where one is given: the node has done what was asked."""
     with _keeping:
-        _notices.pop((node_id, name), None)
+        notice = _notices.get((node_id, name))
+        if notice is not None and kind in (None, notice.kind):
+            del _notices[node_id, name]
 
 
 def describe_notices() -> list[dict[str, Any]]:

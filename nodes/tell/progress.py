@@ -7,7 +7,7 @@ import time
 import comfy.model_management as mm
 import comfy.utils
 
-from ...streaming import Progress, format_bytes
+from ...streaming import Progress, format_bytes, format_rate
 from ..host.hosts import get_progress_state
 from . import messages
 
@@ -67,8 +67,8 @@ class LoadingBar:
 
 
 def describe(progress: Progress) -> str:
-    """``reading 12.3 GB of 23.8 GB, 9.8 GB/s``."""
+    """``reading 12.3 GiB of 22.2 GiB, 9.8 GB/s``."""
     amount = f"reading {format_bytes(progress.done_bytes)} of {format_bytes(progress.total_bytes)}"
     if progress.seconds <= 0:
         return amount
-    return f"{amount}, {format_bytes(progress.done_bytes / progress.seconds)}/s"
+    return f"{amount}, {format_rate(progress.done_bytes / progress.seconds)}"

@@ -275,6 +275,10 @@ class Backend(ABC):
             for pair in zip(target.split(sizes), source.split(sizes), strict=True):
                 yield [pair]
 
+    @abstractmethod
+    def hold_back(self, seconds: float) -> None:
+        """Have compute that is queued from now on begin about so much later."""
+
     def time_copies(self) -> None:
         """Take the time of every copy from now on."""
         self._copy_times = []

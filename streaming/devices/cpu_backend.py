@@ -30,7 +30,7 @@ class VirtualMemory:
         allocated, peak: bytes handed out now, and at most since the peak was last reset.
     """
 
-    def __init__(self, budget: int, name: str = "virtual:0") -> None:
+    def __init__(self, budget: int, name: str = "gpu:0") -> None:
         self.name = name
         self.budget = budget
         self.allocated = 0
@@ -154,6 +154,9 @@ class CpuBackend(Backend):
 
     def peak_bytes(self) -> int:
         return self.store.peak - self.store.allocated
+
+    def hold_back(self, seconds: float) -> None:
+        """Nothing is queued: a virtual device computes at once."""
 
     def moment(self) -> Moment:
         return time.perf_counter()

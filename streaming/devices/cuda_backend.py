@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # cudaHostRegisterPortable: page-locked for every device's context, not only for the current one (CUDA runtime API).
 HOST_REGISTER_PORTABLE = 1
+# About the clock of any GPU: they run at 1.2 to 2.8 GHz.
+CYCLES_PER_SECOND = 1.7e9
 
 
 class CudaBackend(Backend):
@@ -27,7 +29,7 @@ class CudaBackend(Backend):
 
     def __init__(self, device: torch.device, record: AllocationRecord = NO_RECORD) -> None:
         index = device.index if device.index is not None else torch.cuda.current_device()
-        super().__init__(torch.device("cuda", index), f"cuda:{index}", record)
+        super().__init__(torch.device("cuda", index), f"gpu:{index}", record)
         self._out: torch.cuda.Stream | None = None
 
     def _lasting(self, nbytes: int) -> torch.Tensor:
@@ -121,6 +123,10 @@ class CudaBackend(Backend):
             if not is_out_of_memory(error):
                 raise
             logger.debug("%s has no %s in one piece: %s", self.name, format_bytes(nbytes), error)
+
+    def hold_back(self, seconds: float) -> None:
+        with torch.cuda.device(self.device):
+            torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
 
     def moment(self) -> Moment:
         return self._timestamp(torch.cuda.current_stream(self.device))

@@ -1,4 +1,4 @@
-"""Names that users give devices: ``gpu:0``, ``cpu``, ``default``; and lists of GPUs and of shares."""
+"""Names that users give devices: ``gpu:0``, ``cuda:0`` or ``0``, ``cpu``, ``default``; lists of GPUs, and of shares."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse_device(text: str, source: str = "device") -> str:
     """Return the one device that ``text`` names, in the form in which names are compared.
 
     Args:
-        text: ``gpu:N``, ``cpu`` or ``default``, in any case, with spaces anywhere around its parts.
+        text: ``gpu:N``, ``cuda:N``, ``N``, ``cpu`` or ``default``, in any case, with spaces anywhere around its parts.
         source: the setting that has this value, for the error message.
 
     Raises:
@@ -45,7 +45,8 @@ def parse_gpus(text: str, source: str = "devices") -> tuple[str, ...]:
     for part in text.split(","):
         name = _one(part)
         if name is None or name in (CPU, DEFAULT):
-            raise ConfigError(f"{source}={text!r}: {part.strip()!r} is no GPU; expected a list such as gpu:0,gpu:1")
+            expected = "expected gpu:0, cuda:0 or 0, or a list such as gpu:0,gpu:1"
+            raise ConfigError(f"{source}={text!r}: {part.strip()!r} is no GPU; {expected}")
         if name in names:
             raise ConfigError(f"{source}={text!r}: {name} is there twice; name each GPU once")
         names.append(name)
@@ -71,7 +72,7 @@ def in_parts(shares: Sequence[float]) -> tuple[float, ...]:
 
 def _one(text: object) -> str | None:
     name = str(text).strip().lower()
-    match = re.fullmatch(r"gpu\s*:\s*([0-9]{1,4})", name)
+    match = re.fullmatch(r"(?:(?:gpu|cuda)\s*:\s*)?([0-9]{1,4})", name)
     if match:
         return gpu_name(int(match[1]))
     return name if name in (CPU, DEFAULT) else None

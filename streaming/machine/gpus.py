@@ -10,15 +10,13 @@ GPUs in its own way, so a GPU is found by its UUID.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from ..config import VIRTUAL_VARIABLE, format_bytes, parse_virtual_devices
-from ..devices.backend import is_out_of_memory
 from .device_names import gpu_name
 
 UNKNOWN = "-"
@@ -128,6 +126,21 @@ class Nvml:
         card = self._ask("nvmlDeviceGetGpuMaxPcieLinkGeneration", handle) if known else None
         return now, most if card is None else most._replace(generation=card)
 
+    def gpus(self) -> list[Gpu]:
+        """Return all GPUs that the driver knows, numbered in NVML's order."""
+        count = None if self._library is None else self._ask("nvmlDeviceGetCount")
+        handles = [self._ask("nvmlDeviceGetHandleByIndex", index) for index in range(count or 0)]
+        found = []
+        for index, handle in enumerate(handles):
+            name, uuid = self._text("nvmlDeviceGetName", handle), self._text("nvmlDeviceGetUUID", handle)
+            total, free, link, most_link = self.figures(uuid)
+            found.append(Gpu(index, name or UNKNOWN, uuid, total, free, link, most_link))
+        return found
+
+    def _text(self, function: str, handle: Any) -> str | None:
+        found = None if handle is None else self._ask(function, handle)
+        return found.decode() if isinstance(found, bytes) else found
+
     def _find(self, uuid: str | None) -> Any:
         known = self._library is not None and uuid is not None
         return self._ask("nvmlDeviceGetHandleByUUID", uuid) if known else None
@@ -136,10 +149,10 @@ class Nvml:
         generation = self._ask(f"nvmlDeviceGet{which}PcieLinkGeneration", handle)
         return Link(generation, self._ask(f"nvmlDeviceGet{which}PcieLinkWidth", handle))
 
-    def _ask(self, function: str, argument: Any) -> Any:
+    def _ask(self, function: str, *arguments: Any) -> Any:
         """Return the answer; None if the GPU has none, as integrated GPUs and parts of a GPU have none about a link."""
         try:
-            return getattr(self._library, function)(argument)
+            return getattr(self._library, function)(*arguments)
         except self._library.NVMLError:
             return None
 
@@ -166,9 +179,16 @@ def open_nvml() -> Iterator[Nvml]:
 def list_gpus() -> list[Gpu]:
     """Return the GPUs that torch can use, CUDA's or ROCm's; if there are none, the virtual ones that are asked for.
 
+    Without torch it is the GPUs that NVML knows, in NVML's order.
+
     Raises:
         ConfigError: ``WEIGHTSTREAM_VIRTUAL`` is malformed.
     """
+    if not has_torch():
+        with open_nvml() as nvml:
+            return nvml.gpus() or _virtual_gpus()
+    import torch
+
     count = torch.cuda.device_count()
     if count == 0:
         return _virtual_gpus()
@@ -178,11 +198,20 @@ def list_gpus() -> list[Gpu]:
 
 def best_links(indices: Sequence[int]) -> list[Link]:
     """Return the fastest link that each of these GPUs and its slot support. No context is made on any."""
+    import torch
+
     with open_nvml() as nvml:
         return [nvml.figures(gpu_uuid(torch.cuda.get_device_properties(index))).most_link for index in indices]
 
 
+def has_torch() -> bool:
+    """Whether torch is installed, without importing it."""
+    return importlib.util.find_spec("torch") is not None
+
+
 def _describe(index: int, count: int, nvml: Nvml) -> Gpu:
+    import torch
+
     properties = torch.cuda.get_device_properties(index)
     uuid = gpu_uuid(properties)
     total, free, link, most_link = nvml.figures(uuid)
@@ -195,6 +224,10 @@ def _describe(index: int, count: int, nvml: Nvml) -> Gpu:
 
 def _ask_cuda(index: int) -> int | None:
     """Return the free bytes where only CUDA can tell (Note: no context); None if the GPU is too full for a context."""
+    import torch
+
+    from ..devices.backend import is_out_of_memory
+
     try:
         return torch.cuda.mem_get_info(index)[0]
     except RuntimeError as error:

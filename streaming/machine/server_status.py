@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from ..config import format_bytes
+from ..config import format_bytes, format_rate
 from ..errors import ServerError
 
 DEFAULT_URL = "http://127.0.0.1:8188"
@@ -18,12 +18,13 @@ TIMEOUT_SECONDS = 10
 UNKNOWN = "-"
 
 
-def ask(url: str) -> dict[str, Any]:
-    """Return the status of the server at ``url``.
+def ask(url: str | None = None) -> dict[str, Any]:
+    """Return the status of the server at ``url``, or of the one at ComfyUI's usual address.
 
     Raises:
         ServerError: no server answers there, or it lacks this pack or has another version of it.
     """
+    url = url or DEFAULT_URL
     if "://" not in url:
         url = f"http://{url}"
     try:
@@ -62,7 +63,7 @@ def describe_model(model: dict[str, Any]) -> list[str]:
     if run is None:
         return [*lines, "  no run has ended yet"]
     step = "" if run["step_seconds"] is None else f" of {run['step_seconds']:.3f} s"
-    rate = "" if run["rate"] is None else f", {format_bytes(run['rate'])}/s on average"
+    rate = "" if run["rate"] is None else f", {format_rate(run['rate'])} on average"
     again = f" ({run['reruns']} ran again)" if run["reruns"] else ""
     damaged = f"; {run['corrupted']} arrived damaged" if run["corrupted"] else ""
     return [
@@ -75,7 +76,7 @@ def describe_model(model: dict[str, Any]) -> list[str]:
 def _device(device: dict[str, Any]) -> str:
     parts = ("resident", "staging", "torch", "cache", "other", "free")
     used = ", ".join(f"{name} {_bytes(device[name])}" for name in parts)
-    rate = UNKNOWN if device["copy_rate"] is None else f"{format_bytes(device['copy_rate'])}/s"
+    rate = UNKNOWN if device["copy_rate"] is None else format_rate(device["copy_rate"])
     stalled = UNKNOWN if device["stalled"] is None else f"{device['stalled']:.0%}"
     title = f"{device['device']}  {device['name']}, {_bytes(device['total'])}"
     return f"{title}: {used}; peak {_bytes(device['peak'])}; copies {rate}, stalled {stalled}"

@@ -109,6 +109,11 @@ class Reader:
         ring = self._ring  # Read once: other threads ask for the status.
         return ring.nbytes if ring is not None else 0
 
+    @property
+    def missing_bytes(self) -> int:
+        """Host memory that the ring will take when it is made; 0 while there is one."""
+        return 0 if self._ring is not None else self._chunk_bytes * self._chunks
+
     def transfer(
         self, parts: Sequence[Load | Move], after: Sequence[Event], fine: bool = False, background: bool = False
     ) -> Transfer:

@@ -116,7 +116,7 @@ class WeightCopies:
         """Bytes of host memory to take for packed copies, beside those that their units give back one by one."""
         sizes = [plan.outline.bytes_in_slot(unit) for unit in units if self._copies[unit].packed is None]
         given_back = sum(self._copies[unit].master_bytes for unit in units)
-        return max(0, sum(sizes) - given_back)
+        return max(0, sum(sizes) + self._supply.reader.missing_bytes - given_back)
 
     def adopt(self) -> None:
         """Take the master copies that a builder has finished."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..config import format_bytes
+from ..config import count_of, format_bytes
 from .needs import segment_needs, stages_of, waits_of
 from .pipeline import step_seconds
 from .profile import Outline, Profile
@@ -16,6 +16,8 @@ from .timeline import timeline
 
 # Two forecasts that differ by less are the same.
 FORECAST_TOLERANCE = 0.005
+# Nobody gains from less: where compute waits for a smaller part of a step, people are told of no limit.
+TOLD_WAITING = 0.03
 
 
 def is_bus_limited(seconds: float, compute_seconds: float) -> bool:
@@ -45,6 +47,16 @@ class Forecast:
     def limited_by(self) -> str:
         """``compute`` or ``bus``."""
         return "bus" if is_bus_limited(self.seconds, self.compute_seconds) else "compute"
+
+    @property
+    def waiting(self) -> float:
+        """The part of the step in which compute waits for the bus."""
+        return max(0.0, 1 - self.compute_seconds / self.seconds) if self.seconds > 0 else 0.0
+
+    @property
+    def is_worth_telling(self) -> bool:
+        """Whether people are told what limits the step, and what more memory would bring."""
+        return self.waiting >= TOLD_WAITING
 
 
 @dataclass(frozen=True)
@@ -137,15 +149,16 @@ class Plan:
         return "; ".join(part for part in (self._placement_text(), self._forecast_text()) if part)
 
     def _placement_text(self) -> str:
-        blocks = self.outline.blocks
+        blocks = count_of(self.outline.blocks, "block")
         if not self.segments:
-            return f"all {blocks} blocks resident ({format_bytes(self.device_bytes)} on the device), nothing streamed"
+            return f"all {blocks} resident ({format_bytes(self.device_bytes)} on the device), nothing streamed"
+        streamed = self.outline.blocks - self.resident_blocks
         text = format_bytes(self.streamed_bytes)
         if self.packed:
             text += f" (packed, {format_bytes(self.streamed_weight_bytes)} of weights)"
         text += (
-            f" a step streamed in {len(self.segments)} segments, from "
-            f"{blocks - self.resident_blocks} of {blocks} blocks; {format_bytes(self.device_bytes)} on the device: "
+            f" a step streamed in {count_of(len(self.segments), 'segment')}, from "
+            f"{streamed} of {blocks}; {format_bytes(self.device_bytes)} on the device: "
             f"{format_bytes(self.resident_bytes)} of blocks resident, {format_bytes(self.rest_bytes)} outside of "
             f"blocks, {format_bytes(self.staging_bytes)} staging"
         )
@@ -154,27 +167,23 @@ class Plan:
     def _forecast_text(self) -> str:
         if (forecast := self.forecast) is None:
             return ""
-        text = f"a step in {forecast.seconds:.3g} s, limited by {_LIMIT_NAMES[forecast.limited_by]}"
-        if forecast.limited_by == "bus":
-            text += f" ({forecast.compute_seconds:.3g} s of compute)"
-        elif self.segments:
-            text += " (streaming is free)"
+        text = f"a step in {forecast.seconds:.3g} s"
+        if not forecast.is_worth_telling:
+            return f"{text}, hardly any of it waiting for the bus" if self.segments else text
+        text += f", limited by the bus ({forecast.compute_seconds:.3g} s of compute)"
         if forecast.more_bytes:
             text += f"; {format_bytes(forecast.more_bytes)} more VRAM would make it {forecast.more_seconds:.3g} s"
         return text
-
-
-_LIMIT_NAMES = {"bus": "the bus", "compute": "compute"}
 
 
 # Returns the seconds that a step will take under a plan, by a profile.
 SecondsOf = Callable[["Plan", Profile], float]
 
 
-def forecast_seconds(plan: Plan, profile: Profile, bus: float = 1.0) -> float:
-    """Return the seconds that a step will take under ``plan``, with ``bus`` times the bandwidth."""
+def forecast_seconds(plan: Plan, profile: Profile) -> float:
+    """Return the seconds that a step will take under ``plan``."""
     if not plan.segments:
         return profile.compute_seconds
     needs = segment_needs(plan.segments, profile, timeline(plan.outline, profile))
-    stages, lead = stages_of(needs, [profile.bandwidth * bus], profile.compute_seconds)
+    stages, lead = stages_of(needs, [profile.bandwidth], profile.compute_seconds)
     return max(profile.compute_seconds, step_seconds(stages, waits_of(needs, [plan.waits]), lead))

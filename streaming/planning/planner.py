@@ -119,6 +119,11 @@ class Planner:
         """The least bytes of device memory with which the model streams; fewer once the order of its units is known."""
         return minimum_bytes(self._outline, self.profile)
 
+    @property
+    def least_limit_bytes(self) -> int:
+        """The least limit with which the model always streams, also when the order of its units is learned anew."""
+        return minimum_bytes(self._outline, assumed_profile(self._outline))
+
     def begin_run(self) -> None:
         """What others did in the prompt before, and want of memory, may be over."""
         self.refusals = Refusals(too_large=self.refusals.too_large)

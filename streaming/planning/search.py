@@ -16,9 +16,6 @@ from .profile import Outline, Profile
 from .segments import cut
 from .spread import order_of_residency
 
-# Streaming counts as free while copies use no more than this part of the bus. Kernels run slower beside copies, by
-# 2.3 % where those used 90 % of the bus (FLUX 1024^2 on an H200), and other machines have less to spare.
-FREE_BUS = 0.3
 # More memory is told to be of no use to a step of packed weights that takes no more longer than compute than this.
 UNPACKING = 0.05
 # Slots absorb delays that no forecast knows of, so a plan with fewer slots than usual must gain more than this.
@@ -50,8 +47,7 @@ def make_plan(
 
     Args:
         budget: bytes for everything: rest, residents and staging.
-        config: how many slots, and how large. If it is thrifty and the profile is measured, a model that does not fit
-            keeps no more than what makes streaming free.
+        config: how many slots, and how large.
         seconds_of: forecasts a step in which other devices take part (turns.py); None is :func:`forecast_seconds`.
 
     Raises:
@@ -68,10 +64,6 @@ def make_plan(
             f"blocks need {format_bytes(least)}",
             least,
         )
-    thrifty = config.thrifty and not config.stream_all
-    if best.segments and profile.measured and thrifty and forecast_seconds(best, profile) <= _resident_seconds(profile):
-        least = _least_within(outline, profile, config, _resident_seconds(profile), FREE_BUS)
-        best = min(best, least, key=lambda plan: plan.device_bytes)
     order = order_of_residency(outline, profile)
     best = replace(best, budget=budget, learned=profile.learned, order=order)
     return with_forecast(best, profile, config, seconds_of)
@@ -234,34 +226,34 @@ class _Ring:
         segments = cut(self.outline, streamed, self.profile, target, self._unpacking_bytes(kept))
         return Plan.streaming(self.outline, segments, self.slots * slot + more)
 
-    def fewest(self, seconds: float, bus: float, below: float) -> Plan | None:
-        """Return the plan with the fewest residents whose step takes at most ``seconds`` with ``bus`` times the
-        bandwidth; None if there is none, or if it needs ``below`` bytes of device memory or more.
+    def fewest(self, seconds: float, below: float) -> Plan | None:
+        """Return the plan with the fewest residents whose step takes at most ``seconds``; None if there is
+        none, or if it needs ``below`` bytes of device memory or more.
 
         The search assumes that more residents make a step shorter, which is not always so. The plan that it finds is
         fast enough, but a smaller one may exist (FLUX: by up to 340 MB, in 22 of 144 cases).
         """
         smaller = [kept for kept in range(len(self._rungs)) if self._device_bytes(kept) < below]
-        if not smaller or (found := self._within(seconds, bus, smaller[-1])) is None:
+        if not smaller or (found := self._within(seconds, smaller[-1])) is None:
             return None
         # Tried directly: more residents move segments to other places, and the step may take a little longer again.
-        if (plan := self._within(seconds, bus, smaller[0])) is not None:
+        if (plan := self._within(seconds, smaller[0])) is not None:
             return plan
         low, high = 1, len(smaller) - 2
         while low <= high:
             middle = (low + high) // 2
-            if (plan := self._within(seconds, bus, smaller[middle])) is not None:
+            if (plan := self._within(seconds, smaller[middle])) is not None:
                 found, high = plan, middle - 1
             else:
                 low = middle + 1
         return found
 
-    def _within(self, seconds: float, bus: float, kept: int) -> Plan | None:
+    def _within(self, seconds: float, kept: int) -> Plan | None:
         """Return the plan that keeps ``kept`` units, if its step takes at most ``seconds``."""
-        if self._rungs[kept].streamed_bytes / (self.profile.bandwidth * bus) > seconds:
+        if self._rungs[kept].streamed_bytes / self.profile.bandwidth > seconds:
             return None
         plan = self.plan(kept)
-        return plan if forecast_seconds(plan, self.profile, bus) <= seconds else None
+        return plan if forecast_seconds(plan, self.profile) <= seconds else None
 
     def _device_bytes(self, kept: int) -> int:
         staying = self.outline.model_bytes - self._rungs[kept].weight_bytes
@@ -317,11 +309,11 @@ def _fastest(rings: Iterable[_Ring], budget: float, seconds_of: SecondsOf | None
 
 
 @lru_cache(maxsize=16)
-def _least_within(outline: Outline, profile: Profile, config: StreamingConfig, goal: float, bus: float = 1.0) -> Plan:
-    """Return the plan of least memory whose step takes ``goal`` seconds at most, with ``bus`` of the bandwidth."""
+def _least_within(outline: Outline, profile: Profile, config: StreamingConfig, goal: float) -> Plan:
+    """Return the plan of least memory whose step takes ``goal`` seconds at most."""
     least = Plan(outline, (), ())
     for ring in _rings(outline, profile, config):
-        least = ring.fewest(goal, bus, least.device_bytes) or least
+        least = ring.fewest(goal, least.device_bytes) or least
     return least
 
 

@@ -13,7 +13,7 @@ memory from the device in pieces, on demand. That fragments it further, and how 
 a plan that was right for one prompt ran out of memory in the next. Therefore, before the first step of each prompt, and
 wherever weights have moved, torch frees its cache, and then keeps in one piece what a step of a known shape needs. What
 it cannot free, because something that stays lies beside it, counts as unusable (``_stuck``: 130 to 160 MB with
-cudaMallocAsync, FLUX). What a step takes beyond the piece counts as part of its need.
+cudaMallocAsync, FLUX, while slots were torch's too). What a step takes beyond the piece counts as part of its need.
 """
 
 from __future__ import annotations

@@ -254,11 +254,13 @@ class Snapshot:
         pinned_bytes, pageable_bytes: host memory for master copies and for the ring through which others are staged.
         staged_bytes: of the bytes that stream, those that come through that ring, from a file or pageable memory.
         ring_bytes: host memory of that ring; 0 when it is not needed.
-        building: whether master copies are being built, or will be before the next step.
+        building, locking: whether master copies are being built, or will be before the next step; whether they are now.
         device_bytes, device_peak_bytes, device_budget_bytes: what this model has allocated, now and at most, and
             what the device's backend allows (None: no limit of its own).
         limited_by: ``compute`` or ``bus``; empty before a step was measured.
         predicted_step_seconds, step_seconds: what the plan expects of a step, and what the last one took.
+        more_bytes, more_seconds: device memory with which a step is as fast as it can be, and what it takes then; 0
+            where none would make it faster.
         compute_seconds, bandwidth_bytes_per_second: as measured: a step with everything resident, and the bus.
         busy, idle_seconds, counters, run, last_run: as :class:`Activity` has them.
     """
@@ -282,11 +284,14 @@ class Snapshot:
     staged_bytes: int
     ring_bytes: int
     building: bool
+    locking: bool
     device_bytes: int
     device_peak_bytes: int
     device_budget_bytes: int | None
     limited_by: str
     predicted_step_seconds: float | None
+    more_bytes: int
+    more_seconds: float
     step_seconds: float | None
     compute_seconds: float | None
     bandwidth_bytes_per_second: float | None

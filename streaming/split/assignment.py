@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from ..config import format_bytes
+from ..config import count_of, format_bytes
 from ..errors import ConfigError
 
 # A move of activations from one GPU to another. Those of FLUX at 1024^2, 28 MB, take 0.1 to 0.3 ms between two H200
@@ -258,5 +258,5 @@ def describe(assignment: Assignment, names: Sequence[str], block_bytes: Sequence
         blocks = assignment.blocks_of(device)
         held = format_bytes(sum(block_bytes[block] for block in blocks))
         where = f" ({blocks[0]} to {blocks[-1]})" if assignment.runs and len(blocks) > 1 else ""
-        parts.append(f"{len(blocks)} blocks{where} of {held} on {name}")
+        parts.append(f"{count_of(len(blocks), 'block')}{where} of {held} on {name}")
     return ("in runs: " if assignment.runs else "in turn: ") + ", ".join(parts)

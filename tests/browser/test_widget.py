@@ -58,7 +58,7 @@ IN_DOCS = ("streaming", "slow", "loading", "allResident", "split", "idleGpus", "
 TEXTS = {
     "starting": ["Connecting", "Waiting for the server's first answer."],
     "idle": ["Idle", "NVIDIA GeForce RTX 4090", "No streamed model is loaded."],
-    "loading": ["Loading", "8.4 / 23.8 GB, 1.6 GB/s", "page-locked copies are still being made"],
+    "loading": ["Loading", "8.4 / 23.8 GiB, 1.6 GB/s", "page-locked copies are made now"],
     "allResident": [
         "All resident",
         "The whole model is in VRAM; nothing has to be copied.",
@@ -71,21 +71,21 @@ TEXTS = {
         "43 %",
         "Step 7 of 20 · 4 s left",
         "0.324 s/step · 43 % waiting · 34.6 GB/s",
-        "11.2 GB of weights have no room in 25.2 GB of VRAM",
-        "streams from page-locked RAM: 12.6 GB of 23.8 GB stay in VRAM",
-        "Each step copies 11.2 GB",
+        "11.2 GiB of weights have no room in 25.2 GiB of VRAM",
+        "streams from page-locked RAM: 12.6 GiB of 23.8 GiB stay in VRAM",
+        "Each step copies 11.2 GiB",
         "34.6 GB/s on average",
-        "Free page-locked RAM (11.4 GB)",
+        "Free page-locked RAM (11.4 GiB)",
     ],
     "slow": [
         "3.450 s/step · 86 % waiting · 6.3 GB/s",
         "The card's link runs at PCIe 4.0 x4; the card can do PCIe 4.0 x8.",
         "1.720 s of each step",
-        "Close them (browsers, games, other ComfyUIs): 1.9 GB of weights could stay in VRAM.",
+        "Close them (browsers, games, other ComfyUIs): 1.9 GiB of weights could stay in VRAM.",
     ],
     "packed": [
-        "Each step copies 13.0 GB (packed, 18.0 GB of weights)",
-        "5.8 GB of 23.8 GB stay in VRAM",
+        "Each step copies 13.0 GiB (packed, 18.0 GiB of weights)",
+        "5.8 GiB of 23.8 GiB stay in VRAM",
     ],
     "split": [
         "gpu:0",
@@ -93,7 +93,7 @@ TEXTS = {
         "qwen_image_bf16.safetensors",
         "t5xxl_fp16.safetensors",
         "not loaded",
-        "Free page-locked RAM (4.7 GB)",
+        "Free page-locked RAM (4.7 GiB)",
     ],
     "inactive": ["Not streaming: Flux (node 7)", "ComfyUI was told to keep models in VRAM"],
     "fallback": ["Placed differently: GPU Placement (node 9)", "gpu:3 is not there (this machine has gpu:0)"],
@@ -120,7 +120,7 @@ def size(value: int | None) -> str:
     """As the panel writes it."""
     if value is None:
         return DASH
-    for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+    for unit, bytes_of_one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if value >= bytes_of_one * 0.9995:
             number = value / bytes_of_one
             return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.1f} {unit}"

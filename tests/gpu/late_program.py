@@ -77,7 +77,7 @@ class Case:
         model.load_state_dict(checkpoint.state_dict(), assign=True)
         model.requires_grad_(False)
         blocks = cut_model(model, locate=checkpoint.locate)
-        config = StreamingConfig(slots=SLOTS, adaptive=False, thrifty=False, **settings)
+        config = StreamingConfig(slots=SLOTS, adaptive=False, **settings)
         streamer = Streamer(model, blocks, make_backend(self.device), config)
         yield model, streamer
         streamer.close()

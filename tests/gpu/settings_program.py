@@ -25,7 +25,7 @@ def cases(found: programs.Found) -> None:
 
     def settings(model, mode: str, limit: int = 0):
         with torch.inference_mode():
-            return node.execute(model, mode, 0, 0, limit / 1024**3, "auto", 0.0, 0.0).args[0]
+            return node.execute(model, mode=mode, vram_limit_gb=limit / 1024**3).args[0]
 
     def latents(model, runs: int = 1):
         """By strength of the LoRA; of several runs the last, with the weights settled on the card."""

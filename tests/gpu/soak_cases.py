@@ -25,6 +25,7 @@ SEEDS = (3, 4)
 LORAS = ((), (), (0.7,), (0.5, -0.3, 0.2))
 HOOKS = ("", "", "interpolated", "two")
 HOOK_MODES = ("MinVram", "MaxSpeed")
+PACKING = ("auto", "on", "on", "off")
 # Of the weights, the part for which each device has room; 0 is no limit.
 LIMITS = (0.0, 0.45, 0.6, 0.85)
 
@@ -54,6 +55,7 @@ class Picture(NamedTuple):
         hooks: a LoRA on the conditioning with a schedule; none if empty.
         easycache, controlnet: whether they are used.
         seed: of the noise.
+        half: whether the model runs in bfloat16 also where the host would choose float32, so that it may be packed.
     """
 
     family: str
@@ -62,6 +64,7 @@ class Picture(NamedTuple):
     easycache: bool
     controlnet: bool
     seed: int
+    half: bool
 
 
 class Prompt(NamedTuple):
@@ -73,6 +76,7 @@ class Prompt(NamedTuple):
         hook_mode: of the host.
         devices: over how many the model is split.
         limit: of memory, one of ``LIMITS``.
+        packing: of weights, one of ``PACKING``.
         faults: at most two.
     """
 
@@ -81,6 +85,7 @@ class Prompt(NamedTuple):
     hook_mode: str
     devices: int
     limit: float
+    packing: str
     faults: tuple[Fault, ...]
 
     @property
@@ -94,6 +99,7 @@ class Prompt(NamedTuple):
             "EasyCache": picture.easycache,
             "ControlNet": picture.controlnet,
             "ar_video": picture.family == "causal",
+            f"packing {self.packing}": picture.half,
             f"{self.devices} devices": True,
         }
         return [name for name, has in found.items() if has]
@@ -101,7 +107,7 @@ class Prompt(NamedTuple):
 
 def draw(seed: str, number: int, devices: int, kinds: Collection[str]) -> Prompt:
     """Prompt ``number`` of this seed, with faults of these ``kinds``."""
-    chance = random.Random(f"{seed}/{number}")
+    chance, chance_of_packing = random.Random(f"{seed}/{number}"), random.Random(f"{seed}/{number}/packing")
     flux = chance.random() < 0.8
     picture = Picture(
         "flux" if flux else "causal",
@@ -110,11 +116,12 @@ def draw(seed: str, number: int, devices: int, kinds: Collection[str]) -> Prompt
         flux and chance.random() < 0.3,
         flux and chance.random() < 0.3,
         chance.choice(SEEDS),
+        flux and chance_of_packing.random() < 0.6,
     )
     faults = [_fault(chance) for _ in range(chance.choice((0, 1, 1, 1, 2)))]
     limit, mode = chance.choice(LIMITS), chance.choice(HOOK_MODES)
     kept = tuple(fault for fault in faults if fault.kind in kinds)
-    return Prompt(number, picture, mode, devices, limit, kept)
+    return Prompt(number, picture, mode, devices, limit, chance_of_packing.choice(PACKING), kept)
 
 
 def _fault(chance: random.Random) -> Fault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from weightstream.nodes.model.parts import split_blocks
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.streamed_model import ATTRIBUTE, StreamedModel, model_dtype
 from weightstream.nodes.tell.progress import LoadingBar
-from weightstream.streaming import Streamer, StreamingConfig, cut_model
+from weightstream.streaming import PackingMode, Streamer, StreamingConfig, cut_model
 
 import nodes as host_nodes
 from tools.checkpoints import write_flux, write_flux_lora
@@ -57,7 +58,7 @@ class Models:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._kept: OrderedDict[tuple[Any, ...], StreamedModelPatcher] = OrderedDict()
-        self._whole: dict[str, ModelPatcher] = {}
+        self._whole: dict[tuple[str, bool], ModelPatcher] = {}
         for kind in ("diffusion_models", "loras", "controlnet"):
             folder_paths.add_model_folder_path(kind, str(folder))
         write_flux(folder / MODEL)
@@ -67,26 +68,29 @@ class Models:
             self._net = host_nodes.ControlNetLoader().load_controlnet(CONTROLNET)[0]
         self._lora = comfy.utils.load_torch_file(str(folder / LORA))
 
-    def whole(self, family: str) -> ModelPatcher:
+    def whole(self, picture: Picture) -> ModelPatcher:
         """The model as the host runs it."""
-        if family not in self._whole:
-            if family == "flux":
+        key = (picture.family, picture.half)
+        if key not in self._whole:
+            if picture.family == "flux":
                 with torch.inference_mode():
-                    model = comfy.sd.load_diffusion_model(str(self._folder / MODEL), model_options={})
+                    model = comfy.sd.load_diffusion_model(str(self._folder / MODEL), model_options=_options(picture))
             else:
                 model = ModelPatcher(_causal(), mm.get_torch_device(), torch.device("cpu"))
-            self._whole[family] = model
-        return self._whole[family]
+            self._whole[key] = model
+        return self._whole[key]
 
     def streamed(self, prompt: Prompt) -> StreamedModelPatcher:
-        """The model that ``prompt`` asks for; the one from before where there is one."""
-        key = (prompt.picture.family, prompt.devices, prompt.limit)
+        """The model that ``prompt`` asks for; the one from before where there is one, whatever was packed of it."""
+        key = (prompt.picture.family, prompt.picture.half, prompt.devices, prompt.limit)
         if key not in self._kept:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)
             self._kept[key] = self._make(prompt)
         self._kept.move_to_end(key)
-        return self._kept[key]
+        model = self._kept[key].clone()
+        model.settings = replace(model.settings, packing=PackingMode(prompt.packing))
+        return model
 
     def forget(self) -> None:
         """The next prompts load their models anew."""
@@ -96,7 +100,7 @@ class Models:
     def _make(self, prompt: Prompt) -> StreamedModelPatcher:
         with torch.inference_mode():
             if prompt.picture.family == "flux":
-                model = load_streamed(str(self._folder / MODEL), {})
+                model = load_streamed(str(self._folder / MODEL), _options(prompt.picture))
             else:
                 model = _streamed(CAUSAL, _causal())
             if prompt.devices > 1:
@@ -136,6 +140,10 @@ class Models:
             )
         options = (picture.seed, STEPS, 2.5, "euler", "simple", positive, negative, latent())
         return host_nodes.common_ksampler(model, *options)[0]["samples"]
+
+
+def _options(picture: Picture) -> dict[str, Any]:
+    return {"dtype": torch.bfloat16} if picture.half else {}
 
 
 def _hooks(picture: Picture) -> comfy.hooks.HookGroup:

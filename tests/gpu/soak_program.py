@@ -55,6 +55,7 @@ class Soak:
     Attributes:
         ended: how prompts ended, and how often so.
         features, faults, hit: what prompts had, what was to go wrong in them, and what did.
+        packed: prompts behind which weights stream packed.
         said: the errors of prompts that ended early for a fault.
         failures: prompts with another latent, or with an error that nobody could expect.
     """
@@ -66,6 +67,7 @@ class Soak:
         self.features: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.hit: Counter[str] = Counter()
+        self.packed = 0
         self.said: Counter[str] = Counter()
         self.failures: list[dict[str, Any]] = []
 
@@ -103,6 +105,8 @@ class Soak:
             model = self._models.dressed(self._models.streamed(prompt), prompt.picture, prompt.hook_mode)
             with planted(model, prompt.faults, hit) as model:
                 found = self._models.sample(model, prompt.picture)
+                plans = [streamer.plan for streamer in model.streamers]
+                self.packed += any(plan is not None and plan.packed for plan in plans)
         except mm.InterruptProcessingException as error:
             return "interrupted" if hit["interrupt"] else self._failed(prompt, when, hit, error)
         except Exception as error:
@@ -137,7 +141,7 @@ class Soak:
     def _reference(self, picture: Picture) -> torch.Tensor:
         """The latent of the plain host. Its first with new weights may differ from all later ones (docs/design.md)."""
         if picture not in self._references:
-            model = self._models.dressed(self._models.whole(picture.family), picture, "MinVram")
+            model = self._models.dressed(self._models.whole(picture), picture, "MinVram")
             for _ in range(2):
                 self._references[picture] = self._models.sample(model, picture)
         return self._references[picture]
@@ -175,6 +179,7 @@ def run(folder: Path, numbers: str, seed: str, devices: int) -> dict[str, Any]:
         "features": soak.features,
         "planned": soak.faults,
         "happened": soak.hit,
+        "packed": soak.packed,
         "said": soak.said,
         "steps_run_again": again.count,
         "failures": soak.failures,

@@ -32,7 +32,7 @@ def cases(found: programs.Found) -> None:
     node, agree = programs.node("WeightStreamGPUPlacement"), found.agree
     limits, orders, strengths, repeats = LIMITS, ORDERS, STRENGTHS, REPEATS
     if found.small:
-        limits, orders, strengths, repeats = LIMITS[1:2], ORDERS[1:], FEW_STRENGTHS, 1
+        limits, orders, strengths, repeats = LIMITS[1:2], ORDERS, FEW_STRENGTHS, 1
 
     def split(model, **inputs):
         with torch.inference_mode():
@@ -82,7 +82,9 @@ def cases(found: programs.Found) -> None:
             streamed = load_streamed(path, {}, vram_limit=native.model_size() * limit // 100 or None)
         for devices in orders:
             case = f"limit {limit} %, {devices}"
-            model = split(streamed, devices=devices, split="auto" if limit else "equal")
+            # With auto the first GPU may run all blocks, and the other bring weights: then there is no other part.
+            gives_way = devices == "gpu:1,gpu:0" and limit == 46
+            model = split(streamed, devices=devices, split="auto" if limit and not gives_way else "equal")
             sample(model)  # A GPU's first may differ from all of its later ones.
             for _ in range(repeats):
                 for strength in strengths:
@@ -96,7 +98,7 @@ def cases(found: programs.Found) -> None:
                 agrees(f"{case}, hook {mode.name}", sample_with_hook(model, mode), latents)
             modes = {streamer.snapshot().mode for streamer in model.streamers}
             agree[f"{case}, mode"] = ("streamed" in modes) is bool(limit) or torch.device("cpu") in wanted
-            if devices == "gpu:1,gpu:0" and limit == 46:
+            if gives_way:
                 part = model.parts[0]
                 before = part.loaded_size()
                 freed = part.partially_unload(part.offload_device, 2 * MB)
@@ -117,7 +119,7 @@ def cases(found: programs.Found) -> None:
             misses = sum(streamer.counters.misses for streamer in model.streamers)
             agree[f"{case}, no miss"] = misses == 0 or limit == 46
             programs.unload_all()
-            agree[f"{case}, memory given back"] = [s.device_bytes for s in model.streamers] == [0, 0]
+            agree[f"{case}, memory given back"] = not any(streamer.device_bytes for streamer in model.streamers)
             agrees(f"{case}, after unloading", sample(model), expected[0.0])
             del model
     if torch.cuda.is_available():

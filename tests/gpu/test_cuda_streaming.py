@@ -234,7 +234,7 @@ def test_a_step_that_runs_out_of_memory_runs_again_with_less(reference: tuple[to
     activations = torch.cuda.max_memory_allocated() - before
     del resident
     model = make_transformer(DEPTH, WIDTH)
-    streamer = make_streamer(model, headroom_bytes=20_000_000, thrifty=False)
+    streamer = make_streamer(model, headroom_bytes=20_000_000)
     gc.collect()
     torch.cuda.empty_cache()
     # Room for a small plan and what a step needs beside it, and not for all weights.
@@ -261,7 +261,7 @@ def test_times_that_were_measured_predict_a_step(reference: tuple[torch.Tensor, 
         model = make_transformer(DEPTH, 2 * WIDTH if repeats == 1 else WIDTH)
         if repeats == 1:
             x = torch.randn(1, TOKENS, 2 * WIDTH, device="cuda")
-        streamer = make_streamer(model, thrifty=False, adaptive=False)
+        streamer = make_streamer(model, adaptive=False)
         streamer.load(streamer.plan_for(streamer.minimum_bytes * 2))
         for _ in range(10):
             streamer.run(lambda x=x, model=model: model(x), shape=tuple(x.shape))

@@ -108,7 +108,7 @@ def test_a_damaged_copy_is_found_and_mended(
 ) -> None:
     x, expected = reference
     model, backend = make_transformer(DEPTH, WIDTH), CorruptingBackend()
-    config = StreamingConfig(verify=True, pin_memory=pin_memory, adaptive=False, thrifty=False)
+    config = StreamingConfig(verify=True, pin_memory=pin_memory, adaptive=False)
     streamer = Streamer(model, cut_model(model), backend, config)
     streamer.load(streamer.plan_for(streamer.minimum_bytes + streamer.outline.block_bytes(0)))
     for _ in range(4):

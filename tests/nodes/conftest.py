@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from in_half import LoadInHalf
 from placing import Machine
 from reads import Reads
 from sampling import LORA, MB, MODEL, Patched, sample, with_lora
@@ -21,8 +23,10 @@ from vaes import VAE, write_vae
 from weightstream.nodes import gpu_placement
 from weightstream.nodes.host import devices, hosts
 from weightstream.nodes.loader import load_streamed
+from weightstream.nodes.model.offload import Mode
 from weightstream.nodes.tell import messages
 from weightstream.streaming import UnsupportedModelError, VirtualMemory
+from weightstream.streaming.config import PackingMode
 
 import nodes as host_nodes
 from tools.checkpoints import write_flux, write_flux_lora
@@ -103,6 +107,35 @@ def streamed(models: Path, virtual_device: Callable[[int], VirtualMemory]) -> Ca
     return load
 
 
+@pytest.fixture
+def streamed_in_half(models: Path, virtual_device: Callable[[int], VirtualMemory]) -> LoadInHalf:
+    """Loads the tiny FLUX in bfloat16, which streams everything, packed where that is asked for."""
+
+    def load(packing: PackingMode = PackingMode.ON, name: str = MODEL, **settings: Any) -> Any:
+        virtual_device(64 * MB)
+        with torch.inference_mode():
+            found = load_streamed(str(models / name), {"dtype": torch.bfloat16}, vram_limit=12 * MB)
+        found.settings = replace(found.settings, packing=packing, mode=Mode.STREAM, **settings)
+        return found
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def native_in_half(models: Path) -> Any:
+    """The same model through the host's own loader."""
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model(str(models / MODEL), {"dtype": torch.bfloat16})
+    sample(model)  # The host's first sampling may differ from all of its later ones.
+    return model
+
+
+@pytest.fixture(scope="session")
+def plain_in_half(native_in_half: Any) -> torch.Tensor:
+    """What :func:`sample` gives with it, and so with ours."""
+    return sample(native_in_half)
+
+
 @pytest.fixture(scope="session")
 def native(models: Path) -> Any:
     """The same model through the host's own loader."""
@@ -135,7 +168,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     def have(count: int, budget: int = 24 * MB) -> tuple[VirtualMemory, ...]:
         devices.read_environment()
-        memories = tuple(VirtualMemory(budget, f"virtual:{index}") for index in range(count))
+        memories = tuple(VirtualMemory(budget, f"gpu:{index}") for index in range(count))
         monkeypatch.setattr(devices._virtual, "devices", memories)
         return memories
 

@@ -151,9 +151,7 @@ def streamed(name: str, model: torch.nn.Module) -> StreamedModelPatcher:
     """The same model on a virtual device with the least room with which it streams."""
     blocks = cut_model(model, model_dtype, minimum_share=0)
     memory = VirtualMemory(minimum_bytes(blocks.outline, assumed_profile(blocks.outline)))
-    streamer = Streamer(
-        model.diffusion_model, blocks, CpuBackend(memory), StreamingConfig(headroom_bytes=0, thrifty=False)
-    )
+    streamer = Streamer(model.diffusion_model, blocks, CpuBackend(memory), StreamingConfig(headroom_bytes=0))
     setattr(model, ATTRIBUTE, StreamedModel(name, streamer, None, LoadingBar(None)))
     return StreamedModelPatcher(model, torch.device("cpu"), torch.device("cpu"), streamer.model_bytes)
 

@@ -41,11 +41,11 @@ FORMATS = {
 }
 
 
-def write_quantised(plain: Path, path: Path, form: Format) -> None:
-    """Write the tensors of ``plain`` to ``path``, the matrices of its blocks quantised."""
+def write_quantised(plain: Path, path: Path, form: Format, only: str = "") -> None:
+    """Write the tensors of ``plain`` to ``path``, the matrices of its blocks quantised, or ``only`` those named so."""
     tensors = {}
     for name, tensor in load_file(plain).items():
-        if not _is_matrix(name, tensor):
+        if not (_is_matrix(name, tensor) and name.startswith(only)):
             tensors[name] = tensor
             continue
         quantised = QuantizedTensor.from_float(tensor, form.layout, **form.options)

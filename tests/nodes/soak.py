@@ -58,6 +58,7 @@ class Soak:
     Attributes:
         rss: resident memory of the process after each count, with the number of prompts before it.
         prompts: how they ended, and how often so.
+        packed: prompts behind which weights stream packed.
         deeds: what was done to models in between.
     """
 
@@ -71,11 +72,14 @@ class Soak:
         self._where = f"seed {seed}, before the first prompt"
         self.rss: list[tuple[int, int]] = []
         self.prompts: Counter[str] = Counter()
+        self.packed = 0
         self.deeds: Counter[str] = Counter()
         self._model_bytes: dict[str, int] = {}
         self._expected = {key: latent for name in FILES for key, latent in self._references(name)}
-        for way in WAYS:  # All that is made but once.
-            self._run(Prompt(next(iter(FILES)), STRENGTHS[1], SEEDS[0], way, LIMITS[1], MODES[0], True, None))
+        for name, way in (*((name, "settings") for name in FILES), *((next(iter(FILES)), way) for way in WAYS)):
+            self._run(Prompt(name, STRENGTHS[1], SEEDS[0], way, LIMITS[1], MODES[0], "on", True, None))
+        assert self.packed, "what is made but once to pack weights is not there yet"
+        self.packed = 0
         self._free_everything()
         self._held = self._settled(lambda held: not (held.models or held.pinned_bytes or held.locked_bytes))
 
@@ -97,7 +101,7 @@ class Soak:
         from sampling import sample
 
         for strength in STRENGTHS:
-            nodes = Prompt(name, strength, 0, "host's", 0, "", True, None).nodes(0)
+            nodes = Prompt(name, strength, 0, "host's", 0, "", "", True, None).nodes(0)
             patched = self._workflow.output(*nodes)
             self._model_bytes[name] = patched.model_size()
             sample(patched)
@@ -132,7 +136,10 @@ class Soak:
             with _interrupted_in_a_layer(model, prompt.stop):
                 if model.is_dynamic():
                     sample(model, prompt.seed)  # The first may differ.
-                return sample(model, prompt.seed)
+                latent = sample(model, prompt.seed)
+            plans = [streamer.plan for streamer in getattr(model, "streamers", ())]
+            self.packed += any(plan is not None and plan.packed for plan in plans)
+            return latent
 
     # -- between prompts -----------------------------------------------------------------------------------------
 
@@ -279,7 +286,14 @@ def main() -> None:
     soak.run(int(prompts))
     device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "virtual"
     seconds = round(time.monotonic() - began, 1)
-    seen = {"device": device, "seconds": seconds, "prompts": soak.prompts, "deeds": soak.deeds, "rss": soak.rss}
+    seen = {
+        "device": device,
+        "seconds": seconds,
+        "prompts": soak.prompts,
+        "packed": soak.packed,
+        "deeds": soak.deeds,
+        "rss": soak.rss,
+    }
     print(json.dumps(seen))
 
 

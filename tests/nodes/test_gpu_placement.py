@@ -9,6 +9,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 from placing import CPU, FIRST, SECOND, Machine, place
 from prompts import check_streams, guided
 from sampling import MB
@@ -68,7 +69,7 @@ def test_a_model_that_can_be_split_is_what_the_split_gives(
 ) -> None:
     machine(3)
     model = place(loaded)[0]
-    assert [streamer.backend.name for streamer in model.streamers] == ["virtual:0", "virtual:1", "virtual:2"]
+    assert [streamer.backend.name for streamer in model.streamers] == ["gpu:0", "gpu:1", "gpu:2"]
     assert said == ["MODEL on gpu:0, gpu:1, gpu:2"]
     assert torch.equal(guided(model), guided(native))
 
@@ -77,13 +78,13 @@ def test_a_gpu_without_room_gets_nothing(loaded: Any, said: list[str], native: M
     memories = machine(3)
     memories[0].budget = MB
     model = place(loaded)[0]
-    assert [streamer.backend.name for streamer in model.streamers] == ["virtual:1", "virtual:2"]
+    assert [streamer.backend.name for streamer in model.streamers] == ["gpu:1", "gpu:2"]
     assert len(said) == 1
     assert said[0].startswith("MODEL on gpu:1, gpu:2; gpu:0 is left out, it has room for ")
     assert torch.equal(guided(model), guided(native))
     memories[2].budget = MB
     assert place(loaded, devices="gpu:0,gpu:2,gpu:1")[0].load_device == SECOND
-    assert said[1].startswith("MODEL is not split, virtual:0: it has room for ")
+    assert said[1].startswith("MODEL is not split, gpu:0: it has room for ")
     assert said[1].endswith("; MODEL on gpu:1")
 
 
@@ -101,7 +102,7 @@ def test_a_workflow_of_four_gpus_on_two(
     inputs: dict[str, str],
 ) -> None:
     machine(2)
-    assert GpuPlacement.validate_inputs(**without_on_missing(inputs)) is True
+    assert refused(inputs) == []
     model, same_clip, same_vae = place(loaded, clip=clip, vae=vae, **inputs)
     first = inputs["devices"] == ""
     assert model.load_device == (CPU if first else SECOND)
@@ -174,39 +175,64 @@ def test_what_is_not_there_may_be_an_error(
 # -- values that cannot be right ---------------------------------------------------------------------------------------
 
 
-def without_on_missing(inputs: dict[str, str]) -> dict[str, str]:
-    """What ``validate_inputs`` looks at."""
-    return {name: value for name, value in inputs.items() if name != "on_missing"}
+def refused(inputs: dict[str, Any]) -> list[str]:
+    """What ComfyUI refuses of these inputs before it runs the prompt: what the node says, and what is not in a menu."""
+    menus = {item.id: item.options for item in GpuPlacement.define_schema().inputs if isinstance(item, io.Combo.Input)}
+    said = GpuPlacement.validate_inputs(inputs.get("devices", ""))
+    names = [name for name, value in inputs.items() if value is not None and value not in menus.get(name, [value])]
+    return [*([] if said is True else [str(said)]), *names]
 
 
 @pytest.mark.parametrize(
-    ("inputs", "expected"),
+    "inputs",
     [
-        ({}, True),
-        ({"devices": " GPU:12 ", "clip_device": "gpu:31", "vae_device": "CPU"}, True),
-        ({"ratio": "not used"}, True),
-        ({"devices": None, "split": None, "ratio": None, "clip_device": None, "vae_device": None}, True),
-        ({"devices": None, "split": "ratio", "ratio": "60,40"}, True),
-        ({"devices": "cuda:0"}, "devices='cuda:0': 'cuda:0' is no GPU; expected a list such as gpu:0,gpu:1"),
-        ({"split": "fair"}, "split='fair': expected one of auto, equal, ratio"),
-        ({"split": "ratio"}, "ratio='': expected a number above 0 for each device, such as 60,40"),
-        (
-            {"devices": "gpu:0,gpu:1,gpu:2", "split": "ratio", "ratio": "60,40"},
-            "ratio='60,40' has 2 numbers for 3 devices (gpu:0, gpu:1, gpu:2): give one number for each device",
-        ),
-        ({"clip_device": "gpu"}, "clip_device='gpu': expected default, cpu, or a GPU such as gpu:0"),
-        ({"vae_device": "gpu:0,gpu:1"}, "vae_device='gpu:0,gpu:1': expected default, cpu, or a GPU such as gpu:0"),
+        {},
+        {"devices": " GPU:12 ", "clip_device": "gpu:31", "vae_device": "CPU"},
+        {"devices": "cuda:0, 1,gpu:2", "clip_device": "cuda:1", "vae_device": "0"},
+        {"ratio": "not used"},
+        {"devices": None, "split": None, "ratio": None, "clip_device": None, "vae_device": None},
     ],
 )
-def test_values_are_read_before_the_prompt_runs(
-    inputs: dict[str, Any], expected: bool | str, monkeypatch: pytest.MonkeyPatch
+def test_devices_have_the_names_of_comfyui_torch_and_drivers(inputs: dict[str, Any]) -> None:
+    assert refused(inputs) == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "before", "running"),
+    [
+        (
+            {"devices": "gpux"},
+            True,
+            "devices='gpux': 'gpux' is no GPU; expected gpu:0, cuda:0 or 0, or a list",
+        ),
+        (
+            {"devices": "0,cuda:0"},
+            True,
+            "devices='0,cuda:0': gpu:0 is there twice; name each GPU once (this",
+        ),
+        ({"split": "fair"}, True, "split='fair': expected one of auto, equal, ratio"),
+        ({"clip_device": "gpu"}, True, "clip_device='gpu': expected default, cpu, or a GPU such as gpu:0"),
+        ({"vae_device": "0,1"}, True, "vae_device='0,1': expected default, cpu, or a GPU such as gpu:0"),
+        ({"split": "ratio"}, False, "ratio='': expected a number above 0 for each device, such as 60,40"),
+        (
+            {"devices": "gpu:0,gpu:1,gpu:2", "split": "ratio", "ratio": "60,40"},
+            False,
+            "ratio='60,40' has 2 numbers for 3 devices (gpu:0, gpu:1, gpu:2): give one number for each device",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_one_error(
+    inputs: dict[str, Any], before: bool, running: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WEIGHTSTREAM_GPUS", raising=False)
-    assert GpuPlacement.validate_inputs(**inputs) == expected
-    if expected is not True:
-        with pytest.raises(ConfigError) as caught:
-            place(None, **inputs)
-        assert str(caught.value) == expected
+    machine(2)
+    assert len(refused(inputs)) == int(before)
+    with pytest.raises(ConfigError) as caught:
+        place(None, **inputs)
+    assert str(caught.value).startswith(running)
+    if "devices" in inputs and before:
+        assert refused(inputs) == [str(caught.value)]
+        assert str(caught.value).endswith("(this machine has gpu:0, gpu:1)")
 
 
 def test_the_variable_of_the_process(loaded: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +241,11 @@ def test_the_variable_of_the_process(loaded: Any, machine: Machine, monkeypatch:
     assert place(loaded)[0].load_device == SECOND
     assert place(loaded, devices="default")[0].load_device == SECOND
     assert place(loaded, devices="gpu:0")[0].load_device == CPU
-    monkeypatch.setenv("WEIGHTSTREAM_GPUS", "1")
-    wrong = "WEIGHTSTREAM_GPUS='1': '1' is no GPU; expected a list such as gpu:0,gpu:1"
+    monkeypatch.setenv("WEIGHTSTREAM_GPUS", "one")
+    wrong = (
+        "WEIGHTSTREAM_GPUS='one': 'one' is no GPU; expected gpu:0, cuda:0 or 0, or a list such as gpu:0,gpu:1 "
+        "(this machine has gpu:0, gpu:1)"
+    )
     assert GpuPlacement.validate_inputs() == wrong
     with pytest.raises(ConfigError) as caught:
         place(loaded)

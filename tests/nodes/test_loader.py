@@ -118,7 +118,7 @@ def test_virtual_devices_are_read_at_start_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WEIGHTSTREAM_VIRTUAL", "1x1MB")
     devices.read_environment()
     memories = devices.virtual_devices()
-    assert [(memory.name, memory.budget) for memory in memories] == [(f"virtual:{i}", 5 * MB) for i in range(3)]
+    assert [(memory.name, memory.budget) for memory in memories] == [(f"gpu:{i}", 5 * MB) for i in range(3)]
 
 
 def damaged(models: Path, name: str, content: bytes) -> str:
@@ -209,7 +209,7 @@ def test_a_limit_below_one_block_names_a_minimum_that_works(streamed: Load, plai
 
 def test_a_virtual_device_below_one_block_says_so(streamed: Load) -> None:
     model = streamed(2 * MB)
-    with pytest.raises(RuntimeError, match=r"2\.1 MB are too few: .* need 12\.5 MB"):
+    with pytest.raises(RuntimeError, match=r"2\.0 MiB are too few: .* need 11\.9 MiB"):
         sample(model)
     assert model.status()["device_bytes"] == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,14 @@ def test_it_tells_of_plan_and_last_run(node: Any, streamed: Load) -> None:
     text, told = result.args[0], json.loads(result.args[1])
     (entry,) = told["models"]
     run = entry["last_run"]
-    assert text.splitlines()[0].startswith(f"{MODEL} on gpu:0: {entry['ladder']}")
-    assert f"plan: {entry['plan']}" in text
-    assert f"last run: {run['steps']} steps" in text
+    first, empty, *items = text.splitlines()
+    assert first == f"**{MODEL}**: {told['line']}"
+    assert re.fullmatch(r"[\d.]+ s/step · .+", told["line"])
+    assert empty == "", "without it a list would not begin"
+    assert items[0].startswith(f"- **gpu:0**: {entry['ladder']}")
+    assert f"  - plan: {entry['plan']}" in items
+    assert any(item.startswith(f"  - last run: {run['steps']} steps") for item in items)
+    assert all(item.startswith(("- **", "  - ")) for item in items), "a list of Markdown"
     assert (run["steps"], run["misses"]) == (3, entry["counters"]["misses"])
     assert run["bytes"] == entry["counters"]["streamed_bytes"] > 0
     assert result.ui == {"text": [text], "weightstream": [told]}
@@ -57,13 +63,15 @@ def test_of_a_split_model_it_tells_of_each_device(node: Any, loaded: StreamedMod
     ours = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None).patcher
     sample(ours)
     text, told = node.execute(ours).args
-    assert [name for name in ("on gpu:0: ", "on gpu:1: ") if name in text] == ["on gpu:0: ", "on gpu:1: "]
+    devices = [line.split("**")[1] for line in text.splitlines() if line.startswith("- **")]
+    assert devices[:2] == ["gpu:0", "gpu:1"]
+    assert text.splitlines()[0].endswith("gpu:0, gpu:1")
     assert len(json.loads(told)["models"]) == 2
 
 
 def test_a_model_that_does_not_stream(node: Any, foreign: ModelPatcher) -> None:
     text, told = node.execute(foreign).args
-    assert text.startswith("Flux does not stream: ComfyUI moves its weights")
+    assert text.startswith("**Flux**: does not stream: ComfyUI moves its weights")
     assert json.loads(told)["streams"] is False
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,11 +22,11 @@ from prompts import SETTINGS
 from sampling import MB, MODEL, Patched, sample, sample_with_hook, with_lora
 from told import entry_of
 from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.model.offload import ROUND_GIB, STEP_GIB, Mode, OffloadSettings
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
 from weightstream.nodes.twins import takeover
-from weightstream.streaming import BudgetError, PackingMode, VirtualMemory
+from weightstream.streaming import BudgetError, ConfigError, PackingMode, VirtualMemory
 
 import nodes as host_nodes
 
@@ -165,7 +168,7 @@ def test_settings_of_a_streamed_model(streamed: Load, native: ModelPatcher, plai
     assert status["staged_bytes"] > 0
     plan = limited.streamer.plan
     assert plan.staging_bytes <= 2 * max(segment.nbytes for segment in plan.segments)
-    assert "this model's limit of 5.2 MB page-locked memory is reached" in status["note"]
+    assert "this model's limit of 5.0 MiB page-locked memory is reached" in status["note"]
     assert torch.equal(sample(model), plain)
     assert model.status()["mode"] == "resident"
 
@@ -210,6 +213,86 @@ def test_weights_of_16_bits_stream_packed(models: Path, virtual_device: Device) 
     mode = comfy.hooks.EnumHookMode.MinVram
     assert torch.equal(sample_with_hook(model, mode), sample_with_hook(native, mode))
     assert entry_of(model)["why_unpacked"] == "weights do not stream packed: hooks change them in this prompt"
+
+
+def test_the_minimum_that_is_named_is_enough_at_once_and_later(streamed: Load, native: ModelPatcher) -> None:
+    """Not the one that is enough once the order of parts is known: with other settings it is learned anew."""
+    model, named = streamed(64 * MB), []
+    for seed in (3, 4):
+        with pytest.raises(
+            BudgetError, match=r"^vram_limit_gb=0\.00 is too small for .* at least \d+\.\d\d \(GiB\)"
+        ) as caught:
+            settings_node(model, vram_limit_gb=0.001)
+        (least,) = re.findall(r"at least (\d+\.\d\d) ", str(caught.value))
+        named.append((least, caught.value.minimum))
+        limited = settings_node(model, vram_limit_gb=float(least))
+        assert torch.equal(sample(limited, seed), sample(native, seed))
+        assert limited.status()["device_peak_bytes"] <= float(least) * (1 << 30)
+    assert named[0] == named[1]
+
+
+def test_the_inputs_take_a_value_as_fine_as_the_minimum() -> None:
+    inputs = {item.id: item for item in AsyncOffloadSettings.define_schema().inputs}
+    for name in ("vram_limit_gb", "pinned_limit_gb", "reserve_vram_gb"):
+        assert (inputs[name].step, inputs[name].round) == (STEP_GIB, ROUND_GIB)
+        # The page shows as many digits as this, and rounds to them.
+        assert math.floor(math.log10(STEP_GIB)) == math.floor(math.log10(ROUND_GIB)) == -2
+
+
+# -- presets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("fastest", OffloadSettings()),
+        ("leave 2 GiB for others", OffloadSettings(reserve_vram=2 << 30)),
+        ("least VRAM", OffloadSettings(mode=Mode.STREAM)),
+        ("debug", OffloadSettings(mode=Mode.SYNC, packing=PackingMode.OFF)),
+    ],
+)
+def test_a_preset_decides_whatever_the_inputs_say(streamed: Load, preset: str, settings: OffloadSettings) -> None:
+    others = {"mode": "auto", "copy_streams": 3, "vram_limit_gb": 1.0, "pin_memory": "off", "reserve_vram_gb": 1.0}
+    assert settings_node(streamed(64 * MB), **others, preset=preset).settings == settings
+    with torch.inference_mode():
+        alone = AsyncOffloadSettings.execute(streamed(64 * MB), preset=preset)
+    assert alone.result[0].settings == settings, "an API prompt needs no other input"
+
+
+def test_custom_changes_nothing(streamed: Load) -> None:
+    chosen = {"mode": "sync", "copy_streams": 3, "vram_limit_gb": 1.0, "pinned_limit_gb": 0.5, "packing": "off"}
+    model = streamed(64 * MB)
+    assert settings_node(model, **chosen, preset="custom").settings == settings_node(model, **chosen).settings
+
+
+def test_a_preset_decides_every_input_and_the_page_knows_what() -> None:
+    schema = AsyncOffloadSettings.define_schema()
+    *others, last = schema.inputs
+    values = {item.id: item.default for item in others if item.id not in ("model", "clip")}
+    assert (last.id, last.default, last.optional) == ("preset", "custom", True)
+    told = last.as_dict()["weightstream_presets"]
+    assert [*told] == last.options
+    assert told["custom"] == {}
+    assert told["fastest"] == values, "the values that the node has at first"
+    for name, preset in told.items():
+        assert name == "custom" or preset.keys() == values.keys()
+    json.dumps(told)
+
+
+# -- what is connected -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_connected_is_said(streamed: Load) -> None:
+    with pytest.raises(ConfigError, match="connect model, clip, or both"):
+        AsyncOffloadSettings.execute()
+
+
+def test_inputs_of_saved_workflows_keep_their_places() -> None:
+    """The page saves values without names, in the order in which the host lists the inputs."""
+    groups = AsyncOffloadSettings.INPUT_TYPES()
+    values = [name for group in ("required", "optional") for name in groups[group] if name not in ("model", "clip")]
+    assert values == [*SETTINGS, "preset"]
+    assert [entry.io_type for entry in AsyncOffloadSettings.define_schema().outputs] == ["MODEL", "CLIP"]
 
 
 def test_a_limit_that_is_too_small_is_refused(streamed: Load, foreign: ModelPatcher) -> None:

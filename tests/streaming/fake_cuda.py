@@ -153,10 +153,12 @@ class FakeCuda:
         refuses: says whether so many bytes cannot be page-locked.
         late_errors: a thread's last error is raised when it waits, and not by its next launch.
         faults: of what nobody could be told.
+        slept: streams on which a kernel has slept, with its cycles.
     """
 
     def __init__(self, devices: int = 2) -> None:
         self.accesses = Accesses()
+        self.slept: list[tuple[Stream, int]] = []
         self.registered: dict[int, tuple[range, int | None]] = {}
         self.contexts: set[int] = set()
         self.host_waits = 0
@@ -289,6 +291,10 @@ class FakeCuda:
             self.accesses.end(self.launch(owner), span, "gets memory that may be in use")
         except AssertionError as error:
             self.faults.append(str(error))
+
+    def _sleep(self, cycles: int) -> None:
+        """A kernel that only takes time, on the stream that is current."""
+        self.slept.append((self.current_stream(), cycles))
 
     def kernel(self, reads: Any = (), writes: Any = ()) -> None:
         """Compute, on the stream that is current on the device of its tensors."""

@@ -67,7 +67,7 @@ X = torch.linspace(-1, 1, 3 * 5 * 32).reshape(3, 5, 32)
 
 
 # Nothing may hang on how fast this machine computes.
-SETTINGS = {"slots": 2, "segment_bytes": 10_000, "headroom_bytes": 0, "thrifty": False}
+SETTINGS = {"slots": 2, "segment_bytes": 10_000, "headroom_bytes": 0}
 
 
 def make_streamer(model: Transformer, budget: int = 10**9, learned: bool = False, **settings: int) -> Streamer:

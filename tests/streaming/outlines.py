@@ -48,4 +48,3 @@ def flux_profile(bandwidth: float = 55.4e9, learned: bool = True) -> Profile:
 
 
 FULL = StreamingConfig()
-EAGER = StreamingConfig(thrifty=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from models import SETTINGS, Transformer, make_transformer
-from weightstream.streaming import CpuBackend, Streamer, StreamingConfig, VirtualMemory, cut_model
+from weightstream.streaming import CpuBackend, PinBudget, Streamer, StreamingConfig, VirtualMemory, cut_model
 from weightstream.streaming.config import PackingMode
 from weightstream.streaming.planning.plan import Plan
 
@@ -27,11 +27,13 @@ def spread(shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=random).sign() * 2.0**exponents
 
 
-def make(model: Transformer, backend: CpuBackend | None = None, **settings: object) -> Streamer:
+def make(
+    model: Transformer, backend: CpuBackend | None = None, pins: PinBudget | None = None, **settings: object
+) -> Streamer:
     """A streamer that packs and keeps nothing, unless ``settings`` say otherwise."""
     packing = {"packing": PackingMode.ON, "stream_all": True, "adaptive": False}
     config = StreamingConfig(**{**SETTINGS, **packing, **settings})
-    return Streamer(model, cut_model(model), backend or CpuBackend(VirtualMemory(10**9)), config)
+    return Streamer(model, cut_model(model), backend or CpuBackend(VirtualMemory(10**9)), config, pins)
 
 
 def step(streamer: Streamer, model: Transformer, **options: object) -> torch.Tensor:

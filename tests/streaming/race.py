@@ -80,6 +80,9 @@ class RaceBackend(UncountedBackend):
         self.memory_accesses.see(self._launch(COMPUTE), event)
         return lambda: 0.0
 
+    def hold_back(self, seconds: float) -> None:
+        """Time does not pass here."""
+
     def moment(self) -> float:
         return 0.0
 

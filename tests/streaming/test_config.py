@@ -1,7 +1,15 @@
 from __future__ import annotations
 
 import pytest
-from weightstream.streaming import ConfigError, StreamingConfig, VirtualDevices, format_bytes, parse_virtual_devices
+from weightstream.streaming import (
+    ConfigError,
+    StreamingConfig,
+    VirtualDevices,
+    count_of,
+    format_bytes,
+    format_rate,
+    parse_virtual_devices,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +49,23 @@ def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 KB"), (680_000_000, "680 MB"), (23.8e9, "23.8 GB")]
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1000, "1000 B"),
+        (1024, "1.0 KiB"),
+        (680_000_000, "648 MiB"),
+        (23.8e9, "22.2 GiB"),
+        ((1 << 30) - 1, "1.0 GiB"),
+    ],
 )
 def test_bytes_are_written_for_people(count: float, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_rates_are_decimal_as_those_of_buses() -> None:
+    assert [format_rate(rate) for rate in (55.2e9, 999_960_000, 12)] == ["55.2 GB/s", "1.0 GB/s", "12 B/s"]
+
+
+def test_one_is_counted_in_the_singular() -> None:
+    assert [count_of(count, "block") for count in (0, 1, 57)] == ["0 blocks", "1 block", "57 blocks"]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from weightstream import streaming
 
 ROOT = Path(streaming.__file__).parent.parent
@@ -13,6 +15,53 @@ def test_the_public_surface_is_what_init_lists() -> None:
     assert sorted(streaming.__all__) == streaming.__all__
     for name in streaming.__all__:
         assert hasattr(streaming, name)
+
+
+def test_each_name_is_imported_from_where_type_checkers_find_it() -> None:
+    """The names are listed three times in that file, and each list is needed."""
+    tree = ast.parse(Path(streaming.__file__).read_text("utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    homes = {name.name: node.module for node in imports for name in node.names}
+    assert homes == streaming._HOMES
+    assert sorted(homes) == sorted(streaming.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Stream'"):
+        _ = streaming.Stream
+
+
+# Runs the folder in a process in which torch cannot be found.
+WITHOUT_TORCH = (
+    "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+    "runpy.run_path('streaming', run_name='__main__')"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["status", "--url", "127.0.0.1:9"], "no ComfyUI answers"),
+        (["convert", "example_workflows/flux1-dev_one_small_gpu.json"], "there is nothing to change"),
+        (["gpus"], "this Python has no torch"),
+        (["plan", "missing.safetensors"], "missing.safetensors cannot be read"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_command_line_needs_no_torch(arguments: list[str], says: str) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, "streaming", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert says in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_python_that_finds_no_modules_in_the_current_folder_runs_the_folder() -> None:
+    """Windows portable's is such a one; ``-I`` makes one of any other."""
+    lines = {"module": ["-m", "streaming"], "folder": ["streaming"]}
+    ended = {
+        name: subprocess.run([sys.executable, "-I", *line, "--help"], cwd=ROOT, capture_output=True, text=True)
+        for name, line in lines.items()
+    }
+    assert "No module named streaming" in ended["module"].stderr
+    assert ended["folder"].returncode == 0, ended["folder"].stderr
+    assert "convert" in ended["folder"].stdout
 
 
 def test_the_engine_needs_no_host() -> None:

@@ -116,7 +116,7 @@ def feed(backend: RaceBackend, helpers: int, monkeypatch: pytest.MonkeyPatch) ->
 def run_plans(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int, runs: Sequence[str]) -> int:
     """All streamed units of three blocks are packed, every second one, and only those of the second block."""
     model = NumberedModel(3, backend, like=LIKE)
-    settings = {"segment_bytes": segment_bytes, "adaptive": False, "thrifty": False, "read_threads": 1, "chunks": 2}
+    settings = {"segment_bytes": segment_bytes, "adaptive": False, "read_threads": 1, "chunks": 2}
     config = StreamingConfig(copy_streams, slots, chunk_bytes=8192, **settings)
     streamer = Streamer(model, cut_model(model), backend, config)
     everything = [0, 1, 2]
@@ -163,7 +163,7 @@ def test_every_access_is_ordered_over_several_links(
 def packed_streamer(backend: RaceBackend) -> tuple[NumberedModel, Streamer]:
     """It streams all of its units packed from the next step on."""
     model = NumberedModel(3, backend, like=LIKE)
-    config = StreamingConfig(2, 2, segment_bytes=0, adaptive=False, thrifty=False)
+    config = StreamingConfig(2, 2, segment_bytes=0, adaptive=False)
     streamer = Streamer(model, cut_model(model), backend, config)
     learn(streamer, lambda: model([0, 1, 2]))
     streamer.load(packed_plan(streamer, list(range(9)), list(range(9)), 2))
@@ -185,7 +185,7 @@ def test_after_an_error_no_memory_is_freed_that_a_copy_writes_to(
     backend: RaceBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = NumberedModel(3, backend, like=LIKE)
-    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(2, 2, adaptive=False, thrifty=False))
+    streamer = Streamer(model, cut_model(model), backend, StreamingConfig(2, 2, adaptive=False))
     learn(streamer, lambda: model([0, 1, 2]))
     plan = packed_plan(streamer, list(range(9)), list(range(9)), 2)
 

@@ -78,14 +78,22 @@ def test_a_step_for_which_the_host_was_late_is_measured_again(
     model = make_transformer()
     streamer = make_streamer(model, adaptive=False)
     streamer.load(streamer.plan_for(streamer.minimum_bytes + BLOCK))
-    number, seconds, found = 0, [], ""
+    number, seconds, found, ahead = 0, [], "", ""
     monkeypatch.setattr(Recorder, "host_was_late", property(lambda _: str(number) in late))
+
+    def hold_back(seconds: float) -> None:
+        nonlocal ahead
+        assert 0 < seconds <= 0.5
+        ahead += str(number)
+
+    monkeypatch.setattr(streamer.backend, "hold_back", hold_back)
     for number in range(1, 8):
         step(streamer, model)
         found += str(number) if streamer.measuring.recorder is not None else ""
         streamer.learn()
         seconds.append(streamer.profile.compute_seconds)
     assert found == measured
+    assert ahead == measured[2:], "where the host is late it has a head start in the next one"
     assert seconds[1:] == sorted(seconds[1:], reverse=True)
 
 
@@ -237,7 +245,7 @@ def test_out_of_memory_in_a_step_shrinks_the_plan_and_runs_it_again(
     assert 0 < taking.failures <= 4
     assert streamer.counters.reruns == taking.failures
     assert streamer.counters.steps == failing_step + 6
-    assert "out of memory in a step on virtual:0" in caplog.text
+    assert "out of memory in a step on gpu:0" in caplog.text
     assert "less for weights" in caplog.text
     # It does not grow back into the next failure.
     settled = taking.failures

@@ -215,7 +215,7 @@ def test_a_failed_load_gives_everything_back() -> None:
     streamer = make_streamer(model, budget=200_000)
     plan = streamer.plan_for(10**9)
     assert plan.device_bytes > 200_000
-    with pytest.raises(DeviceMemoryError, match="virtual:0 has"):
+    with pytest.raises(DeviceMemoryError, match="gpu:0 has"):
         streamer.load(plan)
     assert streamer.state is State.UNLOADED
     assert streamer.backend.allocated == 0

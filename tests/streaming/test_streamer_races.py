@@ -30,7 +30,7 @@ def make(
     model = NumberedModel(blocks, backend, reads_directly)
     # Each load starts threads that read, and makes their ring.
     settings = {"read_threads": 1, "chunks": 2, "chunk_bytes": 8 * UNIT, **settings}
-    settings = {"segment_bytes": segment_bytes, "adaptive": False, "thrifty": False, **settings}
+    settings = {"segment_bytes": segment_bytes, "adaptive": False, **settings}
     config = StreamingConfig(copy_streams, slots, **settings)
     return backend, model, Streamer(model, cut_model(model), backend, config)
 

@@ -63,6 +63,9 @@ class TimedBackend(UncountedBackend):
     def mark(self) -> float:
         return self.clock.now
 
+    def hold_back(self, seconds: float) -> None:
+        self.clock.now += seconds
+
     def moment(self) -> float:
         return self.clock.now
 

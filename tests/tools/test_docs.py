@@ -86,6 +86,23 @@ def test_a_quoted_word_is_shown(quote: str) -> None:
     assert quote == DASH or quote in english
 
 
+def translated() -> list[str]:
+    """The sentences of the server for which the page has Chinese ones."""
+    table = (
+        (ROOT / "web" / "lib" / "server_texts.mjs").read_text("utf-8").split("CHINESE_TEXTS = [")[1].split("\n];")[0]
+    )
+    return re.findall(r'^  \["(.+?)",', table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("sentence", translated())
+def test_what_is_translated_is_said(sentence: str, said: list[str]) -> None:
+    # Blocks and segments are counted in the singular too, and a sentence is put together from parts.
+    counted = re.sub(r"\b(?:block|segment)s\b", "…", sentence)
+    parts = [part.strip() for part in re.split(r"…|[,;:()]| over ", counted) if len(part.strip()) > 3]
+    assert parts
+    assert [part for part in parts if not any(part in text for text in said)] == []
+
+
 def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

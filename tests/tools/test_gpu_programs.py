@@ -287,7 +287,7 @@ def test_tests_of_a_gpu_run_alone_then_beside_programs_and_then_look_at_these(tm
 
 def test_a_soak(tmp_path: Path) -> None:
     """By itself. The seed has everything in six prompts; which faults find a call to fall on hangs on times."""
-    command = [sys.executable, str(GPU_TESTS / "soak_program.py"), HOST, str(tmp_path), "1-6", "2075", "2", "--cpu"]
+    command = [sys.executable, str(GPU_TESTS / "soak_program.py"), HOST, str(tmp_path), "1-6", "3492", "2", "--cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WEIGHTSTREAM_VIRTUAL": "2x14MB"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -295,7 +295,8 @@ def test_a_soak(tmp_path: Path) -> None:
     assert found["failures"] == []
     assert sum(found["ended"].values()) == found["prompts"] == 6
     features = {"LoRA", "LoRA stack", "hooks", "ControlNet", "EasyCache", "ar_video", "2 devices"}
-    assert found["features"].keys() == features
+    assert found["features"].keys() == features | {"packing auto", "packing on"}
+    assert found["packed"] >= 1
     assert len(found["planned"]) == 8
     assert len(found["happened"]) >= 5
     assert found["steps_run_again"] >= 1

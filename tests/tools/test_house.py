@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each room may import those before it. "" is what lies beside the rooms, above all of them.
 ROOMS = {
     "streaming": [
+        "workflows",
         "planning",
+        "estimating",
         "files",
         "devices",
         "packing",

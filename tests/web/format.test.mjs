@@ -6,17 +6,17 @@ import * as format from "../../web/lib/format.mjs";
 test("sizes have one place and the unit that suits them", () => {
   assert.equal(format.bytes(0), "0 B");
   assert.equal(format.bytes(999), "999 B");
-  assert.equal(format.bytes(1500), "1.5 KB");
-  assert.equal(format.bytes(25_165_824), "25.2 MB");
-  assert.equal(format.bytes(680e6), "680 MB");
-  assert.equal(format.bytes(23.8e9), "23.8 GB");
-  assert.equal(format.bytes(150.1e9), "150 GB");
-  assert.equal(format.bytes(2.16e12), "2.2 TB");
+  assert.equal(format.bytes(1536), "1.5 KiB");
+  assert.equal(format.bytes(25_165_824), "24.0 MiB");
+  assert.equal(format.bytes(680e6), "648 MiB");
+  assert.equal(format.bytes(23.8e9), "22.2 GiB");
+  assert.equal(format.bytes(150.1e9), "140 GiB");
+  assert.equal(format.bytes(2.4e12), "2.2 TiB");
 });
 
 test("a size just below a unit is not a thousand of the one before", () => {
-  assert.equal(format.bytes(999_960_000), "1.0 GB");
-  assert.equal(format.bytes(99_960_000), "100 MB");
+  assert.equal(format.bytes(2 ** 30 - 40_000), "1.0 GiB");
+  assert.equal(format.bytes(99.96 * 2 ** 20), "100 MiB");
   assert.equal(format.bytes(-0.4), "0 B");
 });
 
@@ -28,13 +28,19 @@ test("what is not known is a dash", () => {
     }
   }
   assert.equal(format.bytesOf(null, null), format.DASH);
-  assert.equal(format.bytesOf(null, 25.2e9), "– / 25.2 GB");
-  assert.equal(format.bytesOf(3e9, null), "3.0 GB");
+  assert.equal(format.bytesOf(null, 25.2e9), "– / 23.5 GiB");
+  assert.equal(format.bytesOf(3e9, null), "2.8 GiB");
 });
 
 test("a part is given in the unit of its whole", () => {
-  assert.equal(format.bytesOf(300e6, 25.2e9), "0.3 / 25.2 GB");
+  assert.equal(format.bytesOf(300e6, 25.2e9), "0.3 / 23.5 GiB");
   assert.equal(format.bytesOf(0, 0), "0 / 0 B");
+});
+
+test("a rate is decimal, as buses and disks are rated", () => {
+  assert.equal(format.rate(55.2e9), "55.2 GB/s");
+  assert.equal(format.rate(999_960_000), "1.0 GB/s");
+  assert.equal(format.rate(12), "12 B/s");
 });
 
 test("a percentage is neither 0 of something nor 100 of less than all", () => {

@@ -7,7 +7,7 @@ import { issueReport } from "../../web/lib/issue_report.mjs";
 import { watchProgress } from "../../web/lib/progress.mjs";
 import { stringsFor } from "../../web/lib/strings.mjs";
 import { NOTICE_EVENT, toasts } from "../../web/lib/toasts.mjs";
-import { GB, STATES, device, feedState, status } from "./states.mjs";
+import { GIB, STATES, device, feedState, status } from "./states.mjs";
 
 const EN = stringsFor("en");
 
@@ -79,6 +79,7 @@ test("a notice is said once, by the name that its node has, and only where that 
   server.say(NOTICE_EVENT, notice);
   server.say(NOTICE_EVENT, notice);
   server.say(NOTICE_EVENT, { ...notice, node_id: null, kind: "inactive", name: "Flux" });
+  server.say(NOTICE_EVENT, { ...notice, kind: "failed", text: "no room" });
   wanted = false;
   server.say(NOTICE_EVENT, { ...notice, text: "another" });
   assert.deepEqual(added.map(({ severity, summary, detail }) => [severity, summary, detail]), [
@@ -92,8 +93,8 @@ test("a report has versions, devices, models and causes", () => {
   const state = { ...slow, status: { ...slow.status, version: "0.3.0", comfyui: { version: "0.30.0", broken: [] } } };
   const text = issueReport(/** @type {any} */ (state), EN, "Firefox 150");
   assert.match(text, /^### WeightStream report\nWeightStream 0\.3\.0, ComfyUI 0\.30\.0, Firefox 150\n/);
-  assert.match(text, /\| gpu:0 \| NVIDIA GeForce RTX 4060 \| 7\.2 \/ 8\.6 GB \| 2\.9 GB \| 6\.3 GB\/s \| 86 % \| PCIe 4\.0 x4 of PCIe 4\.0 x8 \|/);
-  assert.match(text, /- flux1-dev\.safetensors on gpu:0: staged \(the limit of 13\.4 GB/);
+  assert.match(text, /\| gpu:0 \| NVIDIA GeForce RTX 4060 \| 7\.2 \/ 8\.6 GiB \| 2\.9 GiB \| 6\.3 GB\/s \| 86 % \| PCIe 4\.0 x4 of PCIe 4\.0 x8 \|/);
+  assert.match(text, /- flux1-dev\.safetensors on gpu:0: staged \(the limit of 13\.4 GiB/);
   assert.match(text, /- why: The card's link runs at PCIe 4\.0 x4/);
   for (const each of Object.values(STATES)) assert.doesNotMatch(issueReport(each, EN, ""), /undefined|NaN|\[object/);
 });
@@ -117,6 +118,6 @@ test("nodes are found in subgraphs too, and shown there", () => {
 });
 
 test("what is known of devices of a status without links is said", () => {
-  const old = feedState(status({ devices: [device({ total: 24 * GB })] }));
+  const old = feedState(status({ devices: [device({ total: 24 * GIB })] }));
   assert.match(issueReport(old, EN, ""), /\| – \|\n/);
 });

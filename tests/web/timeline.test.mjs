@@ -25,11 +25,11 @@ test("each device has a lane for compute with its waits, and one for copies", ()
 
 test("the same stands there as text", () => {
   const view = timelineView([trace({}, 3)], EN, noon);
-  assert.deepEqual(view?.lines, ["gpu:0: 30.0 ms in all; 12.0 ms (40 %) in 3 waits; 1.0 GB in 3 copies."]);
+  assert.deepEqual(view?.lines, ["gpu:0: 30.0 ms in all; 12.0 ms (40 %) in 3 waits; 1020 MiB in 3 copies."]);
   assert.equal(view?.waits.length, 3);
   assert.equal(view?.waits[0], "gpu:0 waited 4.00 ms at 0.00 ms, in double_blocks.0");
   assert.equal(view?.label, `Timeline of a step. ${view?.lines[0]}`);
-  assert.equal(view?.lanes[1].spans[0].text, "340 MB: 9.80 ms at 0.00 ms", "what began before the step is not before time");
+  assert.equal(view?.lanes[1].spans[0].text, "340 MiB: 9.80 ms at 0.00 ms", "what began before the step is not before time");
 });
 
 test("the longest waits come first, and no more of them than help", () => {

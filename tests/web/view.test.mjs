@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import { stringsFor } from "../../web/lib/strings.mjs";
 import { buildView } from "../../web/lib/view.mjs";
-import { GB, STATES, device, event, feedState, host, model, run, status } from "./states.mjs";
+import { GB, GIB, STATES, device, event, feedState, host, model, run, status } from "./states.mjs";
 
 const EN = stringsFor("en");
 
@@ -92,9 +92,9 @@ test("unknown values are dashes", () => {
 test("a meter says in words what the bar shows", () => {
   const [shown] = view(STATES.streaming).devices;
   assert.equal(shown.meter.label, "gpu:0, NVIDIA GeForce RTX 4090");
-  assert.equal(shown.meter.max, 25.2e9);
-  assert.equal(Math.round((shown.meter.now ?? 0) / 1e8), 183);
-  assert.match(shown.meter.text, /^18\.3 GB of 25\.2 GB used; Resident 12\.6 GB; Staging 500 MB; .*; Peak 19\.4 GB$/);
+  assert.equal(shown.meter.max, 25.2 * GIB);
+  assert.equal(Math.round((shown.meter.now ?? 0) / GIB * 10), 183);
+  assert.match(shown.meter.text, /^18\.3 GiB of 25\.2 GiB used; Resident 12\.6 GiB; Staging 512 MiB; .*; Peak 19\.4 GiB$/);
 });
 
 test("a device is near its limit when 90 % are held by what cannot be given up", () => {
@@ -120,11 +120,11 @@ test("page-locked memory is at its limit when no more piece fits, and never wher
 });
 
 test("page-locked memory without a limit is no meter, and says so", () => {
-  const [, pinned] = view(feedState(status({ host: host({ pinned: 5e9, pinned_limit: null }) }))).host;
-  assert.equal(pinned.amount, "5.0 GB");
+  const [, pinned] = view(feedState(status({ host: host({ pinned: 5 * GIB, pinned_limit: null }) }))).host;
+  assert.equal(pinned.amount, "5.0 GiB");
   assert.equal(pinned.fill, null);
   assert.equal(pinned.meter.now, null);
-  assert.equal(pinned.meter.text, "5.0 GB; no limit known");
+  assert.equal(pinned.meter.text, "5.0 GiB; no limit known");
 });
 
 test("figures are unfolded for two devices, and folded with a legend for more", () => {
@@ -150,7 +150,7 @@ test("without a device the host is shown, and why", () => {
   const reason = "it needs CUDA or ROCm, and ComfyUI runs on mps";
   const mps = status({ devices: [], why_no_devices: reason });
   assert.match(view(feedState(mps, { event: event(mps) })).deviceNote, new RegExp(reason), "an event does not tell it again");
-  assert.equal(shown.host[0].amount, "26.4 / 67.4 GB");
+  assert.equal(shown.host[0].amount, "26.4 / 67.4 GiB");
 });
 
 test("before the first status models are not said to be none", () => {
@@ -163,19 +163,19 @@ test("before the first status models are not said to be none", () => {
 test("the parts of a split model share a card and its buttons", () => {
   const [split, encoder] = view(STATES.split).models;
   assert.deepEqual(split.parts.map((part) => part.device), ["gpu:0", "gpu:1"]);
-  assert.equal(split.pinned, "14.1 GB");
-  assert.match(split.lastRun, /^Last run: 20 steps of 0\.324 s; 362 GB copied at 56\.3 GB\/s on average; 2\.40 ms waited per block; 0 misses$/);
+  assert.equal(split.pinned, "14.1 GiB");
+  assert.match(split.lastRun, /^Last run: 20 steps of 0\.324 s; 362 GiB copied at 56\.3 GB\/s on average; 2\.40 ms waited per block; 0 misses$/);
   assert.equal(split.freeable, true);
   assert.equal(encoder.freeable, false);
-  assert.equal(encoder.pinned, "4.7 GB");
-  assert.equal(encoder.pinnedText, "Free page-locked RAM (4.7 GB)");
+  assert.equal(encoder.pinned, "4.7 GiB");
+  assert.equal(encoder.pinnedText, "Free page-locked RAM (4.7 GiB)");
   assert.deepEqual(encoder.parts.map(({ step, plan }) => [step, plan]), [["not loaded", ""]]);
   assert.match(encoder.lastRun, /^Last run: 1 step of/);
 });
 
 test("the step of the ladder comes with its reason, where there is one", () => {
   const [part] = view(STATES.nearLimit).models[0].parts;
-  assert.equal(part.step, "streams from the file: the limit of 60.6 GB page-locked memory is reached");
+  assert.equal(part.step, "streams from the file: the limit of 60.6 GiB page-locked memory is reached");
   assert.equal(view(STATES.allResident).models[0].parts[0].step, "all resident");
 });
 
@@ -195,16 +195,16 @@ test("a model of which nothing is there is left out, and kept for who asks", () 
 
 test("each loaded model has a line, and what does not stream", () => {
   const lines = (/** @type {string} */ name) => view(STATES[name]).briefs.map(({ text }) => text);
-  assert.deepEqual(lines("streaming"), ["flux1-dev: streams from page-locked RAM, 12.6 GB of 23.8 GB stay in VRAM"]);
+  assert.deepEqual(lines("streaming"), ["flux1-dev: streams from page-locked RAM, 12.6 GiB of 23.8 GiB stay in VRAM"]);
   assert.deepEqual(lines("allResident"), ["flux1-dev: all resident"]);
-  assert.deepEqual(lines("split"), ["qwen_image_bf16: streams from page-locked RAM, 26.8 GB of 44.9 GB stay in VRAM"]);
+  assert.deepEqual(lines("split"), ["qwen_image_bf16: streams from page-locked RAM, 26.8 GiB of 44.9 GiB stay in VRAM"]);
   assert.deepEqual(lines("eight").length, 1);
   assert.deepEqual(lines("inactive"), ["Not streaming: Flux (node 7)"]);
   assert.deepEqual(lines("idle"), []);
   const halves = [{}, { device: "gpu:1", reason: "another" }].map((changes) =>
-    model({ resident_bytes: 5.3 * GB, streamed_block_bytes: 13.0 * GB, streamed_weight_bytes: 18.0 * GB, ...changes }));
+    model({ resident_bytes: 5.3 * GIB, streamed_block_bytes: 13.0 * GIB, streamed_weight_bytes: 18.0 * GIB, ...changes }));
   const [both] = view(feedState(status({ models: halves }))).briefs;
-  assert.equal(both.text, "flux1-dev: streams from page-locked RAM, 11.6 GB of 47.6 GB stay in VRAM", "weights, not what is sent");
+  assert.equal(both.text, "flux1-dev: streams from page-locked RAM, 11.6 GiB of 47.6 GiB stay in VRAM", "weights, not what is sent");
   const parts = [model(), model({ device: "gpu:1", ladder: "staged", reason: "host memory is nearly full" })];
   const [{ text }] = view(feedState(status({ models: parts }))).briefs;
   assert.equal(text, "flux1-dev: streams from the file, host memory is nearly full", "the worst of its parts");
@@ -212,10 +212,10 @@ test("each loaded model has a line, and what does not stream", () => {
 
 test("a card begins with what is copied in a step and what limits it", () => {
   const summary = (/** @type {string} */ name) => view(STATES[name]).models[0].summary;
-  assert.match(summary("streaming"), /^Each step copies 11\.2 GB, .* more VRAM makes it faster\.$/);
-  assert.match(summary("packed"), /^Each step copies 13\.0 GB \(packed, 18\.0 GB of weights\), which takes longer /);
-  assert.match(summary("split"), /^Each step copies 18\.1 GB, .* more VRAM makes it faster\.$/, "one part waits for its bus");
-  assert.match(summary("eight"), /^Each step copies 306 GB .* makes nothing faster\.$/);
+  assert.match(summary("streaming"), /^Each step copies 11\.2 GiB, .* more VRAM makes it faster\.$/);
+  assert.match(summary("packed"), /^Each step copies 13\.0 GiB \(packed, 18\.0 GiB of weights\), which takes longer /);
+  assert.match(summary("split"), /^Each step copies 18\.1 GiB, .* more VRAM makes it faster\.$/, "one part waits for its bus");
+  assert.match(summary("eight"), /^Each step copies 306 GiB .* makes nothing faster\.$/);
   assert.match(summary("loading"), /not measured yet\.$/);
   assert.match(summary("unknown"), /does not compute meanwhile\.$/);
   assert.match(summary("allResident"), /nothing has to be copied\.$/);
@@ -237,15 +237,15 @@ test("damaged copies are said, and a run that copied nothing", () => {
 
 test("loading has bytes, rate and a part of the whole; an event's is not counted once for each device", () => {
   const [loading] = view(STATES.loading).models;
-  assert.equal(loading.loading?.text, "8.4 / 23.8 GB, 1.6 GB/s");
+  assert.equal(loading.loading?.text, "8.4 / 23.8 GiB, 1.6 GB/s");
   const parts = [model(), model({ device: "gpu:1" })];
   const both = status({ models: parts });
-  const live = event(both, { loading: [["1", 3e9, 10e9, null]] });
+  const live = event(both, { loading: [["1", 3 * GIB, 10 * GIB, null]] });
   const [split] = view(feedState(both, { event: live })).models;
-  assert.equal(split.loading?.text, "3.0 / 10.0 GB, –");
+  assert.equal(split.loading?.text, "3.0 / 10.0 GiB, –");
   assert.equal(split.loading?.fill, 0.3);
-  const each = parts.map((part) => ({ ...part, loading: { done: 1e9, total: 5e9, rate: 1e9 } }));
-  assert.equal(view(feedState(status({ models: each }))).models[0].loading?.text, "2.0 / 10.0 GB, 2.0 GB/s");
+  const each = parts.map((part) => ({ ...part, loading: { done: GIB, total: 5 * GIB, rate: GB } }));
+  assert.equal(view(feedState(status({ models: each }))).models[0].loading?.text, "2.0 / 10.0 GiB, 2.0 GB/s");
   const nothing = [model({ loading: { done: 0, total: 0, rate: null } })];
   assert.equal(view(feedState(status({ models: nothing }))).models[0].loading?.fill, 0);
 });
@@ -296,14 +296,14 @@ test("devices that nothing is loaded on are put aside where there are many, and 
   assert.deepEqual(shown.devices.map(({ title }) => title), ["gpu:0", "gpu:5"]);
   assert.deepEqual(shown.idle.map(({ title }) => title), ["gpu:1", "gpu:2", "gpu:3", "gpu:4"]);
   assert.equal(shown.idleText, "4 idle GPUs");
-  const two = view(feedState(status({ devices: [device({ resident: GB }), device({ device: "gpu:1" })] })));
+  const two = view(feedState(status({ devices: [device({ resident: GIB }), device({ device: "gpu:1" })] })));
   assert.deepEqual(two.devices.map(({ open }) => open), [true, false]);
   assert.deepEqual(two.idle, []);
   assert.ok(view(feedState(status({ devices: [device()] }))).devices[0].open);
 });
 
 test("an idle device that is nearly full stays in view", () => {
-  const devices = [0, 1, 2, 3].map((place) => device({ device: `gpu:${place}`, other: place === 1 ? 24 * GB : GB }));
+  const devices = [0, 1, 2, 3].map((place) => device({ device: `gpu:${place}`, other: place === 1 ? 24 * GIB : GIB }));
   const shown = view(feedState(status({ devices })));
   assert.deepEqual(shown.devices.map(({ title }) => title), ["gpu:1"]);
 });
@@ -330,7 +330,7 @@ test("the headline is of the last run: what a step took, what of it was waiting,
   const headline = (/** @type {any[]} */ ...runs) =>
     view(feedState(status({ models: runs.map((each, place) => model({ device: `gpu:${place}`, last_run: each })) }))).models[0].headline;
   assert.equal(headline(run()), "0.324 s/step · 43 % waiting · 34.6 GB/s");
-  assert.equal(headline(run(), run({ waiting: 0.5, rate: GB })), "0.324 s/step · 50 % waiting · 35.6 GB/s");
+  assert.equal(headline(run(), run({ waiting: 0.5, rate: 1e9 })), "0.324 s/step · 50 % waiting · 35.6 GB/s");
   assert.equal(headline(run({ bytes: 0 })), "0.324 s/step · nothing to copy");
   assert.equal(headline(run({ step_seconds: null })), "");
   assert.equal(headline(null), "");

@@ -31,9 +31,9 @@ test("the number that matters stands in each sentence", () => {
   assert.equal(link.text, "The card's link runs at PCIe 4.0 x4; the card can do PCIe 4.0 x8.");
   assert.match(link.todo, /slot with all lanes/);
   assert.equal(link.costs, "1.720 s of each step");
-  assert.match(unpinned.text, /^8.3 GB are not in page-locked RAM: the limit of 13.4 GB/);
-  assert.match(others.todo, /1.9 GB of weights could stay/);
-  assert.match(room.text, /^21.7 GB of weights have no room in 8.6 GB/);
+  assert.match(unpinned.text, /^8.3 GiB are not in page-locked RAM: the limit of 13.4 GiB/);
+  assert.match(others.todo, /1.9 GiB of weights could stay/);
+  assert.match(room.text, /^21.7 GiB of weights have no room in 8.6 GiB/);
 });
 
 test("a slow generation is another matter than few lanes", () => {

@@ -1,15 +1,24 @@
 /**
- * Numbers as people read them. Sizes are decimal, as in the server's own sentences; what is not known is a dash.
+ * Numbers as people read them. Sizes have the units in which limits are set, rates those in which buses are rated, as in
+ * the server's own sentences; what is not known is a dash.
  */
 
 export const DASH = "–";
 
 /** @type {[unit: string, size: number][]} */
 const SIZES = [
-  ["TB", 1e12],
-  ["GB", 1e9],
-  ["MB", 1e6],
-  ["KB", 1e3],
+  ["TiB", 2 ** 40],
+  ["GiB", 2 ** 30],
+  ["MiB", 2 ** 20],
+  ["KiB", 2 ** 10],
+];
+
+/** @type {[unit: string, size: number][]} */
+const RATES = [
+  ["TB/s", 1e12],
+  ["GB/s", 1e9],
+  ["MB/s", 1e6],
+  ["KB/s", 1e3],
 ];
 
 /**
@@ -22,23 +31,23 @@ export function isKnown(value) {
 }
 
 /**
- * `23.8 GB`, `512 MB`, `0 B`.
+ * `22.2 GiB`, `512 MiB`, `0 B`.
  * @param {number | null | undefined} value
  */
 export function bytes(value) {
   if (!isKnown(value)) return DASH;
-  const [unit, size] = unitOf(value);
+  const [unit, size] = unitOf(value, SIZES, "B");
   return `${digits(value / size, unit)} ${unit}`;
 }
 
 /**
- * `20.1 / 24.0 GB`: both in the unit of the whole, so that they compare at a glance.
+ * `20.1 / 24.0 GiB`: both in the unit of the whole, so that they compare at a glance.
  * @param {number | null | undefined} part
  * @param {number | null | undefined} whole
  */
 export function bytesOf(part, whole) {
   if (!isKnown(whole)) return isKnown(part) ? bytes(part) : DASH;
-  const [unit, size] = unitOf(whole);
+  const [unit, size] = unitOf(whole, SIZES, "B");
   return `${isKnown(part) ? digits(part / size, unit) : DASH} / ${digits(whole / size, unit)} ${unit}`;
 }
 
@@ -47,7 +56,9 @@ export function bytesOf(part, whole) {
  * @param {number | null | undefined} value
  */
 export function rate(value) {
-  return isKnown(value) ? `${bytes(value)}/s` : DASH;
+  if (!isKnown(value)) return DASH;
+  const [unit, size] = unitOf(value, RATES, "B/s");
+  return `${digits(value / size, unit)} ${unit}`;
 }
 
 /**
@@ -71,6 +82,15 @@ export function seconds(value) {
 }
 
 /**
+ * `0.32 s`, `12 s`: as much as one reads at a glance.
+ * @param {number | null | undefined} value
+ */
+export function roughly(value) {
+  if (!isKnown(value)) return DASH;
+  return `${value >= 10 ? value.toFixed(0) : Number(value.toPrecision(2))} s`;
+}
+
+/**
  * `0.42 ms`.
  * @param {number | null | undefined} value
  */
@@ -91,10 +111,15 @@ export function fraction(part, whole) {
   return Math.min(1, Math.max(0, part / whole));
 }
 
-/** @param {number} value */
-function unitOf(value) {
-  // 999.95 MB would be shown as 1000.0 MB.
-  return SIZES.find(([, size]) => Math.abs(value) >= size * 0.9995) ?? /** @type {const} */ (["B", 1]);
+/**
+ * @param {number} value
+ * @param {[unit: string, size: number][]} units  the largest first
+ * @param {string} smallest
+ * @returns {[unit: string, size: number]}
+ */
+function unitOf(value, units, smallest) {
+  // 1023.95 MiB would be shown as 1024 MiB.
+  return units.find(([, size]) => Math.abs(value) >= size * 0.9995) ?? [smallest, 1];
 }
 
 /**
@@ -102,7 +127,7 @@ function unitOf(value) {
  * @param {string} unit
  */
 function digits(value, unit) {
-  const places = unit === "B" || Math.abs(value) >= 99.95 ? 0 : 1;
+  const places = unit === "B" || unit === "B/s" || Math.abs(value) >= 99.95 ? 0 : 1;
   const text = value.toFixed(places);
   return text === "-0" || text === "-0.0" ? text.slice(1) : text;
 }

@@ -12,6 +12,9 @@ import { stepsCard } from "./steps_card.mjs";
 import { timelineCard } from "./timeline_card.mjs";
 import { whyCard } from "./why_card.mjs";
 
+// So long a card says what a button has done.
+const SAID_MS = 20_000;
+
 /** @import { Part } from "./dom.mjs" */
 /** @import { Feed, Freed } from "./feed.mjs" */
 /** @import { GraphNodes } from "./graph_nodes.mjs" */
@@ -44,6 +47,8 @@ export function modelCard(first, strings, { feed, unload, nodes }) {
   // There from the start: what is put into an element that comes with it is often not read out.
   const answer = el("p", { class: "ws-note", role: "status" });
   const freeing = { busy: false };
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  let said;
   const free = freeButton("model");
   const pinned = freeButton("pinned");
   const buttons = el("div", { class: "ws-buttons" }, free, pinned);
@@ -79,6 +84,9 @@ export function modelCard(first, strings, { feed, unload, nodes }) {
   function say(text, tone) {
     answer.className = `ws-note ${tone}`;
     setText(answer, text);
+    clearTimeout(said);
+    // What was so then need not be so any more.
+    if (!freeing.busy) said = setTimeout(() => setText(answer, ""), SAID_MS);
   }
 
   function showButtons() {

@@ -152,7 +152,7 @@ function brief(parts, strings) {
  */
 function briefReason(parts, ladder, strings) {
   const reasons = new Set(parts.map((part) => part.reason));
-  if (reasons.size === 1) return parts[0].reason;
+  if (reasons.size === 1) return strings.fromServer(parts[0].reason);
   const kept = sumOf(parts, (part) => (part.resident_bytes ?? NaN) + (part.rest_bytes ?? 0));
   const streamed = sumOf(parts, weightBytes);
   if (ladder !== "pinned" || kept === null || streamed === null) return "";
@@ -180,10 +180,10 @@ function partView(part, strings) {
   return {
     key: part.device,
     device: part.device,
-    step: part.reason ? strings.because(step, part.reason) : step,
+    step: part.reason ? strings.because(step, strings.fromServer(part.reason)) : step,
     ladder: part.ladder,
     // Nothing is in effect then, as the step has said.
-    plan: part.ladder === "unloaded" ? "" : part.plan,
+    plan: part.ladder === "unloaded" ? "" : strings.fromServer(part.plan),
   };
 }
 

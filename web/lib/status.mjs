@@ -16,10 +16,10 @@
  * @typedef {{id: string, name: string, device: string, node_id: string | null, ladder: Ladder, reason: string,
  *   plan: string, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null,
  *   resident_bytes?: number, rest_bytes?: number, streamed_block_bytes?: number, streamed_weight_bytes?: number,
- *   limited_by?: "bus" | "compute" | ""}} Model
+ *   limited_by?: "bus" | "compute" | "", locking?: boolean}} Model
  *   one for each model and device; the parts of one model have the same id. last_run is of the last one that ended.
  *   streamed_block_bytes are sent in a step; streamed_weight_bytes are those of the weights, more where some are packed
- * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback", text: string}} Notice
+ * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback" | "failed", text: string}} Notice
  * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[],
  *   version?: string, comfyui?: {version: string, broken: string[]}, why_no_devices?: string | null,
  *   causes?: import("./why.mjs").Cause[]}} Status

@@ -1,10 +1,11 @@
 /**
- * Every text of the page, in each language. Sentences of the server (plans, reasons, notices) are shown as they come.
+ * Every text of the page, in each language. What the server says (plans, reasons, notices) comes in English.
  *
  * @typedef {typeof ENGLISH} Strings
  */
 
 import { CHINESE_PICTURES, ENGLISH_PICTURES } from "./picture_strings.mjs";
+import { inChinese } from "./server_texts.mjs";
 
 const ENGLISH = {
   ...ENGLISH_PICTURES,
@@ -57,6 +58,7 @@ const ENGLISH = {
   loading: "Loading",
   streaming: "Streaming",
   running: "Running, all resident",
+  locking: "Page-locking RAM",
   stale: "No news",
   missing: "Not available",
   gone: "No connection",
@@ -76,6 +78,7 @@ const ENGLISH = {
   ladderSynchronous: "copied when needed",
   inactive: "Not streaming",
   fallback: "Placed differently",
+  failed: "Failed",
   node: (/** @type {string} */ id) => `node ${id}`,
   because: (/** @type {string} */ step, /** @type {string} */ reason) => `${step}: ${reason}`,
   and: (/** @type {string} */ one, /** @type {string} */ other) => `${one}, ${other}`,
@@ -96,6 +99,18 @@ const ENGLISH = {
     `Last run: ${run.steps} ${run.steps === 1 ? "step" : "steps"} of ${run.step}; ${run.copied} copied at ${run.rate} on average; ` +
     `${run.stall} waited per block; ${run.misses} ${run.misses === 1 ? "miss" : "misses"}`,
   corrupted: (/** @type {number} */ count) => `${count} ${count === 1 ? "copy" : "copies"} arrived damaged, and came again`,
+
+  /** What the server says, in the language of the page. */
+  fromServer: (/** @type {string} */ text) => text,
+  automatic: "auto",
+  unlimited: "no limit",
+  lineStep: (/** @type {string} */ step) => `${step}/step`,
+  lineAll: (/** @type {string} */ all) => `all ${all} in VRAM`,
+  lineNoWaiting: "hardly any waiting for the bus",
+  lineWaiting: (/** @type {string} */ part) => `${part} waiting for the bus`,
+  lineMore: (/** @type {string} */ size, /** @type {string} */ device, /** @type {string} */ step) =>
+    `+${size} VRAM${device && ` on ${device}`} → ${step}`,
+  lineStaged: (/** @type {string} */ size) => `${size} not page-locked`,
 
   freeModel: "Free model",
   freePinned: (/** @type {string} */ size) => `Free page-locked RAM${size && ` (${size})`}`,
@@ -157,6 +172,7 @@ const CHINESE = {
   loading: "加载中",
   streaming: "流式传输中",
   running: "运行中，全部常驻",
+  locking: "正在锁页内存",
   stale: "无更新",
   missing: "不可用",
   gone: "连接中断",
@@ -176,6 +192,7 @@ const CHINESE = {
   ladderSynchronous: "需要时才拷贝",
   inactive: "未流式传输",
   fallback: "放置与要求不同",
+  failed: "失败",
   node: (id) => `节点 ${id}`,
   because: (step, reason) => `${step}：${reason}`,
   and: (one, other) => `${one}，${other}`,
@@ -192,6 +209,16 @@ const CHINESE = {
   lastRun: (run) =>
     `上次运行：${run.steps} 步，每步 ${run.step}；平均以 ${run.rate} 拷贝 ${run.copied}；每块等待 ${run.stall}；未命中 ${run.misses} 次`,
   corrupted: (count) => `${count} 次拷贝损坏，已重新拷贝`,
+
+  fromServer: inChinese,
+  automatic: "自动",
+  unlimited: "不限",
+  lineStep: (step) => `每步 ${step}`,
+  lineAll: (all) => `全部 ${all} 在显存中`,
+  lineNoWaiting: "几乎不等待总线",
+  lineWaiting: (part) => `${part} 的时间在等待总线`,
+  lineMore: (size, device, step) => `${device}显存再多 ${size} → ${step}`,
+  lineStaged: (size) => `${size} 未锁页`,
 
   freeModel: "释放模型",
   freePinned: (size) => `释放锁页内存${size && `（${size}）`}`,

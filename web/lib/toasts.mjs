@@ -18,13 +18,14 @@ export function toasts({ app, api, strings, wanted, title }) {
   api.addEventListener(NOTICE_EVENT, ({ detail }) => {
     const notice = /** @type {Notice} */ (detail);
     const key = JSON.stringify([notice.node_id, notice.name, notice.text]);
-    if (said.has(key) || !wanted()) return;
+    // The host has a dialog for what failed.
+    if (notice.kind === "failed" || said.has(key) || !wanted()) return;
     said.add(key);
     const node = notice.node_id === null ? "" : title(notice.node_id);
     app.extensionManager?.toast?.add({
       severity: "warn",
       summary: `${strings[notice.kind] ?? ""}: ${node || notice.name}`,
-      detail: notice.text,
+      detail: strings.fromServer(notice.text),
       life: SHOWN_MS,
     });
   });

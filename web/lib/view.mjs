@@ -20,7 +20,7 @@ const MOST_OPEN = 2;
 
 /**
  * @typedef {{key: string, label: string, amount: string, fill: number | null, warning: string, meter: Meter}} HostView
- * @typedef {{key: string, kind: "inactive" | "fallback", title: string, text: string, node: NodeView | null}} NoticeView
+ * @typedef {{key: string, kind: "inactive" | "fallback" | "failed", title: string, text: string, node: NodeView | null}} NoticeView
  * @typedef {{id: string, text: string, label: string}} NodeView  a node of the graph: what it is called
  * @typedef {{text: string, fill: number | null, meter: Meter}} ProgressView
  * @typedef {{key: string, text: string, tone: Tone}} BriefView  a line of what is loaded, or was to stream and does not
@@ -65,7 +65,7 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
     idleText: strings.idleGpus(idle.length),
     // Where figures are unfolded they have the colours beside them.
     legend: devices.some((device) => !device.open),
-    deviceNote: usable && all.length === 0 ? strings.noDevices(usable.why_no_devices ?? "") : "",
+    deviceNote: usable && all.length === 0 ? strings.noDevices(strings.fromServer(usable.why_no_devices ?? "")) : "",
     host,
     models,
     // Without its status the server's models are not known to be none.
@@ -108,7 +108,7 @@ function bannerText({ link }, status, strings) {
  * @param {FeedState} feed
  * @param {Status | null} status
  * @returns {[("starting" | "stale" | "missing" | "gone" | "newer" | "idle" | "allResident" | "loading" | "streaming"
- *   | "running"), Tone]}
+ *   | "running" | "locking"), Tone]}
  */
 function stateOf(feed, status) {
   if (feed.link === "missing" || feed.link === "gone" || feed.link === "newer") return [feed.link, "error"];
@@ -119,6 +119,7 @@ function stateOf(feed, status) {
   const running = models.filter((model) => model.running);
   if (running.some((model) => model.ladder !== "resident")) return ["streaming", "active"];
   if (running.length > 0) return ["running", "active"];
+  if (models.some((model) => model.locking)) return ["locking", "active"];
   const resident = models.length > 0 && models.every((model) => model.ladder === "resident");
   return resident ? ["allResident", "good"] : ["idle", "neutral"];
 }
@@ -128,7 +129,7 @@ function stateOf(feed, status) {
  * @param {Strings} strings
  */
 function spokenNotices(status, strings) {
-  return (status?.notices ?? []).map((notice) => `${strings[notice.kind] ?? ""} ${notice.name}: ${notice.text}`.trim());
+  return (status?.notices ?? []).map((notice) => `${strings[notice.kind] ?? ""} ${notice.name}: ${strings.fromServer(notice.text)}`.trim());
 }
 
 /**
@@ -215,6 +216,6 @@ function noticeView(notice, place, node, strings) {
     key: `${notice.node_id}/${notice.name}/${place}`,
     kind: notice.kind,
     title: `${strings[notice.kind] ?? ""}: ${notice.name}${where}`,
-    text: notice.text,
+    text: strings.fromServer(notice.text),
   };
 }

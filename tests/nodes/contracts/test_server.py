@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,9 +70,18 @@ class Node(io.ComfyNode):
             display_name="Contract",
             category="test",
             description=cls.__doc__,
+            search_aliases=["vram"],
             inputs=[
-                io.Combo.Input("choice", options=["a"], default="a", optional=True, tooltip="text", advanced=True),
-                io.Float.Input("limit", default=0.0, min=0.0, max=1.0, step=0.1, optional=True),
+                io.Combo.Input(
+                    "choice",
+                    options=["a"],
+                    default="a",
+                    optional=True,
+                    tooltip="text",
+                    advanced=True,
+                    extra_dict={"weightstream": {"a": 1}},
+                ),
+                io.Float.Input("limit", default=0.0, min=0.0, max=1.0, step=0.05, round=0.01, optional=True),
             ],
             outputs=[io.Model.Output(tooltip="text"), io.Clip.Output(), io.Vae.Output()],
             hidden=[io.Hidden.unique_id],
@@ -95,12 +105,33 @@ def test_a_node_is_a_schema_and_a_class_that_is_made_anew_for_each_run() -> None
     assert not hasattr(Node, "state")
 
 
-def test_a_value_that_is_validated_by_the_node_itself_may_be_in_no_list() -> None:
-    """Only inputs that ``validate_inputs`` names are taken from the host's own checks."""
-    assert "choice" in inspect.signature(Node.validate_inputs).parameters
+class Choices(list[str]):
+    """A menu that takes one value more than it shows."""
+
+    def __contains__(self, name: object) -> bool:
+        return name == "hidden" or super().__contains__(name)
+
+
+def test_a_menu_is_asked_whether_it_has_a_value() -> None:
+    """The host passes the very list on to its check, and says to the page what is in it."""
+    choices = Choices(["a"])
+    assert io.Combo.Input("choice", options=choices).as_dict()["options"] is choices
+    assert json.loads(json.dumps(choices)) == ["a"]
     source = inspect.getsource(execution.validate_inputs)
-    assert "validate_function_inputs" in source
+    assert "val not in combo_options" in source
     assert "value_not_in_list" in source
+
+
+def test_what_a_node_says_of_its_values_is_an_error_for_each_that_it_takes() -> None:
+    """So ours takes one."""
+    assert "for x in input_filtered" in inspect.getsource(execution.validate_inputs)
+
+
+def test_a_node_can_be_found_by_other_names_and_an_input_can_carry_more() -> None:
+    assert Node.GET_SCHEMA().search_aliases == ["vram"]
+    assert Node.INPUT_TYPES()["optional"]["choice"][1]["weightstream"] == {"a": 1}
+    assert Node.INPUT_TYPES()["optional"]["choice"][1]["advanced"] is True
+    assert Node.INPUT_TYPES()["optional"]["limit"][1]["round"] == 0.01
 
 
 def test_an_extension_gives_its_nodes_when_it_is_asked() -> None:

@@ -67,7 +67,7 @@ def ways(models: Any, plain: torch.Tensor, machine: Machine) -> dict[str, Make]:
     def settings() -> Any:
         machine(1)
         with torch.inference_mode():
-            return AsyncOffloadSettings.execute(from_host(), "auto", 0, 0, 0.0, "auto", 0.0, 0.0).result[0]
+            return AsyncOffloadSettings.execute(from_host()).result[0]
 
     def split() -> Any:
         machine(2, 14 * MB)
@@ -362,7 +362,7 @@ def test_blocks_on_several_devices_that_come_to_share_weights_run_on_one(
     with caplog.at_level("INFO"):
         found = moment(lambda: model, write)
     assert all(torch.equal(one, expected) for one in found)
-    assert "all blocks run on virtual:0: single_blocks.0 shares weights" in caplog.text.replace("diffusion_model.", "")
+    assert "all blocks run on gpu:0: single_blocks.0 shares weights" in caplog.text.replace("diffusion_model.", "")
     assert [bool(streamer.blocks.blocks) for streamer in model.streamers] == [True, False]
 
 

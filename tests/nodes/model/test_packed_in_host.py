@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import comfy.hooks
 import comfy.model_management
 import pytest
 import torch
-from sampling import MB, MODEL, sample, sample_with_hook, with_lora
-from weightstream.nodes.loader import load_streamed
-from weightstream.nodes.model.offload import Mode
+from in_half import LoadInHalf
+from sampling import sample, sample_with_hook, with_lora
 from weightstream.streaming.config import PackingMode
 
-Load = Callable[[PackingMode], Any]
+# Strength of the LoRA, and how hooks come, where there are some.
+Prompt = tuple[float, comfy.hooks.EnumHookMode | None]
 
 
-@pytest.fixture
-def load(models: Path, virtual_device: Callable[[int], object]) -> Load:
-    def load(packing: PackingMode) -> Any:
-        virtual_device(64 * MB)
-        with torch.inference_mode():
-            found = load_streamed(str(models / MODEL), {"dtype": torch.bfloat16}, vram_limit=12 * MB)
-        found.settings = replace(found.settings, packing=packing, mode=Mode.STREAM)
-        return found
-
-    return load
+def pictures(model: Any, prompts: Iterable[Prompt]) -> Iterator[torch.Tensor]:
+    models = {0.0: model} | {strength: with_lora(model, strength) for strength in (0.7, 0.4)}
+    for strength, mode in prompts:
+        yield sample(models[strength]) if mode is None else sample_with_hook(models[strength], mode)
 
 
-@pytest.mark.parametrize("hook_mode", list(comfy.hooks.EnumHookMode))
-def test_hooks_and_loras_in_turn(load: Load, hook_mode: comfy.hooks.EnumHookMode) -> None:
-    def pictures(model: Any) -> list[torch.Tensor]:
-        strong, weak = with_lora(model, 0.7), with_lora(model, 0.4)
-        plain = [sample(model), sample(strong), sample(strong)]
-        return [*plain, sample_with_hook(model, hook_mode), sample(model), sample_with_hook(weak, hook_mode), *plain]
-
-    expected = pictures(load(PackingMode.OFF))
-    model = load(PackingMode.ON)
-    assert all(map(torch.equal, pictures(model), expected))
-    sample(with_lora(model, 0.7))
+def test_hooks_and_loras_in_turn(streamed_in_half: LoadInHalf) -> None:
+    plain, strong = (0.0, None), (0.7, None)
+    prompts: list[Prompt] = [plain, strong, strong]
+    for mode in comfy.hooks.EnumHookMode:
+        prompts += [(0.0, mode), plain, (0.4, mode), strong]
+    each = list(dict.fromkeys(prompts))
+    expected = dict(zip(each, pictures(streamed_in_half(PackingMode.OFF), each), strict=True))
+    model = streamed_in_half(PackingMode.ON)
+    for prompt, found in zip(prompts, pictures(model, prompts), strict=True):
+        assert torch.equal(found, expected[prompt]), prompt
     assert model.streamer.plan.packed
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_what_a_node_writes_to_a_patched_weight_goes_when_the_model_is_unloaded(load: Load, steps: int) -> None:
+def test_what_a_node_writes_to_a_patched_weight_goes_when_the_model_is_unloaded(
+    streamed_in_half: LoadInHalf, steps: int
+) -> None:
     """As the host restores its backup; also if the weight was about to be packed."""
-    model = with_lora(load(PackingMode.ON), 0.7)
+    model = with_lora(streamed_in_half(PackingMode.ON), 0.7)
     expected = sample(model, steps=1)
     if steps > 1:
         sample(model, steps=1)
@@ -65,9 +58,9 @@ def test_what_a_node_writes_to_a_patched_weight_goes_when_the_model_is_unloaded(
     assert torch.equal(sample(model, steps=1), expected)
 
 
-def test_the_file_that_is_saved_has_the_patches(load: Load) -> None:
+def test_the_file_that_is_saved_has_the_patches(streamed_in_half: LoadInHalf) -> None:
     """Saving and merging read weights as they were loaded, and patches beside them."""
-    plain, packed = (with_lora(load(packing), 0.7) for packing in (PackingMode.OFF, PackingMode.ON))
+    plain, packed = (with_lora(streamed_in_half(packing), 0.7) for packing in (PackingMode.OFF, PackingMode.ON))
     for model in (plain, packed):
         for _ in range(2):
             sample(model)

@@ -35,7 +35,7 @@ Split = Callable[..., StreamedModelPatcher]
 @pytest.fixture
 def memories(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[VirtualMemory]]:
     def make(*budgets: int) -> list[VirtualMemory]:
-        found = [VirtualMemory(budget, f"virtual:{number}") for number, budget in enumerate(budgets)]
+        found = [VirtualMemory(budget, f"gpu:{number}") for number, budget in enumerate(budgets)]
         devices.read_environment()
         monkeypatch.setattr(devices._virtual, "devices", tuple(found))
         return found
@@ -93,7 +93,7 @@ def test_every_device_has_the_share_that_was_asked_for(split_over_devices: Split
     assert torch.equal(sample(model), plain)
     blocks = [streamer.outline.model_bytes - streamer.outline.rest_bytes for streamer in model.streamers]
     assert blocks[0] / sum(blocks) == pytest.approx(0.75, abs=0.1)
-    assert [streamer.backend.name for streamer in model.streamers] == ["virtual:0", "virtual:1"]
+    assert [streamer.backend.name for streamer in model.streamers] == ["gpu:0", "gpu:1"]
 
 
 def test_the_host_takes_memory_on_the_device_where_it_is_needed(split_over_devices: Split, plain: torch.Tensor) -> None:

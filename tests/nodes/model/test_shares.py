@@ -95,7 +95,7 @@ def test_a_device_that_is_filled_in_mid_run_gets_nothing(
         assert torch.equal(sample(model), expected)
     assert blocks_of(model)[1] == 0
     assert sum(blocks_of(model)) == sum(before)
-    assert "virtual:1 is full, so its blocks go to the other devices" in announced
+    assert "gpu:1 is full, so its blocks go to the other devices" in announced
     assert model.streamer.counters.reruns == 1
     assert model.parts[0].loaded_size() == 0
     handle.remove()
@@ -115,7 +115,7 @@ def test_a_device_that_is_filled_between_prompts(split: Callable, plain: torch.T
     memories[1].budget = MB
     assert torch.equal(sample(model), plain)
     assert blocks_of(model)[1] == 0
-    assert "virtual:1 is full, so its blocks go to the other devices" in announced
+    assert "gpu:1 is full, so its blocks go to the other devices" in announced
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -306,7 +306,7 @@ def test_a_compiled_model_with_functions_of_others_in_its_blocks_runs_at_home(
     for _ in range(3):
         assert torch.equal(sample(model), plain)
         assert blocks_of(model) == [sum(before), 0]
-    (text,) = {text for text in announced if text.startswith("all blocks run on virtual:0: the model is compiled")}
+    (text,) = {text for text in announced if text.startswith("all blocks run on gpu:0: the model is compiled")}
     assert "diffusion_model.single_blocks.3 holds functions of another node" in text
     assert text in [notice["text"] for notice in notices.describe_notices()]
     del block.forward

@@ -156,9 +156,13 @@ def test_off_and_back(clip: comfy.sd.CLIP) -> None:
 def test_model_and_encoder_through_the_node(streamed: Callable[..., Any], family: Family, path: Path) -> None:
     model, clip = streamed(24 * MB), load(family, path)
     with torch.inference_mode():
-        result = AsyncOffloadSettings.execute(model, "auto", 0, 0, 0.0, "auto", 0.0, 0.0, clip=clip).result
-        nothing = AsyncOffloadSettings.execute(model, "auto", 0, 0, 0.0, "auto", 0.0, 0.0).result[1]
+        result = AsyncOffloadSettings.execute(model, clip).result
+        nothing = AsyncOffloadSettings.execute(model).result[1]
+        none, alone = AsyncOffloadSettings.execute(None, clip).result
     assert nothing is None
+    assert none is None
+    assert isinstance(alone.patcher, StreamedModelPatcher), "without a MODEL"
+    assert_same(encode(alone, PROMPTS[1]), encode(clip, PROMPTS[1]))
     assert isinstance(result[1].patcher, StreamedModelPatcher)
     assert not any(loaded.is_dead() for loaded in mm.current_loaded_models), "left behind by the host's loader"
     assert_same(encode(result[1], PROMPTS[0]), encode(clip, PROMPTS[0]))

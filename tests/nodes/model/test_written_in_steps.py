@@ -192,7 +192,7 @@ def test_buffers_go_with_blocks_that_change_devices(
     def fail(*_: Any) -> None:
         runs.append(0)
         if len(runs) > 3 and any(model.streamed.shares.assignment.devices):
-            raise DeviceMemoryError("virtual:1 has 0 B of 40 MB free, 1 B were asked for")
+            raise DeviceMemoryError("gpu:1 has 0 B of 40 MB free, 1 B were asked for")
 
     handle = block.register_forward_pre_hook(fail)
     found = sample(model, steps=4)

@@ -12,6 +12,7 @@ import torch._dynamo
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+from in_half import LoadInHalf, check_packed
 from placing import Machine, place
 from prompts import check_streams, output
 from sampling import MB, Patched, sample, with_lora
@@ -87,6 +88,22 @@ def test_compiled_models(streamed: Load, plain: torch.Tensor, plain_with_lora: P
     check_streams(lambda: sample(WAYS[way](with_lora(model, 0.6))), model, plain_with_lora(0.6))
     assert graphs() <= 2 * made, "every prompt compiles anew"
     check_streams(lambda: sample(model), model, plain)
+    assert model.status()["counters"]["misses"] == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_models_that_stream_packed(
+    streamed_in_half: LoadInHalf, native_in_half: ModelPatcher, plain_in_half: torch.Tensor, way: str
+) -> None:
+    """Weights are packed behind compiled steps; the next ones, also with a LoRA, make no other graphs."""
+    with_patches = sample(with_lora(native_in_half, 0.6))
+    model = streamed_in_half()
+    compiled = WAYS[way](model)
+    packed = check_packed(model, plain_in_half, lambda: sample(compiled), times=1)
+    made = graphs()
+    assert made > 0
+    assert check_packed(model, with_patches, lambda: sample(with_lora(compiled, 0.6)), times=1) == packed
+    assert graphs() == made
     assert model.status()["counters"]["misses"] == 0
 
 

@@ -34,7 +34,7 @@ FIRST, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
 @pytest.fixture
 def memories(monkeypatch: pytest.MonkeyPatch) -> tuple[VirtualMemory, VirtualMemory]:
     devices.read_environment()
-    pair = VirtualMemory(24 * MB, "virtual:0"), VirtualMemory(24 * MB, "virtual:1")
+    pair = VirtualMemory(24 * MB, "gpu:0"), VirtualMemory(24 * MB, "gpu:1")
     monkeypatch.setattr(devices._virtual, "devices", pair)
     monkeypatch.setattr(mm, "get_torch_device", lambda: FIRST)
     monkeypatch.setattr(mm, "get_all_torch_devices", lambda exclude_current=False: [FIRST, SECOND][exclude_current:])

@@ -15,6 +15,7 @@ import torch
 from adapters import lora_file
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_merging import (
+    CheckpointSave,
     ModelAdd,
     ModelMergeBlocks,
     ModelMergeSimple,
@@ -22,8 +23,9 @@ from comfy_extras.nodes_model_merging import (
     ModelSubtract,
 )
 from comfy_extras.nodes_model_merging_model_specific import ModelMergeFlux1
+from in_half import LoadInHalf, check_packed, packed_names
 from prompts import check_streams, guided
-from sampling import MB, MODEL, with_lora
+from sampling import MB, MODEL, sample, with_lora
 from weightstream.nodes.loader import load_streamed
 from weightstream.streaming import VirtualMemory
 
@@ -76,6 +78,10 @@ def save(model: Any, folder: Path) -> Path:
     """The file that the host's node writes, moved out of the way of the next one."""
     with torch.inference_mode():
         ModelSave().save(model, "saved/model")
+    return moved_away(folder)
+
+
+def moved_away(folder: Path) -> Path:
     (path,) = (folder / "saved").glob("*.safetensors")
     return path.rename(folder / f"{len(list(folder.iterdir()))}.safetensors")
 
@@ -86,7 +92,7 @@ def check_same_file(ours: Path, theirs: Path) -> None:
     assert mine.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (mine[name].dtype, mine[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(mine[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+        assert torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (mine[name], tensor))), name
     assert ours.stat().st_size == theirs.stat().st_size
 
 
@@ -136,3 +142,54 @@ def test_a_saved_model_can_be_streamed(
     with torch.inference_mode():
         again = load_streamed(str(path), {})
     check_streams(lambda: guided(again), again, expected)
+
+
+# -- packed weights ----------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_checkpoint_of_a_model_that_streams_packed(
+    streamed_in_half: LoadInHalf,
+    native_in_half: ModelPatcher,
+    plain_in_half: torch.Tensor,
+    output_folder: Path,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+) -> None:
+    """The originals are written, also while packed copies hold a LoRA, and the LoRA only where it is asked for."""
+
+    def write(model: Any) -> Path:
+        with torch.inference_mode():
+            CheckpointSave().save(model, clip, vae, "saved/model")
+        return moved_away(output_folder)
+
+    plain, patched = write(native_in_half), write(with_lora(native_in_half, 0.7))
+    with_patches = sample(with_lora(native_in_half, 0.7))
+    mm.unload_all_models()
+    model = streamed_in_half()
+    check_packed(model, plain_in_half, times=1)
+    check_same_file(write(model), plain)
+    check_same_file(write(with_lora(model, 0.7)), patched)
+    check_packed(model, with_patches, lambda: sample(with_lora(model, 0.7)), times=1)
+    check_same_file(write(model), plain)
+    check_same_file(write(with_lora(model, 0.7)), patched)
+    assert packed_names(model)
+
+
+@pytest.mark.usefixtures("other")
+def test_merged_models_that_stream_packed(models: Path, streamed_in_half: LoadInHalf, output_folder: Path) -> None:
+    """Both are packed when they are merged, with a LoRA on the one and on what comes of it; that is packed too."""
+    with torch.inference_mode():
+        paths = [str(models / name) for name in (MODEL, OTHER)]
+        natives = [comfy.sd.load_diffusion_model(path, {"dtype": torch.bfloat16}) for path in paths]
+        native = MERGES["with LoRA"](*natives)
+    expected, theirs, alone = sample(native), save(native, output_folder), [sample(each) for each in natives]
+    mm.unload_all_models()
+    one, other = (streamed_in_half(name=name) for name in (MODEL, OTHER))
+    for model, plain in zip((one, other), alone, strict=True):
+        check_packed(model, plain, times=1)
+    with torch.inference_mode():
+        model = MERGES["with LoRA"](one, other)
+    check_same_file(save(model, output_folder), theirs)
+    check_packed(model, expected, times=1)
+    check_same_file(save(model, output_folder), theirs)
+    check_packed(one, alone[0], times=1)

@@ -42,7 +42,8 @@ def test_the_ladder(streamed: Load) -> None:
     steps: list[tuple[Snapshot, tuple[str, str]]] = [
         (replace(now, streamed_block_bytes=5), ("pinned", f"{kept} of {whole} stay in VRAM")),
         (replace(now, staged_bytes=5, note="the limit is reached"), ("staged", "the limit is reached")),
-        (replace(now, staged_bytes=5, building=True), ("staged", "page-locked copies are still being made")),
+        (replace(now, staged_bytes=5, building=True, locking=True), ("staged", "page-locked copies are made now")),
+        (replace(now, staged_bytes=5, building=True), ("staged", "page-locked copies are made before the next step")),
         (replace(now, mode="synchronous"), ("synchronous", "its settings ask for it")),
         (replace(now, mode="synchronous", note="a copy was corrupted"), ("synchronous", "a copy was corrupted")),
         (replace(now, mode="resident"), ("resident", "")),

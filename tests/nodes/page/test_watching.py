@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 from servers import TINY, free
 from weightstream import streaming
-from weightstream.streaming.__main__ import main
+from weightstream.streaming.command_line import main
 
 from tools import demo
 from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptRejected

@@ -115,7 +115,7 @@ def test_a_large_tensor_that_was_written_to_is_the_reason(monkeypatch: pytest.Mo
     written = repeatable(step, failing=1)
     with pytest.raises(torch.OutOfMemoryError):
         written()
-    with pytest.raises(StepNotRepeatedError, match=r"a tensor of 4\.0 KB that a patch leads to was written to"):
+    with pytest.raises(StepNotRepeatedError, match=r"a tensor of 3\.9 KiB that a patch leads to was written to"):
         written()
 
 
@@ -292,7 +292,7 @@ def test_a_large_tensor_in_host_memory_is_looked_at_while_the_model_runs_on_a_gp
     written = on_a_gpu(True)
     with pytest.raises(torch.OutOfMemoryError):
         written()
-    with pytest.raises(StepNotRepeatedError, match=r"^a model: a step failed .* 4\.0 KB .*was written to\. More"):
+    with pytest.raises(StepNotRepeatedError, match=r"^a model: a step failed .* 3\.9 KiB .*was written to\. More"):
         written()
     monkeypatch.setattr(step_memory, "HOST_BYTES", 1000)
     unread = on_a_gpu(False)

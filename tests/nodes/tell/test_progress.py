@@ -75,10 +75,10 @@ def test_bar_and_text_while_a_model_is_read(
     assert len({*done}) > 2
     assert {*totals} == {model.streamer.model_bytes}
     assert done[-1] == totals[-1]
-    size, whole = r"\d+(\.\d)? [MK]?B", re.escape(format_bytes(totals[-1]))
+    size, rate, whole = r"\d+(\.\d)? ([MK]i)?B", r"\d+(\.\d)? [MK]?B/s", re.escape(format_bytes(totals[-1]))
     assert page.reading
     for text in page.reading:
-        assert re.fullmatch(rf"reading {size} of {whole}(, {size}/s)?", text), text
+        assert re.fullmatch(rf"reading {size} of {whole}(, {rate})?", text), text
     assert get_progress_state().nodes[NODE]["state"] is NodeState.Finished
 
 

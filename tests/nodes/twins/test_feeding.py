@@ -51,8 +51,8 @@ def test_one_device_computes_and_all_links_bring_weights(
 ) -> None:
     model = place(loaded)[0]
     assert said == ["MODEL on gpu:0, weights over gpu:0, gpu:1, gpu:2"]
-    assert model.streamer.backend.name == "virtual:0"
-    assert [feeder.helper.name for feeder in model.streamer.backend.feeders] == ["virtual:1", "virtual:2"]
+    assert model.streamer.backend.name == "gpu:0"
+    assert [feeder.helper.name for feeder in model.streamer.backend.feeders] == ["gpu:1", "gpu:2"]
     assert model.parts == []
     tensors = comfy.utils.load_torch_file(str(models / LORA))
     patched = [comfy.sd.load_lora_for_models(one, None, tensors, 0.7, 0)[0] for one in (model, native)]
@@ -74,7 +74,7 @@ def test_a_device_that_fills_up_brings_no_more(
     model = place(loaded)[0]
     memories[2].budget = 3 * MB
     assert torch.equal(sample(model), sample(native))
-    assert brought_by(model) == ["virtual:1"]
+    assert brought_by(model) == ["gpu:1"]
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,5 @@ def test_who_moves_away_and_back_is_fed_again(
     elsewhere = place(model, devices="gpu:1")[0]
     assert torch.equal(sample(elsewhere), expected)
     assert torch.equal(sample(model), expected)
-    assert model.streamer.backend.name == "virtual:0"
-    assert brought_by(model) == ["virtual:1", "virtual:2"]
+    assert model.streamer.backend.name == "gpu:0"
+    assert brought_by(model) == ["gpu:1", "gpu:2"]

@@ -209,6 +209,14 @@ def test_a_stall_is_the_time_that_compute_has_waited(machine: Machine) -> None:
     assert machine.cuda.accesses.seen_by(compute) == begin.clock | {compute: begin.clock[compute]}
 
 
+def test_compute_of_the_device_itself_is_held_back(machine: Machine) -> None:
+    """Another one is current."""
+    machine.backend.hold_back(0.25)
+    ((stream, cycles),) = machine.cuda.slept
+    assert stream is machine.cuda.current_stream(SECOND)
+    assert 0.1 < cycles / 2.8e9 < cycles / 1.2e9 < 0.5
+
+
 # -- the host waits ------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +280,7 @@ def test_memory_that_is_dropped_without_waiting_is_a_fault(cuda: FakeCuda) -> No
 def test_without_an_index_it_is_the_device_that_is_current(cuda: FakeCuda) -> None:
     with cuda.device(1):
         backend = CudaBackend(torch.device("cuda"))
-    assert (backend.device, backend.name) == (SECOND, "cuda:1")
+    assert (backend.device, backend.name) == (SECOND, "gpu:1")
     assert CudaBackend(FIRST).device == FIRST
 
 
@@ -323,7 +331,7 @@ def test_a_piece_is_kept_where_there_is_room(
     monkeypatch.setattr(machine.backend, "_empty", lambda nbytes: fail(torch.OutOfMemoryError("no room")))
     with caplog.at_level(logging.DEBUG):
         machine.backend.keep(1000)
-    assert "cuda:1 has no 1.0 KB in one piece: no room" in caplog.text
+    assert "gpu:1 has no 1000 B in one piece: no room" in caplog.text
     monkeypatch.setattr(machine.backend, "_empty", lambda nbytes: fail(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         machine.backend.keep(1000)
@@ -355,7 +363,7 @@ def test_what_is_locked_already_is_said_and_not_tried(machine: Machine) -> None:
 def refused(machine: Machine) -> None:
     machine.cuda.refuses = lambda nbytes: True
     reason = machine.backend.register(torch.zeros(1 << 20, dtype=torch.uint8))
-    assert reason == "page-locking 1.0 MB failed (CUDA error 2)"
+    assert reason == "page-locking 1.0 MiB failed (CUDA error 2)"
 
 
 def not_registered(machine: Machine) -> None:

@@ -81,9 +81,9 @@ def test_the_command_where_there_is_no_gpu() -> None:
 def test_the_table() -> None:
     unknown = Gpu(1, "AMD Radeon")
     assert as_table([H200, unknown]).splitlines() == [
-        "GPU    name         total   free    link       at most    peers         UUID",
-        "gpu:0  NVIDIA H200  150 GB  140 GB  gen 5 x16  gen 5 x16  gpu:1, gpu:2  GPU-0af1",
-        "gpu:1  AMD Radeon   -       -       -          -          -             -",
+        "GPU    name         total    free     link       at most    peers         UUID",
+        "gpu:0  NVIDIA H200  140 GiB  130 GiB  gen 5 x16  gen 5 x16  gpu:1, gpu:2  GPU-0af1",
+        "gpu:1  AMD Radeon   -        -        -          -          -             -",
     ]
     assert "gen 3 x-" in as_table([replace(H200, link=Link(3))])
 
@@ -213,13 +213,23 @@ def test_a_gpu_too_full_for_a_context_is_listed(
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("gpu:0", "gpu:0"), (" GPU : 12 ", "gpu:12"), ("gpu:007", "gpu:7"), ("CPU", "cpu"), (" Default", "default")],
+    [
+        ("gpu:0", "gpu:0"),
+        ("cuda:1", "gpu:1"),
+        ("3", "gpu:3"),
+        (" GPU : 12 ", "gpu:12"),
+        ("gpu:007", "gpu:7"),
+        ("CPU", "cpu"),
+        (" Default", "default"),
+    ],
 )
 def test_one_device(text: str, name: str) -> None:
     assert parse_device(text) == name
 
 
-@pytest.mark.parametrize("text", ["", "gpu", "gpu:", "gpu:-1", "gpu:x", "gpu:99999", "cuda:0", "gpu:0,gpu:1", "gpu:²"])
+@pytest.mark.parametrize(
+    "text", ["", "gpu", "gpu:", "gpu:-1", "gpu:x", "gpu:99999", "cuda", "mps:0", "gpu:0,gpu:1", "gpu:²"]
+)
 def test_what_is_no_device(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_device(text, "clip_device")
@@ -235,6 +245,7 @@ def test_what_is_no_device(text: str) -> None:
         ("gpu:1", ("gpu:1",)),
         ("gpu:1,gpu:0", ("gpu:1", "gpu:0")),
         (" GPU:1 ,\tgpu: 0 ", ("gpu:1", "gpu:0")),
+        ("cuda:1,0", ("gpu:1", "gpu:0")),
     ],
 )
 def test_several_gpus(text: str, names: tuple[str, ...]) -> None:
@@ -248,7 +259,8 @@ def test_several_gpus(text: str, names: tuple[str, ...]) -> None:
         ("gpu:0,default", "'default' is no GPU"),
         ("gpu:0,", "'' is no GPU"),
         ("gpu:0 gpu:1", "'gpu:0 gpu:1' is no GPU"),
-        ("0,1", "'0' is no GPU"),
+        ("0,one", "'one' is no GPU"),
+        ("cuda:0,0", "gpu:0 is there twice"),
         ("gpu:0,gpu:00", "gpu:0 is there twice"),
     ],
 )

@@ -60,7 +60,7 @@ def test_the_limit_is_respected_and_explained() -> None:
     for buffer in buffers:
         arena.lock(buffer)
     assert (arena.pinned_bytes, arena.pageable_bytes) == (2000, 1000)
-    assert arena.reason == "the limit of 2.5 KB page-locked memory is reached"
+    assert arena.reason == "the limit of 2.4 KiB page-locked memory is reached"
 
 
 @pytest.mark.parametrize("claimed_first", [False, True])
@@ -72,7 +72,7 @@ def test_an_arena_has_a_limit_of_its_own(claimed_first: bool) -> None:
         assert (buffers[2] is None) is claimed_first
         buffers = [buffer for buffer in buffers if buffer is not None]
         assert [arena.lock(buffer) for buffer in buffers] == [True, True, False][: len(buffers)]
-        assert arena.reason == "this model's limit of 2.5 KB page-locked memory is reached"
+        assert arena.reason == "this model's limit of 2.4 KiB page-locked memory is reached"
         assert other.lock(other.allocate(5000))
         for buffer in buffers:
             arena.release(buffer)

@@ -58,7 +58,7 @@ def change_patches(
 ) -> None:
     """Load with patches, others and none, with all of a block's units streamed or resident, and run steps between."""
     model = NumberedModel(BLOCKS, kernels)
-    config = StreamingConfig(copy_streams, slots, segment_bytes=0, adaptive=False, thrifty=False, **settings)
+    config = StreamingConfig(copy_streams, slots, segment_bytes=0, adaptive=False, **settings)
     streamer = Streamer(model, cut_model(model), backend, config)
     plan = hand_plan(streamer, units_of(streamer, streamed), slots)
     for doubled in (set(WEIGHTS), set(WEIGHTS[::2]), set(), set(WEIGHTS[1:5]), set(WEIGHTS)):
@@ -106,7 +106,7 @@ class Broken(DoubledOnDevice):
 def test_what_a_failure_leaves_under_way_is_waited_for(slots: int, after: int) -> None:
     backend = RaceBackend()
     model = NumberedModel(BLOCKS, backend)
-    config = StreamingConfig(2, slots, segment_bytes=0, adaptive=False, thrifty=False)
+    config = StreamingConfig(2, slots, segment_bytes=0, adaptive=False)
     streamer = Streamer(model, cut_model(model), backend, config)
     plan = hand_plan(streamer, range(3 * BLOCKS), slots)
     with pytest.raises(RuntimeError, match="no such adapter"):

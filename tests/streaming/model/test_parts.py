@@ -25,7 +25,7 @@ class Parts:
         self.streamers = []
         for number in sorted(set(devices)):
             mine = [block for block, device in enumerate(devices) if device == number]
-            backend = CpuBackend(VirtualMemory(10**9, f"virtual:{number}"), torch.device("cpu", number))
+            backend = CpuBackend(VirtualMemory(10**9, f"gpu:{number}"), torch.device("cpu", number))
             config = StreamingConfig(**{**SETTINGS, "adaptive": False, **settings})
             self.streamers.append(Streamer(model, blocks.part(mine, number == devices[0]), backend, config))
         self.boundary.attach(model, [(block.module, place) for block, place in zip(blocks.blocks, places, strict=True)])
@@ -134,7 +134,7 @@ def test_the_device_that_is_full_gives_way(full: int) -> None:
 
 
 def test_an_error_that_names_no_device_is_everybodys() -> None:
-    backend = CpuBackend(VirtualMemory(10**6, "virtual:1"), torch.device("cpu", 1))
+    backend = CpuBackend(VirtualMemory(10**6, "gpu:1"), torch.device("cpu", 1))
     assert backend.is_full(torch.OutOfMemoryError("no memory"))
     assert backend.is_full(torch.OutOfMemoryError(TEXT.format(1)))
     assert not backend.is_full(torch.OutOfMemoryError(TEXT.format(0)))

@@ -6,10 +6,11 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from outlines import EAGER, FULL, MB, flux, flux_profile, make_outline, make_profile
-from weightstream.streaming import BudgetError, Outline, Profile, make_plan, minimum_bytes
+from outlines import FULL, MB, flux, flux_profile, make_outline, make_profile
+from weightstream.streaming import BudgetError, Outline, PackingMode, Profile, make_plan, minimum_bytes
 from weightstream.streaming.planning.packing import Packing, Refusals, packed_outline, units_to_pack
 from weightstream.streaming.planning.plan import forecast_seconds
+from weightstream.streaming.planning.planner import WORTHWHILE, Planner
 from weightstream.streaming.planning.spread import best_order
 
 GB = 1_000_000_000
@@ -56,10 +57,30 @@ def test_no_more_is_packed_than_makes_the_bus_as_fast_as_compute() -> None:
     assert not units
 
 
+@pytest.mark.parametrize(("budget", "gain", "packs"), [(14.1, 0.03, True), (14.4, 0.017, False)])
+def test_weights_are_packed_where_that_gains_enough(budget: float, gain: float, packs: bool) -> None:
+    """Compute is nearly the limit: packing a few units would make a step hardly shorter. Who asks for it gets it."""
+    outline, profile = flux_with_order()
+    packing = packing_of(outline)
+    plans = {}
+    for mode in PackingMode:
+        planner = Planner(outline, replace(FULL, packing=mode))
+        planner.profile, planner.packing = profile, None if mode is PackingMode.OFF else packing
+        plans[mode] = planner.plan_for(budget * GB)
+    raw = plans[PackingMode.OFF]
+    units = units_to_pack(raw, profile, packing)
+    packed = make_plan(packed_outline(outline, packing, units), profile, budget * GB, FULL)
+    found = 1 - forecast_seconds(packed, profile) / forecast_seconds(raw, profile)
+    assert found == pytest.approx(gain, rel=0.1)
+    assert packs is (found >= WORTHWHILE)
+    assert plans[PackingMode.AUTO].packed == (units if packs else frozenset())
+    assert plans[PackingMode.ON].packed
+
+
 def test_what_is_packed_is_spread_over_the_step() -> None:
     outline = make_outline([[10 * MB]] * 40)
     profile = make_profile(outline, [1e-3] * 40, 8.5e9)
-    plan = make_plan(outline, profile, 40 * MB, EAGER)
+    plan = make_plan(outline, profile, 40 * MB, FULL)
     units = sorted(units_to_pack(plan, profile, packing_of(outline, 0.5, 1e15)))
     assert 10 < len(units) < 20
     assert max(after - before for before, after in itertools.pairwise(units)) <= 4
@@ -68,7 +89,7 @@ def test_what_is_packed_is_spread_over_the_step() -> None:
 def test_units_that_may_not_be_packed_are_not() -> None:
     outline = make_outline([[10 * MB, 3 * MB]] * 8)
     profile = make_profile(outline, [1e-6] * 8, 1e9)
-    plan = make_plan(outline, profile, 40 * MB, EAGER)
+    plan = make_plan(outline, profile, 40 * MB, FULL)
     packing = packing_of(outline)
     sizes = list(packing.slot_bytes)
     sizes[4] = outline.unit_bytes[4]
@@ -87,7 +108,7 @@ def test_a_packed_plan_fits_its_budget_whatever_that_is(shape: list[list[int]], 
     slots = tuple(max(1, int(nbytes * (0.5, 0.75, 1.0)[unit % 3])) for unit, nbytes in enumerate(outline.unit_bytes))
     outline = packed_outline(outline, Packing(slots, 100.0), range(len(slots)))
     profile = make_profile(outline, [1.0] * outline.blocks, 50.0, learned=learned)
-    config = replace(EAGER, segment_bytes=12, staging_bytes=60)
+    config = replace(FULL, segment_bytes=12, staging_bytes=60)
     least = minimum_bytes(outline, profile)
     with pytest.raises(BudgetError):
         make_plan(outline, profile, least - 1, config)
@@ -106,7 +127,7 @@ def test_unpacking_counts_as_compute() -> None:
     outline = make_outline([[10 * MB]] * 4)
     profile = make_profile(outline, [1e-3] * 4, 1e15)
     packed = packed_outline(outline, packing_of(outline, speed=20e9), range(4))
-    plans = [make_plan(one, profile, 30 * MB, replace(EAGER, stream_all=True)) for one in (outline, packed)]
+    plans = [make_plan(one, profile, 30 * MB, replace(FULL, stream_all=True)) for one in (outline, packed)]
     seconds = [forecast_seconds(plan, profile) for plan in plans]
     assert seconds == pytest.approx([4e-3, 6e-3])
 

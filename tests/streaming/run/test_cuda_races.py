@@ -40,7 +40,7 @@ class Kernels:
 
 def make(cuda: FakeCuda, blocks: int, slots: int, **settings: Any) -> tuple[NumberedModel, Streamer]:
     model = NumberedModel(blocks, Kernels(cuda))
-    settings = {"segment_bytes": 0, "adaptive": False, "thrifty": False, "chunk_bytes": UNIT, **settings}
+    settings = {"segment_bytes": 0, "adaptive": False, "chunk_bytes": UNIT, **settings}
     backend = CudaBackend(DEVICE)
     backend.fine_bytes = UNIT // 2
     return model, Streamer(model, cut_model(model), backend, StreamingConfig(slots=slots, **settings))

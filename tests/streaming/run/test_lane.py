@@ -63,7 +63,7 @@ class Model(nn.Module):
 
 
 def make(cuda: FakeCuda, model: nn.Module, slots: int, segment_bytes: int) -> Streamer:
-    config = StreamingConfig(slots=slots, segment_bytes=segment_bytes, adaptive=False, thrifty=False)
+    config = StreamingConfig(slots=slots, segment_bytes=segment_bytes, adaptive=False)
     return Streamer(model, cut_model(model), CudaBackend(torch.device("cuda", 1)), config)
 
 

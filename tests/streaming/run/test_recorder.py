@@ -30,6 +30,9 @@ class Clock:
     def seconds(self, begin: float, end: float) -> float:
         return end - begin
 
+    def hold_back(self, seconds: float) -> None:
+        self.now += seconds
+
     def synchronize(self) -> None:
         """Everything is over."""
 
@@ -113,6 +116,22 @@ def test_what_others_wait_for_is_no_compute(recorder: Recorder, clock: Clock) ->
     assert profile.gap_seconds == (2.0, 2.0, 2.0)
     assert profile.other_seconds == 6.25
     assert profile.compute_seconds == 9.25
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_head_start_of_the_host_is_a_wait_before_the_first_block_of_all(clock: Clock, elsewhere: bool) -> None:
+    """Where a block has run on another device, that one has waited."""
+    reader = SimpleNamespace(step_bytes=0, step_seconds=0.0, sent_bytes=0)
+    recorder = Recorder(make_outline([[1], [1], [1]]), clock, reader, head_start=100.0)
+    if elsewhere:
+        stalled = recorder.stalled
+        recorder.stalled = lambda stall: (stalled(stall), recorder.computed(Clock(), lambda: 0.0))
+    record(recorder, clock, [2.0, 2.0, 2.0], [7.0, 0.0, 11.0])
+    assert clock.now == (45.25 if elsewhere else 145.25)
+    profile = recorder.profile(assumed_profile(recorder._outline), with_times=True)
+    assert profile.block_seconds == (1.0, 1.0, 1.0)
+    if not elsewhere:
+        assert profile.compute_seconds == 9.25
 
 
 def test_a_unit_is_needed_after_what_comes_before_its_block(recorder: Recorder, clock: Clock) -> None:

@@ -210,5 +210,5 @@ def test_the_file_has_a_process_for_each_device_and_a_thread_for_each_lane() -> 
         (1, "waits", "wait", 100_000.0, 100_000.0),
         (1, "unpacking", "unpack", 200_000.0, 50_000.0),
         (2, "compute", "block 1", 250_000.0, 500_000.0),
-        (2, "copies", "32.0 MB", 750_000.0, 250_000.0),
+        (2, "copies", "30.5 MiB", 750_000.0, 250_000.0),
     ]

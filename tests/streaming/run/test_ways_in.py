@@ -295,7 +295,7 @@ def test_every_access_to_a_slot_is_ordered(ways: tuple[str, ...], learned: bool)
     for slots, copy_streams in itertools.product((1, 2, 3), (0, 2)):
         backend = RaceBackend()
         model = RacingModel(4, backend, ways)
-        config = StreamingConfig(copy_streams, slots, segment_bytes=0, adaptive=False, thrifty=False)
+        config = StreamingConfig(copy_streams, slots, segment_bytes=0, adaptive=False)
         streamer = Streamer(model, cut_model(model), backend, config)
         streamer.load(streamer.plan_for(streamer.minimum_bytes))
         for _ in range(4 if learned else 0):

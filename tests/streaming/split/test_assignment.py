@@ -152,8 +152,8 @@ def test_a_device_without_room_is_left_out() -> None:
     found = distribute(FLUX, GB, rooms(1, 30, 0.5, 12))
     assert found.devices == (1, 3)
     assert found.left_out == {
-        0: "it has room for 0 B of blocks, and the largest takes 680 MB",
-        2: "it has room for 500 MB of blocks, and the largest takes 680 MB",
+        0: "it has room for 0 B of blocks, and the largest takes 648 MiB",
+        2: "it has room for 477 MiB of blocks, and the largest takes 648 MiB",
     }
     kept = distribute(FLUX, GB, rooms(0, 1.5, 30, 0.5), home_is_first=True)
     assert kept.devices == (1, 2), "what is in no block is not theirs to hold"
@@ -173,10 +173,10 @@ def test_every_block_has_a_device_and_one_device_has_all() -> None:
 
 
 def test_in_words() -> None:
-    names, sizes = ["cuda:0", "cuda:1"], [10**6] * 4
+    names, sizes = ["gpu:0", "gpu:1"], [1 << 20] * 4
     assert describe(Assignment((0, 0, 0, 1), True), names, sizes) == (
-        "in runs: 3 blocks (0 to 2) of 3.0 MB on cuda:0, 1 blocks of 1.0 MB on cuda:1"
+        "in runs: 3 blocks (0 to 2) of 3.0 MiB on gpu:0, 1 block of 1.0 MiB on gpu:1"
     )
     assert describe(Assignment((0, 1, 0, 1), False), names, sizes) == (
-        "in turn: 2 blocks of 2.0 MB on cuda:0, 2 blocks of 2.0 MB on cuda:1"
+        "in turn: 2 blocks of 2.0 MiB on gpu:0, 2 blocks of 2.0 MiB on gpu:1"
     )

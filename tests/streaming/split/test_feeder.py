@@ -49,7 +49,7 @@ def feed(home: Backend, *helpers: Backend, chunks: int = 2) -> None:
 def make(
     model: torch.nn.Module, backend: Backend, slots: int, copy_streams: int = 2, segment_bytes: int = 3 * UNIT
 ) -> Streamer:
-    config = StreamingConfig(copy_streams, slots, segment_bytes=segment_bytes, adaptive=False, thrifty=False)
+    config = StreamingConfig(copy_streams, slots, segment_bytes=segment_bytes, adaptive=False)
     return Streamer(model, cut_model(model), backend, config)
 
 
@@ -80,7 +80,7 @@ def test_output_is_the_same(copy_streams: int, helpers: int) -> None:
     expected = model(X)
     store = VirtualMemory(10**9)
     backend = CpuBackend(store)
-    others = [VirtualMemory(10**6, f"virtual:{number}") for number in range(1, helpers + 1)]
+    others = [VirtualMemory(10**6, f"gpu:{number}") for number in range(1, helpers + 1)]
     feed(backend, *(CpuBackend(memory) for memory in others))
     streamer = make(model, backend, 2, copy_streams, 10_000)
     learn(streamer, lambda: model(X))
@@ -166,8 +166,8 @@ def test_a_helper_without_room_is_left_out() -> None:
     model = make_transformer(depth=3)
     expected = model(X)
     backend = CpuBackend(VirtualMemory(10**9))
-    full = VirtualMemory(200, "virtual:1")
-    feed(backend, CpuBackend(full), CpuBackend(VirtualMemory(10**6, "virtual:2")))
+    full = VirtualMemory(200, "gpu:1")
+    feed(backend, CpuBackend(full), CpuBackend(VirtualMemory(10**6, "gpu:2")))
     streamer = make(model, backend, 2, segment_bytes=0)
     streamer.load(streamer.plan_for(streamer.minimum_bytes))
     assert [feeder.is_open for feeder in backend.feeders] == [False, True]
@@ -187,7 +187,7 @@ def test_a_helper_without_room_is_left_out() -> None:
 def test_a_copy_that_fails_anywhere_is_made_again(of_helper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_transformer(depth=4)
     expected = model(X)
-    backend, helper = CpuBackend(VirtualMemory(10**9)), CpuBackend(VirtualMemory(10**6, "virtual:1"))
+    backend, helper = CpuBackend(VirtualMemory(10**9)), CpuBackend(VirtualMemory(10**6, "gpu:1"))
     feed(backend, helper)
     streamer = make(model, backend, 2, segment_bytes=0)
     learn(streamer, lambda: model(X))
@@ -229,7 +229,7 @@ def found_by(
         last: what the first link brings when it is tried once more.
     """
     home, *helpers = (
-        CpuBackend(VirtualMemory(room, f"virtual:{number}"), torch.device("cpu", number))
+        CpuBackend(VirtualMemory(room, f"gpu:{number}"), torch.device("cpu", number))
         for number in range(len(sound) + 1)
     )
     tries = []
@@ -251,16 +251,16 @@ def found_by(
 
 
 def test_who_adds_bandwidth_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert found_by(monkeypatch, [50, 100, 150], (True, True)) == (["virtual:1", "virtual:2"], 3.0)
+    assert found_by(monkeypatch, [50, 100, 150], (True, True)) == (["gpu:1", "gpu:2"], 3.0)
     assert found_by(monkeypatch, [50, 55, 60], (True, True)) == ([], 1.0)
-    assert found_by(monkeypatch, [50, 100, 110], (True, True)) == (["virtual:1"], 2.0)
-    assert found_by(monkeypatch, [50, 100, 150], (False, True)) == (["virtual:2"], 2.0)
+    assert found_by(monkeypatch, [50, 100, 110], (True, True)) == (["gpu:1"], 2.0)
+    assert found_by(monkeypatch, [50, 100, 150], (False, True)) == (["gpu:2"], 2.0)
     assert found_by(monkeypatch, [25, 50], (True,), last=50) == ([], 1.0), "its link was slow at first"
     assert found_by(monkeypatch, [50, 100], (True,), room=10**8) == ([], 1.0), "they have no room for their rings"
 
 
 def test_a_device_without_room_for_the_trial_is_not_fed(monkeypatch: pytest.MonkeyPatch) -> None:
-    home, helper = CpuBackend(VirtualMemory(100)), CpuBackend(VirtualMemory(10**9, "virtual:1"))
+    home, helper = CpuBackend(VirtualMemory(100)), CpuBackend(VirtualMemory(10**9, "gpu:1"))
     found = find_feeders(home, [helper], Links())
     assert (found.helpers, found.for_ever) == ([], False)
 

@@ -55,7 +55,7 @@ def test_each_link_brings_its_part_of_what_is_packed(helpers: int, verify: bool)
     model = make_model()
     expected = model(X)
     home = CpuBackend(VirtualMemory(10**9))
-    others = [CountingBackend(VirtualMemory(10**6, f"virtual:{number}")) for number in range(1, helpers + 1)]
+    others = [CountingBackend(VirtualMemory(10**6, f"gpu:{number}")) for number in range(1, helpers + 1)]
     feed(home, *others)
     streamer = make(model, home, verify=verify)
     plan = learned(streamer, model)
@@ -111,7 +111,7 @@ class Devices:
             Streamer(
                 self.model,
                 blocks.part(assignment.blocks_of(device), device == 0),
-                CpuBackend(VirtualMemory(10**9, f"virtual:{device}"), torch.device("cpu", device)),
+                CpuBackend(VirtualMemory(10**9, f"gpu:{device}"), torch.device("cpu", device)),
                 config,
                 group=group,
             )

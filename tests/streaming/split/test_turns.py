@@ -52,7 +52,6 @@ class Devices:
             segment_bytes=32 * 1024**2 // SCALE,
             headroom_bytes=0,
             adaptive=False,
-            thrifty=False,
         )
         group = Group(self.assignment)
         self.streamers = []

@@ -1,0 +1,147 @@
+"""What the command line can do. Each command imports what it needs; none needs torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import StreamingError, WorkflowError
+
+NO_TORCH = "this Python has no torch: GPUs are numbered as nvidia-smi does, which may not be ComfyUI's order"
+NO_GPU = "no GPU that torch can use through CUDA or ROCm"
+ENDING = "_streamed"
+STANDARD_OUTPUT = "-"
+
+
+def gpus(arguments: argparse.Namespace) -> None:
+    from .machine.gpus import as_table, has_torch, list_gpus
+
+    found = list_gpus()
+    if not has_torch():
+        print(NO_TORCH, file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"gpus": [gpu.as_dict() for gpu in found]}, indent=2))
+    else:
+        print(as_table(found) if found else NO_GPU)
+
+
+def status(arguments: argparse.Namespace) -> None:
+    from .machine.server_status import as_text, ask
+
+    found = ask(arguments.url)
+    print(json.dumps(found, indent=2) if arguments.json else as_text(found))
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from .workflows.convert import convert
+    from .workflows.notes import as_lines
+
+    source = Path(arguments.input)
+    target = arguments.output or os.fspath(source.with_name(f"{source.stem}{ENDING}.json"))
+    try:
+        conversion = convert(json.loads(source.read_text("utf-8")))
+    except OSError as error:
+        raise WorkflowError(f"{source} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # No JSON, no UTF-8, or no workflow.
+        raise WorkflowError(f"{source}: {error}") from error
+    to_terminal = target == STANDARD_OUTPUT
+    said = sys.stderr if to_terminal else sys.stdout
+    if conversion.notes:
+        print(as_lines(conversion.notes), file=said)
+    text = json.dumps(conversion.workflow, indent=2, ensure_ascii=False)
+    if to_terminal:
+        print(text)
+    elif conversion.changed or arguments.output:
+        _write(Path(target), text)
+        print(f"written to {target}")
+    else:
+        print("there is nothing to change; no file is written")
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from .errors import ServerError
+    from .estimating.cutting import cut
+    from .estimating.estimate import CARDS, Machine, describe_model, describe_plan, measured_by
+    from .estimating.tensors import read_tensors
+    from .machine.server_status import ask
+
+    path = Path(arguments.model)
+    found = cut(read_tensors(path))
+    print("\n".join(describe_model(path.name, found)))
+    compute = arguments.compute
+    if compute is None:
+        try:
+            compute = measured_by(ask(arguments.url), path.name)
+        except ServerError:
+            if arguments.url:
+                raise
+    for vram in [arguments.vram] if arguments.vram else CARDS:
+        machine = Machine(vram, arguments.reserve, arguments.ram, arguments.link, compute, os.name)
+        print("\n".join(["", *describe_plan(found, machine)]))
+    print("\nBy the names in the file's header; the pack itself plans by the model that ComfyUI builds of it.")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write the whole file or leave what is there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text + "\n", "utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise WorkflowError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    program = argparse.ArgumentParser(prog="python -m streaming", description="WeightStream, outside of ComfyUI.")
+    commands = program.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("gpus", help="list the GPUs: memory, PCIe link, and which reach each other")
+    _add_json(listing)
+    listing.set_defaults(run=gpus)
+    telling = commands.add_parser("status", help="how a running ComfyUI streams: devices, models, plans")
+    telling.add_argument("--url", help="the address of its page (default: http://127.0.0.1:8188)")
+    _add_json(telling)
+    telling.set_defaults(run=status)
+    converting = commands.add_parser("convert", help="make the models of a workflow or API prompt stream")
+    converting.add_argument("input", metavar="IN.json", help="as ComfyUI's page saves or exports it")
+    converting.add_argument(
+        "output", metavar="OUT.json", nargs="?", help=f"default: IN{ENDING}.json beside it; - is the terminal"
+    )
+    converting.set_defaults(run=convert)
+    planning = commands.add_parser("plan", help="what of a model will stream on a card, and what that takes")
+    planning.add_argument("model", metavar="MODEL.safetensors", help="any file of the model, or its index")
+    planning.add_argument("--vram", type=_positive, help="GiB of the card (default: several cards)")
+    planning.add_argument("--ram", type=_positive, default=0.0, help="GiB of the machine")
+    planning.add_argument("--link", type=_positive, default=25.0, help="GB/s from RAM to the card (default: 25)")
+    planning.add_argument(
+        "--reserve", type=_positive, default=1.5, help="GiB of VRAM for activations and others (default: 1.5)"
+    )
+    planning.add_argument("--compute", type=_positive, help="seconds of a step with all weights in VRAM, if known")
+    planning.add_argument("--url", help="a running ComfyUI that may have measured that (default: the usual address)")
+    planning.set_defaults(run=plan)
+    return program
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="for programs; sizes in bytes, null for what is not known")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except StreamingError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0

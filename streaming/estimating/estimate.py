@@ -1,0 +1,132 @@
+"""What streams on a card with so much VRAM, and how long that takes, in plain words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config import StreamingConfig, format_bytes
+from ..errors import BudgetError
+from ..planning.plan import Plan
+from ..planning.profile import Profile, assumed_profile
+from ..planning.search import make_plan, minimum_bytes
+from .cutting import Cut
+
+GIB = 1 << 30
+# Of the VRAM: for activations, the driver and a screen; of RAM that ComfyUI page-locks at most.
+ASSUMED_RESERVE = 1.5
+PINNED_SHARE = {"nt": 0.4, "posix": 0.9}
+# PCIe 4.0 with 16 lanes.
+ASSUMED_LINK = 25.0
+CARDS = (8, 12, 16, 24)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a model would run on.
+
+    Attributes:
+        vram, reserve, ram: GiB; RAM of 0 is not known.
+        link: GB/s from RAM to the card.
+        compute_seconds: of a step with all weights in VRAM; None where it was never measured.
+        system: as ``os.name`` says.
+    """
+
+    vram: float
+    reserve: float = ASSUMED_RESERVE
+    ram: float = 0.0
+    link: float = ASSUMED_LINK
+    compute_seconds: float | None = None
+    system: str = "posix"
+
+    @property
+    def budget(self) -> float:
+        return max(0.0, self.vram - self.reserve) * GIB
+
+
+def plan_for(cut: Cut, machine: Machine) -> Plan:
+    """The plan that the pack would begin with; with measured times the one that it would come to.
+
+    Raises:
+        BudgetError: the VRAM has no room for it.
+    """
+    profile = replace(assumed_profile(cut.outline), bandwidth=machine.link * 1e9)
+    if machine.compute_seconds is not None:
+        profile = _measured(profile, machine.compute_seconds)
+    return make_plan(cut.outline, profile, machine.budget, StreamingConfig())
+
+
+def _measured(profile: Profile, seconds: float) -> Profile:
+    blocks = len(profile.block_seconds)
+    return replace(profile, block_seconds=(seconds / blocks,) * blocks, measured=True)
+
+
+def describe_model(name: str, cut: Cut) -> list[str]:
+    """Lines about the file."""
+    lists = ", ".join(f"{count} in {name}" for name, count in cut.lists.items())
+    dtypes = ", ".join(f"{dtype} {format_bytes(nbytes)}" for dtype, nbytes in cut.dtypes.items())
+    outline = cut.outline
+    lines = [
+        f"{name}: {format_bytes(cut.file_bytes)} ({dtypes})",
+        f"  {outline.blocks} blocks ({lists}) with {format_bytes(sum(outline.unit_bytes))}; "
+        f"{format_bytes(outline.rest_bytes)} outside of them always stay in VRAM",
+    ]
+    if outline.model_bytes < 0.9 * cut.file_bytes:
+        lines.append(f"  ComfyUI computes in 16 bits, so it takes {format_bytes(outline.model_bytes)}")
+    return lines
+
+
+def describe_plan(cut: Cut, machine: Machine) -> list[str]:
+    """Lines about what happens on a machine."""
+    title = f"with {machine.vram:g} GiB of VRAM, of which {machine.reserve:g} are left to activations and others:"
+    try:
+        plan = plan_for(cut, machine)
+    except BudgetError:
+        least = minimum_bytes(cut.outline, assumed_profile(cut.outline)) / GIB + machine.reserve
+        return [title, f"  too little: {least:.1f} GiB are the least that it runs with"]
+    if not plan.segments:
+        return [title, f"  nothing streams: all of it stays in VRAM ({format_bytes(plan.device_bytes)})"]
+    blocks = cut.outline.blocks
+    return [
+        title,
+        f"  each step   streams {format_bytes(plan.streamed_bytes)}, from {blocks - plan.resident_blocks} of {blocks} "
+        f"blocks; {format_bytes(plan.device_bytes)} are in VRAM",
+        f"  RAM         {format_bytes(plan.streamed_weight_bytes)} page-locked" + _ram_text(cut, plan, machine),
+        *_time_lines(cut, plan, machine),
+    ]
+
+
+def _ram_text(cut: Cut, plan: Plan, machine: Machine) -> str:
+    if not machine.ram:
+        return ""
+    most = int(machine.ram * GIB * PINNED_SHARE.get(machine.system, 0.9))
+    if plan.streamed_weight_bytes <= most:
+        return f", of at most {format_bytes(most)} where there are {machine.ram:g} GiB"
+    left = format_bytes(plan.streamed_weight_bytes - most)
+    disk = "" if cut.file_bytes < machine.ram * GIB else ", which RAM does not hold: at the disk's speed"
+    limit = f"{format_bytes(most)} of {machine.ram:g} GiB"
+    return f", but at most {limit} may be: {left} of each step come from the file{disk}"
+
+
+def _time_lines(cut: Cut, plan: Plan, machine: Machine) -> list[str]:
+    seconds = plan.streamed_bytes / (machine.link * 1e9)
+    packed = seconds * cut.packed_share
+    packs = cut.packed_share < 0.95
+    bus = f"  the bus     {seconds:.2g} s of each step at {machine.link:g} GB/s"
+    bus += f"; about {packed:.2g} s with packed weights" if packs else ""
+    if (forecast := plan.forecast) is None:
+        return [
+            bus,
+            "  s/step      not known: that is the bus's part alone; compute was not measured on this card",
+        ]
+    step = f"  s/step      {forecast.seconds:.2g} s predicted ({forecast.compute_seconds:.2g} s of compute, measured)"
+    if packs and forecast.limited_by == "bus":
+        step += f"; about {max(packed, forecast.compute_seconds):.2g} s with packed weights"
+    return [bus, step]
+
+
+def measured_by(status: dict[str, Any], name: str) -> float | None:
+    """Seconds of a step's compute that a running ComfyUI has measured for a file; None if it has not."""
+    found = [model.get("compute_seconds") for model in status["models"] if model["name"] == name]
+    known = [seconds for seconds in found if seconds is not None]
+    return known[0] if len(found) == len(known) == 1 else None

@@ -1,0 +1,102 @@
+"""API prompts: nodes by id, each with its inputs, where a link is a pair of id and output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .graph import LINKED, Node
+from .kinds import GIVE_MODEL, TAKE_MODEL, Kind
+
+
+class PromptGraph:
+    """An API prompt."""
+
+    name = ""
+
+    def __init__(self, prompt: dict[str, Any]) -> None:
+        self._prompt = prompt
+
+    def nodes(self) -> Sequence[Node]:
+        return [Node(number, node["class_type"]) for number, node in self._prompt.items()]
+
+    def model_output(self, node: Node) -> int | None:
+        if node.kind in GIVE_MODEL:
+            return 0
+        takes = any(name.startswith("model") for name, value in self._inputs(node).items() if _is_link(value))
+        places = [
+            value[1]
+            for other in self._prompt.values()
+            for name, value in other["inputs"].items()
+            if name == "model" and other["class_type"] in TAKE_MODEL and _is_link(value) and value[0] == node.id
+        ]
+        return None if takes or not places else min(places)
+
+    def output(self, node: Node, type_: str, place: int) -> int:
+        return place
+
+    def consumers(self, node: Node, place: int) -> Sequence[Node | None]:
+        return [
+            Node(number, other["class_type"])
+            for number, other in self._prompt.items()
+            for value in other["inputs"].values()
+            if _is_link(value) and value == [node.id, place]
+        ]
+
+    def values(self, node: Node, names: Sequence[str]) -> Mapping[str, Any]:
+        return {name: self._value(value) for name, value in self._inputs(node).items()}
+
+    def become(self, node: Node, kind: Kind, values: Mapping[str, Any], names: Sequence[str] = ()) -> None:
+        there = self._prompt[str(node.id)]
+        sockets = {socket.name for socket in kind.sockets}
+        kept = {name: value for name, value in there["inputs"].items() if name in kind.widgets or name in sockets}
+        changed = {name: value for name, value in values.items() if value is not LINKED}
+        there["class_type"] = kind.name
+        there["inputs"] = {**kept, **changed}
+        if "title" in there.get("_meta", {}):
+            there["_meta"]["title"] = kind.title
+
+    def insert(self, kind: Kind, near: Node, values: Mapping[str, Any], links: Mapping[str, tuple[Node, int]]) -> Node:
+        number = self._new_id()
+        places = {socket.name: place for place, socket in enumerate(kind.sockets)}
+        for name, (source, output) in links.items():
+            self._lead(source.id, output, number, places[name])
+        chosen = {name: value for name, value in kind.widgets.items() if name not in kind.optional} | dict(values)
+        inputs = {name: [source.id, output] for name, (source, output) in links.items()}
+        self._prompt[number] = {"class_type": kind.name, "inputs": {**inputs, **chosen}, "_meta": {"title": kind.title}}
+        return Node(number, kind.name)
+
+    def remove_unused(self, kind: str) -> Sequence[Node]:
+        used = {value[0] for node in self._prompt.values() for value in node["inputs"].values() if _is_link(value)}
+        gone = [node for node in self.nodes() if node.kind == kind and node.id not in used]
+        for node in gone:
+            del self._prompt[node.id]
+        return gone
+
+    def take_open_inputs(self) -> Sequence[str]:
+        return ()
+
+    def _inputs(self, node: Node) -> dict[str, Any]:
+        return self._prompt[node.id]["inputs"]
+
+    def _value(self, value: Any) -> Any:
+        if not _is_link(value):
+            return value
+        source = self._prompt.get(value[0], {})
+        from_selector = source.get("class_type") == "DeviceSelectorMultiGPU"
+        return self._value(source["inputs"].get("device", LINKED)) if from_selector else LINKED
+
+    def _lead(self, source: str, output: int, target: str, place: int) -> None:
+        """What came from ``source`` comes from ``target`` from now on."""
+        for node in self._prompt.values():
+            for name, value in node["inputs"].items():
+                if _is_link(value) and value == [source, output]:
+                    node["inputs"][name] = [target, place]
+
+    def _new_id(self) -> str:
+        numbers = [int(number) for number in self._prompt if number.isascii() and number.isdigit()]
+        return str(max(numbers, default=0) + 1)
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)

@@ -1,0 +1,62 @@
+"""What a node shows while its model runs: one line for all devices, as text and as values, the details behind it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sampling import MB, sample
+from weightstream.nodes.tell import messages
+from weightstream.nodes.twins.split import split_over
+
+NODE = "7"
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What the host sends to pages: the texts of the node, and our events."""
+    found: list[tuple[str, Any]] = []
+    server = SimpleNamespace(
+        send_progress_text=lambda text, node_id: found.append(("text", text)),
+        send_sync=lambda event, data: found.append((event, data)),
+    )
+    monkeypatch.setattr(messages, "find_server", lambda: server)
+    return found
+
+
+def lines_in(sent: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    return [data for event, data in sent if event == messages.LINE_EVENT]
+
+
+def test_the_node_has_one_line_and_the_plan_behind_it(streamed: Any, sent: list[tuple[str, Any]]) -> None:
+    model = streamed(24 * MB, node_id=NODE)
+    sample(model, steps=4)
+    line = lines_in(sent)[-1]
+    assert (line["node"], line["devices"]) == (NODE, ("gpu:0",))
+    assert line["seconds"] > 0
+    assert 0 < line["kept_bytes"] < line["total_bytes"] == model.model_size()
+    assert line["details"] == [f"gpu:0: {model.streamer.explain()}"]
+    # A page without our script shows this.
+    assert sent[-2] == ("text", line["text"])
+    assert line["text"].startswith(f"{line['seconds']:.2g} s/step · ")
+    assert "\n" not in line["text"]
+
+
+def test_a_split_model_has_the_line_of_all_its_devices(loaded: Any, sent: list[tuple[str, Any]]) -> None:
+    devices = [torch.device("cpu", 0), torch.device("cpu", 1)]
+    model = split_over(loaded, devices, "equal", None, NODE).patcher
+    sample(model, steps=3)
+    line = lines_in(sent)[-1]
+    assert line["devices"] == ("gpu:0", "gpu:1")
+    assert line["text"].endswith("gpu:0, gpu:1")
+    assert [detail.partition(": ")[0] for detail in line["details"]] == ["gpu:0", "gpu:1"]
+    parts = [part.streamer.snapshot() for part in (model.streamed, *(part.streamed for part in model.parts))]
+    assert line["total_bytes"] == sum(p.resident_bytes + p.rest_bytes + p.streamed_weight_bytes for p in parts)
+    assert {data["node"] for data in lines_in(sent)} == {NODE}
+
+
+def test_without_a_node_nothing_is_sent(streamed: Any, sent: list[tuple[str, Any]]) -> None:
+    sample(streamed(24 * MB))
+    assert sent == []

@@ -1,0 +1,167 @@
+"""A plan by a file's header: what is read of it, how it is cut, and what is said of machines."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from weightstream.streaming import CheckpointError, UnsupportedModelError, format_bytes
+from weightstream.streaming.command_line import main
+from weightstream.streaming.estimating.cutting import Cut, cut
+from weightstream.streaming.estimating.estimate import Machine, describe_model, describe_plan, measured_by, plan_for
+from weightstream.streaming.estimating.tensors import Tensor, read_tensors
+
+from tools.checkpoints import FLUX_SIZES, TensorSpec, encode_header, flux_tensors
+
+GIB = 1 << 30
+
+
+def write(path: Path, specs: list[TensorSpec]) -> Path:
+    """The header of a checkpoint: its tensors are never read."""
+    path.write_bytes(encode_header(specs))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("flux") / "flux1-dev.safetensors", flux_tensors(FLUX_SIZES["dev"]))
+
+
+@pytest.fixture(scope="module")
+def found(flux: Path) -> Cut:
+    return cut(read_tensors(flux))
+
+
+def test_flux_is_cut_into_its_blocks(found: Cut) -> None:
+    assert found.lists == {"double_blocks": 19, "single_blocks": 38}
+    assert found.outline.blocks == 57
+    assert len(set(found.outline.block_kind)) == 2
+    assert len(found.outline.unit_bytes) == 19 * 10 + 38 * 3
+    assert found.outline.model_bytes == found.file_bytes == pytest.approx(23.8e9, rel=0.01)
+    assert found.packed_share == pytest.approx(0.71)
+
+
+def test_the_step_that_was_measured_is_predicted(found: Cut) -> None:
+    """FLUX at 1024^2 on an H200 with 8 GB left to it: 0.328 s without packing (docs/packing.md)."""
+    machine = Machine(8e9 / GIB, reserve=1.5, link=55.2, compute_seconds=0.1748)
+    plan = plan_for(found, machine)
+    assert plan.forecast is not None
+    assert plan.forecast.seconds == pytest.approx(0.328, rel=0.05)
+    [line] = [line for line in describe_plan(found, machine) if "s/step" in line]
+    assert "0.17 s of compute, measured" in line
+    assert "about 0.24 s with packed weights" in line
+
+
+def test_without_a_measurement_only_the_bus_s_part_is_said(found: Cut) -> None:
+    machine = Machine(8, link=25)
+    plan = plan_for(found, machine)
+    assert plan.streamed_bytes == pytest.approx(18e9, rel=0.01)
+    streamed = format_bytes(plan.streamed_bytes)
+    assert describe_plan(found, machine) == [
+        "with 8 GiB of VRAM, of which 1.5 are left to activations and others:",
+        f"  each step   streams {streamed}, from 57 of 57 blocks; {format_bytes(plan.device_bytes)} are in VRAM",
+        f"  RAM         {streamed} page-locked",
+        "  the bus     0.72 s of each step at 25 GB/s; about 0.51 s with packed weights",
+        "  s/step      not known: that is the bus's part alone; compute was not measured on this card",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("machine", "says"),
+    [
+        (Machine(24), "nothing streams"),
+        (Machine(1.6), "too little: 2.3 GiB are the least"),
+        (Machine(8, ram=32), f"page-locked, of at most {format_bytes(int(28.8 * GIB))} where there are 32 GiB"),
+        (Machine(8, ram=32, system="nt"), f"but at most {format_bytes(int(12.8 * GIB))} of 32 GiB may be: "),
+        (Machine(8, ram=16), "which RAM does not hold: at the disk's speed"),
+        (Machine(8, compute_seconds=5.0), "5 s predicted (5 s of compute, measured)"),
+    ],
+)
+def test_what_is_said_of_other_machines(found: Cut, machine: Machine, says: str) -> None:
+    assert says in "\n".join(describe_plan(found, machine))
+
+
+def test_the_diffusion_model_of_a_full_checkpoint_is_planned_alone(tmp_path: Path) -> None:
+    specs = [TensorSpec(f"model.diffusion_model.blocks.{block}.a.weight", (64, 64), 1.0) for block in range(4)]
+    specs += [TensorSpec(f"cond_stage_model.layers.{layer}.a.weight", (64, 64), 1.0) for layer in range(9)]
+    found = cut(read_tensors(write(tmp_path / "full.safetensors", specs)))
+    assert found.lists == {"blocks": 4}
+    assert found.file_bytes == 4 * 64 * 64 * 2
+
+
+def test_a_model_in_several_files_is_read_from_each_of_them(tmp_path: Path) -> None:
+    names = [f"m-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    for number, name in enumerate(names):
+        write(tmp_path / name, [TensorSpec(f"blocks.{number}.a.weight", (64, 64), 1.0)])
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
+    for path in (tmp_path / names[1], index):
+        assert [tensor.name for tensor in read_tensors(path)] == ["blocks.0.a.weight", "blocks.1.a.weight"]
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors cannot be read"):
+        read_tensors(tmp_path / names[1])
+
+
+def test_float32_takes_half_in_vram_and_fp8_is_not_packed() -> None:
+    half = cut([Tensor(f"blocks.{block}.a.weight", "F32", 4000) for block in range(3)])
+    assert half.outline.model_bytes == 6000
+    assert "ComfyUI computes in 16 bits, so it takes" in describe_model("x", half)[-1]
+    fp8 = cut([Tensor(f"blocks.{block}.a.weight", "F8_E4M3", GIB) for block in range(12)])
+    assert fp8.packed_share == 1.0
+    assert "packed" not in "\n".join(describe_plan(fp8, Machine(8)))
+
+
+def test_small_parts_stay_and_a_list_of_one_is_no_block() -> None:
+    tensors = [Tensor(f"blocks.{block}.a.weight", "BF16", 100_000) for block in range(3)]
+    tensors += [Tensor(f"blocks.{block}.norm.weight", "BF16", 100) for block in range(3)]
+    tensors += [Tensor("time.0.weight", "BF16", 5000), Tensor("img_in.weight", "BF16", 700)]
+    found = cut(tensors)
+    assert found.outline.unit_bytes == (100_000,) * 3
+    assert found.outline.rest_bytes == 3 * 100 + 5000 + 700
+
+
+@pytest.mark.parametrize("tensors", [[], [Tensor("a.weight", "BF16", 1000), Tensor("b.0.a.weight", "BF16", 10)]])
+def test_a_model_without_blocks(tensors: list[Tensor]) -> None:
+    with pytest.raises(UnsupportedModelError, match="no repeated block"):
+        cut(tensors)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "it is no safetensors file"),
+        (b"GGUF" * 8, "it is no safetensors file"),
+        (struct.pack("<Q", 9) + b"{", "its header cannot be read"),
+        (struct.pack("<Q", 2) + b"[]", "its header is no JSON object"),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "its header does not describe tensors"),
+    ],
+)
+def test_files_that_have_no_header(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=says):
+        read_tensors(path)
+
+
+def test_the_command(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(flux), "--vram", "12", "--ram", "32", "--link", "50", "--compute", "0.3"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("flux1-dev.safetensors: ")
+    assert "with 12 GiB" in said
+    assert "s predicted" in said
+    assert main(["plan", str(flux)]) == 0
+    assert capsys.readouterr().out.count("GiB of VRAM") == 4, "without a card several are told of"
+    assert main(["plan", str(flux), "--url", "127.0.0.1:9"]) == 2
+    assert "no ComfyUI answers" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", str(flux), "--vram", "-3"])
+
+
+def test_what_a_running_comfyui_has_measured() -> None:
+    models = [{"name": "a", "compute_seconds": 0.2}, {"name": "b", "compute_seconds": None}]
+    models += [{"name": "split", "compute_seconds": 0.1}] * 2
+    status = {"models": models}
+    assert measured_by(status, "a") == 0.2
+    assert [measured_by(status, name) for name in ("b", "c", "split")] == [None] * 3, "a part says nothing of the whole"

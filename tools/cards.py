@@ -1,0 +1,370 @@
+"""What a card that we do not have would gain: our own planner, asked with the card's data.
+
+    python tools/cards.py
+
+makes the tables of docs/cards.md anew. The planner is the one that runs (``streaming/planning``), and it is asked about
+models as the pack cuts them (shapes.py). What it would measure on a card is put in by hand: compute is the H200's, in
+proportion to what both can do at most, and the bus carries a share of what its link can. The document says so. A test
+holds the same calculation with the H200's bus and VRAM to what was measured there.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TOOLS = Path(__file__).absolute().parent
+ROOT = TOOLS.parent
+# Said here because embedded interpreters do not put a script's folder on the path. The pack's comes last: it has a
+# package of the same name as a module of ComfyUI's (nodes).
+sys.path.insert(0, str(TOOLS))
+sys.path.append(str(ROOT))
+
+from shapes import Shape, load_shape  # noqa: E402
+
+from streaming import Plan, StreamingConfig  # noqa: E402
+from streaming.planning.packing import Packing, Refusals  # noqa: E402
+from streaming.planning.plan import FORECAST_TOLERANCE, forecast_seconds  # noqa: E402
+from streaming.planning.planner import Planner  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "cards.md"
+
+GIB = 1024**3
+# Bytes a second of one lane, of PCIe 4 and 5: 16 and 32 GT/s, 128 of 130 bits of which are data.
+LANE_BYTES = {4: 16e9 * 128 / 130 / 8, 5: 32e9 * 128 / 130 / 8}
+# What part of that a copy from page-locked memory is taken to reach. The H200's reaches 0.88.
+LINK_SHARE = 0.8
+# VRAM that the driver, a desktop and a browser take.
+OTHERS_BYTES = 1_000_000_000
+# Of an SM of Ampere, Ada and Blackwell cards in one clock: 256 fused multiply-adds, bf16 with fp32 accumulation.
+SM_FLOPS = 512
+
+H200_TFLOPS, H200_MEMORY = 989.4, 4800e9
+# Bytes of weights a second that the H200 unpacks beside copies (docs/packing.md).
+H200_UNPACKS = {"bfloat16": 1810e9, "float16": 1590e9}
+
+# What the system and ComfyUI use of the RAM, besides weights.
+USED_RAM = 5 * GIB
+# ComfyUI's limit of page-locked memory, as a part of the RAM (0.30).
+PINNED_SHARE = {"Linux": 0.90, "Windows": 0.40}
+# Of it stays free (nodes/host/devices.py).
+RESERVED_RAM, RESERVED_SHARE = 2 * GIB, 0.1
+# Of what the disk reads with eight threads, weights from a file come at this part (`ram-50` in benchmarks/README.md).
+DISK_SHARE = 0.83
+DISKS = (3e9, 7e9)
+RAM_GIB = (16, 32, 64)
+RAM_CARD = "RTX 4060"
+# Of the estimated compute: next to nothing.
+NO_COMPUTE = 1e-4
+
+
+class Card(NamedTuple):
+    """A card for one person, as NVIDIA describes it.
+
+    Attributes:
+        sms, boost_mhz: streaming multiprocessors, and the clock that NVIDIA calls boost.
+        memory_gb_s: bandwidth of its memory.
+        generation, lanes: of the PCIe link that it can have.
+    """
+
+    name: str
+    vram_gib: int
+    sms: int
+    boost_mhz: int
+    memory_gb_s: int
+    generation: int
+    lanes: int
+
+    @property
+    def tflops(self) -> float:
+        return self.sms * self.boost_mhz * SM_FLOPS / 1e6
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that are assumed for the bus."""
+        return LANE_BYTES[self.generation] * self.lanes * LINK_SHARE
+
+    @property
+    def free_bytes(self) -> float:
+        return self.vram_gib * GIB - OTHERS_BYTES
+
+    def compute_seconds(self, model: Model) -> float:
+        """A step with everything in VRAM, if the card reaches the same part of its peak as the H200."""
+        return resident_seconds(model) * H200_TFLOPS / self.tflops
+
+
+CARDS = (
+    Card("RTX 4060", 8, 24, 2460, 272, 4, 8),
+    Card("RTX 3060", 12, 28, 1777, 360, 4, 16),
+    Card("RTX 4070", 12, 46, 2475, 504, 4, 16),
+    Card("RTX 5070", 12, 48, 2512, 672, 5, 16),
+    Card("RTX 4060 Ti", 16, 34, 2535, 288, 4, 8),
+    Card("RTX 5060 Ti", 16, 36, 2572, 448, 5, 8),
+    Card("RTX 5080", 16, 84, 2617, 960, 5, 16),
+    Card("RTX 3090", 24, 82, 1695, 936, 4, 16),
+    Card("RTX 4090", 24, 128, 2520, 1008, 4, 16),
+)
+
+
+class Model(NamedTuple):
+    """A model and a size of its picture.
+
+    Attributes:
+        name, size: for people.
+        outline: its name in shapes.json.
+        cases: results of benchmarks/ from which its compute and the VRAM for activations are.
+        dtype: in which weights stream packed; empty where they do not.
+        packed_in: the case that shows how small they are then.
+        casts: whether a layer's weights are cast when it runs, into memory for that.
+    """
+
+    name: str
+    size: str
+    outline: str
+    cases: tuple[str, ...]
+    dtype: str = "bfloat16"
+    packed_in: str = "flux-1024-streamed"
+    casts: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        return load_shape(self.outline)
+
+
+FLUX_CASES = ("flux-1024-8gb", "flux-1024-12gb", "flux-1024-16gb")
+MODELS = (
+    Model("FLUX.1-dev, bf16", "1024 x 1024", "flux", FLUX_CASES),
+    Model("FLUX.1-dev, fp8", "1024 x 1024", "flux-fp8", FLUX_CASES, dtype="", casts=True),
+    Model("Qwen-Image, bf16", "1328 x 1328", "qwen-image", ("qwen-1328-12gb", "qwen-1328-24gb")),
+    Model("Wan 2.1 14B, bf16", "832 x 480, 33 frames", "wan", ("wan-480p-8gb",)),
+    Model("SD3.5-large, fp16", "1024 x 1024", "sd35", ("sd35-1024-8gb",), "float16", "sd35-1024-8gb"),
+)
+
+
+# --- what was measured on the H200 -----------------------------------------------------------------------------------
+
+
+@cache
+def result(case: str) -> Any:
+    return json.loads((RESULTS / f"{case}.json").read_text("utf-8"))
+
+
+def ours(case: str) -> Any:
+    return result(case)["runs"]["weightstream"]
+
+
+def resident_seconds(model: Model) -> float:
+    """A step with everything in the VRAM of the H200."""
+    return statistics.median(result(case)["resident_step_s"] for case in model.cases)
+
+
+def reserved_bytes(model: Model) -> float:
+    """VRAM that is not for weights: what a step takes besides, kernels and all, and what stays free."""
+    takes = (ours(case)["peak_bytes"]["device"] - ours(case)["status"]["device_bytes"] for case in model.cases)
+    cast = 2 * max(model.shape.outline.unit_bytes) if model.casts else 0
+    return statistics.median(takes) + cast + StreamingConfig.headroom_bytes
+
+
+def packing_of(model: Model, memory: float) -> Packing | None:
+    """What packing saves, and costs a device whose memory carries so many bytes a second."""
+    if not model.dtype:
+        return None
+    status = ours(model.packed_in)["status"]
+    share = status["streamed_block_bytes"] / status["streamed_weight_bytes"]
+    sizes = tuple(round(nbytes * share) for nbytes in model.shape.outline.unit_bytes)
+    return Packing(sizes, H200_UNPACKS[model.dtype] * memory / H200_MEMORY)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def plan_of(
+    model: Model, compute: float, bandwidth: float, free: float, memory: float, staged: frozenset[int] = frozenset()
+) -> Plan:
+    """The planner's plan for ``free`` bytes of VRAM; ``staged``: units for which no RAM can be page-locked."""
+    planner = Planner(model.shape.outline, StreamingConfig())
+    planner.profile = model.shape.profile(compute, bandwidth)
+    planner.packing = packing_of(model, memory)
+    planner.refusals = Refusals(without_room=staged)
+    return planner.plan_for(free - reserved_bytes(model))
+
+
+def on_h200(model: Model, case: str) -> Plan:
+    """The plan for the H200 in this case, with the bus and the free VRAM that it had there."""
+    bandwidth, free = result(case)["h2d_bytes_per_s"], ours(case)["free_bytes_before"]
+    return plan_of(model, resident_seconds(model), bandwidth, free, H200_MEMORY)
+
+
+@cache
+def on_card(card: Card, model: Model, compute_share: float = 1.0) -> Plan:
+    """The plan for a card whose compute takes this part of what was estimated."""
+    compute = card.compute_seconds(model) * compute_share
+    return plan_of(model, compute, card.bandwidth, card.free_bytes, card.memory_gb_s * 1e9)
+
+
+@cache
+def bus_share(card: Card, model: Model) -> float:
+    """The part of the estimated compute below which the bus limits a step: what a step takes without any compute."""
+    return seconds_of(on_card(card, model, NO_COMPUTE)) / card.compute_seconds(model)
+
+
+def pinnable_bytes(ram: float, system: str) -> float:
+    """RAM that may be page-locked on a machine with so much of it."""
+    return min(PINNED_SHARE[system] * ram, ram - USED_RAM - min(RESERVED_RAM, RESERVED_SHARE * ram))
+
+
+class InRam(NamedTuple):
+    """A step on a machine with so much RAM: bytes that are page-locked, and those that the disk reads."""
+
+    pinned: float
+    from_disk: float
+    seconds: float
+
+
+def with_ram(card: Card, model: Model, limit: float, disk: float) -> InRam:
+    """The step if at most ``limit`` bytes are page-locked, and the others come from a disk of ``disk`` bytes a second.
+
+    What comes from the disk is never packed. Where a step waits for it, the planner is asked again: it knows then how
+    slowly weights arrive.
+    """
+    plan, compute = on_card(card, model), card.compute_seconds(model)
+    step, staged, arrive = in_ram(plan, card, model, limit, disk)
+    if staged and step.seconds > compute * (1 + FORECAST_TOLERANCE):
+        plan = plan_of(model, compute, arrive, card.free_bytes, card.memory_gb_s * 1e9, staged)
+        step, staged, arrive = in_ram(plan, card, model, limit, disk)
+    return step
+
+
+def in_ram(plan: Plan, card: Card, model: Model, limit: float, disk: float) -> tuple[InRam, frozenset[int], float]:
+    """The step with this plan, the units that come from the disk, and with how many bytes a second all arrive."""
+    left, staged = limit, set()
+    for unit in (unit for segment in plan.segments for unit in segment.units):
+        nbytes = plan.outline.bytes_in_slot(unit)
+        if nbytes <= left:
+            left -= nbytes
+        else:
+            staged.add(unit)
+    read = sum(plan.outline.unit_bytes[unit] for unit in staged)
+    pinned = plan.streamed_bytes - sum(plan.outline.bytes_in_slot(unit) for unit in staged)
+    arrive = plan.streamed_bytes / max((pinned + read) / card.bandwidth, read / (disk * DISK_SHARE), 1e-9)
+    profile = model.shape.profile(card.compute_seconds(model), arrive)
+    return InRam(pinned, read, forecast_seconds(plan, profile)), frozenset(staged), arrive
+
+
+def seconds_of(plan: Plan) -> float:
+    assert plan.forecast is not None
+    return plan.forecast.seconds
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+CARD_HEAD = ("card", "VRAM, GiB", "PCIe")
+MEASURED = tuple((model, case) for model in MODELS if not model.casts for case in model.cases)
+
+
+def filled(text: str) -> str:
+    """The document with each table made anew, between the two comments with its name."""
+    tables = {"summary": summary, "models": by_model, "ram": by_ram, "measured": measured, "cards": data}
+    for name, make in tables.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}{make()}{end}{rest.split(end)[1]}"
+    return text
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def summary() -> str:
+    def cell(card: Card, model: Model) -> str:
+        plan = on_card(card, model)
+        assert plan.forecast is not None
+        if not plan.segments:
+            return f"{plan.forecast.seconds:.3g} (fits)"
+        taken, whole = f"{plan.forecast.seconds:.3g}", f"{plan.forecast.compute_seconds:.3g}"
+        return taken if taken == whole else f"{taken} of {whole}"
+
+    head = [*CARD_HEAD, *(f"{model.name}<br>{model.size}" for model in MODELS)]
+    return table(head, ([*card_cells(card), *(cell(card, model) for model in MODELS)] for card in CARDS))
+
+
+def card_cells(card: Card) -> list[str]:
+    return [card.name, str(card.vram_gib), f"{card.generation} x{card.lanes}"]
+
+
+def by_model() -> str:
+    return "\n".join(map(of_model, MODELS))
+
+
+def of_model(model: Model) -> str:
+    def row(card: Card) -> list[str]:
+        plan = on_card(card, model)
+        assert plan.forecast is not None
+        seconds = [f"{plan.forecast.compute_seconds:.3g}", f"{plan.forecast.seconds:.3g}"]
+        if not plan.segments:
+            return [*card_cells(card), *seconds, "fits", "", "0"]
+        share = f"{bus_share(card, model):.2f}"
+        return [*card_cells(card), *seconds, plan.forecast.limited_by, share, f"{plan.streamed_bytes / GIB:.1f}"]
+
+    head = [*CARD_HEAD, "all in VRAM, s", "streamed, s", "limit", "bus limits below", "GiB a step"]
+    size = f"{model.shape.outline.model_bytes / GIB:.1f} GiB"
+    return f"### {model.name}: {size}, {model.size}\n\n" + table(head, map(row, CARDS))
+
+
+def measured() -> str:
+    def row(model: Model, case: str) -> list[str]:
+        step, forecast = ours(case)["step_s"], seconds_of(on_h200(model, case))
+        free, whole = ours(case)["free_bytes_before"] / GIB, resident_seconds(model)
+        peak = model.shape.operations / whole / H200_TFLOPS / 1e12
+        seconds = [f"{whole:.3f}", f"{step:.3f}", f"{forecast:.3f}", f"{100 * abs(forecast / step - 1):.1f} %"]
+        return [model.name, f"{100 * peak:.0f} %", f"{free:.1f}", *seconds]
+
+    head = ["model", "of the peak", "free VRAM, GiB", "all in VRAM, s", "measured, s", "calculated, s", "off by"]
+    return table(head, (row(*case) for case in MEASURED))
+
+
+def by_ram() -> str:
+    card = next(card for card in CARDS if card.name == RAM_CARD)
+
+    def cell(model: Model, system: str, ram: int) -> str:
+        limit = pinnable_bytes(ram * GIB, system)
+        steps = [with_ram(card, model, limit, disk) for disk in DISKS]
+        if not any(step.from_disk for step in steps):
+            return f"{steps[0].pinned / GIB:.1f}"
+        read = " or ".join(dict.fromkeys(f"{step.from_disk / GIB:.1f}" for step in steps))
+        seconds = (f"{step.from_disk / (disk * DISK_SHARE):.1f}" for step, disk in zip(steps, DISKS, strict=True))
+        return f"{steps[0].pinned / GIB:.1f} + {read}: {' or '.join(seconds)} s"
+
+    def row(model: Model, system: str) -> list[str]:
+        compute = f"{card.compute_seconds(model):.3g}"
+        return [model.name, compute, system, *(cell(model, system, ram) for ram in RAM_GIB)]
+
+    head = ["model", "computes, s", "system", *(f"{ram} GiB of RAM" for ram in RAM_GIB)]
+    return table(head, (row(model, system) for model in MODELS for system in PINNED_SHARE))
+
+
+def data() -> str:
+    rows = (
+        [
+            *card_cells(card),
+            f"{card.sms} x {card.boost_mhz} MHz",
+            f"{card.tflops:.1f}",
+            str(card.memory_gb_s),
+            f"{card.bandwidth / 1e9:.1f}",
+        ]
+        for card in CARDS
+    )
+    head = [*CARD_HEAD, "SMs x boost", "bf16, TFLOPS", "memory, GB/s", "bus as taken, GB/s"]
+    return table(head, rows)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(filled(DOCUMENT.read_text("utf-8")), "utf-8", newline="\n")

@@ -1,0 +1,93 @@
+/**
+ * Sentences of the server in Chinese. The server says them in English, in parts between semicolons; `…` stands for values,
+ * which come in the same order. What is not here is shown as it came.
+ */
+
+/** @type {[english: string, chinese: string][]} */
+export const CHINESE_TEXTS = [
+  // plans
+  ["not loaded", "未加载"],
+  ["all … blocks resident (… on the device), nothing streamed", "全部 … 个块常驻（设备上共 …），无需流式传输"],
+  ["… (packed, … of weights) a step streamed in … segments, from … of … blocks", "每步流式传输 …（压缩后，权重共 …），分 … 段，来自 …/… 个块"],
+  ["… a step streamed in … segments, from … of … blocks", "每步流式传输 …，分 … 段，来自 …/… 个块"],
+  ["… on the device: … of blocks resident, … outside of blocks, … staging, … to unpack in", "设备上共 …：常驻块 …，块外 …，暂存区 …，解压区 …"],
+  ["… on the device: … of blocks resident, … outside of blocks, … staging", "设备上共 …：常驻块 …，块外 …，暂存区 …"],
+  ["a step in … s, limited by the bus (… s of compute)", "每步 … 秒，瓶颈是总线（计算需 … 秒）"],
+  ["a step in … s, hardly any of it waiting for the bus", "每步 … 秒，几乎不等待总线"],
+  ["a step in … s", "每步 … 秒"],
+  ["… more VRAM would make it … s", "显存再多 … 则为 … 秒"],
+  ["… from page-locked memory, … from the file until they are page-locked too", "… 来自锁页内存，… 在锁页完成前来自文件"],
+  ["… from page-locked memory, … staged from the file or pageable memory (…)", "… 来自锁页内存，… 经文件或普通内存中转（…）"],
+  ["… from page-locked memory, … staged from the file or pageable memory", "… 来自锁页内存，… 经文件或普通内存中转"],
+  ["… from page-locked memory over … links", "… 来自锁页内存，经 … 条链路"],
+  ["… from page-locked memory", "… 来自锁页内存"],
+  ["gave up … until it runs again", "已让出 …，下次运行时恢复"],
+  ["before that: …", "此前：…"],
+  // how weights come, and why
+  ["… of … stay in VRAM", "…（共 …）留在显存中"],
+  ["its settings ask for it", "由设置指定"],
+  ["page-locked copies are made now", "正在制作锁页副本"],
+  ["page-locked copies are made before the next step", "锁页副本将在下一步之前制作"],
+  ["the limit of … page-locked memory is reached", "已达到锁页内存上限 …"],
+  ["this model's limit of … page-locked memory is reached", "已达到此模型的锁页内存上限 …"],
+  ["host memory is nearly full", "主机内存将满"],
+  ["page-locking is switched off", "已关闭锁页"],
+  ["page-locking … failed (CUDA error …)", "锁页 … 失败（CUDA 错误 …）"],
+  ["weights do not stream packed: …", "权重未压缩传输：…"],
+  // notices
+  ["there is no GPU", "没有 GPU"],
+  ["left as it is: …", "保持原样：…"],
+  ["not streamed, loaded ComfyUI's own way: …", "未流式传输，按 ComfyUI 自己的方式加载：…"],
+  ["ComfyUI was told to keep models in VRAM (--highvram or --gpu-only)", "ComfyUI 被要求把模型留在显存中（--highvram 或 --gpu-only）"],
+  ["there is no GPU, so there is nothing to stream to", "没有 GPU，无处可流式传输"],
+  ["it has no list of repeated blocks", "它没有重复的块"],
+  ["somebody has changed it since it was loaded (…), and its loader gives it without that", "加载后有节点修改了它（…），而加载器给出的不含该修改"],
+  ["connect this node directly behind the loader, and what changes the model behind this node", "请把本节点直接接在加载器之后，修改模型的节点接在本节点之后"],
+  ["… refers to modules of the model that was loaded", "… 引用了已加载模型的模块"],
+  ["connect this node directly behind the loader", "请把本节点直接接在加载器之后"],
+  ["nothing is known of how it was loaded", "不知道它是如何加载的"],
+  ["MODEL is not split, …", "MODEL 未拆分，…"],
+  ["… stays where its loader put it", "… 留在加载器放置的位置"],
+  ["… is left out, …", "未使用 …，…"],
+  ["… is not there (this machine has …)", "没有 …（本机有 …）"],
+  ["… are not there (this machine has …)", "没有 …（本机有 …）"],
+  ["MODEL on …, weights over …", "MODEL 在 … 上，权重经由 …"],
+  ["MODEL on …", "MODEL 在 … 上"],
+  ["vram_limit_gb=… is too small for …: its largest block and what lies outside of blocks need at least … (GiB). Set vram_limit_gb to that or more, or to 0 for automatic.",
+    "vram_limit_gb=… 对 … 太小：最大的块和块外权重至少需要 … GiB。请设为该值或更大，或设为 0（自动）。"],
+  ["nothing is connected: connect model, clip, or both", "没有任何连接：请连接 model、clip 或两者"],
+  ["choose among these, or set on_missing to fallback", "请从中选择，或把 on_missing 设为 fallback"],
+];
+
+const PATTERNS = CHINESE_TEXTS.map(([english, chinese]) => ({
+  pattern: patternOf(english),
+  chinese,
+  // A sentence stands in place of its last value; elsewhere a value with a semicolon would be several parts of the text.
+  isOpen: /…\)?$/.test(english),
+}));
+
+/** @param {string} english */
+function patternOf(english) {
+  const parts = english.split("…").map((part) => part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&").replace(/\b(block|segment)s\b/g, "$1s?"));
+  return new RegExp(`^${parts.join("(.+?)")}$`);
+}
+
+/**
+ * What the server says, in Chinese as far as it is known; also what stands in place of a value.
+ * @param {string} text
+ * @returns {string}
+ */
+export function inChinese(text) {
+  return whole(text) ?? text.split("; ").map((part) => whole(part) ?? part).join("；");
+}
+
+/** @param {string} text */
+function whole(text) {
+  for (const { pattern, chinese, isOpen } of PATTERNS) {
+    const found = pattern.exec(text);
+    if (!found || (!isOpen && found.slice(1).some((value) => value.includes("; ")))) continue;
+    let place = 0;
+    return chinese.replace(/…/g, () => inChinese(found[++place]));
+  }
+  return null;
+}
