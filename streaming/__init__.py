@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .group import Group
     from .line import Line
     from .machine.device_names import gpu_name, in_parts, parse_device, parse_gpus, parse_shares
-    from .machine.gpus import Gpu, list_gpus
+    from .machine.gpus import Gpu, Link, list_gpus
     from .machine.host_memory import HostMemory, group_memory
     from .machine.vram import Vram, VramReader, open_vram_reader
     from .memory.arena import PinBudget
@@ -57,7 +57,9 @@ if TYPE_CHECKING:
     from .planning.state import State
     from .planning.vram_budget import DeviceMemory, VramBudget
     from .run.schedule import Schedule
+    from .run.step_log import RunLog, StepRow
     from .run.telemetry import Counters, Run, Snapshot
+    from .run.trace import NamedTrace, StepTrace, chrome_trace
     from .split.feeder import Feeder
     from .split.feeding import feeding_is_faster, find_feeders
     from .streamer import Streamer
@@ -87,6 +89,8 @@ __all__ = [
     "Group",
     "HostMemory",
     "Line",
+    "Link",
+    "NamedTrace",
     "NoPatches",
     "Outline",
     "PackingMode",
@@ -96,12 +100,15 @@ __all__ = [
     "Profile",
     "Progress",
     "Run",
+    "RunLog",
     "Schedule",
     "Segment",
     "ServerError",
     "Snapshot",
     "State",
     "StepNotRepeatedError",
+    "StepRow",
+    "StepTrace",
     "Streamer",
     "StreamingConfig",
     "StreamingError",
@@ -115,6 +122,7 @@ __all__ = [
     "WeightsMovedError",
     "WorkflowError",
     "assumed_profile",
+    "chrome_trace",
     "count_of",
     "cut_model",
     "feeding_is_faster",
@@ -168,6 +176,8 @@ _HOMES = {
     "Group": "group",
     "HostMemory": "machine.host_memory",
     "Line": "line",
+    "Link": "machine.gpus",
+    "NamedTrace": "run.trace",
     "NoPatches": "memory.weights",
     "Outline": "planning.profile",
     "PackingMode": "config",
@@ -177,12 +187,15 @@ _HOMES = {
     "Profile": "planning.profile",
     "Progress": "memory.supply",
     "Run": "run.telemetry",
+    "RunLog": "run.step_log",
     "Schedule": "run.schedule",
     "Segment": "planning.segments",
     "ServerError": "errors",
     "Snapshot": "run.telemetry",
     "State": "planning.state",
     "StepNotRepeatedError": "errors",
+    "StepRow": "run.step_log",
+    "StepTrace": "run.trace",
     "Streamer": "streamer",
     "StreamingConfig": "config",
     "StreamingError": "errors",
@@ -196,6 +209,7 @@ _HOMES = {
     "WeightsMovedError": "errors",
     "WorkflowError": "errors",
     "assumed_profile": "planning.profile",
+    "chrome_trace": "run.trace",
     "count_of": "config",
     "cut_model": "model.blocks",
     "feeding_is_faster": "split.feeding",

@@ -46,11 +46,13 @@ class Group:
     Attributes:
         listeners: measure the step that runs.
         assignment: the device of each block, numbered in the order in which the streamers have joined; None with one.
+        asked_traces: how often somebody has asked to see a step; any thread may ask.
     """
 
     def __init__(self, assignment: Assignment | None = None) -> None:
         self.listeners: list[StepListener] = []
         self.assignment = assignment
+        self.asked_traces = 0
         self._members: list[weakref.ref[Member]] = []
 
     def join(self, streamer: Member) -> SecondsOf:
@@ -69,6 +71,10 @@ class Group:
         for member in self._members:
             if (streamer := member()) is not None:
                 streamer.learn()
+
+    def ask_for_trace(self) -> None:
+        """Have the next step recorded on each device, to be shown."""
+        self.asked_traces += 1
 
     def doubt(self) -> None:
         """If one streamer finds that its measured times cannot be right, all measure the next step once more.

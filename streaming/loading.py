@@ -32,6 +32,7 @@ from .planning.spread import order_of_residency
 from .planning.state import Standing, State
 from .planning.vram_budget import DeviceMemory
 from .run.site import Site
+from .run.step_log import StepLog
 from .run.steps import Steps
 from .run.telemetry import Counters, Run
 from .run.verify import ChecksumVerifier, Verifier
@@ -85,6 +86,7 @@ class Loading:
         self.backend = backend
         self.config = config
         self.counters = Counters()
+        self.step_log = StepLog()
         self.moves = 0
         self._run_began = Counters()
         self._last_run: Run | None = None
@@ -468,6 +470,7 @@ class Loading:
         told = (self._pins, self._watch, self.counters, self._verifier, self.group.listeners)
         self.site = Site(self.blocks, backend, self.config, *told)
         self.site.supply.arena.budget.join(self)
+        self.site.meters.step.log = self.step_log  # It stays when the device changes, or a setting.
         self._steps = Steps(self._root, self.blocks, self.site, self.planner)
         self.measuring = Measuring(self.planner, self.group)
         self.packing_choice = PackingChoice(self.blocks, self.site, self.planner, self.config, self._seconds_of)
@@ -479,6 +482,16 @@ class Loading:
         return (
             ChecksumVerifier(blocks or self.blocks, self.counters, self.step_down) if self.config.verify else Verifier()
         )
+
+    @property
+    def steps_of_run(self) -> int:
+        """Whole steps since the host got the model ready to run."""
+        return self.counters.steps - self._run_began.steps
+
+    def is_hooked(self, recorded: bool) -> bool:
+        """Whether hooks are as the next step needs them: there to record it if it is to be ``recorded``, else not."""
+        recorder = self.measuring.recorder
+        return self._steps.recorder is recorder and (recorder is not None) == recorded
 
     def attach_hooks(self) -> None:
         """Hook what is streamed, and everything while a step is measured."""

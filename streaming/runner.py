@@ -112,10 +112,14 @@ def _adapt(
     planner, measuring = model.planner, model.measuring  # Only now: loading may have replaced them.
     if moves or (planner.vram.lacks_piece and not begins):
         _trim(model)
-    wanted = planner.wants_measuring()
-    if learned or wanted != (measuring.recorder is not None):
+    teaches, shown = planner.wants_measuring(), measuring.is_asked
+    wanted = teaches or shown
+    if learned or shown or not model.is_hooked(wanted):
         if wanted:
-            measuring.record(model.outline, model.backend, model.reader, model.head_start)
+            if not teaches:
+                model.drain()  # The spans of several devices lie as their begins do on the host's clock.
+            told = model.outline, model.backend, model.reader, model.head_start
+            measuring.record(*told, step=model.steps_of_run + 1, teaches=teaches)
         else:
             measuring.stop()
         model.attach_hooks()

@@ -23,8 +23,10 @@ from .planning.packing import Refusals
 from .planning.plan import Plan
 from .planning.state import State
 from .report import Findings, explain, take_snapshot
+from .run.step_log import RunLog
 from .run.steps import Steps
 from .run.telemetry import Activity, Run, Snapshot
+from .run.trace import NamedTrace
 from .runner import run_step
 
 T = TypeVar("T")
@@ -208,6 +210,21 @@ class Streamer(Loading):
         self.counters.runs += 1
         self.planner.begin_run()
         self.packing_choice.begin_run()
+
+    def logged_runs(self) -> list[RunLog]:
+        """The steps of the last runs, the oldest run first, for any thread."""
+        return self.site.meters.step.runs()
+
+    @property
+    def trace(self) -> NamedTrace | None:
+        """The last step that was recorded as a whole, for any thread; None before there is one."""
+        blocks, trace = self.blocks, self.measuring.trace
+        return trace and NamedTrace(self.backend.name, [block.name for block in blocks.blocks], trace)
+
+    def ask_for_trace(self) -> bool:
+        """Have the next step recorded, on any thread; returns False where that is not done, as of a compiled model."""
+        self.group.ask_for_trace()
+        return not self.planner.compiled
 
     @property
     def never_entered(self) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...streaming import Run, Snapshot, format_bytes
 from ..model.streamed_model import StreamedModel
 from ..tell.names import without_folders
+from .causes import Facts, find_causes
+from .usage import DeviceUsage
 
 # A model counts as running for so many seconds after it began a step: samplers do other work between two steps.
 RUNNING_SECONDS = 2.0
+# The first steps of a run load kernels and are measured: they say little of the others.
+SETTLED_STEPS = 3
 
 
 def describe_models(models: Iterable[StreamedModel], ended: bool = False) -> list[dict[str, Any]]:
@@ -48,6 +52,45 @@ def describe_model(model: StreamedModel, now: Snapshot, ended: bool) -> dict[str
     }
 
 
+def describe_causes(models: Iterable[StreamedModel], devices: Sequence[DeviceUsage]) -> list[dict[str, Any]]:
+    """Why the models that are loaded are not faster, the dearest reason of each device first (causes.py)."""
+    usage = {device.device: device for device in devices}
+    return [
+        {"model": str(model.number), "device": model.gpu, **cause.as_dict()}
+        for model in models
+        if model.gpu in usage
+        for cause in find_causes(facts_of(model, model.streamer.snapshot(), usage[model.gpu]))
+    ]
+
+
+def facts_of(model: StreamedModel, now: Snapshot, device: DeviceUsage) -> Facts:
+    """What is known of a model on its device."""
+    ladder, reason = ladder_step(now)
+    run = now.run if now.run.counters.steps >= SETTLED_STEPS or now.last_run is None else now.last_run
+    steps, config = run.counters.steps, model.streamer.config
+    loads = model.bar.progress() is not None or (now.building and now.staged_bytes > 0)
+    return Facts(
+        loading=ladder != "unloaded" and loads,
+        synchronous=ladder == "synchronous",
+        why_synchronous=without_folders(reason) if ladder == "synchronous" else "",
+        streamed=now.streamed_block_bytes,
+        staged=now.staged_bytes,
+        why_staged=without_folders(now.note),
+        why_unpacked=without_folders(now.why_unpacked),
+        bandwidth=now.bandwidth_bytes_per_second,
+        step=run.step_seconds,
+        waited=run.counters.stall_seconds / steps if steps else None,
+        compute=now.compute_seconds,
+        link=device.link,
+        card=device.card,
+        total=device.total,
+        free=device.free,
+        others=device.other,
+        limit=config.vram_limit,
+        headroom=config.headroom_bytes,
+    )
+
+
 def ladder_step(now: Snapshot) -> tuple[str, str]:
     """How weights reach the device, and why not in a better way.
 
@@ -79,6 +122,7 @@ def _describe_run(run: Run | None, blocks: int) -> dict[str, Any] | None:
         "reruns": counters.reruns,
         "bytes": counters.streamed_bytes,
         "rate": counters.streamed_bytes / counters.steps / seconds if seconds else None,
+        "waiting": min(1.0, counters.stall_seconds / counters.steps / seconds) if seconds else None,
         "stall_ms_per_block": 1000 * counters.stall_seconds / counters.steps / max(1, blocks),
         "misses": counters.misses,
         "corrupted": counters.corrupted,

@@ -31,7 +31,8 @@ from ..model.streamed_model import StreamedModel, streamed_models
 from ..tell import messages
 from ..tell.notices import describe_notices
 from .converting import add_convert_route
-from .description import describe_models
+from .description import describe_causes, describe_models
+from .timeline import describe_runs, describe_traces, trace_file, traces_of
 from .usage import sampler
 from .watching import LEASE_SECONDS, SCHEMA, Watch
 
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 STATUS_ROUTE = "/weightstream/v1/status"
 WATCH_ROUTE = "/weightstream/v1/watch"
 UNLOAD_ROUTE = "/weightstream/v1/unload"
+TIMELINE_ROUTE = "/weightstream/v1/timeline"
+STEPS_ROUTE = "/weightstream/v1/steps"
+
+# ?format=chrome
+CHROME = "chrome"
 
 MODEL, PINNED = "model", "pinned"
 UNLOCKED_AT_ONCE = 1 << 30
@@ -64,6 +70,7 @@ def full_status() -> dict[str, Any]:
         "comfyui": {"version": hosts.VERSION, "broken": list(broken_contracts())},
         "why_no_devices": None if visible_gpus() else why_no_gpus(),
         "models": describe_models(streamed_models()),
+        "causes": describe_causes(streamed_models(), now.devices),
         "notices": describe_notices(),
     }
 
@@ -169,14 +176,51 @@ def add_routes() -> None:
         body = await _body(request)
         if body.get("what") not in (MODEL, PINNED):
             return _refused(400, f'what must be "{MODEL}" or "{PINNED}"')
-        wanted = str(body.get("model"))
-        models = [model for model in streamed_models() if str(model.number) == wanted]
+        models = _models(body.get("model"))
         if not models:
-            return _refused(404, f"there is no model {wanted}; it may be gone already")
+            return _unknown(body.get("model"))
         try:
             return web.json_response(await asyncio.to_thread(free, models, body["what"], partial(idle, server)))
         except BusyError as error:
             return _refused(409, str(error))
+
+    @server.routes.get(TIMELINE_ROUTE)
+    async def get_timeline(request: web.Request) -> web.Response:
+        models = _models(request.query.get("model"))
+        if not models:
+            return _unknown(request.query.get("model"))
+        traces = traces_of(models)
+        if request.query.get("format") == CHROME:
+            headers = {"Content-Disposition": 'attachment; filename="weightstream-step.json"'}
+            return web.json_response(trace_file(traces, models[0].title), headers=headers)
+        return web.json_response({"model": str(models[0].number), "devices": describe_traces(traces)})
+
+    @server.routes.post(TIMELINE_ROUTE)
+    async def post_timeline(request: web.Request) -> web.Response:
+        wanted = (await _body(request)).get("model")
+        models = _models(wanted)
+        if not models:
+            return _unknown(wanted)
+        answers = [model.streamer.ask_for_trace() for model in models]
+        if not all(answers):
+            return _refused(409, "steps of a compiled model are not recorded: it would be compiled anew")
+        return web.json_response({})
+
+    @server.routes.get(STEPS_ROUTE)
+    async def get_steps(request: web.Request) -> web.Response:
+        models = _models(request.query.get("model"))
+        if not models:
+            return _unknown(request.query.get("model"))
+        return web.json_response({"model": str(models[0].number), "runs": describe_runs(models)})
+
+
+def _models(number: object) -> list[StreamedModel]:
+    """The parts of the model with this number."""
+    return [model for model in streamed_models() if str(model.number) == str(number)]
+
+
+def _unknown(number: object) -> web.Response:
+    return _refused(404, f"there is no model {number}; it may be gone already")
 
 
 async def _body(request: web.Request) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from ...streaming import Snapshot, Vram, VramReader
+from ...streaming import Link, Snapshot, Vram, VramReader
+from ...streaming.machine.gpus import NO_LINK
 from ..host.devices import pins, virtual_devices
 from ..host.gpus import visible_gpus
 from ..model.streamed_model import streamed_models
@@ -46,6 +47,7 @@ class DeviceUsage:
             torch keeps the memory of activations, so that a sample after the run sees that too.
         copy_rate: bytes per second that were copied to it lately.
         stalled: the part of that time for which compute waited for copies, at most 1.
+        link, card: its link as it was last while a model ran, and the best that the card can do.
     """
 
     device: str
@@ -61,6 +63,12 @@ class DeviceUsage:
     peak: int | None = None
     copy_rate: float | None = None
     stalled: float | None = None
+    link: Link = NO_LINK
+    card: Link = NO_LINK
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "link": self.link._asdict(), "card": self.card._asdict()}
 
     @property
     def used(self) -> int | None:
@@ -86,7 +94,7 @@ class Sample(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {"devices": [asdict(device) for device in self.devices], "host": asdict(self.host)}
+        return {"devices": [device.as_dict() for device in self.devices], "host": asdict(self.host)}
 
 
 class _Done(NamedTuple):
@@ -113,6 +121,7 @@ class Sampler:
         self._history: deque[tuple[float, dict[_Key, _Done]]] = deque(maxlen=MOST_SAMPLES)
         self._runs: dict[_Key, int] = {}
         self._peaks: dict[str, int] = {}
+        self._links: dict[str, tuple[Link, Link]] = {}
 
     def sample(self, reader: VramReader) -> Sample:
         """How things stand now."""
@@ -160,7 +169,11 @@ class Sampler:
         ours = {key: snapshot for key, snapshot in models.items() if key[1] == name}
         usage = _memory(name, device, list(ours.values()), reader)
         begun = any(snapshot.counters.runs > self._runs.get(key, 0) for key, snapshot in ours.items())
-        return replace(usage, peak=self._peak(usage, begun), **self._rates(name, models, now)._asdict())
+        if device.type != "cpu" and any(snapshot.busy for snapshot in ours.values()):
+            self._links[name] = reader.links(device.index)
+        link, card = self._links.get(name, (NO_LINK, NO_LINK))
+        rates = self._rates(name, models, now)._asdict()
+        return replace(usage, peak=self._peak(usage, begun), link=link, card=card, **rates)
 
     def _peak(self, usage: DeviceUsage, begun: bool) -> int | None:
         """The most that was seen in use of a device since a run on it has ``begun``."""

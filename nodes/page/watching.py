@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...streaming import VramReader, open_vram_reader
 from ..model.streamed_model import streamed_models
 from ..tell.notices import describe_notices
-from .description import describe_models
+from .description import describe_causes, describe_models
 from .usage import DeviceUsage, HostUsage, sampler
 
 if TYPE_CHECKING:
@@ -44,12 +44,13 @@ def make_event(reader: VramReader) -> dict[str, Any]:
     """The state of devices, host memory and models in short form, as lists of values."""
     now = sampler.sample(reader)
     models = describe_models(streamed_models())
+    causes = describe_causes(streamed_models(), now.devices)
     loading = [[model["id"], *model["loading"].values()] for model in models if model["loading"] is not None]
     running = [model["id"] for model in models if model["running"]]
     return {
         "schema": SCHEMA,
         "time": round(now.time, 1),
-        "revision": _revision(models, now.devices),
+        "revision": _revision(models, now.devices, causes),
         "devices": [_row(device, DEVICE_FIELDS) for device in now.devices],
         "host": _row(now.host, HOST_FIELDS),
         "loading": [[_short(value) for value in row] for row in loading[:MOST_LOADING]],
@@ -68,10 +69,14 @@ def _short(value: Any) -> Any:
     return round(value, 3) if value <= 1 else round(value)
 
 
-def _revision(models: list[dict[str, Any]], devices: tuple[DeviceUsage, ...]) -> str:
-    """A checksum that changes when something changes that the event leaves out."""
+def _revision(models: list[dict[str, Any]], devices: tuple[DeviceUsage, ...], causes: list[dict[str, Any]]) -> str:
+    """A checksum that changes when something changes that the event leaves out.
+
+    Of causes only the kinds count: their numbers change with each step.
+    """
     told: list[Any] = [[device.device, device.name] for device in devices]
     told += [[model[name] for name in STEADY_FIELDS] for model in models]
+    told += [[cause[name] for name in ("model", "device", "kind")] for cause in causes]
     told += describe_notices()
     return f"{zlib.crc32(json.dumps(told).encode()):08x}"
 

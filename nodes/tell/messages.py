@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...streaming import Line
 
@@ -41,6 +41,12 @@ def show(text: str, node_id: str) -> None:
     """Show ``text`` on a node, where there is a page."""
     if (server := find_server()) is not None:
         server.send_progress_text(text, node_id)
+
+
+def tell_pages(event: str, values: dict[str, Any]) -> None:
+    """Send an event to all open pages, where there are any; plain values."""
+    if (server := find_server()) is not None:
+        server.send_sync(event, values)
 
 
 def find_server() -> PromptServer | None:

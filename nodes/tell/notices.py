@@ -13,6 +13,8 @@ from .names import without_folders
 
 # If there are more notices than this, the oldest are forgotten.
 MOST_NOTICES = 16
+# Tells open pages of a new one, which nobody may be looking for.
+NOTICE_EVENT = "weightstream.notice"
 
 Kind = Literal["inactive", "fallback", "failed"]
 
@@ -47,6 +49,8 @@ def keep_notice(kind: Kind, name: str, text: str, node_id: str | None, about: ob
         _notices[node_id, name] = Notice(node_id, name, kind, text, weakref.ref(about))
         for oldest in list(_notices)[:-MOST_NOTICES]:
             del _notices[oldest]
+    told = {"node_id": node_id, "name": name, "kind": kind, "text": without_folders(text)}
+    messages.tell_pages(NOTICE_EVENT, told)
 
 
 def withdraw_notice(name: str, node_id: str | None, kind: Kind | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ ALIGNMENT = 512
 
 # Opaque to all but the backends: a torch.cuda.Event or a Future.
 Event = Any
-# A function that returns the seconds that compute waited, or None while the device has not got there.
+# A function that returns the seconds that compute waited, or None while the device has not got there. A wait with a
+# begin and an end is a partial of Backend.seconds with both moments (moments_of).
 Stall = Callable[[], float | None]
 # A moment of compute, opaque like an event: a torch.cuda.Event with a time, or seconds.
 Moment = Any
@@ -27,6 +29,15 @@ class CopyTime(NamedTuple):
     nbytes: int
     begin: Moment
     end: Moment
+
+
+class Unpacking(partial[float | None]):
+    """As a wait with a begin and an end, of time in which weights are unpacked."""
+
+
+def moments_of(stall: Stall) -> tuple[Moment, Moment] | None:
+    """Return when a wait begins and ends; None of one that is known to have taken no time."""
+    return (stall.args[0], stall.args[1]) if isinstance(stall, partial) else None
 
 
 def aligned(nbytes: int) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
+from functools import partial
 
 import torch
 
@@ -172,8 +173,7 @@ class CpuBackend(Backend):
         start = time.perf_counter()
         stalled = not event.done()
         event.result()
-        seconds = time.perf_counter() - start if stalled else 0.0
-        return lambda: seconds
+        return partial(self.seconds, start, time.perf_counter() if stalled else start)
 
     def finish(self, event: Event) -> None:
         wait_for_futures([event])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -144,7 +145,7 @@ class CudaBackend(Backend):
         # Race: the block's kernels must not read the slot before the copy into it is done.
         stream.wait_event(event)
         after = self._timestamp(stream)
-        return lambda: self.seconds(before, after)
+        return partial(self.seconds, before, after)
 
     def finish(self, event: Event) -> None:
         if not event.query():  # A query is quick; a thread that waits releases the interpreter.

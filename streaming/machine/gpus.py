@@ -115,6 +115,17 @@ class Nvml:
         memory = None if handle is None else self._ask("nvmlDeviceGetMemoryInfo", handle)
         return (None, None) if memory is None else (int(memory.total), int(memory.free))
 
+    def links(self, uuid: str | None) -> tuple[Link, Link]:
+        """Return the link of the GPU with this UUID as it is now, and the best that the card can do in any slot."""
+        handle = self._find(uuid)
+        if handle is None:
+            return NO_LINK, NO_LINK
+        now, most = self._link("Curr", handle), self._link("Max", handle)
+        # An older library has no word for the card alone.
+        known = hasattr(self._library, "nvmlDeviceGetGpuMaxPcieLinkGeneration")
+        card = self._ask("nvmlDeviceGetGpuMaxPcieLinkGeneration", handle) if known else None
+        return now, most if card is None else most._replace(generation=card)
+
     def gpus(self) -> list[Gpu]:
         """Return all GPUs that the driver knows, numbered in NVML's order."""
         count = None if self._library is None else self._ask("nvmlDeviceGetCount")

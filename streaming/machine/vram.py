@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..devices.cuda_pages import page_counts
-from .gpus import Nvml, gpu_uuid, open_nvml
+from .gpus import Link, Nvml, gpu_uuid, open_nvml
 
 
 class Vram(NamedTuple):
@@ -51,6 +51,10 @@ class VramReader:
             statistics.get("allocated_bytes.all.current", 0) + pages.used,
             statistics.get("reserved_bytes.all.current", 0) + pages.mapped,
         )
+
+    def links(self, index: int) -> tuple[Link, Link]:
+        """Return the device's link as it is now (slow while the GPU is idle), and the best that the card can do."""
+        return self._nvml.links(gpu_uuid(torch.cuda.get_device_properties(index)))
 
 
 @contextlib.contextmanager

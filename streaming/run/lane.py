@@ -30,6 +30,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch.autograd import profiler
@@ -37,7 +38,7 @@ from torch.autograd import profiler
 from ..collector import uncollected
 from ..config import format_bytes
 from ..devices.backend import Backend, is_out_of_memory
-from ..devices.copies import Event, Pair
+from ..devices.copies import Event, Pair, Unpacking
 from ..memory.reader import Reader
 from ..memory.transfer import Tick, Transfer
 from ..memory.unit_copies import UnitCopies
@@ -266,11 +267,11 @@ class Lane:
         """Unpack what has arrived. A plan counts that apart from compute."""
         if not self._stalls.has_listeners:
             return opened.unpack()
-        backend = self._backend  # So that the closure below does not keep the lane alive.
+        backend = self._backend
         before = backend.moment()
         opened.unpack()
         after = backend.moment()
-        return self._stalls.tell(lambda: backend.seconds(before, after))
+        return self._stalls.tell(Unpacking(backend.seconds, before, after))
 
     def _open_in(self, number: int, buffer: torch.Tensor, ways: Ways | None) -> OpenSegment:
         """A segment in ``buffer``; ``ways`` hold where the memory for unpacking is free."""
@@ -301,7 +302,7 @@ class Lane:
         if not isinstance(slot.ready, Transfer):
             self._stalls.add(self._backend.wait(slot.ready))
             return
-        backend = self._backend  # So that the closure below does not keep the lane alive.
+        backend = self._backend
         before = backend.moment()
         try:
             slot.ready = self._reader.wait(slot.ready, self._tick)
@@ -315,7 +316,7 @@ class Lane:
         self._ring.filled(slot)
         backend.wait(slot.ready)
         after = backend.moment()
-        self._stalls.add(lambda: backend.seconds(before, after))
+        self._stalls.add(partial(backend.seconds, before, after))
 
     def _arrived(self, number: int, buffer: torch.Tensor) -> None:
         """Does nothing here. A lane that verifies compares the segment in ``buffer`` with its source (verify.py)."""

@@ -17,13 +17,15 @@ from functools import partial
 from itertools import groupby, pairwise
 from statistics import median
 from time import perf_counter
+from time import time as time_of_day
 from typing import NamedTuple
 
 from ..devices.backend import Backend
-from ..devices.copies import Moment, Stall
+from ..devices.copies import CopyTime, Moment, Stall
 from ..memory.reader import Reader
 from ..planning.profile import Outline, Profile, UnitTime, by_kind
 from ..split.assignment import HOP_SECONDS
+from .trace import Span, StepTrace, copy_spans, wait_spans
 
 # Shorter copies say more about starting a copy than about the bus.
 LEAST_TIMED_BYTES = 4 * 1024**2
@@ -140,7 +142,8 @@ class Recorder:
         self._running = False
         self._alone: set[int] = set()
         self._on_others = False
-        self._host_began = self._host_seconds = 0.0
+        self._host_began = self._host_seconds = self._time = 0.0
+        self._copied: list[CopyTime] | None = None
         backend.time_copies()
 
     @property
@@ -178,6 +181,7 @@ class Recorder:
         self._alone.clear()
         self._on_others = False
         self._running = True
+        self._time = time_of_day()
         self._host_began = perf_counter()
 
     def end_step(self) -> None:
@@ -316,13 +320,41 @@ class Recorder:
             for unit, block in enumerate(outline.unit_block)
         )
 
+    def trace(self, step: int) -> StepTrace:
+        """Return what was recorded as spans of time. Everything recorded must be over.
+
+        Args:
+            step: the number of the step in its run.
+        """
+        since = partial(_seconds, self._backend, self._begin)
+        gaps = [*(run.gap for _, run in self._runs), self._gap]
+        stalls = [stall for gap in gaps if gap is not None for stall in gap.stalls]
+        stalls += [event for _, run in self._runs for event in run.events if not isinstance(event, _Mark)]
+        seconds = since(self._end)
+        return StepTrace(
+            step,
+            self._time,
+            self._host_began,
+            seconds,
+            tuple(Span(since(run.begin), since(run.end), block) for block, run in self._runs if run.end is not None),
+            wait_spans(stalls, since),
+            wait_spans(stalls, since, unpacking=True),
+            copy_spans(self._copies(), since, seconds),
+        )
+
+    def _copies(self) -> list[CopyTime]:
+        """The copies of the step. They are timed no longer."""
+        if self._copied is None:
+            self._copied = self._backend.copy_times()
+        return self._copied
+
     def close(self) -> None:
         """Stop timing copies."""
-        self._backend.copy_times()
+        self._copies()
 
     def _bandwidth(self) -> float | None:
         """Bytes per second of all copies; those that a reader queued count as fast as it could read them."""
-        times = self._backend.copy_times()
+        times = self._copies()
         total = sum(time.nbytes for time in times)
         times = [time for time in times if time.nbytes >= LEAST_TIMED_BYTES] or times
         busy = sum(_seconds(self._backend, time.begin, time.end) for time in times)

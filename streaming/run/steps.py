@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from functools import partial
 
 from torch import nn
 
@@ -77,6 +78,11 @@ class Steps:
             [(unit, module) for unit, module in modules if module is not None],
         )
 
+    @property
+    def recorder(self) -> Recorder | None:
+        """What hooks have a step recorded by."""
+        return self._recorder
+
     def _units_of(self, block: int) -> tuple[int, ...]:
         return self._outline.block_units[block] if block >= 0 else ()
 
@@ -106,7 +112,7 @@ class Steps:
             self._site.backend.keep(piece)
         if self._recorder is not None:
             self._site.backend.watch_peak()
-        self._site.meters.step.begin()
+        self._site.meters.begin_step()
         if self._site.lane is not None:
             self._site.lane.begin_step()
         if self._recorder is not None:
@@ -195,7 +201,7 @@ class Steps:
             before = backend.moment()
             weights.arrive(block)
             after = backend.moment()
-            self._site.meters.stalls.add(lambda: backend.seconds(before, after))
+            self._site.meters.stalls.add(partial(backend.seconds, before, after))
 
     def _leave(self, block: int) -> None:
         if self._recorder is not None:

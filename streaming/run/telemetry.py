@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from ..devices.backend import Backend
 from ..devices.copies import Moment, Stall
+from .step_log import RunLog, StepLog, StepRow
 
 # More waits than any step has; the oldest are dropped beyond.
 MOST_PENDING = 4096
@@ -140,17 +141,31 @@ class StepTimes(NamedTuple):
     computing: bool
 
 
+class _Pending(NamedTuple):
+    """A step that was queued: its moments, whole steps with it, and the bytes that were copied up to its end."""
+
+    begin: Moment
+    end: Moment
+    steps: int
+    streamed_bytes: int
+
+
 class StepMeter:
     """Measures how long steps take on the device, without waiting for them.
 
     Where the host is ahead of the device by more than a step some are not timed. Only the thread that runs the model
-    may use it, except for :meth:`times`.
+    may use it, except for :meth:`times` and :meth:`runs`.
+
+    Attributes:
+        log: the steps of the last runs.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, counters: Counters) -> None:
+        self.log = StepLog()
         self._backend = backend
+        self._counters = counters
         self._begin: Moment | None = None
-        self._pending: tuple[Moment, Moment] | None = None
+        self._pending: _Pending | None = None
         self._last: float | None = None
         # Of this run: steps that were timed, and their seconds.
         self._timed = (0, 0.0)
@@ -159,6 +174,9 @@ class StepMeter:
         """Steps from now on are averaged anew."""
         self._collect()
         self._pending, self._timed = None, (0, 0.0)
+        counters = self._counters
+        totals = StepRow(counters.steps, 0.0, counters.streamed_bytes, counters.stall_seconds)
+        self.log.begin_run(counters.runs + 1, totals)
 
     def begin(self) -> None:
         self._collect()
@@ -166,20 +184,32 @@ class StepMeter:
 
     def end(self, completed: bool) -> None:
         if completed and self._pending is None:
-            self._pending = (self._begin, self._backend.moment())
+            counters = self._counters
+            self._pending = _Pending(self._begin, self._backend.moment(), counters.steps + 1, counters.streamed_bytes)
 
     def _collect(self) -> None:
-        if self._pending is not None and (seconds := self._backend.seconds(*self._pending)) is not None:
+        pending = self._pending
+        if pending is not None and (seconds := self._backend.seconds(pending.begin, pending.end)) is not None:
             count, total = self._timed
             # In this order, for threads that read: a step may be missing for a moment, but is never there twice.
             self._pending = None
             self._last, self._timed = seconds, (count + 1, total + seconds)
+            self.log.add(self._row(pending, seconds))
+
+    def _row(self, pending: _Pending, seconds: float) -> StepRow:
+        return StepRow(pending.steps, seconds, pending.streamed_bytes, self._counters.stall_seconds)
+
+    def runs(self) -> list[RunLog]:
+        """The steps of the last runs as far as they are known, on any thread."""
+        pending = self._pending
+        seconds = self._backend.seconds(pending.begin, pending.end) if pending is not None else None
+        return self.log.runs(self._row(pending, seconds) if pending is not None and seconds is not None else None)
 
     def times(self) -> StepTimes:
         """The times as far as they are known, on any thread."""
         last, (count, total) = self._last, self._timed
         pending = self._pending
-        seconds = self._backend.seconds(*pending) if pending is not None else None
+        seconds = self._backend.seconds(pending.begin, pending.end) if pending is not None else None
         if seconds is not None:
             last, count, total = seconds, count + 1, total + seconds
         return StepTimes(last, total / count if count else None, pending is not None and seconds is None)
@@ -199,7 +229,12 @@ class Meters:
         self.counters = counters
         self.overwritten: list[str] = []
         self.stalls = StallMeter(counters, listeners)
-        self.step = StepMeter(backend)
+        self.step = StepMeter(backend, counters)
+
+    def begin_step(self) -> None:
+        """Count the waits of the step before first, which its row in the log has."""
+        self.stalls.collect()
+        self.step.begin()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.resources
 import math
 import re
 import time
@@ -13,16 +11,15 @@ from typing import Any
 
 import pytest
 from comfy_page import HEIGHT, WIDTH, ComfyPage
+from panel_page import AXE, FAULTS, SEED, UNFOLD, placed_prompt
 from playwright.sync_api import Locator, Route, expect
 from servers import TINY
 
 from tools import demo
 from tools.host import HeadlessHost, PromptInterrupted
 
-SEED = 80
 STATES = Path(__file__).resolve().parents[1] / "web" / "states.mjs"
 STATES_URL = "/weightstream-tests/states.mjs"
-AXE = importlib.resources.files("axe_playwright_python") / "axe.min.js"
 DASH = "\N{EN DASH}"
 FIGURES = ("resident", "staging", "torch", "cache", "other", "free", "peak")
 # By the colour beside it, which is one of FIGURES.
@@ -49,9 +46,6 @@ UNMOUNT_STATE = """() => {
     delete window.weightstreamShown
     for (const panel of document.querySelectorAll('.ws-sidebar > *')) panel.style.display = ''
 }"""
-FAULTS = """async selector => (await axe.run(selector, { resultTypes: ['violations'] })).violations
-    .filter(({ impact }) => impact === 'serious' || impact === 'critical')
-    .flatMap(({ id, nodes }) => nodes.map(node => `${id}: ${node.html}: ${node.failureSummary}`))"""
 HEAR_EVENTS = """() => {
     window.weightstreamHeard = []
     app.api.addEventListener('weightstream.status', () => window.weightstreamHeard.push(performance.now()))
@@ -59,6 +53,8 @@ HEAR_EVENTS = """() => {
 # Events come once a second.
 SILENT = "() => performance.now() - window.weightstreamHeard.at(-1) > 3000"
 
+# Those that docs/panel.md shows.
+IN_DOCS = ("streaming", "slow", "loading", "allResident", "split", "idleGpus", "fallback", "gone")
 # What each state must say.
 TEXTS = {
     "starting": ["Connecting", "Waiting for the server's first answer."],
@@ -74,10 +70,19 @@ TEXTS = {
         "Streaming",
         "34.4 GB/s",
         "43 %",
+        "Step 7 of 20 · 4 s left",
+        "0.324 s/step · 43 % waiting · 34.6 GB/s",
+        "11.2 GiB of weights have no room in 25.2 GiB of VRAM",
         "streams from page-locked RAM: 12.6 GiB of 23.8 GiB stay in VRAM",
         "Each step copies 11.2 GiB",
         "34.6 GB/s on average",
         "Free page-locked RAM (11.4 GiB)",
+    ],
+    "slow": [
+        "3.450 s/step · 86 % waiting · 6.3 GB/s",
+        "The card's link runs at PCIe 4.0 x4; the card can do PCIe 4.0 x8.",
+        "1.720 s of each step",
+        "Close them (browsers, games, other ComfyUIs): 1.9 GiB of weights could stay in VRAM.",
     ],
     "packed": [
         "Each step copies 13.0 GiB (packed, 18.0 GiB of weights)",
@@ -94,6 +99,7 @@ TEXTS = {
     "inactive": ["Not streaming: Flux (node 7)", "ComfyUI was told to keep models in VRAM"],
     "fallback": ["Placed differently: GPU Placement (node 9)", "gpu:3 is not there (this machine has gpu:0)"],
     "nearLimit": ["near the limit", "little room left", "at its limit", "1 copy arrived damaged", "3 misses"],
+    "idleGpus": ["4 idle GPUs", "gpu:5"],
     "noGpu": ["Idle", "No device to stream to: there is no GPU. Models run ComfyUI's own way."],
     "unknown": [DASH, "AMD Radeon RX 7900 XTX", "copied when needed: its settings ask for it"],
     "eight": ["Streaming", *(f"gpu:{place}" for place in range(8))],
@@ -109,16 +115,6 @@ def expected(host: HeadlessHost) -> demo.Latent:
     """ComfyUI's own loader, without anybody looking; its first sampling in a process is not compared with."""
     demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, SEED - 1))
     return demo.sample(host, demo.api_prompt(TINY, demo.THEIRS, SEED)).latent
-
-
-def placed_prompt(steps: int = demo.STEPS) -> dict[str, Any]:
-    """A model on both devices, with the node that shows the panel."""
-    result = copy.deepcopy(demo.api_prompt(TINY, demo.OURS, SEED))
-    inputs = {"model": ["model", 0], "devices": "gpu:0,gpu:1"}
-    result["placement"] = {"class_type": "WeightStreamGPUPlacement", "inputs": inputs}
-    result["lora"]["inputs"]["model"] = ["placement", 0]
-    result["sampler"]["inputs"]["steps"] = steps
-    return result
 
 
 def size(value: int | None) -> str:
@@ -341,11 +337,16 @@ def test_every_state_says_what_it_should(
         panel = show_state(name)
         for text in TEXTS[name]:
             expect(panel).to_contain_text(text)
-        faults[name] = comfy.page.evaluate(FAULTS, f"[data-test={name}]")
-        if theme == "dark":
+        if name in IN_DOCS and theme == "dark":
             save_picture(panel, f"state-{name}")
         elif name == "streaming":
             save_picture(panel, f"state-{name}-light")
+        panel.evaluate(UNFOLD)
+        if name == "streaming" and theme == "dark":
+            timeline = panel.locator(".ws-model > details").filter(has=comfy.page.locator("canvas"))
+            expect(timeline.locator("canvas")).to_be_visible()
+            save_picture(timeline, "timeline")
+        faults[name] = comfy.page.evaluate(FAULTS, f"[data-test={name}]")
     assert faults == {name: [] for name in names}
 
 

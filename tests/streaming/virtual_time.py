@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -72,9 +73,9 @@ class TimedBackend(UncountedBackend):
         return end - begin
 
     def wait(self, event: float):
-        waited = max(0.0, event - self.clock.now)
-        self.clock.now += waited
-        return lambda: waited
+        begin = self.clock.now
+        self.clock.now = max(begin, event)
+        return partial(self.seconds, begin, self.clock.now)
 
     def finish(self, event: float) -> None:
         """It has taken place."""

@@ -121,6 +121,15 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
+def test_every_picture_is_shown_somewhere() -> None:
+    shown = {
+        (document.parent / target).resolve().name
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\(([^)\s]+\.png)\)", document.read_text("utf-8"))
+    }
+    assert {path.name for path in (ROOT / "docs" / "images").glob("*.png")} - shown == set()
+
+
 def names_of_files(text: str) -> list[str]:
     """Files and folders that a text names; a part in capitals stands for a name."""
     text = re.sub(r"https?://\S+", "", text)

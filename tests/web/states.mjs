@@ -5,6 +5,9 @@
 
 /** @import { Feed, FeedState } from "../../web/lib/feed.mjs" */
 /** @import { Device, Event, Host, Model, Run, Status } from "../../web/lib/status.mjs" */
+/** @import { Steps } from "../../web/lib/step_requests.mjs" */
+/** @import { DeviceTrace } from "../../web/lib/timeline.mjs" */
+/** @import { Cause } from "../../web/lib/why.mjs" */
 
 export const GIB = 2 ** 30;
 // Rates of buses are decimal.
@@ -49,9 +52,56 @@ export function model(changes = {}) {
 export function run(changes = {}) {
   return {
     steps: 20, reruns: 0, bytes: 224 * GIB, rate: 34.6 * GB, stall_ms_per_block: 2.4, misses: 0, corrupted: 0, step_seconds: 0.324,
+    waiting: 0.43, ...changes,
+  };
+}
+
+/**
+ * Why the model is slow: it is too large for a good machine.
+ * @param {Partial<Cause>} [changes]
+ * @returns {Cause}
+ */
+export function cause(changes = {}) {
+  return { model: "1", device: "gpu:0", kind: "room", seconds: 0.139, streamed: 11.2 * GIB, total: 25.2 * GIB, ...changes };
+}
+
+/**
+ * A step of so many blocks behind a bus that brings each a little late.
+ * @param {Partial<DeviceTrace>} [changes]
+ * @param {number} [blocks]
+ * @returns {DeviceTrace}
+ */
+export function trace(changes = {}, blocks = 24) {
+  const [compute, wait, copy] = [0.006, 0.004, 0.0098];
+  const at = (/** @type {number} */ place) => place * (compute + wait);
+  const numbers = Array.from({ length: blocks }, (_, place) => place);
+  return {
+    device: "gpu:0", step: 7, time: NOW / 1000, offset: 0, seconds: at(blocks), waited: blocks * wait, copied: blocks * 340 * 2 ** 20,
+    blocks: numbers.map((place) => `double_blocks.${place}`),
+    compute: numbers.map((place) => [at(place), at(place) + compute + wait, place]),
+    waits: numbers.map((place) => [at(place), at(place) + wait, 0]),
+    unpacking: [],
+    copies: numbers.map((place) => [at(place) - 0.004, at(place) - 0.004 + copy, 340 * 2 ** 20]),
     ...changes,
   };
 }
+
+/** The requests of single steps, answered. @type {Steps} */
+export const STEPS = {
+  timeline: async () => ({ ok: true, devices: [trace()] }),
+  askTimeline: async () => ({ ok: false, error: "steps of a compiled model are not recorded: it would be compiled anew" }),
+  runs: async () => ({
+    ok: true,
+    runs: [0.41, 0.36, 0.324].map((seconds, place) => ({
+      number: place + 2,
+      steps: Array.from({ length: 20 }, (_, step) => step + 1),
+      seconds: Array.from({ length: 20 }, (_, step) => seconds * (step < 2 ? 2.2 - 0.6 * step : 1 + 0.02 * (step % 3))),
+      rate: Array.from({ length: 20 }, (_, step) => (step < 2 ? 6 : 34.6 - 4 * (2 - place)) * GB),
+      waiting: Array.from({ length: 20 }, (_, step) => (step < 2 ? 0.8 : 0.43 + 0.06 * (2 - place))),
+    })),
+  }),
+  download: async () => {},
+};
 
 /**
  * @param {Partial<Status>} [changes]
@@ -133,6 +183,7 @@ const STREAMING = status({
   devices: [STREAMING_DEVICE],
   host: host({ pinned: 11.4 * GIB, ram_available: 28.5 * GIB }),
   models: [model({ running: true })],
+  causes: [cause()],
 });
 
 const EIGHT = Array.from({ length: 8 }, (_, place) =>
@@ -176,7 +227,33 @@ export const STATES = {
       ],
     }),
   ),
-  streaming: feedState(STREAMING, { event: event(STREAMING) }),
+  streaming: feedState(STREAMING, { event: event(STREAMING), progress: { done: 7, total: 20, left: 4.2 } }),
+  // An 8 GB card in a slot of four lanes, with a browser beside it.
+  slow: feedState(
+    status({
+      devices: [
+        device({
+          name: "NVIDIA GeForce RTX 4060", total: 8.6 * GIB, resident: 2.1 * GIB, staging: 0.4 * GIB, torch: 1.6 * GIB, cache: 0.2 * GIB,
+          other: 2.9 * GIB, peak: 7.9 * GIB, copy_rate: 6.3 * GB, stalled: 0.86, link: { generation: 4, width: 4 },
+          card: { generation: 4, width: 8 },
+        }),
+      ],
+      host: host({ ram_total: 33.6 * GIB, ram_available: 3.9 * GIB, pinned: 13.4 * GIB, pinned_limit: 13.4 * GIB }),
+      models: [
+        model({
+          running: true, ladder: "staged", reason: "the limit of 13.4 GiB page-locked memory is reached",
+          pinned_bytes: 13.4 * GIB, resident_bytes: 1.6 * GIB, streamed_block_bytes: 21.7 * GIB,
+          last_run: run({ bytes: 434 * GIB, rate: 6.3 * GIB, stall_ms_per_block: 52, step_seconds: 3.45, waiting: 0.86 }),
+        }),
+      ],
+      causes: [
+        cause({ kind: "link", seconds: 1.72, link: "gen 4 x4", card: "gen 4 x8", narrow: true }),
+        cause({ kind: "unpinned", seconds: 0.66, staged: 8.3 * GIB, why: "the limit of 13.4 GiB page-locked memory is reached" }),
+        cause({ kind: "others", seconds: 0.3, others: 2.9 * GIB, gain: 1.9 * GIB }),
+        cause({ seconds: 2.97, streamed: 21.7 * GIB, total: 8.6 * GIB }),
+      ],
+    }),
+  ),
   packed: feedState(
     status({
       devices: [device({ resident: 5.3 * GIB, staging: 0.6 * GIB, torch: 1.4 * GIB, copy_rate: 55.1 * GB, stalled: 0.22 })],
@@ -263,6 +340,17 @@ export const STATES = {
       ],
     }),
   ),
+  // Two of six work.
+  idleGpus: feedState(
+    status({
+      devices: [
+        STREAMING_DEVICE,
+        ...Array.from({ length: 4 }, (_, place) => device({ device: `gpu:${place + 1}` })),
+        device({ device: "gpu:5", resident: 9.1 * GIB, staging: 0.4 * GIB, peak: 11 * GIB, copy_rate: 12 * GB, stalled: 0.02 }),
+      ],
+      models: [model({ running: true })],
+    }),
+  ),
   noGpu: feedState(status({ devices: [], why_no_devices: "there is no GPU" })),
   // The first sample, before the first step has ended; of a GPU that nobody has used the driver does not tell what is free.
   unknown: feedState(
@@ -310,12 +398,14 @@ export const STATES = {
  * A feed that always says the same.
  * @param {FeedState} shown
  * @param {Feed["unload"]} [unload]
+ * @param {Steps} [steps]
  * @returns {Feed}
  */
-export function fixedFeed(shown, unload = async () => ({ ok: false, error: "a prompt is running" })) {
+export function fixedFeed(shown, unload = async () => ({ ok: false, error: "a prompt is running" }), steps = STEPS) {
   return {
     state: () => shown,
     watch: (listener) => ({ show: (visible) => void (visible && listener(shown)), close: () => {} }),
     unload,
+    steps,
   };
 }

@@ -23,6 +23,8 @@ const EXPECTED = {
   inactive: ["idle", "neutral", "Idle"],
   fallback: ["idle", "neutral", "Idle"],
   nearLimit: ["streaming", "warning", "Streaming · near the limit"],
+  slow: ["streaming", "warning", "Streaming · near the limit"],
+  idleGpus: ["streaming", "active", "Streaming"],
   noGpu: ["idle", "neutral", "Idle"],
   unknown: ["idle", "neutral", "Idle"],
   eight: ["streaming", "active", "Streaming"],
@@ -287,4 +289,49 @@ test("what was known is shown while the page connects again", () => {
   const shown = view(feedState(status(), { link: "starting" }));
   assert.equal(shown.banner, "");
   assert.equal(shown.state.key, "idle");
+});
+
+test("devices that nothing is loaded on are put aside where there are many, and closed where there are two", () => {
+  const shown = view(STATES.idleGpus);
+  assert.deepEqual(shown.devices.map(({ title }) => title), ["gpu:0", "gpu:5"]);
+  assert.deepEqual(shown.idle.map(({ title }) => title), ["gpu:1", "gpu:2", "gpu:3", "gpu:4"]);
+  assert.equal(shown.idleText, "4 idle GPUs");
+  const two = view(feedState(status({ devices: [device({ resident: GIB }), device({ device: "gpu:1" })] })));
+  assert.deepEqual(two.devices.map(({ open }) => open), [true, false]);
+  assert.deepEqual(two.idle, []);
+  assert.ok(view(feedState(status({ devices: [device()] }))).devices[0].open);
+});
+
+test("an idle device that is nearly full stays in view", () => {
+  const devices = [0, 1, 2, 3].map((place) => device({ device: `gpu:${place}`, other: place === 1 ? 24 * GIB : GIB }));
+  const shown = view(feedState(status({ devices })));
+  assert.deepEqual(shown.devices.map(({ title }) => title), ["gpu:1"]);
+});
+
+test("a node is called as in the graph, and by its number where the graph has no such node", () => {
+  const state = feedState(status({ models: [model()], notices: [{ node_id: "9", name: "Flux", kind: "fallback", text: "x" }] }));
+  const shown = buildView(state, EN, { title: (id) => (id === "4" ? "My loader" : "") });
+  assert.deepEqual(shown.models[0].node, { id: "4", text: "My loader", label: "Go to the node My loader" });
+  assert.equal(shown.notices[0].node?.text, "node 9");
+  assert.match(shown.notices[0].title, /Flux \(node 9\)/);
+  assert.equal(view(feedState(status({ models: [model({ node_id: null })] }))).models[0].node, null);
+});
+
+test("progress is that of a run, and only while one is on", () => {
+  const shown = view(STATES.streaming).progress;
+  assert.equal(shown?.text, "Step 7 of 20 · 4 s left");
+  assert.equal(shown?.fill, 0.35);
+  const progress = { done: 1, total: 20, left: null };
+  assert.equal(view(feedState(status({ models: [model({ running: true })] }), { progress })).progress?.text, "Step 1 of 20");
+  assert.equal(view(feedState(status({ models: [model()] }), { progress })).progress, null);
+});
+
+test("the headline is of the last run: what a step took, what of it was waiting, and how fast copies were", () => {
+  const headline = (/** @type {any[]} */ ...runs) =>
+    view(feedState(status({ models: runs.map((each, place) => model({ device: `gpu:${place}`, last_run: each })) }))).models[0].headline;
+  assert.equal(headline(run()), "0.324 s/step · 43 % waiting · 34.6 GB/s");
+  assert.equal(headline(run(), run({ waiting: 0.5, rate: 1e9 })), "0.324 s/step · 50 % waiting · 35.6 GB/s");
+  assert.equal(headline(run({ bytes: 0 })), "0.324 s/step · nothing to copy");
+  assert.equal(headline(run({ step_seconds: null })), "");
+  assert.equal(headline(null), "");
 });

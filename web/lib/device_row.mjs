@@ -4,11 +4,11 @@
 
 import { el, setAttribute, setOptional, setShown, setText, svg, syncList } from "./dom.mjs";
 import { stackedBar } from "./meter.mjs";
-import { SPARK } from "./view.mjs";
+import { SPARK } from "./device_view.mjs";
 
 /** @import { Part } from "./dom.mjs" */
 /** @import { Strings } from "./strings.mjs" */
-/** @import { DeviceView, Figure } from "./view.mjs" */
+/** @import { DeviceView, Figure } from "./device_view.mjs" */
 
 let made = 0;
 
@@ -32,8 +32,9 @@ export function deviceRow(first, strings, compact) {
   );
   const bar = stackedBar();
   const line = svg("path", { fill: "none", "vector-effect": "non-scaling-stroke" });
-  const box = { class: "ws-spark", viewBox: `0 0 ${SPARK.width} ${SPARK.height}`, "aria-hidden": "true" };
+  const box = { class: "ws-spark", viewBox: `0 0 ${SPARK.width} ${SPARK.height}`, role: "img", "aria-label": strings.history };
   const spark = svg("svg", { ...box, preserveAspectRatio: "none" }, line);
+  const span = el("span", { class: "ws-muted ws-spark-label", title: strings.history }, strings.historySpan);
   const copy = el("span", { class: "ws-number" });
   const stall = el("span", { class: "ws-number" });
   const warning = el("span", { class: "ws-badge ws-tone-warning ws-end", title: strings.nearlyFullLong });
@@ -42,6 +43,7 @@ export function deviceRow(first, strings, compact) {
     { class: "ws-rates" },
     ...(compact ? [detail] : []),
     spark,
+    span,
     labelled(strings.copy, strings.copyLong, copy),
     labelled(strings.stall, strings.stallLong, stall),
     ...(compact ? [] : [warning]),
@@ -76,6 +78,7 @@ export function deviceRow(first, strings, compact) {
       bar.update(view.meter, view.segments, view.peak);
       setAttribute(line, "d", view.spark);
       setAttribute(spark, "data-empty", view.spark === "" ? "" : null);
+      setShown(span, view.spark !== "");
       setText(copy, view.copy);
       setText(stall, view.stall);
       setOptional(warning, compact && view.warning ? "!" : view.warning);

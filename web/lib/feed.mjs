@@ -6,9 +6,13 @@
  */
 
 import { remember } from "./history.mjs";
+import { watchProgress } from "./progress.mjs";
 import { SCHEMA } from "./status.mjs";
+import { stepRequests } from "./step_requests.mjs";
 
+/** @import { RunProgress } from "./progress.mjs" */
 /** @import { Event, Status } from "./status.mjs" */
+/** @import { Steps } from "./step_requests.mjs" */
 /** @import { History } from "./history.mjs" */
 
 export const EVENT = "weightstream.status";
@@ -25,7 +29,8 @@ export const STALE_MS = 5_000;
  * gone: it does not answer; newer: it speaks a later version of the format than this page.
  * @typedef {"starting" | "live" | "stale" | "missing" | "gone" | "newer"} Link
  *
- * @typedef {{link: Link, status: Status | null, event: Event | null, history: History, now: number}} FeedState
+ * @typedef {{link: Link, status: Status | null, event: Event | null, history: History, now: number,
+ *   progress?: RunProgress | null}} FeedState
  *
  * @typedef {{show(visible: boolean): void, close(): void}} Viewer
  *
@@ -35,6 +40,7 @@ export const STALE_MS = 5_000;
  * @property {(listener: (state: FeedState) => void) => Viewer} watch  a panel that cannot be seen yet
  * @property {() => FeedState} state
  * @property {(model: string, what: "model" | "pinned") => Promise<Freed>} unload
+ * @property {Steps} steps
  *
  * @typedef {object} Server  the host's api object, as far as it is used here
  * @property {string | null | undefined} clientId
@@ -83,6 +89,7 @@ class SharedFeed {
   #silence = null;
   #server;
   #clock;
+  #progress;
 
   /**
    * @param {Server} server
@@ -93,6 +100,8 @@ class SharedFeed {
     this.#clock = clock;
     // For good: the host complains of an event that nobody listens to, and the last lease outlives the last look.
     server.addEventListener(EVENT, (event) => this.#receive(event.detail));
+    this.steps = stepRequests(server);
+    this.#progress = watchProgress(server, clock.now, () => this.#watched && this.#notify());
   }
 
   state() {
@@ -102,6 +111,7 @@ class SharedFeed {
       event: this.#event,
       history: this.#history,
       now: this.#clock.now(),
+      progress: this.#progress(),
     };
   }
 

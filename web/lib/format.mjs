@@ -131,3 +131,24 @@ function digits(value, unit) {
   const text = value.toFixed(places);
   return text === "-0" || text === "-0.0" ? text.slice(1) : text;
 }
+
+/**
+ * A time that may be short: `5.2 ms`, `0.324 s`.
+ * @param {number | null | undefined} value  seconds
+ */
+export function duration(value) {
+  if (!isKnown(value)) return DASH;
+  return value < 0.1 ? `${(value * 1000).toFixed(value < 0.01 ? 2 : 1)} ms` : seconds(value);
+}
+
+/**
+ * `4:05`, `1:02:03`, `42 s`: what is left of a run.
+ * @param {number} value  seconds
+ */
+export function timeLeft(value) {
+  const whole = Math.max(0, Math.round(value));
+  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  const two = (/** @type {number} */ number) => String(number).padStart(2, "0");
+  if (hours > 0) return `${hours}:${two(minutes)}:${two(rest)}`;
+  return minutes > 0 ? `${minutes}:${two(rest)}` : `${rest} s`;
+}

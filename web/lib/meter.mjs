@@ -4,7 +4,7 @@
 
 import { el, percentOf, setAttribute, setShown, setStyle } from "./dom.mjs";
 
-/** @import { Meter, Segment } from "./view.mjs" */
+/** @import { Meter, Segment } from "./device_view.mjs" */
 
 /**
  * @param {HTMLElement} element

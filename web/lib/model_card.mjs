@@ -1,28 +1,37 @@
 /**
- * A model: how its weights reach each device and why, how far it is loaded, its last run, and buttons that free it.
+ * A model: what its last run took and why, how its weights reach each device, how far it is loaded, pictures of its
+ * steps, and buttons that free it.
  */
 
 import { el, setAttribute, setOptional, setShown, setText, syncList } from "./dom.mjs";
+import { fold } from "./fold.mjs";
 import { bytes } from "./format.mjs";
 import { simpleBar } from "./meter.mjs";
+import { nodeButton } from "./node_button.mjs";
+import { stepsCard } from "./steps_card.mjs";
+import { timelineCard } from "./timeline_card.mjs";
+import { whyCard } from "./why_card.mjs";
 
 // So long a card says what a button has done.
 const SAID_MS = 20_000;
 
 /** @import { Part } from "./dom.mjs" */
-/** @import { Freed } from "./feed.mjs" */
+/** @import { Feed, Freed } from "./feed.mjs" */
+/** @import { GraphNodes } from "./graph_nodes.mjs" */
 /** @import { ModelView, PartView } from "./model_view.mjs" */
 /** @import { Strings } from "./strings.mjs" */
 
 /**
  * @param {ModelView} first
  * @param {Strings} strings
- * @param {(model: string, what: "model" | "pinned") => Promise<Freed>} unload
+ * @param {{feed: Feed, unload: (model: string, what: "model" | "pinned") => Promise<Freed>, nodes: GraphNodes}} page
  * @returns {Part<ModelView>}
  */
-export function modelCard(first, strings, unload) {
+export function modelCard(first, strings, { feed, unload, nodes }) {
   const name = el("span", { class: "ws-model-name ws-ellipsis" });
-  const where = el("span", { class: "ws-muted" });
+  const where = nodeButton(nodes);
+  const headline = el("p", { class: "ws-headline ws-number" });
+  const why = whyCard(strings);
   const running = el("span", { class: "ws-dot", "aria-hidden": "true" });
   const bar = simpleBar();
   const amount = el("span", { class: "ws-number" });
@@ -30,6 +39,10 @@ export function modelCard(first, strings, unload) {
   const parts = el("ul", { class: "ws-list ws-parts" });
   const summary = el("p", { class: "ws-summary" });
   const lastRun = el("p", { class: "ws-muted" });
+  const plans = el("ul", { class: "ws-list ws-parts" });
+  const details = fold(strings.details, summary, plans, lastRun);
+  const steps = stepsCard(first.key, strings, feed.steps);
+  const timeline = timelineCard(first.key, strings, feed.steps);
   const warning = el("p", { class: "ws-note ws-tone-error" });
   // There from the start: what is put into an element that comes with it is often not read out.
   const answer = el("p", { class: "ws-note", role: "status" });
@@ -39,10 +52,12 @@ export function modelCard(first, strings, unload) {
   const free = freeButton("model");
   const pinned = freeButton("pinned");
   const buttons = el("div", { class: "ws-buttons" }, free, pinned);
-  const head = el("div", { class: "ws-model-head" }, running, name, where);
-  const element = el("li", { class: "ws-model" }, head, summary, loading, parts, lastRun, warning, buttons, answer);
-  /** @type {Map<string, Part<PartView>>} */
-  const rows = new Map();
+  const head = el("div", { class: "ws-model-head" }, running, name, where.element);
+  const pictures = [steps.element, timeline.element, details];
+  const element = el("li", { class: "ws-model" }, head, headline, loading, parts, why.element, warning, ...pictures, buttons, answer);
+  /** @type {{parts: Map<string, Part<PartView>>, plans: Map<string, Part<PartView>>}} */
+  const rows = { parts: new Map(), plans: new Map() };
+  let ran = "";
   let view = first;
 
   /** @param {"model" | "pinned"} what */
@@ -92,7 +107,8 @@ export function modelCard(first, strings, unload) {
       view = next;
       setText(name, view.name);
       setAttribute(name, "title", view.name);
-      setOptional(where, view.where);
+      where.update(view.node);
+      setOptional(headline, view.headline);
       running.classList.toggle("ws-tone-active", view.running);
       setShown(loading, view.loading !== null);
       if (view.loading) {
@@ -101,8 +117,12 @@ export function modelCard(first, strings, unload) {
         setText(amount, text);
       }
       setOptional(summary, view.summary);
-      syncList(parts, rows, view.parts, partRow);
+      syncList(parts, rows.parts, view.parts, partRow);
+      syncList(plans, rows.plans, view.parts.filter((part) => part.plan !== ""), planRow);
+      why.update(view.causes);
       setOptional(lastRun, view.lastRun);
+      if (view.running || view.ran !== ran) steps.update();
+      ran = view.ran;
       setOptional(warning, view.warning);
       showButtons();
     },
@@ -113,15 +133,25 @@ export function modelCard(first, strings, unload) {
 function partRow() {
   const device = el("span", { class: "ws-device-name" });
   const step = el("span", { class: "ws-step" });
-  const plan = el("p", { class: "ws-plan" });
-  const element = el("li", { class: "ws-part" }, el("p", {}, device, " ", step), plan);
   return {
-    element,
+    element: el("li", { class: "ws-part" }, el("p", {}, device, " ", step)),
     update(view) {
       setText(device, view.device);
       setText(step, view.step);
       setAttribute(step, "data-ladder", view.ladder);
-      setOptional(plan, view.plan);
+    },
+  };
+}
+
+/** @returns {Part<PartView>} */
+function planRow() {
+  const device = el("span", { class: "ws-device-name" });
+  const plan = el("span");
+  return {
+    element: el("li", { class: "ws-part" }, el("p", { class: "ws-plan" }, device, " ", plan)),
+    update(view) {
+      setText(device, view.device);
+      setText(plan, view.plan);
     },
   };
 }

@@ -4,15 +4,18 @@
 
 import * as format from "./format.mjs";
 import { totalLoading } from "./status.mjs";
+import { causeViews } from "./why.mjs";
 
-/** @import { Ladder, Model, Run } from "./status.mjs" */
+/** @import { Ladder, Model, Run, Status } from "./status.mjs" */
 /** @import { Strings } from "./strings.mjs" */
+/** @import { NodeView } from "./view.mjs" */
+/** @import { CauseView } from "./why.mjs" */
 
 /**
  * @typedef {{key: string, device: string, step: string, ladder: Ladder, plan: string}} PartView
  * @typedef {{fill: number | null, amount: string, text: string, label: string}} LoadingView
- * @typedef {{key: string, name: string, where: string, running: boolean, parts: PartView[], loading: LoadingView | null,
- *   summary: string, brief: string, lastRun: string, warning: string, freeable: boolean, pinned: string, freeText: string, freeLabel: string,
+ * @typedef {{key: string, name: string, node: NodeView | null, running: boolean, headline: string, causes: CauseView[],
+ *   ran: string, parts: PartView[], loading: LoadingView | null, summary: string, brief: string, lastRun: string, warning: string, freeable: boolean, pinned: string, freeText: string, freeLabel: string,
  *   pinnedText: string, pinnedLabel: string}} ModelView
  */
 
@@ -30,14 +33,18 @@ const WORST = /** @type {const} */ (["synchronous", "staged", "pinned", "residen
 const EXTENSION = /\.(safetensors|sft|gguf|ckpt|pth|pt|bin)$/i;
 
 /**
- * @param {readonly Model[]} models
+ * @param {Pick<Status, "models" | "causes">} status
  * @param {Strings} strings
  * @param {(id: string) => boolean} [keep]  whether a model is shown though nothing of it is loaded
+ * @param {(id: string | null | undefined) => NodeView | null} [node]
  * @returns {ModelView[]}
  */
-export function modelViews(models, strings, keep = () => false) {
+export function modelViews({ models, causes }, strings, keep = () => false, node = () => null) {
   const ids = [...new Set(models.filter((model) => isThere(model) || keep(model.id)).map((model) => model.id))];
-  return ids.map((id) => modelView(models.filter((model) => model.id === id), strings));
+  return ids.map((id) => {
+    const parts = models.filter((model) => model.id === id);
+    return { ...modelView(parts, strings), node: node(parts[0].node_id), causes: causeViews(causes ?? [], id, strings) };
+  });
 }
 
 /**
@@ -56,23 +63,26 @@ function isLoaded({ ladder, loading }) {
 /**
  * @param {Model[]} parts
  * @param {Strings} strings
- * @returns {ModelView}
+ * @returns {Omit<ModelView, "node" | "causes">}
  */
 function modelView(parts, strings) {
-  const [{ id, name, node_id: node }] = parts;
+  const [{ id, name }] = parts;
+  const runs = parts.map((part) => part.last_run).filter((run) => run !== null && run !== undefined);
   const pinned = parts.reduce((sum, part) => sum + (part.pinned_bytes ?? 0), 0);
   const size = pinned > 0 ? format.bytes(pinned) : "";
   const corrupted = parts.reduce((sum, part) => sum + (part.last_run?.corrupted ?? 0), 0);
   return {
     key: id,
     name,
-    where: node === null || node === undefined ? "" : strings.node(node),
+    headline: headline(runs, strings),
+    // Changes with each run that ends.
+    ran: JSON.stringify(runs),
     running: parts.some((part) => part.running),
     parts: parts.map((part) => partView(part, strings)),
     loading: loadingView(parts, strings),
     summary: summary(parts, strings),
     brief: brief(parts, strings),
-    lastRun: lastRun(parts.map((part) => part.last_run).filter((run) => run !== null && run !== undefined), strings),
+    lastRun: lastRun(runs, strings),
     warning: corrupted > 0 ? strings.corrupted(corrupted) : "",
     freeable: parts.some((part) => part.ladder !== "unloaded"),
     pinned: size,
@@ -198,16 +208,35 @@ function loadingView(parts, strings) {
 }
 
 /**
+ * The last run in a line: what a step took, how much of that was waiting, and copies per second; "" before there is one.
+ * @param {readonly Run[]} runs
+ * @param {Strings} strings
+ */
+function headline(runs, strings) {
+  const step = largest(runs, (run) => run.step_seconds);
+  if (step === null) return "";
+  if (sumOf(runs, (run) => run.bytes) === 0) return strings.headlineResident(format.seconds(step));
+  const waiting = format.percent(largest(runs, (run) => run.waiting));
+  return strings.headline(format.seconds(step), waiting, format.rate(sumOf(runs, (run) => run.rate)));
+}
+
+/**
+ * @param {readonly Run[]} runs
+ * @param {(run: Run) => number | null | undefined} field
+ */
+function largest(runs, field) {
+  const values = runs.map(field).filter(format.isKnown);
+  return values.length > 0 ? Math.max(...values) : null;
+}
+
+/**
  * The parts of a split model run in the same steps: what they copied adds up, and the slowest tells how long.
  * @param {readonly Run[]} runs
  * @param {Strings} strings
  */
 function lastRun(runs, strings) {
   if (runs.length === 0) return "";
-  const most = (/** @type {(run: Run) => number | null} */ field) => {
-    const values = runs.map(field).filter(format.isKnown);
-    return values.length > 0 ? Math.max(...values) : null;
-  };
+  const most = (/** @type {(run: Run) => number | null} */ field) => largest(runs, field);
   const copied = sumOf(runs, (run) => run.bytes);
   const steps = most((run) => run.steps) ?? 0;
   const step = format.seconds(most((run) => run.step_seconds));

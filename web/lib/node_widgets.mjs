@@ -2,6 +2,7 @@
  * The panel on nodes, while the setting says so.
  */
 
+import { graphNodes } from "./graph_nodes.mjs";
 import { mountPanel } from "./panel.mjs";
 
 const NODE_TYPES = ["WeightStreamGPUPlacement"];
@@ -49,7 +50,7 @@ export function nodeWidgets({ app, feed, locale }) {
     attach(node);
     grow(node);
     const place = attached.get(node);
-    if (place && !place.panel) place.panel = mountPanel(place.holder, { feed, locale, embedded: true });
+    if (place && !place.panel) place.panel = mountPanel(place.holder, { feed, locale, embedded: true, nodes: graphNodes(app) });
   }
 
   /** @param {any} node */

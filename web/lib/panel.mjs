@@ -3,17 +3,23 @@
  */
 
 import { deviceRow } from "./device_row.mjs";
+import { PARTS } from "./device_view.mjs";
 import { el, setAttribute, setOptional, setShown, setText, syncList } from "./dom.mjs";
+import { fold } from "./fold.mjs";
+import { NO_NODES } from "./graph_nodes.mjs";
 import { simpleBar } from "./meter.mjs";
 import { modelCard } from "./model_card.mjs";
+import { nodeButton } from "./node_button.mjs";
+import { reportButton } from "./report_button.mjs";
 import { stringsFor } from "./strings.mjs";
-import { PARTS, buildView } from "./view.mjs";
+import { buildView } from "./view.mjs";
 import { watchVisibility } from "./visibility.mjs";
 
 /** @import { Part } from "./dom.mjs" */
 /** @import { Feed, FeedState } from "./feed.mjs" */
+/** @import { GraphNodes } from "./graph_nodes.mjs" */
 /** @import { Strings } from "./strings.mjs" */
-/** @import { BriefView, HostView, NoticeView, View } from "./view.mjs" */
+/** @import { BriefView, HostView, NoticeView, ProgressView, View } from "./view.mjs" */
 
 const STYLES = new URL("../weightstream.css", import.meta.url).href;
 // A value that moves to and fro across a limit would be read out each time.
@@ -23,10 +29,11 @@ const FREED_MS = 20_000;
 
 /**
  * @param {HTMLElement} container
- * @param {{feed: Feed, locale?: () => string, embedded?: boolean}} options  embedded: inside of a node
+ * @param {{feed: Feed, locale?: () => string, embedded?: boolean, nodes?: GraphNodes}} options  embedded: inside of a node;
+ *   nodes: those of the graph that is open
  * @returns {{element: HTMLElement, destroy(): void}}
  */
-export function mountPanel(container, { feed, locale = () => "en", embedded = false }) {
+export function mountPanel(container, { feed, locale = () => "en", embedded = false, nodes = NO_NODES }) {
   const classes = embedded ? "ws-panel ws-embedded" : "ws-panel";
   // No landmark: a page may have many.
   const element = el("div", { class: classes, role: "group", tabindex: "-1" });
@@ -41,7 +48,7 @@ export function mountPanel(container, { feed, locale = () => "en", embedded = fa
     if (wanted !== strings) {
       strings = wanted;
       element.replaceChildren();
-      update = build(element, strings, feed, embedded);
+      update = build(element, strings, { feed, nodes }, embedded);
     }
     const focused = element.contains(document.activeElement);
     update(state);
@@ -66,13 +73,14 @@ export function mountPanel(container, { feed, locale = () => "en", embedded = fa
 /**
  * @param {HTMLElement} root
  * @param {Strings} strings
- * @param {Feed} feed
+ * @param {{feed: Feed, nodes: GraphNodes}} page
  * @param {boolean} small
  * @returns {(state: FeedState) => void}
  */
-function build(root, strings, feed, small) {
+function build(root, strings, { feed, nodes }, small) {
   root.setAttribute("aria-label", strings.title);
   const state = stateLine(strings);
+  const progress = progressLine();
   const banner = el("p", { class: "ws-note ws-banner" });
   const devices = el("ul", { class: "ws-list ws-devices", "aria-label": strings.devices });
   const legend = el("ul", { class: "ws-list ws-legend", "aria-label": strings.legend });
@@ -86,12 +94,16 @@ function build(root, strings, feed, small) {
   const briefs = el("ul", { class: "ws-list ws-briefs", "aria-label": strings.briefs });
   const models = el("ul", { class: "ws-list ws-models", "aria-label": strings.models });
   const modelNote = el("p", { class: "ws-muted" });
-  const deviceParts = [devices, deviceNote, legend];
+  const idle = el("ul", { class: "ws-list ws-devices", "aria-label": strings.devices });
+  const idleFold = fold("", idle);
+  const idleText = /** @type {HTMLElement} */ (idleFold.firstElementChild);
+  const deviceParts = [devices, idleFold, deviceNote, legend];
   // In a node the first lines are all that is seen without scrolling.
   const order = small ? [briefs, ...deviceParts, notices] : [notices, ...deviceParts];
-  root.append(state.element, banner, ...order, host, models, modelNote);
+  const report = small ? [] : [reportButton(feed, strings)];
+  root.append(state.element, progress.element, banner, ...order, host, models, modelNote, ...report);
 
-  const rows = { devices: new Map(), host: new Map(), notices: new Map(), models: new Map(), briefs: new Map() };
+  const rows = { devices: new Map(), idle: new Map(), host: new Map(), notices: new Map(), models: new Map(), briefs: new Map() };
   /** When each was freed here. @type {Map<string, number>} */
   const freed = new Map();
   let now = 0;
@@ -106,19 +118,27 @@ function build(root, strings, feed, small) {
   };
   return (feedState) => {
     now = feedState.now;
-    const view = buildView(feedState, strings, { small, keep: (id) => now - (freed.get(id) ?? -Infinity) < FREED_MS });
+    const view = buildView(feedState, strings, {
+      small,
+      keep: (id) => now - (freed.get(id) ?? -Infinity) < FREED_MS,
+      title: nodes.title,
+    });
     root.dataset.state = view.state.key;
     root.classList.toggle("ws-old", view.old);
     state.update(view, feedState.now);
+    progress.update(view.progress);
     setOptional(banner, view.banner);
     banner.className = `ws-note ws-banner ws-tone-${view.state.tone}`;
-    showList(notices, rows.notices, view.notices, noticeRow);
+    showList(notices, rows.notices, view.notices, () => noticeRow(nodes));
     if (small) showList(briefs, rows.briefs, view.briefs, briefRow);
     showList(devices, rows.devices, view.devices, (device) => deviceRow(device, strings, small));
+    showList(idle, rows.idle, view.idle, (device) => deviceRow(device, strings, true));
+    setText(idleText, view.idleText);
+    setShown(idleFold, view.idle.length > 0);
     setShown(legend, view.legend);
     setOptional(deviceNote, view.deviceNote);
     showList(host, rows.host, view.host, hostRow);
-    showList(models, rows.models, view.models, (model) => modelCard(model, strings, unload));
+    showList(models, rows.models, view.models, (model) => modelCard(model, strings, { feed, unload, nodes }));
     setOptional(modelNote, view.modelNote);
   };
 }
@@ -159,6 +179,23 @@ function stateLine(strings) {
   };
 }
 
+/** How far the run is. */
+function progressLine() {
+  const bar = simpleBar();
+  const text = el("span", { class: "ws-number" });
+  const element = el("div", { class: "ws-loading ws-progress" }, bar.element, text);
+  return {
+    element,
+    /** @param {ProgressView | null} view */
+    update(view) {
+      setShown(element, view !== null);
+      if (view === null) return;
+      setText(text, view.text);
+      bar.update(view.meter, view.fill);
+    },
+  };
+}
+
 /**
  * @param {HostView} first
  * @returns {Part<HostView>}
@@ -194,16 +231,21 @@ function briefRow() {
   };
 }
 
-/** @returns {Part<NoticeView>} */
-function noticeRow() {
+/**
+ * @param {GraphNodes} nodes
+ * @returns {Part<NoticeView>}
+ */
+function noticeRow(nodes) {
   const title = el("strong");
   const text = el("span");
-  const element = el("li", { class: "ws-note ws-tone-warning" }, title, " ", text);
+  const node = nodeButton(nodes);
+  const element = el("li", { class: "ws-note ws-tone-warning" }, title, " ", text, " ", node.element);
   return {
     element,
     update(view) {
       setText(title, view.title);
       setText(text, view.text);
+      node.update(view.node);
     },
   };
 }

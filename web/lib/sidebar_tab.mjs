@@ -8,8 +8,10 @@ import { stringsFor } from "./strings.mjs";
 const ID = "weightstream";
 const ICON = "pi pi-microchip";
 
-/** @param {{feed: import("./feed.mjs").Feed, locale: () => string}} options */
-export function sidebarTab({ feed, locale }) {
+/**
+ * @param {{feed: import("./feed.mjs").Feed, locale: () => string, nodes: import("./graph_nodes.mjs").GraphNodes}} options
+ */
+export function sidebarTab({ feed, locale, nodes }) {
   const strings = stringsFor(locale());
   /** @type {Map<HTMLElement, {destroy(): void}>} */
   const mounted = new Map();
@@ -26,7 +28,7 @@ export function sidebarTab({ feed, locale }) {
         // The host calls this each time that it renders its own part.
         if (mounted.has(container)) return;
         container.classList.add("ws-sidebar");
-        mounted.set(container, mountPanel(container, { feed, locale }));
+        mounted.set(container, mountPanel(container, { feed, locale, nodes }));
       },
       destroy() {
         for (const panel of mounted.values()) panel.destroy();

@@ -3,12 +3,15 @@
  *
  * @typedef {{device: string, name: string, virtual: boolean, total: number | null, free: number | null,
  *   resident: number, staging: number, torch: number | null, cache: number | null, other: number | null,
- *   peak: number | null, copy_rate: number | null, stalled: number | null}} Device
+ *   peak: number | null, copy_rate: number | null, stalled: number | null, link?: Link, card?: Link}} Device
+ *   link is as it was while a model ran, card the best that the card can do
+ * @typedef {{generation: number | null, width: number | null}} Link
  * @typedef {{ram_total: number | null, ram_available: number | null, pinned: number | null,
  *   pinned_limit: number | null}} Host
  * @typedef {{done: number, total: number, rate: number | null}} Loading
  * @typedef {{steps: number, reruns: number, bytes: number, rate: number | null, stall_ms_per_block: number | null,
- *   misses: number, corrupted: number, step_seconds: number | null}} Run  rate and step_seconds are means of the run
+ *   misses: number, corrupted: number, step_seconds: number | null, waiting?: number | null}} Run  rate and step_seconds are
+ *   means of the run, waiting is the part of it for which compute waited
  * @typedef {"unloaded" | "resident" | "pinned" | "staged" | "synchronous"} Ladder
  * @typedef {{id: string, name: string, device: string, node_id: string | null, ladder: Ladder, reason: string,
  *   plan: string, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null,
@@ -18,7 +21,8 @@
  *   streamed_block_bytes are sent in a step; streamed_weight_bytes are those of the weights, more where some are packed
  * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback" | "failed", text: string}} Notice
  * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[],
- *   comfyui?: {version: string, broken: string[]}, why_no_devices?: string | null}} Status
+ *   version?: string, comfyui?: {version: string, broken: string[]}, why_no_devices?: string | null,
+ *   causes?: import("./why.mjs").Cause[]}} Status
  *   comfyui.broken says what of ComfyUI is not as the pack knows it; nothing streams then, and notices say so
  * @typedef {{schema: number, time: number, revision: string, devices: unknown[][], host: (number | null)[],
  *   loading: [string, number, number, number | null][], running: string[]}} Event
@@ -58,6 +62,7 @@ export function merge(status, event) {
     models: (status?.models ?? []).map((model) => withEvent(model, event, loading)),
     notices: status?.notices ?? [],
     why_no_devices: status?.why_no_devices ?? null,
+    causes: status?.causes ?? [],
   };
 }
 

@@ -4,9 +4,12 @@
  * @typedef {typeof ENGLISH} Strings
  */
 
+import { CHINESE_PICTURES, ENGLISH_PICTURES } from "./picture_strings.mjs";
 import { inChinese } from "./server_texts.mjs";
 
 const ENGLISH = {
+  ...ENGLISH_PICTURES,
+
   title: "WeightStream",
   tab: "VRAM",
   tooltip: "VRAM and streamed models (WeightStream)",
@@ -120,6 +123,8 @@ const ENGLISH = {
 
 /** @type {Strings} */
 const CHINESE = {
+  ...CHINESE_PICTURES,
+
   title: "WeightStream",
   tab: "显存",
   tooltip: "显存与流式模型（WeightStream）",

@@ -2,71 +2,70 @@
  * What the panel shows, as plain values: a function of what the feed knows, without a document.
  */
 
+import { deviceView, isIdle, meter } from "./device_view.mjs";
 import * as format from "./format.mjs";
-import { sparkline } from "./history.mjs";
 import { modelViews } from "./model_view.mjs";
 import { merge } from "./status.mjs";
 
+/** @import { DeviceView, Meter } from "./device_view.mjs" */
 /** @import { FeedState } from "./feed.mjs" */
 /** @import { ModelView } from "./model_view.mjs" */
 /** @import { Device, Host, Notice, Status } from "./status.mjs" */
 /** @import { Strings } from "./strings.mjs" */
 
-// Of what streamed models give up at once, their resident weights, and of torch's cache a device is full on purpose.
-export const NEAR_LIMIT = 0.9;
 // Memory is page-locked in whole pieces, so that a limit is reached when the next piece would go beyond it.
 export const NEAR_PINNED_LIMIT = 0.98;
-export const SPARK = { width: 60, height: 14 };
 // With more devices their figures are folded away until somebody asks for them.
 const MOST_OPEN = 2;
 
-/** The parts of a device's bar, from the left. */
-export const PARTS = /** @type {const} */ (["resident", "staging", "torch", "cache", "other"]);
-/** A device's figures; each has a text of its name, and a longer one. */
-export const FIGURES = /** @type {const} */ ([...PARTS, "free", "peak"]);
-
 /**
- * @typedef {typeof PARTS[number] | "free"} Part
- * @typedef {{key: Part | "peak", label: string, long: string, value: string}} Figure
- * @typedef {{key: Part, start: number, size: number}} Segment  fractions of the whole bar
- * @typedef {{now: number | null, max: number, text: string, label: string}} Meter
- * @typedef {{key: string, title: string, detail: string, amount: string, meter: Meter, segments: Segment[],
- *   peak: number | null, warning: string, copy: string, stall: string, spark: string, figures: Figure[],
- *   open: boolean}} DeviceView
  * @typedef {{key: string, label: string, amount: string, fill: number | null, warning: string, meter: Meter}} HostView
- * @typedef {{key: string, kind: "inactive" | "fallback" | "failed", title: string, text: string}} NoticeView
+ * @typedef {{key: string, kind: "inactive" | "fallback" | "failed", title: string, text: string, node: NodeView | null}} NoticeView
+ * @typedef {{id: string, text: string, label: string}} NodeView  a node of the graph: what it is called
+ * @typedef {{text: string, fill: number | null, meter: Meter}} ProgressView
  * @typedef {{key: string, text: string, tone: Tone}} BriefView  a line of what is loaded, or was to stream and does not
  * @typedef {"neutral" | "active" | "good" | "warning" | "error"} Tone
  * @typedef {{state: {key: string, tone: Tone, text: string, spoken: string}, banner: string, old: boolean,
- *   devices: DeviceView[], legend: boolean, deviceNote: string, host: HostView[], models: ModelView[], modelNote: string,
- *   briefs: BriefView[], notices: NoticeView[]}} View
+ *   progress: ProgressView | null, devices: DeviceView[], idle: DeviceView[], idleText: string, legend: boolean,
+ *   deviceNote: string, host: HostView[], models: ModelView[], modelNote: string, briefs: BriefView[],
+ *   notices: NoticeView[]}} View  idle: devices that nothing is loaded on, where there are many
  */
 
 /**
  * @param {FeedState} feed
  * @param {Strings} strings
- * @param {{small?: boolean, keep?: (id: string) => boolean}} [options]  small: there is no room for the figures of each
- *   device; keep: whether a model is shown though nothing of it is loaded
+ * @param {{small?: boolean, keep?: (id: string) => boolean, title?: (id: string) => string}} [options]  small: there is no
+ *   room for the figures of each device; keep: whether a model is shown though nothing of it is loaded; title: what a node
+ *   is called
  * @returns {View}
  */
-export function buildView(feed, strings, { small = false, keep = () => false } = {}) {
+export function buildView(feed, strings, { small = false, keep = () => false, title = () => "" } = {}) {
   const status = merge(feed.status, feed.event);
   const old = feed.link === "stale" || feed.link === "gone";
   const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
-  const open = !small && (usable?.devices.length ?? 0) <= MOST_OPEN;
-  const devices = (usable?.devices ?? []).map((device) => deviceView(device, feed, strings, open));
+  const all = usable?.devices ?? [];
+  const open = (/** @type {Device} */ device) => !small && all.length <= MOST_OPEN && (all.length === 1 || !isIdle(device));
+  const shown = all.map((device) => ({ idle: isIdle(device), view: deviceView(device, feed, strings, open(device)) }));
+  // Who is near its limit is not put aside.
+  const aside = all.length > MOST_OPEN ? shown.filter(({ idle, view }) => idle && view.warning === "") : [];
+  const idle = aside.length > 1 ? aside.map(({ view }) => view) : [];
+  const devices = shown.map(({ view }) => view).filter((view) => !idle.includes(view));
   const host = usable ? hostViews(usable.host, strings) : [];
   const near = [...devices, ...host].some((each) => each.warning !== "");
-  const models = usable ? modelViews(usable.models, strings, keep) : [];
-  const notices = (usable?.notices ?? []).map((notice, place) => noticeView(notice, place, strings));
+  const node = (/** @type {string | null | undefined} */ id) => nodeView(id, title, strings);
+  const models = usable ? modelViews(usable, strings, keep, node) : [];
+  const notices = (usable?.notices ?? []).map((notice, place) => noticeView(notice, place, node(notice.node_id), strings));
   return {
     state: stateView(feed, usable, near, strings),
     banner: bannerText(feed, usable, strings),
     old,
+    progress: models.some((model) => model.running) && !old ? progressView(feed, strings) : null,
     devices,
+    idle,
+    idleText: strings.idleGpus(idle.length),
     // Where figures are unfolded they have the colours beside them.
     legend: devices.some((device) => !device.open),
-    deviceNote: usable && devices.length === 0 ? strings.noDevices(strings.fromServer(usable.why_no_devices ?? "")) : "",
+    deviceNote: usable && all.length === 0 ? strings.noDevices(strings.fromServer(usable.why_no_devices ?? "")) : "",
     host,
     models,
     // Without its status the server's models are not known to be none.
@@ -134,51 +133,27 @@ function spokenNotices(status, strings) {
 }
 
 /**
- * @param {Device} device
  * @param {FeedState} feed
  * @param {Strings} strings
- * @param {boolean} open
- * @returns {DeviceView}
+ * @returns {ProgressView | null}
  */
-function deviceView(device, feed, strings, open) {
-  const { total, free } = device;
-  const used = format.isKnown(total) && format.isKnown(free) ? Math.max(0, total - free) : null;
-  const detail = device.name || (device.virtual ? strings.virtual : "");
-  const near = (format.fraction(keptBytes(device), total) ?? 0) >= NEAR_LIMIT;
-  const figures = FIGURES.map((key) => ({
-    key,
-    label: strings[key],
-    long: strings[`${key}Long`],
-    value: format.bytes(device[key]),
-  }));
-  const text = [
-    used === null ? strings.unknown : strings.used(format.bytes(used), format.bytes(total)),
-    near ? strings.nearlyFullLong : "",
-    ...figures.filter(({ key }) => key !== "free").map(({ label, value }) => `${label} ${value === format.DASH ? strings.unknown : value}`),
-  ];
-  return {
-    key: device.device,
-    title: device.device,
-    detail,
-    amount: format.bytesOf(used, total),
-    meter: meter(used, total, text.filter(Boolean).join("; "), [device.device, detail].filter(Boolean).join(", ")),
-    segments: segmentsOf(device),
-    peak: format.fraction(device.peak, total),
-    warning: near ? strings.nearlyFull : "",
-    copy: format.rate(device.copy_rate),
-    stall: format.percent(device.stalled),
-    spark: sparkline(feed.history.get(device.device) ?? [], total, feed.now, SPARK),
-    figures,
-    open,
-  };
+function progressView({ progress }, strings) {
+  if (!progress) return null;
+  const { done, total, left } = progress;
+  const text = strings.progress({ done, total, left: left === null ? "" : format.timeLeft(left) });
+  return { text, fill: format.fraction(done, total), meter: meter(done, total, text, strings.progressLabel) };
 }
 
 /**
- * What nobody gives up to a model that needs it: slots, activations, other models and programs.
- * @param {Device} device
+ * @param {string | null | undefined} id
+ * @param {(id: string) => string} title
+ * @param {Strings} strings
+ * @returns {NodeView | null}
  */
-function keptBytes({ total, free, resident, cache }) {
-  return format.isKnown(total) && format.isKnown(free) && format.isKnown(cache) ? total - free - resident - cache : null;
+function nodeView(id, title, strings) {
+  if (id === null || id === undefined) return null;
+  const text = title(id) || strings.node(id);
+  return { id, text, label: strings.goToNode(text) };
 }
 
 /**
@@ -193,25 +168,6 @@ function briefViews(models, notices) {
     ...loaded.map(({ key, brief, running }) => ({ key: `model/${key}`, text: brief, tone: /** @type {Tone} */ (running ? "active" : "neutral") })),
     ...inactive.map(({ key, title }) => ({ key: `notice/${key}`, text: title, tone: /** @type {Tone} */ ("warning") })),
   ];
-}
-
-/**
- * The parts of the bar, from the left. Parts that come to more than there is, which samples of different moments do, are
- * shown in proportion.
- * @param {Device} device
- * @returns {Segment[]}
- */
-function segmentsOf(device) {
-  const sizes = PARTS.map((key) => Math.max(0, device[key] ?? 0));
-  const sum = sizes.reduce((total, size) => total + size, 0);
-  const whole = Math.max(device.total ?? 0, sum);
-  if (!format.isKnown(device.total) || whole <= 0) return PARTS.map((key) => ({ key, start: 0, size: 0 }));
-  let start = 0;
-  return PARTS.map((key, place) => {
-    const size = sizes[place] / whole;
-    start += size;
-    return { key, start: start - size, size };
-  });
 }
 
 /**
@@ -247,26 +203,16 @@ function hostView(key, label, used, total, warning, strings) {
 }
 
 /**
- * @param {number | null} now
- * @param {number | null} max
- * @param {string} text
- * @param {string} label
- * @returns {Meter}
- */
-function meter(now, max, text, label) {
-  const known = format.isKnown(now) && format.isKnown(max) && max > 0;
-  return { now: known ? Math.min(now, max) : null, max: known ? max : 0, text, label };
-}
-
-/**
  * @param {Notice} notice
  * @param {number} place
+ * @param {NodeView | null} node
  * @param {Strings} strings
  * @returns {NoticeView}
  */
-function noticeView(notice, place, strings) {
-  const where = notice.node_id === null ? "" : ` (${strings.node(notice.node_id)})`;
+function noticeView(notice, place, node, strings) {
+  const where = node && node.text !== notice.name ? ` (${node.text})` : "";
   return {
+    node,
     key: `${notice.node_id}/${notice.name}/${place}`,
     kind: notice.kind,
     title: `${strings[notice.kind] ?? ""}: ${notice.name}${where}`,

@@ -23,7 +23,8 @@ from weightstream.streaming.command_line import main
 from tools import demo
 from tools.host import HeadlessHost, PromptFailed, PromptInterrupted, PromptRejected
 
-STATUS, WATCH, UNLOAD = (f"/weightstream/v1/{name}" for name in ("status", "watch", "unload"))
+NAMES = ("status", "watch", "unload", "timeline", "steps")
+STATUS, WATCH, UNLOAD, TIMELINE, STEPS = (f"/weightstream/v1/{name}" for name in NAMES)
 EVENT = "weightstream.status"
 ROOT = Path(streaming.__file__).parent.parent
 
@@ -238,3 +239,30 @@ def test_a_seed_that_is_no_number_is_refused_as_before(host: HeadlessHost) -> No
     """A report in a prompt does not keep the host from checking it."""
     with pytest.raises(PromptRejected):
         host.submit(prompt("x"))  # type: ignore[arg-type]
+
+
+def test_single_steps_are_told_by_route(host: HeadlessHost) -> None:
+    host.run(prompt(10, steps=4))
+    (model,) = host.get(STATUS)["models"]
+    told = host.get(f"{STEPS}?model={model['id']}")
+    assert told["runs"][-1]["steps"] == [1, 2, 3, 4]
+    (device,) = host.get(f"{TIMELINE}?model={model['id']}")["devices"]
+    assert device["compute"]
+    assert host.post(TIMELINE, {"model": model["id"]}) == {}
+    host.run(prompt(11, steps=2))
+    (later,) = host.get(f"{TIMELINE}?model={model['id']}")["devices"]
+    assert later["time"] > device["time"]
+    file = host.get(f"{TIMELINE}?model={model['id']}&format=chrome")
+    assert sum(event["ph"] == "X" and event["cat"] == "compute" for event in file["traceEvents"]) == len(
+        later["compute"]
+    )
+
+    async def ask() -> list[int]:
+        async with aiohttp.ClientSession(host.url) as session:
+            codes = [(await post(session, TIMELINE, {"model": "999"}))[0]]
+            for path in (TIMELINE, f"{TIMELINE}?model=999", STEPS):
+                async with session.get(path) as answer:
+                    codes.append(answer.status)
+            return codes
+
+    assert asyncio.run(ask()) == [404] * 4

@@ -321,3 +321,34 @@ def test_what_are_no_shares(text: str) -> None:
 
 def test_shares_of_some_are_parts_of_one_again() -> None:
     assert in_parts((0.5, 0.25)) == pytest.approx((2 / 3, 1 / 3))
+
+
+class Slot:
+    """NVML of a card for PCIe 5.0 x16 in a slot of 4.0 with four lanes, idle."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self, knows_cards: bool) -> None:
+        if knows_cards:
+            self.nvmlDeviceGetGpuMaxPcieLinkGeneration = lambda handle: 5
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        return uuid
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle: str) -> int:
+        return 1
+
+    def nvmlDeviceGetCurrPcieLinkWidth(self, handle: str) -> int:
+        return 4
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: str) -> int:
+        return 4
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: str) -> int:
+        return 16
+
+
+@pytest.mark.parametrize(("knows_cards", "best"), [(True, Link(5, 16)), (False, Link(4, 16))])
+def test_the_best_link_of_a_card_is_not_that_of_its_slot(knows_cards: bool, best: Link) -> None:
+    assert Nvml(Slot(knows_cards)).links("GPU-a") == (Link(1, 4), best)
+    assert Nvml(None).links("GPU-a") == (NO_LINK, NO_LINK)

@@ -1,0 +1,173 @@
+"""Why a step is not faster: each cause by itself, and their order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sampling import MB, sample, settle
+from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.page.causes import Cause, Facts, find_causes
+from weightstream.nodes.page.description import describe_causes, facts_of
+from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.page.usage import DeviceUsage
+from weightstream.streaming import Link
+
+Load = Callable[..., StreamedModelPatcher]
+GB = 10**9
+# A card of 12 GB behind PCIe 4.0 x16 with all that it can have: it waits only since the model is too large.
+FINE = Facts(
+    streamed=14 * GB,
+    bandwidth=24e9,
+    step=0.66,
+    waited=0.3,
+    compute=0.36,
+    link=Link(4, 16),
+    card=Link(4, 16),
+    total=12 * GB,
+    free=300_000_000,
+    others=700_000_000,
+    headroom=200_000_000,
+)
+
+
+def kinds(**changes: Any) -> list[str]:
+    return [cause.kind for cause in find_causes(replace(FINE, **changes))]
+
+
+def cause(kind: str, **changes: Any) -> Cause:
+    found = [cause for cause in find_causes(replace(FINE, **changes)) if cause.kind == kind]
+    assert len(found) == 1, f"{kind} is not among the causes"
+    return found[0]
+
+
+def test_a_model_that_is_too_large_for_a_good_machine_lacks_room_alone() -> None:
+    (room,) = find_causes(FINE)
+    assert room == Cause("room", 0.3, {"streamed": 14 * GB, "total": 12 * GB})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"streamed": 0}, {"step": None}, {"waited": None}, {"streamed": 0, "loading": True}],
+)
+def test_nothing_is_said_of_what_did_not_run_or_does_not_stream(changes: dict[str, Any]) -> None:
+    assert find_causes(replace(FINE, **changes)) == []
+
+
+def test_a_model_that_loads_says_that_alone() -> None:
+    assert find_causes(replace(FINE, loading=True, staged=3 * GB, step=None)) == [
+        Cause("loading", None, {"staged": 3 * GB})
+    ]
+
+
+def test_a_step_that_does_not_wait_is_limited_by_compute() -> None:
+    assert find_causes(replace(FINE, waited=0.0165)) == [Cause("compute", None, {"waiting": 0.025})]
+    assert "compute" not in kinds(waited=0.03)
+
+
+@pytest.mark.parametrize(
+    ("link", "narrow"), [(Link(3, 16), False), (Link(4, 8), True), (Link(4, 4), True), (Link(1, 16), False)]
+)
+def test_a_link_below_what_the_card_can(link: Link, narrow: bool) -> None:
+    found = cause("link", link=link, bandwidth=0.8 * (link.bytes_per_second or 0))
+    assert found.numbers == {"link": str(link), "card": "gen 4 x16", "narrow": narrow}
+    assert found.seconds is not None
+    assert 0 < found.seconds <= 0.3
+    assert find_causes(replace(FINE, link=link, bandwidth=0.8 * (link.bytes_per_second or 0)))[0] == found
+
+
+@pytest.mark.parametrize(("link", "card"), [(Link(5, 16), Link(5, 16)), (Link(), Link(5, 16)), (Link(5, 16), Link())])
+def test_a_link_as_good_as_the_card_or_unknown_is_no_cause(link: Link, card: Link) -> None:
+    assert "link" not in kinds(link=link, card=card, bandwidth=50e9)
+
+
+def test_a_good_link_that_brings_little() -> None:
+    found = cause("slow_bus", bandwidth=10e9)
+    assert found.numbers["rate"] == 10e9
+    assert found.numbers["usual"] == pytest.approx(0.55 * 16 * 1.969e9)
+    assert "slow_bus" not in kinds(bandwidth=18e9)
+    assert "slow_bus" not in kinds(bandwidth=10e9, staged=GB), "what is read comes more slowly"
+    assert "slow_bus" not in kinds(bandwidth=10e9, link=Link(), card=Link())
+
+
+def test_memory_that_is_not_page_locked_and_why() -> None:
+    found = cause("unpinned", staged=6 * GB, why_staged="the limit of 8.0 GB page-locked memory is reached")
+    assert found.numbers == {"staged": 6 * GB, "why": "the limit of 8.0 GB page-locked memory is reached"}
+    assert found.seconds == pytest.approx(3 * GB / 24e9)
+
+
+def test_weights_that_come_from_a_disk() -> None:
+    changes = {"staged": 6 * GB, "bandwidth": 2e9, "waited": 5.0, "step": 6.0}
+    found = cause("disk", **changes)
+    assert found.numbers == {"rate": 2e9, "staged": 6 * GB}
+    assert found.seconds == pytest.approx(3.0)
+    assert kinds(**changes) == ["disk", "unpinned", "room"]
+    assert "disk" not in kinds(staged=6 * GB)
+
+
+def test_copies_that_compute_waits_for() -> None:
+    found = cause("synchronous", synchronous=True, why_synchronous="its settings ask for it", waited=0.0)
+    assert found.numbers == {"why": "its settings ask for it"}
+    assert found.seconds == pytest.approx(0.36)
+
+
+def test_other_programs() -> None:
+    found = cause("others", others=4 * GB)
+    assert found.numbers == {"others": 4 * GB, "gain": 3 * GB}
+    assert found.seconds == pytest.approx(3 * GB / 24e9)
+    assert "others" not in kinds(others=1_200_000_000)
+    assert "others" not in kinds(others=None)
+
+
+def test_a_limit_that_leaves_room() -> None:
+    found = cause("limit", limit=6 * GB, free=5_200_000_000)
+    assert found.numbers == {"limit": 6 * GB, "gain": 5 * GB}
+    assert "limit" not in kinds(limit=6 * GB)
+    assert "limit" not in kinds(free=5_200_000_000), "nobody has set one"
+
+
+def test_weights_that_could_be_packed() -> None:
+    found = cause("unpacked", why_unpacked="weights do not stream packed: there is no kernel here")
+    assert found.numbers == {"why": "weights do not stream packed: there is no kernel here"}
+
+
+def test_the_dearest_comes_first_and_room_last() -> None:
+    changes = {"link": Link(3, 16), "bandwidth": 12e9, "others": 2 * GB, "waited": 1.0, "step": 1.36}
+    found = find_causes(replace(FINE, **changes))
+    assert [each.kind for each in found] == ["link", "others", "room"]
+    assert found[0].seconds > found[1].seconds
+    assert kinds(**{**changes, "others": 11 * GB})[:2] == ["others", "link"]
+
+
+def test_no_cause_costs_more_than_the_wait() -> None:
+    facts = replace(FINE, link=Link(1, 1), others=11 * GB, limit=GB, free=9 * GB, why_unpacked="x", waited=0.05)
+    assert all(each.seconds is None or each.seconds <= 0.05 for each in find_causes(facts))
+
+
+def test_the_status_has_them(streamed: Load) -> None:
+    model = streamed(24 * MB)
+    sample(model)
+    settle(model)
+    causes = full_status()["causes"]
+    assert json.loads(json.dumps(causes)) == causes
+    assert {(each["model"], each["device"]) for each in causes} == {(str(model.streamed.number), "gpu:0")}
+    assert causes[-1]["kind"] in ("room", "compute")
+
+
+def test_facts_are_of_the_run_that_is_on_once_it_has_settled(streamed: Load) -> None:
+    model = streamed(24 * MB)
+    sample(model, steps=6)
+    device = DeviceUsage("gpu:0", "", True, 24 * MB, 1 * MB, 0, 0, 0, 0, 3 * MB, link=Link(4, 8), card=Link(4, 16))
+    now = model.streamer.snapshot()
+    facts = facts_of(model.streamed, now, device)
+    assert (facts.streamed, facts.free, facts.others) == (now.streamed_block_bytes, 1 * MB, 3 * MB)
+    assert (facts.link, facts.card) == (Link(4, 8), Link(4, 16))
+    assert facts.step == now.run.step_seconds
+    sample(model, steps=2)
+    now = model.streamer.snapshot()
+    assert now.last_run is not None
+    assert facts_of(model.streamed, now, device).step == now.last_run.step_seconds, "two steps say little"
+    assert describe_causes([model.streamed], []) == []

@@ -1,0 +1,123 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { badgeText } from "../../web/lib/badge.mjs";
+import { graphNodes } from "../../web/lib/graph_nodes.mjs";
+import { issueReport } from "../../web/lib/issue_report.mjs";
+import { watchProgress } from "../../web/lib/progress.mjs";
+import { stringsFor } from "../../web/lib/strings.mjs";
+import { NOTICE_EVENT, toasts } from "../../web/lib/toasts.mjs";
+import { GIB, STATES, device, feedState, status } from "./states.mjs";
+
+const EN = stringsFor("en");
+
+/** A server that a test lets say things. */
+class Server {
+  /** @type {Map<string, (event: any) => void>} */
+  listeners = new Map();
+  clientId = "page";
+  fetchApi = async () => new Response("{}");
+  addEventListener = (/** @type {string} */ type, /** @type {(event: any) => void} */ listener) => void this.listeners.set(type, listener);
+
+  /**
+   * @param {string} type
+   * @param {any} detail
+   */
+  say(type, detail) {
+    this.listeners.get(type)?.({ detail });
+  }
+}
+
+test("progress tells what is left from the steps that have ended", () => {
+  const server = new Server();
+  let now = 0;
+  let changes = 0;
+  const progress = watchProgress(server, () => now, () => void (changes += 1));
+  assert.equal(progress(), null);
+  const step = (/** @type {number} */ value, /** @type {any} */ more = {}) => server.say("progress", { value, max: 20, prompt_id: "a", node: "3", ...more });
+  now = 10_000;
+  step(1);
+  assert.deepEqual(progress(), { done: 1, total: 20, left: null });
+  now = 12_000;
+  step(2);
+  assert.deepEqual(progress(), { done: 2, total: 20, left: 36 });
+  now = 13_000;
+  assert.equal(progress()?.left, 35);
+  now = 60_000;
+  assert.equal(progress()?.left, 34, "a step that takes long takes no others away");
+  step(1, { node: "9" });
+  assert.deepEqual(progress(), { done: 1, total: 20, left: null });
+  server.say("execution_success", {});
+  assert.equal(progress(), null);
+  assert.equal(changes, 4);
+});
+
+test("bars of bytes are no steps", () => {
+  const server = new Server();
+  const progress = watchProgress(server, () => 0, () => assert.fail("nothing of a run has changed"));
+  server.say("progress", { value: 5, max: 23_800_000_000, node: "1" });
+  server.say("progress", { value: 1, max: 1, node: "1" });
+  server.say("execution_error", {});
+  assert.equal(progress(), null);
+});
+
+test("the badge says how full the fullest device is, and who waits most", () => {
+  assert.equal(badgeText(STATES.streaming, EN), "VRAM 73 % · wait 43 %");
+  assert.equal(badgeText(STATES.eight, EN), "VRAM 56 % · wait 14 %");
+  assert.equal(badgeText(feedState(status({ devices: [device({ stalled: null })] })), EN), "VRAM 6 % · wait 0 %");
+  for (const state of [STATES.starting, STATES.gone, STATES.noGpu]) assert.equal(badgeText(state, EN), "");
+});
+
+test("a notice is said once, by the name that its node has, and only where that is wanted", () => {
+  const server = new Server();
+  /** @type {any[]} */
+  const added = [];
+  let wanted = true;
+  const app = { extensionManager: { toast: { add: (/** @type {any} */ toast) => added.push(toast) } } };
+  toasts({ app, api: server, strings: EN, wanted: () => wanted, title: (id) => (id === "9" ? "Placement" : "") });
+  const notice = { node_id: "9", name: "GPU Placement", kind: "fallback", text: "gpu:3 is not there" };
+  server.say(NOTICE_EVENT, notice);
+  server.say(NOTICE_EVENT, notice);
+  server.say(NOTICE_EVENT, { ...notice, node_id: null, kind: "inactive", name: "Flux" });
+  server.say(NOTICE_EVENT, { ...notice, kind: "failed", text: "no room" });
+  wanted = false;
+  server.say(NOTICE_EVENT, { ...notice, text: "another" });
+  assert.deepEqual(added.map(({ severity, summary, detail }) => [severity, summary, detail]), [
+    ["warn", "Placed differently: Placement", "gpu:3 is not there"],
+    ["warn", "Not streaming: Flux", "gpu:3 is not there"],
+  ]);
+});
+
+test("a report has versions, devices, models and causes", () => {
+  const slow = STATES.slow;
+  const state = { ...slow, status: { ...slow.status, version: "0.3.0", comfyui: { version: "0.30.0", broken: [] } } };
+  const text = issueReport(/** @type {any} */ (state), EN, "Firefox 150");
+  assert.match(text, /^### WeightStream report\nWeightStream 0\.3\.0, ComfyUI 0\.30\.0, Firefox 150\n/);
+  assert.match(text, /\| gpu:0 \| NVIDIA GeForce RTX 4060 \| 7\.2 \/ 8\.6 GiB \| 2\.9 GiB \| 6\.3 GB\/s \| 86 % \| PCIe 4\.0 x4 of PCIe 4\.0 x8 \|/);
+  assert.match(text, /- flux1-dev\.safetensors on gpu:0: staged \(the limit of 13\.4 GiB/);
+  assert.match(text, /- why: The card's link runs at PCIe 4\.0 x4/);
+  for (const each of Object.values(STATES)) assert.doesNotMatch(issueReport(each, EN, ""), /undefined|NaN|\[object/);
+});
+
+test("nodes are found in subgraphs too, and shown there", () => {
+  const inner = { title: "Inner", graph: {} };
+  const outer = { title: "Outer", subgraph: { getNodeById: (/** @type {any} */ id) => (id === 7 ? inner : undefined) } };
+  /** @type {any[]} */
+  const done = [];
+  const rootGraph = { getNodeById: (/** @type {any} */ id) => (id === 12 ? outer : undefined) };
+  const canvas = {
+    graph: rootGraph, setGraph: (/** @type {any} */ graph) => done.push(["graph", graph]),
+    centerOnNode: (/** @type {any} */ node) => done.push(["center", node]),
+  };
+  const nodes = graphNodes({ rootGraph, canvas });
+  assert.deepEqual(["12", "12:7", "12:8", "5"].map(nodes.title), ["Outer", "Inner", "", ""]);
+  nodes.show("12:7");
+  assert.deepEqual(done, [["graph", inner.graph], ["center", inner]]);
+  nodes.show("5");
+  assert.equal(done.length, 2);
+});
+
+test("what is known of devices of a status without links is said", () => {
+  const old = feedState(status({ devices: [device({ total: 24 * GIB })] }));
+  assert.match(issueReport(old, EN, ""), /\| – \|\n/);
+});

@@ -1,0 +1,60 @@
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { test } from "node:test";
+
+import { LANGUAGES, stringsFor } from "../../web/lib/strings.mjs";
+import { causeViews } from "../../web/lib/why.mjs";
+import { GB, STATES, cause } from "./states.mjs";
+
+const EN = stringsFor("en");
+const SERVER = readFileSync(new URL("../../nodes/page/causes.py", import.meta.url), "utf-8");
+const [, literal] = SERVER.match(/^Kind = Literal\[([^\]]+)\]/m) ?? [];
+const KINDS = [...literal.matchAll(/"(\w+)"/g)].map(([, kind]) => kind);
+
+test("the page has words for every cause of the server, in each language", () => {
+  assert.ok(KINDS.length > 8);
+  for (const strings of Object.values(LANGUAGES)) {
+    for (const kind of KINDS) {
+      const [view] = causeViews([cause({ kind, link: "gen 3 x16", card: "gen 4 x16", why: "nothing is packed" })], "1", strings);
+      assert.ok(view.text.length > 8 && view.todo.length > 4, kind);
+      assert.doesNotMatch(view.text + view.todo, /undefined|NaN/);
+    }
+  }
+});
+
+test("a cause of a later server is left out, and so are those of other models", () => {
+  assert.deepEqual(causeViews([cause({ kind: "moon" }), cause({ model: "2" })], "1", EN), []);
+});
+
+test("the number that matters stands in each sentence", () => {
+  const [link, unpinned, others, room] = causeViews(STATES.slow.status?.causes ?? [], "1", EN);
+  assert.equal(link.text, "The card's link runs at PCIe 4.0 x4; the card can do PCIe 4.0 x8.");
+  assert.match(link.todo, /slot with all lanes/);
+  assert.equal(link.costs, "1.720 s of each step");
+  assert.match(unpinned.text, /^8.3 GiB are not in page-locked RAM: the limit of 13.4 GiB/);
+  assert.match(others.todo, /1.9 GiB of weights could stay/);
+  assert.match(room.text, /^21.7 GiB of weights have no room in 8.6 GiB/);
+});
+
+test("a slow generation is another matter than few lanes", () => {
+  const [view] = causeViews([cause({ kind: "link", link: "gen 3 x16", card: "gen 4 x16", narrow: false })], "1", EN);
+  assert.match(view.todo, /BIOS/);
+});
+
+test("on several devices the dearest comes first, with its device, and room last", () => {
+  const causes = [
+    cause({ kind: "others", seconds: 0.1, others: GB, gain: GB }), cause({ seconds: 9 }),
+    cause({ kind: "limit", device: "gpu:1", seconds: 0.2, limit: GB, gain: GB }), cause({ device: "gpu:1", seconds: 8 }),
+  ];
+  const views = causeViews(causes, "1", EN);
+  assert.deepEqual(views.map(({ device, kind }) => `${device} ${kind}`), ["gpu:1 limit", "gpu:0 others", "gpu:0 room", "gpu:1 room"]);
+  assert.ok(causeViews([cause()], "1", EN).every(({ device }) => device === ""));
+});
+
+test("where all devices compute one speaks for all, and where one waits they are silent", () => {
+  const computes = [cause({ kind: "compute", waiting: 0.01 }), cause({ kind: "compute", waiting: 0.02, device: "gpu:1" })];
+  const [view, ...more] = causeViews(computes, "1", EN);
+  assert.deepEqual([view.device, more.length], ["", 0]);
+  assert.match(view.text, /only 2 % of a step/);
+  assert.deepEqual(causeViews([...computes, cause({ device: "gpu:2" })], "1", EN).map(({ kind }) => kind), ["room"]);
+});
