@@ -38,7 +38,7 @@ SHARING = {
         ),
         *("tests/tools/test_benchmarks.py", "tests/tools/test_examples.py"),
     ),
-    "browser": ("tests/browser/test_page.py", "tests/browser/test_takeover.py", "tests/browser/test_widget.py"),
+    "browser": tuple(f"tests/browser/test_{name}.py" for name in ("page", "serve_workflow", "takeover", "widget")),
 }
 
 

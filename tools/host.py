@@ -72,6 +72,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def check_port(port: int) -> None:
+    """Refuse a port on which somebody listens already; 0 stands for any that is free.
+
+    Raises:
+        HostError: it is taken, or this user may not have it.
+    """
+    with socket.socket() as probe:
+        if os.name != "nt":  # There it would let two programs have one port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise HostError(f"port {port} cannot be used ({error.strerror}); choose another one with --port") from None
+
+
 def copy_pack(custom_nodes: Path, source: Path = PACK_ROOT) -> Path:
     """Copy the pack as ComfyUI would find it installed. Copied and not linked: links need rights on Windows."""
     target = custom_nodes / PACK_NAME

@@ -41,7 +41,7 @@ from demo import (  # noqa: E402
     write_models,
 )
 from examples import as_text, report, text  # noqa: E402
-from host import PACK_NAME, HeadlessHost, HostError  # noqa: E402
+from host import PACK_NAME, HeadlessHost, HostError, check_port  # noqa: E402
 from workflow import Node, Workflow  # noqa: E402
 
 VAE = "demo-vae.safetensors"
@@ -56,25 +56,33 @@ DEMO = Workflow(
     TEMPLATE,
     "## WeightStream demo\n\n"
     "A FLUX with random weights (19 MB), a LoRA, a text encoder, a small VAE: the picture is noise. Press **Run**.\n\n"
-    "**Streamed Model Loader** says on the node what streams and what stays; **Streaming Report** tells of the run.\n\n"
+    "**Streamed Model Loader** says on the node what streams and what stays; **GPU Placement** puts the MODEL on all "
+    "GPUs and shows them; **Streaming Report** tells of the run.\n\n"
     "More workflows, for real models: *Templates*, then *Extensions*, then *weightstream*.",
     {
-        # So that a part of it streams on any GPU.
-        "model": Node(OURS, 1, {"unet_name": UNET, "vram_limit_gb": SIZES["tiny"].gpu_limit_gb}),
         "clip": Node("CLIPLoader", 1, {"clip_name": CLIP, "type": "stable_diffusion"}),
         "vae": Node("VAELoader", 1, {"vae_name": VAE}),
-        "lora": Node("LoraLoaderModelOnly", 2, {"lora_name": LORA, "strength_model": 0.8}, {"model": ("model", 0)}),
-        "text": text(2, ("clip", 0), "a river of small lanterns at dusk", "Prompt"),
-        "latent": Node("EmptySD3LatentImage", 2, {"width": 256, "height": 256}),
+        # Below the others, as it grows with what it says. With a limit, so that a part of it streams on any GPU.
+        "model": Node(OURS, 1, {"unet_name": UNET, "vram_limit_gb": SIZES["tiny"].gpu_limit_gb}),
+        "placement": Node(
+            "WeightStreamGPUPlacement",
+            2,
+            {"devices": ""},
+            {"model": ("model", 0), "clip": ("clip", 0), "vae": ("vae", 0)},
+        ),
+        "lora": Node("LoraLoaderModelOnly", 3, {"lora_name": LORA, "strength_model": 0.8}, {"model": ("placement", 0)}),
+        "text": text(3, ("placement", 1), "a river of small lanterns at dusk", "Prompt"),
+        "latent": Node("EmptySD3LatentImage", 3, {"width": 256, "height": 256}),
         "sampler": Node(
             "KSampler",
-            3,
+            4,
             {"seed": 20250607, "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"},
             {"model": ("lora", 0), "positive": ("text", 0), "negative": ("text", 0), "latent_image": ("latent", 0)},
         ),
-        "decoded": Node("VAEDecode", 3, {}, {"samples": ("sampler", 0), "vae": ("vae", 0)}),
-        "save": Node("PreviewImage", 4, {}, {"images": ("decoded", 0)}),
-        "report": report(4, "lora", "sampler"),
+        "decoded": Node("VAEDecode", 4, {}, {"samples": ("sampler", 0), "vae": ("placement", 2)}),
+        "save": Node("PreviewImage", 5, {}, {"images": ("decoded", 0)}),
+        # By itself: it grows with what it tells, and so does the picture.
+        "report": report(6, "lora", "sampler"),
     },
 )
 
@@ -101,6 +109,10 @@ def small_vae_tensors(channels: int = 16, width: int = 64) -> list[TensorSpec]:
 def write_files(host: HeadlessHost) -> None:
     """The models; those of an earlier run in the same folder are used again."""
     write_models(host, SIZES["tiny"])
+    write_vae(host)
+
+
+def write_vae(host: HeadlessHost) -> None:
     path = host.models("vae") / VAE
     if not path.exists():
         part = path.with_suffix(".part")
@@ -142,6 +154,7 @@ def follow(host: HeadlessHost) -> None:
 
 
 def serve(args: argparse.Namespace) -> int:
+    check_port(args.port)
     comfyui, machine = comfyui_path(), find_machine()
     virtual = machine.virtual and (os.environ.get(VIRTUAL_VARIABLE) or VIRTUAL_DEVICES)
     with working_folder(args.folder) as folder:

@@ -172,7 +172,7 @@ class _Pass:
 
     def _settle(self, models: list[_Found], others: list[_Found]) -> None:
         """Put Async Offload Settings behind models of other loaders, and take along text encoders that shall stream."""
-        left = [found for found in others if found.wish.clip_streams]
+        left = [found for found in others if found.wish.clip_streams and self._leads_on(found, CLIP)]
         for found in models:
             clip = found if found.wish.clip_streams and self._leads_on(found, CLIP) else _beside(found, left)
             needed = not found.streams and self._leads_on(found, MODEL) and not self._has(found, SETTINGS)
@@ -185,7 +185,8 @@ class _Pass:
             if clip is not None:
                 self._note("settings-clip", clip.node)
         for found in left:
-            self._note("streams-alone", found.node)
+            self._insert(SETTINGS, {}, {"clip": found})
+            self._note("settings-clip", found.node)
 
     def _leads_on(self, found: _Found, type_: str) -> bool:
         return type_ in found.gives and bool(self._graph.consumers(*found.gives[type_]))
@@ -232,7 +233,7 @@ class _Pass:
         types = {socket.name: socket.type for socket in kind.sockets}
         connected = {name: found for name, found in inputs.items() if found is not None}
         links = {name: found.gives[types[name]] for name, found in connected.items()}
-        node = self._graph.insert(kind, connected["model"].node, values, links)
+        node = self._graph.insert(kind, next(iter(connected.values())).node, values, links)
         places = [socket.name for socket in kind.sockets]
         for name, found in connected.items():
             found.gives[types[name]] = (node, places.index(name))

@@ -67,7 +67,7 @@ SETTINGS = Kind(
         "reserve_vram_gb": 0.0,
         "packing": "auto",
     },
-    sockets=(Socket("model", MODEL), Socket("clip", CLIP, optional=True)),
+    sockets=(Socket("model", MODEL, optional=True), Socket("clip", CLIP, optional=True)),
     outputs=ALL_THREE[:2],
     optional=frozenset({"packing"}),
     pack=OURS,

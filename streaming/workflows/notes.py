@@ -64,10 +64,6 @@ TEXTS: dict[str, tuple[Weight, str]] = {
         f"{{name}}={{value!r}}: there is no MODEL beside it that {PLACEMENT.title} could take it along with; use "
         "ComfyUI's {instead}",
     ),
-    "streams-alone": (
-        Weight.LEFT,
-        f"there is no MODEL beside it; to stream it, connect it to clip of an {SETTINGS.title} that has one",
-    ),
     "precision": (Weight.LEFT, "high_precision_loras has no equal: a LoRA is computed as ComfyUI does it"),
     "no-equal": (Weight.LEFT, "has no equal here; use the node of the same name without MultiGPU, of its own pack"),
     "no-equal-wan": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -123,7 +124,9 @@ def size(value: int | None) -> str:
     for unit, bytes_of_one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if value >= bytes_of_one * 0.9995:
             number = value / bytes_of_one
-            return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.1f} {unit}"
+            places = 0 if number >= 99.95 else 1
+            # Halves, which sizes in binary units often have, are rounded up there, and to even digits here.
+            return f"{math.floor(number * 10**places + 0.5) / 10**places:.{places}f} {unit}"
     return f"{value} B"
 
 

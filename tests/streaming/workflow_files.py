@@ -20,6 +20,7 @@ OUTPUTS = {
     "IMAGE": ("VAEDecode",),
     "CONDITIONING": ("CLIPTextEncode",),
     "MULTIGPUDEVICE": ("DeviceSelectorMultiGPU",),
+    "COMBO": ("PrimitiveNode",),
 }
 INPUTS = {
     "KSampler": {"model": "MODEL", "positive": "CONDITIONING"},

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tools import serve
 from tools.examples import EXAMPLES
 from tools.serve import DEMO, SAVED, TEMPLATE
 from tools.workflow import Workflow, choices, inputs_of
@@ -135,6 +137,21 @@ def test_a_page_with_a_workflow_that_runs(server: Server, tmp_path: Path) -> Non
     assert "Starting server" in "".join(server.lines), "the host's log is passed on"
     with pytest.raises(OSError, match="refused"):
         get(f"{url}/object_info")
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COMFYUI_PATH")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert serve.main(["--folder", str(tmp_path / "folder"), "--port", str(port)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"serve: port {port} cannot be used (")
+    assert "--port" in said.err
+    assert (said.out, list(tmp_path.iterdir())) == ("", [])
 
 
 def as_prompt(workflow: Workflow, info: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,6 @@ export const NOTES_IN_CHINESE = {
   "compute-cpu": ({ name }) => `MODEL 没有与 ${name}=cpu 对应的设置：它在 GPU 上计算，并流式加载到那里`,
   "no-device": ({ name, value }) => `此节点没有与 ${name}=${value} 对应的设置；它留在 ComfyUI 放置的位置`,
   alone: ({ name, value, instead }) => `${name}=${value}：旁边没有可与它一起接到 GPU Placement 的 MODEL；请使用 ComfyUI 的 ${instead}`,
-  "streams-alone": () => "旁边没有 MODEL；若要流式加载，请把它接到某个已有 MODEL 的 Async Offload Settings 的 clip 上",
   precision: () => "high_precision_loras 没有对应设置：LoRA 按 ComfyUI 的方式计算",
   "no-equal": () => "这里没有对应的节点；请使用其原节点包中不带 MultiGPU 的同名节点",
   "no-equal-wan": ({ others }) =>

@@ -18,7 +18,7 @@ from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.text_encoder import with_patcher
 from weightstream.nodes.settings import AsyncOffloadSettings, with_settings
 from weightstream.nodes.twins.takeover import give_back
-from weightstream.streaming import UnsupportedModelError, VirtualMemory
+from weightstream.streaming import BudgetError, UnsupportedModelError, VirtualMemory
 
 Device = Callable[[int], VirtualMemory]
 
@@ -151,6 +151,20 @@ def test_off_and_back(clip: comfy.sd.CLIP) -> None:
     for one in (off, again):
         assert_same(encode(one, PROMPTS[1]), encode(clip, PROMPTS[1]))
     assert again.patcher.status()["mode"] == "streamed"
+
+
+def test_one_minimum_is_right_for_both(streamed: Callable[..., Any], family: Family, path: Path) -> None:
+    model, clip = streamed(64 * MB), load(family, path)
+    with torch.inference_mode():
+        with pytest.raises(BudgetError) as caught:
+            AsyncOffloadSettings.execute(model, clip, vram_limit_gb=1e-6)
+        alone = []
+        for one in ((model, None), (None, clip)):
+            with pytest.raises(BudgetError) as refused:
+                AsyncOffloadSettings.execute(*one, vram_limit_gb=1e-6)
+            alone.append(refused.value.minimum)
+        assert caught.value.minimum == max(alone)
+        AsyncOffloadSettings.execute(model, clip, vram_limit_gb=max(alone) / (1 << 30))
 
 
 def test_model_and_encoder_through_the_node(streamed: Callable[..., Any], family: Family, path: Path) -> None:

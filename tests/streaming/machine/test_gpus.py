@@ -104,6 +104,44 @@ def test_plain_values() -> None:
     }
 
 
+class OnlyLibrary:
+    """pynvml where torch is not installed: a GPU of which everything is known, and one that has been lost."""
+
+    class NVMLError(Exception):
+        """As in pynvml."""
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index:
+            raise self.NVMLError("GPU is lost")
+        return 70
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return {"GPU-a": 70}[uuid]
+
+    def nvmlDeviceGetName(self, handle: int) -> bytes:
+        return {70: b"NVIDIA GeForce RTX 4060"}[handle]
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return {70: "GPU-a"}[handle]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(total=MEMORY, free=MEMORY // 2)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda handle: {"Generation": 4, "Width": 8}[name.rpartition("Link")[2]]
+
+
+def test_without_torch_the_driver_lists_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Nvml(None).gpus() == []
+    known, lost = Nvml(OnlyLibrary()).gpus()
+    assert (known.device, known.name, known.uuid) == ("gpu:0", "NVIDIA GeForce RTX 4060", "GPU-a")
+    assert (known.total, known.free, known.most_link) == (MEMORY, MEMORY // 2, Link(4, 8))
+    assert lost == Gpu(1, "-")
+
+
 class FakeLibrary:
     """pynvml for two GPUs of which one does not know its link. NVML numbers them the other way round."""
 

@@ -181,11 +181,15 @@ def test_the_advanced_checkpoint_loader_places_its_parts(kind: str, values: list
     check(found)
 
 
-def test_a_text_encoder_without_a_model_beside_it_is_left_to_the_user() -> None:
-    graph = workflow(node(1, "CLIPLoaderDisTorch2MultiGPU", ["c", "wan", "cuda:1", 2, "cpu", "", False]))
+def test_a_text_encoder_without_a_model_beside_it_streams_where_comfyui_puts_it() -> None:
+    graph = workflow(
+        node(1, "CLIPLoaderDisTorch2MultiGPU", ["c", "wan", "cuda:1", 2, "cpu", "", False]),
+        node(2, "CLIPTextEncode", ["a river"], clip=(1, 0)),
+    )
     found = convert(graph)
     assert "Select CLIP Device" in said(found)["alone"]
-    assert "streams-alone" in said(found)
+    assert links(found.workflow) == {("CLIPLoader", f"{SETTINGS}.clip"), (SETTINGS, "CLIPTextEncode.clip")}
+    check(found)
 
 
 def test_what_a_device_selector_says_is_read_and_the_selector_goes() -> None:
@@ -198,6 +202,26 @@ def test_what_a_device_selector_says_is_read_and_the_selector_goes() -> None:
     assert widgets(found.workflow, PLACEMENT)[0] == "gpu:1"
     assert "DeviceSelectorMultiGPU" not in {one["type"] for one in found.workflow["nodes"]}
     assert "selector-gone" in said(found)
+    check(found)
+
+
+def test_what_comes_behind_a_device_keeps_its_link() -> None:
+    graph = workflow(
+        node(1, "DeviceSelectorMultiGPU", ["cuda:0"]),
+        node(2, "PrimitiveNode", ["f"]),
+        node(3, "UNETLoaderMultiGPU", ["f", "default", "cuda:0"], device=(1, 0), unet_name=(2, 0)),
+    )
+    found = convert(graph)
+    assert found.workflow["links"] == [[2, 2, 0, 3, 0, "COMBO"]]
+    check(found)
+
+
+def test_a_muted_vae_does_not_go_along_with_a_model_that_runs() -> None:
+    graph = flux("UNETLoaderMultiGPU", ["f", "default", "cuda:0"])
+    graph["nodes"][2]["mode"] = 2
+    found = convert(graph)
+    assert PLACEMENT not in {one["type"] for one in found.workflow["nodes"]}
+    assert "Select VAE Device" in said(found)["alone"]
     check(found)
 
 
