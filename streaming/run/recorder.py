@@ -208,7 +208,7 @@ class Recorder:
         """Note: the host ahead of the device."""
         begin = self._backend.moment()
         self._backend.hold_back(self._head_start)
-        self.stalled(partial(_seconds, self._backend, begin, self._backend.moment()))
+        self.stalled(partial(self._backend.seconds, begin, self._backend.moment()))
 
     def end_block(self, block: int) -> None:
         for position in range(len(self._open) - 1, -1, -1):
