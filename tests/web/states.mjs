@@ -243,7 +243,7 @@ export const STATES = {
         model({
           running: true, ladder: "staged", reason: "the limit of 13.4 GiB page-locked memory is reached",
           pinned_bytes: 13.4 * GIB, resident_bytes: 1.6 * GIB, streamed_block_bytes: 21.7 * GIB,
-          last_run: run({ bytes: 434 * GIB, rate: 6.3 * GIB, stall_ms_per_block: 52, step_seconds: 3.45, waiting: 0.86 }),
+          last_run: run({ bytes: 434 * GIB, rate: 6.3 * GB, stall_ms_per_block: 52, step_seconds: 3.45, waiting: 0.86 }),
         }),
       ],
       causes: [
