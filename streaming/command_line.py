@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     planning.add_argument("--ram", type=_positive, default=0.0, help="GiB of the machine")
     planning.add_argument("--link", type=_positive, default=25.0, help="GB/s from RAM to the card (default: 25)")
     planning.add_argument(
-        "--reserve", type=_positive, default=1.5, help="GiB of VRAM for activations and others (default: 1.5)"
+        "--reserve", type=_positive, default=2.5, help="GiB of VRAM for activations and others (default: 2.5)"
     )
     planning.add_argument("--compute", type=_positive, help="seconds of a step with all weights in VRAM, if known")
     planning.add_argument("--url", help="a running ComfyUI that may have measured that (default: the usual address)")

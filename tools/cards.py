@@ -28,6 +28,7 @@ sys.path.append(str(ROOT))
 from shapes import Shape, load_shape  # noqa: E402
 
 from streaming import Plan, StreamingConfig  # noqa: E402
+from streaming.estimating.estimate import pinnable_bytes  # noqa: E402
 from streaming.planning.packing import Packing, Refusals  # noqa: E402
 from streaming.planning.plan import FORECAST_TOLERANCE, forecast_seconds  # noqa: E402
 from streaming.planning.planner import Planner  # noqa: E402
@@ -49,12 +50,7 @@ H200_TFLOPS, H200_MEMORY = 989.4, 4800e9
 # Bytes of weights a second that the H200 unpacks beside copies (docs/packing.md).
 H200_UNPACKS = {"bfloat16": 1810e9, "float16": 1590e9}
 
-# What the system and ComfyUI use of the RAM, besides weights.
-USED_RAM = 5 * GIB
-# ComfyUI's limit of page-locked memory, as a part of the RAM (0.30).
-PINNED_SHARE = {"Linux": 0.90, "Windows": 0.40}
-# Of it stays free (nodes/host/devices.py).
-RESERVED_RAM, RESERVED_SHARE = 2 * GIB, 0.1
+SYSTEMS = {"Linux": "posix", "Windows": "nt"}
 # Of what the disk reads with eight threads, weights from a file come at this part (`ram-50` in benchmarks/README.md).
 DISK_SHARE = 0.83
 DISKS = (3e9, 7e9)
@@ -214,11 +210,6 @@ def bus_share(card: Card, model: Model) -> float:
     return seconds_of(on_card(card, model, NO_COMPUTE)) / card.compute_seconds(model)
 
 
-def pinnable_bytes(ram: float, system: str) -> float:
-    """RAM that may be page-locked on a machine with so much of it."""
-    return min(PINNED_SHARE[system] * ram, ram - USED_RAM - min(RESERVED_RAM, RESERVED_SHARE * ram))
-
-
 class InRam(NamedTuple):
     """A step on a machine with so much RAM: bytes that are page-locked, and those that the disk reads."""
 
@@ -335,7 +326,7 @@ def by_ram() -> str:
     card = next(card for card in CARDS if card.name == RAM_CARD)
 
     def cell(model: Model, system: str, ram: int) -> str:
-        limit = pinnable_bytes(ram * GIB, system)
+        limit = pinnable_bytes(ram * GIB, SYSTEMS[system])
         steps = [with_ram(card, model, limit, disk) for disk in DISKS]
         if not any(step.from_disk for step in steps):
             return f"{steps[0].pinned / GIB:.1f}"
@@ -348,7 +339,7 @@ def by_ram() -> str:
         return [model.name, compute, system, *(cell(model, system, ram) for ram in RAM_GIB)]
 
     head = ["model", "computes, s", "system", *(f"{ram} GiB of RAM" for ram in RAM_GIB)]
-    return table(head, (row(model, system) for model in MODELS for system in PINNED_SHARE))
+    return table(head, (row(model, system) for model in MODELS for system in SYSTEMS))
 
 
 def data() -> str:

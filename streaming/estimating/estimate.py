@@ -13,9 +13,14 @@ from ..planning.search import make_plan, minimum_bytes
 from .cutting import Cut
 
 GIB = 1 << 30
-# Of the VRAM: for activations, the driver and a screen; of RAM that ComfyUI page-locks at most.
-ASSUMED_RESERVE = 1.5
+# Of the VRAM, in GiB: for activations and kernels of a picture of 1024 x 1024, the driver and a desktop (docs/cards.md).
+ASSUMED_RESERVE = 2.5
+# What the system and ComfyUI use of the RAM, besides weights.
+USED_RAM = 5 * GIB
+# ComfyUI's limit of page-locked memory, as a part of the RAM (0.30), by ``os.name``.
 PINNED_SHARE = {"nt": 0.4, "posix": 0.9}
+# So much of the RAM stays free, or this part of it if that is less (nodes/host/devices.py).
+RESERVED_RAM, RESERVED_SHARE = 2 * GIB, 0.1
 # PCIe 4.0 with 16 lanes.
 ASSUMED_LINK = 25.0
 CARDS = (8, 12, 16, 24)
@@ -42,6 +47,12 @@ class Machine:
     @property
     def budget(self) -> float:
         return max(0.0, self.vram - self.reserve) * GIB
+
+
+def pinnable_bytes(ram: float, system: str) -> float:
+    """Bytes that may be page-locked on a machine with ``ram`` bytes, whose ``os.name`` is ``system``."""
+    share = PINNED_SHARE.get(system, PINNED_SHARE["posix"])
+    return max(0.0, min(share * ram, ram - USED_RAM - min(RESERVED_RAM, RESERVED_SHARE * ram)))
 
 
 def plan_for(cut: Cut, machine: Machine) -> Plan:
@@ -99,7 +110,7 @@ def describe_plan(cut: Cut, machine: Machine) -> list[str]:
 def _ram_text(cut: Cut, plan: Plan, machine: Machine) -> str:
     if not machine.ram:
         return ""
-    most = int(machine.ram * GIB * PINNED_SHARE.get(machine.system, 0.9))
+    most = pinnable_bytes(machine.ram * GIB, machine.system)
     if plan.streamed_weight_bytes <= most:
         return f", of at most {format_bytes(most)} where there are {machine.ram:g} GiB"
     left = format_bytes(plan.streamed_weight_bytes - most)
@@ -119,7 +130,7 @@ def _time_lines(cut: Cut, plan: Plan, machine: Machine) -> list[str]:
             bus,
             "  s/step      not known: that is the bus's part alone; compute was not measured on this card",
         ]
-    step = f"  s/step      {forecast.seconds:.2g} s predicted ({forecast.compute_seconds:.2g} s of compute, measured)"
+    step = f"  s/step      {forecast.seconds:.2g} s predicted ({forecast.compute_seconds:.2g} s of compute)"
     if packs and forecast.limited_by == "bus":
         step += f"; about {max(packed, forecast.compute_seconds):.2g} s with packed weights"
     return [bus, step]

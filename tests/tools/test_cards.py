@@ -76,9 +76,9 @@ def test_with_little_ram_a_step_takes_what_the_disk_takes() -> None:
 
 
 def test_windows_allows_less_to_be_page_locked_and_small_machines_are_full_first() -> None:
-    assert cards.pinnable_bytes(64 * cards.GIB, "Windows") == 0.4 * 64 * cards.GIB
-    assert cards.pinnable_bytes(64 * cards.GIB, "Linux") == 57 * cards.GIB
-    assert cards.pinnable_bytes(16 * cards.GIB, "Linux") == pytest.approx(9.4 * cards.GIB)
+    assert cards.pinnable_bytes(64 * cards.GIB, "nt") == 0.4 * 64 * cards.GIB
+    assert cards.pinnable_bytes(64 * cards.GIB, "posix") == 57 * cards.GIB
+    assert cards.pinnable_bytes(16 * cards.GIB, "posix") == pytest.approx(9.4 * cards.GIB)
 
 
 def test_the_shapes_are_what_the_host_builds_and_the_pack_cuts(tmp_path: Path) -> None:
