@@ -13,7 +13,7 @@ from ..planning.search import make_plan, minimum_bytes
 from .cutting import Cut
 
 GIB = 1 << 30
-# Of the VRAM, in GiB: for activations and kernels of a picture of 1024 x 1024, the driver and a desktop (docs/cards.md).
+# GiB of the VRAM for activations and kernels of a picture of 1024 x 1024, the driver and a desktop (docs/cards.md).
 ASSUMED_RESERVE = 2.5
 # What the system and ComfyUI use of the RAM, besides weights.
 USED_RAM = 5 * GIB
