@@ -35,6 +35,7 @@ PLACEMENT: dict[str, Any] = {
     "vae_device": "gpu:31",
     "on_missing": "fallback",
 }
+LINE_EVENT = "weightstream.line"
 PLAN = re.compile(r"a step streamed in \d+ segments")
 
 
@@ -121,8 +122,9 @@ def test_one_log_line_says_the_plan(host: HeadlessHost) -> None:
     assert re.search(r"MiB on the device: .*; a step in \S+ s, .*; \S+ (Mi)?B from page-locked memory", lines[-1])
 
 
-def test_the_node_shows_the_plan(host: HeadlessHost) -> None:
-    """As the page gets it: binary messages of type 3 (text) with the node's id in front."""
+def test_the_node_shows_its_line_with_the_plan_behind_it(host: HeadlessHost) -> None:
+    """As the page gets it: binary messages of type 3 (text) with the node's id in front, and an event with values."""
+    lines: list[dict[str, object]] = []
 
     async def listen() -> list[tuple[str, str]]:
         address = f"{host.url.replace('http', 'ws')}/ws?clientId=listener"
@@ -136,11 +138,17 @@ def test_the_node_shows_the_plan(host: HeadlessHost) -> None:
                         (length,) = struct.unpack(">I", message.data[4:8])
                         node, text = message.data[8 : 8 + length], message.data[8 + length :]
                         texts.append((node.decode(), text.decode()))
+                    elif message.type == aiohttp.WSMsgType.TEXT and json.loads(message.data)["type"] == LINE_EVENT:
+                        lines.append(json.loads(message.data)["data"])
             return texts
 
     texts = asyncio.run(listen())
     assert [node for node, _ in texts] == ["model"] * len(texts)
-    assert any(PLAN.search(text) and "page-locked" in text for _, text in texts)
+    shown = {text for _, text in texts}
+    assert {line["text"] for line in lines} <= shown
+    assert all(line["node"] == "model" for line in lines)
+    assert re.search(r"^\S+ s/step · (hardly any|\d+ %) waiting for the bus", str(lines[-1]["text"]))
+    assert any(PLAN.search(detail) and "page-locked" in detail for detail in lines[-1]["details"])
 
 
 def test_a_limit_below_one_block_fails_that_node_by_name(host: HeadlessHost) -> None:
@@ -225,8 +233,8 @@ def test_settings_that_are_off_leave_the_model_as_it_is(host: HeadlessHost) -> N
 def test_what_was_saved_before_there_was_packing_has_its_values_in_their_places(host: HeadlessHost) -> None:
     """A workflow's values are in the order of the widgets; an API prompt names them."""
     inputs = host.get("/object_info/WeightStreamOffloadSettings")["WeightStreamOffloadSettings"]["input"]
-    assert [*inputs["required"]] == ["model", *(name for name in SETTINGS if name != "packing")]
-    assert [*inputs["optional"]] == ["clip", "packing"]
+    assert [*inputs["required"]] == [name for name in SETTINGS if name != "packing"]
+    assert [*inputs["optional"]] == ["model", "clip", "packing", "preset"]
     ours = settings_prompt(54)
     del ours["settings"]["inputs"]["packing"]
     free(host)
@@ -339,5 +347,5 @@ def test_the_demo_holds(tmp_path: Path) -> None:
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["bit_identical"] is True
     assert summary["misses"] == 0
-    assert summary["steps"] == demo.STEPS
+    assert summary["steps"] == 2 * demo.STEPS, "of the prompt that loads, and of the one that is compared"
     assert summary["streamed_bytes"] > 0
