@@ -239,7 +239,7 @@ def check_limit(vram_limit: int | None, streamer: Streamer, name: str) -> None:
         # Rounded up to what the input takes, so that the value in the message works when typed in.
         gib = math.ceil(least / GIB / ROUND_GIB) * ROUND_GIB
         raise BudgetError(
-            f"vram_limit_gb={vram_limit / GIB:.2f} is too small for {name}: its largest block and what lies outside of "
+            f"vram_limit_gb={vram_limit / GIB:.3g} is too small for {name}: its largest block and what lies outside of "
             f"blocks need at least {gib:.2f} (GiB). Set vram_limit_gb to that or more, or to 0 for automatic.",
             least,
         )

@@ -63,7 +63,7 @@ def test_what_is_packed_takes_less_on_the_bus_and_in_ram() -> None:
     assert why(streamer) == ""
     assert snapshot.pinned_bytes == sum(backend.registered.values())
     assert snapshot.staged_bytes == 0
-    assert "MB of weights) a step streamed" in streamer.explain()
+    assert "MiB of weights) a step streamed" in streamer.explain()
     streamer.close()
     assert backend.registered == {}
 
