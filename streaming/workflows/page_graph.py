@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .graph import LINKED, Node
-from .kinds import MODEL, PAGE_ONLY, Kind
+from .kinds import GIVE_MODEL, MODEL, PAGE_ONLY, PLAIN_TYPES, Kind
 
 FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 # The frame of a subgraph counts as a node for links.
 INPUTS, OUTPUTS = -10, -20
 OPTIONAL_SHAPE = 7
 GAP, TITLE = 40, 30
+MUTED = 2
 SELECTOR = "DeviceSelectorMultiGPU"
 
 
@@ -85,6 +86,8 @@ class PageGraph:
         subgraphs: ids of all subgraphs, which are classes of nodes too.
     """
 
+    frame: frozenset[Any] = frozenset({INPUTS, OUTPUTS})
+
     def __init__(self, graph: dict[str, Any], numbers: Numbers, subgraphs: Iterable[str], name: str = "") -> None:
         self.name = name
         self._graph = graph
@@ -103,7 +106,11 @@ class PageGraph:
         there = self._find(node.id)
         if node.kind in PAGE_ONLY or node.kind in self._subgraphs:
             return None
-        if any({MODEL, "*"} & set(str(one.get("type")).split(",")) for one in there.get("inputs") or ()):
+        inputs = there.get("inputs") or ()
+        if any(map(_takes_model, inputs)):
+            return None
+        # A pipe or a switch gives on what comes from elsewhere.
+        if node.kind not in GIVE_MODEL and any(map(_takes_part, inputs)):
             return None
         types = [one.get("type") for one in there.get("outputs") or ()]
         return types.index(MODEL) if MODEL in types else None
@@ -115,6 +122,18 @@ class PageGraph:
     def consumers(self, node: Node, place: int) -> Sequence[Node | None]:
         known = {other.id: other for other in self.nodes()}
         return [known.get(_field(link, "target_id")) for link in self._links.leading_from(node.id, place)]
+
+    def passes_model(self, node: Node) -> Sequence[int]:
+        there = self._find(node.id)
+        if node.mode == MUTED or not any(map(_takes_model, there.get("inputs") or ())):
+            return []
+        return [place for place, one in enumerate(there.get("outputs") or ()) if one.get("type") in (MODEL, "*")]
+
+    def followers(self) -> Mapping[Any, set[Any]]:
+        found: dict[Any, set[Any]] = {}
+        for link in self._links:
+            found.setdefault(_field(link, "origin_id"), set()).add(_field(link, "target_id"))
+        return found
 
     def values(self, node: Node, names: Sequence[str]) -> Mapping[str, Any]:
         there = self._find(node.id)
@@ -129,6 +148,10 @@ class PageGraph:
         known = {name: value for name, value in values.items() if value is not LINKED}
         old = _widget_values(there, names or list(kind.widgets))
         wanted = {name: known.get(name, old.get(name, default)) for name, default in kind.widgets.items()}
+        for one in there.get("inputs") or ():
+            if one["name"] in known and (link := self._links.find(one.get("link"))) is not None:
+                self._cut(link)
+                one["link"] = None
         self._keep_inputs(there, {*kind.widgets, *(socket.name for socket in kind.sockets)})
         self.gone_widgets |= {(str(node.id), name) for name in old if name not in kind.widgets}
         outputs = there.setdefault("outputs", [])
@@ -136,7 +159,14 @@ class PageGraph:
         there["type"], there["widgets_values"] = kind.name, list(wanted.values())
         there["properties"] = _properties(kind, there.get("properties") or {})
 
-    def insert(self, kind: Kind, near: Node, values: Mapping[str, Any], links: Mapping[str, tuple[Node, int]]) -> Node:
+    def insert(
+        self,
+        kind: Kind,
+        near: Node,
+        values: Mapping[str, Any],
+        links: Mapping[str, tuple[Node, int]],
+        stay: frozenset[Any] = frozenset(),
+    ) -> Node:
         number = self._numbers.node()
         places = {socket.name: place for place, socket in enumerate(kind.sockets)}
         beside = self._find(near.id)
@@ -154,7 +184,7 @@ class PageGraph:
             "widgets_values": list({**kind.widgets, **values}.values()),
         }
         for name, (source, output) in links.items():
-            self._lead(source.id, output, there, places[name])
+            self._lead(source.id, output, there, places[name], stay if name == "model" else frozenset())
         self._graph["nodes"].append(there)
         return Node(number, kind.name, near.mode)
 
@@ -171,9 +201,11 @@ class PageGraph:
 
     # -- links ---------------------------------------------------------------------------------------------------------
 
-    def _lead(self, source: Any, output: int, there: dict[str, Any], place: int) -> None:
+    def _lead(self, source: Any, output: int, there: dict[str, Any], place: int, stay: frozenset[Any]) -> None:
         """Put ``there`` between an output and what it leads to. Those links keep their ids, so reroutes keep them."""
-        moved = self._links.leading_from(source, output)
+        leading = self._links.leading_from(source, output)
+        moved = [link for link in leading if _field(link, "target_id") not in stay]
+        kept = [_field(link, "id") for link in leading if link not in moved]
         for link in moved:
             _set(link, "origin_id", there["id"])
             _set(link, "origin_slot", place)
@@ -181,7 +213,7 @@ class PageGraph:
         number = self._numbers.link()
         self._links.add(number, source, output, there["id"], place, there["inputs"][place]["type"])
         there["inputs"][place]["link"] = number
-        self._find(source)["outputs"][output]["links"] = [number]
+        self._find(source)["outputs"][output]["links"] = [*kept, number]
 
     def _keep_inputs(self, there: dict[str, Any], names: set[str]) -> None:
         """Remove the inputs of other names, with their links; those behind them move up."""
@@ -248,6 +280,15 @@ def _field(link: Any, name: str) -> Any:
 
 def _set(link: Any, name: str, value: Any) -> None:
     link[name if isinstance(link, dict) else FIELDS.index(name)] = value
+
+
+def _takes_model(one: Mapping[str, Any]) -> bool:
+    return bool({MODEL, "*"} & set(str(one.get("type")).split(",")))
+
+
+def _takes_part(one: Mapping[str, Any]) -> bool:
+    """Whether something that is no plain value comes through an input."""
+    return one.get("link") is not None and not one.get("widget") and one.get("type") not in PLAIN_TYPES
 
 
 def _widget_values(node: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
