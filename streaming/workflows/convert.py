@@ -8,6 +8,8 @@ What is there already is not put in again.
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,15 +52,17 @@ def convert(workflow: Any) -> Conversion:
     Raises:
         WorkflowError: it is neither.
     """
-    result = Conversion(copy.deepcopy(workflow))
     try:
+        result = Conversion(copy.deepcopy(workflow))
         for graph in _graphs(result.workflow):
             _Pass(graph, result.notes).run()
             if isinstance(graph, PageGraph):
                 _forget_widgets(result.workflow, graph)
     except WorkflowError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except RecursionError as error:
+        raise WorkflowError("it is nested too deeply") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise WorkflowError(f"it has links or nodes that cannot be read ({type(error).__name__}: {error})") from error
     return result
 
@@ -81,11 +85,26 @@ def _is_prompt_node(value: Any) -> bool:
 
 def _forget_widgets(workflow: Mapping[str, Any], graph: PageGraph) -> None:
     """Nodes that stand for the subgraph may show widgets of nodes inside: those that are gone are not shown."""
+    if graph.id is None or not graph.gone_widgets:
+        return
     for outer in (workflow, *subgraphs_of(workflow)):
         for node in outer["nodes"]:
-            shown = (node.get("properties") or {}).get("proxyWidgets")
-            if isinstance(shown, list):
-                shown[:] = [entry for entry in shown if tuple(map(str, entry[:2])) not in graph.gone_widgets]
+            if node["type"] == graph.id and isinstance(node.get("properties"), dict):
+                _hide(node, graph.gone_widgets)
+
+
+def _hide(node: dict[str, Any], gone: set[tuple[str, str]]) -> None:
+    """Take widgets out of those that a node shows, with their values. Some pages save the list as a text of JSON."""
+    saved = node["properties"].get("proxyWidgets")
+    shown = json.loads(saved) if isinstance(saved, str) else saved
+    if not isinstance(shown, list):
+        return
+    stays = [not isinstance(entry, list) or tuple(map(str, entry[:2])) not in gone for entry in shown]
+    kept = list(itertools.compress(shown, stays))
+    node["properties"]["proxyWidgets"] = json.dumps(kept) if isinstance(saved, str) else kept
+    values = node.get("widgets_values")
+    if isinstance(values, list) and len(values) == len(shown):
+        node["widgets_values"] = list(itertools.compress(values, stays))
 
 
 @dataclass
@@ -163,7 +182,8 @@ class _Pass:
         self._graph.become(node, kind, chosen, archived.names)
         self._note("loader" if streams else "host", node, **({} if streams else {"name": kind.name}))
         for code, about in wish.notes:
-            self._note(code, node, **about)
+            if code != "limit" or streams:
+                self._note(code, node, **about)
         for name in self._graph.take_open_inputs():
             self._note("input-gone", node, name=name)
         return _Found(node, outputs, wish, streams)
@@ -179,6 +199,8 @@ class _Pass:
             settled = self._settled(found)
             leading = {node and node.id for node in self._graph.consumers(*found.gives[MODEL])}
             needed = not found.streams and not leading <= settled
+            for about in [about for code, about in found.wish.notes if code == "limit" and not found.streams]:
+                self._note("limit" if needed else "limit-left", found.node, **about)
             if not needed and clip is None:
                 continue
             limit = found.wish.limit_gib if needed else 0.0

@@ -41,6 +41,10 @@ TEXTS: dict[str, tuple[Weight, str]] = {
         "compute",
     ),
     "limit": (Weight.DIFFERS, "vram_limit_gb={gib} stands for {name}={value!r}; the rest streams from RAM"),
+    "limit-left": (
+        Weight.LEFT,
+        "{name}={value!r} is not taken over, because no settings are put behind it; set vram_limit_gb={gib} by hand",
+    ),
     "ratio": (
         Weight.DIFFERS,
         "{name}={value!r}: the GPUs share the blocks as {ratio}; what does not fit streams from RAM, with no share of "

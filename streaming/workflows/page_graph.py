@@ -28,7 +28,7 @@ class Numbers:
     def _most(self, items: str, *names: str) -> int:
         found = [0]
         for graph in self._graphs:
-            found += [_field(item, "id") for item in graph.get(items) or ()]
+            found += [_field(item, "id") for item in graph.get(items) or () if item is not None]
             found += [holder.get(name) for holder in (graph, graph.get("state") or {}) for name in names]
         return max(number for number in found if isinstance(number, int))
 
@@ -54,6 +54,7 @@ class Links:
     """The links of one graph: lists in a workflow of version 0.4, objects in newer ones and in subgraphs."""
 
     def __init__(self, items: list[Any], as_objects: bool) -> None:
+        items[:] = [item for item in items if item is not None]
         if not all(isinstance(item, dict) or len(item) >= len(FIELDS) - 1 for item in items):
             raise ValueError("a link is too short")
         self._items = items
@@ -90,10 +91,12 @@ class PageGraph:
 
     def __init__(self, graph: dict[str, Any], numbers: Numbers, subgraphs: Iterable[str], name: str = "") -> None:
         self.name = name
+        self._subgraphs = frozenset(subgraphs)
+        # As a class of nodes; none for the workflow itself.
+        self.id = graph["id"] if graph.get("id") in self._subgraphs else None
         self._graph = graph
         self._numbers = numbers
-        self._subgraphs = frozenset(subgraphs)
-        graph.setdefault("links", [])
+        graph["links"] = graph.get("links") or []
         self._links = Links(graph["links"], as_objects="inputNode" in graph)
         self._open_inputs: list[str] = []
         # Widgets that are gone, each by its node and name.
@@ -154,7 +157,7 @@ class PageGraph:
                 one["link"] = None
         self._keep_inputs(there, {*kind.widgets, *(socket.name for socket in kind.sockets)})
         self.gone_widgets |= {(str(node.id), name) for name in old if name not in kind.widgets}
-        outputs = there.setdefault("outputs", [])
+        there["outputs"] = outputs = there.get("outputs") or []
         outputs += [{"name": name, "type": type_, "links": []} for name, type_, _ in kind.outputs[len(outputs) :]]
         there["type"], there["widgets_values"] = kind.name, list(wanted.values())
         there["properties"] = _properties(kind, there.get("properties") or {})
@@ -318,7 +321,8 @@ def _box(node: Mapping[str, Any]) -> Box:
 def _pair(value: Any, default: tuple[float, float]) -> tuple[float, float]:
     """Two numbers; older pages saved them as an object."""
     values = list(value.values()) if isinstance(value, dict) else value
-    return (float(values[0]), float(values[1])) if isinstance(values, list) and len(values) >= 2 else default
+    numbers = isinstance(values, list) and len(values) >= 2 and all(isinstance(one, (int, float)) for one in values[:2])
+    return (float(values[0]), float(values[1])) if numbers else default
 
 
 def _overlap(one: Box, other: Box) -> bool:

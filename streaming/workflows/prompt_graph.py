@@ -7,7 +7,7 @@ from typing import Any
 
 from .graph import LINKED, Node
 from .kinds import DIFFUSION_LOADER, GIVE_MODEL, LOADER, TAKE_MODEL, THROUGH, Kind
-from .multigpu import find
+from .multigpu import SELECTOR, find
 
 
 class PromptGraph:
@@ -65,7 +65,7 @@ class PromptGraph:
         changed = {name: value for name, value in values.items() if value is not LINKED}
         there["class_type"] = kind.name
         there["inputs"] = {**kept, **changed}
-        if "title" in there.get("_meta", {}):
+        if "title" in (there.get("_meta") or {}):
             there["_meta"]["title"] = kind.title
 
     def insert(
@@ -119,11 +119,14 @@ class PromptGraph:
         return self._prompt[node.id]["inputs"]
 
     def _value(self, value: Any) -> Any:
-        if not _is_link(value):
-            return value
-        source = self._prompt.get(value[0], {})
-        from_selector = source.get("class_type") == "DeviceSelectorMultiGPU"
-        return self._value(source["inputs"].get("device", LINKED)) if from_selector else LINKED
+        passed: set[str] = set()
+        while _is_link(value):
+            source = self._prompt.get(value[0], {})
+            if source.get("class_type") != SELECTOR or value[0] in passed:
+                return LINKED
+            passed.add(value[0])
+            value = source["inputs"].get("device", LINKED)
+        return value
 
     def _lead(self, source: str, output: int, target: str, place: int, stay: frozenset[Any]) -> None:
         """What came from ``source`` comes from ``target`` from now on."""
