@@ -71,15 +71,18 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    from .config import format_bytes
     from .errors import ServerError
     from .estimating.cutting import cut
     from .estimating.estimate import CARDS, Machine, describe_model, describe_plan, measured_by
-    from .estimating.tensors import read_tensors
+    from .estimating.tensors import missing_bytes, read_tensors
     from .machine.server_status import ask
 
     path = Path(arguments.model)
     found = cut(read_tensors(path))
     print("\n".join(describe_model(path.name, found)))
+    if missing := missing_bytes(path):
+        print(f"  {format_bytes(missing)} of it are not there: a file did not come whole")
     compute = arguments.compute
     if compute is None:
         try:
@@ -136,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     planning.add_argument("--ram", type=_positive, default=0.0, help="GiB of the machine")
     planning.add_argument("--link", type=_positive, default=25.0, help="GB/s from RAM to the card (default: 25)")
     planning.add_argument(
-        "--reserve", type=_positive, default=2.5, help="GiB of VRAM for activations and others (default: 2.5)"
+        "--reserve", type=_not_negative, default=2.5, help="GiB of VRAM for activations and others (default: 2.5)"
     )
     planning.add_argument("--compute", type=_positive, help="seconds of a step with all weights in VRAM, if known")
     planning.add_argument("--url", help="a running ComfyUI that may have measured that (default: the usual address)")
@@ -145,9 +148,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1e6:
+    number = _not_negative(text)
+    if not number:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1000000")
     return number
 
 

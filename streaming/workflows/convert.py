@@ -18,7 +18,7 @@ from ..errors import WorkflowError
 from .allocations import CPU, DEFAULT
 from .graph import Graph, Node
 from .kinds import CLIP, DIFFUSION_LOADER, LOADER, MODEL, PLACEMENT, SETTINGS, VAE, Kind
-from .multigpu import FIRST, SELECTOR, WAN, Archived, Wish, find, is_archived
+from .multigpu import FIRST, SELECTOR, WAN, Archived, Wish, find, is_archived, share_text
 from .notes import Note, Weight
 from .page_graph import Numbers, PageGraph, subgraphs_of
 from .prompt_graph import PromptGraph
@@ -315,7 +315,7 @@ def _placement_values(wish: Wish, clip: _Found | None, vae: _Found | None) -> di
     """Widgets of GPU Placement. No devices at all would mean all GPUs."""
     values = {"devices": FIRST if wish.devices is None else ",".join(wish.devices)}
     if wish.ratio:
-        values |= {"split": "ratio", "ratio": ",".join(f"{share:g}" for share in wish.ratio)}
+        values |= {"split": "ratio", "ratio": ",".join(map(share_text, wish.ratio))}
     if clip is not None:
         values["clip_device"] = clip.wish.clip_device
     if vae is not None:
