@@ -30,7 +30,7 @@ class Numbers:
         for graph in self._graphs:
             found += [_field(item, "id") for item in graph.get(items) or () if item is not None]
             found += [holder.get(name) for holder in (graph, graph.get("state") or {}) for name in names]
-        return max(number for number in found if isinstance(number, int))
+        return max(number for number in map(_plain, found) if isinstance(number, int))
 
     def node(self) -> int:
         self._node += 1
@@ -65,11 +65,13 @@ class Links:
 
     def leading_from(self, node: Any, place: int) -> list[Any]:
         return [
-            item for item in self._items if (_field(item, "origin_id"), _field(item, "origin_slot")) == (node, place)
+            item
+            for item in self._items
+            if (_plain(_field(item, "origin_id")), _field(item, "origin_slot")) == (_plain(node), place)
         ]
 
     def find(self, number: Any) -> Any:
-        return next((item for item in self._items if _field(item, "id") == number), None)
+        return next((item for item in self._items if _plain(_field(item, "id")) == _plain(number)), None)
 
     def add(self, *values: Any) -> None:
         self._items.append(dict(zip(FIELDS, values, strict=True)) if self._as_objects else list(values))
@@ -103,7 +105,9 @@ class PageGraph:
         self.gone_widgets: set[tuple[str, str]] = set()
 
     def nodes(self) -> Sequence[Node]:
-        return [Node(node["id"], str(node["type"]), int(node.get("mode") or 0)) for node in self._graph["nodes"]]
+        return [
+            Node(_plain(node["id"]), str(node["type"]), int(node.get("mode") or 0)) for node in self._graph["nodes"]
+        ]
 
     def model_output(self, node: Node) -> int | None:
         there = self._find(node.id)
@@ -124,7 +128,7 @@ class PageGraph:
 
     def consumers(self, node: Node, place: int) -> Sequence[Node | None]:
         known = {other.id: other for other in self.nodes()}
-        return [known.get(_field(link, "target_id")) for link in self._links.leading_from(node.id, place)]
+        return [known.get(_plain(_field(link, "target_id"))) for link in self._links.leading_from(node.id, place)]
 
     def passes_model(self, node: Node) -> Sequence[int]:
         there = self._find(node.id)
@@ -135,7 +139,7 @@ class PageGraph:
     def followers(self) -> Mapping[Any, set[Any]]:
         found: dict[Any, set[Any]] = {}
         for link in self._links:
-            found.setdefault(_field(link, "origin_id"), set()).add(_field(link, "target_id"))
+            found.setdefault(_plain(_field(link, "origin_id")), set()).add(_plain(_field(link, "target_id")))
         return found
 
     def values(self, node: Node, names: Sequence[str]) -> Mapping[str, Any]:
@@ -192,10 +196,10 @@ class PageGraph:
         return Node(number, kind.name, near.mode)
 
     def remove_unused(self, kind: str) -> Sequence[Node]:
-        leading = {_field(link, "origin_id") for link in self._links}
+        leading = {_plain(_field(link, "origin_id")) for link in self._links}
         gone = [node for node in self.nodes() if node.kind == kind and node.id not in leading]
         numbers = {node.id for node in gone}
-        self._graph["nodes"][:] = [node for node in self._graph["nodes"] if node["id"] not in numbers]
+        self._graph["nodes"][:] = [node for node in self._graph["nodes"] if _plain(node["id"]) not in numbers]
         return gone
 
     def take_open_inputs(self) -> Sequence[str]:
@@ -207,14 +211,14 @@ class PageGraph:
     def _lead(self, source: Any, output: int, there: dict[str, Any], place: int, stay: frozenset[Any]) -> None:
         """Put ``there`` between an output and what it leads to. Those links keep their ids, so reroutes keep them."""
         leading = self._links.leading_from(source, output)
-        moved = [link for link in leading if _field(link, "target_id") not in stay]
+        moved = [link for link in leading if _plain(_field(link, "target_id")) not in stay]
         kept = [_field(link, "id") for link in leading if link not in moved]
         for link in moved:
             _set(link, "origin_id", there["id"])
             _set(link, "origin_slot", place)
         there["outputs"][place]["links"] = [_field(link, "id") for link in moved]
         number = self._numbers.link()
-        self._links.add(number, source, output, there["id"], place, there["inputs"][place]["type"])
+        self._links.add(number, self._find(source)["id"], output, there["id"], place, there["inputs"][place]["type"])
         there["inputs"][place]["link"] = number
         self._find(source)["outputs"][output]["links"] = [*kept, number]
 
@@ -231,16 +235,16 @@ class PageGraph:
         there["inputs"] = inputs
 
     def _cut(self, link: Any) -> None:
-        number, origin, place = (_field(link, name) for name in ("id", "origin_id", "origin_slot"))
+        number, origin, place = (_plain(_field(link, name)) for name in ("id", "origin_id", "origin_slot"))
         self._links.remove(link)
         if origin == INPUTS:
             entry = self._graph["inputs"][place]
-            entry["linkIds"] = [other for other in entry.get("linkIds") or () if other != number]
+            entry["linkIds"] = [other for other in entry.get("linkIds") or () if _plain(other) != number]
             if not entry["linkIds"]:
                 self._open_inputs.append(entry["name"])
             return
         output = self._find(origin)["outputs"][place]
-        output["links"] = [other for other in output.get("links") or () if other != number]
+        output["links"] = [other for other in output.get("links") or () if _plain(other) != number]
 
     def _value_behind(self, number: Any) -> Any:
         """What a device selector at the other end of a link says."""
@@ -253,7 +257,7 @@ class PageGraph:
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
     def _find_or_none(self, number: Any) -> dict[str, Any] | None:
-        return next((node for node in self._graph["nodes"] if node["id"] == number), None)
+        return next((node for node in self._graph["nodes"] if _plain(node["id"]) == _plain(number)), None)
 
     def _find(self, number: Any) -> dict[str, Any]:
         found = self._find_or_none(number)
@@ -275,6 +279,13 @@ class PageGraph:
 def subgraphs_of(workflow: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The definitions of a workflow's subgraphs, nested ones among them."""
     return list((workflow.get("definitions") or {}).get("subgraphs") or ())
+
+
+def _plain(number: Any) -> Any:
+    """An id as it is compared: other programs write 1 as "1" or 1.0 too, and not everywhere alike."""
+    if isinstance(number, str) and number.isascii() and number.isdigit() and len(number) < 16:
+        return int(number)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _field(link: Any, name: str) -> Any:

@@ -91,3 +91,29 @@ def test_device_selectors_in_a_circle_say_nothing() -> None:
         }
     )
     assert [note.code for note in found.notes] == ["loader", "linked"]
+
+
+@pytest.mark.parametrize("write", [str, float])
+@pytest.mark.parametrize("where", ["nodes", "links", "slots"])
+def test_ids_that_are_written_as_text_or_with_a_point(write: Any, where: str) -> None:
+    graph = workflow(
+        node(1, "DeviceSelectorMultiGPU", ["cuda:1"]),
+        node(7, "UNETLoaderMultiGPU", ["f", "default", "cuda:0"], device=(1, 0)),
+        node(9, "KSampler", [], model=(7, 0)),
+    )
+    plain_one = convert(graph).workflow
+    if where == "nodes":
+        for one in graph["nodes"]:
+            one["id"] = write(one["id"])
+    elif where == "links":
+        graph["links"] = [[*map(write, link[:2]), link[2], write(link[3]), *link[4:]] for link in graph["links"]]
+    else:
+        for slot in [slot for one in graph["nodes"] for slot in one["inputs"] if slot["link"]]:
+            slot["link"] = write(slot["link"])
+    graph["last_node_id"] = graph["last_link_id"] = 0
+    found = convert(graph).workflow
+    assert [one["type"] for one in found["nodes"]] == [one["type"] for one in plain_one["nodes"]]
+    assert [int(one["id"]) for one in found["nodes"]] == [one["id"] for one in plain_one["nodes"]]
+    ends = [[int(link[1]), link[2], int(link[3]), link[4]] for link in found["links"]]
+    assert ends == [[link[1], link[2], link[3], link[4]] for link in plain_one["links"]]
+    assert len({int(link[0]) for link in found["links"]}) == len(ends)
