@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
+import io
 import json
 import os
 import sys
@@ -43,16 +46,21 @@ def convert(arguments: argparse.Namespace) -> None:
     source = Path(arguments.input)
     target = arguments.output or os.fspath(source.with_name(f"{source.stem}{ENDING}.json"))
     try:
-        conversion = convert(json.loads(source.read_text("utf-8")))
+        conversion = convert(json.loads(source.read_text("utf-8-sig")))
     except OSError as error:
         raise WorkflowError(f"{source} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # No JSON, no UTF-8, or no workflow.
+    except (ValueError, RecursionError) as error:  # No JSON, no UTF-8, nested too deeply, or no workflow.
         raise WorkflowError(f"{source}: {error}") from error
     to_terminal = target == STANDARD_OUTPUT
+    if conversion.changed and not arguments.output and Path(target).exists():
+        raise WorkflowError(f"{target} is there already; to write over it, name it behind {source}")
     said = sys.stderr if to_terminal else sys.stdout
     if conversion.notes:
         print(as_lines(conversion.notes), file=said)
     text = json.dumps(conversion.workflow, indent=2, ensure_ascii=False)
+    encoding = (sys.stdout.encoding or "ascii") if to_terminal else "utf-8"
+    if codecs.lookup(encoding).name != "utf-8" or not _is_unicode(text):
+        text = json.dumps(conversion.workflow, indent=2)  # Escaped: the same in any encoding.
     if to_terminal:
         print(text)
     elif conversion.changed or arguments.output:
@@ -63,15 +71,18 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    from .config import format_bytes
     from .errors import ServerError
     from .estimating.cutting import cut
     from .estimating.estimate import CARDS, Machine, describe_model, describe_plan, measured_by
-    from .estimating.tensors import read_tensors
+    from .estimating.tensors import missing_bytes, read_tensors
     from .machine.server_status import ask
 
     path = Path(arguments.model)
     found = cut(read_tensors(path))
     print("\n".join(describe_model(path.name, found)))
+    if missing := missing_bytes(path):
+        print(f"  {format_bytes(missing)} of it are not there: a file did not come whole")
     compute = arguments.compute
     if compute is None:
         try:
@@ -85,6 +96,15 @@ def plan(arguments: argparse.Namespace) -> None:
     print("\nBy the names in the file's header; the pack itself plans by the model that ComfyUI builds of it.")
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: half of a pair of surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _write(path: Path, text: str) -> None:
     """Write the whole file or leave what is there."""
     part = path.with_name(path.name + ".part")
@@ -92,7 +112,8 @@ def _write(path: Path, text: str) -> None:
         part.write_text(text + "\n", "utf-8")
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise WorkflowError(f"{path} cannot be written: {error.strerror}") from error
 
 
@@ -118,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     planning.add_argument("--ram", type=_positive, default=0.0, help="GiB of the machine")
     planning.add_argument("--link", type=_positive, default=25.0, help="GB/s from RAM to the card (default: 25)")
     planning.add_argument(
-        "--reserve", type=_positive, default=2.5, help="GiB of VRAM for activations and others (default: 2.5)"
+        "--reserve", type=_not_negative, default=2.5, help="GiB of VRAM for activations and others (default: 2.5)"
     )
     planning.add_argument("--compute", type=_positive, help="seconds of a step with all weights in VRAM, if known")
     planning.add_argument("--url", help="a running ComfyUI that may have measured that (default: the usual address)")
@@ -127,9 +148,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1e6:
+    number = _not_negative(text)
+    if not number:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1000000")
     return number
 
 
@@ -139,6 +167,9 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # Names that the console's encoding does not have.
     try:
         arguments.run(arguments)
     except StreamingError as error:

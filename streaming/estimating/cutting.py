@@ -16,7 +16,7 @@ from ..errors import UnsupportedModelError
 from ..planning.profile import Outline
 from .tensors import Tensor
 
-PLACE = re.compile(r"(?P<list>.+?)\.(?P<number>\d+)\.(?P<rest>.+)")
+PLACE = re.compile(r"(?P<list>.+?)\.(?P<number>[0-9]{1,9})\.(?P<rest>.+)")
 # As in model/blocks.py: what is smaller than this part of its block, or a block than this part of the largest, stays.
 SMALL_SHARE = 1 / 256
 MINIMUM_SHARE = 0.5

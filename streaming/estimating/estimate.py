@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,12 +90,13 @@ def describe_model(name: str, cut: Cut) -> list[str]:
 
 def describe_plan(cut: Cut, machine: Machine) -> list[str]:
     """Lines about what happens on a machine."""
-    title = f"with {machine.vram:g} GiB of VRAM, of which {machine.reserve:g} are left to activations and others:"
+    left = "are left" if machine.reserve < machine.vram else "would have to be left"
+    title = f"with {machine.vram:g} GiB of VRAM, of which {machine.reserve:g} {left} to activations and others:"
     try:
         plan = plan_for(cut, machine)
     except BudgetError:
         least = minimum_bytes(cut.outline, assumed_profile(cut.outline)) / GIB + machine.reserve
-        return [title, f"  too little: {least:.1f} GiB are the least that it runs with"]
+        return [title, f"  too little: {math.ceil(least * 10) / 10:g} GiB are the least that it runs with"]
     if not plan.segments:
         return [title, f"  nothing streams: all of it stays in VRAM ({format_bytes(plan.device_bytes)})"]
     blocks = cut.outline.blocks
@@ -123,17 +125,22 @@ def _time_lines(cut: Cut, plan: Plan, machine: Machine) -> list[str]:
     seconds = plan.streamed_bytes / (machine.link * 1e9)
     packed = seconds * cut.packed_share
     packs = cut.packed_share < 0.95
-    bus = f"  the bus     {seconds:.2g} s of each step at {machine.link:g} GB/s"
-    bus += f"; about {packed:.2g} s with packed weights" if packs else ""
+    bus = f"  the bus     {_text(seconds)} s of each step at {machine.link:g} GB/s"
+    bus += f"; about {_text(packed)} s with packed weights" if packs else ""
     if (forecast := plan.forecast) is None:
         return [
             bus,
             "  s/step      not known: that is the bus's part alone; compute was not measured on this card",
         ]
-    step = f"  s/step      {forecast.seconds:.2g} s predicted ({forecast.compute_seconds:.2g} s of compute)"
+    step = f"  s/step      {_text(forecast.seconds)} s predicted ({_text(forecast.compute_seconds)} s of compute)"
     if packs and forecast.limited_by == "bus":
-        step += f"; about {max(packed, forecast.compute_seconds):.2g} s with packed weights"
+        step += f"; about {_text(max(packed, forecast.compute_seconds))} s with packed weights"
     return [bus, step]
+
+
+def _text(seconds: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{seconds:.2g}" if seconds < 99.5 else f"{seconds:.0f}"
 
 
 def measured_by(status: dict[str, Any], name: str) -> float | None:

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 from ..errors import CheckpointError
 
 MOST_HEADER_BYTES = 100_000_000
+MOST_BYTES = 1 << 63
+# How long the header is, before it.
+HEAD = struct.Struct("<Q")
+METADATA = "__metadata__"
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors", re.DOTALL)
 INDEX = ".index.json"
 # A full checkpoint has text encoders and a VAE beside the diffusion model.
@@ -29,19 +33,30 @@ def read_tensors(path: Path) -> list[Tensor]:
     """Return the tensors of the diffusion model in a file, or in all files of its model.
 
     Raises:
-        CheckpointError: a file is missing, or is no safetensors file.
+        CheckpointError: a file is missing, damaged, or is no safetensors file.
     """
     found = [tensor for file in _files(path) for tensor in _read(file)]
     inside = [tensor for tensor in found if tensor.name.startswith(DIFFUSION_MODEL)]
     return [tensor._replace(name=tensor.name.removeprefix(DIFFUSION_MODEL)) for tensor in inside] or found
 
 
+def missing_bytes(path: Path) -> int:
+    """How many bytes of its tensors a file, or the files of its model, do not have: they did not come whole."""
+    missing = 0
+    for file in _files(path):
+        raw = _bytes_of(file, header=True)
+        ends = [info["data_offsets"][1] for name, info in _json(file, raw).items() if name != METADATA]
+        missing += max(0, HEAD.size + len(raw) + max(ends, default=0) - file.stat().st_size)
+    return missing
+
+
 def _files(path: Path) -> list[Path]:
     if path.name.endswith(INDEX):
         weight_map = _json(path, _bytes_of(path)).get("weight_map")
-        if not isinstance(weight_map, dict):
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise CheckpointError(f"{path}: it is no index of a model in several files")
-        return [path.with_name(str(name)) for name in sorted(set(weight_map.values()))]
+        return [path.with_name(name) for name in sorted(set(names))]
     if (match := SHARD.fullmatch(path.name)) is None:
         return [path]
     stem, count = match.groups()
@@ -51,7 +66,7 @@ def _files(path: Path) -> list[Path]:
 def _read(path: Path) -> list[Tensor]:
     raw = _bytes_of(path, header=True)
     tree = _json(path, raw)
-    tree.pop("__metadata__", None)
+    tree.pop(METADATA, None)
     try:
         return [Tensor(name, str(info["dtype"]), _length(info["data_offsets"])) for name, info in tree.items()]
     except (KeyError, TypeError, ValueError) as error:
@@ -60,7 +75,9 @@ def _read(path: Path) -> list[Tensor]:
 
 def _length(offsets: Any) -> int:
     begin, end = offsets
-    return int(end) - int(begin)
+    if not (type(begin) is type(end) is int and 0 <= begin <= end < MOST_BYTES):
+        raise ValueError(f"no place in a file: {offsets}")
+    return end - begin
 
 
 def _bytes_of(path: Path, header: bool = False) -> bytes:
@@ -69,12 +86,15 @@ def _bytes_of(path: Path, header: bool = False) -> bytes:
         with open(path, "rb") as file:
             if not header:
                 return file.read(MOST_HEADER_BYTES)
-            length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+            length = HEAD.unpack(file.read(HEAD.size).ljust(HEAD.size, b"\xff"))[0]
             if length > MOST_HEADER_BYTES:
                 raise CheckpointError(f"{path}: it is no safetensors file; only such files have a header to plan by")
-            return file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raw = file.read(length)
+    except (OSError, ValueError) as error:  # A ValueError: the name has a character that no file's name has.
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(raw) < length:
+        raise CheckpointError(f"{path}: its header cannot be read; the file ends within it")
+    return raw
 
 
 def _json(path: Path, raw: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -69,4 +70,5 @@ def _number(text: str, measure: Measure) -> float | None:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)" + units, text)
     if match is None:
         return None
-    return float(match[1]) * (GIB_OF_UNIT[match[2]] if measure is Measure.BYTES else 1.0)
+    number = float(match[1])
+    return None if math.isinf(number) else number * (GIB_OF_UNIT[match[2]] if measure is Measure.BYTES else 1.0)

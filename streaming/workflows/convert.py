@@ -8,6 +8,8 @@ What is there already is not put in again.
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +17,8 @@ from typing import Any
 from ..errors import WorkflowError
 from .allocations import CPU, DEFAULT
 from .graph import Graph, Node
-from .kinds import CLIP, DIFFUSION_LOADER, LOADER, MODEL, PLACEMENT, SETTINGS, THROUGH, VAE, Kind
-from .multigpu import FIRST, SELECTOR, WAN, Archived, Wish, find, is_archived
+from .kinds import CLIP, DIFFUSION_LOADER, LOADER, MODEL, PLACEMENT, SETTINGS, VAE, Kind
+from .multigpu import FIRST, SELECTOR, WAN, Archived, Wish, find, is_archived, share_text
 from .notes import Note, Weight
 from .page_graph import Numbers, PageGraph, subgraphs_of
 from .prompt_graph import PromptGraph
@@ -50,15 +52,17 @@ def convert(workflow: Any) -> Conversion:
     Raises:
         WorkflowError: it is neither.
     """
-    result = Conversion(copy.deepcopy(workflow))
     try:
+        result = Conversion(copy.deepcopy(workflow))
         for graph in _graphs(result.workflow):
             _Pass(graph, result.notes).run()
             if isinstance(graph, PageGraph):
                 _forget_widgets(result.workflow, graph)
     except WorkflowError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except RecursionError as error:
+        raise WorkflowError("it is nested too deeply") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise WorkflowError(f"it has links or nodes that cannot be read ({type(error).__name__}: {error})") from error
     return result
 
@@ -81,11 +85,26 @@ def _is_prompt_node(value: Any) -> bool:
 
 def _forget_widgets(workflow: Mapping[str, Any], graph: PageGraph) -> None:
     """Nodes that stand for the subgraph may show widgets of nodes inside: those that are gone are not shown."""
+    if graph.id is None or not graph.gone_widgets:
+        return
     for outer in (workflow, *subgraphs_of(workflow)):
         for node in outer["nodes"]:
-            shown = (node.get("properties") or {}).get("proxyWidgets")
-            if isinstance(shown, list):
-                shown[:] = [entry for entry in shown if tuple(map(str, entry[:2])) not in graph.gone_widgets]
+            if node["type"] == graph.id and isinstance(node.get("properties"), dict):
+                _hide(node, graph.gone_widgets)
+
+
+def _hide(node: dict[str, Any], gone: set[tuple[str, str]]) -> None:
+    """Take widgets out of those that a node shows, with their values. Some pages save the list as a text of JSON."""
+    saved = node["properties"].get("proxyWidgets")
+    shown = json.loads(saved) if isinstance(saved, str) else saved
+    if not isinstance(shown, list):
+        return
+    stays = [not isinstance(entry, list) or tuple(map(str, entry[:2])) not in gone for entry in shown]
+    kept = list(itertools.compress(shown, stays))
+    node["properties"]["proxyWidgets"] = json.dumps(kept) if isinstance(saved, str) else kept
+    values = node.get("widgets_values")
+    if isinstance(values, list) and len(values) == len(shown):
+        node["widgets_values"] = list(itertools.compress(values, stays))
 
 
 @dataclass
@@ -163,7 +182,8 @@ class _Pass:
         self._graph.become(node, kind, chosen, archived.names)
         self._note("loader" if streams else "host", node, **({} if streams else {"name": kind.name}))
         for code, about in wish.notes:
-            self._note(code, node, **about)
+            if code != "limit" or streams:
+                self._note(code, node, **about)
         for name in self._graph.take_open_inputs():
             self._note("input-gone", node, name=name)
         return _Found(node, outputs, wish, streams)
@@ -174,12 +194,18 @@ class _Pass:
         """Put Async Offload Settings behind models of other loaders, and take along text encoders that shall stream."""
         left = [found for found in others if found.wish.clip_streams and self._leads_on(found, CLIP)]
         for found in models:
-            clip = found if found.wish.clip_streams and self._leads_on(found, CLIP) else _beside(found, left)
-            needed = not found.streams and self._leads_on(found, MODEL) and not self._has(found, SETTINGS)
+            clip = found if found.wish.clip_streams and self._leads_on(found, CLIP) else None
+            clip = clip or self._beside(found, CLIP, left, models)
+            settled = self._settled(found)
+            leading = {node and node.id for node in self._graph.consumers(*found.gives[MODEL])}
+            needed = not found.streams and not leading <= settled
+            for about in [about for code, about in found.wish.notes if code == "limit" and not found.streams]:
+                self._note("limit" if needed else "limit-left", found.node, **about)
             if not needed and clip is None:
                 continue
-            values = {"vram_limit_gb": found.wish.limit_gib} if found.wish.limit_gib and not found.streams else {}
-            self._insert(SETTINGS, values, {"model": found, "clip": clip})
+            limit = found.wish.limit_gib if needed else 0.0
+            values = {"vram_limit_gb": limit} if limit else {}
+            self._insert(SETTINGS, values, {"model": found, "clip": clip}, settled)
             if not found.streams:
                 self._note("settings", found.node)
             if clip is not None:
@@ -188,31 +214,68 @@ class _Pass:
             self._insert(SETTINGS, {}, {"clip": found})
             self._note("settings-clip", found.node)
 
+    def _beside(self, model: _Found, type_: str, others: list[_Found], models: list[_Found]) -> _Found | None:
+        """Take the one of ``others`` that goes along with a MODEL; None if there is none.
+
+        It runs when the model's loader runs, neither leads to the other, and what they lead to meets. One that meets no
+        MODEL (it may go by a name that only the page knows) goes along with the first.
+        """
+        if not others or not self._leads_on(model, MODEL):
+            return None
+        reached = {id(one): self._reached(one, MODEL) for one in models if self._leads_on(one, MODEL)}
+        able = []
+        for one in others:
+            there = self._reached(one, type_)
+            apart = model.gives[MODEL][0].id not in there and one.gives[type_][0].id not in reached[id(model)]
+            if one.node.mode == model.node.mode and apart:
+                able.append((one, [number for number, met in reached.items() if met & there]))
+        found = next((one for one, meets in able if id(model) in meets), None)
+        found = found or next((one for one, meets in able if not meets), None)
+        if found is not None:
+            others.remove(found)
+        return found
+
+    def _reached(self, found: _Found, type_: str) -> set[Any]:
+        """The ids of all that comes behind what a loader gives of a type."""
+        followers = self._graph.followers()
+        waiting = [node.id for node in self._graph.consumers(*found.gives[type_]) if node is not None]
+        reached: set[Any] = set()
+        while waiting:
+            if (number := waiting.pop()) not in reached:
+                reached.add(number)
+                waiting += followers.get(number, ())
+        return reached - self._graph.frame
+
     def _leads_on(self, found: _Found, type_: str) -> bool:
         return type_ in found.gives and bool(self._graph.consumers(*found.gives[type_]))
 
-    def _has(self, found: _Found, kind: Kind) -> bool:
-        """Whether ``kind`` follows a loader already, behind nothing but our own nodes."""
-        waiting = [found.gives[MODEL]]
-        while waiting:
-            ours = [node for node in self._graph.consumers(*waiting.pop()) if node is not None and node.kind in THROUGH]
-            if any(node.kind == kind.name for node in ours):
+    def _settled(self, found: _Found) -> frozenset[Any]:
+        """The ids of the nodes that a loader leads its MODEL to, and behind which it always comes to our settings."""
+
+        def is_settled(node: Node | None, before: frozenset[Any]) -> bool:
+            if node is None or node.id in before:
+                return False
+            if node.kind == SETTINGS.name and node.mode in (0, found.node.mode):
                 return True
-            waiting += [(node, 0) for node in ours]
-        return False
+            behind = [one for place in self._graph.passes_model(node) for one in self._graph.consumers(node, place)]
+            return bool(behind) and all(is_settled(one, before | {node.id}) for one in behind)
+
+        consumers = self._graph.consumers(*found.gives[MODEL])
+        return frozenset(node.id for node in consumers if node is not None and is_settled(node, frozenset()))
 
     # -- placement -----------------------------------------------------------------------------------------------------
 
     def _place(self, models: list[_Found], others: list[_Found]) -> None:
         """Put GPU Placement where devices were asked for; text encoder and VAE go along with a MODEL."""
-        clips = [found for found in others if found.wish.clip_device != DEFAULT]
-        vaes = [found for found in others if found.wish.vae_device != DEFAULT]
+        clips = [found for found in others if found.wish.clip_device != DEFAULT and self._leads_on(found, CLIP)]
+        vaes = [found for found in others if found.wish.vae_device != DEFAULT and self._leads_on(found, VAE)]
         for found in models:
             own_clip = found.wish.clip_device != DEFAULT and self._leads_on(found, CLIP)
             own_vae = found.wish.vae_device != DEFAULT and self._leads_on(found, VAE)
-            clip = found if own_clip else _beside(found, clips)
-            vae = found if own_vae else _beside(found, vaes)
-            if found.wish.devices is None and clip is None and vae is None:
+            clip = found if own_clip else self._beside(found, CLIP, clips, models)
+            vae = found if own_vae else self._beside(found, VAE, vaes, models)
+            placed = found.wish.devices is not None and self._leads_on(found, MODEL)
+            if not placed and clip is None and vae is None:
                 continue
             values = _placement_values(found.wish, clip, vae)
             self._insert(PLACEMENT, values, {"model": found, "clip": clip, "vae": vae})
@@ -228,12 +291,18 @@ class _Pass:
 
     # -- all -----------------------------------------------------------------------------------------------------------
 
-    def _insert(self, kind: Kind, values: Mapping[str, Any], inputs: Mapping[str, _Found | None]) -> None:
+    def _insert(
+        self,
+        kind: Kind,
+        values: Mapping[str, Any],
+        inputs: Mapping[str, _Found | None],
+        stay: frozenset[Any] = frozenset(),
+    ) -> None:
         """Put a node behind loaders; what they gave comes from it from now on."""
         types = {socket.name: socket.type for socket in kind.sockets}
         connected = {name: found for name, found in inputs.items() if found is not None}
         links = {name: found.gives[types[name]] for name, found in connected.items()}
-        node = self._graph.insert(kind, next(iter(connected.values())).node, values, links)
+        node = self._graph.insert(kind, next(iter(connected.values())).node, values, links, stay)
         places = [socket.name for socket in kind.sockets]
         for name, found in connected.items():
             found.gives[types[name]] = (node, places.index(name))
@@ -242,19 +311,11 @@ class _Pass:
         self._notes.append(Note(code, str(node.id), node.kind, self._graph.name, values))
 
 
-def _beside(model: _Found, others: list[_Found]) -> _Found | None:
-    """Take one of ``others`` that runs when the model's loader runs; None if there is none."""
-    found = next((one for one in others if one.node.mode == model.node.mode), None)
-    if found is not None:
-        others.remove(found)
-    return found
-
-
 def _placement_values(wish: Wish, clip: _Found | None, vae: _Found | None) -> dict[str, str]:
     """Widgets of GPU Placement. No devices at all would mean all GPUs."""
     values = {"devices": FIRST if wish.devices is None else ",".join(wish.devices)}
     if wish.ratio:
-        values |= {"split": "ratio", "ratio": ",".join(f"{share:g}" for share in wish.ratio)}
+        values |= {"split": "ratio", "ratio": ",".join(map(share_text, wish.ratio))}
     if clip is not None:
         values["clip_device"] = clip.wish.clip_device
     if vae is not None:

@@ -31,6 +31,8 @@ class Graph(Protocol):
     """A workflow, a subgraph, or a prompt; what changes it changes the JSON under it."""
 
     name: str
+    # Ids in links that are no nodes.
+    frame: frozenset[Any]
 
     def nodes(self) -> Sequence[Node]:
         """All nodes, in the order of the file."""
@@ -48,6 +50,14 @@ class Graph(Protocol):
         """The nodes that an output leads to; None for what is not a node, as a subgraph's own output."""
         ...
 
+    def passes_model(self, node: Node) -> Sequence[int]:
+        """The places of the outputs that give on a MODEL which the node takes; none where it gives on none."""
+        ...
+
+    def followers(self) -> Mapping[Any, set[Any]]:
+        """By the id of a node, the ids of all nodes that any of its outputs leads to."""
+        ...
+
     def values(self, node: Node, names: Sequence[str]) -> Mapping[str, Any]:
         """The node's widget values; ``names`` are its widgets, in the page's order. :data:`LINKED` where it is so."""
         ...
@@ -56,8 +66,18 @@ class Graph(Protocol):
         """Make the node one of another class, with its links; ``names`` as for :meth:`values`."""
         ...
 
-    def insert(self, kind: Kind, near: Node, values: Mapping[str, Any], links: Mapping[str, tuple[Node, int]]) -> Node:
-        """Put a node behind others: what they led to comes from the output of the same type of the new node."""
+    def insert(
+        self,
+        kind: Kind,
+        near: Node,
+        values: Mapping[str, Any],
+        links: Mapping[str, tuple[Node, int]],
+        stay: frozenset[Any] = frozenset(),
+    ) -> Node:
+        """Put a node behind others: what they led to comes from the output of the same type of the new node.
+
+        Nodes whose ids are in ``stay`` keep the MODEL that they have.
+        """
         ...
 
     def remove_unused(self, kind: str) -> Sequence[Node]:

@@ -134,5 +134,7 @@ TAKE_MODEL = frozenset(
         SETTINGS.name,
     }
 )
+# What a widget holds: an input of these types takes no part of a model.
+PLAIN_TYPES = frozenset({"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "NUMBER"})
 # They pass on what comes from elsewhere, by a name or a link that only the page knows.
 PAGE_ONLY = frozenset({"GetNode", "SetNode", "Reroute", "PrimitiveNode", "easy getNode", "easy setNode"})

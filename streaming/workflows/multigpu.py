@@ -7,7 +7,8 @@ device. Those of DisTorch2 also move ``virtual_vram_gb`` of a model to ``donor_d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ CORE, GGUF, NF4, LTX = "comfy-core", "ComfyUI-GGUF", "ComfyUI_bitsandbytes_NF4",
 SUFFIX, DISTORCH, DISTORCH_2 = "MultiGPU", "DisTorch", "DisTorch2"
 SELECTOR = "DeviceSelectorMultiGPU"
 FIRST = "gpu:0"
+# What our nodes take.
+LEAST_SHARE, MOST_GIB = 0.001, 1024.0
 # The host's own text encoder loaders with an input that takes default or cpu.
 OWN_DEVICE = ("CLIPLoader", "DualCLIPLoader")
 
@@ -118,8 +121,9 @@ class Archived:
             wish.vae_device = device if device != FIRST else DEFAULT
         if "clip" in self.roles:
             wish.clip_device = device if device != FIRST else DEFAULT
-            wish.clip_streams = "virtual_vram_gb" in self.names and bool(_gib(values, "virtual_vram_gb", wish))
-            _say_expert(values, "expert_mode_allocations", wish)
+            _read_clip(values, "", wish)
+        elif "model" not in self.roles:
+            _say_unused(values, ("virtual_vram_gb", "donor_device", "expert_mode_allocations"), wish)
         if not self.roles and device not in (FIRST, DEFAULT):
             wish.tell("no-device", name=name, value=values[name])
         return wish
@@ -188,8 +192,7 @@ def _read_advanced(values: Mapping[str, Any], wish: Wish) -> None:
     _read_model(values, "unet_", name, _device(values, name, wish), wish)
     clip = _device(values, name.replace("unet", "clip"), wish)
     wish.clip_device = clip if clip != FIRST else DEFAULT
-    wish.clip_streams = bool(_gib(values, "clip_virtual_vram_gb", wish)) and clip != CPU
-    _say_expert(values, "clip_expert_mode_allocations", wish)
+    _read_clip(values, "clip_", wish)
     vae = _device(values, "vae_device", wish)
     wish.vae_device = vae if vae != FIRST else DEFAULT
 
@@ -234,20 +237,36 @@ def _read_expert(text: str, name: str, compute: str, wish: Wish) -> None:
     if allocation.measure is Measure.MEMORY or (len(devices) > 1 and len(known) < len(devices)):
         wish.tell("by-memory", name=name, value=text, devices=", ".join(devices))
     elif len(devices) > 1:
-        wish.ratio = tuple(round(amount, 3) for amount in known)
-        wish.tell("ratio", name=name, value=text, ratio=":".join(f"{share:g}" for share in wish.ratio))
+        wish.ratio = tuple(max(LEAST_SHARE, round(amount, 3)) for amount in known)
+        wish.tell("ratio", name=name, value=text, ratio=":".join(map(share_text, wish.ratio)))
     elif allocation.measure is Measure.BYTES and known:
-        wish.limit_gib = max(0.1, round(known[0], 1))
+        wish.limit_gib = min(MOST_GIB, max(0.1, round(known[0], 1)))
         wish.tell("limit", gib=f"{wish.limit_gib:g}", name=name, value=text)
     else:
         wish.tell("by-memory", name=name, value=text, devices=", ".join(devices))
 
 
-def _say_expert(values: Mapping[str, Any], name: str, wish: Wish) -> None:
-    """Of a text encoder: how its bytes are divided has no equal, but it can stream."""
-    if text := values.get(name):
-        wish.clip_streams = True
-        wish.tell("no-device", name=name, value="a link" if text is LINKED else text)
+def _read_clip(values: Mapping[str, Any], prefix: str, wish: Wish) -> None:
+    """Of a text encoder: how its bytes are divided has no equal, but on a GPU it can stream."""
+    expert, gib = f"{prefix}expert_mode_allocations", f"{prefix}virtual_vram_gb"
+    unused = [f"{prefix}donor_device", expert]
+    if wish.clip_device == CPU:
+        unused.insert(0, gib)
+    else:
+        wish.clip_streams = bool(_gib(values, gib, wish)) or bool(values.get(expert))
+    _say_unused(values, unused, wish)
+
+
+def _say_unused(values: Mapping[str, Any], names: Sequence[str], wish: Wish) -> None:
+    """Tell of values that have no equal for what the node loads; the pack's defaults ask for nothing."""
+    for name in names:
+        if (value := values.get(name)) not in (None, "", 0, CPU):
+            wish.tell("no-device", name=name, value="a link" if value is LINKED else value)
+
+
+def share_text(share: float) -> str:
+    """A number of a ratio as GPU Placement takes it: without an exponent."""
+    return f"{share:.3f}".rstrip("0").rstrip(".")
 
 
 def _device(values: Mapping[str, Any], name: str, wish: Wish) -> str:
@@ -265,8 +284,8 @@ def _gib(values: Mapping[str, Any], name: str, wish: Wish) -> float:
     value = values.get(name, 0)
     if value is LINKED:
         wish.tell("linked", name=name)
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, (int, float)) and 0 <= value < math.inf:
         return round(float(value), 2)
     elif value is not None:
-        wish.tell("unread", name=name, value=value)
+        wish.tell("unread", name=name, value=str(value))
     return 0.0

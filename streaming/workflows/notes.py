@@ -41,6 +41,10 @@ TEXTS: dict[str, tuple[Weight, str]] = {
         "compute",
     ),
     "limit": (Weight.DIFFERS, "vram_limit_gb={gib} stands for {name}={value!r}; the rest streams from RAM"),
+    "limit-left": (
+        Weight.LEFT,
+        "{name}={value!r} is not taken over, because no settings are put behind it; set vram_limit_gb={gib} by hand",
+    ),
     "ratio": (
         Weight.DIFFERS,
         "{name}={value!r}: the GPUs share the blocks as {ratio}; what does not fit streams from RAM, with no share of "
@@ -48,8 +52,7 @@ TEXTS: dict[str, tuple[Weight, str]] = {
     ),
     "by-memory": (
         Weight.DIFFERS,
-        "{name}={value!r}: parts of a device's memory have no equal; the blocks are placed by memory and speed on "
-        "{devices}",
+        "{name}={value!r}: this division is not kept; the blocks are placed by memory and speed on {devices}",
     ),
     "unread": (Weight.LEFT, "{name}={value!r} cannot be read; set vram_limit_gb, or devices and ratio, by hand"),
     "linked": (Weight.LEFT, "{name} comes through a link, which goes; set it on our nodes by hand"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,55 @@ def test_a_file_that_cannot_be_converted(
 def test_a_place_that_cannot_be_written_to(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(file), str(file.parent / "missing" / "out.json")]) == 2
     assert "cannot be written: No such file" in capsys.readouterr().err
+
+
+def test_what_is_there_already_is_not_written_over(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = file.with_name("flux 工作流_streamed.json")
+    there.write_text("mine")
+    assert main(["convert", str(file)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert there.read_text() == "mine"
+    assert main(["convert", str(file), str(there)]) == 0
+
+
+def test_a_place_under_a_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(file), str(file / "out.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_title_that_no_encoding_has_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "in.json"
+    graph = workflow(node(1, "UNETLoader", ["f", "default"]), node(2, "KSampler", [], model=(1, 0)))
+    graph["nodes"][0]["title"] = "\ud83d"
+    path.write_text(json.dumps(graph))
+    assert main(["convert", str(path)]) == 0
+    assert json.loads((tmp_path / "in_streamed.json").read_text("utf-8"))["nodes"][0]["title"] == "\ud83d"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_of_another_encoding_gets_json_all_the_same(
+    encoding: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["convert", str(file), "-"]) == 0
+    assert main(["convert", str(file)]) == 0
+    out.seek(0)
+    printed, _, said = out.read().partition("\n}\n")
+    assert json.loads(printed + "}")["nodes"][0]["widgets_values"][0] == "模型.safetensors"
+    assert "\\u5de5" in said, "the name of the file that was written"
+
+
+def test_a_byte_order_mark_is_no_obstacle(file: Path) -> None:
+    file.write_text(file.read_text("utf-8"), "utf-8-sig")
+    assert main(["convert", str(file)]) == 0
+
+
+def test_what_is_nested_too_deeply_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "deep.json"
+    for depth in (400, 200_000):
+        path.write_text('{"nodes": ' + "[" * depth + "]" * depth + "}")
+        assert main(["convert", str(path)]) == 2
+        assert str(path) in capsys.readouterr().err

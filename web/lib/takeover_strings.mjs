@@ -50,8 +50,10 @@ export const NOTES_IN_CHINESE = {
   donor: ({ donor, devices }) => `${donor} 原先只出借显存；现在各块按显存和速度分布在 ${devices} 上，${donor} 也可能参与计算`,
   donors: () => "其他 GPU 原先只出借显存；现在各块按显存和速度分布在所有 GPU 上，它们都可能参与计算",
   limit: ({ gib, name, value }) => `以 vram_limit_gb=${gib} 代替 ${name}=${value}；其余部分从内存流式加载`,
+  "limit-left": ({ name, value, gib }) =>
+    `${name}=${value}：未转换，因为其后没有加入设置节点；请手动设置 vram_limit_gb=${gib}`,
   ratio: ({ name, value, ratio }) => `${name}=${value}：各 GPU 按 ${ratio} 分配各块；放不下的从内存流式加载，cpu 不再有单独的份额`,
-  "by-memory": ({ name, value, devices }) => `${name}=${value}：没有对应的按显存比例设置；各块按显存和速度分布在 ${devices} 上`,
+  "by-memory": ({ name, value, devices }) => `${name}=${value}：不保留这种划分；各块按显存和速度分布在 ${devices} 上`,
   unread: ({ name, value }) => `无法读懂 ${name}=${value}；请手动设置 vram_limit_gb，或 devices 与 ratio`,
   linked: ({ name }) => `${name} 来自连线，该连线会消失；请在我们的节点上手动设置`,
   device: ({ name, value }) => `${name}=${value} 没有对应设置：只有 NVIDIA 和 AMD 的 GPU 能流式加载；它留在 ComfyUI 放置的位置`,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightstream.streaming import CheckpointError, UnsupportedModelError, format_bytes
 from weightstream.streaming.command_line import main
 from weightstream.streaming.estimating.cutting import Cut, cut
 from weightstream.streaming.estimating.estimate import Machine, describe_model, describe_plan, measured_by, plan_for
-from weightstream.streaming.estimating.tensors import Tensor, read_tensors
+from weightstream.streaming.estimating.tensors import Tensor, missing_bytes, read_tensors
 
 from tools.checkpoints import FLUX_SIZES, TensorSpec, encode_header, flux_tensors
 
@@ -128,6 +129,11 @@ def test_a_model_without_blocks(tensors: list[Tensor]) -> None:
         cut(tensors)
 
 
+# What a damaged file may say of its tensors.
+OFFSETS = (b"[4, 0]", b"[-4, 0]", b"[0, 1e999]", b"[0, 9999999999999999999999]", b'["0", "4"]', b"[0]", b"null")
+HEADERS = [b'{"a": 1}', *(b'{"a": {"dtype": "BF16", "data_offsets": %s}}' % offsets for offsets in OFFSETS)]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -135,7 +141,8 @@ def test_a_model_without_blocks(tensors: list[Tensor]) -> None:
         (b"GGUF" * 8, "it is no safetensors file"),
         (struct.pack("<Q", 9) + b"{", "its header cannot be read"),
         (struct.pack("<Q", 2) + b"[]", "its header is no JSON object"),
-        (struct.pack("<Q", 8) + b'{"a": 1}', "its header does not describe tensors"),
+        (struct.pack("<Q", 9) + b"{}", "its header cannot be read; the file ends within it"),
+        *((struct.pack("<Q", len(text)) + text, "its header does not describe tensors") for text in HEADERS),
     ],
 )
 def test_files_that_have_no_header(tmp_path: Path, content: bytes, says: str) -> None:
@@ -165,3 +172,43 @@ def test_what_a_running_comfyui_has_measured() -> None:
     status = {"models": models}
     assert measured_by(status, "a") == 0.2
     assert [measured_by(status, name) for name in ("b", "c", "split")] == [None] * 3, "a part says nothing of the whole"
+
+
+@pytest.mark.parametrize("files", [5, [1], ["a", None], [["a"]], ["../a"]])
+def test_an_index_that_names_no_files(files: Any, tmp_path: Path) -> None:
+    index = tmp_path / "m.safetensors.index.json"
+    weights = dict(enumerate(files)) if isinstance(files, list) else files
+    index.write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(CheckpointError, match="it is no index"):
+        read_tensors(index)
+
+
+def test_a_number_of_many_digits_is_no_block() -> None:
+    with pytest.raises(UnsupportedModelError):
+        cut([Tensor(f"a.{'9' * 5000}.weight.b", "BF16", 100)])
+
+
+def test_what_a_file_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    specs = [TensorSpec(f"blocks.{block}.a.weight", (64, 64), 1.0) for block in range(4)]
+    path = write(tmp_path / "part.safetensors", specs)
+    data = 4 * 64 * 64 * 2
+    assert missing_bytes(path) == data
+    assert main(["plan", str(path), "--vram", "8"]) == 0
+    assert "a file did not come whole" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes() + bytes(data))
+    assert missing_bytes(path) == 0
+    assert main(["plan", str(path), "--vram", "8", "--reserve", "0"]) == 0
+    assert "whole" not in capsys.readouterr().out
+
+
+def test_the_least_that_is_said_is_enough(found: Cut) -> None:
+    for reserve in (0.0, 0.33, 2.5, 2.51):
+        [title, said] = describe_plan(found, Machine(reserve, reserve))
+        assert "would have to be left" in title
+        least = float(said.split()[2])
+        assert "too little" not in "\n".join(describe_plan(found, Machine(least, reserve)))
+        assert "too little" in "\n".join(describe_plan(found, Machine(least - 0.15, reserve)))
+
+
+def test_many_seconds_are_written_out(found: Cut) -> None:
+    assert "e+" not in "".join(describe_plan(found, Machine(8, link=0.025, compute_seconds=1234.0)))

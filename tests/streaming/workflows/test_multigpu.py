@@ -91,6 +91,12 @@ DISTORCH_2 = [
     (("cuda:0", 4, "cpu", "cuda:0,25%;cpu,75%"), None, 0.0, {"by-memory"}),
     (("cuda:0", 4, "cpu", "cuda:0,0.1;cuda:1,0.3;cpu,0.5"), ["gpu:0,gpu:1", "auto", ""], 0.0, {"by-memory"}),
     (("cuda:0", 4, "cpu", "half of it"), None, 0.0, {"unread"}),
+    (("cuda:0", 4, "cpu", "cuda:0,0.0004%;cuda:1,4%"), ["gpu:0,gpu:1", "ratio", "0.001,4"], 0.0, {"ratio"}),
+    (("cuda:0", 4, "cpu", "cuda:0,1234567%;cuda:1,1%"), ["gpu:0,gpu:1", "ratio", "1234567,1"], 0.0, {"ratio"}),
+    (("cuda:0", 4, "cpu", "cuda:0,5000gb;cpu,*"), None, 1024.0, {"limit"}),
+    (("cuda:0", 4, "cpu", f"cuda:0,{'9' * 400}gb;cpu,*"), None, 0.0, {"unread"}),
+    (("cuda:0", -4, "cpu", ""), None, 0.0, {"unread"}),
+    (("cuda:0", float("inf"), "cpu", ""), None, 0.0, {"unread"}),
 ]
 
 
@@ -286,3 +292,33 @@ def test_a_value_behind_a_link_is_told() -> None:
         "expert_mode_allocations",
         "virtual_vram_gb",
     ]
+
+
+@pytest.mark.parametrize(
+    "values", [["c", "flux", "cpu", 4, "cpu", "", False], ["c", "flux", "cpu", 0, "cpu", "x", False]]
+)
+def test_a_text_encoder_on_the_cpu_does_not_stream(values: list[Any]) -> None:
+    graph = workflow(node(1, "CLIPLoaderDisTorch2MultiGPU", values), node(2, "CLIPTextEncode", [], clip=(1, 0)))
+    found = convert(graph)
+    assert [one["type"] for one in found.workflow["nodes"]] == ["CLIPLoader", "CLIPTextEncode"]
+    assert [note.code for note in found.notes] == ["host", "no-device"]
+
+
+UNUSED = ["donor_device", "expert_mode_allocations"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "names"),
+    [
+        (
+            "VAELoader",
+            ["v", "cuda:0", 4, "cuda:1", "x"],
+            ["virtual_vram_gb", "donor_device", "expert_mode_allocations"],
+        ),
+        ("ControlNetLoader", ["v", "cuda:0", 4, "cpu", ""], ["virtual_vram_gb"]),
+        ("CLIPLoader", ["c", "flux", "cuda:0", 4, "cuda:1", "x"], UNUSED),
+    ],
+)
+def test_what_a_node_asks_for_in_vain_is_told(kind: str, values: list[Any], names: list[str]) -> None:
+    notes = convert(workflow(node(1, f"{kind}DisTorch2MultiGPU", [*values, True]))).notes
+    assert [note.values["name"] for note in notes if note.code == "no-device"] == names
