@@ -202,7 +202,7 @@ def test_a_file_that_is_not_there_is_the_hosts_error(models: Path) -> None:
 def test_a_limit_below_one_block_names_a_minimum_that_works(streamed: Load, plain: torch.Tensor) -> None:
     with pytest.raises(BudgetError, match=r"vram_limit_gb=0\.000977 is too small for tiny-flux.safetensors") as caught:
         streamed(64 * MB, vram_limit=MB)
-    minimum = float(str(caught.value).split("at least ")[1].split(". Set")[0])
+    minimum = float(str(caught.value).split("at least ")[1].split(" (GiB)")[0])
     model = streamed(64 * MB, vram_limit=int(minimum * 1024**3))
     assert torch.equal(sample(model), plain)
 
