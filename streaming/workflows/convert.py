@@ -252,16 +252,21 @@ class _Pass:
     def _settled(self, found: _Found) -> frozenset[Any]:
         """The ids of the nodes that a loader leads its MODEL to, and behind which it always comes to our settings."""
 
-        def is_settled(node: Node | None, before: frozenset[Any]) -> bool:
-            if node is None or node.id in before:
+        known: dict[Any, bool] = {}
+
+        def is_settled(node: Node | None) -> bool:
+            if node is None:
                 return False
             if node.kind == SETTINGS.name and node.mode in (0, found.node.mode):
                 return True
-            behind = [one for place in self._graph.passes_model(node) for one in self._graph.consumers(node, place)]
-            return bool(behind) and all(is_settled(one, before | {node.id}) for one in behind)
+            if node.id not in known:
+                known[node.id] = False  # Until it is known: links in a circle lead nowhere.
+                behind = [one for place in self._graph.passes_model(node) for one in self._graph.consumers(node, place)]
+                known[node.id] = bool(behind) and all(map(is_settled, behind))
+            return known[node.id]
 
         consumers = self._graph.consumers(*found.gives[MODEL])
-        return frozenset(node.id for node in consumers if node is not None and is_settled(node, frozenset()))
+        return frozenset(node.id for node in consumers if node is not None and is_settled(node))
 
     # -- placement -----------------------------------------------------------------------------------------------------
 

@@ -153,3 +153,13 @@ def test_a_text_encoder_that_the_model_waits_for_makes_no_cycle() -> None:
     conversion = convert(graph)
     assert companions(conversion.workflow) == []
     assert "alone" in {note.code for note in conversion.notes}
+
+
+def test_models_that_come_together_again_and_again_are_followed_once() -> None:
+    prompt: dict[str, Any] = {"0": {"class_type": CHECKPOINT, "inputs": {"ckpt_name": "file"}}}
+    for number in range(60):
+        links = {"model1": [str(number), 0], "model2": [str(number), 0]}
+        prompt[str(number + 1)] = {"class_type": "ModelMergeSimple", "inputs": links}
+    prompt["settings"] = {"class_type": SETTINGS, "inputs": {"model": ["60", 0]}}
+    prompt["sampler"] = {"class_type": "KSampler", "inputs": {"model": ["settings", 0]}}
+    assert not convert(prompt).changed
