@@ -301,8 +301,10 @@ def _takes_model(one: Mapping[str, Any]) -> bool:
 
 
 def _takes_part(one: Mapping[str, Any]) -> bool:
-    """Whether something that is no plain value comes through an input."""
-    return one.get("link") is not None and not one.get("widget") and one.get("type") not in PLAIN_TYPES
+    """Whether something that is no plain value comes through an input. Older pages have a list of choices as a type."""
+    type_ = one.get("type")
+    plain = bool(one.get("widget")) or not isinstance(type_, str) or type_ in PLAIN_TYPES
+    return one.get("link") is not None and not plain
 
 
 def _widget_values(node: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -163,3 +163,14 @@ def test_models_that_come_together_again_and_again_are_followed_once() -> None:
     prompt["settings"] = {"class_type": SETTINGS, "inputs": {"model": ["60", 0]}}
     prompt["sampler"] = {"class_type": "KSampler", "inputs": {"model": ["settings", 0]}}
     assert not convert(prompt).changed
+
+
+@pytest.mark.parametrize(("type_", "loads"), [("COMBO", True), (["a", "b"], True), ("STRING", True), ("PIPE", False)])
+def test_a_node_that_takes_no_plain_value_is_no_loader(type_: Any, loads: bool) -> None:
+    graph = workflow(
+        node(1, "PrimitiveNode", ["a"]),
+        passing(2, "SomebodysLoader", (1, 0), "COMBO", "MODEL"),
+        node(3, "KSampler", [], model=(2, 0)),
+    )
+    graph["nodes"][1]["inputs"][0]["type"] = type_
+    assert convert(graph).changed == loads
