@@ -220,7 +220,7 @@ def test_the_minimum_that_is_named_is_enough_at_once_and_later(streamed: Load, n
     model, named = streamed(64 * MB), []
     for seed in (3, 4):
         with pytest.raises(
-            BudgetError, match=r"^vram_limit_gb=0\.00 is too small for .* at least \d+\.\d\d \(GiB\)"
+            BudgetError, match=r"^vram_limit_gb=0\.001 is too small for .* at least \d+\.\d\d \(GiB\)"
         ) as caught:
             settings_node(model, vram_limit_gb=0.001)
         (least,) = re.findall(r"at least (\d+\.\d\d) ", str(caught.value))

@@ -84,6 +84,7 @@ def test_other_errors_are_the_hosts_to_tell(shown: list[tuple[str, str]]) -> Non
 
 def test_errors_have_short_names() -> None:
     """The host shows them with their modules, and that of a pack is the path of its folder."""
-    kinds = [kind for kind in vars(streaming).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    named = [getattr(streaming, name) for name in streaming.__all__]
+    kinds = [kind for kind in named if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) >= 10
     assert {full_type_name(kind) for kind in kinds} == {f"weightstream.{kind.__name__}" for kind in kinds}
