@@ -251,6 +251,7 @@ def test_a_fallback_is_said_by_a_toast(comfy: ComfyPage) -> None:
 def test_a_report_is_copied_or_shown(ran: ComfyPage) -> None:
     ran.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     panel = ran.open_sidebar()
+    expect(panel).to_contain_text(demo.UNET)  # The page has heard of the run.
     panel.get_by_role("button", name="Copy report for an issue").click()
     expect(panel).to_contain_text("The report is in the clipboard.")
     text = ran.page.evaluate("async () => await navigator.clipboard.readText()")

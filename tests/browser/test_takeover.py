@@ -134,7 +134,7 @@ def test_the_canvas_menu_and_the_loaders_menu_have_the_command(page: ComfyPage) 
     expect(entry.first).to_be_visible()
     entry.first.click()
     check_said(page, "1 model streams now")
-    assert OURS in kinds(page)
+    page.page.wait_for_function("kind => app.graph.nodes.some(node => node.type === kind)", arg=OURS)
     items = page.page.evaluate(
         "() => app.graph.nodes.map(node => [node.type, app.collectNodeMenuItems(node).map(item => item?.content)])"
     )
