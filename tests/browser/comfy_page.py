@@ -27,10 +27,13 @@ SETTINGS = {
 # While it starts a mask lies over the page, which takes the clicks.
 READY = """() => window.app?.graph && app.extensionManager && !app.extensionManager.spinner
     && !document.querySelector('.p-blockui-mask')"""
+# The page says that a prompt is loaded before the tab is open that it is shown in, and that keeps its steps of undo.
 LOAD_PROMPT = """async prompt => {
-    await app.loadApiJson(prompt, 'test')
+    const name = 'test-' + crypto.randomUUID()
+    await app.loadApiJson(prompt, name)
     const widgets = app.graph.nodes.flatMap(node => node.widgets ?? [])
     for (const widget of widgets.filter(widget => widget.name === 'control_after_generate')) widget.value = 'fixed'
+    while (app.extensionManager.workflow.activeWorkflow?.filename !== name) await new Promise(requestAnimationFrame)
 }"""
 SEARCH_INPUT = "input[role=combobox]:focus"
 EMPTY_PLACE = (800, 500)
