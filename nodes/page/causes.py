@@ -95,7 +95,7 @@ def find_causes(facts: Facts) -> list[Cause]:
         return []
     part = facts.waited / facts.step if facts.step > 0 else 0.0
     if part < LEAST_WAITING and not facts.synchronous:
-        return [Cause("compute", None, {"waiting": round(part, 3)})]
+        return [Cause("compute", None, {"waiting": part})]
     checks = (_link, _slow_bus, _disk, _unpinned, _synchronous, _others, _limit, _unpacked)
     found = [cause for check in checks if (cause := check(facts)) is not None]
     found.sort(key=lambda cause: -(cause.seconds or 0.0))

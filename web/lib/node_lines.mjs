@@ -1,5 +1,7 @@
 /**
- * A line on a node that says how its model runs, with the details folded away behind it.
+ * A line on a node that says how its model runs, with the details folded away behind it. Of a node in a subgraph, the
+ * subgraph's node has the line as a badge: that is what one sees of it in most workflows, and the host lays out no
+ * elements there but those of the inputs that lead inside.
  */
 
 import { el, setText } from "./dom.mjs";
@@ -14,6 +16,9 @@ const NAME = "weightstream_line";
 // The host's own text on a node, which has said the same, in English, to pages without this.
 const HOST_TEXT = "$$node-text-preview";
 const STYLES = new URL("../weightstream.css", import.meta.url).href;
+// The pack's teal, with enough contrast for small letters.
+const BADGE_TEXT = "#ffffff";
+const BADGE_BACK = "#0f766e";
 const CLOSED_HEIGHT = 46;
 const OPEN_HEIGHT = 150;
 
@@ -21,6 +26,8 @@ const OPEN_HEIGHT = 150;
 export function nodeLines({ app, locale }) {
   /** @type {WeakMap<any, (line: Line) => void>} */
   const shown = new WeakMap();
+  /** For each node of a subgraph its badges, by the node that each is of. @type {WeakMap<any, Map<string, () => any>>} */
+  const badges = new WeakMap();
 
   /** @param {any} node */
   function attach(node) {
@@ -53,11 +60,32 @@ export function nodeLines({ app, locale }) {
     };
   }
 
+  /**
+   * @param {any} node  of a subgraph
+   * @param {Line} line  of a node inside of it
+   */
+  function setBadge(node, line) {
+    const Badge = /** @type {any} */ (globalThis).LGraphBadge;
+    if (!Badge) return;
+    const badge = new Badge({ text: lineText(line, stringsFor(locale())), fgColor: BADGE_TEXT, bgColor: BADGE_BACK });
+    const own = badges.get(node) ?? new Map();
+    badges.set(node, own);
+    const others = (node.badges ?? []).filter((/** @type {any} */ each) => each !== own.get(line.node));
+    own.set(line.node, () => badge);
+    node.badges = [...others, own.get(line.node)];
+    // Nodes 2.0 draws anew what it is told of.
+    const change = { type: "node:property:changed", nodeId: node.id, property: "badges", oldValue: others, newValue: node.badges };
+    node.graph?.trigger?.(change.type, change);
+    app.canvas?.setDirty?.(true, true);
+  }
+
   return {
     /** @param {{detail: Line}} event */
     hear({ detail: line }) {
-      const node = findNode(app, line.node);
+      const path = findPath(app, line.node);
+      const node = path.pop();
       if (!node) return;
+      for (const outer of path) setBadge(outer, line);
       withoutHostText(node);
       const show = shown.get(node) ?? attach(node);
       shown.set(node, show);
@@ -77,18 +105,21 @@ function inWords(detail, strings) {
 }
 
 /**
- * The node with an id of a prompt: `4`, or `7:4` for a node of a subgraph.
+ * The node with an id of a prompt, `4`, or `7:4` for a node of a subgraph; the subgraphs' nodes that it is in before it.
  * @param {any} app
  * @param {string} id
+ * @returns {any[]}  empty where the graph has no such node
  */
-function findNode(app, id) {
+function findPath(app, id) {
   let graph = app.rootGraph ?? app.graph;
-  let node = null;
+  const path = [];
   for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part)) ?? null;
-    graph = node?.subgraph;
+    const node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part)) ?? null;
+    if (!node) return [];
+    path.push(node);
+    graph = node.subgraph;
   }
-  return node;
+  return path;
 }
 
 /** @param {any} node */

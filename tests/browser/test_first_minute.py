@@ -1,0 +1,123 @@
+"""The way of somebody with a workflow: ComfyUI's own FLUX template, the command, a run, why it is slow, a change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+from comfy_page import READY, RUN_BUTTON, ComfyPage
+from PIL import Image
+from playwright.sync_api import expect
+
+from tools import demo
+from tools.checkpoints import FLUX_SIZES, flux_tensors, write_checkpoint
+from tools.host import HeadlessHost
+from tools.serve import VAE, write_vae
+
+TEMPLATE = "flux_dev_full_text_to_image"
+# Of the canvas, below all nodes.
+BELOW = (800, 850)
+COMMAND = "WeightStream: stream this workflow's models"
+# What the template asks for. Small files stand in for them: the text encoders are two CLIP-L, since a T5 has one size.
+UNET = "flux1-dev.safetensors"
+OTHERS = {
+    ("text_encoders", "clip_l.safetensors"): demo.CLIP,
+    ("text_encoders", "t5xxl_fp16.safetensors"): demo.CLIP,
+    ("vae", "ae.safetensors"): VAE,
+}
+# The template is a subgraph; its picture's size is on the subgraph's node.
+SET_SMALL = """() => {
+    const inner = [...app.rootGraph.subgraphs.values()].flatMap(graph => graph.nodes)
+    const set = (node, values) => {
+        for (const widget of node.widgets.filter(each => each.name in values)) {
+            widget.value = values[widget.name]
+            widget.callback?.(widget.value)
+        }
+    }
+    set(inner.find(node => node.type === 'DualCLIPLoader'), { type: 'sd3' })
+    set(inner.find(node => node.type === 'KSampler'), { steps: 6, control_after_generate: 'fixed' })
+    set(app.rootGraph.nodes.find(node => node.subgraph), { width: 256, height: 256 })
+}"""
+SET_SIZE = """size => {
+    for (const widget of app.rootGraph.nodes.find(node => node.subgraph).widgets)
+        if (['width', 'height'].includes(widget.name)) widget.value = size
+}"""
+# What is saved of the subgraph's node, but for its size.
+OUTER = """() => {
+    const { size, ...saved } = app.rootGraph.nodes.find(node => node.subgraph).serialize()
+    return JSON.parse(JSON.stringify(saved))
+}"""
+# Beside badges of the host's own.
+LINES = """() => app.rootGraph.nodes.find(node => node.subgraph).badges
+    .map(badge => (typeof badge === 'function' ? badge() : badge).text)
+    .filter(text => /^[\\d.]+ s\\/step · /.test(text))"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(host: HeadlessHost) -> Iterator[None]:
+    """Before the page asks which files there are."""
+    write_vae(host)
+    unet = host.models("diffusion_models") / UNET
+    # As wide a conditioning as the template's type of text encoders makes.
+    write_checkpoint(unet, flux_tensors(replace(FLUX_SIZES["tiny"], context=4096)), seed=1)
+    stand_ins = {host.models(folder) / name: host.models(folder) / small for (folder, name), small in OTHERS.items()}
+    for path, small in stand_ins.items():
+        path.hardlink_to(small)
+    yield
+    for path in (unet, *stand_ins, host.models("vae") / VAE):
+        path.unlink()
+
+
+@pytest.fixture
+def template(comfy: ComfyPage) -> ComfyPage:
+    """The page with the template open."""
+    comfy.page.goto(f"{comfy.host.url}/?template={TEMPLATE}")
+    comfy.page.wait_for_function(READY)
+    comfy.page.locator(RUN_BUTTON).wait_for()
+    comfy.page.wait_for_function("() => app.rootGraph.nodes.some(node => node.subgraph)")
+    comfy.page.evaluate(SET_SMALL)
+    return comfy
+
+
+def run(comfy: ComfyPage) -> bytes:
+    """Press Run; the picture, without what its file says of the workflow."""
+    outputs = comfy.host.wait(comfy.queue(), timeout_s=120)["outputs"]
+    [saved] = [image for output in outputs.values() for image in output["images"]]
+    with Image.open(comfy.host.output_file(saved)) as image:
+        return image.tobytes()
+
+
+def test_from_the_template_to_why_it_is_slow(template: ComfyPage, save_picture: Callable[..., None]) -> None:
+    page = template.page
+    own = run(template)
+    page.mouse.click(*BELOW, button="right")
+    page.get_by_text(COMMAND).last.click()
+    expect(page.get_by_text("1 model streams now").last).to_be_visible()
+    save_picture(page, "first-minute-command")
+    page.evaluate("() => app.extensionManager.toast.removeAll?.()")
+    before = page.evaluate(OUTER)
+
+    assert run(template) == own
+    # Of a node in a subgraph, on the node that is seen.
+    page.wait_for_function(f"() => ({LINES})().length === 1")
+    [line] = page.evaluate(LINES)
+    assert page.evaluate(OUTER) == before
+    card = template.open_sidebar().locator(".ws-model").filter(has_text=UNET)
+    expect(card.locator(".ws-cause").first).to_be_visible()
+    expect(card.locator(".ws-todo").first).not_to_be_empty()
+    save_picture(page, "first-minute-why")
+
+    page.evaluate(SET_SIZE, 128)
+    assert len(run(template)) == len(own) // 4
+    page.wait_for_function(f"line => ({LINES})().join() !== line", arg=line)
+    assert len(page.evaluate(LINES)) == 1
+    card.locator("summary", has_text="Steps of the last runs").click()
+    expect(card.locator("tbody tr")).to_have_count(2)
+    save_picture(page, "first-minute-changed")
+    template.set("Comfy.VueNodes.Enabled", True)
+    try:
+        expect(page.locator("[data-node-id]").get_by_text(page.evaluate(LINES)[0])).to_be_visible()
+    finally:
+        template.set("Comfy.VueNodes.Enabled", False)
+    assert template.our_errors == []
