@@ -1,6 +1,7 @@
-"""Pure: from the contenders' results to one case's JSON, and from the JSON files to the table in README.md.
+"""Pure: from the contenders' results to one case's JSON, and from the JSON files to tables.
 
-``python benchmarks/report.py`` makes that table anew, from results that were measured elsewhere and copied here.
+``python benchmarks/report.py`` makes these anew, in benchmarks/README.md and in the pack's own README.md, from results
+that were measured elsewhere and copied here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,22 @@ COLUMNS = (
     "load + first step, s",
     "latent",
 )
+
+# Rows of the pack's README: model and picture, which are named once, and the case.
+FRONT_ROWS = (
+    ("FLUX.1-dev bf16 (23.8 GB), 1024 x 1024", "flux-1024-6gb"),
+    ("", "flux-1024-8gb"),
+    ("", "flux-1024-12gb"),
+    ("", "flux-1024-16gb"),
+    ("", "flux-1024-20gb"),
+    ("FLUX.1-dev bf16, 2048 x 2048", "flux-2048-4gb"),
+    ("Qwen-Image bf16 (40.9 GB), 1328 x 1328", "qwen-1328-12gb"),
+    ("", "qwen-1328-24gb"),
+    ("SD3.5-large fp16 (16.3 GB), 1024 x 1024", "sd35-1024-8gb"),
+    ("Wan 2.1 14B bf16 (28.6 GB), 480p, 33 frames", "wan-480p-8gb"),
+)
+# Of a picture, in the last columns there.
+PICTURE_STEPS = 20
 
 
 def summarize(case: Case, machine: dict, limits: dict[str, dict], runs: dict[str, dict]) -> dict[str, Any]:
@@ -181,11 +198,38 @@ def machine_line(results: list[dict]) -> str:
     return "\n".join(f"Measured on: {line}.  " for line in lines)
 
 
+def front_table(results: dict[str, dict]) -> str:
+    """What is gained, for somebody who has not read how it was measured. The floor is that of our own row."""
+    pictures = (f"{PICTURE_STEPS} steps, ComfyUI", f"{PICTURE_STEPS} steps, WeightStream")
+    head = ["model and picture", "free VRAM", "ComfyUI 0.30", "WeightStream", "floor", "all in VRAM", *pictures]
+    lines = [head, ["---"] * len(head)]
+    for name, case in FRONT_ROWS:
+        result = results[case]
+        host, ours = result["runs"]["comfy-dynamic"]["step_s"], result["runs"]["weightstream"]["step_s"]
+        limits = [number(result["floor_s"]), number(result["resident_step_s"])]
+        whole = [number(PICTURE_STEPS * step, "{:.1f}") for step in (host, ours)]
+        free = f"{result['free_gb']:.0f} GB"
+        lines.append([name, free, number(host), f"**{number(ours)}**", *limits, *whole])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read_results(folder: Path) -> list[dict]:
+    """Every result file, in the order of ``CASES``."""
+    paths = [folder / f"{name}.json" for name in CASES]
+    return [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+
+
 def update_readme(readme: Path, results_folder: Path) -> None:
-    """Rewrite what stands between the two markers from every result file, in the order of ``CASES``."""
-    paths = [results_folder / f"{name}.json" for name in CASES]
-    results = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
-    body = f"{machine_line(results)}\n\n{table(results)}" if results else "No results yet."
+    results = read_results(results_folder)
+    rewrite(readme, f"{machine_line(results)}\n\n{table(results)}" if results else "No results yet.")
+
+
+def update_front_page(readme: Path, results_folder: Path) -> None:
+    rewrite(readme, front_table({result["case"]: result for result in read_results(results_folder)}))
+
+
+def rewrite(readme: Path, body: str) -> None:
+    """Put this between the two markers."""
     before, rest = readme.read_text("utf-8").split(BEGIN)
     after = rest.split(END)[1]
     readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", "utf-8")
@@ -194,3 +238,4 @@ def update_readme(readme: Path, results_folder: Path) -> None:
 if __name__ == "__main__":
     HERE = Path(__file__).resolve().parent
     update_readme(HERE / "README.md", HERE / "results")
+    update_front_page(HERE.parent / "README.md", HERE / "results")

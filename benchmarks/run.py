@@ -50,6 +50,7 @@ def main() -> None:
             failed.append(name)
     if args.out.resolve() == RESULTS and not args.tiny:
         report.update_readme(HERE / "README.md", RESULTS)
+        report.update_front_page(HERE.parent / "README.md", RESULTS)
     if failed:
         raise SystemExit(f"could not measure {', '.join(failed)}")
 

@@ -2,10 +2,10 @@
 
     python tools/cards.py
 
-makes the tables of docs/cards.md anew. The planner is the one that runs (``streaming/planning``), and it is asked about
-models as the pack cuts them (shapes.py). What it would measure on a card is put in by hand: compute is the H200's, in
-proportion to what both can do at most, and the bus carries a share of what its link can. The document says so. A test
-holds the same calculation with the H200's bus and VRAM to what was measured there.
+makes the tables of docs/cards.md anew, and what README.md has of them. The planner is the one that runs
+(``streaming/planning``), and it is asked about models as the pack cuts them (shapes.py). What it would measure on a card is
+put in by hand: compute is the H200's, in proportion to what both can do at most, and the bus carries a share of what its
+link can. The document says so. A test holds the same calculation with the H200's bus and VRAM to what was measured there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from streaming.planning.plan import FORECAST_TOLERANCE, forecast_seconds  # noqa
 from streaming.planning.planner import Planner  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENT = ROOT / "docs" / "cards.md"
+DOCUMENT, README = ROOT / "docs" / "cards.md", ROOT / "README.md"
 
 GIB = 1024**3
 # Bytes a second of one lane, of PCIe 4 and 5: 16 and 32 GT/s, 128 of 130 bits of which are data.
@@ -55,7 +55,12 @@ SYSTEMS = {"Linux": "posix", "Windows": "nt"}
 DISK_SHARE = 0.83
 DISKS = (3e9, 7e9)
 RAM_GIB = (16, 32, 64)
-RAM_CARD = "RTX 4060"
+RAM_CARDS = ("RTX 4060", "RTX 4070")
+# What README.md has of it.
+FRONT_CARDS = ("RTX 4060", "RTX 4070", "RTX 5080", "RTX 4090")
+FRONT_MODELS = ("FLUX.1-dev, bf16", "Qwen-Image, bf16", "Wan 2.1 14B, bf16")
+FRONT_RAM_CARD, FRONT_RAM_GIB, FRONT_DISK = "RTX 4070", (16, 32), 3e9
+PICTURE_STEPS = 20
 # Of the estimated compute: next to nothing.
 NO_COMPUTE = 1e-4
 
@@ -259,14 +264,21 @@ CARD_HEAD = ("card", "VRAM, GiB", "PCIe")
 MEASURED = tuple((model, case) for model in MODELS if not model.casts for case in model.cases)
 
 
-def filled(text: str) -> str:
+def filled(document: Path) -> str:
     """The document with each table made anew, between the two comments with its name."""
-    tables = {"summary": summary, "models": by_model, "ram": by_ram, "measured": measured, "cards": data}
-    for name, make in tables.items():
+    text = document.read_text("utf-8")
+    for name, make in tables()[document].items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
         before, rest = text.split(begin)
         text = f"{before}{begin}{make()}{end}{rest.split(end)[1]}"
     return text
+
+
+def tables() -> dict[Path, dict[str, Callable[[], str]]]:
+    return {
+        DOCUMENT: {"summary": summary, "models": by_model, "ram": by_ram, "measured": measured, "cards": data},
+        README: {"cards": front_cards, "ram": front_ram},
+    }
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -323,8 +335,10 @@ def measured() -> str:
 
 
 def by_ram() -> str:
-    card = next(card for card in CARDS if card.name == RAM_CARD)
+    return "\n".join(ram_of(card) for card in CARDS if card.name in RAM_CARDS)
 
+
+def ram_of(card: Card) -> str:
     def cell(model: Model, system: str, ram: int) -> str:
         limit = pinnable_bytes(ram * GIB, SYSTEMS[system])
         steps = [with_ram(card, model, limit, disk) for disk in DISKS]
@@ -332,14 +346,55 @@ def by_ram() -> str:
             return f"{steps[0].pinned / GIB:.1f}"
         read = " or ".join(dict.fromkeys(f"{step.from_disk / GIB:.1f}" for step in steps))
         seconds = (f"{step.from_disk / (disk * DISK_SHARE):.1f}" for step, disk in zip(steps, DISKS, strict=True))
-        return f"{steps[0].pinned / GIB:.1f} + {read}: {' or '.join(seconds)} s"
+        return f"{steps[0].pinned / GIB:.1f} + {read}: {' or '.join(dict.fromkeys(seconds))} s"
 
     def row(model: Model, system: str) -> list[str]:
         compute = f"{card.compute_seconds(model):.3g}"
         return [model.name, compute, system, *(cell(model, system, ram) for ram in RAM_GIB)]
 
     head = ["model", "computes, s", "system", *(f"{ram} GiB of RAM" for ram in RAM_GIB)]
-    return table(head, (row(model, system) for model in MODELS for system in SYSTEMS))
+    rows = (row(model, system) for model in MODELS for system in SYSTEMS)
+    return f"### {card.name}, {card.vram_gib} GiB, PCIe {card.generation} x{card.lanes}\n\n" + table(head, rows)
+
+
+def front_models() -> list[Model]:
+    return [model for model in MODELS if model.name in FRONT_MODELS]
+
+
+def front_cards() -> str:
+    """A step, a picture, and what is page-locked, where there is RAM enough."""
+
+    def cell(card: Card, model: Model) -> str:
+        plan = on_card(card, model)
+        seconds = seconds_of(plan)
+        whole = PICTURE_STEPS * seconds
+        picture = f"{whole:.2g} s" if whole < 99.5 else f"{whole / 60:.2g} min"
+        return f"{seconds:.2g} s, {picture}, {plan.streamed_bytes / GIB:.0f} GiB"
+
+    def row(card: Card) -> list[str]:
+        link = f"{card.name}, {card.vram_gib} GB, PCIe {card.generation} x{card.lanes}"
+        return [link, *(cell(card, model) for model in front_models())]
+
+    head = ["card", *(model.name.replace(",", "") for model in front_models())]
+    return table(head, (row(card) for card in CARDS if card.name in FRONT_CARDS))
+
+
+def front_ram() -> str:
+    """What is page-locked and what is read in each step; the step, where reading makes it longer."""
+    card = next(card for card in CARDS if card.name == FRONT_RAM_CARD)
+
+    def cell(model: Model, system: str, ram: int) -> str:
+        step = with_ram(card, model, pinnable_bytes(ram * GIB, SYSTEMS[system]), FRONT_DISK)
+        read = f" + {step.from_disk / GIB:.1f}" if step.from_disk else ""
+        longer = step.seconds > seconds_of(on_card(card, model)) * (1 + FORECAST_TOLERANCE)
+        return f"{step.pinned / GIB:.1f}{read}" + (f": {step.seconds:.2g} s" if longer else "")
+
+    places = [(ram, system) for ram in FRONT_RAM_GIB for system in SYSTEMS]
+    head = [f"{card.name}, {card.vram_gib} GB", *(f"{ram} GiB, {system}" for ram, system in places)]
+    rows = (
+        [model.name.replace(",", ""), *(cell(model, system, ram) for ram, system in places)] for model in front_models()
+    )
+    return table(head, rows)
 
 
 def data() -> str:
@@ -358,4 +413,5 @@ def data() -> str:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(filled(DOCUMENT.read_text("utf-8")), "utf-8", newline="\n")
+    for path in tables():
+        path.write_text(filled(path), "utf-8", newline="\n")

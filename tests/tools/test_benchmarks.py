@@ -100,6 +100,20 @@ def test_the_readme_has_the_table_of_the_committed_results(benchmarks: Any, tmp_
     assert copy.read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
 
 
+def test_the_packs_readme_has_the_gains_of_the_committed_results(benchmarks: Any, tmp_path: Path) -> None:
+    readme = FOLDER.parent / "README.md"
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.read_text("utf-8"), "utf-8")
+    benchmarks.report.update_front_page(copy, FOLDER / "results")
+    assert copy.read_text("utf-8") == readme.read_text("utf-8"), "run: python benchmarks/report.py"
+
+
+def test_no_row_of_the_packs_readme_took_more_than_its_text_says_of_the_floor(benchmarks: Any) -> None:
+    results = {result["case"]: result for result in benchmarks.report.read_results(FOLDER / "results")}
+    most = max(results[case]["ratio_to_floor"] for _, case in benchmarks.report.FRONT_ROWS)
+    assert f"at most {100 * (most - 1):.0f} % more" in (FOLDER.parent / "README.md").read_text("utf-8")
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the checkpoints, which the first script writes."""

@@ -121,6 +121,13 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
+def test_the_readme_is_short() -> None:
+    """Words of tables count; marks and comments do not."""
+    read = (ROOT / "README.md").read_text("utf-8").split("\n## Reference")[0]
+    words = [word for word in re.sub("<!--.*?-->", "", read).split() if re.search(r"\w", word)]
+    assert len(words) <= 1200
+
+
 def test_every_picture_is_shown_somewhere() -> None:
     shown = {
         (document.parent / target).resolve().name
