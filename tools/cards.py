@@ -3,9 +3,10 @@
     python tools/cards.py
 
 makes the tables of docs/cards.md anew, and what README.md has of them. The planner is the one that runs
-(``streaming/planning``), and it is asked about models as the pack cuts them (shapes.py). What it would measure on a card is
-put in by hand: compute is the H200's, in proportion to what both can do at most, and the bus carries a share of what its
-link can. The document says so. A test holds the same calculation with the H200's bus and VRAM to what was measured there.
+(``streaming/planning``), and it is asked about models as the pack cuts them (shapes.py). What it would measure on a
+card is put in by hand: compute is the H200's, in proportion to what both can do at most, and the bus carries a share
+of what its link can. The document says so. A test holds the same calculation with the H200's bus and VRAM to what was
+measured there.
 """
 
 from __future__ import annotations
