@@ -97,7 +97,7 @@ class Soak:
     # -- prompts -------------------------------------------------------------------------------------------------
 
     def _references(self, name: str) -> Iterator[tuple[tuple, Any]]:
-        """The host's own latents. The first with new weights may differ from all later ones (docs/design.md)."""
+        """The host's own latents. The first with new weights may differ from all later ones (docs/same-picture.md)."""
         from sampling import sample
 
         for strength in STRENGTHS:
