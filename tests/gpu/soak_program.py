@@ -139,7 +139,7 @@ class Soak:
         return "failed: another latent" if isinstance(why, float) else "failed: an error"
 
     def _reference(self, picture: Picture) -> torch.Tensor:
-        """The latent of the plain host. Its first with new weights may differ from later ones (docs/same-picture.md)."""
+        """The latent of the plain host. Its first with new weights may differ from others (docs/same-picture.md)."""
         if picture not in self._references:
             model = self._models.dressed(self._models.whole(picture), picture, "MinVram")
             for _ in range(2):
