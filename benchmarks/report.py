@@ -205,9 +205,9 @@ def front_table(results: dict[str, dict]) -> str:
     lines = [head, ["---"] * len(head)]
     for name, case in FRONT_ROWS:
         result = results[case]
-        host, ours = result["runs"]["comfy-dynamic"]["step_s"], result["runs"]["weightstream"]["step_s"]
+        host, ours = (result["runs"].get(who, {}).get("step_s") for who in ("comfy-dynamic", "weightstream"))
         limits = [number(result["floor_s"]), number(result["resident_step_s"])]
-        whole = [number(PICTURE_STEPS * step, "{:.1f}") for step in (host, ours)]
+        whole = [number(step and PICTURE_STEPS * step, "{:.1f}") for step in (host, ours)]
         free = f"{result['free_gb']:.0f} GB"
         lines.append([name, free, number(host), f"**{number(ours)}**", *limits, *whole])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -291,3 +291,10 @@ def test_a_job_arrives_as_it_was_sent(benchmarks: Any, tmp_path: Path) -> None:
     for case in (benchmarks.cases.CASES["flux-2048-4gb"], benchmarks.cases.CASES["wan-480p-8gb"].shrunk()):
         job = benchmarks.job.Job(case, "comfy-no-fast-disk", tmp_path / "file", tmp_path, 6, 10**9)
         assert benchmarks.job.Job.from_dict(json.loads(json.dumps(job.as_dict() | {"more": 1}))) == job
+
+
+def test_the_packs_readme_leaves_out_what_was_not_measured(benchmarks: Any) -> None:
+    runs = {"weightstream": {"step_s": 0.25}, "comfy-dynamic": {"error": ["stopped"]}}
+    result = {"free_gb": 8.0, "floor_s": None, "resident_step_s": None, "runs": runs}
+    table = benchmarks.report.front_table({case: result for _, case in benchmarks.report.FRONT_ROWS})
+    assert "|  | 8 GB |  | **0.250** |  |  |  | 5.0 |" in table.splitlines()
