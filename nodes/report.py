@@ -12,8 +12,8 @@ from ..streaming import Line, open_vram_reader
 from ..streaming.machine.server_status import describe_model as entry_as_text
 from .model.patcher import StreamedModelPatcher
 from .page.description import describe_models
+from .page.status import SCHEMA
 from .page.usage import sampler
-from .page.watching import SCHEMA
 from .tell import messages
 from .tell.notices import describe_notices
 

@@ -26,7 +26,7 @@ from typing import Any
 PACK_ROOT = Path(__file__).absolute().parent.parent
 PACK_NAME = "weightstream"
 # What ComfyUI loads of the pack. The rest (tests, benchmarks, tools) stays behind, as in a published one.
-PACK_PARTS = ("__init__.py", "pyproject.toml", "nodes", "streaming", "web", "locales", "example_workflows")
+PACK_PARTS = ("__init__.py", "pyproject.toml", "fleet", "nodes", "streaming", "web", "locales", "example_workflows")
 MODEL_FOLDERS = ("checkpoints", "clip", "controlnet", "diffusion_models", "loras", "text_encoders", "unet", "vae")
 
 POLL_S = 0.05

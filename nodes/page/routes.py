@@ -20,21 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import comfy.model_management as mm
 from aiohttp import web
 
-from ...streaming import open_vram_reader
-from ..host import hosts
-from ..host.contracts import broken_contracts
 from ..host.devices import unload
-from ..host.gpus import visible_gpus, why_no_gpus
-from ..host.version import VERSION
 from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import StreamedModel, streamed_models
 from ..tell import messages
-from ..tell.notices import describe_notices
 from .converting import add_convert_route
-from .description import describe_causes, describe_models
+from .status import StatusSource, own_status
 from .timeline import describe_runs, describe_traces, trace_file, traces_of
-from .usage import sampler
-from .watching import LEASE_SECONDS, SCHEMA, Watch
+from .watching import LEASE_SECONDS, Watch
 
 if TYPE_CHECKING:
     from server import PromptServer
@@ -56,23 +49,6 @@ BetweenPrompts = Callable[[], AbstractContextManager[None]]
 
 class BusyError(Exception):
     """Nothing can be unloaded now; the text says why."""
-
-
-def full_status() -> dict[str, Any]:
-    """Devices, host memory, models and notices: plain values, sizes in bytes."""
-    with open_vram_reader() as reader:
-        now = sampler.sample(reader)
-    return {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "time": now.time,
-        **now.as_dict(),
-        "comfyui": {"version": hosts.VERSION, "broken": list(broken_contracts())},
-        "why_no_devices": None if visible_gpus() else why_no_gpus(),
-        "models": describe_models(streamed_models()),
-        "causes": describe_causes(streamed_models(), now.devices),
-        "notices": describe_notices(),
-    }
 
 
 def free(models: list[StreamedModel], what: str, between_prompts: BetweenPrompts) -> dict[str, int]:
@@ -152,17 +128,22 @@ def _held(models: list[StreamedModel]) -> _Held:
     return _Held(sum(each.device_bytes for each in snapshots), sum(each.pinned_bytes for each in snapshots))
 
 
-def add_routes() -> None:
-    """Register the routes. Without a server there is nothing to do."""
+def add_routes(source: StatusSource = own_status) -> None:
+    """Register the routes. Without a server there is nothing to do.
+
+    Args:
+        source: of the status, and of the events that pages ask for.
+    """
     server = messages.find_server()
     if server is None:
         return
-    watch = Watch(server)
+    watch = Watch(server, source)
     add_convert_route(server)
 
     @server.routes.get(STATUS_ROUTE)
     async def get_status(_request: web.Request) -> web.Response:
-        return web.json_response(await asyncio.to_thread(full_status))
+        async with source() as read:
+            return web.json_response(await read())
 
     @server.routes.post(WATCH_ROUTE)
     async def post_watch(request: web.Request) -> web.Response:

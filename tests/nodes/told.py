@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.page.status import full_status
 
 
 def entry_of(model: StreamedModelPatcher) -> dict[str, Any]:

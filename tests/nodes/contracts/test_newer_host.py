@@ -27,7 +27,7 @@ from weightstream.nodes.host import contracts, hosts
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.offload import OffloadSettings
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.page.status import full_status
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.twins.components import patcher_on
 from weightstream.nodes.twins.split import split_over

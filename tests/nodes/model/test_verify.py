@@ -10,7 +10,7 @@ import torch
 from sampling import MB, Patched, sample, settle, with_lora
 from weightstream.nodes.host import devices
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.page import routes
+from weightstream.nodes.page import status
 from weightstream.streaming import ConfigError
 from weightstream.streaming.devices.copies import Event, Pair
 
@@ -76,7 +76,7 @@ def test_a_damaged_copy_is_found_and_the_latents_are_the_hosts(
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2
     assert all("a copy of diffusion_model." in error and "_blocks." in error for error in errors)
-    shown = [entry for entry in routes.full_status()["models"] if entry["mode"] == "synchronous"]
+    shown = [entry for entry in status.full_status()["models"] if entry["mode"] == "synchronous"]
     assert [entry["counters"]["corrupted"] for entry in shown] == [2]
     assert "copies are synchronous since one of diffusion_model." in shown[0]["explain"]
     announced = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]

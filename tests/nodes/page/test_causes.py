@@ -12,7 +12,7 @@ from sampling import MB, sample, settle
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.page.causes import Cause, Facts, find_causes
 from weightstream.nodes.page.description import describe_causes, facts_of
-from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.page.status import full_status
 from weightstream.nodes.page.usage import DeviceUsage
 from weightstream.streaming import Link
 

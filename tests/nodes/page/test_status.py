@@ -17,9 +17,9 @@ from told import entry_of, parts_of
 from weightstream.nodes.host.version import VERSION
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.page import description, watching
+from weightstream.nodes.page import description
 from weightstream.nodes.page.description import ladder_step
-from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.page.status import full_status, shorten
 from weightstream.nodes.tell import messages
 from weightstream.nodes.tell.names import shown_name, without_folders
 from weightstream.nodes.tell.notices import keep_notice, withdraw_notice
@@ -121,15 +121,15 @@ def test_the_revision_changes_with_what_events_leave_out(streamed: Load, monkeyp
     monkeypatch.setattr(description, "RUNNING_SECONDS", 0)
     model = streamed(24 * MB)
     model.streamer.finish_building()
-    one = watching.make_event(READER)["revision"]
-    assert watching.make_event(READER)["revision"] == one
+    one = shorten(full_status(READER))["revision"]
+    assert shorten(full_status(READER))["revision"] == one
     sample(model)
-    two = watching.make_event(READER)["revision"]
+    two = shorten(full_status(READER))["revision"]
     assert two != one
     keep_notice("inactive", "x", "because", None, model.model)
-    assert watching.make_event(READER)["revision"] != two
+    assert shorten(full_status(READER))["revision"] != two
     withdraw_notice("x", None)
-    assert watching.make_event(READER)["revision"] == two
+    assert shorten(full_status(READER))["revision"] == two
 
 
 # -- notices -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.model.streamed_model import streamed_models
 from weightstream.nodes.page import routes
-from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.page.status import full_status
 from weightstream.nodes.twins.split import split_over
 from weightstream.streaming import VirtualMemory
 

@@ -20,8 +20,8 @@ from told import entry_of, parts_of
 from weightstream.nodes.host import devices
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.page import usage, watching
-from weightstream.nodes.page.routes import full_status
+from weightstream.nodes.page import status, usage, watching
+from weightstream.nodes.page.status import full_status, own_status
 from weightstream.nodes.page.usage import DeviceUsage, Sampler
 from weightstream.streaming import Snapshot, Streamer, VramReader
 from weightstream.streaming.machine.gpus import Nvml
@@ -139,11 +139,11 @@ def test_an_event_of_eight_devices_is_small(machine: Machine, models: Path, monk
     monkeypatch.setattr(Sampler, "_rates", lambda self, device, *_: rates[device])
     for memory in devices.virtual_devices():
         memory.allocated = 123_456_789_012
-    event = watching.make_event(READER)
+    event = status.shorten(status.full_status(READER))
     assert len(event["devices"]) == 8
     assert len(loaded) == 3
     assert len(json.dumps({"type": watching.EVENT, "data": event})) <= 2048
-    fields = dict(zip(watching.DEVICE_FIELDS, event["devices"][7], strict=True))
+    fields = dict(zip(status.DEVICE_FIELDS, event["devices"][7], strict=True))
     assert fields["copy_rate"] == 55_123_456_789
     assert fields["stalled"] == 0.123
     for memory in devices.virtual_devices():
@@ -155,7 +155,7 @@ def test_without_a_gpu_there_are_no_devices(machine: Machine) -> None:
     now = full_status()
     assert (now["devices"], now["why_no_devices"]) == ([], "there is no GPU")
     assert now["host"]["ram_total"] > 0
-    json.dumps(watching.make_event(READER))
+    json.dumps(status.shorten(status.full_status(READER)))
 
 
 # -- leases ------------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_a_page_that_is_gone_gets_nothing_more(monkeypatch: pytest.MonkeyPatch) 
 
     async def watch() -> None:
         server = Server()
-        leases: Any = watching.Watch(server)  # type: ignore[arg-type]
+        leases: Any = watching.Watch(server, own_status)  # type: ignore[arg-type]
         assert leases.renew("page")
         while not server.sent:
             await asyncio.sleep(0.01)
@@ -194,18 +194,17 @@ def test_a_sample_that_fails_is_told_of_and_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = [RuntimeError("the GPU has fallen off the bus")]
-    make_event = watching.make_event
 
     def fail_once(reader: VramReader) -> dict[str, Any]:
         if failures:
             raise failures.pop()
-        return make_event(reader)
+        return full_status(reader)
 
-    monkeypatch.setattr(watching, "make_event", fail_once)
+    monkeypatch.setattr(status, "full_status", fail_once)
 
     async def watch() -> None:
         server = Server()
-        leases: Any = watching.Watch(server)  # type: ignore[arg-type]
+        leases: Any = watching.Watch(server, own_status)  # type: ignore[arg-type]
         leases.renew("page")
         while leases.active:
             await asyncio.sleep(0.01)

@@ -1,0 +1,146 @@
+"""``python -m fleet``: starts the ComfyUI in front, which starts its workers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import ipaddress
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import FRONT_VARIABLE, MOST_WAITING, FleetConfig
+from .errors import FleetConfigError, FleetError
+from .ray_workers import NO_RAY
+
+PACK = Path(__file__).resolve().parent.parent
+LOOPBACK = "127.0.0.1"
+PORT = 8188
+TOKEN_BYTES = 24
+# Those that the fleet says itself.
+OURS = ("--port", "--listen", "--cuda-device", "--database-url")
+
+
+def parser() -> argparse.ArgumentParser:
+    program = argparse.ArgumentParser(
+        prog="python -m fleet",
+        description="One ComfyUI in front, and behind it one for each GPU: independent prompts run side by side.",
+        epilog="What follows -- goes to ComfyUI's main.py, in front and in all workers.",
+    )
+    program.add_argument("--workers", type=int, default=0, metavar="N", help="default: one for each GPU")
+    program.add_argument("--gpus", metavar="0,1", help="use these GPUs of this machine (default: all)")
+    program.add_argument("--port", type=int, default=PORT, help=f"of the page (default: {PORT})")
+    program.add_argument("--listen", default=LOOPBACK, metavar="IP", help=f"default: {LOOPBACK}, this machine alone")
+    program.add_argument("--token", default="", help="what clients have to know; one is made up if others may connect")
+    program.add_argument(
+        "--address", default="", metavar="HOST:PORT", help="join this Ray cluster (default: this machine)"
+    )
+    program.add_argument(
+        "--most-waiting",
+        type=int,
+        default=MOST_WAITING,
+        metavar="N",
+        help=f"refuse prompts beyond (default: {MOST_WAITING})",
+    )
+    program.add_argument("--comfyui", metavar="DIR", help="ComfyUI's folder (default: the one that this pack is in)")
+    return program
+
+
+def make_config(arguments: argparse.Namespace, host_arguments: Sequence[str]) -> FleetConfig:
+    """The settings that these arguments mean.
+
+    Raises:
+        FleetConfigError: one of them cannot be used.
+    """
+    taken = [name for name in OURS if any(each.split("=")[0] == name for each in host_arguments)]
+    if taken:
+        raise FleetConfigError(f"{', '.join(taken)} behind --: the fleet sets that itself; give it before the --")
+    token = arguments.token
+    if not token and not _is_loopback(arguments.listen):
+        token = secrets.token_urlsafe(TOKEN_BYTES)
+    config = FleetConfig(
+        comfyui=os.fspath(_find_comfyui(arguments.comfyui)),
+        python=sys.executable,
+        host_arguments=tuple(host_arguments),
+        workers=arguments.workers,
+        address=arguments.address,
+        most_waiting=arguments.most_waiting,
+        token=token,
+    )
+    _check_port(arguments.listen, arguments.port)
+    return config
+
+
+def command(config: FleetConfig, arguments: argparse.Namespace) -> list[str]:
+    """How the ComfyUI in front is started. It computes nothing, and leaves the GPUs to the workers."""
+    return [
+        config.python,
+        "-s",
+        os.fspath(config.main),
+        *config.host_arguments,
+        *("--cpu", "--port", str(arguments.port), "--listen", arguments.listen),
+        "--disable-auto-launch",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    # Here and not in argparse, whose treatment of -- differs between versions of Python.
+    end = given.index("--") if "--" in given else len(given)
+    arguments = parser().parse_args(given[:end])
+    try:
+        if importlib.util.find_spec("ray") is None:
+            raise FleetConfigError(NO_RAY)
+        config = make_config(arguments, given[end + 1 :])
+    except FleetError as error:
+        print(error, file=sys.stderr)
+        return 2
+    environ = {**os.environ, FRONT_VARIABLE: config.to_json()}
+    if arguments.gpus:
+        environ["CUDA_VISIBLE_DEVICES"] = arguments.gpus
+    shown = "127.0.0.1" if _is_loopback(arguments.listen) else socket.gethostname()
+    print(
+        f"the page: http://{shown}:{arguments.port}/" + (f"?token={config.token}" if config.token else ""), flush=True
+    )
+    return _become(command(config, arguments), environ)
+
+
+def _become(program: list[str], environ: dict[str, str]) -> int:
+    """Run it in the place of this process, so that what ends this one ends it."""
+    if os.name != "nt":
+        os.execve(program[0], program, environ)
+    try:
+        return subprocess.call(program, env=environ)
+    except KeyboardInterrupt:  # It got that too, and ends by itself.
+        return 130
+
+
+def _find_comfyui(given: str | None) -> Path:
+    found = Path(given).resolve() if given else PACK.parent.parent
+    if not (found / "main.py").is_file():
+        raise FleetConfigError(f"{found} is no folder of ComfyUI: it has no main.py; say --comfyui DIR")
+    return found
+
+
+def _is_loopback(listen: str) -> bool:
+    try:
+        return all(ipaddress.ip_address(each.strip()).is_loopback for each in listen.split(","))
+    except ValueError:
+        return listen == "localhost"
+
+
+def _check_port(listen: str, port: int) -> None:
+    for address in listen.split(","):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family) as probe:
+            if os.name != "nt":  # There it would let two programs have one port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address.strip(), port))
+            except OSError as error:
+                text = f"{address}:{port} cannot be listened on ({error.strerror}); choose another --port or --listen"
+                raise FleetConfigError(text) from None

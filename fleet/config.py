@@ -1,0 +1,76 @@
+"""Settings of a fleet, handed from the command line to the ComfyUI in front by an environment variable."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from .errors import FleetConfigError
+
+# Holds a FleetConfig as JSON in the ComfyUI in front.
+FRONT_VARIABLE = "WEIGHTSTREAM_FLEET"
+
+MOST_WAITING = 1000
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """How many workers there are, and how they are started.
+
+    Attributes:
+        comfyui: the folder of ComfyUI, on each host.
+        python: the interpreter that runs it there.
+        host_arguments: of ``main.py``, for the front and for all workers: folders, precision, attention.
+        worker_arguments: for workers alone.
+        environ: of workers, beside what their host has.
+        workers: how many; 0 for one for each GPU.
+        address: of a Ray cluster to join; "" for one of its own on this machine.
+        most_waiting: prompts that may wait. More are refused, with HTTP status 429.
+        token: what a client has to know; "" for nothing.
+    """
+
+    comfyui: str
+    python: str
+    host_arguments: tuple[str, ...] = ()
+    worker_arguments: tuple[str, ...] = ()
+    environ: dict[str, str] = field(default_factory=dict)
+    workers: int = 0
+    address: str = ""
+    most_waiting: int = MOST_WAITING
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise FleetConfigError(f"{self.workers} workers: expected 1 or more, or 0 for one for each GPU")
+        if self.most_waiting < 1:
+            raise FleetConfigError(f"a queue for {self.most_waiting} prompts: expected 1 or more")
+
+    @property
+    def main(self) -> Path:
+        return Path(self.comfyui) / "main.py"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_environment(cls) -> FleetConfig | None:
+        """The settings of the front that this process is; None where it is none.
+
+        Raises:
+            FleetConfigError: the variable holds something else.
+        """
+        text = os.environ.get(FRONT_VARIABLE, "")
+        if not text:
+            return None
+        try:
+            values = json.loads(text)
+            known = {each.name for each in fields(cls)}
+            if not isinstance(values, dict) or not values.keys() <= known:
+                raise FleetConfigError(f"{FRONT_VARIABLE}: expected an object of {', '.join(sorted(known))}")
+            for name in ("host_arguments", "worker_arguments"):
+                values[name] = tuple(values.get(name, ()))
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise FleetConfigError(f"{FRONT_VARIABLE} is set by python -m fleet, and is malformed: {error}") from error

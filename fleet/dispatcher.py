@@ -1,0 +1,435 @@
+"""Gives prompts to workers, passes on what comes of them, and runs one again whose worker died.
+
+[Note: nothing lost, nothing twice]
+A prompt is in exactly one place: in the queue, or with one worker. It leaves the queue when a worker is about to get
+it, which is written down first (``begin``), and it leaves the worker by its result, or by the worker's end. Only the
+second puts it back into the queue, and only once: a prompt with which two workers died has an error for its result. So
+has one that was begun twice before the front itself ended. All of this runs on one event loop; nothing between two
+awaits is interleaved with anything else.
+
+A worker's end is seen by the run that waits for it, not by whoever ends it. So a result that has arrived counts, and
+one that has not is made again; the client hears of one prompt id either way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from .errors import FleetError, WorkerDied
+from .files import Folders, Place, pieces_of, read_by, rename, write_piece
+from .ray_workers import FleetWorker
+from .scheduling import LOAD_BYTES_PER_SECOND, PROMPT_SECONDS, ModelFile, Waiting, WorkerView, choose, total
+from .worker import BINARY, CANCELLED, DIED, DONE, EVENT, FILE, REFUSED, prefixes
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "free", "running", "restarting", "failed"]
+
+# A prompt may be begun so often.
+MOST_ATTEMPTS = 2
+# New measurements count for so much in the averages.
+NEWEST_SHARE = 0.3
+# While prompts wait and workers are free, what is better off waiting is asked again.
+PATIENCE_SECONDS = 0.5
+# Between two starts of a worker that does not come up, doubled each time up to the second.
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+# ComfyUI goes on after these, though nothing runs on the GPU any more.
+BROKEN_GPU = ("AcceleratorError", "CUDA error", "HIP error", "device-side assert", "unspecified launch failure")
+
+
+@dataclass
+class Job:
+    """A prompt on its way.
+
+    Attributes:
+        id, client: the prompt's, and that of whoever is told of it.
+        body: for ComfyUI's route ``/prompt``.
+        files: the models that it loads.
+        attempts: how often it was begun.
+        refused: workers whose ComfyUI finds it invalid, with the reasons.
+        lost: workers that died with it, and why.
+        cancelled: whether it was interrupted.
+    """
+
+    id: str
+    client: str | None
+    body: dict[str, Any]
+    files: frozenset[ModelFile] = frozenset()
+    attempts: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    cancelled: bool = False
+
+    def waiting(self, up: frozenset[str]) -> Waiting:
+        """For the scheduler. Workers that died with it are not tried again, if one of those ``up`` has not."""
+        excluded = frozenset(self.refused)
+        if up - excluded - self.lost.keys():
+            excluded |= self.lost.keys()
+        return Waiting(self.id, self.files, excluded)
+
+
+class Front(Protocol):
+    """The ComfyUI in front: its queue, and the clients behind it. All on the dispatcher's loop."""
+
+    def jobs(self) -> Sequence[Job]:
+        """Those that wait, in the order of the queue."""
+        ...
+
+    def begin(self, job: Job) -> None:
+        """Take it from the queue; from here on it counts as running."""
+        ...
+
+    def put_back(self, job: Job) -> None:
+        """Back into the queue, where it was."""
+        ...
+
+    def finish(self, job: Job, entry: dict[str, Any]) -> None:
+        """It has a result: ``outputs``, ``status``, ``meta`` as in ComfyUI's history."""
+        ...
+
+    def send(self, job: Job, kind: str, data: Any) -> None:
+        """Tell its client of an event."""
+        ...
+
+    def send_bytes(self, job: Job, message: bytes) -> None:
+        """Send its client a binary message, a preview for example."""
+        ...
+
+
+@dataclass
+class Seat:
+    """A worker with what is known of it."""
+
+    worker: FleetWorker
+    state: State = "starting"
+    reason: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+    job: Job | None = None
+    since: float = 0.0
+    loaded: frozenset[ModelFile] = frozenset()
+    prompt_seconds: float = PROMPT_SECONDS
+    load_rate: float = LOAD_BYTES_PER_SECOND
+    done: int = 0
+    changes: int = 0
+    models: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    @property
+    def up(self) -> bool:
+        return self.state in ("free", "running")
+
+    def has(self, file: ModelFile) -> bool:
+        return file.name in self.models.get(file.folder, ())
+
+    def view(self, files: frozenset[ModelFile]) -> WorkerView:
+        """For the scheduler. ``files``: all that waiting prompts load."""
+        busy = time.monotonic() - self.since if self.job is not None else None
+        missing = frozenset((file.folder, file.name) for file in files if not self.has(file))
+        return WorkerView(self.worker.name, busy, self.loaded, missing, self.prompt_seconds, self.load_rate)
+
+
+class Dispatcher:
+    """The loop of each worker: start it, give it prompts, start it again when it died."""
+
+    def __init__(self, front: Front, workers: Sequence[FleetWorker], folders: Folders) -> None:
+        self._front = front
+        self._folders = folders
+        self.seats = [Seat(worker) for worker in workers]
+        self._changed = asyncio.Event()
+        self.reruns = 0
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with _Group() as group:
+            for seat in self.seats:
+                group.start(self._serve(seat))
+
+    def wake(self) -> None:
+        """Something waits, or was taken back."""
+        self._changed.set()
+
+    def interrupt(self, prompt_id: str | None = None) -> bool:
+        """Interrupt the prompt with this id, or all that run; whether any does."""
+        found = [seat for seat in self.seats if seat.job is not None and prompt_id in (None, seat.job.id)]
+        for seat in found:
+            assert seat.job is not None
+            seat.job.cancelled = True
+            _in_background(seat.worker.interrupt(seat.job.id))
+        return bool(found)
+
+    def free(self, flags: Mapping[str, bool]) -> None:
+        """Have all workers unload models; what they have loaded counts no more."""
+        for seat in self.seats:
+            if seat.up:
+                seat.loaded = frozenset()
+                _in_background(seat.worker.free(flags))
+
+    def who_lacks(self, files: frozenset[ModelFile]) -> dict[str, list[ModelFile]]:
+        """For each worker that is up, which of these models its host does not have."""
+        return {
+            seat.worker.name: [file for file in sorted(files) if not seat.has(file)] for seat in self.seats if seat.up
+        }
+
+    async def look_again(self) -> None:
+        """Ask all workers anew which models there are: one may have been added."""
+        for seat in self.seats:
+            if seat.up:
+                try:
+                    seat.models = _names(await seat.worker.models())
+                except FleetError as error:
+                    logger.info("[WeightStream] %s does not say which models it has: %s", seat.worker.name, error)
+
+    # one worker
+
+    async def _serve(self, seat: Seat) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                seat.info = await seat.worker.start()
+            except FleetError as error:
+                seat.state, seat.reason = "failed", str(error)
+                logger.error("[WeightStream] %s cannot be started: %s", seat.worker.name, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                continue
+            pause = FIRST_PAUSE_SECONDS
+            seat.models = _names(seat.info.pop("models"))
+            seat.state, seat.reason, seat.loaded = "free", "", frozenset()
+            logger.info("[WeightStream] %s is up on %s", seat.worker.name, seat.info.get("host"))
+            try:
+                while True:
+                    await self._run(seat, await self._next(seat))
+            except WorkerDied as error:
+                seat.state, seat.reason = "restarting", str(error)
+                logger.warning("[WeightStream] %s is started again: %s", seat.worker.name, error)
+                self._changed.set()
+
+    async def _next(self, seat: Seat) -> Job:
+        """The prompt that this worker takes, once there is one. It is the worker's when this returns."""
+        while (job := self._choose(seat)) is None:
+            self._changed.clear()
+            waits = bool(self._front.jobs())
+            try:
+                await asyncio.wait_for(self._changed.wait(), PATIENCE_SECONDS if waits else None)
+            except asyncio.TimeoutError:
+                continue
+        # Between the choice and this there is no await: no other worker can have chosen it too.
+        self._front.begin(job)
+        job.attempts += 1
+        seat.job, seat.since, seat.state = job, time.monotonic(), "running"
+        return job
+
+    def _choose(self, seat: Seat) -> Job | None:
+        jobs = {job.id: job for job in self._front.jobs()}
+        self._refuse_hopeless(jobs)
+        files = frozenset(file for job in jobs.values() for file in job.files)
+        views = {id(each): each.view(files) for each in self.seats if each.up}
+        up = frozenset(view.name for view in views.values())
+        found = choose(views[id(seat)], list(views.values()), [job.waiting(up) for job in jobs.values()])
+        return jobs[found.id] if found else None
+
+    def _refuse_hopeless(self, jobs: dict[str, Job]) -> None:
+        """Give an error to prompts that every worker has refused."""
+        names = {seat.worker.name for seat in self.seats}
+        for job in [job for job in jobs.values() if names <= job.refused.keys()]:
+            del jobs[job.id]
+            self._front.begin(job)
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in job.refused.items())
+            self._front.finish(job, failed(job, "no worker can run this prompt: " + reasons))
+
+    async def _run(self, seat: Seat, job: Job) -> None:
+        before = seat.loaded
+        try:
+            entry = await self._result(seat, job)
+        except WorkerDied as error:
+            self._lose(seat, job, str(error))
+            raise
+        except FleetError as error:
+            entry = failed(job, f"{seat.worker.name}: {error}")
+        self._learn(seat, job, before)
+        seat.job, seat.state = None, "free"
+        if entry is None:  # Refused: for another worker.
+            self._front.put_back(job)
+        else:
+            self._front.finish(job, entry)
+        self._changed.set()
+        broken = entry and _broken_gpu(entry)
+        if broken:
+            raise WorkerDied(broken)
+
+    async def _result(self, seat: Seat, job: Job) -> dict[str, Any] | None:
+        """Run a prompt and pass on what it says; its entry for the history, or None where the worker refuses it."""
+        await self._bring_files(seat, job)
+        if job.cancelled:
+            return interrupted(job)
+        names = prefixes(seat.worker.name)
+        async for kind, *values in seat.worker.run(job.id, job.body):
+            if kind == EVENT:
+                event, data = values
+                rename(data, names)
+                self._front.send(job, event, data)
+            elif kind == BINARY:
+                self._front.send_bytes(job, values[0])
+            elif kind == FILE:
+                place, offset, piece = values
+                path = self._folders.path(_in_front(Place(*place), names))
+                await asyncio.to_thread(write_piece, path, offset, piece)
+            elif kind == DONE:
+                (entry,) = values
+                rename(entry["outputs"], names)
+                if (why := _broken_gpu(entry)) and job.attempts < MOST_ATTEMPTS and not job.cancelled:
+                    raise WorkerDied(why)
+                return _with_reruns(job, entry)
+            elif kind == REFUSED:
+                job.refused[seat.worker.name] = _reason(values[0])
+                job.attempts -= 1
+                return None
+            elif kind == CANCELLED:
+                return interrupted(job)
+            elif kind == DIED:
+                raise WorkerDied(values[0])
+        raise WorkerDied("its events ended before the prompt did")
+
+    async def _bring_files(self, seat: Seat, job: Job) -> None:
+        """Bring what the prompt reads to the worker's folders."""
+        places = read_by(job.body["prompt"], self._folders)
+        sized = [(tuple(place), self._folders.path(place).stat().st_size) for place in places]
+        for values in await seat.worker.lacks(sized) if sized else ():
+            for offset, piece in pieces_of(self._folders.path(Place(*values))):
+                await seat.worker.write(values, offset, piece)
+
+    def _lose(self, seat: Seat, job: Job, reason: str) -> None:
+        """A worker died with a prompt (Note: nothing lost, nothing twice)."""
+        seat.job = None
+        job.lost[seat.worker.name] = reason
+        if job.cancelled:
+            self._front.finish(job, interrupted(job))
+        elif job.attempts >= MOST_ATTEMPTS:
+            reasons = "; ".join(f"{name}: {why}" for name, why in job.lost.items())
+            self._front.finish(job, failed(job, f"{MOST_ATTEMPTS} workers died with this prompt: {reasons}"))
+        else:
+            self.reruns += 1
+            self._front.put_back(job)
+
+    def _learn(self, seat: Seat, job: Job, before: frozenset[ModelFile]) -> None:
+        """From how long a prompt took: of prompts, or with other models than before, of loading."""
+        seconds = time.monotonic() - seat.since
+        changed = total(job.files - before)
+        seat.done += 1
+        seat.loaded = job.files
+        if not changed:
+            seat.prompt_seconds += NEWEST_SHARE * (seconds - seat.prompt_seconds)
+            return
+        seat.changes += 1
+        if (loading := seconds - seat.prompt_seconds) > 0:
+            seat.load_rate += NEWEST_SHARE * (changed / loading - seat.load_rate)
+
+
+def failed(job: Job, text: str) -> dict[str, Any]:
+    """A result that says why there is none, as ComfyUI tells of an error in a node."""
+    error = {
+        "prompt_id": job.id,
+        "node_id": "",
+        "node_type": "",
+        "executed": [],
+        "exception_type": "FleetError",
+        "exception_message": text,
+        "traceback": [],
+        "current_inputs": {},
+        "current_outputs": [],
+        "timestamp": int(time.time() * 1000),
+    }
+    return _without_outputs("execution_error", error)
+
+
+def interrupted(job: Job) -> dict[str, Any]:
+    """The result of a prompt that was interrupted on a worker that died."""
+    values = {"prompt_id": job.id, "node_id": "", "node_type": "", "executed": []}
+    return _without_outputs("execution_interrupted", {**values, "timestamp": int(time.time() * 1000)})
+
+
+def _without_outputs(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "outputs": {},
+        "meta": {},
+        "status": {"status_str": "error", "completed": False, "messages": [[kind, values]]},
+    }
+
+
+def _with_reruns(job: Job, entry: dict[str, Any]) -> dict[str, Any]:
+    """A result that says that it is of a second run, if it is."""
+    if job.lost and entry.get("status"):
+        message = ["weightstream_rerun", {"prompt_id": job.id, "lost": dict(job.lost)}]
+        entry["status"]["messages"] = [*entry["status"]["messages"], message]
+    return entry
+
+
+def _broken_gpu(entry: Mapping[str, Any]) -> str | None:
+    """Why a worker's GPU is of no use after this result."""
+    for kind, values in (entry.get("status") or {}).get("messages", ()):
+        if kind == "execution_error":
+            text = f"{values.get('exception_type')}: {values.get('exception_message')}"
+            if "OutOfMemory" not in text and any(mark in text for mark in BROKEN_GPU):
+                return f"its GPU does not work any more: {text}"
+    return None
+
+
+def _reason(answer: Mapping[str, Any]) -> str:
+    """What a ComfyUI says against a prompt."""
+    error = answer.get("error") or {}
+    said = [str(error.get("message", error)) if isinstance(error, Mapping) else str(error)]
+    for node_id, node in (answer.get("node_errors") or {}).items():
+        for each in node.get("errors", ()):
+            said.append(f"node {node_id} ({node.get('class_type')}): {each.get('message')}: {each.get('details')}")
+    return "; ".join(said)
+
+
+def _in_front(place: Place, names: Mapping[str, str]) -> Place:
+    return Place(place.kind, "/".join(part for part in (names[place.kind], place.subfolder) if part), place.name)
+
+
+def _names(models: Mapping[str, Sequence[str]]) -> dict[str, frozenset[str]]:
+    return {folder: frozenset(names) for folder, names in models.items()}
+
+
+_tasks: set[asyncio.Task[None]] = set()
+
+
+def _in_background(work: Awaitable[None]) -> None:
+    """Let it run by itself; what goes wrong is in the log."""
+
+    async def watched() -> None:
+        try:
+            await work
+        except FleetError as error:
+            logger.info("[WeightStream] %s", error)
+
+    task = asyncio.get_running_loop().create_task(watched())
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+class _Group:
+    """Tasks that end together: the first that fails ends all. (asyncio's own needs Python 3.11.)"""
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, work: Any) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
+    async def __aenter__(self) -> _Group:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await asyncio.gather(*self._tasks)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)

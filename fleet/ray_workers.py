@@ -1,0 +1,164 @@
+"""Workers as Ray's actors: where they are, how they start, and what it looks like when one is gone. All that knows Ray.
+
+[Note: what Ray does here]
+Ray places one actor on each GPU of one host or of many, starts it, sees that it or its host is gone, makes it anew
+(``max_restarts``), and carries messages and files. On one machine it starts what it needs itself and ends with this
+process; its ports are bound to the loopback interface there. A cluster that is joined has the ports that its starter
+gave it. Ray trusts whoever reaches them (docs/fleet.md).
+
+Actors are sent by value, since the hosts of a cluster need not have this pack where this one has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from . import worker as worker_module
+from .config import FleetConfig
+from .errors import FleetConfigError, FleetError, WorkerDied, WorkerStartError
+from .worker import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "weightstream"
+LOOPBACK = "127.0.0.1"
+NO_RAY = "the fleet needs Ray, which is not installed: pip install 'ray>=2.40'"
+
+
+class FleetWorker(Protocol):
+    """A worker, as the dispatcher sees it. Each method may raise WorkerDied."""
+
+    name: str
+
+    async def start(self) -> dict[str, Any]: ...
+    def run(self, prompt_id: str, body: dict[str, Any]) -> AsyncIterator[tuple[Any, ...]]: ...
+    async def interrupt(self, prompt_id: str) -> None: ...
+    async def free(self, flags: Mapping[str, bool]) -> None: ...
+    async def models(self) -> dict[str, list[str]]: ...
+    async def lacks(self, places: Sequence[Any]) -> list[Any]: ...
+    async def write(self, place: tuple[str, str, str], offset: int, piece: bytes) -> None: ...
+    async def request(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], bytes]: ...
+
+
+def connect(config: FleetConfig) -> int:
+    """Start Ray, or join the cluster; the number of workers.
+
+    Raises:
+        FleetConfigError: there is no Ray, no such cluster, or no GPU.
+    """
+    ray = _ray()
+    # The name of this package differs with the folder that the pack lies in.
+    ray.cloudpickle.register_pickle_by_value(__import__("sys").modules[__package__])
+    common = {"namespace": NAMESPACE, "logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        if config.address:
+            ray.init(address=config.address, **common)
+        else:
+            # Ray counts GPUs itself; where there is none, virtual devices stand in for as many as are asked for.
+            own = {"num_gpus": config.workers} if config.workers else {}
+            ray.init(include_dashboard=False, _node_ip_address=LOOPBACK, **own, **common)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise FleetConfigError(f"Ray cannot be used ({config.address or 'on this machine'}): {error}") from error
+    count = config.workers or int(ray.cluster_resources().get("GPU", 0))
+    if not count:
+        raise FleetConfigError("there is no GPU for a worker; --workers N starts N of them anyway")
+    return count
+
+
+def disconnect() -> None:
+    """End what :func:`connect` has started. Does nothing without it."""
+    with contextlib.suppress(FleetConfigError):
+        _ray().shutdown()
+
+
+def node() -> str:
+    """The Ray node that this process is on."""
+    return str(_ray().get_runtime_context().get_node_id())
+
+
+class RayWorker:
+    """A :class:`FleetWorker` that is an actor of Ray."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        ray = _ray()
+        self.name = settings.name
+        # Without CPUs of its own: it waits nearly always, and must not be refused for want of one.
+        make = ray.remote(num_gpus=1, num_cpus=0, max_restarts=-1)(_actor_class())
+        self._actor = make.remote(settings)
+
+    async def start(self) -> dict[str, Any]:
+        return await self._call("start_there")
+
+    async def interrupt(self, prompt_id: str) -> None:
+        await self._call("interrupt", prompt_id)
+
+    async def free(self, flags: Mapping[str, bool]) -> None:
+        await self._call("free", dict(flags))
+
+    async def models(self) -> dict[str, list[str]]:
+        return await self._call("models")
+
+    async def lacks(self, places: Sequence[Any]) -> list[Any]:
+        return await self._call("lacks", list(places))
+
+    async def write(self, place: tuple[str, str, str], offset: int, piece: bytes) -> None:
+        await self._call("write", place, offset, piece)
+
+    async def request(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        return await self._call("request", method, path, dict(headers), body)
+
+    async def run(self, prompt_id: str, body: dict[str, Any]) -> AsyncIterator[tuple[Any, ...]]:
+        with self._errors():
+            async for reference in self._actor.run.options(num_returns="streaming").remote(prompt_id, body):
+                yield await reference
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        with self._errors():
+            return await getattr(self._actor, method).remote(*arguments)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Any:
+        """Ray's errors as ours."""
+        errors = _ray().exceptions
+        try:
+            yield
+        except errors.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            kind = WorkerStartError if type(cause).__name__ == WorkerStartError.__name__ else FleetError
+            raise kind(str(cause)) from error
+        except errors.RayError as error:
+            raise WorkerDied(f"its process or its host is gone: {_first_line(error)}") from error
+
+
+def _actor_class() -> type:
+    class Actor(worker_module.Worker):
+        """A worker that knows where Ray has put it."""
+
+        async def start_there(self) -> dict[str, Any]:
+            import ray
+
+            context = ray.get_runtime_context()
+            return await self.start(str(context.get_node_id()), ray.get_gpu_ids())
+
+    return Actor
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.cloudpickle
+        import ray.exceptions
+    except ImportError as error:
+        raise FleetConfigError(NO_RAY) from error
+    return ray

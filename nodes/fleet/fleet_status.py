@@ -1,0 +1,116 @@
+"""The status of all workers as one, for the panel and for ``python -m streaming status``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from ...fleet.dispatcher import Dispatcher, Seat
+from ...fleet.errors import FleetError
+from ..page.status import Status, full_status
+
+logger = logging.getLogger(__name__)
+
+STATUS_PATH = "/weightstream/v1/status"
+# Between a worker's name and what it calls a model or a device itself.
+OF_WORKER = "."
+
+
+class FleetStatus:
+    """Asks the workers, and says it in one.
+
+    Devices are called as their worker; models have its name before their number, which is how a route finds whom a
+    request is for.
+    """
+
+    def __init__(
+        self, dispatcher: Callable[[], Dispatcher | None], waiting: Callable[[], int], why: Callable[[], str]
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._waiting = waiting
+        self._why = why
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Callable[[], Awaitable[Status]]]:
+        yield self.read
+
+    async def read(self) -> dict[str, Any]:
+        # Of this process: versions and RAM. It has no devices and no models.
+        own = await asyncio.to_thread(full_status)
+        dispatcher = self._dispatcher()
+        seats = dispatcher.seats if dispatcher is not None else []
+        found = await asyncio.gather(*(self._ask(seat) for seat in seats))
+        parts = [_of_worker(seat.worker.name, status) for seat, status in zip(seats, found, strict=True) if status]
+        pinned = [part["host"]["pinned"] for part in parts]
+        merged = {
+            name: [each for part in parts for each in part[name]] for name in ("devices", "models", "causes", "notices")
+        }
+        why_none = self._why() or ("no worker is up" if not parts else None)
+        return {
+            **own,
+            **merged,
+            "host": {**own["host"], "pinned": sum(pinned)},
+            "why_no_devices": None if merged["devices"] else why_none,
+            "fleet": {
+                "waiting": self._waiting(),
+                "reruns": dispatcher.reruns if dispatcher is not None else 0,
+                "workers": [_describe(seat) for seat in seats],
+            },
+        }
+
+    async def _ask(self, seat: Seat) -> dict[str, Any] | None:
+        if not seat.up:
+            return None
+        try:
+            code, _, body = await seat.worker.request("GET", STATUS_PATH, {}, b"")
+            return json.loads(body) if code == 200 else None
+        except FleetError as error:
+            logger.debug("[WeightStream] %s has no status: %s", seat.worker.name, error)
+            return None
+
+
+def whose(model: object) -> tuple[str, str]:
+    """The worker that a model of the merged status is on, and its number there."""
+    worker, _, number = str(model).rpartition(OF_WORKER)
+    return worker, number
+
+
+def _of_worker(name: str, status: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker's status with its names made those of the fleet."""
+    several = len(status["devices"]) > 1
+
+    def device(own: str) -> str:
+        return f"{name}{OF_WORKER}{own}" if several else name
+
+    def model(number: str) -> str:
+        return f"{name}{OF_WORKER}{number}"
+
+    return {
+        **status,
+        "devices": [{**each, "device": device(each["device"])} for each in status["devices"]],
+        "models": [{**each, "id": model(each["id"]), "device": device(each["device"])} for each in status["models"]],
+        "causes": [
+            {**each, "model": model(each["model"]), "device": device(each["device"])} for each in status["causes"]
+        ],
+    }
+
+
+def _describe(seat: Seat) -> dict[str, Any]:
+    """A worker: where it is, and what it does."""
+    running = seat.job is not None
+    return {
+        "name": seat.worker.name,
+        "host": seat.info.get("host"),
+        "state": seat.state,
+        "reason": seat.reason.splitlines()[0] if seat.reason else "",
+        "prompt_id": seat.job.id if seat.job is not None else None,
+        "since": round(time.time() - (time.monotonic() - seat.since), 1) if running else None,
+        "done": seat.done,
+        "changes": seat.changes,
+        "loaded": sorted(file.name for file in seat.loaded),
+    }
