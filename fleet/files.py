@@ -11,10 +11,9 @@ shared on the front's host. Another host gets them before the prompt, and any wo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 INPUT, OUTPUT, TEMP = "input", "output", "temp"
@@ -46,10 +45,12 @@ class Folders:
             ValueError: its name leads out of the folder.
         """
         folder: Path = getattr(self, place.kind) if place.kind in KINDS else Path()
-        path = folder / place.subfolder / place.name
-        inside = os.path.abspath(folder)
-        if place.kind not in KINDS or os.path.commonpath([inside, os.path.abspath(path)]) != inside:
-            raise ValueError(f"{place.subfolder}/{place.name} is not in the {place.kind} folder")
+        inside = PurePosixPath(place.subfolder, place.name)
+        path = folder / inside
+        # The last finds what only Windows takes for another drive.
+        leads_out = inside.is_absolute() or ".." in inside.parts or folder not in path.parents
+        if place.kind not in KINDS or leads_out:
+            raise ValueError(f"{inside} is not in the {place.kind} folder")
         return path
 
 

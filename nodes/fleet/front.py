@@ -27,6 +27,7 @@ from ...fleet.errors import FleetError
 from ...fleet.files import Folders
 from ...fleet.store import Store
 from ...fleet.worker import WorkerSettings
+from ..page.routes import CHROME
 from ..tell import messages
 from .access import guard
 from .fleet_status import FleetStatus, whose
@@ -135,6 +136,10 @@ class FleetFront:
         except FleetError as error:
             return web.json_response({"error": f"{name} does not answer: {error}"}, status=502)
         kept = {key: value for key, value in answered.items() if key in ("Content-Type", "Content-Disposition")}
+        if status == 200 and CHROME not in request.query.values():
+            # The page knows the model by the fleet's name.
+            told = json.loads(content)
+            content = json.dumps({**told, "model": model} if "model" in told else told).encode()
         return web.Response(status=status, headers=kept, body=content)
 
     async def _interrupt(self, request: web.Request) -> web.Response:
