@@ -106,6 +106,7 @@ def _describe(seat: Seat) -> dict[str, Any]:
     return {
         "name": seat.worker.name,
         "host": seat.info.get("host"),
+        "pid": seat.info.get("pid") if seat.up else None,
         "state": seat.state,
         "reason": seat.reason.splitlines()[0] if seat.reason else "",
         "prompt_id": seat.job.id if seat.job is not None else None,
