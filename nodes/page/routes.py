@@ -32,6 +32,7 @@ from ..tell import messages
 from ..tell.notices import describe_notices
 from .converting import add_convert_route
 from .description import describe_causes, describe_models
+from .estimating import add_estimate_route
 from .timeline import describe_runs, describe_traces, trace_file, traces_of
 from .usage import sampler
 from .watching import LEASE_SECONDS, SCHEMA, Watch
@@ -159,6 +160,7 @@ def add_routes() -> None:
         return
     watch = Watch(server)
     add_convert_route(server)
+    add_estimate_route(server)
 
     @server.routes.get(STATUS_ROUTE)
     async def get_status(_request: web.Request) -> web.Response:
