@@ -85,7 +85,7 @@ class Wanted:
         in_fp8 = query.get("weight_dtype", "").startswith("fp8")
         return cls(query.get("name", ""), FOLDERS if folder is None else (folder,), in_fp8, limit * GIB or None)
 
-    def path(self) -> Path:
+    def path(self) -> str:
         """Where the file is.
 
         Raises:
@@ -94,7 +94,7 @@ class Wanted:
         for folder in self.folders:
             listed = self.name in folder_paths.get_filename_list(folder)
             if listed and (path := folder_paths.get_full_path(folder, self.name)):
-                return Path(path)
+                return path
         raise RefusedError(404, f"{self.name}: there is no such file in {' or '.join(self.folders)}")
 
 
@@ -110,7 +110,7 @@ def describe_estimate(wanted: Wanted) -> dict[str, Any]:
     rate, source = rate_of(measured_bandwidth(usage.device), link)
     machine = _machine(usage, rate, measured_compute(wanted.name, usage.device), wanted.limit)
     try:
-        tensors, missing = read_tensors(path), missing_bytes(path)
+        tensors, missing = read_tensors(Path(path)), missing_bytes(Path(path))
         found = estimate(cut(_in_fp8(tensors) if wanted.in_fp8 else tensors), machine)
     except StreamingError as error:
         text = without_folders(str(error))
@@ -204,16 +204,15 @@ def _in_fp8(tensors: Iterable[Tensor]) -> list[Tensor]:
     ]
 
 
-def _is_loaded(name: str, path: Path) -> bool:
+def _is_loaded(name: str, path: str) -> bool:
     """Whether the model of this file is on a device, by us or by ComfyUI itself."""
     ours = (model for model in streamed_models() if model.title == name)
     if any(model.bar.progress() is not None or model.streamer.snapshot().mode != "off" for model in ours):
         return True
     theirs = (loaded.model for loaded in list(mm.current_loaded_models))
-    made = (
-        each.cached_patcher_init for each in theirs if each is not None and not isinstance(each, StreamedModelPatcher)
-    )
-    return any(factory[1][:1] == (os.fspath(path),) for factory in made if factory is not None)
+    # Patchers of other packs need not say how they were made.
+    made = (getattr(each, "cached_patcher_init", None) for each in theirs if not isinstance(each, StreamedModelPatcher))
+    return any(factory is not None and factory[1][:1] == (path,) for factory in made)
 
 
 def add_estimate_route(server: PromptServer) -> None:

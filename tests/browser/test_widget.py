@@ -59,7 +59,7 @@ IN_DOCS = ("streaming", "beforeRun", "slow", "loading", "allResident", "split", 
 TEXTS = {
     "starting": ["Connecting", "Waiting for the server's first answer."],
     "idle": ["Idle", "NVIDIA GeForce RTX 4090", "No streamed model is loaded."],
-    "beforeRun": ["Before a run", "18.0 GiB stream in each step: 1.5 s of the bus", "No streamed model is loaded."],
+    "beforeRun": ["Before a run", "18.0 GiB stream in each step, 1.5 s on the bus", "No streamed model is loaded."],
     "beforeRuns": ["All 4.1 GiB fit into VRAM", "Too little VRAM: 3.3 GiB", "Download the file again"],
     "loading": ["Loading", "8.4 / 23.8 GiB, 1.6 GB/s", "page-locked copies are made now"],
     "allResident": [

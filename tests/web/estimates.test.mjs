@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { ESTIMATE_ROUTE, estimateViews, estimatesOf, watchEstimates } from "../../web/lib/estimates.mjs";
+import { estimateViews } from "../../web/lib/estimate_view.mjs";
+import { ESTIMATE_ROUTE, estimatesOf, watchEstimates } from "../../web/lib/estimates.mjs";
 import { graphModels } from "../../web/lib/graph_models.mjs";
 import { LANGUAGES, stringsFor } from "../../web/lib/strings.mjs";
 import { buildView } from "../../web/lib/view.mjs";
@@ -97,27 +98,35 @@ test("a card says what matters most, and the one thing to do", () => {
     ["fits", "", "All 4.1 GiB fit into VRAM; nothing streams", ""],
     ["too large", "error", "Too little VRAM: 3.3 GiB are the least that it runs with", "Use a smaller file (fp8 or GGUF)"],
     ["limited", "error", "Too little VRAM: 3.3 GiB are the least that it runs with", "Raise vram_limit_gb of the loader"],
-    ["in little RAM", "warning", "18.0 GiB stream in each step: 1.5 s of the bus", "It runs"],
-    ["from the disk", "warning", "18.0 GiB stream in each step: 1.5 s of the bus", "Use a smaller file (fp8 or GGUF)"],
-    ["beside others", "warning", "18.0 GiB stream in each step: 1.5 s of the bus", "Close programs that take RAM"],
-    ["a part", "error", "18.0 GiB stream in each step: 1.5 s of the bus", "Download the file again"],
+    ["in little RAM", "warning", "18.0 GiB stream in each step, 1.5 s on the bus", "It runs"],
+    ["from the disk", "warning", "18.0 GiB stream in each step, 1.5 s on the bus", "Use a smaller file (fp8 or GGUF)"],
+    ["beside others", "warning", "18.0 GiB stream in each step, 1.5 s on the bus", "Close programs that take RAM"],
+    ["a part", "error", "18.0 GiB stream in each step, 1.5 s on the bus", "Download the file again"],
     ["damaged.safetensors", "error", "damaged.safetensors: its header cannot be read; the file ends within it", ""],
   ]);
   const [measured] = views;
   assert.match(measured.note, /its own way/);
   assert.deepEqual(Object.fromEntries(measured.facts.map(({ key, text }) => [key, text])), {
     file: "22.2 GiB",
-    vram: "4.2 GiB stay, of 8.0 GiB on gpu:0, where 2.5 GiB are left to activations and others",
+    vram: "4.2 GiB stay; gpu:0 has 8.0 GiB, of which 2.5 GiB are left to activations and others",
     streams: "18.0 GiB in each step, from 57 of 57 blocks",
     bus: "1.5 s of each step at 12.6 GB/s (measured); about 1.1 s with packed weights",
     step: "1.6 s predicted, with 1.2 s of compute as in its last run; about 1.2 s with packed weights",
-    ram: "18.0 GiB page-locked; at most 25.0 GiB of 32.0 GiB may be",
+    ram: "18.0 GiB are needed, page-locked; up to 25.0 GiB of 32.0 GiB may be",
   });
   assert.deepEqual(measured.bar?.segments.map(({ key, size }) => [key, Math.round(100 * size)]), [["resident", 19], ["staging", 81]]);
   const texts = views.flatMap(({ facts }) => facts.map(({ text }) => text));
   for (const part of ["PCIe 4.0 x8", "(assumed)", "known after the first run", "8.2 GiB; 4.1 GiB once it is loaded", "so 4.0 GiB of each step come from the file"]) {
     assert.ok(texts.some((text) => text.includes(part)), part);
   }
+});
+
+test("with GPU Placement a card says that it is for one of several GPUs", () => {
+  const note = (/** @type {boolean} */ several) => estimateViews([known({}, { placed: true })], EN, () => null, several)[0].note;
+  assert.deepEqual([note(true), note(false)], ["This is for gpu:0 alone; GPU Placement can share the model among GPUs.", ""]);
+  const nodes = [node(1, "UNETLoader", { unet_name: "b" }), node(2, "WeightStreamGPUPlacement")];
+  const [{ placed, streams }] = graphModels({ graph: { nodes } });
+  assert.ok(placed && streams);
 });
 
 test("a model has one card: its own while that is shown", () => {
@@ -156,8 +165,8 @@ test("the models of a workflow are those that its loaders name, each once", () =
     node(8, "UNETLoader", { unet_name: null }),
   ];
   assert.deepEqual(graphModels({ graph: { nodes } }), [
-    { node: "1", name: "a", folder: "", weightDtype: "default", limit: 6.5, streams: true },
-    { node: "3", name: "b", folder: "diffusion_models", weightDtype: "fp8_e5m2", limit: 0, streams: false },
+    { node: "1", name: "a", folder: "", weightDtype: "default", limit: 6.5, streams: true, placed: false },
+    { node: "3", name: "b", folder: "diffusion_models", weightDtype: "fp8_e5m2", limit: 0, streams: false, placed: false },
   ]);
   const settings = node(9, "WeightStreamOffloadSettings");
   assert.deepEqual(graphModels({ graph: { nodes: [...nodes, settings] } }).map(({ streams }) => streams), [true, true]);

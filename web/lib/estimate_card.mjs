@@ -7,7 +7,7 @@ import { stackedBar } from "./meter.mjs";
 import { nodeButton } from "./node_button.mjs";
 
 /** @import { Part } from "./dom.mjs" */
-/** @import { EstimateView, Fact } from "./estimates.mjs" */
+/** @import { EstimateView, Fact } from "./estimate_view.mjs" */
 /** @import { GraphNodes } from "./graph_nodes.mjs" */
 /** @import { Strings } from "./strings.mjs" */
 

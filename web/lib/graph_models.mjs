@@ -3,9 +3,10 @@
  */
 
 /**
- * @typedef {{node: string, name: string, folder: string, weightDtype: string, limit: number, streams: boolean}} GraphModel
+ * @typedef {{node: string, name: string, folder: string, weightDtype: string, limit: number, streams: boolean, placed: boolean}} GraphModel
  *   node: its loader, with the subgraphs around it; folder: "" where its loader looks in several; limit: GiB of VRAM, 0
- *   where the loader sets none; streams: whether something of ours can have it stream as the workflow is
+ *   where the loader sets none; streams: whether something of ours can have it stream as the workflow is; placed: whether
+ *   that may be on several GPUs
  */
 
 /** @type {Record<string, {folder: string, ours: boolean}>} */
@@ -14,7 +15,8 @@ const LOADERS = {
   UNETLoader: { folder: "diffusion_models", ours: false },
 };
 // Behind another loader they have its model stream.
-const BEHIND = ["WeightStreamOffloadSettings", "WeightStreamGPUPlacement"];
+const SETTINGS = "WeightStreamOffloadSettings";
+const PLACEMENT = "WeightStreamGPUPlacement";
 // Nodes that are muted or bypassed load nothing.
 const ALWAYS = 0;
 // The link of an input inside of a subgraph that comes from around it.
@@ -26,7 +28,8 @@ const FROM_OUTSIDE = -10;
  */
 export function graphModels(app) {
   const places = [...nodesOf(app.rootGraph ?? app.graph, [])];
-  const follows = places.some(({ node }) => BEHIND.includes(kindOf(node)));
+  const kinds = new Set(places.map(({ node }) => kindOf(node)));
+  const placed = kinds.has(PLACEMENT);
   /** @type {Map<string, GraphModel>} */
   const found = new Map();
   for (const place of places) {
@@ -41,7 +44,8 @@ export function graphModels(app) {
       folder: loader.folder,
       weightDtype: String(valueOf(place, "weight_dtype") ?? "default"),
       limit: Number(valueOf(place, "vram_limit_gb") ?? 0) || 0,
-      streams: loader.ours || follows,
+      streams: loader.ours || placed || kinds.has(SETTINGS),
+      placed,
     });
   }
   return [...found.values()];

@@ -3,13 +3,14 @@
  */
 
 import { deviceView, isIdle, meter } from "./device_view.mjs";
-import { estimateViews } from "./estimates.mjs";
+import { estimateViews } from "./estimate_view.mjs";
 import * as format from "./format.mjs";
 import { modelViews } from "./model_view.mjs";
 import { merge } from "./status.mjs";
 
 /** @import { DeviceView, Meter } from "./device_view.mjs" */
-/** @import { EstimateView, Known } from "./estimates.mjs" */
+/** @import { EstimateView } from "./estimate_view.mjs" */
+/** @import { Known } from "./estimates.mjs" */
 /** @import { FeedState } from "./feed.mjs" */
 /** @import { ModelView } from "./model_view.mjs" */
 /** @import { Device, Host, Notice, Status } from "./status.mjs" */
@@ -75,7 +76,7 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
     briefs: briefViews(models, notices),
     notices,
     // A card of what was just freed says so for a while.
-    estimates: estimateViews(estimates, strings, node).filter(({ name }) => !models.some((model) => model.name === name)),
+    estimates: estimateViews(estimates, strings, node, all.length > 1).filter(({ name }) => !models.some((model) => model.name === name)),
   };
 }
 
