@@ -22,7 +22,7 @@ LOOPBACK = "127.0.0.1"
 PORT = 8188
 TOKEN_BYTES = 24
 # Those that the fleet says itself.
-OURS = ("--port", "--listen", "--cuda-device", "--database-url")
+OURS = ("--port", "--listen", "--cuda-device")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ sys.path.append(str(ROOT))
 from shapes import Shape, load_shape  # noqa: E402
 
 from streaming import Plan, StreamingConfig  # noqa: E402
-from streaming.estimating.estimate import pinnable_bytes  # noqa: E402
+from streaming.estimating.estimate import LINK_SHARE, pinnable_bytes  # noqa: E402
 from streaming.planning.packing import Packing, Refusals  # noqa: E402
 from streaming.planning.plan import FORECAST_TOLERANCE, forecast_seconds  # noqa: E402
 from streaming.planning.planner import Planner  # noqa: E402
@@ -40,8 +40,6 @@ DOCUMENT, README = ROOT / "docs" / "cards.md", ROOT / "README.md"
 GIB = 1024**3
 # Bytes a second of one lane, of PCIe 4 and 5: 16 and 32 GT/s, 128 of 130 bits of which are data.
 LANE_BYTES = {4: 16e9 * 128 / 130 / 8, 5: 32e9 * 128 / 130 / 8}
-# What part of that a copy from page-locked memory is taken to reach. The H200's reaches 0.88.
-LINK_SHARE = 0.8
 # VRAM that the driver, a desktop and a browser take.
 OTHERS_BYTES = 1_000_000_000
 # Of an SM of Ampere, Ada and Blackwell cards in one clock: 256 fused multiply-adds, bf16 with fp32 accumulation.

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from ...fleet import ray_workers
 from ...fleet.config import FleetConfig
-from ...fleet.dispatcher import Dispatcher
+from ...fleet.dispatcher import Dispatcher, failed
 from ...fleet.errors import FleetError
 from ...fleet.files import Folders
 from ...fleet.store import Store
@@ -86,8 +86,7 @@ class FleetFront:
             ]
             workers = [ray_workers.RayWorker(each) for each in settings]
         except FleetError as error:
-            self.why_down = str(error)
-            logger.error("[WeightStream] the fleet cannot be started: %s", error)
+            self._give_up(str(error))
             return
         self.dispatcher = Dispatcher(self.queue, workers, self._folders)
         loop = asyncio.get_running_loop()
@@ -96,6 +95,14 @@ class FleetFront:
         self.queue.on_interrupt = self.dispatcher.interrupt
         logger.info("[WeightStream] a fleet of %d workers", count)
         await self.dispatcher.run()
+
+    def _give_up(self, why: str) -> None:
+        """There are no workers: what waits ends with the reason, and what comes is refused."""
+        self.why_down = why
+        logger.error("[WeightStream] the fleet cannot be started: %s", why)
+        for job in self.queue.jobs():
+            self.queue.begin(job)
+            self.queue.finish(job, failed(job, f"the fleet cannot be started: {why}"))
 
     def _middleware(self) -> Any:
         @web.middleware

@@ -24,6 +24,7 @@ from ..state.step_state import StepModules
 from ..tell import messages
 from ..tell.names import without_folders
 from ..tell.progress import LoadingBar
+from .measured import keep_measured
 from .offload import GIB, ROUND_GIB, OffloadSettings, host_config
 from .shares import Shares
 
@@ -143,8 +144,15 @@ class StreamedModel:
         now = (plan, building, synchronous, self.streamer.state, timed, never_entered)
         messages.log(self.name, self.streamer.explain(), again=now == self._announced)
         self._show_line()
+        if self._is_alone:
+            keep_measured(self.title, self.gpu, self.streamer.snapshot())
         self._announced, self._shown = now, (plan, building, synchronous, never_entered)
         self.bar.wrote = False
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether all of the model is on one device, which alone brings its weights."""
+        return self.shares is None and self.fed is None and self.name == self.title
 
     def _show_line(self) -> None:
         """Show the line of the whole model on the node, of which this may be the part on one of several devices."""

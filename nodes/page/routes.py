@@ -25,6 +25,7 @@ from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import StreamedModel, streamed_models
 from ..tell import messages
 from .converting import add_convert_route
+from .estimating import add_estimate_route
 from .status import StatusSource, own_status
 from .timeline import describe_runs, describe_traces, trace_file, traces_of
 from .watching import LEASE_SECONDS, Watch
@@ -139,6 +140,7 @@ def add_routes(source: StatusSource = own_status) -> None:
         return
     watch = Watch(server, source)
     add_convert_route(server)
+    add_estimate_route(server)
 
     @server.routes.get(STATUS_ROUTE)
     async def get_status(_request: web.Request) -> web.Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ..config import StreamingConfig, format_bytes
@@ -22,8 +23,12 @@ USED_RAM = 5 * GIB
 PINNED_SHARE = {"nt": 0.4, "posix": 0.9}
 # So much of the RAM stays free, or this part of it if that is less (nodes/host/devices.py).
 RESERVED_RAM, RESERVED_SHARE = 2 * GIB, 0.1
+# What part of a link a copy from page-locked memory is taken to reach. An H200's reaches 0.88.
+LINK_SHARE = 0.8
 # PCIe 4.0 with 16 lanes.
 ASSUMED_LINK = 25.0
+# Weights that shrink by less are not said to be packed.
+WORTH_PACKING = 0.95
 CARDS = (8, 12, 16, 24)
 
 
@@ -73,6 +78,85 @@ def _measured(profile: Profile, seconds: float) -> Profile:
     return replace(profile, block_seconds=(seconds / blocks,) * blocks, measured=True)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a model will do on a machine: sizes in bytes.
+
+    Attributes:
+        plan: None where the VRAM has no room for any.
+    """
+
+    cut: Cut
+    machine: Machine
+    plan: Plan | None
+
+    @property
+    def streams(self) -> bool:
+        return self.plan is not None and bool(self.plan.segments)
+
+    @property
+    def least_vram(self) -> float:
+        """GiB of VRAM that it runs with, what is left to others among them; rounded up to a tenth."""
+        least = minimum_bytes(self.cut.outline, assumed_profile(self.cut.outline)) / GIB + self.machine.reserve
+        return math.ceil(least * 10) / 10
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What crosses the bus in each step, and is page-locked as far as that may be."""
+        return self.plan.streamed_weight_bytes if self.plan is not None else 0
+
+    @property
+    def streamed_blocks(self) -> int:
+        return 0 if self.plan is None else self.cut.outline.blocks - self.plan.resident_blocks
+
+    @property
+    def pinnable(self) -> float | None:
+        """Bytes that may be page-locked; None where the RAM is not known."""
+        return pinnable_bytes(self.machine.ram * GIB, self.machine.system) if self.machine.ram else None
+
+    @property
+    def from_file(self) -> float:
+        """Bytes that come from the file in each step, because they may not be page-locked."""
+        return 0 if self.pinnable is None else max(0, self.streamed_bytes - self.pinnable)
+
+    @property
+    def from_disk(self) -> bool:
+        """Whether these come at the disk's speed, because RAM does not hold the file."""
+        return self.from_file > 0 and self.cut.file_bytes >= self.machine.ram * GIB
+
+    @property
+    def bus_seconds(self) -> float:
+        return self.streamed_bytes / (self.machine.link * 1e9)
+
+    @property
+    def packed_bus_seconds(self) -> float | None:
+        """The same with packed weights; None where they would hardly shrink."""
+        return self.bus_seconds * self.cut.packed_share if self.cut.packed_share < WORTH_PACKING else None
+
+    @cached_property
+    def step_seconds(self) -> float | None:
+        """Seconds of a step; None where compute was not measured."""
+        forecast = self.plan.forecast if self.plan is not None else None
+        return None if forecast is None else forecast.seconds
+
+    @property
+    def packed_step_seconds(self) -> float | None:
+        """The same with packed weights; None where these make it no faster."""
+        compute, packed = self.machine.compute_seconds, self.packed_bus_seconds
+        forecast = self.plan.forecast if self.plan is not None else None
+        if forecast is None or compute is None or packed is None or forecast.limited_by != "bus":
+            return None
+        return max(packed, compute)
+
+
+def estimate(cut: Cut, machine: Machine) -> Estimate:
+    """What the pack would do with a model on a machine."""
+    try:
+        return Estimate(cut, machine, plan_for(cut, machine))
+    except BudgetError:
+        return Estimate(cut, machine, None)
+
+
 def describe_model(name: str, cut: Cut) -> list[str]:
     """Lines about the file."""
     lists = ", ".join(f"{count} in {name}" for name, count in cut.lists.items())
@@ -92,49 +176,44 @@ def describe_plan(cut: Cut, machine: Machine) -> list[str]:
     """Lines about what happens on a machine."""
     left = "are left" if machine.reserve < machine.vram else "would have to be left"
     title = f"with {machine.vram:g} GiB of VRAM, of which {machine.reserve:g} {left} to activations and others:"
-    try:
-        plan = plan_for(cut, machine)
-    except BudgetError:
-        least = minimum_bytes(cut.outline, assumed_profile(cut.outline)) / GIB + machine.reserve
-        return [title, f"  too little: {math.ceil(least * 10) / 10:g} GiB are the least that it runs with"]
-    if not plan.segments:
-        return [title, f"  nothing streams: all of it stays in VRAM ({format_bytes(plan.device_bytes)})"]
-    blocks = cut.outline.blocks
+    found = estimate(cut, machine)
+    if found.plan is None:
+        return [title, f"  too little: {found.least_vram:g} GiB are the least that it runs with"]
+    if not found.streams:
+        return [title, f"  nothing streams: all of it stays in VRAM ({format_bytes(found.plan.device_bytes)})"]
     return [
         title,
-        f"  each step   streams {format_bytes(plan.streamed_bytes)}, from {blocks - plan.resident_blocks} of {blocks} "
-        f"blocks; {format_bytes(plan.device_bytes)} are in VRAM",
-        f"  RAM         {format_bytes(plan.streamed_weight_bytes)} page-locked" + _ram_text(cut, plan, machine),
-        *_time_lines(cut, plan, machine),
+        f"  each step   streams {format_bytes(found.streamed_bytes)}, from {found.streamed_blocks} of "
+        f"{cut.outline.blocks} blocks; {format_bytes(found.plan.device_bytes)} are in VRAM",
+        f"  RAM         {format_bytes(found.streamed_bytes)} page-locked" + _ram_text(found),
+        *_time_lines(found),
     ]
 
 
-def _ram_text(cut: Cut, plan: Plan, machine: Machine) -> str:
-    if not machine.ram:
+def _ram_text(found: Estimate) -> str:
+    if (most := found.pinnable) is None:
         return ""
-    most = pinnable_bytes(machine.ram * GIB, machine.system)
-    if plan.streamed_weight_bytes <= most:
-        return f", of at most {format_bytes(most)} where there are {machine.ram:g} GiB"
-    left = format_bytes(plan.streamed_weight_bytes - most)
-    disk = "" if cut.file_bytes < machine.ram * GIB else ", which RAM does not hold: at the disk's speed"
-    limit = f"{format_bytes(most)} of {machine.ram:g} GiB"
-    return f", but at most {limit} may be: {left} of each step come from the file{disk}"
+    ram = found.machine.ram
+    if not found.from_file:
+        return f", of at most {format_bytes(most)} where there are {ram:g} GiB"
+    disk = ", which RAM does not hold: at the disk's speed" if found.from_disk else ""
+    limit = f"{format_bytes(most)} of {ram:g} GiB"
+    return f", but at most {limit} may be: {format_bytes(found.from_file)} of each step come from the file{disk}"
 
 
-def _time_lines(cut: Cut, plan: Plan, machine: Machine) -> list[str]:
-    seconds = plan.streamed_bytes / (machine.link * 1e9)
-    packed = seconds * cut.packed_share
-    packs = cut.packed_share < 0.95
-    bus = f"  the bus     {_text(seconds)} s of each step at {machine.link:g} GB/s"
-    bus += f"; about {_text(packed)} s with packed weights" if packs else ""
-    if (forecast := plan.forecast) is None:
+def _time_lines(found: Estimate) -> list[str]:
+    bus = f"  the bus     {_text(found.bus_seconds)} s of each step at {found.machine.link:g} GB/s"
+    if found.packed_bus_seconds is not None:
+        bus += f"; about {_text(found.packed_bus_seconds)} s with packed weights"
+    if found.step_seconds is None or found.machine.compute_seconds is None:
         return [
             bus,
             "  s/step      not known: that is the bus's part alone; compute was not measured on this card",
         ]
-    step = f"  s/step      {_text(forecast.seconds)} s predicted ({_text(forecast.compute_seconds)} s of compute)"
-    if packs and forecast.limited_by == "bus":
-        step += f"; about {_text(max(packed, forecast.compute_seconds))} s with packed weights"
+    compute = found.machine.compute_seconds
+    step = f"  s/step      {_text(found.step_seconds)} s predicted ({_text(compute)} s of compute)"
+    if found.packed_step_seconds is not None:
+        step += f"; about {_text(found.packed_step_seconds)} s with packed weights"
     return [bus, step]
 
 

@@ -54,11 +54,13 @@ HEAR_EVENTS = """() => {
 SILENT = "() => performance.now() - window.weightstreamHeard.at(-1) > 3000"
 
 # Those that docs/panel.md shows.
-IN_DOCS = ("streaming", "slow", "loading", "allResident", "split", "idleGpus", "fallback", "gone")
+IN_DOCS = ("streaming", "beforeRun", "slow", "loading", "allResident", "split", "idleGpus", "fallback", "gone")
 # What each state must say.
 TEXTS = {
     "starting": ["Connecting", "Waiting for the server's first answer."],
     "idle": ["Idle", "NVIDIA GeForce RTX 4090", "No streamed model is loaded."],
+    "beforeRun": ["Before a run", "18.0 GiB stream in each step, 1.5 s on the bus", "No streamed model is loaded."],
+    "beforeRuns": ["All 4.1 GiB fit into VRAM", "Too little VRAM: 3.3 GiB", "Download the file again"],
     "loading": ["Loading", "8.4 / 23.8 GiB, 1.6 GB/s", "page-locked copies are made now"],
     "allResident": [
         "All resident",

@@ -23,7 +23,8 @@ class FleetHost(HeadlessHost):
     """
 
     def __init__(self, base: Path, workers: int, fleet_arguments: Sequence[str] = (), **options: Any) -> None:
-        environ = {"WEIGHTSTREAM_VIRTUAL": DEVICE, "CUDA_VISIBLE_DEVICES": "", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        # Ray gives out as many GPUs as it is told, if this does not say that there are none.
+        environ = {"WEIGHTSTREAM_VIRTUAL": DEVICE, "CUDA_VISIBLE_DEVICES": None}
         super().__init__(os.environ["COMFYUI_PATH"], base, environ={**environ, **options.pop("environ", {})}, **options)
         self._fleet_arguments = [*("--workers", str(workers)), *fleet_arguments]
 
@@ -36,6 +37,7 @@ class FleetHost(HeadlessHost):
             *self._fleet_arguments,
             "--",
             *("--base-directory", os.fspath(self.base), "--cpu", "--disable-api-nodes", *page),
+            *("--database-url", "sqlite:///:memory:"),
             *self.arguments,
         ]
 

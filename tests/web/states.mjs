@@ -3,6 +3,7 @@
  * shows them.
  */
 
+/** @import { Estimate, Known } from "../../web/lib/estimates.mjs" */
 /** @import { Feed, FeedState } from "../../web/lib/feed.mjs" */
 /** @import { Device, Event, Host, Model, Run, Status } from "../../web/lib/status.mjs" */
 /** @import { Steps } from "../../web/lib/step_requests.mjs" */
@@ -54,6 +55,33 @@ export function run(changes = {}) {
     steps: 20, reruns: 0, bytes: 224 * GIB, rate: 34.6 * GB, stall_ms_per_block: 2.4, misses: 0, corrupted: 0, step_seconds: 0.324,
     waiting: 0.43, ...changes,
   };
+}
+
+/**
+ * FLUX.1-dev on an 8 GiB card with 32 GiB of RAM, before anything ran.
+ * @param {Partial<Estimate>} [changes]
+ * @returns {Estimate}
+ */
+export function estimate(changes = {}) {
+  return {
+    name: "flux1-dev.safetensors", loaded: false, device: "gpu:0", device_name: "NVIDIA GeForce RTX 4060", limit: null, link: "gen 4 x8",
+    rate: 12.6 * GB, rate_source: "link", file_bytes: 22.2 * GIB, missing_bytes: 0, ram_available: 24 * GIB, blocks: 57,
+    model_bytes: 22.2 * GIB, vram: 8 * GIB, reserve: 2.5 * GIB, ram: 32 * GIB, fits: true, least_vram: 3.3 * GIB, stays: 4.2 * GIB,
+    streamed_bytes: 18 * GIB, streamed_blocks: 57, pinnable: 25 * GIB, from_file: 0, from_disk: false, bus_seconds: 1.53,
+    packed_bus_seconds: 1.09, compute_seconds: null, step_seconds: null, packed_step_seconds: null, ...changes,
+  };
+}
+
+/**
+ * What is known of a model that the open workflow names.
+ * @param {Partial<Estimate> | string} [found]  its estimate, or why there is none
+ * @param {Partial<Known["model"]>} [changes]
+ * @returns {Known}
+ */
+export function known(found = {}, changes = {}) {
+  const model = { node: "4", name: "flux1-dev.safetensors", folder: "", weightDtype: "default", limit: 0, streams: true, placed: false, ...changes };
+  if (typeof found === "string") return { model, estimate: null, error: found };
+  return { model, estimate: estimate({ name: model.name, ...found }), error: "" };
 }
 
 /**
@@ -194,11 +222,33 @@ const EIGHT = Array.from({ length: 8 }, (_, place) =>
   }),
 );
 
-/** @type {Record<string, FeedState>} */
+const SMALL_CARD = status({
+  devices: [device({ name: "NVIDIA GeForce RTX 4060", total: 8 * GIB, other: 0.8 * GIB, torch: 0, cache: 0 })],
+  host: host({ ram_total: 32 * GIB, ram_available: 24 * GIB, pinned_limit: 28.8 * GIB }),
+});
+
+/** @type {Record<string, FeedState & {estimates?: Known[]}>} */
 export const STATES = {
   starting: feedState(null, { link: "starting" }),
   // The model that was given to other GPUs is left out.
   idle: feedState(status({ models: [UNLOADED] })),
+  beforeRun: { ...feedState(SMALL_CARD), estimates: [known()] },
+  // All that may be amiss.
+  beforeRuns: {
+    ...feedState(SMALL_CARD),
+    estimates: [
+      known({ compute_seconds: 1.2, step_seconds: 1.62, packed_step_seconds: 1.2, rate_source: "measured" }, { name: "measured", streams: false }),
+      known({ streamed_bytes: 0, stays: 4.1 * GIB, model_bytes: 4.1 * GIB, file_bytes: 8.2 * GIB }, { name: "fits" }),
+      known({ fits: false, stays: 0, streamed_bytes: 0 }, { name: "too large" }),
+      known({ fits: false, stays: 0, streamed_bytes: 0, limit: 2 * GIB }, { name: "limited" }),
+      known({ from_file: 4 * GIB, pinnable: 14 * GIB, rate_source: "assumed" }, { name: "in little RAM" }),
+      known({ from_file: 9 * GIB, from_disk: true, pinnable: 9 * GIB }, { name: "from the disk" }),
+      known({ ram_available: 9 * GIB }, { name: "beside others" }),
+      known({ missing_bytes: 3 * GIB }, { name: "a part" }),
+      known("damaged.safetensors: its header cannot be read; the file ends within it", { name: "damaged.safetensors" }),
+      known({ loaded: true }, { name: "loaded" }),
+    ],
+  },
   loading: feedState(
     status({
       devices: [device({ resident: 6.1 * GIB, staging: 0.4 * GIB, copy_rate: 1.6 * GB, stalled: 0.91 })],
@@ -396,7 +446,7 @@ export const STATES = {
 
 /**
  * A feed that always says the same.
- * @param {FeedState} shown
+ * @param {FeedState & {estimates?: Known[]}} shown
  * @param {Feed["unload"]} [unload]
  * @param {Steps} [steps]
  * @returns {Feed}
@@ -407,5 +457,6 @@ export function fixedFeed(shown, unload = async () => ({ ok: false, error: "a pr
     watch: (listener) => ({ show: (visible) => void (visible && listener(shown)), close: () => {} }),
     unload,
     steps,
+    estimates: { of: () => shown.estimates ?? [] },
   };
 }

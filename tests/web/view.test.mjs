@@ -15,6 +15,8 @@ const viewOf = (changes) => view(feedState(status({ devices: [device(changes)] }
 const EXPECTED = {
   starting: ["starting", "neutral", "Connecting"],
   idle: ["idle", "neutral", "Idle"],
+  beforeRun: ["idle", "neutral", "Idle"],
+  beforeRuns: ["idle", "neutral", "Idle"],
   loading: ["loading", "active", "Loading"],
   allResident: ["allResident", "good", "All resident"],
   streaming: ["streaming", "active", "Streaming"],

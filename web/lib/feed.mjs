@@ -5,11 +5,13 @@
  * one panel can be seen (the lease), and does nothing at all when none can: no request, no timer.
  */
 
+import { watchEstimates } from "./estimates.mjs";
 import { remember } from "./history.mjs";
 import { watchProgress } from "./progress.mjs";
 import { SCHEMA } from "./status.mjs";
 import { stepRequests } from "./step_requests.mjs";
 
+/** @import { Estimates } from "./estimates.mjs" */
 /** @import { RunProgress } from "./progress.mjs" */
 /** @import { Event, Status } from "./status.mjs" */
 /** @import { Steps } from "./step_requests.mjs" */
@@ -41,6 +43,7 @@ export const STALE_MS = 5_000;
  * @property {() => FeedState} state
  * @property {(model: string, what: "model" | "pinned") => Promise<Freed>} unload
  * @property {Steps} steps
+ * @property {Estimates} estimates
  *
  * @typedef {object} Server  the host's api object, as far as it is used here
  * @property {string | null | undefined} clientId
@@ -101,6 +104,7 @@ class SharedFeed {
     // For good: the host complains of an event that nobody listens to, and the last lease outlives the last look.
     server.addEventListener(EVENT, (event) => this.#receive(event.detail));
     this.steps = stepRequests(server);
+    this.estimates = watchEstimates(server, () => this.#watched && this.#notify());
     this.#progress = watchProgress(server, clock.now, () => this.#watched && this.#notify());
   }
 

@@ -1,15 +1,20 @@
 /**
- * The nodes of the graph that is open: what they are called, and how to get there.
+ * The nodes of the graph that is open: what they are called, how to get there, and which models they load.
  */
+
+import { graphModels } from "./graph_models.mjs";
+
+/** @import { GraphModel } from "./graph_models.mjs" */
 
 /**
  * @typedef {object} GraphNodes
  * @property {(id: string) => string} title  "" where the graph has no such node
  * @property {(id: string) => void} show
+ * @property {() => GraphModel[]} models  those that its loaders name
  */
 
 /** Where there is no graph. @type {GraphNodes} */
-export const NO_NODES = { title: () => "", show: () => {} };
+export const NO_NODES = { title: () => "", show: () => {}, models: () => [] };
 
 /**
  * @param {any} app  the host's
@@ -17,6 +22,7 @@ export const NO_NODES = { title: () => "", show: () => {} };
  */
 export function graphNodes(app) {
   return {
+    models: () => graphModels(app),
     title: (id) => String(find(app, id)?.title ?? ""),
     show(id) {
       const node = find(app, id);

@@ -51,7 +51,7 @@ export function modelViews({ models, causes }, strings, keep = () => false, node
  * Whether there is something of it to free, or is coming. A model that was given to other GPUs lives on without either.
  * @param {Model} model
  */
-function isThere(model) {
+export function isThere(model) {
   return isLoaded(model) || (model.pinned_bytes ?? 0) > 0;
 }
 

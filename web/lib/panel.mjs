@@ -5,6 +5,8 @@
 import { deviceRow } from "./device_row.mjs";
 import { PARTS } from "./device_view.mjs";
 import { el, setAttribute, setOptional, setShown, setText, syncList } from "./dom.mjs";
+import { estimateCards } from "./estimate_card.mjs";
+import { estimatesOf } from "./estimates.mjs";
 import { fold } from "./fold.mjs";
 import { NO_NODES } from "./graph_nodes.mjs";
 import { simpleBar } from "./meter.mjs";
@@ -92,6 +94,7 @@ function build(root, strings, { feed, nodes }, small) {
   const host = el("div", { class: "ws-host", role: "group", "aria-label": strings.host });
   const notices = el("ul", { class: "ws-list ws-notices", "aria-label": strings.notices });
   const briefs = el("ul", { class: "ws-list ws-briefs", "aria-label": strings.briefs });
+  const estimates = estimateCards(strings, nodes);
   const models = el("ul", { class: "ws-list ws-models", "aria-label": strings.models });
   const modelNote = el("p", { class: "ws-muted" });
   const idle = el("ul", { class: "ws-list ws-devices", "aria-label": strings.devices });
@@ -101,7 +104,7 @@ function build(root, strings, { feed, nodes }, small) {
   // In a node the first lines are all that is seen without scrolling.
   const order = small ? [briefs, ...deviceParts, notices] : [notices, ...deviceParts];
   const report = small ? [] : [reportButton(feed, strings)];
-  root.append(state.element, progress.element, banner, ...order, host, models, modelNote, ...report);
+  root.append(state.element, progress.element, banner, ...order, host, estimates.element, models, modelNote, ...report);
 
   const rows = { devices: new Map(), idle: new Map(), host: new Map(), notices: new Map(), models: new Map(), briefs: new Map() };
   /** When each was freed here. @type {Map<string, number>} */
@@ -122,6 +125,7 @@ function build(root, strings, { feed, nodes }, small) {
       small,
       keep: (id) => now - (freed.get(id) ?? -Infinity) < FREED_MS,
       title: nodes.title,
+      estimates: small ? [] : estimatesOf(feedState, feed.estimates, nodes.models),
     });
     root.dataset.state = view.state.key;
     root.classList.toggle("ws-old", view.old);
@@ -140,6 +144,7 @@ function build(root, strings, { feed, nodes }, small) {
     showList(host, rows.host, view.host, hostRow);
     showList(models, rows.models, view.models, (model) => modelCard(model, strings, { feed, unload, nodes }));
     setOptional(modelNote, view.modelNote);
+    estimates.update(view.estimates);
   };
 }
 

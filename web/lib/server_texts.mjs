@@ -57,6 +57,15 @@ export const CHINESE_TEXTS = [
     "vram_limit_gb=… 对 … 太小：最大的块和块外权重至少需要 … GiB。请设为该值或更大，或设为 0（自动）。"],
   ["nothing is connected: connect model, clip, or both", "没有任何连接：请连接 model、clip 或两者"],
   ["choose among these, or set on_missing to fallback", "请从中选择，或把 on_missing 设为 fallback"],
+  // why there is no estimate
+  ["…: there is no such file in …", "…：在 … 中没有此文件"],
+  ["…: most of its bytes lie in no repeated block, so it would not stream", "…：大部分权重不在重复的块中，因此不会流式传输"],
+  ["…: its header cannot be read; the file ends within it", "…：无法读取文件头，文件在其中就结束了"],
+  ["…: its header cannot be read; the file may be damaged (…)", "…：无法读取文件头，文件可能已损坏（…）"],
+  ["…: its header is no JSON object; the file may be damaged", "…：文件头不是 JSON 对象，文件可能已损坏"],
+  ["…: its header does not describe tensors (…); it may be damaged", "…：文件头没有描述张量（…），文件可能已损坏"],
+  ["…: it is no safetensors file; only such files have a header to plan by", "…：不是 safetensors 文件，只有这种文件才能由文件头估算"],
+  ["…: it is no index of a model in several files", "…：不是多文件模型的索引"],
 ];
 
 const PATTERNS = CHINESE_TEXTS.map(([english, chinese]) => ({

@@ -4,10 +4,12 @@
  * @typedef {typeof ENGLISH} Strings
  */
 
+import { CHINESE_ESTIMATES, ENGLISH_ESTIMATES } from "./estimate_strings.mjs";
 import { CHINESE_PICTURES, ENGLISH_PICTURES } from "./picture_strings.mjs";
 import { inChinese } from "./server_texts.mjs";
 
 const ENGLISH = {
+  ...ENGLISH_ESTIMATES,
   ...ENGLISH_PICTURES,
 
   title: "WeightStream",
@@ -123,6 +125,7 @@ const ENGLISH = {
 
 /** @type {Strings} */
 const CHINESE = {
+  ...CHINESE_ESTIMATES,
   ...CHINESE_PICTURES,
 
   title: "WeightStream",

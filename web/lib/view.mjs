@@ -3,11 +3,14 @@
  */
 
 import { deviceView, isIdle, meter } from "./device_view.mjs";
+import { estimateViews } from "./estimate_view.mjs";
 import * as format from "./format.mjs";
 import { modelViews } from "./model_view.mjs";
 import { merge } from "./status.mjs";
 
 /** @import { DeviceView, Meter } from "./device_view.mjs" */
+/** @import { EstimateView } from "./estimate_view.mjs" */
+/** @import { Known } from "./estimates.mjs" */
 /** @import { FeedState } from "./feed.mjs" */
 /** @import { ModelView } from "./model_view.mjs" */
 /** @import { Device, Host, Notice, Status } from "./status.mjs" */
@@ -28,18 +31,18 @@ const MOST_OPEN = 2;
  * @typedef {{state: {key: string, tone: Tone, text: string, spoken: string}, banner: string, old: boolean,
  *   progress: ProgressView | null, devices: DeviceView[], idle: DeviceView[], idleText: string, legend: boolean,
  *   deviceNote: string, host: HostView[], models: ModelView[], modelNote: string, briefs: BriefView[],
- *   notices: NoticeView[]}} View  idle: devices that nothing is loaded on, where there are many
+ *   notices: NoticeView[], estimates: EstimateView[]}} View  idle: devices that nothing is loaded on, where there are many
  */
 
 /**
  * @param {FeedState} feed
  * @param {Strings} strings
- * @param {{small?: boolean, keep?: (id: string) => boolean, title?: (id: string) => string}} [options]  small: there is no
- *   room for the figures of each device; keep: whether a model is shown though nothing of it is loaded; title: what a node
- *   is called
+ * @param {{small?: boolean, keep?: (id: string) => boolean, title?: (id: string) => string,
+ *   estimates?: readonly Known[]}} [options]  small: there is no room for the figures of each device; keep: whether a model is
+ *   shown though nothing of it is loaded; title: what a node is called; estimates: of models that the open workflow names
  * @returns {View}
  */
-export function buildView(feed, strings, { small = false, keep = () => false, title = () => "" } = {}) {
+export function buildView(feed, strings, { small = false, keep = () => false, title = () => "", estimates = [] } = {}) {
   const status = merge(feed.status, feed.event);
   const old = feed.link === "stale" || feed.link === "gone";
   const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
@@ -72,6 +75,8 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
     modelNote: usable && feed.status && models.length === 0 ? strings.noModels : "",
     briefs: briefViews(models, notices),
     notices,
+    // A card of what was just freed says so for a while.
+    estimates: estimateViews(estimates, strings, node, all.length > 1).filter(({ name }) => !models.some((model) => model.name === name)),
   };
 }
 

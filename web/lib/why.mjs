@@ -76,7 +76,7 @@ function rank({ kind, seconds }) {
  * `gen 4 x8` of the server as it is written on boards.
  * @param {string} link
  */
-function pcie(link) {
+export function pcie(link) {
   return link.replace(/^gen (\d+) x(\d+)$/, "PCIe $1.0 x$2");
 }
 

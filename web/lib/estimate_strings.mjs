@@ -1,0 +1,75 @@
+/**
+ * The texts of what a model will do before it runs, in each language (strings.mjs).
+ */
+
+export const ENGLISH_ESTIMATES = {
+  estimateTitle: "Before a run",
+  estimateBar: "Parts of the model",
+  estimateFile: "File",
+  estimateVram: "In VRAM",
+  estimateStreams: "Streams",
+  estimateBusLabel: "Bus",
+  estimateBus: (/** @type {string} */ streamed, /** @type {string} */ bus) => `${streamed} stream in each step, ${bus} on the bus`,
+  estimateStep: (/** @type {string} */ streamed, /** @type {string} */ step) => `About ${step}/step; ${streamed} stream in each`,
+  estimateAll: (/** @type {string} */ stays) => `All ${stays} fit into VRAM; nothing streams`,
+  estimateTooLittle: (/** @type {string} */ least) => `Too little VRAM: ${least} are the least that it runs with`,
+  estimateTheirs: "As the workflow is, ComfyUI loads it its own way. “Stream this workflow's models”, in the menu of the canvas, makes it stream.",
+  estimateSmaller: (/** @type {string} */ file, /** @type {string} */ loaded) => `${file}; ${loaded} once it is loaded`,
+  estimateAlone: (/** @type {string} */ device) => `This is for ${device} alone; GPU Placement can share the model among GPUs.`,
+  estimateStays: (/** @type {string} */ stays, /** @type {string} */ room) => `${stays} stay; ${room}`,
+  estimateRoom: (/** @type {{device: string, vram: string, reserve: string}} */ { device, vram, reserve }) =>
+    `${device} has ${vram}, of which ${reserve} are left to activations and others`,
+  estimateLimit: (/** @type {{device: string, vram: string, limit: string}} */ { device, vram, limit }) =>
+    `${device} has ${vram}, and the loader's limit is ${limit}`,
+  estimateEach: (/** @type {{bytes: string, streamed: number, blocks: number}} */ { bytes, streamed, blocks }) =>
+    `${bytes} in each step, from ${streamed} of ${blocks} blocks`,
+  estimateOnBus: (/** @type {{seconds: string, rate: string, source: string}} */ { seconds, rate, source }) =>
+    `${seconds} of each step at ${rate} (${source})`,
+  estimateMeasured: "measured",
+  estimateAssumed: "assumed",
+  estimatePacked: (/** @type {string} */ text, /** @type {string} */ packed) => `${text}; about ${packed} with packed weights`,
+  estimateUnknown: "known after the first run: compute is not measured yet",
+  estimatePredicted: (/** @type {string} */ step, /** @type {string} */ compute) => `${step} predicted, with ${compute} of compute as in its last run`,
+  estimateRam: (/** @type {{bytes: string, ram: string, most: string, file: string}} */ { bytes, ram, most, file }) =>
+    `${bytes} are needed, page-locked; up to ${most} of ${ram} may be${file && `, so ${file} of each step come from the file`}`,
+  estimateDoMissing: (/** @type {string} */ missing) => `Download the file again: ${missing} of it are missing.`,
+  estimateDoVram: "Use a smaller file (fp8 or GGUF), or a GPU with more VRAM.",
+  estimateDoLimit: "Raise vram_limit_gb of the loader, or set it to 0 for automatic.",
+  estimateDoDisk: "Use a smaller file (fp8 or GGUF), or add RAM: it does not hold this file, and each step waits for the disk.",
+  estimateDoFile: (/** @type {string} */ file) => `It runs, but ${file} of each step come more slowly. Use a smaller file (fp8 or GGUF), or add RAM.`,
+  estimateDoRam: (/** @type {string} */ available) => `Close programs that take RAM: only ${available} are free now.`,
+};
+
+/** @type {typeof ENGLISH_ESTIMATES} */
+export const CHINESE_ESTIMATES = {
+  estimateTitle: "运行之前",
+  estimateBar: "模型的组成",
+  estimateFile: "文件",
+  estimateVram: "显存中",
+  estimateStreams: "流式传输",
+  estimateBusLabel: "总线",
+  estimateBus: (streamed, bus) => `每步流式传输 ${streamed}，占用总线 ${bus}`,
+  estimateStep: (streamed, step) => `每步约 ${step}；其中流式传输 ${streamed}`,
+  estimateAll: (stays) => `全部 ${stays} 可放入显存，无需流式传输`,
+  estimateTooLittle: (least) => `显存太小：运行至少需要 ${least}`,
+  estimateTheirs: "按当前工作流，ComfyUI 会以自己的方式加载它。画布菜单中的“流式加载此工作流的模型”可使其流式传输。",
+  estimateSmaller: (file, loaded) => `${file}；加载后为 ${loaded}`,
+  estimateAlone: (device) => `此为仅用 ${device} 时的估计；“GPU 分配”可把模型分布到多个 GPU。`,
+  estimateStays: (stays, room) => `${stays} 常驻；${room}`,
+  estimateRoom: ({ device, vram, reserve }) => `${device} 共 ${vram}，其中 ${reserve} 留给激活值和其他程序`,
+  estimateLimit: ({ device, vram, limit }) => `${device} 共 ${vram}，加载器的上限为 ${limit}`,
+  estimateEach: ({ bytes, streamed, blocks }) => `每步 ${bytes}，来自 ${streamed}/${blocks} 个块`,
+  estimateOnBus: ({ seconds, rate, source }) => `每步 ${seconds}，速度 ${rate}（${source}）`,
+  estimateMeasured: "实测",
+  estimateAssumed: "假定",
+  estimatePacked: (text, packed) => `${text}；权重压缩后约 ${packed}`,
+  estimateUnknown: "首次运行后可知：尚未测量计算时间",
+  estimatePredicted: (step, compute) => `预计 ${step}，其中计算 ${compute}（与上次运行相同）`,
+  estimateRam: ({ bytes, ram, most, file }) => `需锁页 ${bytes}；${ram} 中最多可锁页 ${most}${file && `，因此每步有 ${file} 来自文件`}`,
+  estimateDoMissing: (missing) => `请重新下载文件：缺少 ${missing}。`,
+  estimateDoVram: "请使用更小的文件（fp8 或 GGUF），或显存更大的 GPU。",
+  estimateDoLimit: "请提高加载器的 vram_limit_gb，或设为 0（自动）。",
+  estimateDoDisk: "请使用更小的文件（fp8 或 GGUF），或增加内存：内存放不下此文件，每步都要等待磁盘。",
+  estimateDoFile: (file) => `可以运行，但每步有 ${file} 传输较慢。请使用更小的文件（fp8 或 GGUF），或增加内存。`,
+  estimateDoRam: (available) => `请关闭占用内存的程序：目前仅有 ${available} 空闲。`,
+};
