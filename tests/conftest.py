@@ -38,7 +38,9 @@ SHARING = {
         ),
         *("tests/tools/test_benchmarks.py", "tests/tools/test_examples.py"),
     ),
-    "browser": tuple(f"tests/browser/test_{name}.py" for name in ("page", "serve_workflow", "takeover", "widget")),
+    "browser": tuple(
+        f"tests/browser/test_{name}.py" for name in ("first_minute", "page", "serve_workflow", "takeover", "widget")
+    ),
 }
 
 
@@ -70,7 +72,7 @@ def _prepare() -> None:
     if not comfyui or not (Path(comfyui) / "comfy").is_dir():
         raise pytest.UsageError("COMFYUI_PATH must name a ComfyUI folder; run the tests with: python3 dev.py test")
     os.environ["WEIGHTSTREAM_VIRTUAL"] = VIRTUAL_DEVICES
-    helpers = [str(ROOT / "tests" / folder) for folder in ("streaming", "nodes", "browser", "gpu")]
+    helpers = [str(ROOT / "tests" / folder) for folder in ("streaming", "nodes", "browser", "gpu", "fleet")]
     sys.path[:0] = [comfyui, *helpers]
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))

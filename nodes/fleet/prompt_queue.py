@@ -57,6 +57,8 @@ class FleetQueue(execution.PromptQueue):
                 why = f"the fleet ended while this prompt ran, and it had been begun {kept.attempts} times"
                 self._end(item, failed(job, why))
                 continue
+            if kept.attempts:
+                job.lost["the front"] = "it ended while this prompt ran"
             self._jobs[prompt_id] = job
             heapq.heappush(self.queue, item)
             # Behind those that wait, as they would be without the restart.
