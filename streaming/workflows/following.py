@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .graph import Graph, Node, Taker
+from .graph import MUTED, Graph, Node, Taker
 from .kinds import Kind
 
 # A node and one of its outputs.
@@ -63,7 +63,7 @@ def _ways(
 ) -> dict[Any, Sequence[Taker] | None]:
     """By its key what comes behind each input that a MODEL comes to; None for those of nodes of ``kind``.
 
-    What is muted or bypassed does not count, unless the loader is so too.
+    What is muted leads nowhere, and of ``kind`` what is bypassed does not count, unless the loader is so too.
     """
     behind: dict[Any, Sequence[Taker] | None] = {}
     waiting = list(takers)
@@ -77,6 +77,7 @@ def _ways(
             if found is not None:
                 found.setdefault((id(taker.graph), node.id), taker)
         else:
-            behind[taker.key] = there = taker.graph.passed_on(taker)
+            runs = node.mode != MUTED or node.mode == mode
+            behind[taker.key] = there = taker.graph.passed_on(taker) if runs else []
             waiting += there
     return behind

@@ -10,6 +10,8 @@ from .kinds import Kind
 
 # A value that comes through a link, from where nobody can read it here.
 LINKED = object()
+# The mode of a node that does not run, and gives nothing on.
+MUTED = 2
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from .links import Links
 # The frame of a subgraph counts as a node for links.
 INPUTS, OUTPUTS = -10, -20
 OPTIONAL_SHAPE = 7
-MUTED = 2
 SELECTOR = "DeviceSelectorMultiGPU"
 
 
@@ -104,7 +103,7 @@ class PageGraph:
         if (inner := self._file.subgraphs.get(node.kind)) is not None:
             return [] if node.mode else inner.takers(Node(INPUTS), inner.input_place(self.saved(node), place))
         there = self._look_up(node.id)
-        if there is None or node.mode == MUTED or not any(map(_takes_model, there.get("inputs") or ())):
+        if there is None or not any(map(_takes_model, there.get("inputs") or ())):
             return []
         givers = [node, *(self._getters(there) if node.kind in SET_NODES else ())]
         return [behind for giver in givers for place in self._passing(giver) for behind in self.takers(giver, place)]

@@ -19,17 +19,18 @@ Values = dict[str, str]
 
 def put_placements(graph: Graph, models: list[Found], others: list[Found], tell: Tell) -> None:
     """Place each MODEL that asks for GPUs; text encoder and VAE go along with a MODEL."""
-    clips = [found for found in others if _clip_placed(graph, found)]
-    vaes = [found for found in others if _vae_placed(graph, found)]
-    for found in models:
+    # A MODEL that leads nowhere takes nothing along: it would be loaded for that alone.
+    unused = [found for found in models if not found.leads_on(graph, MODEL)]
+    clips = [found for found in (*others, *unused) if _clip_placed(graph, found)]
+    vaes = [found for found in (*others, *unused) if _vae_placed(graph, found)]
+    for found in [found for found in models if found not in unused]:
         clip = found if _clip_placed(graph, found) else take_companion(graph, found, CLIP, clips, models)
         vae = found if _vae_placed(graph, found) else take_companion(graph, found, VAE, vaes, models)
-        takers = takers_of(graph, found.gives[MODEL])
-        wanted = found.wish.devices is not None and bool(takers)
+        wanted = found.wish.devices is not None
         if not wanted and clip is None and vae is None:
             continue
         stay = settled(graph, found.gives[MODEL], PLACEMENT)
-        if takers and takers <= stay:
+        if takers_of(graph, found.gives[MODEL]) <= stay:
             _use_placement(graph, found, clip, vae, wanted, tell)
         else:
             values = _of_model(found.wish) | _of_clip(clip) | _of_vae(vae)
@@ -45,7 +46,7 @@ def _use_placement(graph: Graph, found: Found, clip: Found | None, vae: Found | 
     """Use the placement that a MODEL comes to on all of its ways. What it says already stays, and is told."""
     there = first_behind(graph, found.gives[MODEL], PLACEMENT)
     place = there[0].node if len(there) == 1 and there[0].graph is graph else None
-    number = ", ".join(dict.fromkeys(str(taker.node.id) for taker in there))
+    number = ", ".join(sorted({str(taker.node.id) for taker in there}, key=lambda text: (len(text), text)))
     if wanted:
         values = _of_model(found.wish)
         if place is None or not _says(graph, place, values):

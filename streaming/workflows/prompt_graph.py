@@ -39,6 +39,8 @@ class PromptGraph:
         return [Node(number, node["class_type"]) for number, node in self._prompt.items()]
 
     def model_outputs(self, node: Node) -> Sequence[int]:
+        if node.kind in TAKE_MODEL:
+            return []
         known = {0} if node.kind in GIVE_MODEL else set()
         taken = {link.output for link in self._links_from(node) if self._takes_model(link)}
         takes = any(_is_model(name) for name, value in self._inputs(node).items() if _is_link(value))

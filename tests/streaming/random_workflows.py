@@ -68,7 +68,7 @@ def random_workflow(seed: int, only_in_page: bool) -> dict[str, Any]:
     for place, one in enumerate(nodes):
         for slot_place, slot in enumerate(one["inputs"]):
             sources = _sources(nodes[:place], slot["type"])
-            if sources and chance.random() < 0.85:
+            if sources and chance.random() < (0.9 if slot_place == 0 else 0.6):
                 _link(links, *chance.choice(sources), one, slot_place)
     if only_in_page:
         _add_what_only_a_page_has(chance, nodes, links)
@@ -111,7 +111,7 @@ def widget_names(kind: str) -> list[str]:
 
 def _value(chance: random.Random, name: str) -> Any:
     for known in (LOADER, SETTINGS, PLACEMENT):
-        if name in known.widgets and name not in ("unet_name", "clip_device", "vae_device"):
+        if name in known.widgets and (name not in ("unet_name", "clip_device", "vae_device") or chance.random() < 0.5):
             return known.widgets[name]
     return next((chance.choice(values) for part, values in VALUES.items() if part in name), f"{name}.safetensors")
 
@@ -137,14 +137,14 @@ def _add_what_only_a_page_has(chance: random.Random, nodes: list[dict[str, Any]]
             one["widgets_values"] = [chance.choice("ab")]
     free = 201
     for one in [one for one in nodes if "device" in widget_names(one["type"]) and chance.random() < 0.4]:
-        outputs = [{"name": "device", "type": "COMBO", "links": []}]
-        selector = _node(chance, free, "DeviceSelectorMultiGPU", "", "", [COLUMN * (free - 200), -2 * ROW])
-        selector |= {"outputs": outputs, "widgets_values": [chance.choice(DEVICES)]}
-        one["inputs"].insert(0, {"name": "device", "type": "COMBO", "widget": {"name": "device"}, "link": None})
-        _link(links, selector, 0, one, 0)
-        for link in links[:-1]:
+        kind, name = chance.choice((("DeviceSelectorMultiGPU", "device"), ("PrimitiveNode", "device"), ("Any", "more")))
+        source = _node(chance, free, kind, "", "COMBO", [COLUMN * (free - 200), -2 * ROW])
+        source["widgets_values"] = [chance.choice(DEVICES)]
+        one["inputs"].insert(0, {"name": name, "type": "COMBO", "link": None})
+        for link in links:
             link[4] += link[3] == one["id"]
-        nodes.append(selector)
+        _link(links, source, 0, one, 0)
+        nodes.append(source)
         free += 1
     for name in "ab":
         getter = _node(chance, free, "GetNode", "", "MODEL", [COLUMN * (free - 200), -2 * ROW])

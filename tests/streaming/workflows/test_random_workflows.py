@@ -45,12 +45,12 @@ def check_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def check_links_stay(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A link ends where it did, and begins where it did or at a node of ours; what is gone led to a device."""
+    """A link ends where it did, and begins where it did or at a node of ours; what is gone led to an input that went."""
     ours = {number for number, one in by_id(after).items() if one["type"] in (SETTINGS.name, PLACEMENT.name)}
     now = {fields(link)[0]: fields(link) for link in after["links"]}
     for number, source, output, target, place, type_ in map(fields, before["links"]):
         if number not in now:
-            assert by_id(before)[target]["inputs"][place]["name"] == "device"
+            assert by_id(before)[target]["inputs"][place]["name"] in ("device", "more")
             continue
         _, source_now, output_now, target_now, place_now, type_now = now[number]
         name = by_id(before)[target]["inputs"][place]["name"]
@@ -106,8 +106,9 @@ def test_a_prompt_becomes_what_its_workflow_becomes(seeds: range) -> None:
 
 def test_there_is_something_to_convert() -> None:
     """Of these workflows most are changed, and all that is put in is among it."""
-    found = [convert(random_workflow(seed, only_in_page=seed % 2 == 0)) for seed in range(120)]
+    found = [convert(random_workflow(seed, only_in_page=seed % 2 == 0)) for seed in range(240)]
     codes = {note.code for one in found for note in one.notes}
-    assert sum(one.changed for one in found) > 60
+    assert sum(one.changed for one in found) > 120
     assert codes >= {"loader", "host", "settings", "settings-clip", "placement", "placement-used", "placement-stays"}
+    assert codes >= {"selector-gone", "linked", "link-gone", "limit", "limit-left", "alone", "ratio", "donor"}
     assert LOADER.name in {one["type"] for conversion in found for one in conversion.workflow["nodes"]}
