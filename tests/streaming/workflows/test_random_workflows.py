@@ -45,7 +45,7 @@ def check_untouched(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def check_links_stay(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A link ends where it did, and begins where it did or at a node of ours; what is gone led to an input that went."""
+    """A link ends where it did, and begins where it did or at a node of ours; what is gone led to one that went."""
     ours = {number for number, one in by_id(after).items() if one["type"] in (SETTINGS.name, PLACEMENT.name)}
     now = {fields(link)[0]: fields(link) for link in after["links"]}
     for number, source, output, target, place, type_ in map(fields, before["links"]):
