@@ -48,11 +48,9 @@ def test_a_get_node_of_another_name_gives_something_else(name: Any) -> None:
         setter(2, (1, 0), name),
         getter(3, "m"),
         settings(4, (3, 0)),
-        getter(5, name),
-        node(6, "KSampler", [], model=(5, 0)),
     )
     found = convert(graph).workflow
-    assert kinds(found).count(SETTINGS) == 2
+    assert kinds(found).count(SETTINGS) == 2, "where it goes on to is not known"
     check_links(found)
 
 

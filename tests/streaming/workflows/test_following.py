@@ -79,6 +79,14 @@ def test_settings_that_do_not_run_do_not_count(mode: int) -> None:
     assert not convert(found).changed
 
 
+@pytest.mark.parametrize("kind", ["LoraLoaderModelOnly", "Reroute"])
+def test_a_muted_node_gives_no_model_on_unless_its_loader_is_muted_too(kind: str) -> None:
+    for mode, count in ((0, 2), (MUTED, 1)):
+        lora = passing(2, kind, (1, 0), "MODEL", "MODEL", MUTED)
+        found = convert(workflow(node(1, CHECKPOINT, ["file"], mode), lora, settings(3, (2, 0), mode))).workflow
+        assert [one["type"] for one in found["nodes"]].count(SETTINGS) == count
+
+
 def test_what_has_no_settings_gets_them_alone() -> None:
     graph = workflow(
         node(1, CHECKPOINT, ["file"]),
