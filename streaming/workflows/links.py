@@ -40,11 +40,12 @@ class Links:
                 self._by_origin.setdefault(origin, []).append(item)
         return list(self._by_origin.get((plain(node), place), ()))
 
-    def find(self, number: Any) -> Any:
-        """The link with an id; None if there is none."""
-        if not self._by_id:
-            self._by_id = {plain(field(item, "id")): item for item in reversed(self._items)}
-        return None if number is None else self._by_id.get(plain(number))
+    def leading_to(self, node: Any, number: Any) -> Any:
+        """The link with an id that an input of a node names; None if there is none that ends at this node."""
+        if not self._by_end:
+            ends = ((plain(field(item, "target_id")), plain(field(item, "id"))) for item in self._items)
+            self._by_end = dict(zip(ends, self._items, strict=True))
+        return None if number is None else self._by_end.get((plain(node), plain(number)))
 
     def add(self, *values: Any) -> None:
         self._items.append(dict(zip(FIELDS, values, strict=True)) if self._as_objects else list(values))
@@ -75,7 +76,7 @@ class Links:
     def _forget(self) -> None:
         """What was found out of the links does not hold any more."""
         self._by_origin: dict[tuple[Any, Any], list[Any]] = {}
-        self._by_id: dict[Any, Any] = {}
+        self._by_end: dict[tuple[Any, Any], Any] = {}
 
     # -- reroutes ------------------------------------------------------------------------------------------------------
 

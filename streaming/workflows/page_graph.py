@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import WorkflowError
 from .canvas import free_place
 from .graph import LINKED, Node, Taker
 from .ids import Numbers, field, plain, set_field, subgraphs_of
@@ -58,7 +59,9 @@ class PageGraph:
         self._numbers = numbers
         graph["nodes"] = [node for node in graph["nodes"] if node is not None]
         self._links = Links(graph)
-        self._by_id: dict[Any, dict[str, Any]] = {}
+        self._by_id = {plain(there["id"]): there for there in graph["nodes"]}
+        if len(self._by_id) < len(graph["nodes"]):
+            raise WorkflowError("two nodes have the same id; let ComfyUI's page load it and save it again")
         self._open_inputs: list[str] = []
         # Widgets that are gone, each by its node and name.
         self.gone_widgets: set[tuple[str, str]] = set()
@@ -121,8 +124,9 @@ class PageGraph:
         there = self.saved(node)
         found = _widget_values(there, names)
         for one in there.get("inputs") or ():
-            if one.get("link") is not None and one["name"] in names:
-                found[one["name"]] = self._value_behind(one["link"])
+            link = self._links.leading_to(there["id"], one.get("link"))
+            if link is not None and one["name"] in names:
+                found[one["name"]] = self._value_behind(link)
         return found
 
     def become(self, node: Node, kind: Kind, values: Mapping[str, Any], names: Sequence[str] = ()) -> Sequence[str]:
@@ -131,7 +135,8 @@ class PageGraph:
         old = _widget_values(there, names or list(kind.widgets))
         wanted = {name: known.get(name, old.get(name, default)) for name, default in kind.widgets.items()}
         for one in there.get("inputs") or ():
-            if one["name"] in known and (link := self._links.find(one.get("link"))) is not None:
+            link = self._links.leading_to(there["id"], one.get("link"))
+            if link is not None and one["name"] in known:
                 self._cut(link)
                 one["link"] = None
         unlinked = self._keep_inputs(there, {*kind.widgets, *(socket.name for socket in kind.sockets)})
@@ -158,6 +163,7 @@ class PageGraph:
             "widgets_values": list({**kind.widgets, **values}.values()),
         }
         self._graph["nodes"].append(there)
+        self._by_id[there["id"]] = there
         return _node(there)
 
     def set_values(self, node: Node, kind: Kind, values: Mapping[str, Any]) -> None:
@@ -195,9 +201,8 @@ class PageGraph:
     def remove_unused(self, kind: str) -> Sequence[Node]:
         leading = {plain(field(link, "origin_id")) for link in self._links}
         gone = [node for node in self.nodes() if node.kind == kind and node.id not in leading]
-        numbers = {node.id for node in gone}
-        self._graph["nodes"][:] = [there for there in self._graph["nodes"] if plain(there["id"]) not in numbers]
-        self._by_id.clear()
+        for node in gone:
+            self._graph["nodes"].remove(self._by_id.pop(node.id))
         return gone
 
     def take_open_inputs(self) -> Sequence[str]:
@@ -221,11 +226,12 @@ class PageGraph:
         inputs = [one for one in before if one["name"] in names]
         unlinked = []
         for one in before:
-            if one["name"] not in names and (link := self._links.find(one.get("link"))) is not None:
+            link = self._links.leading_to(there["id"], one.get("link"))
+            if link is not None and one["name"] not in names:
                 self._cut(link)
                 unlinked.append(one["name"])
         for place, one in enumerate(inputs):
-            if (link := self._links.find(one.get("link"))) is not None:
+            if (link := self._links.leading_to(there["id"], one.get("link"))) is not None:
                 set_field(link, "target_slot", place)
         places = {old: place for place, old in enumerate(old for old, one in enumerate(before) if one["name"] in names)}
         self._links.move_floating(there["id"], places.get)
@@ -245,10 +251,9 @@ class PageGraph:
         for output in outputs[place : place + 1]:
             output["links"] = [other for other in output.get("links") or () if plain(other) != number]
 
-    def _value_behind(self, number: Any) -> Any:
+    def _value_behind(self, link: Any) -> Any:
         """What a device selector at the other end of a link says."""
-        link = self._links.find(number)
-        source = None if link is None else self._look_up(field(link, "origin_id"))
+        source = self._look_up(field(link, "origin_id"))
         if source is None or source["type"] != SELECTOR:
             return LINKED
         return _widget_values(source, ["device"]).get("device", LINKED)
@@ -256,8 +261,6 @@ class PageGraph:
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
     def _look_up(self, number: Any) -> dict[str, Any] | None:
-        if len(self._by_id) != len(self._graph["nodes"]):
-            self._by_id = {plain(there["id"]): there for there in reversed(self._graph["nodes"])}
         return self._by_id.get(plain(number))
 
     def _passing(self, node: Node) -> list[int]:

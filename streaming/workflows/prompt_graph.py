@@ -121,7 +121,7 @@ class PromptGraph:
         for number, node in self._prompt.items():
             for name, value in node["inputs"].items():
                 if _is_link(value):
-                    yield Link(value[0], value[1], number, name)
+                    yield Link(value[0], int(value[1]), number, name)
 
     def _links_from(self, node: Node) -> Sequence[Link]:
         if not self._by_source:
@@ -185,4 +185,6 @@ def _gives_model(kind: str) -> bool:
 
 
 def _is_link(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+    """As ComfyUI says it."""
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and isinstance(value[0], str) and isinstance(value[1], (int, float))

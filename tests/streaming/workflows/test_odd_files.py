@@ -176,3 +176,34 @@ def test_the_place_of_an_output_that_is_written_otherwise(place: Any) -> None:
     graph["nodes"][0]["type"] = "CheckpointLoaderSimple"
     graph["links"][0][2] = place
     assert [one["type"] for one in convert(graph).workflow["nodes"]][-1] == SETTINGS
+
+
+@pytest.mark.parametrize("number", [1, "1", 1.0])
+def test_two_nodes_of_one_id_are_refused(number: Any) -> None:
+    """A link names only one of them, and nobody can tell which."""
+    graph = plain()
+    graph["nodes"][1]["id"] = number
+    with pytest.raises(WorkflowError, match="two nodes have the same id"):
+        convert(graph)
+
+
+def test_an_input_that_names_a_link_of_another_node_has_none() -> None:
+    graph = workflow(
+        node(1, "DeviceSelectorMultiGPU", ["cuda:1"]),
+        node(2, "SomebodysNode", [], device=(1, 0)),
+        node(3, "UNETLoaderMultiGPU", ["f", "default", "cuda:2"]),
+        node(4, "KSampler", [], model=(3, 0)),
+    )
+    graph["nodes"][2]["inputs"] = [{"name": "device", "type": "COMBO", "link": 1}]
+    found = convert(graph)
+    assert found.workflow["links"][0] == graph["links"][0]
+    assert found.workflow["nodes"][:2] == graph["nodes"][:2]
+    assert [note.values for note in found.notes if note.code == "placement"] == [{"inputs": "devices=gpu:2"}]
+
+
+def test_an_output_s_place_in_a_prompt_may_be_written_with_a_point() -> None:
+    prompt = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "f"}},
+        "2": {"class_type": "KSampler", "inputs": {"model": ["1", 0.0]}},
+    }
+    assert convert(prompt).workflow["2"]["inputs"]["model"] == ["3", 0]
