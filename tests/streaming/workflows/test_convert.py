@@ -233,6 +233,7 @@ def test_what_takes_a_model_is_no_loader_in_a_prompt() -> None:
     chain["5"] = {"class_type": "SomebodysPatch", "inputs": {"model": ["4", 0]}}
     chain["9"]["inputs"]["model"] = ["5", 0]
     assert [one["class_type"] for one in convert(chain).workflow.values()] == [OURS, "KSampler", "SomebodysPatch"]
+    assert not convert(prompt("ModelSamplingFlux", {"shift": 1.0})).changed, "also where none is connected"
 
 
 @pytest.mark.parametrize(

@@ -178,3 +178,15 @@ def test_a_placement_in_a_prompt_is_used() -> None:
     }
     assert found["4"]["inputs"] == {"clip": ["2", 1]}
     assert not convert(found).changed
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_checkpoint_whose_model_leads_nowhere_takes_nothing_along(other: bool) -> None:
+    """Its VAE goes along with another MODEL, if there is one that it meets."""
+    nodes = [node(1, "CheckpointLoaderSimpleMultiGPU", ["c", "cuda:1"])]
+    nodes += [node(2, "UNETLoader", ["f", "default"])] if other else []
+    nodes += [node(3, "KSampler", [], **({"model": (2, 0)} if other else {}))]
+    found = convert(workflow(*nodes, node(4, "VAEDecode", [], samples=(3, 0), vae=(1, 2))))
+    assert [source(found.workflow, one["inputs"][0]) for one in placed(found)] == ([(2, 0)] if other else [])
+    assert ("alone" in codes(found)) != other
+    check(found)
