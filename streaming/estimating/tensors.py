@@ -33,9 +33,11 @@ def read_tensors(path: Path) -> list[Tensor]:
     """Return the tensors of the diffusion model in a file, or in all files of its model.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or is no safetensors file.
+        CheckpointError: a file is missing, damaged, has no tensors, or is no safetensors file.
     """
     found = [tensor for file in _files(path) for tensor in _read(file)]
+    if not found:
+        raise CheckpointError(f"{path}: it lists no tensors")
     inside = [tensor for tensor in found if tensor.name.startswith(DIFFUSION_MODEL)]
     return [tensor._replace(name=tensor.name.removeprefix(DIFFUSION_MODEL)) for tensor in inside] or found
 
@@ -54,7 +56,7 @@ def _files(path: Path) -> list[Path]:
     if path.name.endswith(INDEX):
         weight_map = _json(path, _bytes_of(path)).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
             raise CheckpointError(f"{path}: it is no index of a model in several files")
         return [path.with_name(name) for name in sorted(set(names))]
     if (match := SHARD.fullmatch(path.name)) is None:
@@ -87,11 +89,11 @@ def _bytes_of(path: Path, header: bool = False) -> bytes:
             if not header:
                 return file.read(MOST_HEADER_BYTES)
             length = HEAD.unpack(file.read(HEAD.size).ljust(HEAD.size, b"\xff"))[0]
-            if length > MOST_HEADER_BYTES:
-                raise CheckpointError(f"{path}: it is no safetensors file; only such files have a header to plan by")
-            raw = file.read(length)
+            raw = file.read(length) if length <= MOST_HEADER_BYTES else None
     except (OSError, ValueError) as error:  # A ValueError: the name has a character that no file's name has.
         raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if raw is None:
+        raise CheckpointError(f"{path}: it is no safetensors file; only such files have a header to plan by")
     if len(raw) < length:
         raise CheckpointError(f"{path}: its header cannot be read; the file ends within it")
     return raw

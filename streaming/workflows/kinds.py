@@ -136,5 +136,8 @@ TAKE_MODEL = frozenset(
 )
 # What a widget holds: an input of these types takes no part of a model.
 PLAIN_TYPES = frozenset({"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "NUMBER"})
+# KJNodes and Easy-Use: what one takes another one gives, wherever it is in the graph. They know each other by a name.
+SET_NODES = frozenset({"SetNode", "easy setNode"})
+GET_NODES = frozenset({"GetNode", "easy getNode"})
 # They pass on what comes from elsewhere, by a name or a link that only the page knows.
-PAGE_ONLY = frozenset({"GetNode", "SetNode", "Reroute", "PrimitiveNode", "easy getNode", "easy setNode"})
+PAGE_ONLY = frozenset({"Reroute", "PrimitiveNode", *SET_NODES, *GET_NODES})

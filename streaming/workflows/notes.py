@@ -24,6 +24,7 @@ TEXTS: dict[str, tuple[Weight, str]] = {
     "settings": (Weight.CHANGED, f"{SETTINGS.title} follows it now"),
     "settings-clip": (Weight.CHANGED, f"streams through {SETTINGS.title} now"),
     "placement": (Weight.CHANGED, f"{PLACEMENT.title} follows it now: {{inputs}}"),
+    "placement-used": (Weight.CHANGED, f"goes through {PLACEMENT.title} (node {{number}}) now: {{inputs}}"),
     "selector-gone": (Weight.CHANGED, "is gone: nothing reads it any more"),
     "virtual-vram": (
         Weight.DIFFERS,
@@ -67,6 +68,11 @@ TEXTS: dict[str, tuple[Weight, str]] = {
         f"{{name}}={{value!r}}: there is no MODEL beside it that {PLACEMENT.title} could take it along with; use "
         "ComfyUI's {instead}",
     ),
+    "placement-stays": (
+        Weight.LEFT,
+        f"{PLACEMENT.title} (node {{number}}) is there already and stays as it is; set there by hand: {{inputs}}",
+    ),
+    "link-gone": (Weight.LEFT, "its input {name!r} has no equal here, and its link is gone"),
     "precision": (Weight.LEFT, "high_precision_loras has no equal: a LoRA is computed as ComfyUI does it"),
     "no-equal": (Weight.LEFT, "has no equal here; use the node of the same name without MultiGPU, of its own pack"),
     "no-equal-wan": (

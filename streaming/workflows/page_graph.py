@@ -2,185 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .graph import LINKED, Node
-from .kinds import GIVE_MODEL, MODEL, PAGE_ONLY, PLAIN_TYPES, Kind
+from ..errors import WorkflowError
+from .canvas import free_place
+from .graph import LINKED, Node, Taker
+from .ids import Numbers, field, plain, set_field, subgraphs_of
+from .kinds import GET_NODES, GIVE_MODEL, MODEL, PAGE_ONLY, PLAIN_TYPES, SET_NODES, Kind
+from .links import Links
 
-FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 # The frame of a subgraph counts as a node for links.
 INPUTS, OUTPUTS = -10, -20
 OPTIONAL_SHAPE = 7
-GAP, TITLE = 40, 30
-MUTED = 2
 SELECTOR = "DeviceSelectorMultiGPU"
 
 
-class Numbers:
-    """Hands out ids of nodes and links that nothing in the file has, in subgraphs neither."""
+class PageFile:
+    """A file of the page: a workflow and the definitions of its subgraphs."""
 
     def __init__(self, workflow: dict[str, Any]) -> None:
-        self._graphs = [workflow, *subgraphs_of(workflow)]
-        self._node = self._most("nodes", "last_node_id", "lastNodeId")
-        self._link = self._most("links", "last_link_id", "lastLinkId")
+        numbers = Numbers(workflow)
+        # By the class of the nodes that stand for them.
+        self.subgraphs = {
+            definition["id"]: PageGraph(self, definition, numbers, definition.get("name") or definition["id"])
+            for definition in subgraphs_of(workflow)
+        }
+        self.graphs = [PageGraph(self, workflow, numbers), *self.subgraphs.values()]
 
-    def _most(self, items: str, *names: str) -> int:
-        found = [0]
-        for graph in self._graphs:
-            found += [_field(item, "id") for item in graph.get(items) or () if item is not None]
-            found += [holder.get(name) for holder in (graph, graph.get("state") or {}) for name in names]
-        return max(number for number in map(_plain, found) if isinstance(number, int))
-
-    def node(self) -> int:
-        self._node += 1
-        self._write("last_node_id", "lastNodeId", self._node)
-        return self._node
-
-    def link(self) -> int:
-        self._link += 1
-        self._write("last_link_id", "lastLinkId", self._link)
-        return self._link
-
-    def _write(self, name: str, state_name: str, number: int) -> None:
-        for graph in self._graphs:
-            if name in graph:
-                graph[name] = number
-            if state_name in (graph.get("state") or {}):
-                graph["state"][state_name] = number
-
-
-class Links:
-    """The links of one graph: lists in a workflow of version 0.4, objects in newer ones and in subgraphs."""
-
-    def __init__(self, items: list[Any], as_objects: bool) -> None:
-        items[:] = [item for item in items if item is not None]
-        if not all(isinstance(item, dict) or len(item) >= len(FIELDS) - 1 for item in items):
-            raise ValueError("a link is too short")
-        self._items = items
-        self._as_objects = as_objects or any(isinstance(item, dict) for item in items)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._items)
-
-    def leading_from(self, node: Any, place: int) -> list[Any]:
+    def instances(self, subgraph: PageGraph) -> Sequence[tuple[PageGraph, Node]]:
+        """The nodes that stand for a subgraph, with the graphs that they are in."""
         return [
-            item
-            for item in self._items
-            if (_plain(_field(item, "origin_id")), _field(item, "origin_slot")) == (_plain(node), place)
+            (graph, node)
+            for graph in self.graphs
+            for node in graph.nodes()
+            if self.subgraphs.get(node.kind) is subgraph
         ]
-
-    def find(self, number: Any) -> Any:
-        return next((item for item in self._items if _plain(_field(item, "id")) == _plain(number)), None)
-
-    def add(self, *values: Any) -> None:
-        self._items.append(dict(zip(FIELDS, values, strict=True)) if self._as_objects else list(values))
-
-    def remove(self, link: Any) -> None:
-        self._items.remove(link)
 
 
 class PageGraph:
     """A workflow, or one of its subgraphs.
 
     Args:
+        file: that it is in.
         graph: its JSON, which is changed.
         numbers: of the whole file.
-        subgraphs: ids of all subgraphs, which are classes of nodes too.
+        name: of the subgraph.
     """
 
     frame: frozenset[Any] = frozenset({INPUTS, OUTPUTS})
 
-    def __init__(self, graph: dict[str, Any], numbers: Numbers, subgraphs: Iterable[str], name: str = "") -> None:
+    def __init__(self, file: PageFile, graph: dict[str, Any], numbers: Numbers, name: str = "") -> None:
         self.name = name
-        self._subgraphs = frozenset(subgraphs)
-        # As a class of nodes; none for the workflow itself.
-        self.id = graph["id"] if graph.get("id") in self._subgraphs else None
+        self._file = file
         self._graph = graph
         self._numbers = numbers
-        graph["links"] = graph.get("links") or []
-        self._links = Links(graph["links"], as_objects="inputNode" in graph)
+        graph["nodes"] = [node for node in graph["nodes"] if node is not None]
+        self._links = Links(graph)
+        self._by_id = {plain(there["id"]): there for there in graph["nodes"]}
+        if len(self._by_id) < len(graph["nodes"]):
+            raise WorkflowError("two nodes have the same id; let ComfyUI's page load it and save it again")
         self._open_inputs: list[str] = []
         # Widgets that are gone, each by its node and name.
         self.gone_widgets: set[tuple[str, str]] = set()
 
-    def nodes(self) -> Sequence[Node]:
-        return [
-            Node(_plain(node["id"]), str(node["type"]), int(node.get("mode") or 0)) for node in self._graph["nodes"]
-        ]
+    def saved(self, node: Node) -> dict[str, Any]:
+        """The JSON of a node."""
+        found = self._look_up(node.id)
+        assert found is not None, node
+        return found
 
-    def model_output(self, node: Node) -> int | None:
-        there = self._find(node.id)
-        if node.kind in PAGE_ONLY or node.kind in self._subgraphs:
-            return None
+    def nodes(self) -> Sequence[Node]:
+        return list(map(_node, self._graph["nodes"]))
+
+    def model_outputs(self, node: Node) -> Sequence[int]:
+        there = self.saved(node)
         inputs = there.get("inputs") or ()
-        if any(map(_takes_model, inputs)):
-            return None
+        if node.kind in PAGE_ONLY or node.kind in self._file.subgraphs or any(map(_takes_model, inputs)):
+            return []
         # A pipe or a switch gives on what comes from elsewhere.
         if node.kind not in GIVE_MODEL and any(map(_takes_part, inputs)):
-            return None
-        types = [one.get("type") for one in there.get("outputs") or ()]
-        return types.index(MODEL) if MODEL in types else None
+            return []
+        return [place for place, one in enumerate(there.get("outputs") or ()) if one.get("type") == MODEL]
 
     def output(self, node: Node, type_: str, place: int) -> int:
-        types = [one.get("type") for one in self._find(node.id).get("outputs") or ()]
+        types = [one.get("type") for one in self.saved(node).get("outputs") or ()]
         return types.index(type_) if type_ in types else place
 
-    def consumers(self, node: Node, place: int) -> Sequence[Node | None]:
-        known = {other.id: other for other in self.nodes()}
-        return [known.get(_plain(_field(link, "target_id"))) for link in self._links.leading_from(node.id, place)]
+    def takers(self, node: Node, place: int) -> Sequence[Taker]:
+        found = []
+        for link in self._links.leading_from(node.id, place):
+            there = self._look_up(target := plain(field(link, "target_id")))
+            found.append(
+                Taker(self, Node(target) if there is None else _node(there), plain(field(link, "target_slot")))
+            )
+        return found
 
-    def passes_model(self, node: Node) -> Sequence[int]:
-        there = self._find(node.id)
-        if node.mode == MUTED or not any(map(_takes_model, there.get("inputs") or ())):
+    def passed_on(self, taker: Taker) -> Sequence[Taker]:
+        node, place = taker.node, int(taker.place)
+        if node.id == OUTPUTS:
+            outer = [(graph, node) for graph, node in self._file.instances(self) if not node.mode]
+            return [behind for graph, instance in outer for behind in graph.takers(instance, place)]
+        if (inner := self._file.subgraphs.get(node.kind)) is not None:
+            return [] if node.mode else inner.takers(Node(INPUTS), inner.input_place(self.saved(node), place))
+        there = self._look_up(node.id)
+        if there is None or not any(map(_takes_model, there.get("inputs") or ())):
             return []
-        return [place for place, one in enumerate(there.get("outputs") or ()) if one.get("type") in (MODEL, "*")]
+        givers = [node, *(self._getters(there) if node.kind in SET_NODES else ())]
+        return [behind for giver in givers for place in self._passing(giver) for behind in self.takers(giver, place)]
 
     def followers(self) -> Mapping[Any, set[Any]]:
         found: dict[Any, set[Any]] = {}
         for link in self._links:
-            found.setdefault(_plain(_field(link, "origin_id")), set()).add(_plain(_field(link, "target_id")))
+            found.setdefault(plain(field(link, "origin_id")), set()).add(plain(field(link, "target_id")))
+        for there in self._graph["nodes"]:
+            if there["type"] in SET_NODES:
+                found.setdefault(plain(there["id"]), set()).update(node.id for node in self._getters(there))
         return found
 
     def values(self, node: Node, names: Sequence[str]) -> Mapping[str, Any]:
-        there = self._find(node.id)
+        there = self.saved(node)
         found = _widget_values(there, names)
         for one in there.get("inputs") or ():
-            if one.get("link") is not None and one["name"] in names:
-                found[one["name"]] = self._value_behind(one["link"])
+            link = self._links.leading_to(there["id"], one.get("link"))
+            if link is not None and one["name"] in names:
+                found[one["name"]] = self._value_behind(link)
         return found
 
-    def become(self, node: Node, kind: Kind, values: Mapping[str, Any], names: Sequence[str] = ()) -> None:
-        there = self._find(node.id)
+    def become(self, node: Node, kind: Kind, values: Mapping[str, Any], names: Sequence[str] = ()) -> Sequence[str]:
+        there = self.saved(node)
         known = {name: value for name, value in values.items() if value is not LINKED}
         old = _widget_values(there, names or list(kind.widgets))
         wanted = {name: known.get(name, old.get(name, default)) for name, default in kind.widgets.items()}
         for one in there.get("inputs") or ():
-            if one["name"] in known and (link := self._links.find(one.get("link"))) is not None:
+            link = self._links.leading_to(there["id"], one.get("link"))
+            if link is not None and one["name"] in known:
                 self._cut(link)
                 one["link"] = None
-        self._keep_inputs(there, {*kind.widgets, *(socket.name for socket in kind.sockets)})
+        unlinked = self._keep_inputs(there, {*kind.widgets, *(socket.name for socket in kind.sockets)})
         self.gone_widgets |= {(str(node.id), name) for name in old if name not in kind.widgets}
         there["outputs"] = outputs = there.get("outputs") or []
         outputs += [{"name": name, "type": type_, "links": []} for name, type_, _ in kind.outputs[len(outputs) :]]
         there["type"], there["widgets_values"] = kind.name, list(wanted.values())
         there["properties"] = _properties(kind, there.get("properties") or {})
+        return unlinked
 
-    def insert(
-        self,
-        kind: Kind,
-        near: Node,
-        values: Mapping[str, Any],
-        links: Mapping[str, tuple[Node, int]],
-        stay: frozenset[Any] = frozenset(),
-    ) -> Node:
-        number = self._numbers.node()
-        places = {socket.name: place for place, socket in enumerate(kind.sockets)}
-        beside = self._find(near.id)
+    def add(self, kind: Kind, near: Node, values: Mapping[str, Any]) -> Node:
+        beside = self.saved(near)
         there: dict[str, Any] = {
-            "id": number,
+            "id": self._numbers.node(),
             "type": kind.name,
-            "pos": self._free_place(beside, kind.size),
+            "pos": free_place(beside, kind.size, self._graph["nodes"]),
             "size": list(kind.size),
             "flags": {},
             "order": int(beside.get("order") or 0) + 1,
@@ -190,110 +162,130 @@ class PageGraph:
             "properties": _properties(kind, {}),
             "widgets_values": list({**kind.widgets, **values}.values()),
         }
-        for name, (source, output) in links.items():
-            self._lead(source.id, output, there, places[name], stay if name == "model" else frozenset())
         self._graph["nodes"].append(there)
-        return Node(number, kind.name, near.mode)
+        self._by_id[there["id"]] = there
+        return _node(there)
+
+    def set_values(self, node: Node, kind: Kind, values: Mapping[str, Any]) -> None:
+        there = self.saved(node)
+        saved = there.get("widgets_values")
+        if isinstance(saved, dict):
+            saved.update(values)
+        else:
+            known = {**kind.widgets, **_widget_values(there, list(kind.widgets)), **values}
+            there["widgets_values"] = [*known.values(), *(saved or [])[len(known) :]]
+
+    def is_linked(self, node: Node, name: str) -> bool:
+        inputs = self.saved(node).get("inputs") or ()
+        return any(one["name"] == name and one.get("link") is not None for one in inputs)
+
+    def lead_through(
+        self, source: tuple[Node, int], node: Node, kind: Kind, name: str, stay: frozenset[Any] = frozenset()
+    ) -> tuple[Node, int]:
+        """Links to what comes behind keep their ids, so reroutes keep them."""
+        [socket] = [socket for socket in kind.sockets if socket.name == name]
+        origin, there = self.saved(source[0]), self.saved(node)
+        slot, place = _slot(there, "inputs", "name", _input(*socket))
+        output, giving = _slot(there, "outputs", "type", {"name": socket.type, "type": socket.type, "links": []})
+        leading = self._links.leading_from(origin["id"], source[1])
+        moved = [link for link in leading if plain(field(link, "target_id")) not in stay]
+        kept = [field(link, "id") for link in leading if link not in moved]
+        for link in moved:
+            self._links.move_origin(link, there["id"], giving)
+        output["links"] = [*(output.get("links") or []), *(field(link, "id") for link in moved)]
+        slot["link"] = number = self._numbers.link()
+        self._links.add(number, origin["id"], source[1], there["id"], place, socket.type)
+        origin["outputs"][source[1]]["links"] = [*kept, number]
+        return node, giving
 
     def remove_unused(self, kind: str) -> Sequence[Node]:
-        leading = {_plain(_field(link, "origin_id")) for link in self._links}
+        leading = {plain(field(link, "origin_id")) for link in self._links}
         gone = [node for node in self.nodes() if node.kind == kind and node.id not in leading]
-        numbers = {node.id for node in gone}
-        self._graph["nodes"][:] = [node for node in self._graph["nodes"] if _plain(node["id"]) not in numbers]
+        for node in gone:
+            self._graph["nodes"].remove(self._by_id.pop(node.id))
         return gone
 
     def take_open_inputs(self) -> Sequence[str]:
         taken, self._open_inputs = self._open_inputs, []
         return taken
 
+    def input_place(self, instance: Mapping[str, Any], place: int) -> int:
+        """Which of this subgraph's inputs one of the node that stands for it is: the page knows them by their names."""
+        names = [one.get("name") for one in self._graph.get("inputs") or ()]
+        shown = [one.get("name") for one in instance.get("inputs") or ()]
+        return names.index(shown[place]) if place < len(shown) and shown[place] in names else place
+
     # -- links ---------------------------------------------------------------------------------------------------------
 
-    def _lead(self, source: Any, output: int, there: dict[str, Any], place: int, stay: frozenset[Any]) -> None:
-        """Put ``there`` between an output and what it leads to. Those links keep their ids, so reroutes keep them."""
-        leading = self._links.leading_from(source, output)
-        moved = [link for link in leading if _plain(_field(link, "target_id")) not in stay]
-        kept = [_field(link, "id") for link in leading if link not in moved]
-        for link in moved:
-            _set(link, "origin_id", there["id"])
-            _set(link, "origin_slot", place)
-        there["outputs"][place]["links"] = [_field(link, "id") for link in moved]
-        number = self._numbers.link()
-        self._links.add(number, self._find(source)["id"], output, there["id"], place, there["inputs"][place]["type"])
-        there["inputs"][place]["link"] = number
-        self._find(source)["outputs"][output]["links"] = [*kept, number]
+    def _keep_inputs(self, there: dict[str, Any], names: set[str]) -> Sequence[str]:
+        """Remove the inputs of other names, with their links; those behind them move up.
 
-    def _keep_inputs(self, there: dict[str, Any], names: set[str]) -> None:
-        """Remove the inputs of other names, with their links; those behind them move up."""
-        inputs = there.get("inputs") or []
-        for one in [one for one in inputs if one["name"] not in names]:
-            if (link := self._links.find(one.get("link"))) is not None:
+        Returns the names of those that something came to.
+        """
+        before = there.get("inputs") or []
+        inputs = [one for one in before if one["name"] in names]
+        unlinked = []
+        for one in before:
+            link = self._links.leading_to(there["id"], one.get("link"))
+            if link is not None and one["name"] not in names:
                 self._cut(link)
-            inputs.remove(one)
+                unlinked.append(one["name"])
         for place, one in enumerate(inputs):
-            if (link := self._links.find(one.get("link"))) is not None:
-                _set(link, "target_slot", place)
+            if (link := self._links.leading_to(there["id"], one.get("link"))) is not None:
+                set_field(link, "target_slot", place)
+        places = {old: place for place, old in enumerate(old for old, one in enumerate(before) if one["name"] in names)}
+        self._links.move_floating(there["id"], places.get)
         there["inputs"] = inputs
+        return unlinked
 
     def _cut(self, link: Any) -> None:
-        number, origin, place = (_plain(_field(link, name)) for name in ("id", "origin_id", "origin_slot"))
+        number, origin, place = (plain(field(link, name)) for name in ("id", "origin_id", "origin_slot"))
         self._links.remove(link)
         if origin == INPUTS:
             entry = self._graph["inputs"][place]
-            entry["linkIds"] = [other for other in entry.get("linkIds") or () if _plain(other) != number]
+            entry["linkIds"] = [other for other in entry.get("linkIds") or () if plain(other) != number]
             if not entry["linkIds"]:
                 self._open_inputs.append(entry["name"])
             return
-        output = self._find(origin)["outputs"][place]
-        output["links"] = [other for other in output.get("links") or () if _plain(other) != number]
+        outputs = (self._look_up(origin) or {}).get("outputs") or ()
+        for output in outputs[place : place + 1]:
+            output["links"] = [other for other in output.get("links") or () if plain(other) != number]
 
-    def _value_behind(self, number: Any) -> Any:
+    def _value_behind(self, link: Any) -> Any:
         """What a device selector at the other end of a link says."""
-        link = self._links.find(number)
-        source = None if link is None else self._find_or_none(_field(link, "origin_id"))
+        source = self._look_up(field(link, "origin_id"))
         if source is None or source["type"] != SELECTOR:
             return LINKED
         return _widget_values(source, ["device"]).get("device", LINKED)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
-    def _find_or_none(self, number: Any) -> dict[str, Any] | None:
-        return next((node for node in self._graph["nodes"] if _plain(node["id"]) == _plain(number)), None)
+    def _look_up(self, number: Any) -> dict[str, Any] | None:
+        return self._by_id.get(plain(number))
 
-    def _find(self, number: Any) -> dict[str, Any]:
-        found = self._find_or_none(number)
-        assert found is not None, number
-        return found
+    def _passing(self, node: Node) -> list[int]:
+        """The places of the outputs that may give on a MODEL."""
+        outputs = self.saved(node).get("outputs") or ()
+        return [place for place, one in enumerate(outputs) if one.get("type") in (MODEL, "*")]
 
-    def _free_place(self, beside: dict[str, Any], size: tuple[int, int]) -> list[float]:
-        """The nearest place in a node's column, or in one beside it, where no other node lies."""
-        taken = [_box(node) for node in self._graph["nodes"]]
-        left, top, right, _ = _box(beside)
-        width, height = size[0], size[1] + TITLE
-        tops = {top, *(box[3] + GAP for box in taken), *(box[1] - height - GAP for box in taken)}
-        places = [(x, y) for x in (left, left - width - GAP, right + GAP) for y in tops]
-        free = [(x, y) for x, y in places if not any(_overlap((x, y, x + width, y + height), box) for box in taken)]
-        x, y = min(free, key=lambda place: (abs(place[0] - left) + abs(place[1] - top), place))
-        return [x, y + TITLE]
+    def _getters(self, setter: Mapping[str, Any]) -> list[Node]:
+        """The nodes that give what a Set node takes: they know each other by a name."""
+        if (name := _shared_name(setter)) is None:
+            return []
+        return [_node(one) for one in self._graph["nodes"] if one["type"] in GET_NODES and _shared_name(one) == name]
 
 
-def subgraphs_of(workflow: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The definitions of a workflow's subgraphs, nested ones among them."""
-    return list((workflow.get("definitions") or {}).get("subgraphs") or ())
+def _node(there: Mapping[str, Any]) -> Node:
+    return Node(plain(there["id"]), str(there["type"]), int(there.get("mode") or 0))
 
 
-def _plain(number: Any) -> Any:
-    """An id as it is compared: other programs write 1 as "1" or 1.0 too, and not everywhere alike."""
-    if isinstance(number, str) and number.isascii() and number.isdigit() and len(number) < 16:
-        return int(number)
-    return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def _field(link: Any, name: str) -> Any:
-    return link.get(name) if isinstance(link, dict) else link[FIELDS.index(name)]
-
-
-def _set(link: Any, name: str, value: Any) -> None:
-    link[name if isinstance(link, dict) else FIELDS.index(name)] = value
+def _slot(there: dict[str, Any], side: str, by: str, wanted: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """An input or output, found by its name or type, with its place; it is added where it is missing."""
+    there[side] = slots = there.get(side) or []
+    place = next((place for place, one in enumerate(slots) if one.get(by) == wanted[by]), len(slots))
+    if place == len(slots):
+        slots.append(wanted)
+    return slots[place], place
 
 
 def _takes_model(one: Mapping[str, Any]) -> bool:
@@ -303,13 +295,18 @@ def _takes_model(one: Mapping[str, Any]) -> bool:
 def _takes_part(one: Mapping[str, Any]) -> bool:
     """Whether something that is no plain value comes through an input. Older pages have a list of choices as a type."""
     type_ = one.get("type")
-    plain = bool(one.get("widget")) or not isinstance(type_, str) or type_ in PLAIN_TYPES
-    return one.get("link") is not None and not plain
+    is_plain = bool(one.get("widget")) or not isinstance(type_, str) or type_ in PLAIN_TYPES
+    return one.get("link") is not None and not is_plain
 
 
-def _widget_values(node: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _widget_values(node: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     values = node.get("widgets_values") or []
     return dict(values) if isinstance(values, dict) else dict(zip(names, values, strict=False))
+
+
+def _shared_name(node: Mapping[str, Any]) -> Any:
+    """By which a Set node and its Get nodes know each other; None where there is none."""
+    return next(iter(_widget_values(node, ["name"]).values()), None) or None
 
 
 def _properties(kind: Kind, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,23 +317,3 @@ def _properties(kind: Kind, before: Mapping[str, Any]) -> dict[str, Any]:
 
 def _input(name: str, type_: str, optional: bool) -> dict[str, Any]:
     return {"name": name, "type": type_, **({"shape": OPTIONAL_SHAPE} if optional else {}), "link": None}
-
-
-Box = tuple[float, float, float, float]
-
-
-def _box(node: Mapping[str, Any]) -> Box:
-    """Left, top, right and bottom, the title included."""
-    (x, y), (width, height) = _pair(node.get("pos"), (0, 0)), _pair(node.get("size"), (340, 120))
-    return x, y - TITLE, x + width, y + height
-
-
-def _pair(value: Any, default: tuple[float, float]) -> tuple[float, float]:
-    """Two numbers; older pages saved them as an object."""
-    values = list(value.values()) if isinstance(value, dict) else value
-    numbers = isinstance(values, list) and len(values) >= 2 and all(isinstance(one, (int, float)) for one in values[:2])
-    return (float(values[0]), float(values[1])) if numbers else default
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] + GAP / 2 and other[0] < one[2] + GAP / 2 and one[1] < other[3] and other[1] < one[3]

@@ -3,104 +3,141 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from .graph import LINKED, Node
+from .graph import LINKED, Node, Taker
 from .kinds import DIFFUSION_LOADER, GIVE_MODEL, LOADER, TAKE_MODEL, THROUGH, Kind
 from .multigpu import SELECTOR, find
 
 
+class Link(NamedTuple):
+    """Where a link begins, and at which node and input it ends."""
+
+    source: str
+    output: int
+    target: str
+    name: str
+
+
 class PromptGraph:
-    """An API prompt."""
+    """An API prompt.
+
+    Args:
+        prompt: its JSON, which is changed.
+    """
 
     name = ""
     frame: frozenset[Any] = frozenset()
 
     def __init__(self, prompt: dict[str, Any]) -> None:
         self._prompt = prompt
+        for number in [number for number, node in prompt.items() if node is None]:
+            del prompt[number]
+        self._forget()
 
     def nodes(self) -> Sequence[Node]:
         return [Node(number, node["class_type"]) for number, node in self._prompt.items()]
 
-    def model_output(self, node: Node) -> int | None:
-        if node.kind in GIVE_MODEL:
-            return 0
+    def model_outputs(self, node: Node) -> Sequence[int]:
+        if node.kind in TAKE_MODEL:
+            return []
+        known = {0} if node.kind in GIVE_MODEL else set()
+        taken = {link.output for link in self._links_from(node) if self._takes_model(link)}
         takes = any(_is_model(name) for name, value in self._inputs(node).items() if _is_link(value))
-        places = [
-            value[1]
-            for other in self._prompt.values()
-            for name, value in other["inputs"].items()
-            if name == "model" and other["class_type"] in TAKE_MODEL and _is_link(value) and value[0] == node.id
-        ]
-        return None if takes or not places or self._is_behind_model(node) else min(places)
+        if not known and (takes or not taken or self._is_behind_model(node)):
+            return []
+        return sorted(known | taken)
 
     def output(self, node: Node, type_: str, place: int) -> int:
         return place
 
-    def consumers(self, node: Node, place: int) -> Sequence[Node | None]:
-        return [
-            Node(number, other["class_type"])
-            for number, other in self._prompt.items()
-            for value in other["inputs"].values()
-            if _is_link(value) and value == [node.id, place]
-        ]
+    def takers(self, node: Node, place: int) -> Sequence[Taker]:
+        return [self._taker(link) for link in self._links_from(node) if link.output == place]
 
-    def passes_model(self, node: Node) -> Sequence[int]:
-        return sorted({place for source, place, name in self._links() if source == node.id and _is_model(name)})
+    def passed_on(self, taker: Taker) -> Sequence[Taker]:
+        links = self._links_from(taker.node)
+        places = sorted({link.output for link in links if _is_model(link.name)})
+        return [behind for place in places for behind in self.takers(taker.node, place)]
 
     def followers(self) -> Mapping[Any, set[Any]]:
         found: dict[Any, set[Any]] = {}
-        for number, node in self._prompt.items():
-            for value in filter(_is_link, node["inputs"].values()):
-                found.setdefault(value[0], set()).add(number)
+        for link in self._links():
+            found.setdefault(link.source, set()).add(link.target)
         return found
 
     def values(self, node: Node, names: Sequence[str]) -> Mapping[str, Any]:
         return {name: self._value(value) for name, value in self._inputs(node).items()}
 
-    def become(self, node: Node, kind: Kind, values: Mapping[str, Any], names: Sequence[str] = ()) -> None:
-        there = self._prompt[str(node.id)]
-        sockets = {socket.name for socket in kind.sockets}
-        kept = {name: value for name, value in there["inputs"].items() if name in kind.widgets or name in sockets}
+    def become(self, node: Node, kind: Kind, values: Mapping[str, Any], names: Sequence[str] = ()) -> Sequence[str]:
+        there = self._prompt[node.id]
+        known = {*kind.widgets, *(socket.name for socket in kind.sockets)}
+        kept = {name: value for name, value in there["inputs"].items() if name in known}
         changed = {name: value for name, value in values.items() if value is not LINKED}
+        unlinked = [name for name, value in there["inputs"].items() if name not in known and _is_link(value)]
         there["class_type"] = kind.name
         there["inputs"] = {**kept, **changed}
         if "title" in (there.get("_meta") or {}):
             there["_meta"]["title"] = kind.title
+        self._forget()
+        return unlinked
 
-    def insert(
-        self,
-        kind: Kind,
-        near: Node,
-        values: Mapping[str, Any],
-        links: Mapping[str, tuple[Node, int]],
-        stay: frozenset[Any] = frozenset(),
-    ) -> Node:
+    def add(self, kind: Kind, near: Node, values: Mapping[str, Any]) -> Node:
         number = self._new_id()
-        places = {socket.name: place for place, socket in enumerate(kind.sockets)}
-        for name, (source, output) in links.items():
-            self._lead(source.id, output, number, places[name], stay if name == "model" else frozenset())
         chosen = {name: value for name, value in kind.widgets.items() if name not in kind.optional} | dict(values)
-        inputs = {name: [source.id, output] for name, (source, output) in links.items()}
-        self._prompt[number] = {"class_type": kind.name, "inputs": {**inputs, **chosen}, "_meta": {"title": kind.title}}
+        self._prompt[number] = {"class_type": kind.name, "inputs": chosen, "_meta": {"title": kind.title}}
         return Node(number, kind.name)
 
+    def set_values(self, node: Node, kind: Kind, values: Mapping[str, Any]) -> None:
+        self._inputs(node).update(values)
+
+    def is_linked(self, node: Node, name: str) -> bool:
+        return _is_link(self._inputs(node).get(name))
+
+    def lead_through(
+        self, source: tuple[Node, int], node: Node, kind: Kind, name: str, stay: frozenset[Any] = frozenset()
+    ) -> tuple[Node, int]:
+        giving = [socket.name for socket in kind.sockets].index(name)
+        for link in self._links_from(source[0]):
+            if link.output == source[1] and link.target not in stay:
+                self._prompt[link.target]["inputs"][link.name] = [node.id, giving]
+        inputs = self._inputs(node)
+        links = {name: value for name, value in inputs.items() if _is_link(value)}
+        self._prompt[node.id]["inputs"] = {**links, name: [source[0].id, source[1]], **inputs}
+        self._forget()
+        return node, giving
+
     def remove_unused(self, kind: str) -> Sequence[Node]:
-        used = {value[0] for node in self._prompt.values() for value in node["inputs"].values() if _is_link(value)}
+        used = {link.source for link in self._links()}
         gone = [node for node in self.nodes() if node.kind == kind and node.id not in used]
         for node in gone:
             del self._prompt[node.id]
+        self._forget()
         return gone
 
     def take_open_inputs(self) -> Sequence[str]:
         return ()
 
-    def _links(self) -> Iterator[tuple[str, int, str]]:
-        """The source, its output and the name of the input of each link."""
-        for node in self._prompt.values():
+    def _links(self) -> Iterator[Link]:
+        for number, node in self._prompt.items():
             for name, value in node["inputs"].items():
                 if _is_link(value):
-                    yield value[0], value[1], name
+                    yield Link(value[0], int(value[1]), number, name)
+
+    def _links_from(self, node: Node) -> Sequence[Link]:
+        if not self._by_source:
+            for link in self._links():
+                self._by_source.setdefault(link.source, []).append(link)
+        return self._by_source.get(node.id, ())
+
+    def _forget(self) -> None:
+        """What was found out of the links does not hold any more."""
+        self._by_source: dict[str, list[Link]] = {}
+
+    def _taker(self, link: Link) -> Taker:
+        return Taker(self, Node(link.target, self._prompt[link.target]["class_type"]), link.name)
+
+    def _takes_model(self, link: Link) -> bool:
+        return link.name == "model" and self._prompt[link.target]["class_type"] in TAKE_MODEL
 
     def _is_behind_model(self, node: Node) -> bool:
         """Whether the node takes something that comes from what is known to give a MODEL: a pipe, or a switch."""
@@ -128,17 +165,10 @@ class PromptGraph:
             value = source["inputs"].get("device", LINKED)
         return value
 
-    def _lead(self, source: str, output: int, target: str, place: int, stay: frozenset[Any]) -> None:
-        """What came from ``source`` comes from ``target`` from now on."""
-        for number, node in self._prompt.items():
-            if number in stay:
-                continue
-            for name, value in node["inputs"].items():
-                if _is_link(value) and value == [source, output]:
-                    node["inputs"][name] = [target, place]
-
     def _new_id(self) -> str:
-        numbers = [int(number) for number in self._prompt if number.isascii() and number.isdigit()]
+        """An id that no node has, and no link to a node that is not there."""
+        known = {*self._prompt, *(link.source for link in self._links())}
+        numbers = [int(number) for number in known if number.isascii() and number.isdigit()]
         return str(max(numbers, default=0) + 1)
 
 
@@ -155,4 +185,6 @@ def _gives_model(kind: str) -> bool:
 
 
 def _is_link(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+    """As ComfyUI says it."""
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and isinstance(value[0], str) and isinstance(value[1], (int, float))

@@ -53,6 +53,18 @@ def node(number: int, kind: str, values: list[Any], mode: int = 0, **inputs: tup
     }
 
 
+def passing(number: int, kind: str, source: tuple[int, int], takes: str, gives: str, mode: int = 0) -> dict[str, Any]:
+    """A node with one input and one output of these types."""
+    there = node(number, kind, [], mode, model=source)
+    there["inputs"][0]["type"] = takes
+    return {**there, "outputs": [{"name": gives, "type": gives, "links": []}]}
+
+
+def settings(number: int, source: tuple[int, int], mode: int = 0) -> dict[str, Any]:
+    """Async Offload Settings behind a MODEL."""
+    return passing(number, "WeightStreamOffloadSettings", source, "MODEL", "MODEL", mode)
+
+
 def workflow(*nodes: dict[str, Any], first_link: int = 0, as_objects: bool = False) -> dict[str, Any]:
     """The nodes as a workflow, with the links that they ask for."""
     links: list[Any] = []

@@ -44,6 +44,7 @@ export const NOTES_IN_CHINESE = {
   settings: () => "其后已接上 Async Offload Settings",
   "settings-clip": () => "现在经 Async Offload Settings 流式加载",
   placement: ({ inputs }) => `其后已接上 GPU Placement：${inputs}`,
+  "placement-used": ({ number, inputs }) => `现在经过 GPU Placement（节点 ${number}）：${inputs}`,
   "selector-gone": () => "已删除：没有节点再读取它",
   "virtual-vram": ({ gib }) =>
     `不再需要 virtual_vram_gb=${gib}：放不下的部分从内存流式加载。若要留出显存，请把 vram_limit_gb 设为文件大小减去 ${gib}`,
@@ -60,6 +61,8 @@ export const NOTES_IN_CHINESE = {
   "compute-cpu": ({ name }) => `MODEL 没有与 ${name}=cpu 对应的设置：它在 GPU 上计算，并流式加载到那里`,
   "no-device": ({ name, value }) => `此节点没有与 ${name}=${value} 对应的设置；它留在 ComfyUI 放置的位置`,
   alone: ({ name, value, instead }) => `${name}=${value}：旁边没有可与它一起接到 GPU Placement 的 MODEL；请使用 ComfyUI 的 ${instead}`,
+  "placement-stays": ({ number, inputs }) => `GPU Placement（节点 ${number}）已在其后，保持不变；请在那里手动设置：${inputs}`,
+  "link-gone": ({ name }) => `这里没有与输入 ${name} 对应的输入，其连线已删除`,
   precision: () => "high_precision_loras 没有对应设置：LoRA 按 ComfyUI 的方式计算",
   "no-equal": () => "这里没有对应的节点；请使用其原节点包中不带 MultiGPU 的同名节点",
   "no-equal-wan": ({ others }) =>

@@ -163,11 +163,24 @@ def test_the_route_converts(host: HeadlessHost) -> None:
     assert (note["code"], note["weight"], note["node"], note["kind"]) == ("loader", "changed", "model", "UNETLoader")
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"[" * 100_000, b"\xff", b"{}"])
-def test_the_route_refuses_what_is_no_workflow(host: HeadlessHost, body: bytes) -> None:
+def refused(host: HeadlessHost, body: bytes) -> str:
+    """Why the route refuses what comes; the answer is JSON that a page can read."""
     connection = http.client.HTTPConnection("127.0.0.1", host.port, timeout=30)
     connection.request("POST", ROUTE, body, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     assert answer.status == 400
-    assert json.loads(answer.read())["error"].startswith("it is no ")
+    error = json.loads(answer.read())["error"]
     connection.close()
+    return error
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"[" * 100_000, b"\xff", b"{}"])
+def test_the_route_refuses_what_is_no_workflow(host: HeadlessHost, body: bytes) -> None:
+    assert refused(host, body).startswith("it is no ")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_the_route_refuses_numbers_that_json_cannot_carry(host: HeadlessHost, number: str) -> None:
+    """The answer would have them, and no page could read it."""
+    body = json.dumps(CASES["Load Diffusion Model"][0]).replace(str(SEED), number)
+    assert f"it has the number {number}," in refused(host, body.encode())

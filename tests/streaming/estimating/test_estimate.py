@@ -142,14 +142,16 @@ HEADERS = [b'{"a": 1}', *(b'{"a": {"dtype": "BF16", "data_offsets": %s}}' % offs
         (struct.pack("<Q", 9) + b"{", "its header cannot be read"),
         (struct.pack("<Q", 2) + b"[]", "its header is no JSON object"),
         (struct.pack("<Q", 9) + b"{}", "its header cannot be read; the file ends within it"),
+        (struct.pack("<Q", 2) + b"{}", "it lists no tensors"),
         *((struct.pack("<Q", len(text)) + text, "its header does not describe tensors") for text in HEADERS),
     ],
 )
 def test_files_that_have_no_header(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=says) as error:
         read_tensors(path)
+    assert str(error.value).count(str(path)) == 1
 
 
 def test_the_command(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +176,14 @@ def test_what_a_running_comfyui_has_measured() -> None:
     assert [measured_by(status, name) for name in ("b", "c", "split")] == [None] * 3, "a part says nothing of the whole"
 
 
-@pytest.mark.parametrize("files", [5, [1], ["a", None], [["a"]], ["../a"]])
+@pytest.mark.parametrize("name", ["m.safetensors.index.json", "m-00001-of-00000.safetensors"])
+def test_a_model_in_no_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="it lists no tensors"):
+        read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("files", [5, [1], ["a", None], [["a"]], ["../a"], [""], ["."]])
 def test_an_index_that_names_no_files(files: Any, tmp_path: Path) -> None:
     index = tmp_path / "m.safetensors.index.json"
     weights = dict(enumerate(files)) if isinstance(files, list) else files

@@ -149,6 +149,21 @@ def test_new_nodes_lie_over_no_other() -> None:
     assert not overlapping(found)
 
 
+def test_a_new_node_lies_next_to_its_loader_where_there_is_room() -> None:
+    """Above, below, and in the columns beside it others lie."""
+    loader = {**node(1, "CheckpointLoaderSimple", ["file"]), "pos": [0, 0], "size": [340, 100]}
+    sampler = {**node(2, "KSampler", [], model=(1, 0)), "pos": [400, 0], "size": [340, 100]}
+    column = [{**node(3 + row, "Note", []), "pos": [0, 150 * row - 1500], "size": [340, 100]} for row in range(20)]
+    column = [one for one in column if one["pos"][1]]
+    found = convert(workflow(loader, sampler, *column)).workflow
+    assert find(found, SETTINGS)["pos"] == [-380, 0]
+    graph = workflow({**node(40, "Note", []), "pos": [-500, -2000], "size": [200, 4000]})
+    graph["nodes"] += found["nodes"][:-1]
+    graph["links"] = [[1, 1, 0, 2, 0, "MODEL"]]
+    found = convert(graph).workflow
+    assert find(found, SETTINGS)["pos"] == [380, 170], "below the sampler"
+
+
 def in_subgraph(*nodes: dict[str, Any], inputs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """A workflow of one node that stands for a subgraph with ``nodes``."""
     inner = workflow(*nodes, first_link=50, as_objects=True)
@@ -218,6 +233,7 @@ def test_what_takes_a_model_is_no_loader_in_a_prompt() -> None:
     chain["5"] = {"class_type": "SomebodysPatch", "inputs": {"model": ["4", 0]}}
     chain["9"]["inputs"]["model"] = ["5", 0]
     assert [one["class_type"] for one in convert(chain).workflow.values()] == [OURS, "KSampler", "SomebodysPatch"]
+    assert not convert(prompt("ModelSamplingFlux", {"shift": 1.0})).changed, "also where none is connected"
 
 
 @pytest.mark.parametrize(
@@ -241,7 +257,7 @@ def test_what_is_no_workflow_is_refused(value: Any) -> None:
 def test_each_note_has_a_text_and_what_is_left_comes_last() -> None:
     filled = {
         "name": "device", "value": "xpu:0", "inputs": "devices=gpu:0", "gib": "4", "donor": "gpu:1", "devices": "gpu:0",
-        "ratio": "1:1", "instead": "Select VAE Device", "others": 3,
+        "ratio": "1:1", "instead": "Select VAE Device", "others": 3, "number": "5",
     }  # fmt: skip
     notes = [Note(code, "4", "Loader", "Loading", filled) for code in TEXTS]
     lines = as_lines(notes).splitlines()

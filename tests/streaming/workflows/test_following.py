@@ -6,22 +6,11 @@ from typing import Any
 
 import pytest
 from weightstream.streaming.workflows.convert import convert
-from workflow_files import check_links, node, workflow
+from workflow_files import check_links, node, passing, settings, workflow
 
 SETTINGS = "WeightStreamOffloadSettings"
 CHECKPOINT = "CheckpointLoaderSimple"
 MUTED, BYPASSED = 2, 4
-
-
-def passing(number: int, kind: str, source: tuple[int, int], takes: str, gives: str, mode: int = 0) -> dict[str, Any]:
-    """A node with one input and one output of these types."""
-    there = node(number, kind, [], mode, model=source)
-    there["inputs"][0]["type"] = takes
-    return {**there, "outputs": [{"name": gives, "type": gives, "links": []}]}
-
-
-def settings(number: int, source: tuple[int, int], mode: int = 0) -> dict[str, Any]:
-    return passing(number, SETTINGS, source, "MODEL", "MODEL", mode)
 
 
 def origin(graph: dict[str, Any], number: int) -> str:
@@ -88,6 +77,14 @@ def test_settings_that_do_not_run_do_not_count(mode: int) -> None:
     assert [one["type"] for one in found["nodes"]].count(SETTINGS) == 2
     check_links(found)
     assert not convert(found).changed
+
+
+@pytest.mark.parametrize("kind", ["LoraLoaderModelOnly", "Reroute"])
+def test_a_muted_node_gives_no_model_on_unless_its_loader_is_muted_too(kind: str) -> None:
+    for mode, count in ((0, 2), (MUTED, 1)):
+        lora = passing(2, kind, (1, 0), "MODEL", "MODEL", MUTED)
+        found = convert(workflow(node(1, CHECKPOINT, ["file"], mode), lora, settings(3, (2, 0), mode))).workflow
+        assert [one["type"] for one in found["nodes"]].count(SETTINGS) == count
 
 
 def test_what_has_no_settings_gets_them_alone() -> None:
@@ -174,3 +171,35 @@ def test_a_node_that_takes_no_plain_value_is_no_loader(type_: Any, loads: bool) 
     )
     graph["nodes"][1]["inputs"][0]["type"] = type_
     assert convert(graph).changed == loads
+
+
+def test_a_model_that_goes_through_very_many_nodes_is_followed_to_the_end() -> None:
+    nodes = [node(1, CHECKPOINT, ["file"])]
+    nodes += [passing(number, "LoraLoaderModelOnly", (number - 1, 0), "MODEL", "MODEL") for number in range(2, 3000)]
+    graph = workflow(*nodes, settings(3000, (2999, 0)))
+    assert not convert(graph).changed
+
+
+@pytest.mark.parametrize("kind", ["WanHighAndLow", CHECKPOINT])
+def test_each_model_that_a_loader_gives_gets_settings(kind: str) -> None:
+    loader = {**node(1, kind, ["file"]), "outputs": [{"name": "MODEL", "type": "MODEL", "links": []} for _ in range(2)]}
+    conversion = convert(workflow(loader, node(2, "KSampler", [], model=(1, 0)), node(3, "KSampler", [], model=(1, 1))))
+    found = conversion.workflow
+    assert (origin(found, 2), origin(found, 3)) == (SETTINGS, SETTINGS)
+    assert [note.code for note in conversion.notes] == ["settings", "settings"]
+    check_links(found)
+    assert not convert(found).changed
+
+
+@pytest.mark.parametrize("kind", ["WanHighAndLow", CHECKPOINT])
+def test_each_model_that_a_loader_gives_in_a_prompt_gets_settings(kind: str) -> None:
+    found = convert(
+        {
+            "1": {"class_type": kind, "inputs": {"file": "x"}},
+            "2": {"class_type": "KSampler", "inputs": {"model": ["1", 0]}},
+            "3": {"class_type": "KSampler", "inputs": {"model": ["1", 1]}},
+        }
+    ).workflow
+    between = [found[number]["inputs"]["model"][0] for number in "23"]
+    assert [found[number]["inputs"]["model"] for number in between] == [["1", 0], ["1", 1]]
+    assert not convert(found).changed
