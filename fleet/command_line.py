@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import FRONT_VARIABLE, MOST_WAITING, FleetConfig
+from .config import FRONT_VARIABLE, MOST_WAITING, NO_RAY, FleetConfig
 from .errors import FleetConfigError, FleetError
-from .ray_workers import NO_RAY
 
 PACK = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"

@@ -13,6 +13,7 @@ from .errors import FleetConfigError
 FRONT_VARIABLE = "WEIGHTSTREAM_FLEET"
 
 MOST_WAITING = 1000
+NO_RAY = "the fleet needs Ray, which is not installed: pip install 'ray>=2.40', with ComfyUI's own Python"
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from . import worker as worker_module
-from .config import FleetConfig
+from .config import NO_RAY, FleetConfig
 from .errors import FleetConfigError, FleetError, WorkerDied, WorkerStartError
 from .worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "weightstream"
-LOOPBACK = "127.0.0.1"
-NO_RAY = "the fleet needs Ray, which is not installed: pip install 'ray>=2.40'"
+# What Ray does by itself on Windows and macOS: with it all of its ports are of the loopback interface. Read when it is
+# imported. (An address that ray.init is given is exchanged for one that others reach.)
+CLUSTERS_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class FleetWorker(Protocol):
@@ -51,9 +54,11 @@ def connect(config: FleetConfig) -> int:
     Raises:
         FleetConfigError: there is no Ray, no such cluster, or no GPU.
     """
+    if not config.address:
+        os.environ.setdefault(CLUSTERS_VARIABLE, "0")
     ray = _ray()
     # The name of this package differs with the folder that the pack lies in.
-    ray.cloudpickle.register_pickle_by_value(__import__("sys").modules[__package__])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__package__])
     common = {"namespace": NAMESPACE, "logging_level": logging.WARNING, "log_to_driver": False}
     try:
         if config.address:
@@ -61,7 +66,7 @@ def connect(config: FleetConfig) -> int:
         else:
             # Ray counts GPUs itself; where there is none, virtual devices stand in for as many as are asked for.
             own = {"num_gpus": config.workers} if config.workers else {}
-            ray.init(include_dashboard=False, _node_ip_address=LOOPBACK, **own, **common)
+            ray.init(include_dashboard=False, **own, **common)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise FleetConfigError(f"Ray cannot be used ({config.address or 'on this machine'}): {error}") from error
     count = config.workers or int(ray.cluster_resources().get("GPU", 0))

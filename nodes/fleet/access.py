@@ -38,7 +38,7 @@ def guard(config: FleetConfig) -> Any:
         if knows(request.cookies.get(COOKIE, "")):
             return await handler(request)
         if request.method == "GET" and knows(request.query.get(QUERY, "")):
-            response = web.HTTPFound(request.path)
+            response = web.Response(status=302, headers={"Location": request.path})
             response.set_cookie(COOKIE, config.token, httponly=True, samesite="Strict")
             return response
         text = f"this fleet wants a token: open /?{QUERY}=TOKEN in a browser, or send Authorization: Bearer TOKEN"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import copy
+import ipaddress
 import itertools
 import json
 import random
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +32,7 @@ WORKERS = 3
 CLIENTS, PROMPTS_EACH = 8, 25
 SECOND = "second-flux.safetensors"
 SEEDS = 10
+MOST_WAITING = CLIENTS * PROMPTS_EACH
 WAIT_S = 180.0
 # Longer than any test, unless it is interrupted.
 ENDLESS_STEPS = 10_000
@@ -36,7 +40,11 @@ ENDLESS_STEPS = 10_000
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetHost]:
-    with fleet(tmp_path_factory.mktemp("fleet"), WORKERS, arguments=["--preview-method", "latent2rgb"]) as started:
+    options = {
+        "arguments": ["--preview-method", "latent2rgb"],
+        "fleet_arguments": ["--most-waiting", str(MOST_WAITING)],
+    }
+    with fleet(tmp_path_factory.mktemp("fleet"), WORKERS, **options) as started:
         path = started.models("diffusion_models") / SECOND
         write_flux(path, size=TINY.shapes, seed=5)
         yield started
@@ -262,6 +270,40 @@ def test_what_waits_can_be_taken_back_and_goes_first_if_it_is_said(up: FleetHost
     for each in endless:
         with pytest.raises(PromptInterrupted):
             up.wait(each, WAIT_S)
+
+
+def test_a_queue_that_is_full_says_so(up: FleetHost) -> None:
+    prompts = [make_prompt(demo.OURS, demo.UNET, True, 980, f"full/{number}") for number in range(MOST_WAITING)]
+    endless = [
+        up.submit(make_prompt(demo.OURS, demo.UNET, True, 980, f"full/{number}", ENDLESS_STEPS)) for number in "abc"
+    ]
+    wait_for(lambda: len(up.get("/queue")["queue_running"]) == WORKERS)
+    for each in prompts:
+        up.submit(each)
+    with pytest.raises(PromptRejected, match=f"{MOST_WAITING} prompts wait already"):
+        up.submit(prompts[0])
+    request = urllib.request.Request(
+        f"{up.url}/api/prompt", json.dumps({"prompt": prompts[0]}).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    refused.value.close()
+    assert refused.value.code == 429
+    assert int(refused.value.headers["Retry-After"]) > 0
+    up.post("/queue", {"clear": True})
+    up.interrupt()
+    for prompt_id in endless:
+        with pytest.raises(PromptInterrupted):
+            up.wait(prompt_id, WAIT_S)
+    assert up.get("/queue") == {"queue_running": [], "queue_pending": []}
+
+
+def test_nothing_listens_beyond_this_machine(up: FleetHost) -> None:
+    front = psutil.Process(up.pid)
+    ours = {front.pid, *(child.pid for child in front.children(recursive=True))}
+    listening = [each for each in psutil.net_connections("inet") if each.pid in ours and each.status == "LISTEN"]
+    assert len(listening) > WORKERS
+    assert {ipaddress.ip_address(each.laddr.ip.removeprefix("::ffff:")).is_loopback for each in listening} == {True}
 
 
 def test_errors_are_the_hosts_own(up: FleetHost) -> None:
