@@ -231,12 +231,18 @@ async def listen(host: FleetHost) -> dict[str, tuple[str, list[Any]]]:
     return heard
 
 
-def test_an_interrupt_is_for_one_prompt_or_for_all(up: FleetHost) -> None:
-    endless = [
-        up.submit(make_prompt(demo.OURS, demo.UNET, True, 910 + number, f"endless/{number}", ENDLESS_STEPS))
+def block_all(host: FleetHost) -> list[str]:
+    """A prompt without end on each worker."""
+    ids = [
+        host.submit(make_prompt(demo.OURS, demo.UNET, True, number, f"block/{uuid.uuid4()}", ENDLESS_STEPS))
         for number in range(WORKERS)
     ]
-    wait_for(lambda: len(up.get("/queue")["queue_running"]) == WORKERS)
+    wait_for(lambda: len(host.get("/queue")["queue_running"]) == WORKERS)
+    return ids
+
+
+def test_an_interrupt_is_for_one_prompt_or_for_all(up: FleetHost) -> None:
+    endless = block_all(up)
     up.post("/interrupt", {"prompt_id": endless[0]})
     with pytest.raises(PromptInterrupted):
         up.wait(endless[0], WAIT_S)
@@ -250,11 +256,7 @@ def test_an_interrupt_is_for_one_prompt_or_for_all(up: FleetHost) -> None:
 
 
 def test_what_waits_can_be_taken_back_and_goes_first_if_it_is_said(up: FleetHost) -> None:
-    endless = [
-        up.submit(make_prompt(demo.OURS, demo.UNET, True, 920 + number, f"block/{number}", ENDLESS_STEPS))
-        for number in range(WORKERS)
-    ]
-    wait_for(lambda: len(up.get("/queue")["queue_running"]) == WORKERS)
+    endless = block_all(up)
     taken, later, first = (
         make_prompt(demo.OURS, demo.UNET, True, 930 + number, f"queue/{number}") for number in range(3)
     )
@@ -274,10 +276,7 @@ def test_what_waits_can_be_taken_back_and_goes_first_if_it_is_said(up: FleetHost
 
 def test_a_queue_that_is_full_says_so(up: FleetHost) -> None:
     prompts = [make_prompt(demo.OURS, demo.UNET, True, 980, f"full/{number}") for number in range(MOST_WAITING)]
-    endless = [
-        up.submit(make_prompt(demo.OURS, demo.UNET, True, 980, f"full/{number}", ENDLESS_STEPS)) for number in "abc"
-    ]
-    wait_for(lambda: len(up.get("/queue")["queue_running"]) == WORKERS)
+    endless = block_all(up)
     for each in prompts:
         up.submit(each)
     with pytest.raises(PromptRejected, match=f"{MOST_WAITING} prompts wait already"):

@@ -28,7 +28,7 @@ ROOMS = {
         "handoff",
         "",
     ],
-    "nodes": ["host", "tell", "state", "model", "twins", "page", ""],
+    "nodes": ["host", "tell", "state", "model", "twins", "page", "fleet", ""],
 }
 # Beside the rooms, and for everybody.
 SHARED = {"streaming": {"config", "errors", "collector", "threads"}, "nodes": set()}

@@ -21,6 +21,7 @@ PUBLISHED = {
     "__init__.py",
     "assets",
     "example_workflows",
+    "fleet",
     "locales",
     "nodes",
     "pyproject.toml",
