@@ -1,4 +1,4 @@
-"""The picker of GPUs on GPU Placement in ComfyUI's real page: by mouse and keyboard, with the text as all that is saved."""
+"""The picker on GPU Placement in ComfyUI's real page: by mouse and keyboard, with the text as all that is saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from playwright.sync_api import Locator, Route, expect
 PLACEMENT = "WeightStreamGPUPlacement"
 PICKER = ".ws-pick-holder"
 INPUT = "devices"
-DEVICES = """type => app.graph.nodes.find(node => node.type === type).widgets.find(({ name }) => name === 'devices').value"""
+DEVICES = (
+    """type => app.graph.nodes.find(node => node.type === type).widgets.find(({ name }) => name === 'devices').value"""
+)
 SIZE = "async type => [...app.graph.nodes.find(node => node.type === type).size]"
 # As a user does on the canvas, where the page asks in a box of its own.
 TYPE = """([type, text]) => {
@@ -152,7 +154,9 @@ def test_with_one_gpu_a_line_says_so(comfy: ComfyPage) -> None:
     comfy.page.route("**/weightstream/v1/status", one)
     try:
         picker = show(comfy, "gpu:0")
-        expect(picker.locator(".ws-pick-line")).to_have_text("The only GPU here: gpu:0, virtual device in RAM, 16.0 MiB")
+        expect(picker.locator(".ws-pick-line")).to_have_text(
+            "The only GPU here: gpu:0, virtual device in RAM, 16.0 MiB"
+        )
         expect(picker.get_by_role("button")).to_have_count(0)
         comfy.page.evaluate(TYPE, [PLACEMENT, "gpu:3,gpu:0"])
         expect(picker.get_by_role("button")).to_have_text("Choose GPUsnot here: gpu:3")

@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from weightstream.streaming import ConfigError, parse_gpus
 
 TESTS = Path(__file__).parent
