@@ -65,7 +65,7 @@ function attach({ app, feed, locale }, node, input) {
   after(node, "onConnectionsChange", show);
   after(node, "onConfigure", () => {
     show();
-    takePlace(node, holder, `.${HOLDER}`);
+    takePlace(app, node, holder, `.${HOLDER}`);
   });
   after(node, "onAdded", () => {
     const viewer = feed.watch(show);

@@ -97,7 +97,7 @@ export function nodeWidgets({ app, feed, locale }) {
       node.onConfigure = function (/** @type {any[]} */ ...values) {
         onConfigure?.apply(this, values);
         const place = attached.get(node);
-        if (place) takePlace(node, place.holder, HOLDER);
+        if (place) takePlace(app, node, place.holder, HOLDER);
       };
       node.onRemoved = function (/** @type {any[]} */ ...values) {
         close(node);

@@ -5,14 +5,17 @@
 
 /**
  * Have an element of a node that was just configured shown where that of the node before it is.
+ * @param {any} app  the host's
  * @param {any} node
  * @param {HTMLElement} element
  * @param {string} selector  what both match
  */
-export function takePlace(node, element, selector) {
+export function takePlace(app, node, element, selector) {
   const replace = () => {
+    // One in a subgraph may have the id of another node, which is shown.
+    if (node.graph !== app.canvas?.graph || element.isConnected) return;
     const shown = document.querySelector(`[data-node-id="${node.id}"] ${selector}`);
-    if (shown && shown !== element && !element.isConnected) shown.replaceWith(element);
+    shown?.replaceWith(element);
   };
   // Once the page has drawn what it makes of the nodes.
   requestAnimationFrame(() => requestAnimationFrame(replace));
