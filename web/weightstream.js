@@ -1,6 +1,6 @@
 /**
- * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, a widget on GPU Placement, presets, a badge, toasts,
- * commands and settings.
+ * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, a widget and a picker of GPUs on GPU Placement,
+ * presets, a badge, toasts, commands and settings.
  *
  * The page imports every `.js` file of this folder, so this is the only one.
  */
@@ -9,6 +9,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { topBarBadge } from "./lib/badge.mjs";
 import { createFeed } from "./lib/feed.mjs";
+import { gpuPicker } from "./lib/gpu_picker.mjs";
 import { graphNodes } from "./lib/graph_nodes.mjs";
 import { LINE_EVENT, nodeLines } from "./lib/node_lines.mjs";
 import { nodeWidgets } from "./lib/node_widgets.mjs";
@@ -32,6 +33,7 @@ const badge = topBarBadge({ app, feed, strings, open: () => tab.open(app) });
 const setting = (/** @type {string} */ id) => app.extensionManager?.setting?.get(id);
 const widgets = nodeWidgets({ app, feed, locale });
 const lines = nodeLines({ app, locale });
+const picker = gpuPicker({ app, feed, locale });
 const inputs = settingsWidgets({ locale });
 const takingOver = takeover({ app, api, locale });
 
@@ -78,6 +80,7 @@ app.registerExtension({
   },
   nodeCreated(/** @type {any} */ node) {
     inputs.add(node);
+    picker.add(node);
     widgets.add(node);
   },
 });

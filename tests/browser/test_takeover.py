@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from comfy_page import ComfyPage
+from panel_page import AXE, FAULTS
 from playwright.sync_api import expect
 from servers import TINY
 from workflow_files import node, subgraph, workflow
@@ -52,6 +53,18 @@ def stream(comfy: ComfyPage, says: str) -> None:
 
 def check_said(comfy: ComfyPage, text: str) -> None:
     expect(comfy.page.locator(TOAST).get_by_text(text).last).to_be_visible()
+
+
+def check_axe(comfy: ComfyPage) -> None:
+    """Nothing in the messages keeps anybody from reading or closing them, in either theme."""
+    assert comfy.page.locator(TOAST).count() > 0
+    comfy.page.add_script_tag(path=str(AXE))
+    try:
+        for theme in ("light", "dark"):
+            comfy.set("Comfy.ColorPalette", theme)
+            assert comfy.page.evaluate(FAULTS, TOAST) == []
+    finally:
+        comfy.set("Comfy.ColorPalette", "dark")
 
 
 def kinds(comfy: ComfyPage) -> list[str]:
@@ -119,6 +132,7 @@ def test_a_workflow_of_the_archived_pack_opens_and_streams(comfy: ComfyPage) -> 
     comfy.load_workflow(archived())
     comfy.page.keyboard.press("Escape")
     stream(comfy, "virtual_vram_gb=14 is not needed")
+    check_axe(comfy)
     assert kinds(comfy) == sorted(["CLIPLoader", "CLIPTextEncode", "LoraLoaderModelOnly", PLACEMENT, OURS])
     check_slots(comfy.workflow())
     prompt = comfy.prompt()
@@ -134,6 +148,7 @@ def test_the_canvas_menu_and_the_loaders_menu_have_the_command(page: ComfyPage) 
     expect(entry.first).to_be_visible()
     entry.first.click()
     check_said(page, "1 model streams now")
+    check_axe(page)
     page.page.wait_for_function("kind => app.graph.nodes.some(node => node.type === kind)", arg=OURS)
     items = page.page.evaluate(
         "() => app.graph.nodes.map(node => [node.type, app.collectNodeMenuItems(node).map(item => item?.content)])"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from weightstream.streaming import ConfigError, parse_gpus
 
 TESTS = Path(__file__).parent
 WEB = TESTS.parent.parent / "web"
@@ -18,6 +21,13 @@ IMPORT = re.compile(
 )
 SOURCES = sorted([*WEB.rglob("*.js"), *WEB.rglob("*.mjs"), *WEB.rglob("*.css")])
 LONGEST_FILE = 300
+# Parts of lists of GPUs, and what is none.
+PARTS = ["", "0", "gpu:1", " cuda : 1 ", "GPU:01", "gpu:12", "gpu:12345", "default", "cpu", "gpu", "-1", "1.0", "gpu:²"]
+READ_GPUS = """
+const [module, texts] = process.argv.slice(2)
+const { readGpus } = await import(module)
+console.log(JSON.stringify(JSON.parse(texts).map(readGpus)))
+"""
 
 
 def node() -> str:
@@ -38,6 +48,24 @@ def test_helpers(file: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^# pass [1-9]", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_lists_of_gpus_are_read_as_by_the_server(tmp_path: Path) -> None:
+    def by_the_server(text: str) -> list[str] | None:
+        try:
+            return list(parse_gpus(text))
+        except ConfigError:
+            return None
+
+    texts = [*PARTS, *map(",".join, itertools.product(PARTS, PARTS)), "gpu:2,gpu:0,1", " Default ", "\t", "gpu:\n3"]
+    program = tmp_path / "read_gpus.mjs"
+    program.write_text(READ_GPUS, "utf-8")
+    command = [node(), str(program), (WEB / "lib" / "gpu_choice.mjs").as_uri(), json.dumps(texts)]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert result.returncode == 0, result.stderr
+    read = dict(zip(texts, json.loads(result.stdout), strict=True))
+    assert read == {text: by_the_server(text) for text in texts}
+    assert read["gpu:2,gpu:0,1"] == ["gpu:2", "gpu:0", "gpu:1"]
 
 
 def test_the_page_imports_one_file() -> None:

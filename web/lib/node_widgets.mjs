@@ -4,9 +4,11 @@
 
 import { graphNodes } from "./graph_nodes.mjs";
 import { mountPanel } from "./panel.mjs";
+import { takePlace } from "./take_place.mjs";
 
 const NODE_TYPES = ["WeightStreamGPUPlacement"];
 const NAME = "weightstream_vram";
+const HOLDER = ".ws-holder:not(.ws-line-holder)";
 // As in the style sheet, which Nodes 2.0 goes by.
 const MIN_HEIGHT = 240;
 
@@ -85,12 +87,17 @@ export function nodeWidgets({ app, feed, locale }) {
     /** @param {any} node  one that the host has just made */
     add(node) {
       if (!NODE_TYPES.includes(node.comfyClass ?? node.type)) return;
-      const { onAdded, onRemoved } = node;
+      const { onAdded, onConfigure, onRemoved } = node;
       node.onAdded = function (/** @type {any[]} */ ...values) {
         onAdded?.apply(this, values);
         present.add(node);
         if (shown) open(node);
         else detach(node);
+      };
+      node.onConfigure = function (/** @type {any[]} */ ...values) {
+        onConfigure?.apply(this, values);
+        const place = attached.get(node);
+        if (place) takePlace(app, node, place.holder, HOLDER);
       };
       node.onRemoved = function (/** @type {any[]} */ ...values) {
         close(node);

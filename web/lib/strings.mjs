@@ -5,12 +5,14 @@
  */
 
 import { CHINESE_ESTIMATES, ENGLISH_ESTIMATES } from "./estimate_strings.mjs";
+import { CHINESE_PICKER, ENGLISH_PICKER } from "./picker_strings.mjs";
 import { CHINESE_PICTURES, ENGLISH_PICTURES } from "./picture_strings.mjs";
 import { inChinese } from "./server_texts.mjs";
 
 const ENGLISH = {
   ...ENGLISH_ESTIMATES,
   ...ENGLISH_PICTURES,
+  ...ENGLISH_PICKER,
 
   title: "WeightStream",
   tab: "VRAM",
@@ -127,6 +129,7 @@ const ENGLISH = {
 const CHINESE = {
   ...CHINESE_ESTIMATES,
   ...CHINESE_PICTURES,
+  ...CHINESE_PICKER,
 
   title: "WeightStream",
   tab: "显存",
