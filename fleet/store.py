@@ -96,10 +96,9 @@ class Store:
 
     def keep_only(self, prompt_ids: Iterable[str]) -> None:
         """Forget prompts that were taken from the queue."""
-        wanted = set(prompt_ids)
-        for kept in self.prompts():
-            if kept.id not in wanted:
-                self._write("DELETE FROM prompts WHERE id = ?", kept.id)
+        known = {prompt_id for (prompt_id,) in self._read("SELECT id FROM prompts")}
+        for prompt_id in known - set(prompt_ids):
+            self._write("DELETE FROM prompts WHERE id = ?", prompt_id)
 
     def forget(self, prompt_id: str) -> None:
         """Take a result out of the history."""
