@@ -28,6 +28,7 @@ FOLDERS = (
     "example_workflows",
     "locales",
     "nodes",
+    "fleet",
     "streaming",
     "tests",
     "tools",

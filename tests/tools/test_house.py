@@ -33,6 +33,8 @@ ROOMS = {
 # Beside the rooms, and for everybody.
 SHARED = {"streaming": {"config", "errors", "collector", "threads"}, "nodes": set()}
 PROGRAMS = ("benchmarks", "tools")
+# Stands by itself: workers get its classes by value, wherever they run.
+ALONE = "fleet"
 
 Module = tuple[str, ...]
 
@@ -181,3 +183,12 @@ def imports_of(text: str) -> Iterator[tuple[str, list[str]]]:
             name = re.sub(r"^weightstream(_pack)?\.", "", node.module)
             if name.split(".")[0] in ROOMS:
                 yield name, [one.name for one in node.names]
+
+
+def test_the_fleet_needs_neither_comfyui_nor_the_engine() -> None:
+    known = {**modules(ALONE), **modules("streaming"), **modules("nodes")}
+    for module, path in modules(ALONE).items():
+        assert {other[0] for other in imported(module, path, known)} <= {ALONE}, path
+        assert not re.search(
+            r"^\s*(from|import) (comfy|torch|folder_paths|nodes|server|execution)", path.read_text("utf-8"), re.M
+        )
