@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import copy
+import importlib
 import ipaddress
 import itertools
 import json
 import random
+import sys
 import threading
 import time
 import urllib.error
@@ -16,18 +19,21 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 import pytest
-from fleets import FleetHost, fleet
+from fleets import fleet
 from servers import TINY
 
 from tools import demo
 from tools.checkpoints import write_flux
+from tools.fleet_host import FleetHost
 from tools.host import HostError, PromptFailed, PromptInterrupted, PromptRejected
 
+ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 3
 CLIENTS, PROMPTS_EACH = 8, 25
 SECOND = "second-flux.safetensors"
@@ -52,13 +58,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetHost]:
 
 @pytest.fixture
 def up(host: FleetHost) -> FleetHost:
-    """All workers answer, and nothing runs or waits."""
-    wait_for(lambda: all(worker["state"] == "free" for worker in workers_of(host)) and len(workers_of(host)) == WORKERS)
+    """All workers answer, and nothing runs or waits, whatever a test before has left."""
+    host.post("/queue", {"clear": True})
+    host.interrupt()
+    wait_for(lambda: all(worker["state"] == "free" for worker in host.workers) and len(host.workers) == WORKERS)
     return host
-
-
-def workers_of(host: FleetHost) -> list[dict[str, Any]]:
-    return host.fleet["workers"]
 
 
 def wait_for(holds: Any, seconds: float = WAIT_S) -> None:
@@ -156,7 +160,7 @@ def test_nothing_is_lost_when_workers_and_the_front_are_killed(up: FleetHost) ->
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(client, number) for number in range(CLIENTS)]
         wait_answers(20)
-        first, second = chance.sample([worker["pid"] for worker in workers_of(up) if worker["pid"]], 2)
+        first, second = chance.sample([worker["pid"] for worker in up.workers if worker["pid"]], 2)
         kill(first)  # The ComfyUI of a worker,
         wait_answers(20)
         kill(psutil.Process(second).ppid())  # the actor of another, with which its ComfyUI ends,
@@ -183,7 +187,7 @@ def test_nothing_is_lost_when_workers_and_the_front_are_killed(up: FleetHost) ->
 
 def children_of_front(host: FleetHost) -> list[int]:
     """The ComfyUIs of its workers."""
-    return [worker["pid"] for worker in workers_of(host) if worker["pid"]]
+    return [worker["pid"] for worker in host.workers if worker["pid"]]
 
 
 # -- a front as ComfyUI is ---------------------------------------------------------------------------------------------
@@ -305,6 +309,32 @@ def test_nothing_listens_beyond_this_machine(up: FleetHost) -> None:
     assert {ipaddress.ip_address(each.laddr.ip.removeprefix("::ffff:")).is_loopback for each in listening} == {True}
 
 
+class Ready:
+    """Stands in for the class in a script that would start a fleet like ``host``, which runs already."""
+
+    def __init__(self, host: FleetHost) -> None:
+        self._host = host
+
+    def __call__(self, *_: Any, workers: int, **__: Any) -> contextlib.AbstractContextManager[FleetHost]:
+        assert workers == WORKERS
+        return contextlib.nullcontext(self._host)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks measure on Linux alone")
+def test_throughput_is_measured(up: FleetHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("throughput")
+    monkeypatch.setattr(script, "FleetHost", Ready(up))
+    monkeypatch.setattr(script, "write_models", lambda *_: None)
+    arguments = ("--size", "tiny", "--prompts", "1", "--steps", "2", "--work", str(tmp_path), "--out", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["throughput.py", f"fleet-{WORKERS}", *arguments])
+    script.main()
+    row = json.loads((tmp_path / "throughput.json").read_text("utf-8"))["rows"][f"fleet-{WORKERS}"]
+    assert row["prompts_per_minute"] > 0
+    assert len(row["first_steps_s"]) > 0
+    assert [worker["name"] for worker in row["workers"]] == [f"gpu-{number}" for number in range(WORKERS)]
+
+
 def test_errors_are_the_hosts_own(up: FleetHost) -> None:
     with pytest.raises(PromptRejected, match="not in"):
         up.submit(make_prompt(demo.OURS, "no-such.safetensors", True, 1, "never"))
@@ -318,7 +348,7 @@ def test_errors_are_the_hosts_own(up: FleetHost) -> None:
     with pytest.raises(PromptFailed, match=r"cut\.safetensors"):
         up.run(broken, WAIT_S)
     path.unlink()
-    assert {worker["state"] for worker in workers_of(up)} == {"free"}, "an error ends no worker"
+    assert {worker["state"] for worker in up.workers} == {"free"}, "an error ends no worker"
 
 
 def test_a_model_that_came_later_is_found(up: FleetHost) -> None:
@@ -357,4 +387,4 @@ def test_free_reaches_all_workers(up: FleetHost) -> None:
         return not demo.read_status(up)["models"]
 
     wait_for(freed)
-    assert not any(worker["loaded"] for worker in workers_of(up))
+    assert not any(worker["loaded"] for worker in up.workers)

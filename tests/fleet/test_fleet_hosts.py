@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleets import FleetHost, fleet
+from fleets import fleet
 from PIL import Image
 
 from tools import demo
+from tools.fleet_host import FleetHost
 
 PROGRAM = Path(__file__).with_name("cluster_program.py")
 WAIT_S = 180.0
@@ -45,7 +46,7 @@ def wait_for(holds: Any) -> None:
 
 
 def states(host: FleetHost) -> list[str]:
-    return [worker["state"] for worker in host.fleet["workers"]]
+    return [worker["state"] for worker in host.workers]
 
 
 def pictures(name: str, number: int) -> dict[str, Any]:
