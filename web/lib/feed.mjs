@@ -25,6 +25,8 @@ export const ROUTES = {
 };
 export const RENEW_MS = 4_000;
 export const STALE_MS = 5_000;
+// Each prompt that ends on any worker changes the revision, and a fleet asks all workers for its status.
+export const FLEET_MS = 4_000;
 
 /**
  * starting: nothing has come yet; live; stale: the server has said nothing for a while; missing: it has no such route;
@@ -86,6 +88,7 @@ class SharedFeed {
   /** The revision that the status belongs to; null where that is not known. @type {string | null} */
   #revision = null;
   #fetching = false;
+  #fetched = -Infinity;
   /** @type {any} */
   #renewal = null;
   /** @type {any} */
@@ -202,6 +205,7 @@ class SharedFeed {
   async #refetch() {
     if (this.#fetching) return;
     this.#fetching = true;
+    this.#fetched = this.#clock.now();
     // What changes while the answer is on its way may be in it or not: the revision of before is the safe one.
     const revision = this.#event?.revision ?? null;
     try {
@@ -234,7 +238,8 @@ class SharedFeed {
     // Other links end when the routes answer: a server whose status fails would else seem well once a second.
     if (this.#link === "stale" || this.#link === "starting") this.#link = "live";
     this.#notify();
-    if (event.revision !== this.#revision) void this.#refetch();
+    const soon = event.fleet && this.#revision !== null && now - this.#fetched < FLEET_MS;
+    if (event.revision !== this.#revision && !soon) void this.#refetch();
   }
 
   #awaitNews() {
