@@ -262,7 +262,7 @@ test("a fleet is asked for its status every few seconds, though prompts end all 
   assert.deepEqual(seen.at(-1)?.status?.fleet?.workers[0].loaded, ["model 20"], "the last change is not forgotten");
 });
 
-test("a fleet's status is fetched at once after something was freed there", async () => {
+test("a fleet's status is fetched at once when a worker came or went, or something was freed there", async () => {
   const { server, clock, feed, viewer } = started();
   server.status = status({ fleet: { waiting: 0, reruns: 0, workers: [worker()] } });
   viewer.show(true);
@@ -274,6 +274,14 @@ test("a fleet's status is fetched at once after something was freed there", asyn
   await feed.unload("gpu-0.1", "model");
   await settled();
   assert.equal(server.count(ROUTES.status), before + 1);
+  await clock.pass(1000);
+  server.send({ revision: "b" });
+  await settled();
+  assert.equal(server.count(ROUTES.status), before + 1);
+  server.status.devices = [];
+  server.send({ revision: "c" });
+  await settled();
+  assert.equal(server.count(ROUTES.status), before + 2);
 });
 
 test("five seconds without an event are stale, and an event ends that", async () => {

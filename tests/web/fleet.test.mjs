@@ -90,6 +90,13 @@ test("a worker that does not work is read out", () => {
   assert.equal(spoken, "Streaming. gpu-2: started again. gpu-3: cannot be started");
 });
 
+test("the device of a worker that runs something is not among the idle ones, whatever loaded it", () => {
+  const { devices, idle, idleText } = buildView(STATES.fleet, EN);
+  assert.deepEqual(devices.map(({ title }) => title), ["gpu-0", "gpu-1"]);
+  assert.deepEqual(idle.map(({ title }) => title), ["gpu-4", "gpu-5"]);
+  assert.equal(idleText, "2 idle GPUs");
+});
+
 test("an event renews all but hosts and models", () => {
   const fleet = { waiting: 0, reruns: 0, workers: [worker({ host: "one", loaded: ["a"] })] };
   const before = status({ fleet });

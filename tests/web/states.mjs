@@ -242,26 +242,20 @@ const FLUX = ["clip_l.safetensors", "flux1-dev.safetensors", "t5xxl_fp16.safeten
 const FLEET = status({
   devices: [
     { ...STREAMING_DEVICE, device: "gpu-0" },
-    device({ device: "gpu-1", resident: 14.2 * GIB, staging: 0.5 * GIB, torch: 2.1 * GIB, peak: 18.2 * GIB, copy_rate: 21.9 * GB, stalled: 0.04 }),
+    // ComfyUI's own loader has loaded what runs there.
+    device({ device: "gpu-1", torch: 16.8 * GIB, peak: 18.2 * GIB }),
     device({ device: "gpu-4" }),
     device({ device: "gpu-5" }),
   ],
-  host: host({ pinned: 18.3 * GIB, ram_available: 20.4 * GIB }),
-  models: [
-    model({ id: "gpu-0.1", device: "gpu-0", running: true }),
-    model({
-      id: "gpu-1.1", device: "gpu-1", name: "qwen_image_bf16.safetensors", running: true, pinned_bytes: 6.9 * GIB,
-      reason: "14.2 GiB of 21.1 GiB stay in VRAM", streamed_block_bytes: 6.9 * GIB, limited_by: "compute",
-      last_run: run({ bytes: 138 * GIB, rate: 21.7 * GB, stall_ms_per_block: 0.2, waiting: 0.04 }),
-    }),
-  ],
+  host: host({ pinned: 11.4 * GIB, ram_available: 28.5 * GIB }),
+  models: [model({ id: "gpu-0.1", device: "gpu-0", running: true })],
   fleet: {
     waiting: 3,
     reruns: 1,
     workers: [
       worker({ state: "running", since: NOW / 1000 - 12.4, done: 41, changes: 3, loaded: FLUX }),
-      worker({ name: "gpu-1", state: "running", since: NOW / 1000 - 65, done: 38, changes: 1, loaded: ["qwen_image_bf16.safetensors"] }),
-      worker({ name: "gpu-2", state: "restarting", reason: "its process ended (signal 9)", done: 17, changes: 2, loaded: FLUX }),
+      worker({ name: "gpu-1", state: "running", since: NOW / 1000 - 65, done: 38, changes: 1, loaded: ["sd_xl_base_1.0.safetensors"] }),
+      worker({ name: "gpu-2", state: "restarting", reason: "its process ended (signal 9)", done: 17, changes: 2 }),
       worker({ name: "gpu-3", host: null, state: "failed", reason: "there is no ComfyUI at /srv/ComfyUI/main.py on loft" }),
       worker({ name: "gpu-4", host: "loft", done: 1, changes: 1, loaded: FLUX }),
       worker({ name: "gpu-5", host: "loft" }),

@@ -238,8 +238,17 @@ class SharedFeed {
     // Other links end when the routes answer: a server whose status fails would else seem well once a second.
     if (this.#link === "stale" || this.#link === "starting") this.#link = "live";
     this.#notify();
-    const soon = event.fleet && this.#revision !== null && now - this.#fetched < FLEET_MS;
-    if (event.revision !== this.#revision && !soon) void this.#refetch();
+    if (event.revision !== this.#revision && !this.#mayWait(event, now)) void this.#refetch();
+  }
+
+  /**
+   * Whether another revision need not be fetched yet: it is a fleet's, and no worker came or went.
+   * @param {Event} event
+   * @param {number} now
+   */
+  #mayWait(event, now) {
+    const same = event.devices.length === this.#status?.devices.length;
+    return event.fleet !== undefined && same && this.#revision !== null && now - this.#fetched < FLEET_MS;
   }
 
   #awaitNews() {

@@ -40,6 +40,15 @@ export function fleetView({ waiting, reruns, workers }, time, strings) {
 }
 
 /**
+ * Whether a worker runs a prompt on this device, which is called after it.
+ * @param {string} device
+ * @param {Fleet | undefined} fleet
+ */
+export function isRunning(device, fleet) {
+  return (fleet?.workers ?? []).some(({ name, state }) => state === "running" && device.split(".")[0] === name);
+}
+
+/**
  * What is to be read out of a fleet: the workers that do not work.
  * @param {FleetView | null} fleet
  */

@@ -4,7 +4,7 @@
 
 import { deviceView, isIdle, meter } from "./device_view.mjs";
 import { estimateViews } from "./estimate_view.mjs";
-import { fleetView, spokenWorkers } from "./fleet_view.mjs";
+import { fleetView, isRunning, spokenWorkers } from "./fleet_view.mjs";
 import * as format from "./format.mjs";
 import { modelViews } from "./model_view.mjs";
 import { merge } from "./status.mjs";
@@ -49,8 +49,9 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
   const old = feed.link === "stale" || feed.link === "gone";
   const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
   const all = usable?.devices ?? [];
-  const open = (/** @type {Device} */ device) => !small && all.length <= MOST_OPEN && (all.length === 1 || !isIdle(device));
-  const shown = all.map((device) => ({ idle: isIdle(device), view: deviceView(device, feed, strings, open(device)) }));
+  const rests = (/** @type {Device} */ device) => isIdle(device) && !isRunning(device.device, usable?.fleet);
+  const open = (/** @type {Device} */ device) => !small && all.length <= MOST_OPEN && (all.length === 1 || !rests(device));
+  const shown = all.map((device) => ({ idle: rests(device), view: deviceView(device, feed, strings, open(device)) }));
   // Who is near its limit is not put aside.
   const aside = all.length > MOST_OPEN ? shown.filter(({ idle, view }) => idle && view.warning === "") : [];
   const idle = aside.length > 1 ? aside.map(({ view }) => view) : [];
