@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -15,6 +16,7 @@ DEFAULT_URL = "http://127.0.0.1:8188"
 SCHEMA = 1
 ROUTE = "/weightstream/v1/status"
 TIMEOUT_SECONDS = 10
+UNAUTHORIZED = 401
 UNKNOWN = "-"
 # Of a fleet's workers, where the state's own name does not say it.
 WORKER_STATES = {"restarting": "started again", "failed": "cannot be started"}
@@ -23,16 +25,25 @@ WORKER_STATES = {"restarting": "started again", "failed": "cannot be started"}
 def ask(url: str | None = None) -> dict[str, Any]:
     """Return the status of the server at ``url``, or of the one at ComfyUI's usual address.
 
+    ``url`` may end with ``?token=TOKEN``, as a fleet prints it.
+
     Raises:
         ServerError: no server answers there, or it lacks this pack or has another version of it.
     """
     url = url or DEFAULT_URL
     if "://" not in url:
         url = f"http://{url}"
+    url, _, query = url.partition("?")
+    token = urllib.parse.parse_qs(query).get("token")
+    headers = {"Authorization": f"Bearer {token[0]}"} if token else {}
     try:
-        with urllib.request.urlopen(url.rstrip("/") + ROUTE, timeout=TIMEOUT_SECONDS) as answer:
+        request = urllib.request.Request(url.rstrip("/") + ROUTE, headers=headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             status = json.load(answer)
     except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == UNAUTHORIZED:
+            raise ServerError(f"{url}: it wants a token: give its address with --url {url}?token=TOKEN") from None
         raise ServerError(f"{url}: {error.code} for {ROUTE}; is WeightStream installed there?") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerError(f"{url}: no ComfyUI answers ({error}); start it, or give its address with --url") from None

@@ -1,4 +1,4 @@
-"""ComfyUI's real page against a fleet: a user who runs prompts there sees what one ComfyUI would show, and the workers."""
+"""ComfyUI's real page against a fleet: prompts run there as with one ComfyUI, and the panel shows the workers."""
 
 from __future__ import annotations
 

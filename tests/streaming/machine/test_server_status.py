@@ -1,10 +1,16 @@
-"""The status of a running ComfyUI as text: the part that tells of a fleet."""
+"""The status of a fleet: asked with its token, and as text."""
 
 from __future__ import annotations
 
+import http.server
+import json
+import threading
+from collections.abc import Iterator
 from typing import Any
 
-from weightstream.streaming.machine.server_status import as_text
+import pytest
+from weightstream.streaming.errors import ServerError
+from weightstream.streaming.machine.server_status import ROUTE, as_text, ask
 
 NOW = 1_764_320_000.0
 STATUS = {
@@ -29,7 +35,9 @@ def lines_of(*workers: dict[str, Any], waiting: int = 0, reruns: int = 0) -> lis
 
 
 def test_a_fleet_has_a_line_and_each_worker_one() -> None:
-    running = worker("gpu-0", "running", since=NOW - 12.4, done=41, changes=3, loaded=["a.safetensors", "b.safetensors"])
+    running = worker(
+        "gpu-0", "running", since=NOW - 12.4, done=41, changes=3, loaded=["a.safetensors", "b.safetensors"]
+    )
     lines = lines_of(running, worker("gpu-1", "free", done=1, changes=1), waiting=3, reruns=1)
     assert lines == [
         "fleet  2 workers; 3 prompts waiting; 1 ran again because a worker died",
@@ -62,3 +70,38 @@ def test_the_host_is_said_where_there_are_several() -> None:
 def test_a_clock_that_was_set_back_makes_no_negative_time() -> None:
     _, line, *_ = lines_of(worker("gpu-0", "running", since=NOW + 5))
     assert line.startswith("gpu-0: running for 0 s; ")
+
+
+class Guarded(http.server.BaseHTTPRequestHandler):
+    """Has the status for those who know the token."""
+
+    def do_GET(self) -> None:
+        knows = self.headers.get("Authorization") == "Bearer secret word"
+        self.send_response(200 if knows and self.path == ROUTE else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps(STATUS).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing of requests is of interest."""
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Guarded) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("path", ["?token=secret%20word", "/?token=secret+word"])
+def test_a_token_in_the_address_is_sent(guarded: str, path: str) -> None:
+    assert ask(guarded + path) == STATUS
+
+
+@pytest.mark.parametrize("path", ["", "/?token=wrong"])
+def test_a_token_that_is_missing_or_wrong_is_asked_for_and_never_repeated(guarded: str, path: str) -> None:
+    with pytest.raises(ServerError, match=r"it wants a token: give its address with --url .*\?token=TOKEN") as found:
+        ask(guarded + path)
+    assert "wrong" not in str(found.value)
