@@ -88,7 +88,7 @@ class ComfyProcess:
         if code is None:
             return None
         ending = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return f"its process ended ({ending}); the end of {self._log}:\n{self._tail()}"
+        return f"its process ended ({ending})\nthe end of {self._log}:\n{self._tail()}"
 
     def stop(self) -> None:
         """End it; at once where it does not end by itself. Does nothing where it does not run."""

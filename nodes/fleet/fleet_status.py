@@ -113,5 +113,5 @@ def _describe(seat: Seat) -> dict[str, Any]:
         "since": round(time.time() - (time.monotonic() - seat.since), 1) if running else None,
         "done": seat.done,
         "changes": seat.changes,
-        "loaded": sorted(file.name for file in seat.loaded),
+        "loaded": sorted(file.name for file in seat.loaded) if seat.up else [],
     }

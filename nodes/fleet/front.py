@@ -27,6 +27,7 @@ from ...fleet.errors import FleetError
 from ...fleet.files import Folders
 from ...fleet.store import Store
 from ...fleet.worker import WorkerSettings
+from ..page.estimating import ESTIMATE_ROUTE
 from ..page.routes import CHROME
 from ..tell import messages
 from .access import guard
@@ -110,6 +111,8 @@ class FleetFront:
             path = request.path.removeprefix(API)
             if path in OF_MODELS:
                 return await self._ask_worker(request, path)
+            if path == ESTIMATE_ROUTE:
+                return await self._estimate(request)
             if request.method == "POST" and path == "/interrupt":
                 return await self._interrupt(request)
             if request.method == "POST" and path == "/prompt":
@@ -148,6 +151,19 @@ class FleetFront:
             told = json.loads(content)
             content = json.dumps({**told, "model": model} if "model" in told else told).encode()
         return web.Response(status=status, headers=kept, body=content)
+
+    async def _estimate(self, request: web.Request) -> web.Response:
+        """What a model will do: the first worker says it that answers, for its GPU. This process has none."""
+        seats = self.dispatcher.seats if self.dispatcher is not None else []
+        for worker in [seat.worker for seat in seats if seat.up]:
+            try:
+                status, _, content = await worker.request("GET", f"{ESTIMATE_ROUTE}?{request.query_string}", {}, b"")
+            except FleetError as error:  # One that has just died counts as up until its prompt is known to be lost.
+                logger.debug("[WeightStream] %s has no estimate: %s", worker.name, error)
+                continue
+            told = json.loads(content)
+            return web.json_response({**told, "device": worker.name} if "device" in told else told, status=status)
+        return web.json_response({"error": "no worker is up"}, status=409)
 
     async def _interrupt(self, request: web.Request) -> web.Response:
         """As the host's route. That one would interrupt what runs in this process, which is nothing."""

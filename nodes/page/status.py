@@ -33,6 +33,9 @@ MOST_RUNNING = 16
 DEVICE_FIELDS = ("device", "total", "free", "resident", "staging", "torch", "cache", "other", "peak")
 DEVICE_FIELDS += ("copy_rate", "stalled")
 HOST_FIELDS = ("ram_total", "ram_available", "pinned", "pinned_limit")
+# Of a worker of a fleet those that change with each prompt, and those that change with its models.
+WORKER_FIELDS = ("name", "state", "reason", "since", "done", "changes")
+STEADY_WORKER_FIELDS = ("name", "host", "loaded")
 
 # The fields of a model's entry that neither change all the time nor are in the event already.
 STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", "last_run", "locking", "pinned_bytes")
@@ -75,7 +78,12 @@ def shorten(status: Status) -> dict[str, Any]:
         "host": _row(status["host"], HOST_FIELDS),
         "loading": [[_short(value) for value in row] for row in loading[:MOST_LOADING]],
         "running": list(dict.fromkeys(running))[:MOST_RUNNING],
+        **({"fleet": _shorten_fleet(status["fleet"])} if "fleet" in status else {}),
     }
+
+
+def _shorten_fleet(fleet: Mapping[str, Any]) -> dict[str, Any]:
+    return {**fleet, "workers": [_row(worker, WORKER_FIELDS) for worker in fleet["workers"]]}
 
 
 def _row(usage: Mapping[str, Any], fields: Sequence[str]) -> list[Any]:
@@ -98,5 +106,6 @@ def _revision(status: Status) -> str:
     told += [[model[name] for name in STEADY_FIELDS] for model in status["models"]]
     told += [[cause[name] for name in ("model", "device", "kind")] for cause in status["causes"]]
     told += status["notices"]
-    told += [status.get("fleet")]
+    workers = status["fleet"]["workers"] if "fleet" in status else ()
+    told += [[worker[name] for name in STEADY_WORKER_FIELDS] for worker in workers]
     return f"{zlib.crc32(json.dumps(told).encode()):08x}"

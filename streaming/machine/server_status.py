@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -15,11 +16,16 @@ DEFAULT_URL = "http://127.0.0.1:8188"
 SCHEMA = 1
 ROUTE = "/weightstream/v1/status"
 TIMEOUT_SECONDS = 10
+UNAUTHORIZED = 401
 UNKNOWN = "-"
+# Of a fleet's workers, where the state's own name does not say it.
+WORKER_STATES = {"restarting": "started again", "failed": "cannot be started"}
 
 
 def ask(url: str | None = None) -> dict[str, Any]:
     """Return the status of the server at ``url``, or of the one at ComfyUI's usual address.
+
+    ``url`` may end with ``?token=TOKEN``, as a fleet prints it.
 
     Raises:
         ServerError: no server answers there, or it lacks this pack or has another version of it.
@@ -27,10 +33,17 @@ def ask(url: str | None = None) -> dict[str, Any]:
     url = url or DEFAULT_URL
     if "://" not in url:
         url = f"http://{url}"
+    url, _, query = url.partition("?")
+    token = urllib.parse.parse_qs(query).get("token")
+    headers = {"Authorization": f"Bearer {token[0]}"} if token else {}
     try:
-        with urllib.request.urlopen(url.rstrip("/") + ROUTE, timeout=TIMEOUT_SECONDS) as answer:
+        request = urllib.request.Request(url.rstrip("/") + ROUTE, headers=headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             status = json.load(answer)
     except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == UNAUTHORIZED:
+            raise ServerError(f"{url}: it wants a token: give its address with --url {url}?token=TOKEN") from None
         raise ServerError(f"{url}: {error.code} for {ROUTE}; is WeightStream installed there?") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerError(f"{url}: no ComfyUI answers ({error}); start it, or give its address with --url") from None
@@ -40,8 +53,9 @@ def ask(url: str | None = None) -> dict[str, Any]:
 
 
 def as_text(status: dict[str, Any]) -> str:
-    """Return the status as text: a line for each device, the host and each notice, and some for each model."""
-    lines = [_device(device) for device in status["devices"]] or [f"no devices: {status['why_no_devices']}"]
+    """Return the status as text: a line for each worker, device, the host and each notice, and some for each model."""
+    lines = describe_fleet(status["fleet"], status["time"]) if "fleet" in status else []
+    lines += [_device(device) for device in status["devices"]] or [f"no devices: {status['why_no_devices']}"]
     host = status["host"]
     limit = "" if host["pinned_limit"] is None else f" of {format_bytes(host['pinned_limit'])}"
     lines.append(
@@ -50,6 +64,31 @@ def as_text(status: dict[str, Any]) -> str:
     )
     lines += [line for model in status["models"] for line in describe_model(model)]
     return "\n".join(lines + [f"{notice['name']}: {notice['text']}" for notice in status["notices"]])
+
+
+def describe_fleet(fleet: dict[str, Any], now: float) -> list[str]:
+    """Return a line about a fleet, and one for each of its workers. ``now``: of the server, when it said this."""
+    workers = fleet["workers"]
+    several = len({worker["host"] for worker in workers if worker["host"]}) > 1
+    ran_again = f"; {fleet['reruns']} ran again because a worker died" if fleet["reruns"] else ""
+    lines = [f"fleet  {_count(len(workers), 'worker')}; {_count(fleet['waiting'], 'prompt')} waiting{ran_again}"]
+    for worker in workers:
+        title = f"{worker['name']} on {worker['host']}" if several and worker["host"] else worker["name"]
+        loaded = ", ".join(worker["loaded"]) or "no model"
+        done = f"{_count(worker['done'], 'prompt')} done, {_count(worker['changes'], 'change')} of models"
+        lines.append(f"{title}: {_worker_state(worker, now)}; {done}; loaded: {loaded}")
+    return lines
+
+
+def _worker_state(worker: dict[str, Any], now: float) -> str:
+    text = WORKER_STATES.get(worker["state"], worker["state"])
+    if worker["since"] is not None:
+        text += f" for {max(0.0, now - worker['since']):.0f} s"
+    return f"{text} ({worker['reason']})" if worker["reason"] else text
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def describe_model(model: dict[str, Any]) -> list[str]:

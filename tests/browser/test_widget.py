@@ -54,7 +54,7 @@ HEAR_EVENTS = """() => {
 SILENT = "() => performance.now() - window.weightstreamHeard.at(-1) > 3000"
 
 # Those that docs/panel.md shows.
-IN_DOCS = ("streaming", "beforeRun", "slow", "loading", "allResident", "split", "idleGpus", "fallback", "gone")
+IN_DOCS = ("streaming", "beforeRun", "slow", "loading", "allResident", "split", "idleGpus", "fleet", "fallback", "gone")
 # What each state must say.
 TEXTS = {
     "starting": ["Connecting", "Waiting for the server's first answer."],
@@ -102,6 +102,18 @@ TEXTS = {
     "fallback": ["Placed differently: GPU Placement (node 9)", "gpu:3 is not there (this machine has gpu:0)"],
     "nearLimit": ["near the limit", "little room left", "at its limit", "1 copy arrived damaged", "3 misses"],
     "idleGpus": ["4 idle GPUs", "gpu:5"],
+    "fleet": [
+        "3 prompts wait · 1 ran again because a worker died",
+        "running for 12 s",
+        "41 prompts done · 3 changes of models · clip_l.safetensors, flux1-dev.safetensors, t5xxl_fp16.safetensors",
+        "running for 1:05",
+        "started again",
+        "its process ended (signal 9)",
+        "cannot be started",
+        "2 free workers",
+        "loft",
+    ],
+    "fleetStarts": ["1 prompt waits", "starting", "No GPU to run on: no worker is up."],
     "noGpu": ["Idle", "No device to stream to: there is no GPU. Models run ComfyUI's own way."],
     "unknown": [DASH, "AMD Radeon RX 7900 XTX", "copied when needed: its settings ask for it"],
     "eight": ["Streaming", *(f"gpu:{place}" for place in range(8))],

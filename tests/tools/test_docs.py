@@ -48,7 +48,7 @@ FOREIGN = {"main.py", "custom_node_manager.py", "table.txt", "NAME_program.py"}
 
 def texts() -> Iterator[str]:
     """Every text in the code; … stands for what is put in."""
-    for folder in ("nodes", "streaming"):
+    for folder in ("fleet", "nodes", "streaming"):
         for path in (ROOT / folder).rglob("*.py"):
             for found in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(found, ast.JoinedStr):

@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { EVENT, RENEW_MS, ROUTES, STALE_MS, createFeed } from "../../web/lib/feed.mjs";
-import { device, event, model, status } from "./states.mjs";
+import { EVENT, FLEET_MS, RENEW_MS, ROUTES, STALE_MS, createFeed } from "../../web/lib/feed.mjs";
+import { device, event, model, status, worker } from "./states.mjs";
 
 /** Time that passes only when a test says so. */
 class FakeClock {
@@ -238,6 +238,50 @@ test("a revision that changes while the status is on its way is fetched again", 
   server.send({ revision: "c" });
   await settled();
   assert.equal(server.count(ROUTES.status), waiting + 1);
+});
+
+test("a fleet is asked for its status every few seconds, though prompts end all the time", async () => {
+  const { server, clock, seen, viewer } = started();
+  server.status = status({ fleet: { waiting: 0, reruns: 0, workers: [worker()] } });
+  viewer.show(true);
+  await settled();
+  server.send({ revision: "0" });
+  await settled();
+  const before = server.count(ROUTES.status);
+  for (let second = 1; second <= 20; second += 1) {
+    await clock.pass(1000);
+    server.status.fleet = { waiting: second, reruns: 0, workers: [worker({ done: second, loaded: [`model ${second}`] })] };
+    server.send({ revision: String(second) });
+    await settled();
+    assert.equal(seen.at(-1)?.event?.fleet?.waiting, second, "what the event says is shown at once");
+  }
+  assert.equal(server.count(ROUTES.status) - before, 20_000 / FLEET_MS);
+  await clock.pass(FLEET_MS);
+  server.send({ revision: "20" });
+  await settled();
+  assert.deepEqual(seen.at(-1)?.status?.fleet?.workers[0].loaded, ["model 20"], "the last change is not forgotten");
+});
+
+test("a fleet's status is fetched at once when a worker came or went, or something was freed there", async () => {
+  const { server, clock, feed, viewer } = started();
+  server.status = status({ fleet: { waiting: 0, reruns: 0, workers: [worker()] } });
+  viewer.show(true);
+  await settled();
+  server.send({ revision: "a" });
+  await settled();
+  const before = server.count(ROUTES.status);
+  await clock.pass(1000);
+  await feed.unload("gpu-0.1", "model");
+  await settled();
+  assert.equal(server.count(ROUTES.status), before + 1);
+  await clock.pass(1000);
+  server.send({ revision: "b" });
+  await settled();
+  assert.equal(server.count(ROUTES.status), before + 1);
+  server.status.devices = [];
+  server.send({ revision: "c" });
+  await settled();
+  assert.equal(server.count(ROUTES.status), before + 2);
 });
 
 test("five seconds without an event are stale, and an event ends that", async () => {

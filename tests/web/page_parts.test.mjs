@@ -47,9 +47,37 @@ test("progress tells what is left from the steps that have ended", () => {
   assert.equal(progress()?.left, 34, "a step that takes long takes no others away");
   step(1, { node: "9" });
   assert.deepEqual(progress(), { done: 1, total: 20, left: null });
-  server.say("execution_success", {});
+  server.say("execution_success", { prompt_id: "a" });
   assert.equal(progress(), null);
   assert.equal(changes, 4);
+});
+
+test("of prompts that run at once the progress is that of the first, until it ends", () => {
+  const server = new Server();
+  let now = 0;
+  const progress = watchProgress(server, () => now, () => {});
+  for (const value of [1, 2, 3]) {
+    now += 1000;
+    server.say("progress", { value, max: 20, prompt_id: "a", node: "3" });
+    server.say("progress", { value, max: 8, prompt_id: "b", node: "3" });
+  }
+  assert.deepEqual(progress(), { done: 3, total: 20, left: 17 });
+  server.say("execution_success", { prompt_id: "c" });
+  assert.equal(progress()?.total, 20);
+  server.say("execution_success", { prompt_id: "a" });
+  assert.deepEqual(progress(), { done: 3, total: 8, left: 5 });
+});
+
+test("a page that was not connected does not know what has ended meanwhile", () => {
+  const server = new Server();
+  let changes = 0;
+  const progress = watchProgress(server, () => 0, () => void (changes += 1));
+  server.say("reconnected", undefined);
+  assert.equal(changes, 0);
+  server.say("progress", { value: 1, max: 20, prompt_id: "a", node: "3" });
+  server.say("reconnected", undefined);
+  assert.equal(progress(), null);
+  assert.equal(changes, 2);
 });
 
 test("bars of bytes are no steps", () => {

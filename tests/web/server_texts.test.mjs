@@ -39,8 +39,9 @@ test("both texts have the same number of values", () => {
 test("no state of the panel has an English sentence in Chinese", () => {
   const english = /[a-z]+ [a-z]+ [a-z]+/;
   for (const [name, feed] of Object.entries(STATES)) {
-    const { models, notices, deviceNote } = buildView(feed, LANGUAGES.zh);
-    const texts = [deviceNote, ...notices.map(({ text }) => text), ...models.flatMap(({ summary, brief, parts }) => [summary, brief, ...parts.flatMap(({ step, plan }) => [step, plan])])];
+    const { models, notices, deviceNote, fleet } = buildView(feed, LANGUAGES.zh);
+    const told = [...(fleet?.workers ?? []), ...(fleet?.idle ?? [])].flatMap(({ state, reason, detail }) => [state, reason, detail]);
+    const texts = [deviceNote, fleet?.summary ?? "", fleet?.idleText ?? "", ...told, ...notices.map(({ text }) => text), ...models.flatMap(({ summary, brief, parts }) => [summary, brief, ...parts.flatMap(({ step, plan }) => [step, plan])])];
     assert.deepEqual(texts.filter((text) => english.test(text)), [], name);
   }
 });

@@ -5,7 +5,7 @@
 
 /** @import { Estimate, Known } from "../../web/lib/estimates.mjs" */
 /** @import { Feed, FeedState } from "../../web/lib/feed.mjs" */
-/** @import { Device, Event, Host, Model, Run, Status } from "../../web/lib/status.mjs" */
+/** @import { Device, Event, Fleet, Host, Model, Run, Status, Worker } from "../../web/lib/status.mjs" */
 /** @import { Steps } from "../../web/lib/step_requests.mjs" */
 /** @import { DeviceTrace } from "../../web/lib/timeline.mjs" */
 /** @import { Cause } from "../../web/lib/why.mjs" */
@@ -94,6 +94,15 @@ export function cause(changes = {}) {
 }
 
 /**
+ * A worker of a fleet that has nothing to do.
+ * @param {Partial<Worker>} [changes]
+ * @returns {Worker}
+ */
+export function worker(changes = {}) {
+  return { name: "gpu-0", host: "mill", state: "free", reason: "", since: null, done: 0, changes: 0, loaded: [], ...changes };
+}
+
+/**
  * A step of so many blocks behind a bus that brings each a little late.
  * @param {Partial<DeviceTrace>} [changes]
  * @param {number} [blocks]
@@ -167,8 +176,14 @@ export function event(from, changes = {}) {
     host: [from.host.ram_total, from.host.ram_available, from.host.pinned, from.host.pinned_limit],
     loading: from.models.flatMap(({ id, loading }) => (loading ? [[id, loading.done, loading.total, loading.rate]] : [])),
     running: [...new Set(from.models.filter((each) => each.running).map(({ id }) => id))],
+    ...(from.fleet && { fleet: shortened(from.fleet) }),
     ...changes,
   };
+}
+
+/** @param {Fleet} fleet */
+function shortened({ waiting, reruns, workers }) {
+  return { waiting, reruns, workers: workers.map((each) => [each.name, each.state, each.reason, each.since, each.done, each.changes]) };
 }
 
 /**
@@ -221,6 +236,32 @@ const EIGHT = Array.from({ length: 8 }, (_, place) =>
     stalled: 0.02 * place,
   }),
 );
+
+const FLUX = ["clip_l.safetensors", "flux1-dev.safetensors", "t5xxl_fp16.safetensors"];
+// Six workers on two hosts: two work, two do not, and two have nothing to do.
+const FLEET = status({
+  devices: [
+    { ...STREAMING_DEVICE, device: "gpu-0" },
+    // ComfyUI's own loader has loaded what runs there.
+    device({ device: "gpu-1", torch: 16.8 * GIB, peak: 18.2 * GIB }),
+    device({ device: "gpu-4" }),
+    device({ device: "gpu-5" }),
+  ],
+  host: host({ pinned: 11.4 * GIB, ram_available: 28.5 * GIB }),
+  models: [model({ id: "gpu-0.1", device: "gpu-0", running: true })],
+  fleet: {
+    waiting: 3,
+    reruns: 1,
+    workers: [
+      worker({ state: "running", since: NOW / 1000 - 12.4, done: 41, changes: 3, loaded: FLUX }),
+      worker({ name: "gpu-1", state: "running", since: NOW / 1000 - 65, done: 38, changes: 1, loaded: ["sd_xl_base_1.0.safetensors"] }),
+      worker({ name: "gpu-2", state: "restarting", reason: "its process ended (signal 9)", done: 17, changes: 2 }),
+      worker({ name: "gpu-3", host: null, state: "failed", reason: "there is no ComfyUI at /srv/ComfyUI/main.py on loft" }),
+      worker({ name: "gpu-4", host: "loft", done: 1, changes: 1, loaded: FLUX }),
+      worker({ name: "gpu-5", host: "loft" }),
+    ],
+  },
+});
 
 const SMALL_CARD = status({
   devices: [device({ name: "NVIDIA GeForce RTX 4060", total: 8 * GIB, other: 0.8 * GIB, torch: 0, cache: 0 })],
@@ -399,6 +440,13 @@ export const STATES = {
         device({ device: "gpu:5", resident: 9.1 * GIB, staging: 0.4 * GIB, peak: 11 * GIB, copy_rate: 12 * GB, stalled: 0.02 }),
       ],
       models: [model({ running: true })],
+    }),
+  ),
+  fleet: feedState(FLEET, { event: event(FLEET) }),
+  fleetStarts: feedState(
+    status({
+      devices: [], why_no_devices: "no worker is up",
+      fleet: { waiting: 1, reruns: 0, workers: [worker({ host: null, state: "starting" })] },
     }),
   ),
   noGpu: feedState(status({ devices: [], why_no_devices: "there is no GPU" })),

@@ -27,6 +27,8 @@ const EXPECTED = {
   nearLimit: ["streaming", "warning", "Streaming · near the limit"],
   slow: ["streaming", "warning", "Streaming · near the limit"],
   idleGpus: ["streaming", "active", "Streaming"],
+  fleet: ["streaming", "active", "Streaming"],
+  fleetStarts: ["idle", "neutral", "Idle"],
   noGpu: ["idle", "neutral", "Idle"],
   unknown: ["idle", "neutral", "Idle"],
   eight: ["streaming", "active", "Streaming"],

@@ -25,6 +25,8 @@ export const ROUTES = {
 };
 export const RENEW_MS = 4_000;
 export const STALE_MS = 5_000;
+// Each prompt that ends on any worker changes the revision, and a fleet asks all workers for its status.
+export const FLEET_MS = 4_000;
 
 /**
  * starting: nothing has come yet; live; stale: the server has said nothing for a while; missing: it has no such route;
@@ -86,6 +88,7 @@ class SharedFeed {
   /** The revision that the status belongs to; null where that is not known. @type {string | null} */
   #revision = null;
   #fetching = false;
+  #fetched = -Infinity;
   /** @type {any} */
   #renewal = null;
   /** @type {any} */
@@ -202,6 +205,7 @@ class SharedFeed {
   async #refetch() {
     if (this.#fetching) return;
     this.#fetching = true;
+    this.#fetched = this.#clock.now();
     // What changes while the answer is on its way may be in it or not: the revision of before is the safe one.
     const revision = this.#event?.revision ?? null;
     try {
@@ -234,7 +238,17 @@ class SharedFeed {
     // Other links end when the routes answer: a server whose status fails would else seem well once a second.
     if (this.#link === "stale" || this.#link === "starting") this.#link = "live";
     this.#notify();
-    if (event.revision !== this.#revision) void this.#refetch();
+    if (event.revision !== this.#revision && !this.#mayWait(event, now)) void this.#refetch();
+  }
+
+  /**
+   * Whether another revision need not be fetched yet: it is a fleet's, and no worker came or went.
+   * @param {Event} event
+   * @param {number} now
+   */
+  #mayWait(event, now) {
+    const same = event.devices.length === this.#status?.devices.length;
+    return event.fleet !== undefined && same && this.#revision !== null && now - this.#fetched < FLEET_MS;
   }
 
   #awaitNews() {

@@ -7,6 +7,7 @@ import { PARTS } from "./device_view.mjs";
 import { el, setAttribute, setOptional, setShown, setText, syncList } from "./dom.mjs";
 import { estimateCards } from "./estimate_card.mjs";
 import { estimatesOf } from "./estimates.mjs";
+import { fleetCard } from "./fleet_card.mjs";
 import { fold } from "./fold.mjs";
 import { NO_NODES } from "./graph_nodes.mjs";
 import { simpleBar } from "./meter.mjs";
@@ -84,6 +85,7 @@ function build(root, strings, { feed, nodes }, small) {
   const state = stateLine(strings);
   const progress = progressLine();
   const banner = el("p", { class: "ws-note ws-banner" });
+  const fleet = fleetCard(strings);
   const devices = el("ul", { class: "ws-list ws-devices", "aria-label": strings.devices });
   const legend = el("ul", { class: "ws-list ws-legend", "aria-label": strings.legend });
   for (const part of /** @type {const} */ ([...PARTS, "peak"])) {
@@ -102,7 +104,7 @@ function build(root, strings, { feed, nodes }, small) {
   const idleText = /** @type {HTMLElement} */ (idleFold.firstElementChild);
   const deviceParts = [devices, idleFold, deviceNote, legend];
   // In a node the first lines are all that is seen without scrolling.
-  const order = small ? [briefs, ...deviceParts, notices] : [notices, ...deviceParts];
+  const order = small ? [briefs, ...deviceParts, notices] : [notices, fleet.element, ...deviceParts];
   const report = small ? [] : [reportButton(feed, strings)];
   root.append(state.element, progress.element, banner, ...order, host, estimates.element, models, modelNote, ...report);
 
@@ -135,6 +137,7 @@ function build(root, strings, { feed, nodes }, small) {
     banner.className = `ws-note ws-banner ws-tone-${view.state.tone}`;
     showList(notices, rows.notices, view.notices, () => noticeRow(nodes));
     if (small) showList(briefs, rows.briefs, view.briefs, briefRow);
+    fleet.update(view.fleet);
     showList(devices, rows.devices, view.devices, (device) => deviceRow(device, strings, small));
     showList(idle, rows.idle, view.idle, (device) => deviceRow(device, strings, true));
     setText(idleText, view.idleText);

@@ -17,26 +17,31 @@ const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
  * @returns {() => RunProgress | null}
  */
 export function watchProgress(server, now, changed) {
-  /** @type {{key: string, done: number, total: number, at: number, first: number, began: number} | null} */
-  let run = null;
+  /**
+   * Of prompts that have not ended, the first to begin first: a fleet runs several of a page at once.
+   * @type {Map<string, {key: string, done: number, total: number, at: number, first: number, began: number}>}
+   */
+  const runs = new Map();
   server.addEventListener("progress", ({ detail }) => {
     const { value, max, prompt_id: prompt, node } = detail ?? {};
     if (!(max > 1 && max <= MOST_STEPS) || !(value >= 0)) return;
     const key = `${prompt}/${node}/${max}`;
     const at = now();
-    const goesOn = run !== null && run.key === key && value >= run.done;
-    run = goesOn && run ? { ...run, done: value, at } : { key, done: value, total: max, at, first: value, began: at };
+    const run = runs.get(prompt);
+    const goesOn = run !== undefined && run.key === key && value >= run.done;
+    runs.set(prompt, goesOn ? { ...run, done: value, at } : { key, done: value, total: max, at, first: value, began: at });
     changed();
   });
-  for (const name of ENDS) {
-    server.addEventListener(name, () => {
-      if (run === null) return;
-      run = null;
-      changed();
-    });
-  }
+  for (const name of ENDS) server.addEventListener(name, ({ detail }) => void (runs.delete(detail?.prompt_id) && changed()));
+  // Ends that the page has missed.
+  server.addEventListener("reconnected", () => {
+    if (runs.size === 0) return;
+    runs.clear();
+    changed();
+  });
   return () => {
-    if (run === null) return null;
+    const [run] = runs.values();
+    if (run === undefined) return null;
     const { done, total, at, first, began } = run;
     const each = done > first ? (at - began) / (done - first) / 1000 : null;
     // Since the last step ended a part of the next one is over.

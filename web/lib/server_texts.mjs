@@ -57,6 +57,17 @@ export const CHINESE_TEXTS = [
     "vram_limit_gb=… 对 … 太小：最大的块和块外权重至少需要 … GiB。请设为该值或更大，或设为 0（自动）。"],
   ["nothing is connected: connect model, clip, or both", "没有任何连接：请连接 model、clip 或两者"],
   ["choose among these, or set on_missing to fallback", "请从中选择，或把 on_missing 设为 fallback"],
+  // a fleet
+  ["no worker is up", "没有可用的工作进程"],
+  ["its process ended (signal …)", "其进程已结束（信号 …）"],
+  ["its process ended (exit code …)", "其进程已结束（退出码 …）"],
+  ["its process or its host is gone: …", "其进程或主机已消失：…"],
+  ["its ComfyUI does not answer: …", "其 ComfyUI 没有应答：…"],
+  ["its ComfyUI did not answer within … s", "其 ComfyUI 在 … 秒内没有应答"],
+  ["its ComfyUI has no result of the prompt, and does not run it", "其 ComfyUI 没有该任务的结果，也没有运行它"],
+  ["its GPU does not work any more: …", "其 GPU 已无法工作：…"],
+  ["there is no ComfyUI at … on …", "… 处没有 ComfyUI（主机 …）"],
+  ["there is no GPU for a worker; --workers N starts N of them anyway", "没有可供工作进程使用的 GPU；--workers N 仍可启动 N 个"],
   // why there is no estimate
   ["…: there is no such file in …", "…：在 … 中没有此文件"],
   ["…: most of its bytes lie in no repeated block, so it would not stream", "…：大部分权重不在重复的块中，因此不会流式传输"],

@@ -22,10 +22,16 @@
  * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback" | "failed", text: string}} Notice
  * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[],
  *   version?: string, comfyui?: {version: string, broken: string[]}, why_no_devices?: string | null,
- *   causes?: import("./why.mjs").Cause[]}} Status
+ *   causes?: import("./why.mjs").Cause[], fleet?: Fleet}} Status
  *   comfyui.broken says what of ComfyUI is not as the pack knows it; nothing streams then, and notices say so
  * @typedef {{schema: number, time: number, revision: string, devices: unknown[][], host: (number | null)[],
- *   loading: [string, number, number, number | null][], running: string[]}} Event
+ *   loading: [string, number, number, number | null][], running: string[],
+ *   fleet?: {waiting: number, reruns: number, workers: unknown[][]}}} Event
+ * @typedef {{name: string, host: string | null, state: string, reason: string, since: number | null, done: number,
+ *   changes: number, loaded: string[]}} Worker  state: starting, free, running, restarting or failed; since: when its prompt
+ *   began, by the server's clock
+ * @typedef {{waiting: number, reruns: number, workers: Worker[]}} Fleet  of a ComfyUI with others behind it, whose devices these
+ *   are; waiting: prompts, reruns: prompts that ran again because a worker died
  */
 
 export const SCHEMA = 1;
@@ -33,6 +39,7 @@ export const SCHEMA = 1;
 const DEVICE_FIELDS = /** @type {const} */ ([
   "device", "total", "free", "resident", "staging", "torch", "cache", "other", "peak", "copy_rate", "stalled",
 ]);
+const WORKER_FIELDS = /** @type {const} */ (["name", "state", "reason", "since", "done", "changes"]);
 const HOST_FIELDS = /** @type {const} */ (["ram_total", "ram_available", "pinned", "pinned_limit"]);
 // An event names no more than these; of models behind them it says nothing.
 const MOST_LOADING = 4;
@@ -63,7 +70,22 @@ export function merge(status, event) {
     notices: status?.notices ?? [],
     why_no_devices: status?.why_no_devices ?? null,
     causes: status?.causes ?? [],
+    ...(event.fleet && { fleet: fleetOf(status?.fleet, event.fleet) }),
   };
+}
+
+/**
+ * @param {Fleet | undefined} known
+ * @param {NonNullable<Event["fleet"]>} event
+ * @returns {Fleet}
+ */
+function fleetOf(known, { waiting, reruns, workers }) {
+  const before = new Map((known?.workers ?? []).map((worker) => [worker.name, worker]));
+  const rows = workers.map((row) => {
+    const sample = named(WORKER_FIELDS, row);
+    return { host: null, loaded: [], ...before.get(sample.name), ...sample };
+  });
+  return { waiting, reruns, workers: /** @type {Worker[]} */ (rows) };
 }
 
 /**

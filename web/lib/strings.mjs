@@ -5,12 +5,14 @@
  */
 
 import { CHINESE_ESTIMATES, ENGLISH_ESTIMATES } from "./estimate_strings.mjs";
+import { CHINESE_FLEET, ENGLISH_FLEET } from "./fleet_strings.mjs";
 import { CHINESE_PICKER, ENGLISH_PICKER } from "./picker_strings.mjs";
 import { CHINESE_PICTURES, ENGLISH_PICTURES } from "./picture_strings.mjs";
 import { inChinese } from "./server_texts.mjs";
 
 const ENGLISH = {
   ...ENGLISH_ESTIMATES,
+  ...ENGLISH_FLEET,
   ...ENGLISH_PICTURES,
   ...ENGLISH_PICKER,
 
@@ -128,6 +130,7 @@ const ENGLISH = {
 /** @type {Strings} */
 const CHINESE = {
   ...CHINESE_ESTIMATES,
+  ...CHINESE_FLEET,
   ...CHINESE_PICTURES,
   ...CHINESE_PICKER,
 

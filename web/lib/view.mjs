@@ -4,6 +4,7 @@
 
 import { deviceView, isIdle, meter } from "./device_view.mjs";
 import { estimateViews } from "./estimate_view.mjs";
+import { fleetView, isRunning, spokenWorkers } from "./fleet_view.mjs";
 import * as format from "./format.mjs";
 import { modelViews } from "./model_view.mjs";
 import { merge } from "./status.mjs";
@@ -12,6 +13,7 @@ import { merge } from "./status.mjs";
 /** @import { EstimateView } from "./estimate_view.mjs" */
 /** @import { Known } from "./estimates.mjs" */
 /** @import { FeedState } from "./feed.mjs" */
+/** @import { FleetView } from "./fleet_view.mjs" */
 /** @import { ModelView } from "./model_view.mjs" */
 /** @import { Device, Host, Notice, Status } from "./status.mjs" */
 /** @import { Strings } from "./strings.mjs" */
@@ -29,7 +31,7 @@ const MOST_OPEN = 2;
  * @typedef {{key: string, text: string, tone: Tone}} BriefView  a line of what is loaded, or was to stream and does not
  * @typedef {"neutral" | "active" | "good" | "warning" | "error"} Tone
  * @typedef {{state: {key: string, tone: Tone, text: string, spoken: string}, banner: string, old: boolean,
- *   progress: ProgressView | null, devices: DeviceView[], idle: DeviceView[], idleText: string, legend: boolean,
+ *   progress: ProgressView | null, fleet: FleetView | null, devices: DeviceView[], idle: DeviceView[], idleText: string, legend: boolean,
  *   deviceNote: string, host: HostView[], models: ModelView[], modelNote: string, briefs: BriefView[],
  *   notices: NoticeView[], estimates: EstimateView[]}} View  idle: devices that nothing is loaded on, where there are many
  */
@@ -47,8 +49,9 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
   const old = feed.link === "stale" || feed.link === "gone";
   const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
   const all = usable?.devices ?? [];
-  const open = (/** @type {Device} */ device) => !small && all.length <= MOST_OPEN && (all.length === 1 || !isIdle(device));
-  const shown = all.map((device) => ({ idle: isIdle(device), view: deviceView(device, feed, strings, open(device)) }));
+  const rests = (/** @type {Device} */ device) => isIdle(device) && !isRunning(device.device, usable?.fleet);
+  const open = (/** @type {Device} */ device) => !small && all.length <= MOST_OPEN && (all.length === 1 || !rests(device));
+  const shown = all.map((device) => ({ idle: rests(device), view: deviceView(device, feed, strings, open(device)) }));
   // Who is near its limit is not put aside.
   const aside = all.length > MOST_OPEN ? shown.filter(({ idle, view }) => idle && view.warning === "") : [];
   const idle = aside.length > 1 ? aside.map(({ view }) => view) : [];
@@ -56,19 +59,22 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
   const host = usable ? hostViews(usable.host, strings) : [];
   const near = [...devices, ...host].some((each) => each.warning !== "");
   const node = (/** @type {string | null | undefined} */ id) => nodeView(id, title, strings);
+  const fleet = usable?.fleet ? fleetView(usable.fleet, usable.time, strings) : null;
   const models = usable ? modelViews(usable, strings, keep, node) : [];
+  const noDevices = fleet ? strings.fleetNoDevices : strings.noDevices;
   const notices = (usable?.notices ?? []).map((notice, place) => noticeView(notice, place, node(notice.node_id), strings));
   return {
-    state: stateView(feed, usable, near, strings),
+    state: stateView(feed, usable, { near, fleet }, strings),
     banner: bannerText(feed, usable, strings),
     old,
     progress: models.some((model) => model.running) && !old ? progressView(feed, strings) : null,
+    fleet,
     devices,
     idle,
     idleText: strings.idleGpus(idle.length),
     // Where figures are unfolded they have the colours beside them.
     legend: devices.some((device) => !device.open),
-    deviceNote: usable && all.length === 0 ? strings.noDevices(strings.fromServer(usable.why_no_devices ?? "")) : "",
+    deviceNote: usable && all.length === 0 ? noDevices(strings.fromServer(usable.why_no_devices ?? "")) : "",
     host,
     models,
     // Without its status the server's models are not known to be none.
@@ -76,17 +82,17 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
     briefs: briefViews(models, notices),
     notices,
     // A card of what was just freed says so for a while.
-    estimates: estimateViews(estimates, strings, node, all.length > 1).filter(({ name }) => !models.some((model) => model.name === name)),
+    estimates: estimateViews(estimates, strings, node, all.length > 1 && !fleet).filter(({ name }) => !models.some((model) => model.name === name)),
   };
 }
 
 /**
  * @param {FeedState} feed
  * @param {Status | null} status
- * @param {boolean} near
+ * @param {{near: boolean, fleet: FleetView | null}} seen  near: something is near its limit
  * @param {Strings} strings
  */
-function stateView(feed, status, near, strings) {
+function stateView(feed, status, { near, fleet }, strings) {
   const [key, tone] = stateOf(feed, status);
   const warned = near && feed.link === "live";
   const text = warned ? `${strings[key]} · ${strings.nearLimit}` : strings[key];
@@ -94,7 +100,7 @@ function stateView(feed, status, near, strings) {
     key,
     tone: warned && tone !== "error" ? /** @type {Tone} */ ("warning") : tone,
     text,
-    spoken: [text, ...spokenNotices(status, strings)].join(". "),
+    spoken: [text, ...spokenWorkers(fleet), ...spokenNotices(status, strings)].join(". "),
   };
 }
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import pytest
@@ -130,6 +131,22 @@ def test_the_revision_changes_with_what_events_leave_out(streamed: Load, monkeyp
     assert shorten(full_status(READER))["revision"] != two
     withdraw_notice("x", None)
     assert shorten(full_status(READER))["revision"] == two
+
+
+def test_an_event_has_what_changes_of_a_fleet_and_the_revision_its_models() -> None:
+    worker = {"name": "gpu-0", "host": "one", "pid": 7, "state": "running", "reason": "", "prompt_id": "a"}
+    worker |= {"since": 1_764_320_000.3, "done": 1, "changes": 1, "loaded": ["x"]}
+    alone = full_status(READER)
+
+    def event(**changes: Any) -> dict[str, Any]:
+        return shorten({**alone, "fleet": {"waiting": 2, "reruns": 1, "workers": [{**worker, **changes}]}})
+
+    assert "fleet" not in shorten(alone)
+    first = event()
+    row = ["gpu-0", "running", "", 1_764_320_000, 1, 1]
+    assert first["fleet"] == {"waiting": 2, "reruns": 1, "workers": [row]}
+    assert event(since=None, done=2, prompt_id=None, state="free")["revision"] == first["revision"]
+    assert event(loaded=["y"])["revision"] != first["revision"]
 
 
 # -- notices -----------------------------------------------------------------------------------------------------------
