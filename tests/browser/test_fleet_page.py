@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import psutil
 import pytest
 from comfy_page import HEIGHT, SETTINGS, WIDTH, ComfyPage, saved_latent, write_settings
-from fleets import FleetHost
+from fleets import make_fleet
 from panel_page import AXE, FAULTS, UNFOLD
 from playwright.sync_api import Browser, Locator, expect
 from servers import TINY
 
 from tools import demo
+from tools.fleet_host import FleetHost
+from tools.frontend import fetch_page
 from tools.host import PromptInterrupted
 
 WORKERS = 2
@@ -44,13 +47,11 @@ HEARD = "kind => window.fleetHeard[kind] ?? []"
 
 
 @pytest.fixture(scope="module")
-def front(frontend: list[str], browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetHost]:
-    """One for each page, for all tests here. Without ``browser``, nothing has to be started."""
-    arguments = [*frontend, "--preview-method", "latent2rgb"]
-    host = FleetHost(tmp_path_factory.mktemp("fleet"), WORKERS, arguments=arguments, page=True)
-    host.prepare()
+def front(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetHost]:
+    """One for all tests here, with the newest page. Without ``browser``, nothing has to be started."""
+    arguments = ["--front-end-root", os.fspath(fetch_page()), "--preview-method", "latent2rgb"]
+    host = make_fleet(tmp_path_factory.mktemp("fleet"), WORKERS, arguments=arguments, page=True)
     write_settings(host, SETTINGS)
-    demo.write_models(host, TINY)
     with host:
         yield host
 
@@ -152,7 +153,7 @@ def test_a_long_prompt_is_followed_outlives_its_worker_and_is_interrupted(comfy:
     comfy.page.wait_for_function(PICTURE_OF, arg="KSampler")
     comfy.page.wait_for_function(PROGRESS_OF, arg="KSampler")
 
-    (running,) = [worker for worker in comfy.host.fleet["workers"] if worker["prompt_id"] == prompt_id]
+    (running,) = [worker for worker in comfy.host.workers if worker["prompt_id"] == prompt_id]
     psutil.Process(running["pid"]).kill()
     lost = workers.filter(has=comfy.page.get_by_text(running["name"], exact=True))
     expect(lost).to_contain_text("started again", timeout=SLOW_MS)
