@@ -83,6 +83,10 @@ test("an error is told, and the next click tries again", async () => {
   for (const [answer, status, text] of /** @type {[any, number, RegExp][]} */ ([
     [{ error: "it is no workflow" }, 400, /it is no workflow/],
     [{}, 404, /Restart ComfyUI/],
+    [{}, 405, /Restart ComfyUI/],
+    [{}, 413, /--max-upload-size/],
+    [{}, 502, /HTTP status 502/],
+    [null, 400, /TypeError/],
     [new TypeError("fetch failed"), 0, /fetch failed/],
   ])) {
     const { command, tracker, toasts } = page(answer, status);
@@ -93,6 +97,42 @@ test("an error is told, and the next click tries again", async () => {
     assert.match(toasts[0].detail, text);
     assert.deepEqual(tracker.undoQueue, []);
   }
+});
+
+test("what was converted is not put in the place of anything else", async () => {
+  const converted = { workflow: { nodes: ["new"] }, changed: true, notes: [CHANGED] };
+  for (const [what, meanwhile] of /** @type {[string, (page: any) => void][]} */ ([
+    ["another tab", ({ app }) => (app.extensionManager.workflow.activeWorkflow = { changeTracker: { redoQueue: [] } })],
+    ["an edit", ({ states }) => (states.shown = { nodes: ["old", "added"] })],
+  ])) {
+    const one = page(converted);
+    const { fetchApi } = one.api;
+    one.api.fetchApi = async (/** @type {[any, any]} */ ...given) => {
+      meanwhile(one);
+      return fetchApi(...given);
+    };
+    await one.command.function();
+    assert.deepEqual(one.tracker.undoQueue, [], what);
+    assert.match(one.toasts[0].detail, /give the command again/, what);
+    assert.equal(one.toasts[0].severity, "error");
+  }
+});
+
+test("a workflow that was only looked at from elsewhere is replaced", async () => {
+  const one = page({ workflow: { nodes: ["new"] }, changed: true, notes: [CHANGED] });
+  const looks = [1, 2, 3, 4, 5].map((scale) => ({ nodes: ["old"], extra: { ds: { scale }, kept: true } }));
+  one.app.rootGraph.serialize = () => looks.shift() ?? one.states.shown;
+  await one.command.function();
+  assert.equal(one.toasts[0].severity, "success");
+});
+
+test("a graph that cannot be read is told of", async () => {
+  const one = page({});
+  one.app.rootGraph.serialize = () => {
+    throw new Error("a node is broken");
+  };
+  await one.command.function();
+  assert.match(one.toasts[0].detail, /a node is broken/);
 });
 
 test("a page without these states loads the workflow", async () => {

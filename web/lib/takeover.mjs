@@ -32,6 +32,9 @@ export function takeover({ app, api, locale }) {
     running = true;
     try {
       await convertOpenWorkflow();
+    } catch (error) {
+      const { failed } = takeoverStrings(locale());
+      app.extensionManager.toast.add({ severity: "error", summary: failed, detail: String(error), life: SHOWN_MS });
     } finally {
       running = false;
     }
@@ -40,9 +43,18 @@ export function takeover({ app, api, locale }) {
   async function convertOpenWorkflow() {
     const strings = takeoverStrings(locale());
     const toast = app.extensionManager.toast;
-    const answer = await ask(api, (app.rootGraph ?? app.graph).serialize());
-    if ("error" in answer) {
-      toast.add({ severity: "error", summary: strings.failed, detail: strings.because(answer.error), life: SHOWN_MS });
+    const refuse = (/** @type {string} */ detail) =>
+      toast.add({ severity: "error", summary: strings.failed, detail, life: SHOWN_MS });
+    const asked = shownIn(app);
+    const answer = await ask(api, asked.workflow);
+    if ("failure" in answer) {
+      refuse(strings.because(answer.failure));
+      return;
+    }
+    // Another tab, or another state of this one, is not what was converted.
+    const now = shownIn(app);
+    if (now.tab !== asked.tab || now.text !== asked.text) {
+      refuse(strings.meanwhile);
       return;
     }
     if (answer.changed) await replaceWorkflow(app, answer.workflow);
@@ -60,9 +72,19 @@ export function takeover({ app, api, locale }) {
 }
 
 /**
+ * The workflow that is open: in which tab, and as it is, but for where one looks at it from.
+ * @param {any} app
+ */
+function shownIn(app) {
+  const workflow = (app.rootGraph ?? app.graph).serialize();
+  const { ds, ...extra } = workflow.extra ?? {};
+  return { tab: app.extensionManager.workflow?.activeWorkflow, workflow, text: JSON.stringify({ ...workflow, extra }) };
+}
+
+/**
  * @param {any} api
  * @param {any} workflow
- * @returns {Promise<Conversion | {error: string | null}>} an error of null is a server without this route
+ * @returns {Promise<Conversion | {failure: string | number}>} why not: in words, or as an HTTP status
  */
 async function ask(api, workflow) {
   try {
@@ -72,9 +94,11 @@ async function ask(api, workflow) {
       body: JSON.stringify(workflow),
     });
     if (response.ok) return await response.json();
-    return { error: response.status === 400 ? (await response.json()).error : null };
+    if (response.status !== 400) return { failure: response.status };
+    const { error } = await response.json();
+    return { failure: String(error) };
   } catch (error) {
-    return { error: String(error) };
+    return { failure: String(error) };
   }
 }
 

@@ -9,8 +9,13 @@ const ENGLISH = {
     models === 0 ? "The workflow was converted" : models === 1 ? "1 model streams now" : `${models} models stream now`,
   unchanged: "Nothing to change: no loader here gives a model that does not stream",
   failed: "The workflow was not converted",
-  because: (/** @type {string | null} */ error) =>
-    error ?? "The server has no such route: its WeightStream is older than this page. Restart ComfyUI.",
+  because: (/** @type {string | number} */ failure) => {
+    if (failure === 404 || failure === 405)
+      return "The server has no such route: its WeightStream is older than this page. Restart ComfyUI.";
+    if (failure === 413) return "The workflow is larger than ComfyUI takes. Start it with a larger --max-upload-size.";
+    return typeof failure === "number" ? `The server answers with HTTP status ${failure}; its log says more.` : failure;
+  },
+  meanwhile: "Another workflow was opened meanwhile, or this one was changed. Nothing is replaced; give the command again.",
   more: (/** @type {number} */ count) => `… and ${count} more`,
   undo: "Undo takes all of it back.",
   note: (/** @type {string} */ graph, /** @type {string} */ node, /** @type {string} */ kind, /** @type {string} */ text) =>
@@ -24,7 +29,12 @@ const CHINESE = {
   changed: (models) => (models === 0 ? "工作流已转换" : `现在有 ${models} 个模型流式加载`),
   unchanged: "无需更改：没有加载器给出尚未流式加载的模型",
   failed: "工作流未转换",
-  because: (error) => error ?? "服务器没有此路由：其 WeightStream 比本页面旧。请重启 ComfyUI。",
+  because: (failure) => {
+    if (failure === 404 || failure === 405) return "服务器没有此路由：其 WeightStream 比本页面旧。请重启 ComfyUI。";
+    if (failure === 413) return "工作流超出 ComfyUI 接受的大小。请用更大的 --max-upload-size 启动。";
+    return typeof failure === "number" ? `服务器返回 HTTP 状态 ${failure}；详情见其日志。` : failure;
+  },
+  meanwhile: "其间打开了另一个工作流，或此工作流有改动。未作任何替换；请再次执行命令。",
   more: (count) => `……另有 ${count} 条`,
   undo: "撤销一次即可全部恢复。",
   note: (graph, node, kind, text) => `${graph && `${graph}，`}节点 ${node}（${kind}）：${text}`,
