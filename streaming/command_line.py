@@ -96,6 +96,17 @@ def plan(arguments: argparse.Namespace) -> None:
     print("\nBy the names in the file's header; the pack itself plans by the model that ComfyUI builds of it.")
 
 
+def share(arguments: argparse.Namespace) -> None:
+    from .errors import SharingError
+    from .sharing.pages import why_not_here
+
+    if (reason := why_not_here()) is not None:
+        raise SharingError(f"copies of weights cannot be shared: {reason}")
+    from .sharing.broker import serve  # It needs modules that other systems lack.
+
+    serve(arguments.socket)
+
+
 def _is_unicode(text: str) -> bool:
     """Whether a text can be written: half of a pair of surrogates cannot."""
     try:
@@ -144,6 +155,9 @@ def parser() -> argparse.ArgumentParser:
     planning.add_argument("--compute", type=_positive, help="seconds of a step with all weights in VRAM, if known")
     planning.add_argument("--url", help="a running ComfyUI that may have measured that (default: the usual address)")
     planning.set_defaults(run=plan)
+    sharing = commands.add_parser("share", help="keep copies of weights that the processes of this machine share")
+    sharing.add_argument("socket", metavar="SOCKET", help="@NAME, or a path in a folder of mode 0700")
+    sharing.set_defaults(run=share)
     return program
 
 

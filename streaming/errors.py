@@ -11,6 +11,7 @@ StreamingError
 |-- StepNotRepeatedError   a step failed and has changed what it began with
 |-- WeightsMovedError      weights went off the device while a step ran that needed them
 |-- GradientError          gradients are asked for through a block that streams
+|-- SharingError           copies of weights cannot be shared with other processes
 |-- WorkflowError          a file is no workflow, or one that cannot be read
 `-- ServerError            no ComfyUI with this pack answers
 """
@@ -73,6 +74,10 @@ class GradientError(StreamingError):
 
 class WeightsMovedError(StreamingError):
     """Weights went off the device while a step ran that needed them, so what it has computed may be wrong."""
+
+
+class SharingError(StreamingError):
+    """Copies of weights cannot be shared with other processes of this host; the message says why."""
 
 
 class WorkflowError(StreamingError, ValueError):

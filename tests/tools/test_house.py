@@ -18,6 +18,7 @@ ROOMS = {
         "planning",
         "estimating",
         "files",
+        "sharing",
         "devices",
         "packing",
         "machine",
