@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DeviceMemoryError,
         GradientError,
         ServerError,
+        SharingError,
         StepNotRepeatedError,
         StreamingError,
         UnsupportedModelError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .run.step_log import RunLog, StepRow
     from .run.telemetry import Counters, Run, Snapshot
     from .run.trace import NamedTrace, StepTrace, chrome_trace
+    from .sharing.share import share_of_environment
     from .split.feeder import Feeder
     from .split.feeding import feeding_is_faster, find_feeders
     from .streamer import Streamer
@@ -104,6 +106,7 @@ __all__ = [
     "Schedule",
     "Segment",
     "ServerError",
+    "SharingError",
     "Snapshot",
     "State",
     "StepNotRepeatedError",
@@ -144,6 +147,7 @@ __all__ = [
     "parse_shares",
     "parse_switch",
     "parse_virtual_devices",
+    "share_of_environment",
     "take_apart",
     "uncompiled",
     "warm_up",
@@ -191,6 +195,7 @@ _HOMES = {
     "Schedule": "run.schedule",
     "Segment": "planning.segments",
     "ServerError": "errors",
+    "SharingError": "errors",
     "Snapshot": "run.telemetry",
     "State": "planning.state",
     "StepNotRepeatedError": "errors",
@@ -231,6 +236,7 @@ _HOMES = {
     "parse_shares": "machine.device_names",
     "parse_switch": "config",
     "parse_virtual_devices": "config",
+    "share_of_environment": "sharing.share",
     "take_apart": "model.forms",
     "uncompiled": "model.blocks",
     "warm_up": "devices.kernels",

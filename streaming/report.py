@@ -79,6 +79,7 @@ def take_snapshot(
         streamed_weight_bytes=plan.streamed_weight_bytes if plan is not None else 0,
         pinned_bytes=arena.pinned_bytes,
         pageable_bytes=arena.pageable_bytes,
+        shared_bytes=arena.shared_bytes,
         staged_bytes=plan.streamed_bytes - pinned if plan is not None else 0,
         ring_bytes=supply.reader.ring_bytes,
         building=building,

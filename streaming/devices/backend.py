@@ -349,9 +349,13 @@ class Backend(ABC):
     def register(self, buffer: torch.Tensor) -> str | None:
         """Page-lock host memory. Returns None, or the reason why that failed."""
 
+    def register_read_only(self, buffer: torch.Tensor) -> str | None:
+        """As :meth:`register`, for memory that nobody can write to, the device neither."""
+        return self.register(buffer)
+
     @abstractmethod
     def unregister(self, address: int) -> None:
-        """Undo :meth:`register` for the memory that starts at ``address``."""
+        """Undo either for the memory that starts at ``address``."""
 
     def close(self) -> None:
         """Drop streams, threads and what was allocated. No copy uses that memory afterwards."""

@@ -60,7 +60,7 @@ def as_text(status: dict[str, Any]) -> str:
     limit = "" if host["pinned_limit"] is None else f" of {format_bytes(host['pinned_limit'])}"
     lines.append(
         f"RAM    {format_bytes(host['ram_available'])} of {format_bytes(host['ram_total'])} available; "
-        f"page-locked {format_bytes(host['pinned'])}{limit}"
+        f"page-locked {format_bytes(host['pinned'])}{limit}{_shared(host)}"
     )
     lines += [line for model in status["models"] for line in describe_model(model)]
     return "\n".join(lines + [f"{notice['name']}: {notice['text']}" for notice in status["notices"]])
@@ -89,6 +89,14 @@ def _worker_state(worker: dict[str, Any], now: float) -> str:
 
 def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _shared(host: dict[str, Any]) -> str:
+    """How much of that other processes of the machine have too, where a server shares at all."""
+    if "shared_bytes" not in host:
+        return ""
+    why = f" ({host['why_unshared']})" if host["why_unshared"] else ""
+    return f", {format_bytes(host['shared_bytes'])} of it shared{why}"
 
 
 def describe_model(model: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 
 from ..config import format_bytes
 from ..devices.backend import Backend
+from ..sharing.share import NO_SHARE, NoShare
 
 # Asking the system how much memory is spare takes a millisecond and holds the budget's lock. An answer is reused for
 # this long, less what was taken since.
@@ -43,10 +44,12 @@ class PinBudget:
         others: returns how many bytes other code in the process has page-locked.
         spare: returns how many more bytes of host memory may be taken; None where nobody counts them.
         ask_others: asks other code in the process to unlock so many bytes.
+        share: where copies come from that other processes have too.
 
     Attributes:
         used: bytes that are locked, or about to be.
         locked: bytes that are locked.
+        shared: those of them that other processes may have locked too: the machine has them once.
         failures: registrations that the system refused.
     """
 
@@ -56,10 +59,13 @@ class PinBudget:
         others: Callable[[], int] = lambda: 0,
         spare: Callable[[], int] | None = None,
         ask_others: Callable[[int], None] = lambda nbytes: None,
+        share: NoShare = NO_SHARE,
     ) -> None:
         self.limit = limit
+        self.share = share
         self.used = 0
         self.locked = 0
+        self.shared = 0
         self.failures = 0
         self._others = others
         self._spare = spare
@@ -72,21 +78,25 @@ class PinBudget:
         # Reentrant: the garbage collector may free a buffer, and so call ``give``, on the thread that holds the lock.
         self._counting = threading.RLock()
 
-    def take(self, nbytes: int) -> str | None:
-        """Count ``nbytes`` more as used; returns None, or the reason why that is not allowed."""
+    def take(self, nbytes: int, are_there: bool = False) -> str | None:
+        """Count ``nbytes`` more as used; returns None, or the reason why that is not allowed.
+
+        Args:
+            are_there: they are in memory already, as another process has them.
+        """
         with self._counting:
-            reason = self._refusal(nbytes)
+            reason = self._refusal(nbytes, are_there)
             if reason is None:
                 self.used += nbytes
-                self._left -= nbytes
+                self._left -= 0 if are_there else nbytes
             return reason
 
-    def _refusal(self, nbytes: int) -> str | None:
+    def _refusal(self, nbytes: int, are_there: bool) -> str | None:
         if self.limit is not None and self.used + self._others() + nbytes > self.limit:
             return f"the limit of {format_bytes(self.limit)} page-locked memory is reached"
         if self._ceiling is not None and self.used + nbytes > self._ceiling:
             return self._refused
-        if not self.has_room(nbytes):
+        if not (are_there or self.has_room(nbytes)):
             return "host memory is nearly full"
         return None
 
@@ -106,12 +116,14 @@ class PinBudget:
             if self.used == 0:
                 self._ceiling = None  # The system may allow more by now: try again.
 
-    def register(self, backend: Backend, memory: torch.Tensor) -> str | None:
+    def register(self, backend: Backend, buffer: HostBuffer) -> str | None:
         """Page-lock memory that was counted by :meth:`take`; returns None, or the reason why that failed."""
-        reason = backend.register(memory)
+        memory = buffer.memory
+        reason = backend.register_read_only(memory) if buffer.read_only else backend.register(memory)
         with self._counting:
             if reason is None:
                 self.locked += memory.nbytes
+                self.shared += buffer.shared_bytes
             else:
                 self.failures += 1
                 self._ceiling = int(self.locked * BACK_OFF)
@@ -124,29 +136,33 @@ class PinBudget:
             if self._ceiling is not None:
                 self._ceiling += PROBE_BYTES
 
-    def unlocked(self, nbytes: int) -> None:
+    def unlocked(self, nbytes: int, shared: int = 0) -> None:
         with self._counting:
             self.locked -= nbytes
+            self.shared -= shared
 
     def join(self, owner: PinOwner) -> None:
         """Let :meth:`make_room` ask ``owner``, on the caller's thread, to give memory up for others."""
         self._owners.add(owner)
 
-    def make_room(self, nbytes: int, keep: PinOwner) -> None:
-        """Have others than ``keep`` give up memory until ``nbytes`` more fit, the least recently used model first."""
-        short = self._shortage(nbytes)
+    def make_room(self, nbytes: int, keep: PinOwner, there: int = 0) -> None:
+        """Have others than ``keep`` give up memory until ``nbytes`` more fit, the least recently used model first.
+
+        So many of them are ``there`` already, as other processes have them.
+        """
+        short = self._shortage(nbytes, there)
         if short > 0:
             self._ask_others(short)
         for owner in sorted(self._owners, key=lambda owner: owner.last_used):
-            if (short := self._shortage(nbytes)) <= 0:
+            if (short := self._shortage(nbytes, there)) <= 0:
                 return
             if owner is not keep:
                 owner.give_up_masters(short)
 
-    def _shortage(self, nbytes: int) -> int:
+    def _shortage(self, nbytes: int, there: int) -> int:
         limits = [limit for limit in (self.limit, self._ceiling) if limit is not None]
         by_limit = self.used + self._others() + nbytes - min(limits) if limits else 0
-        by_memory = nbytes - self._spare() if self._spare is not None else 0
+        by_memory = nbytes - there - self._spare() if self._spare is not None else 0
         return max(by_limit, by_memory)
 
 
@@ -172,13 +188,21 @@ class HostBuffer:
         memory: uint8 tensor over the whole buffer. Views of it keep the memory mapped; only this object keeps it
             page-locked.
         pinned: whether it is page-locked.
+        read_only: whether nobody may write to it once it is whole (shared_buffer.py).
+        is_shared: whether other processes may have it too.
+        signatures: of the patches that it was filled with, by the names of values.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    read_only = False
+
+    def __init__(self, nbytes: int, memory: torch.Tensor | None = None) -> None:
         with torch.inference_mode(False):
-            self.memory = torch.frombuffer(_map(max(1, nbytes)), dtype=torch.uint8)[:nbytes]
+            own = torch.frombuffer(_map(max(1, nbytes)), dtype=torch.uint8)[:nbytes] if memory is None else memory
+        self.memory = own
         self.nbytes = nbytes
         self.pinned = False
+        self.is_shared = False
+        self.signatures: dict[str, object] = {}
         self._claim: weakref.finalize | None = None
         self._lock: weakref.finalize | None = None
 
@@ -187,11 +211,28 @@ class HostBuffer:
         """Whether it counts towards a budget."""
         return self._claim is not None
 
+    @property
+    def is_there(self) -> bool:
+        """Whether all of it was in memory before this process has taken it."""
+        return False
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of it that other processes may have too."""
+        return self.nbytes if self.is_shared else 0
+
+    def fill(self, start: int, stop: int, read: Callable[[torch.Tensor], None]) -> None:
+        """Have ``read`` write the bytes from ``start`` to ``stop``."""
+        read(self.memory[start:stop])
+
+    def finish(self, unchanged: bool = True) -> None:
+        """All of it is filled, from a source that is ``unchanged`` or not."""
+
     def claim(self, budget: PinBudget) -> str | None:
         """Count it towards ``budget`` until it is closed or freed; returns None, or the reason for a refusal."""
         if self._claim is not None:
             return None
-        reason = budget.take(self.nbytes)
+        reason = budget.take(self.nbytes, self.is_there)
         if reason is None:
             self._claim = weakref.finalize(self, budget.give, self.nbytes)
             self._claim.atexit = False
@@ -202,7 +243,7 @@ class HostBuffer:
         if (reason := self.claim(budget)) is not None:
             return reason
         try:
-            reason = budget.register(backend, self.memory)
+            reason = budget.register(backend, self)
         except BaseException:
             self._end_claim()
             raise
@@ -213,7 +254,7 @@ class HostBuffer:
         # Memory that is freed while registered makes a later registration of other memory fail. So a finalizer of
         # this object unlocks the memory, and keeps it alive until then. It does not run at exit: the process's pages
         # go anyway, and the driver may be gone.
-        self._lock = weakref.finalize(self, _unlock, backend, self.memory, budget)
+        self._lock = weakref.finalize(self, _unlock, backend, self.memory, budget, self.shared_bytes)
         self._lock.atexit = False
         return None
 
@@ -231,9 +272,9 @@ class HostBuffer:
             self._claim = None
 
 
-def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget) -> None:
+def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget, shared: int) -> None:
     backend.unregister(memory.data_ptr())
-    budget.unlocked(memory.nbytes)
+    budget.unlocked(memory.nbytes, shared)
 
 
 class Arena:
@@ -247,6 +288,7 @@ class Arena:
 
     Attributes:
         pinned_bytes, pageable_bytes: bytes in live buffers, by kind.
+        shared_bytes: those of the former that other processes may have too.
         reason: why something is not page-locked, in words; None when everything is.
     """
 
@@ -254,20 +296,21 @@ class Arena:
         self, backend: Backend, pin_memory: bool = True, budget: PinBudget | None = None, limit: int | None = None
     ) -> None:
         self.budget = budget or PinBudget()
-        self._backend = backend
-        self._pin_memory = pin_memory
+        self.backend = backend
+        self.pin_memory = pin_memory
         self._limit = limit
         self._counting = threading.Lock()
         self._claimed_bytes = 0
         self.pinned_bytes = 0
         self.pageable_bytes = 0
+        self.shared_bytes = 0
         self.reason: str | None = None
         self.begin()
 
     def begin(self) -> None:
         """Allow page-locking again: what prevented it before may be gone."""
         self.budget.probe()
-        self.reason = None if self._pin_memory else "page-locking is switched off"
+        self.reason = None if self.pin_memory else "page-locking is switched off"
 
     def allocate(self, nbytes: int) -> HostBuffer:
         """Pageable memory. Fill it, then :meth:`lock` it: registering touched pages is several times faster."""
@@ -281,29 +324,34 @@ class Arena:
 
         So memory that is of use only when it is page-locked is not filled in vain.
         """
-        if not self._pin_memory:
+        if not self.pin_memory:
             return None
         buffer = HostBuffer(nbytes)
+        return buffer if self.take_in(buffer) else None
+
+    def take_in(self, buffer: HostBuffer) -> bool:
+        """Count ``buffer`` as one that may be page-locked; where that is not allowed :attr:`reason` says why."""
         if (reason := self._claim(buffer)) is not None:
             self.reason = reason
-            return None
+            return False
         with self._counting:
-            self.pageable_bytes += nbytes
-        return buffer
+            self.pageable_bytes += buffer.nbytes
+        return True
 
     def lock(self, buffer: HostBuffer) -> bool:
         """Page-lock ``buffer`` if that is allowed and works; else it stays pageable and :attr:`reason` says why."""
-        if not self._pin_memory or buffer.nbytes == 0:
+        if not self.pin_memory or buffer.nbytes == 0:
             return False
         if (reason := self._claim(buffer)) is None:
             try:
-                reason = buffer.lock(self._backend, self.budget)
+                reason = buffer.lock(self.backend, self.budget)
             finally:
                 self._count_claim(buffer)
         with self._counting:
             if reason is None:
                 self.pinned_bytes += buffer.nbytes
                 self.pageable_bytes -= buffer.nbytes
+                self.shared_bytes += buffer.shared_bytes
             else:
                 self.reason = reason
         return reason is None
@@ -331,6 +379,7 @@ class Arena:
         with self._counting:
             if buffer.pinned:
                 self.pinned_bytes -= buffer.nbytes
+                self.shared_bytes -= buffer.shared_bytes
             else:
                 self.pageable_bytes -= buffer.nbytes
             if buffer.claimed:

@@ -49,6 +49,7 @@ class Builder:
 
     Attributes:
         drop_behind: have the system forget the parts of files that were read (RAM is short).
+        left: units that other processes were building when it came to them.
         needed_bytes: bytes filled so far of master copies that were needed (see :meth:`build`).
         workers: its threads.
     """
@@ -56,10 +57,12 @@ class Builder:
     def __init__(self, arena: Arena, threads: int) -> None:
         self.drop_behind = False
         self.needed_bytes = 0
+        self.left = 0
         self.workers: list[threading.Thread] = []
         self._arena = arena
         self._threads = threads
         self._queue: deque[UnitCopies] = deque()
+        self._left_for_once: deque[UnitCopies] = deque()
         self._needed = False
         self._failures = 0
         self._error: Exception | None = None
@@ -108,6 +111,7 @@ class Builder:
             worker.join()
         self.workers.clear()
         self._queue.clear()
+        self._left_for_once.clear()
 
     def forsake(self) -> None:
         """As :meth:`stop`, for an owner that is garbage collected: waits for nothing."""
@@ -121,6 +125,7 @@ class Builder:
         self._full.clear()
         self._queue.extend(copies)
         self._needed, self._failures, self._error = needed, 0, None
+        self.left = 0
         try:
             for _ in range(min(threads, len(copies))):
                 worker = threading.Thread(target=self._work, args=[lock], name="weightstream-build", daemon=True)
@@ -136,15 +141,31 @@ class Builder:
             """One more."""
 
     def _build_next(self, lock: Callable[[UnitCopies], None]) -> bool:
-        try:
-            copies = self._queue.popleft()
-        except IndexError:
-            return False
-        if self._full.is_set():
-            copies.give_up_begun(self._arena)
-        elif self._try(copies, self._fill):
-            lock(copies)
-        return True
+        for queue in (self._queue, self._left_for_once):
+            try:
+                copies = queue.popleft()
+            except IndexError:
+                continue
+            if self._full.is_set():
+                copies.give_up_begun(self._arena)
+                if not copies.is_shared_elsewhere(self._arena):
+                    return True
+            if self._try(copies, self._fill):
+                if copies.left_to_others:
+                    self._leave(copies, again=queue is self._queue)
+                else:
+                    lock(copies)
+            return True
+        return False
+
+    def _leave(self, copies: UnitCopies, again: bool) -> None:
+        """Another process builds it: look at it ``again`` when all others are built, and then not before the next
+        build (share.py, Note: nobody waits)."""
+        if again:
+            self._left_for_once.append(copies)
+        else:
+            with self._locking:
+                self.left += 1
 
     def _fill(self, copies: UnitCopies) -> bool:
         filled = copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind, self._needed)
@@ -160,7 +181,7 @@ class Builder:
                 time.sleep(LOCK_PAUSE_SECONDS)
 
     def _lock(self, copies: UnitCopies) -> None:
-        if self._full.is_set():
+        if self._full.is_set() and not copies.begun_is_there:
             copies.give_up_begun(self._arena)
         else:
             self._try(copies, lambda copies: copies.lock_master(self._arena, self._needed))

@@ -103,7 +103,7 @@ def find_changes(
             continue
         if _is_written(copies, value, (id(copies), value.name) in overwritten):
             kept = bound.holds(value)
-            in_copy = weights is not None
+            in_copy = weights is not None and not weights.read_only
             yield from (Change(value, place, kept, _kept(kept, copy=in_copy), in_copy) for place in value.places)
         elif weights is not None and _was_written_before(value):
             kept = settled(value.showing.tensor)
@@ -119,7 +119,7 @@ def _absorbed(copies: UnitCopies, value: Value, present: torch.Tensor | None) ->
     if (present.shape, present.dtype) != (spec.shape, spec.dtype):
         return False
     with torch.inference_mode(False), torch.no_grad():
-        view = spec.view(copies.bound_weights.buffer)
+        view = spec.view(copies.bound_weights.seen)
         view.copy_(memory_of(present))
         copies.bound.point(value, view.data)
     copies.bound_weights.written.add(value.name)

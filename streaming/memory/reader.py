@@ -34,7 +34,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait as wait_for_futures
 
-import numpy as np
 import torch
 
 from ..devices.backend import Backend
@@ -44,7 +43,7 @@ from ..model.layout import Layout
 from ..threads import end_with_process
 from .arena import Arena, HostBuffer
 from .in_order import InOrder
-from .transfer import Chunk, Load, Move, Piece, Tick, Transfer, TransferAbandonedError, wait_for
+from .transfer import Chunk, Load, Move, Piece, Tick, Transfer, TransferAbandonedError, copies_from, wait_for
 
 # How often a waiting thread checks whether it is still wanted.
 FORSAKEN_SECONDS = 0.2
@@ -203,7 +202,7 @@ class Reader:
             starts = range(0, part.target.nbytes, self._chunk_bytes)
             spans = [(start, min(start + self._chunk_bytes, part.target.nbytes)) for start in starts]
             return [
-                Piece(transfer, part.target[start:stop], None, _copies_from(part.source[start:stop]))
+                Piece(transfer, part.target[start:stop], None, copies_from(part.source[start:stop]))
                 for start, stop in spans
             ]
         return [
@@ -329,8 +328,3 @@ class Reader:
 
 def _of_one_transfer(first: Piece, second: Piece) -> bool:
     return first.transfer is second.transfer
-
-
-def _copies_from(source: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    # numpy copies on the calling thread alone; torch would start a team of threads for each of ours.
-    return lambda chunk: np.copyto(chunk.numpy(), source.numpy())

@@ -65,6 +65,7 @@ class Supply:
         self._total = 0
         self._started = 0.0
         self._before = 0
+        self._moves = 0
 
     # -- progress ------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,13 @@ class Supply:
     def build(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
         """Build the master copies of these units; other models may lose theirs. The builder must be idle."""
         self._make_room(copies, owner)
+        self._moves = self.arena.budget.share.moves()
         self.builder.build(copies, self._threads, self.tick)
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether all that is missing is built by other processes, which are not done yet."""
+        return self.builder.left > 0 and self.arena.budget.share.moves() == self._moves
 
     def build_needed(self, copies: Sequence[UnitCopies]) -> None:
         """Build the master copies of these units, which other code will write to. The builder must be idle."""
@@ -111,14 +118,20 @@ class Supply:
         self.builder.start(copies)
 
     def _make_room(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
-        self.make_room(sum(unit.unit.nbytes for unit in copies if not unit.master_bytes), owner)  # Some are begun.
+        missing = [unit for unit in copies if not unit.master_bytes]  # Some are begun.
+        there = [unit for unit in missing if unit.is_shared_elsewhere(self.arena)]
+        self.make_room(sum(unit.unit.nbytes for unit in missing), owner, sum(unit.unit.nbytes for unit in there))
 
-    def make_room(self, needed: int, owner: PinOwner) -> None:
-        """Have other models give up page-locked memory until ``needed`` bytes fit, as far as they can."""
+    def make_room(self, needed: int, owner: PinOwner, there: int = 0) -> None:
+        """Have other models give up page-locked memory until ``needed`` bytes fit, as far as they can.
+
+        Args:
+            there: so many of them are in memory already, as other processes have them.
+        """
         budget = self.arena.budget
-        self.reader.drop_behind = self.builder.drop_behind = not budget.has_room(needed)
+        self.reader.drop_behind = self.builder.drop_behind = not budget.has_room(needed - there)
         if needed:
-            budget.make_room(needed, owner)
+            budget.make_room(needed, owner, there)
 
     def halt(self) -> None:
         """Give up what is under way. Copies that are queued already still take place."""

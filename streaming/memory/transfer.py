@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from ..devices.copies import Event, Pair
@@ -34,6 +35,11 @@ def wait_for(future: Future[T], tick: Tick) -> T:
             tick()
     finally:
         del future  # Its error refers to this frame: they would keep each other, and what the callers hold, alive.
+
+
+def copies_from(source: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Return a function that writes what is in ``source`` to memory of its size, on the calling thread alone."""
+    return lambda target: np.copyto(target.numpy(), source.numpy())  # torch would start a team of threads.
 
 
 class TransferAbandonedError(Exception):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from ..devices.backend import Backend
-from ..errors import StreamingError
+from ..errors import SharingError, StreamingError
 from ..model.blocks import Unit, is_small_buffer
 from ..model.contents import needs_work, ranges, read_range
+from ..model.identity import identity_of, patched_identity
 from ..model.lasting_binding import LastingBinding, ShownBinding
 from ..model.layout import Binding
 from ..model.packed_units import PackedLayout
 from ..model.sums import Summing
+from ..sharing.ledger import Kind
 from .arena import Arena, HostBuffer
 from .reader import Reader
-from .transfer import Tick, Transfer
-from .weights import Patches, Weights
+from .shared_buffer import SharedBuffer, claim_shared, sharing
+from .transfer import Tick, Transfer, copies_from
+from .weights import KnownSignature, Patches, Weights
 
 # A builder checks after so many bytes whether it shall stop: 16 threads have 64 MB under way.
 BUILD_BYTES = 4 * 1024**2
@@ -75,6 +79,8 @@ class UnitCopies:
         bound: what modules point at between blocks.
         built: a master copy that a builder's thread has finished and that is not adopted yet (builder.py, Note: handed
             over, not shared).
+        wanted: signatures of the patches that a master copy which is needed will get.
+        left_to_others: another process builds the copy that was to be built here.
     """
 
     def __init__(self, unit: Unit) -> None:
@@ -87,6 +93,9 @@ class UnitCopies:
         self.built: _Master | None = None
         self.packed: PackedCopy | None = None
         self.too_large_with: dict[str, object] | None = None
+        self.wanted: dict[str, object] = {}
+        self.left_to_others = False
+        self._stays_own: Weights | None = None
         self._master: _Master | None = None
         self._begun: tuple[HostBuffer, int] | None = None
         self._sums: dict[str, torch.Tensor] | None = None
@@ -99,6 +108,50 @@ class UnitCopies:
     def pinned(self) -> bool:
         """Whether there is a master copy in page-locked memory."""
         return self._master is not None and self._master.memory.pinned
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether there is a master copy that other processes may have too: nobody may write to it."""
+        return self._master is not None and self._master.memory.read_only
+
+    def lacks_master_for(self, patches: Patches) -> bool:
+        """Whether there is no master copy with these patches in it, nor one that they may be written to."""
+        return self._master is None or (self.is_read_only and bool(self._master.weights.stale(patches)))
+
+    def is_shared_elsewhere(self, arena: Arena) -> bool:
+        """Whether the master copy that is missing is there already, in memory of other processes."""
+        share = sharing(arena)
+        key = self._key() if share.is_on else None
+        return key is not None and share.is_whole(key)
+
+    @property
+    def may_be_shared(self) -> bool:
+        """Whether there is a master copy of this process's own, with patches by which others may know it, and nothing
+        else. Hooks of the host may be in it, so nothing is noted here (:meth:`note_writes`)."""
+        if self._master is None or self.is_read_only or self._master.weights is self._stays_own:
+            return False
+        weights, bound = self._master.weights, self.bound
+        known = all(isinstance(one, KnownSignature) for one in weights.signatures.values())
+        if not (known and weights.patched and weights.fills_layout) or weights.written:
+            return False
+        return not any(
+            bound.written(value) or bound.handed_out(value) or bound.replaced(value) or bound.moved(value)
+            for value in self.unit.layout.values
+        )
+
+    def _key(self, signatures: Mapping[str, object] = MappingProxyType({})) -> bytes | None:
+        """What others know a copy with these patches by; None where it is of use to this process alone."""
+        raw = identity_of(self.unit.layout)
+        if raw is None or not signatures:
+            return raw
+        known = []
+        for number, value in enumerate(self.unit.layout.values):
+            if (signature := signatures.get(value.name)) is not None:
+                identity = signature.identity() if isinstance(signature, KnownSignature) else None
+                if identity is None:
+                    return None
+                known.append((number, identity))
+        return patched_identity(raw, known)
 
     @property
     def master_bytes(self) -> int:
@@ -117,8 +170,7 @@ class UnitCopies:
     def move_to_master(self, arena: Arena) -> None:
         """Make the master copy from the resident one, patches included."""
         assert self.resident is not None
-        memory, _ = self._begun or (arena.allocate(self.unit.nbytes), 0)
-        self._begun = None
+        memory, _ = self._take_begun(arena, own=True) or (arena.allocate(self.unit.nbytes), 0)
         try:
             master = Weights(self.unit, memory.memory, computes=False)
             master.write_from(self.resident)
@@ -135,40 +187,163 @@ class UnitCopies:
         pageable memory is of no use, since the original is as good, unless weights are cast on the way, or the copy is
         ``needed`` for other code to write to.
         """
-        memory, filled = self._begun or (arena.claim(self.unit.nbytes), 0)
-        self._begun = None
-        if memory is None:
-            of_use = needs_work(self.unit.layout) and arena.budget.has_room(self.unit.nbytes)
-            if not (of_use or needed):
-                return False
-            memory = arena.allocate(self.unit.nbytes)
+        self.left_to_others = False
+        if self._master is not None:
+            copy = self._copy_to_own if needed else self._copy_to_share
+            self._begun = copy(arena, self._master, stopped)
+            return True
+        begun = self._take_begun(arena, own=needed) or self._claim(arena, needed)
+        if begun is None:
+            return self.left_to_others
+        memory, filled = begun
         try:
             for start, end in ranges(self.unit.layout, BUILD_BYTES):
                 if start < filled:
                     continue
                 if stopped():
                     break
-                read_range(self.unit.layout, start, end, memory.memory[start:end], forget)
+                memory.fill(start, end, self._reads(start, end, forget))
                 filled = end
+            if filled == self.unit.nbytes:
+                memory.finish(not isinstance(memory, SharedBuffer) or memory.key == self._key(memory.signatures))
+        except SharingError as error:
+            arena.release(memory)
+            sharing(arena).give_up(str(error))
+            return self.fill_master(arena, stopped, forget, needed)  # It is this process's own then.
         except BaseException:
             arena.release(memory)
             raise
         self._begun = memory, filled
         return True
 
+    def _reads(self, start: int, end: int, forget: bool) -> Callable[[torch.Tensor], None]:
+        return lambda target: read_range(self.unit.layout, start, end, target, forget)
+
+    def _take_begun(self, arena: Arena, own: bool) -> tuple[HostBuffer, int] | None:
+        """Return what was begun. Where the copy must be this process's ``own`` one that is to be shared is dropped."""
+        begun, self._begun = self._begun, None
+        if begun is not None and own and begun[0].read_only:
+            arena.release(begun[0])
+            return None
+        return begun
+
+    def _claim(self, arena: Arena, needed: bool) -> tuple[HostBuffer, int] | None:
+        """Return memory for a master copy, and how much of it is filled already; None where there is none, or where
+        another process fills it."""
+        found = self._take_patched(arena) if needed else self._claim_shared(arena)
+        if isinstance(found, SharedBuffer):
+            return found, found.nbytes if found.is_there else 0
+        if found is Kind.LATER:
+            self.left_to_others = True
+            return None
+        if (memory := arena.claim(self.unit.nbytes)) is not None:
+            return memory, 0
+        of_use = needs_work(self.unit.layout) and arena.budget.has_room(self.unit.nbytes)
+        return (arena.allocate(self.unit.nbytes), 0) if of_use or needed else None
+
+    def _claim_shared(
+        self, arena: Arena, signatures: Mapping[str, object] = MappingProxyType({})
+    ) -> SharedBuffer | Kind:
+        """Ask for a copy with these patches (:func:`claim_shared`)."""
+        if not sharing(arena).is_on:
+            return Kind.REFUSED
+        for spec in self.unit.layout.specs:
+            if spec.source is not None:
+                spec.source.file.check_unchanged()  # As a read would, before the file's state goes into the key.
+        key = self._key(signatures)
+        return Kind.REFUSED if key is None else claim_shared(arena, key, self.unit.nbytes, signatures)
+
+    def _take_patched(self, arena: Arena) -> SharedBuffer | Kind:
+        """Take the copy that is needed if it is there, patches included. Else it is patched in memory of this process,
+        as what is shared is never written to, and may be shared later (:meth:`_copy_to_share`)."""
+        key = self._key(self.wanted) if self.wanted and sharing(arena).is_on else None
+        if key is None or not sharing(arena).is_whole(key):
+            return Kind.REFUSED
+        found = self._claim_shared(arena, self.wanted)
+        if isinstance(found, SharedBuffer) and not found.is_there:  # The last one who had it has just let go of it.
+            arena.release(found)
+            return Kind.REFUSED
+        return found if isinstance(found, SharedBuffer) else Kind.REFUSED
+
+    def _copy_to_own(self, arena: Arena, master: _Master, stopped: Callable[[], bool]) -> tuple[HostBuffer, int] | None:
+        """Put memory of this process's own in the place of a shared master copy, which gets patches; or a shared one
+        that has them already. Returns it, to be locked; None if it was stopped."""
+        taken = self._take_patched(arena)
+        if isinstance(taken, SharedBuffer):
+            memory: HostBuffer = taken
+        else:
+            memory = arena.claim(self.unit.nbytes) or arena.allocate(self.unit.nbytes)
+            memory.signatures = master.weights.signatures
+            for start, end in ranges(self.unit.layout, BUILD_BYTES):
+                if stopped():
+                    arena.release(memory)
+                    return None
+                memory.fill(start, end, copies_from(master.weights.newest[start:end]))
+        self._master = None
+        arena.release(master.memory)
+        return memory, self.unit.nbytes
+
+    def _copy_to_share(
+        self, arena: Arena, master: _Master, stopped: Callable[[], bool]
+    ) -> tuple[SharedBuffer, int] | None:
+        """Return a copy of the master copy that others may have too, or theirs; None where there is none (now)."""
+        weights, reason = master.weights, arena.reason
+        memory = self._claim_shared(arena, weights.signatures)
+        arena.reason = reason  # The master copy is page-locked already.
+        if not isinstance(memory, SharedBuffer):
+            self.left_to_others = memory is Kind.LATER
+            if not self.left_to_others:
+                self._stays_own = weights  # Nobody else can know it, or there is no room: do not ask in each prompt.
+            return None
+        try:
+            for start, end in () if memory.is_there else ranges(self.unit.layout, BUILD_BYTES):
+                if stopped():
+                    arena.release(memory)
+                    return None
+                memory.fill(start, end, copies_from(weights.buffer[start:end]))
+            memory.finish()
+        except SharingError as error:
+            arena.release(memory)
+            sharing(arena).give_up(str(error))
+            return None
+        except BaseException:
+            arena.release(memory)
+            raise
+        return memory, self.unit.nbytes
+
+    def own_master(self, arena: Arena) -> None:
+        """Make a master copy that may be written to of the shared one, patches included."""
+        assert self._master is not None
+        shared, memory = self._master, arena.allocate(self.unit.nbytes)
+        try:
+            own = Weights(self.unit, memory.memory, computes=False)
+            own.write_from(shared.weights)
+            arena.lock(memory)
+        except BaseException:
+            arena.release(memory)
+            raise
+        self._master = _Master(own, memory)
+        arena.release(shared.memory)
+
     def lock_master(self, arena: Arena, needed: bool = False) -> bool:
         """On a builder's thread: if the memory was filled as a whole, page-lock it and leave it to be adopted.
 
         Returns whether others shall be built: false when no more memory may be page-locked.
         """
+        if self._begun is None:
+            return True  # Another process builds it.
         memory, filled = self._begun
         if filled < self.unit.nbytes:
             return True
         self._begun = None
         try:
             locked = memory.pinned or arena.lock(memory)
-            if locked or needed or needs_work(self.unit.layout):
-                self.built = _Master(Weights(self.unit, memory.memory, computes=False), memory)
+            of_use = self._master is None and (needed or needs_work(self.unit.layout))
+            if locked or of_use:
+                seen = memory.seen if isinstance(memory, SharedBuffer) else None
+                weights = Weights(self.unit, memory.memory, False, memory.read_only, seen)
+                self.built = _Master(weights, memory)
+                self.built.weights.sign(memory.signatures)
             else:
                 arena.release(memory)
         except BaseException:
@@ -176,16 +351,24 @@ class UnitCopies:
             raise
         return locked
 
+    @property
+    def begun_is_there(self) -> bool:
+        """Whether what was begun takes no more memory of the machine, as others have it already."""
+        return self._begun is not None and self._begun[0].is_there
+
     def give_up_begun(self, arena: Arena) -> None:
         """On a builder's thread: free memory that was filled and shall not be page-locked after all."""
         begun, self._begun = self._begun, None
         if begun is not None:
             arena.release(begun[0])
 
-    def adopt(self) -> None:
-        """Take the master copy that a builder has finished, if there is one."""
+    def adopt(self) -> HostBuffer | None:
+        """Take the master copy that a builder has finished, if there is one; returns the memory of one before it."""
         built, self.built = self.built, None
-        self._master = built or self._master
+        if built is None:
+            return None
+        before, self._master = self._master, built
+        return before.memory if before is not None else None
 
     def is_packed_with(self, patches: Patches) -> bool:
         """Whether there is a packed copy with these patches and no others, and nothing is known to be wrong with it."""
@@ -303,9 +486,9 @@ class UnitCopies:
         resident, self.resident = self.resident, None
         if resident is not None:
             backend.free(resident.buffer)
-        self.adopt()
+        before = self.adopt()
         master = self._master.memory if self._master else None
-        for memory in (master, self._begun[0] if self._begun else None, self.drop_packed()):
+        for memory in (before, master, self._begun[0] if self._begun else None, self.drop_packed()):
             if memory is not None:
                 arena.release(memory)
         self._master = self._begun = None
@@ -329,6 +512,11 @@ class UnitCopies:
                 "model itself (mode off)"
             )
 
+    def has_written_values(self) -> bool:
+        """Whether other code has written to patched values of the master copy, now or before it was laid out anew."""
+        self.note_writes()
+        return self.master is not None and bool(self.master.written)
+
     def note_writes(self) -> None:
         """Remember which patched values were written to: such writes go when the copy goes out of use."""
         weights = self.bound_weights
@@ -351,8 +539,15 @@ class UnitCopies:
 
     @property
     def lasting(self) -> LastingBinding:
-        """Points the modules at the resident copy, else at the master copy, else at what they show without one."""
-        weights = self.resident or self.master
+        """Points the modules at the resident copy, else at the master copy, else at what they show without one.
+
+        They are never pointed at memory that others may have too: other code may write to what modules hold
+        (pages.py, Note: a write reaches nobody else).
+        """
+        master = self.master
+        if master is not None and self.is_read_only and not master.patched:
+            master = None
+        weights = self.resident or master
         return weights.lasting if weights is not None else self.shown
 
     @property

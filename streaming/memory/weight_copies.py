@@ -18,6 +18,7 @@ from .checks import Checks
 from .memory_ahead import Wanted
 from .packing import pack_units, unpack_to_master
 from .sampling import planned_bytes_of
+from .shared_buffer import sharing
 from .supply import Supply
 from .transfer import Load, Tick
 from .unit_copies import UnitCopies
@@ -65,7 +66,7 @@ class WeightCopies:
                 self._free(copies.drop_packed())
         self._renew(streamed, [self._rest, *resident], patches)
         whole = [self._copies[unit] for unit in sorted(plan.streamed - plan.packed)]
-        needed = [copies for copies in whole if not copies.master and copies.patched_by(patches)]
+        needed = [copies for copies in whole if copies.patched_by(patches) and copies.lacks_master_for(patches)]
         self._make_masters(needed, patches)
         for copies in streamed:
             copies.drop_resident(self.backend)
@@ -119,14 +120,21 @@ class WeightCopies:
         return max(0, sum(sizes) + self._supply.reader.missing_bytes - given_back)
 
     def adopt(self) -> None:
-        """Take the master copies that a builder has finished."""
+        """Take the master copies that a builder has finished, in the place of those before them."""
         for copies in self._copies:
-            copies.adopt()
+            self._free(copies.adopt())
 
     def unbuilt(self, plan: Plan) -> list[UnitCopies]:
         """The units that stream without a master copy, in the order in which they are needed."""
         units = (unit for segment in plan.segments for unit in segment.units)
         return [self._copies[unit] for unit in units if unit not in plan.packed and self._copies[unit].master is None]
+
+    def to_share(self, plan: Plan) -> list[UnitCopies]:
+        """The units whose master copies have patches in them and could be shared, and are this process's own so far."""
+        if not sharing(self._supply.arena).is_on:
+            return []
+        mine = (self._copies[unit] for unit in sorted(plan.streamed - plan.packed))
+        return [copies for copies in mine if copies.may_be_shared]
 
     def pinned_bytes(self, plan: Plan) -> int:
         """Bytes that ``plan`` streams from page-locked memory, packed or not."""
@@ -154,6 +162,8 @@ class WeightCopies:
         """Whether some weight has other patches in it than ``patches``."""
         if not all(self._copies[unit].is_packed_with(patches) for unit in plan.packed):
             return True
+        if any(copies.is_read_only and copies.has_written_values() for copies in self._copies):
+            return True  # That is not in what streams.
         unpatched = [self._copies[unit] for unit in plan.streamed - plan.packed if self._copies[unit].master is None]
         unpatched += [copies for waiting in self._arriving.values() for copies in waiting]
         return any(copies.patched_by(patches) for copies in unpatched) or any(
@@ -284,7 +294,8 @@ class WeightCopies:
 
     def bare(self, names: Collection[str]) -> set[str]:
         """Those of these tensors of which only the original exists."""
-        units = [copies.unit for copies in (*self._copies, self._rest) if copies.resident is None and not copies.master]
+        everything = (*self._copies, self._rest)
+        units = [each.unit for each in everything if each.resident is None and (not each.master or each.is_read_only)]
         values = (value for unit in units for value in unit.layout.values)
         return {name for value in values for name in value.names if name in names}
 
@@ -294,6 +305,9 @@ class WeightCopies:
 
     def make_masters(self, names: Collection[str]) -> None:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""
+        for copies in self._copies:
+            if copies.is_read_only and copies.holds(names):
+                copies.own_master(self._supply.arena)
         bare = [copies for copies in self._copies if copies.resident is None and copies.master is None]
         bare = [copies for copies in bare if copies.holds(names)]
         for copies in bare:
@@ -311,19 +325,31 @@ class WeightCopies:
         for item in moved:
             self._supply.tick()
             item.move_to_master(self._supply.arena)
+        missing = [item for item in copies if item not in moved]
+        for item in missing if sharing(self._supply.arena).is_on else ():
+            names = {value.name: patches.signature(value.name) for value in item.unit.layout.values}
+            item.wanted = {name: signature for name, signature in names.items() if signature is not None}
         try:
-            self._supply.build_needed([item for item in copies if item not in moved])
+            self._supply.build_needed(missing)
         finally:
             self.adopt()
+            for item in missing:
+                item.wanted = {}
 
     def _renew(self, streamed: Iterable[UnitCopies], resident: Iterable[UnitCopies], patches: Patches) -> None:
         """Fill copies whose patches are not wanted any more again, in their own memory, as they were loaded.
 
         Residents are asked for at once: they need no memory that others must give up first.
         """
+        shares = sharing(self._supply.arena).is_on
         for copies in streamed:
+            if copies.is_read_only and copies.has_written_values():
+                copies.own_master(self._supply.arena)  # What others have written is in no shared memory.
             if copies.master is not None and copies.master.spoiled(patches):
-                copies.begin_master_anew()
+                if copies.is_read_only or (shares and not copies.patched_by(patches)):
+                    self._free(copies.drop_master())  # Others may have what is wanted now.
+                else:
+                    copies.begin_master_anew()
         for copies in resident:
             if copies.master is not None and copies.master.spoiled(patches):
                 self._free(copies.drop_master())

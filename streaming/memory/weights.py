@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -29,6 +29,15 @@ class Patches(Protocol):
         """
 
 
+@runtime_checkable
+class KnownSignature(Protocol):
+    """A signature by which other processes may know the same patches."""
+
+    def identity(self) -> bytes | None:
+        """Bytes that are equal in two processes only if the patches make the same of the same weight in both; None
+        where that is not known. It may read all of a patch, on any thread."""
+
+
 class NoPatches:
     """Weights as they were loaded."""
 
@@ -48,10 +57,21 @@ class Weights:
 
     Args:
         computes: whether kernels are given tensors in this buffer.
+        read_only: whether nobody may write to the buffer.
+        seen: memory that modules are pointed at instead then, with the same weights.
     """
 
-    def __init__(self, unit: Unit, buffer: torch.Tensor, computes: bool = True) -> None:
+    def __init__(
+        self,
+        unit: Unit,
+        buffer: torch.Tensor,
+        computes: bool = True,
+        read_only: bool = False,
+        seen: torch.Tensor | None = None,
+    ) -> None:
         self.unit = unit
+        self.read_only = read_only
+        self._apart = seen
         self.buffer = buffer
         self._computes = computes
         self.written: set[str] = set()
@@ -63,8 +83,18 @@ class Weights:
     def lasting(self) -> LastingBinding:
         """Points the unit's module at this buffer."""
         if self._lasting is None:
-            self._lasting = lasting_binding_to(self.unit.layout, self.buffer, self._forms, self._computes)
+            self._lasting = lasting_binding_to(self.unit.layout, self.seen, self._forms, self._computes)
         return self._lasting
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """Memory that modules are pointed at between blocks."""
+        return self.buffer if self._apart is None else self._apart
+
+    @property
+    def newest(self) -> torch.Tensor:
+        """The memory that has what other code has written to patched values."""
+        return self.seen if self.written else self.buffer
 
     def take_up(self, unit: Unit) -> None:
         """The unit was laid out anew, and lies in the buffer as before."""
@@ -104,7 +134,7 @@ class Weights:
 
     def write_from(self, other: Weights) -> None:
         """Copy another buffer of the same unit as it is, patches included."""
-        self.buffer.copy_(other.buffer)
+        self.buffer.copy_(other.newest)
         self._baked, self.written = dict(other._baked), set(other.written)
         self._take_forms(dict(other._forms))
 
@@ -123,6 +153,7 @@ class Weights:
             tick: called before each; it may raise.
             place: memory on the device that holds a copy of the values; the buffer itself by default.
         """
+        assert not self.read_only, "who patches a shared copy takes one of its own first (weight_copies.py)"
         place = self.buffer if place is None else place
         signatures = {}
         for value in values:

@@ -47,6 +47,9 @@ class Source(Protocol):
     def file(self) -> SourceFile:
         """The file."""
 
+    def identity(self) -> bytes:
+        """Equal for two sources only if they are the same bytes of the same file, which has not changed."""
+
     def read_into(self, target: memoryview, start: int = 0) -> None:
         """Read ``len(target)`` bytes from byte ``start`` of the tensor on."""
 

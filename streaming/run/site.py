@@ -85,6 +85,7 @@ class Site:
         if builds:
             self.build(plan, owner)
         self.weight_copies.bake(plan, patches)
+        self.unbuilt = self.unbuilt or bool(self.weight_copies.to_share(plan))
         self.weight_copies.bind()
         if plan.segments:
             reader, tick = self.supply.reader, self.supply.tick
@@ -124,26 +125,28 @@ class Site:
         self.weight_copies.adopt()
         self.supply.build_behind(self.weight_copies.unbuilt(plan), owner)
 
-    def build(self, plan: Plan, owner: PinOwner) -> None:
-        """Build what ``plan`` streams and has no master copy. Nothing is under way."""
+    def build(self, plan: Plan, owner: PinOwner, patched: bool = False) -> None:
+        """Build what ``plan`` streams and has no master copy, and if all is ``patched`` share what has one. Nothing is
+        under way."""
+        wanted = self.weight_copies.unbuilt(plan) + (self.weight_copies.to_share(plan) if patched else [])
         try:
-            self.supply.build(self.weight_copies.unbuilt(plan), owner)
-            self.unbuilt = False
+            self.supply.build(wanted, owner)
+            self.unbuilt = self.supply.builder.left > 0
         finally:
             self.weight_copies.adopt()
 
     def finish_building(self, plan: Plan | None, owner: PinOwner) -> None:
         """Build all master copies that are wanted and missing."""
         self.supply.builder.wait(self.supply.tick)
-        if self.unbuilt:
+        if self.unbuilt and not self.supply.waits_for_others:
             assert plan is not None
             self.drain()
-            self.build(plan, owner)
+            self.build(plan, owner, patched=True)
             self.bind()
 
     def retry_building(self, plan: Plan) -> None:
         """What could not be page-locked before may be possible now."""
-        if self.weight_copies.unbuilt(plan):
+        if self.weight_copies.unbuilt(plan) or self.weight_copies.to_share(plan):
             self.supply.arena.begin()
             self.unbuilt = True
 

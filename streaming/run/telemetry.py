@@ -252,6 +252,7 @@ class Snapshot:
         streamed_block_bytes: bytes that cross the bus in one step.
         streamed_weight_bytes: bytes of the weights that these are; more where some are packed.
         pinned_bytes, pageable_bytes: host memory for master copies and for the ring through which others are staged.
+        shared_bytes: of the page-locked bytes, those that other processes may have too (docs/sharing.md).
         staged_bytes: of the bytes that stream, those that come through that ring, from a file or pageable memory.
         ring_bytes: host memory of that ring; 0 when it is not needed.
         building, locking: whether master copies are being built, or will be before the next step; whether they are now.
@@ -281,6 +282,7 @@ class Snapshot:
     streamed_weight_bytes: int
     pinned_bytes: int
     pageable_bytes: int
+    shared_bytes: int
     staged_bytes: int
     ring_bytes: int
     building: bool

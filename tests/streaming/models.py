@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -119,6 +119,32 @@ class Doubled:
     def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
         self.computed.append(name)
         return original * 2
+
+
+class Strength(NamedTuple):
+    """A number by which a weight is multiplied, and whether other processes know it by that."""
+
+    number: float
+    known: bool
+
+    def identity(self) -> bytes | None:
+        return repr(self.number).encode() if self.known else None
+
+
+class Scaled:
+    """A patch that multiplies some weights by numbers, by which other processes know it too if it is ``known``."""
+
+    def __init__(self, strengths: dict[str, float], known: bool = True) -> None:
+        self.strengths = strengths
+        self.known = known
+        self.computed: list[str] = []
+
+    def signature(self, name: str) -> object | None:
+        return Strength(self.strengths[name], self.known) if name in self.strengths else None
+
+    def compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        self.computed.append(name)
+        return original * self.strengths[name]
 
 
 class PinningBackend(CpuBackend):
