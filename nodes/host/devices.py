@@ -25,6 +25,7 @@ from ...streaming import (
     group_memory,
     parse_switch,
     parse_virtual_devices,
+    share_of_environment,
 )
 from ...streaming.config import VIRTUAL_VARIABLE
 from . import hosts
@@ -162,6 +163,7 @@ pins = PinBudget(
     others=lambda: int(mm.TOTAL_PINNED_MEMORY),
     spare=spare_ram,
     ask_others=lambda n: mm.free_pins(n),
+    share=share_of_environment(),
 )
 
 

@@ -35,7 +35,9 @@ from comfy.model_patcher import ModelPatcher
 
 from ...streaming import UnsupportedModelError
 from ...streaming.model.layout import Value
+from ..host.devices import pins
 from ..host.hosts import LazyCastingParam, QuantizedTensor
+from .patch_identity import computing_context, identity_of_entries
 
 # With dynamic VRAM on, the host loads a module of at most so many bytes whole (ModelPatcherDynamic.load).
 PRELOADED_MODULE_BYTES = 16 * 1024
@@ -46,11 +48,21 @@ class PatchSignature:
 
     Two signatures are equal when the same patch objects act with the same strengths, offsets and functions. Patch
     objects are compared by identity, and kept alive so that an identity is never used twice.
+
+    Args:
+        entries: as the host has them.
+        dtype: in which they are computed, where that is not the weight's affair.
+        context: all else that the result depends on; None where no other process is to know it.
     """
 
-    def __init__(self, entries: list[tuple], dtype: torch.dtype | None) -> None:
+    def __init__(self, entries: list[tuple], dtype: torch.dtype | None, context: str | None = None) -> None:
         self._entries = tuple(entries)
         self._dtype = dtype
+        self._context = context
+
+    def identity(self) -> bytes | None:
+        """What other processes know these patches by (patch_identity.py); None where they cannot."""
+        return None if self._context is None else identity_of_entries(self._entries, self._context)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PatchSignature) or self._dtype != other._dtype:
@@ -110,7 +122,15 @@ class HostPatches:
         entries = self._patcher.patches.get(name)
         if not entries or not self._is_patched(name):
             return None
-        return PatchSignature(entries, self._computing_dtype if self._dynamic else None)
+        return PatchSignature(entries, self._computing_dtype if self._dynamic else None, self._context_of(name))
+
+    def _context_of(self, name: str) -> str | None:
+        """What the result depends on beside the patches; None where nothing is shared, or a pack computes it."""
+        if not pins.share.address or self._theirs is not None:
+            return None
+        module, _ = comfy.utils.resolve_attr(self._patcher.model, name)
+        way = self._goes_the_dynamic_way(name), self._dynamic, self._computing_dtype
+        return computing_context(self._device, module, name, type(self._patcher.model).__qualname__, way)
 
     @property
     def _computing_dtype(self) -> torch.dtype:

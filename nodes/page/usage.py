@@ -94,7 +94,7 @@ class Sample(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {"devices": [device.as_dict() for device in self.devices], "host": asdict(self.host)}
+        return {"devices": [device.as_dict() for device in self.devices], "host": {**asdict(self.host), **_sharing()}}
 
 
 class _Done(NamedTuple):
@@ -211,6 +211,14 @@ def _memory(name: str, device: torch.device, ours: Sequence[Snapshot], reader: V
         max(0, vram.reserved - vram.allocated),
         other,
     )
+
+
+def _sharing() -> dict[str, Any]:
+    """How many of the page-locked bytes other processes of this machine may have too, and why others are this one's
+    own; nothing where no broker was named."""
+    if not pins.share.address:
+        return {}
+    return {"shared_bytes": pins.shared, "why_unshared": pins.share.reason}
 
 
 def _host_usage() -> HostUsage:
