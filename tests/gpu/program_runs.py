@@ -41,7 +41,7 @@ TWO, THROUGH_RAM = ("WEIGHTSTREAM_SOAK_DEVICES", "2"), ("WEIGHTSTREAM_PEER", "0"
 # Those that take the longest begin first. A host more takes as long as a program or two, on cores that are idle, so no
 # host has all programs. The soak has faults planted in its host, which is why it has one of its own.
 RUNS = {
-    "dynamic": Run("host settings quantised"),
+    "dynamic": Run("host settings quantised sharing"),
     "one-stream": Run("host settings quantised", ("--async-offload", "1")),
     "static": Run("host settings quantised", STATIC),
     "dynamic-others": Run("encoders placement recordings"),

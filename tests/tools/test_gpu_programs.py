@@ -19,7 +19,18 @@ from program_runs import CASES, RUNS, Findings, Run
 GPU_TESTS = Path(__file__).resolve().parents[1] / "gpu"
 HOST = os.environ["COMFYUI_PATH"]
 # The soak has devices on which next to nothing has room.
-TOGETHER = ("host", "settings", "quantised", "encoders", "placement", "recordings", "split", "families", "late")
+TOGETHER = (
+    "host",
+    "settings",
+    "quantised",
+    "encoders",
+    "placement",
+    "recordings",
+    "split",
+    "families",
+    "sharing",
+    "late",
+)
 # Some that only a program which has gone all its way has found.
 SOME_CASES = {
     "host": {"limit 16 MB, after unloading", "LoRA behind hooks", "fp8, limit 0 MB, lora -0.4"},
@@ -30,6 +41,7 @@ SOME_CASES = {
     "recordings": {"Flux, verified", "MiniMaxH3, out of memory: it did", "LTXAV, plain"},
     "split": {"limit 46 %, gpu:1,gpu:0, after giving way", "the host's own, lora 0.7"},
     "families": {"Flux, both"},
+    "sharing": {"copies of the second" if sys.platform == "linux" else "this system cannot share"},
     "late": {"kernels", "patch kernels", "copies", "arrival", "unlocking"},
 }
 
