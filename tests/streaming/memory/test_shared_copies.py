@@ -92,6 +92,29 @@ def holding(worker: Worker, names: set[str]) -> frozenset[int]:
     return worker.streamer.site.weight_copies.holding(names)
 
 
+def test_no_module_ever_holds_shared_memory(tmp_path: Path, broker: Broker) -> None:
+    """While no block runs: other code may write to what modules hold."""
+    worker = Worker(tmp_path, broker.address)
+    for strengths in (None, PATCHED, None):
+        worker.load(strengths)
+        for _ in range(3):
+            worker.check(1)
+            spans = shared_spans()
+            held = [*worker.model.parameters(), *worker.model.buffers()]
+            assert not [one for one in held for begin, end in spans if begin <= one.data_ptr() < end]
+        assert len(shared_spans()) == len(worker.large)
+    worker.close()
+    assert shared_spans() == []
+
+
+def shared_spans() -> list[tuple[int, int]]:
+    """Where shared memory is mapped, which is read-only."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:weightstream" in line]
+    assert {line[1] for line in lines} <= {"r--s", "rw-p"}, "what can be written to is private"
+    spans = [line[0].split("-") for line in lines if line[1] == "r--s"]
+    return [(int(begin, 16), int(end, 16)) for begin, end in spans]
+
+
 def test_the_second_builds_nothing_and_memory_is_there_once(tmp_path: Path, broker: Broker) -> None:
     first, second = Worker(tmp_path, broker.address), Worker(tmp_path, broker.address)
     first.prompt()
@@ -121,12 +144,13 @@ def test_the_second_builds_nothing_and_memory_is_there_once(tmp_path: Path, brok
 def test_what_is_cast_on_the_way_has_a_key_of_its_own(tmp_path: Path, broker: Broker) -> None:
     first = Worker(tmp_path, broker.address)
     half, again = (Worker(tmp_path, broker.address, dtype=torch.bfloat16) for _ in range(2))
-    for worker in (first, half):
+    other = Worker(tmp_path, broker.address, dtype=torch.float16)
+    for worker in (first, half, other):
         worker.prompt()
         assert worker.counts()[1] == 0
     again.prompt()
     assert again.counts() == (0, len(again.large))
-    for worker in (first, half, again):
+    for worker in (first, half, again, other):
         worker.close()
 
 
@@ -277,29 +301,6 @@ def test_code_that_writes_to_copies_gets_one_of_its_own(tmp_path: Path, broker: 
         first.streamer.unload()
     for worker in (first, second):
         worker.close()
-
-
-def test_no_module_ever_holds_shared_memory(tmp_path: Path, broker: Broker) -> None:
-    """While no block runs: other code may write to what modules hold."""
-    worker = Worker(tmp_path, broker.address)
-    for strengths in (None, PATCHED, None):
-        worker.load(strengths)
-        for _ in range(3):
-            worker.check(1)
-            spans = shared_spans()
-            held = [*worker.model.parameters(), *worker.model.buffers()]
-            assert not [one for one in held for begin, end in spans if begin <= one.data_ptr() < end]
-        assert len(shared_spans()) == len(worker.large)
-    worker.close()
-    assert shared_spans() == []
-
-
-def shared_spans() -> list[tuple[int, int]]:
-    """Where shared memory is mapped, which is read-only."""
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:weightstream" in line]
-    assert {line[1] for line in lines} <= {"r--s", "rw-p"}, "what can be written to is private"
-    spans = [line[0].split("-") for line in lines if line[1] == "r--s"]
-    return [(int(begin, 16), int(end, 16)) for begin, end in spans]
 
 
 def test_a_copy_that_others_build_is_taken_when_it_is_whole(tmp_path: Path, broker: Broker) -> None:
