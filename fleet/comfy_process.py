@@ -1,112 +1,36 @@
-"""One ComfyUI in a process of its own, which ends with the process that started it."""
+"""One ComfyUI on a port of the loopback interface."""
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .config import FRONT_VARIABLE
+from .child import Child
 from .errors import WorkerStartError
 
-# Runs a script that ends when standard input does. A thread that reads is the one way that works on all systems.
-WATCHED = """
-import os, runpy, sys, threading
 
-def end():
-    while sys.stdin.buffer.read(1024):
-        pass
-    os._exit(0)
-
-threading.Thread(target=end, name="weightstream-fleet-end", daemon=True).start()
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-LOG_TAIL_LINES = 15
-END_SECONDS = 10.0
-
-
-class ComfyProcess:
-    """ComfyUI's ``main.py`` on a port of the loopback interface.
-
-    Its standard input is a pipe that nothing is written to. It closes with this process, however that ends, and so does
-    ComfyUI: none is left over to hold a GPU.
-    """
+class ComfyProcess(Child):
+    """ComfyUI's ``main.py``, as a child. It does not answer yet when :meth:`start` returns."""
 
     def __init__(
         self, python: str, main: Path, arguments: Sequence[str], environ: Mapping[str, str], log: Path
     ) -> None:
-        self._command = [python, "-s", "-c", WATCHED, os.fspath(main), *arguments]
+        super().__init__(python, main, environ, log)
         self._main = main
-        inherited = {name: value for name, value in os.environ.items() if name != FRONT_VARIABLE}
-        self._environ = {**inherited, **environ, "PYTHONUNBUFFERED": "1"}
-        self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._arguments = arguments
         self.port = 0
 
-    def start(self) -> None:
-        """Start it. It does not answer yet when this returns.
-
-        Raises:
-            WorkerStartError: there is no such program.
-        """
+    def start(self, arguments: Sequence[str] = ()) -> None:
         if not self._main.is_file():
             raise WorkerStartError(f"there is no ComfyUI at {self._main} on {socket.gethostname()}")
         self.port = free_port()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(self._log, "ab") as log:
-                self._process = subprocess.Popen(
-                    [*self._command, "--listen", "127.0.0.1", "--port", str(self.port)],
-                    cwd=self._main.parent,
-                    env=self._environ,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=os.name != "nt",
-                )
-        except OSError as error:
-            raise WorkerStartError(f"{self._command[0]} cannot be run: {error}") from error
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        listen = ("--listen", "127.0.0.1", "--port", str(self.port))
+        super().start([*self._arguments, *arguments, *listen])
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    def why_ended(self) -> str | None:
-        """How the process ended, with the end of its log; None while it runs."""
-        if self._process is None:
-            return "it was not started"
-        code = self._process.poll()
-        if code is None:
-            return None
-        ending = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return f"its process ended ({ending})\nthe end of {self._log}:\n{self._tail()}"
-
-    def stop(self) -> None:
-        """End it; at once where it does not end by itself. Does nothing where it does not run."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.stdin is not None:
-            process.stdin.close()
-        deadline = time.monotonic() + END_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if process.poll() is None:
-            _kill(process)
-            process.wait()
-
-    def _tail(self) -> str:
-        lines = self._log.read_text("utf-8", "replace").splitlines() if self._log.exists() else []
-        return "\n".join(lines[-LOG_TAIL_LINES:])
 
 
 def free_port() -> int:
@@ -114,10 +38,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if os.name == "nt":
-        process.kill()
-    else:  # With all that it has started.
-        os.killpg(process.pid, signal.SIGKILL)

@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"refuse prompts beyond (default: {MOST_WAITING})",
     )
+    program.add_argument(
+        "--no-share", dest="share", action="store_false", help="each worker page-locks weights for itself"
+    )
     program.add_argument("--comfyui", metavar="DIR", help="ComfyUI's folder (default: the one that this pack is in)")
     return program
 
@@ -69,6 +72,9 @@ def make_config(arguments: argparse.Namespace, host_arguments: Sequence[str]) ->
         address=arguments.address,
         most_waiting=arguments.most_waiting,
         token=token,
+        pack=os.fspath(PACK),
+        # Of one fleet: an abstract socket, which needs no folder and is gone with its owner.
+        share=f"@weightstream-{secrets.token_hex(8)}" if arguments.share and sys.platform == "linux" else "",
     )
     _check_port(arguments.listen, arguments.port)
     return config

@@ -11,6 +11,8 @@ from .errors import FleetConfigError
 
 # Holds a FleetConfig as JSON in the ComfyUI in front.
 FRONT_VARIABLE = "WEIGHTSTREAM_FLEET"
+# The engine's own: where processes share copies (streaming/sharing).
+SHARE_VARIABLE = "WEIGHTSTREAM_SHARE"
 
 MOST_WAITING = 1000
 NO_RAY = "the fleet needs Ray, which is not installed: pip install 'ray>=2.40', with ComfyUI's own Python"
@@ -30,6 +32,8 @@ class FleetConfig:
         address: of a Ray cluster to join; "" for one of its own on this machine.
         most_waiting: prompts that may wait. More are refused, with HTTP status 429.
         token: what a client has to know; "" for nothing.
+        pack: this pack's folder, on each host.
+        share: the address at which workers of a host share page-locked copies (docs/sharing.md); "" for none.
     """
 
     comfyui: str
@@ -41,6 +45,8 @@ class FleetConfig:
     address: str = ""
     most_waiting: int = MOST_WAITING
     token: str = ""
+    pack: str = ""
+    share: str = ""
 
     def __post_init__(self) -> None:
         if self.workers < 0:

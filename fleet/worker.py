@@ -21,8 +21,9 @@ from typing import Any
 
 import aiohttp
 
+from .child import Child
 from .comfy_process import ComfyProcess
-from .config import FleetConfig
+from .config import SHARE_VARIABLE, FleetConfig
 from .errors import WorkerStartError
 from .files import OUTPUT, TEMP, Folders, Place, pieces_of, places_in, write_piece
 
@@ -65,6 +66,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._process: ComfyProcess | None = None
+        self._broker: Child | None = None
         self._session: aiohttp.ClientSession | None = None
         self._own: Path | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -99,7 +101,9 @@ class Worker:
             *("--temp-directory", os.fspath(self._folders.temp.parent)),
         ]
         log = (self._settings.state if local else self._own_folder()) / f"{self._settings.name}.log"
-        self._process = ComfyProcess(config.python, config.main, arguments, config.environ, log)
+        self._share(log)
+        sharing = {SHARE_VARIABLE: config.share} if config.share else {}
+        self._process = ComfyProcess(config.python, config.main, arguments, {**sharing, **config.environ}, log)
         self._process.start()
         self._session = aiohttp.ClientSession(
             self._process.url, timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0), trust_env=False
@@ -117,6 +121,17 @@ class Worker:
             "log": os.fspath(log),
             "models": await self._models(),
         }
+
+    def _share(self, log: Path) -> None:
+        """See to it that somebody on this host keeps what its workers share.
+
+        The first worker's broker gets the address, and those of the others end at once. If it ends with its worker, the
+        others go on with what they have; what they build from then on is their own until they are started again.
+        """
+        config = self._settings.config
+        if config.share and (self._broker is None or not self._broker.running):
+            self._broker = Child(config.python, Path(config.pack) / "streaming", {}, log.with_suffix(".share.log"))
+            self._broker.start(["share", config.share])
 
     def _place_folders(self, local: bool) -> None:
         """Choose where this ComfyUI reads and writes (files.py, Note: whose folder)."""

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from ...fleet.dispatcher import Dispatcher, Seat
@@ -46,7 +46,6 @@ class FleetStatus:
         seats = dispatcher.seats if dispatcher is not None else []
         found = await asyncio.gather(*(self._ask(seat) for seat in seats))
         parts = [_of_worker(seat.worker.name, status) for seat, status in zip(seats, found, strict=True) if status]
-        pinned = [part["host"]["pinned"] for part in parts]
         merged = {
             name: [each for part in parts for each in part[name]] for name in ("devices", "models", "causes", "notices")
         }
@@ -54,7 +53,7 @@ class FleetStatus:
         return {
             **own,
             **merged,
-            "host": {**own["host"], "pinned": sum(pinned)},
+            "host": {**own["host"], **_pinned(seats, found)},
             "why_no_devices": None if merged["devices"] else why_none,
             "fleet": {
                 "waiting": self._waiting(),
@@ -72,6 +71,24 @@ class FleetStatus:
         except FleetError as error:
             logger.debug("[WeightStream] %s has no status: %s", seat.worker.name, error)
             return None
+
+
+def _pinned(seats: Sequence[Seat], found: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """The bytes that workers have page-locked, and how much of it they share.
+
+    What is shared on a host counts once: as much as one of its workers has of it.
+    """
+    own, shared = 0, dict[str, int]()
+    hosts = [(str(seat.info.get("host")), each["host"]) for seat, each in zip(seats, found, strict=True) if each]
+    for name, host in hosts:
+        of_others = host.get("shared_bytes", 0)
+        own += host["pinned"] - of_others
+        shared[name] = max(shared.get(name, 0), of_others)
+    told: dict[str, Any] = {"pinned": own + sum(shared.values())}
+    if any("shared_bytes" in host for _, host in hosts):
+        told["shared_bytes"] = sum(shared.values())
+        told["why_unshared"] = next((host["why_unshared"] for _, host in hosts if host.get("why_unshared")), "")
+    return told
 
 
 def whose(model: object) -> tuple[str, str]:

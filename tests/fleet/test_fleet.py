@@ -40,6 +40,7 @@ SECOND = "second-flux.safetensors"
 SEEDS = 10
 MOST_WAITING = CLIENTS * PROMPTS_EACH
 WAIT_S = 180.0
+MB = 1_000_000
 # Longer than any test, unless it is interrupted.
 ENDLESS_STEPS = 10_000
 
@@ -372,6 +373,21 @@ def test_the_status_tells_of_all_workers(up: FleetHost) -> None:
     assert freed["freed_device"] > 0
     with pytest.raises(HostError, match=r"there is no model gpu-9\.1"):
         up.get("/weightstream/v1/steps?model=gpu-9.1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="copies are shared on Linux alone")
+def test_workers_have_one_copy_of_the_weights(up: FleetHost) -> None:
+    for seed in range(WORKERS * 3):
+        up.submit(make_prompt(demo.OURS, demo.UNET, True, 990 + seed, f"shared/{seed}"))
+    wait_for(lambda: not up.get("/prompt")["exec_info"]["queue_remaining"])
+    assert sum(worker["done"] > 0 for worker in up.workers) == WORKERS
+
+    def shared_once() -> bool:
+        host = demo.read_status(up)["host"]
+        return host["shared_bytes"] > 0 and host["pinned"] - host["shared_bytes"] < MB
+
+    wait_for(shared_once)
+    assert demo.read_status(up)["host"]["why_unshared"] == ""
 
 
 def test_free_reaches_all_workers(up: FleetHost) -> None:
