@@ -201,23 +201,34 @@ class Dispatcher:
             seat.models = _names(seat.info.pop("models"))
             seat.state, seat.reason, seat.loaded = "free", "", frozenset()
             logger.info("[WeightStream] %s is up on %s", seat.worker.name, seat.info.get("host"))
+            ending = asyncio.ensure_future(seat.worker.wait_for_end())
             try:
                 while True:
-                    await self._run(seat, await self._next(seat))
+                    await self._run(seat, await self._next(seat, ending))
             except WorkerDied as error:
                 seat.state, seat.reason = "restarting", str(error)
                 logger.warning("[WeightStream] %s is started again: %s", seat.worker.name, error)
                 self._changed.set()
+            finally:
+                ending.cancel()
+                await asyncio.gather(ending, return_exceptions=True)
 
-    async def _next(self, seat: Seat) -> Job:
-        """The prompt that this worker takes, once there is one. It is the worker's when this returns."""
-        while (job := self._choose(seat)) is None:
+    async def _next(self, seat: Seat, ending: asyncio.Future[str]) -> Job:
+        """The prompt that this worker takes, once there is one. It is the worker's when this returns.
+
+        Raises:
+            WorkerDied: it has ended meanwhile, by itself, and with nobody's prompt.
+        """
+        while (job := self._choose(seat)) is None or ending.done():
+            if ending.done():
+                raise WorkerDied(_why(ending))
             self._changed.clear()
-            waits = bool(self._front.jobs())
+            changed = asyncio.ensure_future(self._changed.wait())
             try:
-                await asyncio.wait_for(self._changed.wait(), PATIENCE_SECONDS if waits else None)
-            except asyncio.TimeoutError:
-                continue
+                patience = PATIENCE_SECONDS if self._front.jobs() else None
+                await asyncio.wait((changed, ending), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
         # Between the choice and this there is no await: no other worker can have chosen it too.
         self._front.begin(job)
         job.attempts += 1
@@ -251,6 +262,10 @@ class Dispatcher:
             raise
         except FleetError as error:
             entry = failed(job, f"{seat.worker.name}: {error}")
+        except Exception as error:
+            # A fault of ours costs one prompt, not the fleet.
+            logger.exception("[WeightStream] %s: the prompt %s cannot be served", seat.worker.name, job.id)
+            entry = failed(job, f"{seat.worker.name}: {error!r}")
         self._learn(seat, job, before)
         seat.job, seat.state = None, "free"
         if entry is None:  # Refused: for another worker.
@@ -395,6 +410,12 @@ def _in_front(place: Place, names: Mapping[str, str]) -> Place:
 
 def _names(models: Mapping[str, Sequence[str]]) -> dict[str, frozenset[str]]:
     return {folder: frozenset(names) for folder, names in models.items()}
+
+
+def _why(ending: asyncio.Future[str]) -> str:
+    """Why a worker has ended: it says so, or cannot any more."""
+    error = ending.exception()
+    return str(error) if error is not None else ending.result()
 
 
 _tasks: set[asyncio.Task[None]] = set()

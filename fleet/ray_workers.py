@@ -37,6 +37,7 @@ class FleetWorker(Protocol):
     name: str
 
     async def start(self) -> dict[str, Any]: ...
+    async def wait_for_end(self) -> str: ...
     def run(self, prompt_id: str, body: dict[str, Any]) -> AsyncIterator[tuple[Any, ...]]: ...
     async def interrupt(self, prompt_id: str) -> None: ...
     async def free(self, flags: Mapping[str, bool]) -> None: ...
@@ -98,6 +99,9 @@ class RayWorker:
 
     async def start(self) -> dict[str, Any]:
         return await self._call("start_there")
+
+    async def wait_for_end(self) -> str:
+        return await self._call("wait_for_end")
 
     async def interrupt(self, prompt_id: str) -> None:
         await self._call("interrupt", prompt_id)

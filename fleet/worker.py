@@ -31,6 +31,7 @@ from .files import OUTPUT, TEMP, Folders, Place, pieces_of, places_in, write_pie
 CLIENT = "weightstream-fleet"
 START_SECONDS = 600.0
 POLL_SECONDS = 0.1
+END_POLL_SECONDS = 0.5
 # Without a message for so long, a running prompt is asked after.
 SILENCE_SECONDS = 5.0
 # What the actor's socket tells ComfyUI first: previews come with their metadata, and the front takes that off for pages
@@ -164,6 +165,13 @@ class Worker:
     async def _models(self) -> dict[str, list[str]]:
         """The names in each of its folders of models."""
         return {folder: await self._get(f"/models/{folder}") for folder in await self._get("/models")}
+
+    async def wait_for_end(self) -> str:
+        """Why its ComfyUI has ended, once it has, by itself."""
+        process = self._process
+        while process is not None and (ended := process.why_ended()) is None:
+            await asyncio.sleep(END_POLL_SECONDS)
+        return ended if process is not None else "it was stopped"
 
     async def models(self) -> dict[str, list[str]]:
         return await self._models()

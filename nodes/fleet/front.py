@@ -95,15 +95,19 @@ class FleetFront:
         self.queue.on_free = lambda flags: _call(loop, self.dispatcher.free, flags)
         self.queue.on_interrupt = self.dispatcher.interrupt
         logger.info("[WeightStream] a fleet of %d workers", count)
-        await self.dispatcher.run()
+        try:
+            await self.dispatcher.run()
+        except Exception as error:  # Whatever it was: prompts must not wait for workers that nobody serves.
+            logger.exception("[WeightStream] the fleet has ended")
+            self._give_up(repr(error))
 
     def _give_up(self, why: str) -> None:
         """There are no workers: what waits ends with the reason, and what comes is refused."""
         self.why_down = why
-        logger.error("[WeightStream] the fleet cannot be started: %s", why)
+        logger.error("[WeightStream] the fleet does not run: %s", why)
         for job in self.queue.jobs():
             self.queue.begin(job)
-            self.queue.finish(job, failed(job, f"the fleet cannot be started: {why}"))
+            self.queue.finish(job, failed(job, f"the fleet does not run: {why}"))
 
     def _middleware(self) -> Any:
         @web.middleware
@@ -177,7 +181,7 @@ class FleetFront:
     async def _refuse(self, request: web.Request) -> web.Response | None:
         """Why a prompt is not taken, before the host looks at it."""
         if self.why_down:
-            return _refused(503, "fleet_down", f"The fleet cannot be started: {self.why_down}")
+            return _refused(503, "fleet_down", f"The fleet does not run: {self.why_down}")
         if len(self.queue.queue) >= self.config.most_waiting:
             text = f"{len(self.queue.queue)} prompts wait already; try again later"
             return _refused(TOO_MANY, "queue_full", text, {"Retry-After": str(RETRY_SECONDS)})
@@ -185,7 +189,11 @@ class FleetFront:
             body = await request.json()
         except ValueError:
             return None  # The host says so.
-        prompt = body.get("prompt") if isinstance(body, dict) else None
+        if not isinstance(body, dict):
+            return None
+        if self.queue.has(prompt_id := body.get("prompt_id")):
+            return _refused(409, "prompt_is_queued", f"The prompt {prompt_id} waits or runs already")
+        prompt = body.get("prompt")
         if isinstance(prompt, dict) and self.dispatcher is not None:
             return await self._refuse_missing(self.dispatcher, prompt)
         return None
@@ -226,7 +234,7 @@ def _refuse_prompts(why: str) -> Any:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method == "POST" and request.path.removeprefix(API) == "/prompt":
-            return _refused(503, "fleet_down", f"The fleet cannot be started: {why}")
+            return _refused(503, "fleet_down", f"The fleet does not run: {why}")
         return await handler(request)
 
     return middleware

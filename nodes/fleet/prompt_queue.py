@@ -116,6 +116,10 @@ class FleetQueue(execution.PromptQueue):
         super().delete_history_item(id_to_delete)
         self._store.forget(id_to_delete)
 
+    def has(self, prompt_id: object) -> bool:
+        """Whether a prompt with this id waits or runs."""
+        return prompt_id in self._jobs
+
     # the dispatcher's side (fleet/dispatcher.py, Front)
 
     def jobs(self) -> Sequence[Job]:

@@ -38,6 +38,7 @@ class FakeWorker:
         self.hold.set()
         self.interrupted: set[str] = set()
         self.fails_to_start = 0
+        self.ends = asyncio.Event()
 
     async def start(self) -> dict[str, Any]:
         self.starts += 1
@@ -73,6 +74,11 @@ class FakeWorker:
                 yield "event", "executed", {"output": {"images": [picture()]}}
             else:
                 yield "done", result("success", [], {"9": {"images": [picture()]}})
+
+    async def wait_for_end(self) -> str:
+        await self.ends.wait()
+        self.ends.clear()
+        return "it ended by itself"
 
     async def interrupt(self, prompt_id: str) -> None:
         self.interrupted.add(prompt_id)
@@ -297,6 +303,39 @@ def test_a_worker_that_does_not_start_is_tried_again(tmp_path: Path) -> None:
     served = serve(tmp_path, front, [worker])
     assert worker.starts == 4
     assert served.seats[0].reason == ""
+
+
+def test_a_worker_that_ends_while_it_is_free_is_started_again(tmp_path: Path) -> None:
+    front, worker = FakeFront(1), FakeWorker("gpu-0")
+    front.waiting.clear()
+
+    async def end(served: Dispatcher) -> None:
+        while not served.seats[0].up:
+            await asyncio.sleep(0)
+        worker.ends.set()
+        while worker.starts < 2:
+            await asyncio.sleep(0)
+        front.waiting = list(front.all)
+        served.wake()
+
+    served = serve(tmp_path, front, [worker], end)
+    assert front.kind("p0") == "success"
+    assert (front.all[0].attempts, served.reruns) == (1, 0), "no prompt was lost by it"
+
+
+def test_a_fault_of_ours_costs_one_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    front, worker = FakeFront(2), FakeWorker("gpu-0")
+    send = front.send
+
+    def fail(job: Job, kind: str, data: Any) -> None:
+        if job.id == "p0":
+            raise KeyError("a fault")
+        send(job, kind, data)
+
+    front.send = fail  # type: ignore[method-assign]
+    serve(tmp_path, front, [worker])
+    assert (front.kind("p0"), front.kind("p1")) == ("execution_error", "success")
+    assert "cannot be served" in caplog.text
 
 
 def test_freeing_forgets_what_is_loaded_and_outlives_a_worker_that_does_not_answer(tmp_path: Path) -> None:

@@ -279,6 +279,25 @@ def test_what_waits_can_be_taken_back_and_goes_first_if_it_is_said(up: FleetHost
             up.wait(each, WAIT_S)
 
 
+def test_a_prompt_that_is_queued_is_not_queued_again(up: FleetHost) -> None:
+    endless = block_all(up)
+    prompt_id = str(uuid.uuid4())
+    body = {"prompt": make_prompt(demo.OURS, demo.UNET, True, 985, "once"), "prompt_id": prompt_id}
+    up.post("/prompt", body)
+    for queued in (prompt_id, endless[0]):
+        with pytest.raises(PromptRejected, match="waits or runs already"):
+            up.post("/prompt", {**body, "prompt_id": queued})
+    up.interrupt()
+    assert up.wait(prompt_id, WAIT_S)["status"]["completed"]
+
+
+def test_a_worker_that_is_killed_while_it_is_free_is_started_again(up: FleetHost) -> None:
+    before = [worker["pid"] for worker in up.workers]
+    kill(before[0])
+    wait_for(lambda: up.workers[0]["pid"] not in (None, before[0]))
+    assert [worker["pid"] for worker in up.workers[1:]] == before[1:]
+
+
 def test_a_queue_that_is_full_says_so(up: FleetHost) -> None:
     prompts = [make_prompt(demo.OURS, demo.UNET, True, 980, f"full/{number}") for number in range(MOST_WAITING)]
     endless = block_all(up)
