@@ -19,6 +19,7 @@ TEMPLATE = "flux_dev_full_text_to_image"
 # Of the canvas, below all nodes.
 BELOW = (800, 850)
 COMMAND = "WeightStream: stream this workflow's models"
+THEIR_WAY = "ComfyUI loads it its own way"
 # What the template asks for. Small files stand in for them: the text encoders are two CLIP-L, since a T5 has one size.
 UNET = "flux1-dev.safetensors"
 OTHERS = {
@@ -88,15 +89,33 @@ def run(comfy: ComfyPage) -> bytes:
         return image.tobytes()
 
 
+def forget(comfy: ComfyPage) -> None:
+    """Free what ComfyUI has loaded its own way: no card tells what it will do."""
+    comfy.host.free()
+    comfy.page.wait_for_function(
+        "async route => !(await (await fetch(route)).json()).loaded", arg=f"/weightstream/v1/estimate?name={UNET}"
+    )
+
+
 def test_from_the_template_to_why_it_is_slow(template: ComfyPage, save_picture: Callable[..., None]) -> None:
     page = template.page
+    # The file's name is an input of the subgraph.
+    before_run = template.open_sidebar().locator(".ws-estimates .ws-model").filter(has_text=UNET)
+    expect(before_run).to_contain_text(THEIR_WAY)
+    save_picture(page, "first-minute-before")
+    template.close_sidebar()
     own = run(template)
+    forget(template)
     page.mouse.click(*BELOW, button="right")
     page.get_by_text(COMMAND).last.click()
     expect(page.get_by_text("1 model streams now").last).to_be_visible()
     save_picture(page, "first-minute-command")
     page.evaluate("() => app.extensionManager.toast.removeAll?.()")
     before = page.evaluate(OUTER)
+    template.open_sidebar()
+    expect(before_run).to_be_visible()
+    expect(before_run).not_to_contain_text(THEIR_WAY)
+    template.close_sidebar()
 
     assert run(template) == own
     # Of a node in a subgraph, on the node that is seen.

@@ -175,14 +175,17 @@ test("the models of a workflow are those that its loaders name, each once", () =
 });
 
 test("a loader in a subgraph is found, with what the subgraph's own input says", () => {
-  const promoted = [{ name: "unet_name", widget: { name: "unet_name" }, link: 3 }];
-  const inner = node(7, "UNETLoader", { unet_name: "the inner one" }, { inputs: promoted });
-  const getLink = (/** @type {number} */ id) => (id === 3 ? { origin_id: -10, origin_slot: 0 } : undefined);
-  const outer = node(12, "some-uuid", { unet_name: "the outer one" }, { subgraph: { nodes: [inner], getLink } });
-  const [found] = graphModels({ rootGraph: { nodes: [outer] } });
-  assert.deepEqual([found.node, found.name], ["12:7", "the outer one"]);
-  outer.inputs[0].link = 5;
-  assert.deepEqual(graphModels({ rootGraph: { nodes: [outer] } }), [], "another node gives the name");
+  // Pages before 1.47 have ids as numbers, later ones as text.
+  for (const outside of [-10, "-10"]) {
+    const promoted = [{ name: "unet_name", widget: { name: "unet_name" }, link: 3 }];
+    const inner = node(7, "UNETLoader", { unet_name: "the inner one" }, { inputs: promoted });
+    const getLink = (/** @type {number} */ id) => (id === 3 ? { origin_id: outside, origin_slot: 0 } : undefined);
+    const outer = node(12, "some-uuid", { unet_name: "the outer one" }, { subgraph: { nodes: [inner], getLink } });
+    const [found] = graphModels({ rootGraph: { nodes: [outer] } });
+    assert.deepEqual([found.node, found.name], ["12:7", "the outer one"]);
+    outer.inputs[0].link = 5;
+    assert.deepEqual(graphModels({ rootGraph: { nodes: [outer] } }), [], "another node gives the name");
+  }
 });
 
 test("a size of nothing is no part of a bar", () => {

@@ -19,7 +19,7 @@ const SETTINGS = "WeightStreamOffloadSettings";
 const PLACEMENT = "WeightStreamGPUPlacement";
 // Nodes that are muted or bypassed load nothing.
 const ALWAYS = 0;
-// The link of an input inside of a subgraph that comes from around it.
+// The link of an input inside of a subgraph that comes from around it. Pages have it as a number or as text.
 const FROM_OUTSIDE = -10;
 
 /**
@@ -84,6 +84,6 @@ function valueOf({ node, outer }, name) {
   }
   const around = outer.at(-1);
   const link = around?.subgraph.getLink?.(input.link);
-  const promoted = link?.origin_id === FROM_OUTSIDE ? around.inputs?.[link.origin_slot] : undefined;
+  const promoted = Number(link?.origin_id) === FROM_OUTSIDE ? around.inputs?.[link.origin_slot] : undefined;
   return promoted ? valueOf({ node: around, outer: outer.slice(0, -1) }, promoted.widget?.name ?? promoted.name) : undefined;
 }
