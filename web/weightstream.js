@@ -18,6 +18,7 @@ import { sidebarTab } from "./lib/sidebar_tab.mjs";
 import { stringsFor } from "./lib/strings.mjs";
 import { takeover } from "./lib/takeover.mjs";
 import { toasts } from "./lib/toasts.mjs";
+import { watchWorkflows } from "./lib/workflows.mjs";
 
 const WIDGET_SETTING = "WeightStream.NodeWidget";
 const BADGE_SETTING = "WeightStream.TopBarBadge";
@@ -27,12 +28,13 @@ const COMMAND = "WeightStream.ShowVRAM";
 const locale = () => String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
 const strings = stringsFor(locale());
 const feed = createFeed(api);
-const nodes = graphNodes(app);
+const workflows = watchWorkflows(app, api);
+const nodes = graphNodes(app, workflows, api);
 const tab = sidebarTab({ feed, locale, nodes });
 const badge = topBarBadge({ app, feed, strings, open: () => tab.open(app) });
 const setting = (/** @type {string} */ id) => app.extensionManager?.setting?.get(id);
-const widgets = nodeWidgets({ app, feed, locale });
-const lines = nodeLines({ app, locale });
+const widgets = nodeWidgets({ app, feed, locale, nodes });
+const lines = nodeLines({ app, locale, workflows });
 const picker = gpuPicker({ app, feed, locale });
 const inputs = settingsWidgets({ locale });
 const takingOver = takeover({ app, api, locale });
@@ -78,6 +80,7 @@ app.registerExtension({
     badge.show(Boolean(setting(BADGE_SETTING)));
     toasts({ app, api, strings, wanted: () => setting(TOAST_SETTING) !== false, title: nodes.title });
   },
+  afterConfigureGraph: () => void lines.graphChanged(),
   nodeCreated(/** @type {any} */ node) {
     inputs.add(node);
     picker.add(node);

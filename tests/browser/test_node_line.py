@@ -23,6 +23,27 @@ FAULTS = """async () => (await axe.run('.ws-line-holder', { resultTypes: ['viola
 LINE = re.compile(r"^[\d.]+ s/step · .*gpu:0, gpu:1$")
 PLACEMENT = "WeightStreamGPUPlacement"
 HOST_TEXT = "$$node-text-preview"
+# Where a node is drawn, and where the line on it is: left, top, right, bottom.
+BOXES = """async type => {
+    const frames = async count => { while (count--) await new Promise(requestAnimationFrame) }
+    await frames(10)
+    const node = app.graph.nodes.find(node => node.type === type)
+    const canvas = app.canvas.canvas.getBoundingClientRect()
+    const at = ([x, y]) => app.canvas.ds.convertOffsetToCanvas([x, y])
+    const [left, top] = at(node.pos), [right, bottom] = at([node.pos[0] + node.size[0], node.pos[1] + node.size[1]])
+    const drawn = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
+    const line = document.querySelector('.ws-line-holder').getBoundingClientRect()
+    const outer = drawn ?? new DOMRect(canvas.x + left, canvas.y + top, right - left, bottom - top)
+    return [outer, line].map(({ left, top, right, bottom }) => [left, top, right, bottom])
+}"""
+SEND_LINE = """line => app.api.dispatchEvent(new CustomEvent('weightstream.line', { detail: line }))"""
+# As the server makes it, of a node 5, which is another's in the workflow of these tests.
+STRAY = {
+    **{"node": "5", "devices": ["gpu:0"], "seconds": 1.0, "waiting": None, "more_bytes": 0, "more_seconds": 0.0},
+    **{"more_device": "", "kept_bytes": 1, "total_bytes": 2, "staged_bytes": 0, "synchronous": False},
+    **{"text": "1 s/step", "details": []},
+}
+TABS = "[role=tab], .workflow-tab, .p-togglebutton"
 WIDGETS = "type => app.graph.nodes.find(node => node.type === type).widgets.map(({ name }) => name)"
 
 
@@ -61,6 +82,11 @@ def test_the_node_says_in_a_line_how_its_model_runs(comfy: ComfyPage) -> None:
     expect(summary).to_have_text(LINE)
     assert HOST_TEXT not in comfy.page.evaluate(WIDGETS, PLACEMENT), "it is not said twice"
     expect(fold.locator("p").first).not_to_be_visible()
+    comfy.bring_into_view(PLACEMENT)
+    (left, top, right, bottom), line = comfy.page.evaluate(BOXES, PLACEMENT)
+    assert left <= line[0] < line[2] <= right + 1
+    assert top < line[1] < line[3] <= bottom + 1
+    assert line[3] - line[1] < 80, "it is a line"
     summary.focus()
     summary.press("Enter")
     expect(fold.locator("p").first).to_be_visible()
@@ -74,6 +100,26 @@ def test_the_node_says_in_a_line_how_its_model_runs(comfy: ComfyPage) -> None:
     # What is shown is no value of the node: nothing of it is saved.
     values = [[node["type"], node.get("widgets_values")] for node in comfy.workflow()["nodes"]]
     assert values == [[node["type"], node.get("widgets_values")] for node in before["nodes"]]
+    assert comfy.our_errors == []
+
+
+@pytest.mark.usefixtures("rendering")
+def test_a_line_stays_with_its_workflow(comfy: ComfyPage) -> None:
+    comfy.load_prompt(placed_prompt())
+    placed = comfy.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.filename")
+    comfy.sample()
+    fold = comfy.page.locator("details.ws-line")
+    expect(fold.locator("summary")).to_have_text(LINE)
+    text = fold.locator("summary").inner_text()
+    before = comfy.page.evaluate(WIDGETS, "EmptySD3LatentImage")
+    comfy.page.evaluate(SEND_LINE, STRAY)
+    assert comfy.page.evaluate(WIDGETS, "EmptySD3LatentImage") == before, "a node of ComfyUI's has the id by chance"
+    # Of the same nodes but one, with the same ids.
+    comfy.load_prompt(demo.api_prompt(TINY, demo.OURS, SEED))
+    expect(fold).to_have_count(0)
+    comfy.page.locator(TABS).filter(has_text=placed).first.click()
+    expect(fold.locator("summary")).to_have_text(text)
+    assert HOST_TEXT not in comfy.page.evaluate(WIDGETS, PLACEMENT)
     assert comfy.our_errors == []
 
 

@@ -98,8 +98,8 @@ TEXTS = {
         "not loaded",
         "Free page-locked RAM (4.7 GiB)",
     ],
-    "inactive": ["Not streaming: Flux (node 7)", "ComfyUI was told to keep models in VRAM"],
-    "fallback": ["Placed differently: GPU Placement (node 9)", "gpu:3 is not there (this machine has gpu:0)"],
+    "inactive": ["Not streaming: Flux", "ComfyUI was told to keep models in VRAM"],
+    "fallback": ["Placed differently: GPU Placement", "gpu:3 is not there (this machine has gpu:0)"],
     "nearLimit": ["near the limit", "little room left", "at its limit", "1 copy arrived damaged", "3 misses"],
     "idleGpus": ["4 idle GPUs", "gpu:5"],
     "fleet": [

@@ -165,8 +165,8 @@ test("the models of a workflow are those that its loaders name, each once", () =
     node(8, "UNETLoader", { unet_name: null }),
   ];
   assert.deepEqual(graphModels({ graph: { nodes } }), [
-    { node: "1", name: "a", folder: "", weightDtype: "default", limit: 6.5, streams: true, placed: false },
-    { node: "3", name: "b", folder: "diffusion_models", weightDtype: "fp8_e5m2", limit: 0, streams: false, placed: false },
+    { node: "1", title: "", name: "a", folder: "", weightDtype: "default", limit: 6.5, streams: true, placed: false },
+    { node: "3", title: "", name: "b", folder: "diffusion_models", weightDtype: "fp8_e5m2", limit: 0, streams: false, placed: false },
   ]);
   const settings = node(9, "WeightStreamOffloadSettings");
   assert.deepEqual(graphModels({ graph: { nodes: [...nodes, settings] } }).map(({ streams }) => streams), [true, true]);

@@ -7,24 +7,25 @@ import { issueReport } from "../../web/lib/issue_report.mjs";
 import { watchProgress } from "../../web/lib/progress.mjs";
 import { stringsFor } from "../../web/lib/strings.mjs";
 import { NOTICE_EVENT, toasts } from "../../web/lib/toasts.mjs";
+import { watchWorkflows } from "../../web/lib/workflows.mjs";
 import { GIB, STATES, device, feedState, status } from "./states.mjs";
 
 const EN = stringsFor("en");
 
 /** A server that a test lets say things. */
 class Server {
-  /** @type {Map<string, (event: any) => void>} */
-  listeners = new Map();
+  /** @type {[type: string, listener: (event: any) => void][]} */
+  listeners = [];
   clientId = "page";
   fetchApi = async () => new Response("{}");
-  addEventListener = (/** @type {string} */ type, /** @type {(event: any) => void} */ listener) => void this.listeners.set(type, listener);
+  addEventListener = (/** @type {string} */ type, /** @type {(event: any) => void} */ listener) => void this.listeners.push([type, listener]);
 
   /**
    * @param {string} type
    * @param {any} detail
    */
   say(type, detail) {
-    this.listeners.get(type)?.({ detail });
+    for (const [each, listener] of this.listeners) if (each === type) listener({ detail });
   }
 }
 
@@ -127,8 +128,15 @@ test("a report has versions, devices, models and causes", () => {
   for (const each of Object.values(STATES)) assert.doesNotMatch(issueReport(each, EN, ""), /undefined|NaN|\[object/);
 });
 
+/** A page that shows a workflow. */
+function shownPage(/** @type {any} */ app) {
+  const server = new Server();
+  const workflows = watchWorkflows(app, server);
+  return { server, workflows, nodes: graphNodes(app, workflows, server) };
+}
+
 test("nodes are found in subgraphs too, and shown there", () => {
-  const inner = { title: "Inner", graph: {} };
+  const inner = { title: "Inner", type: "WeightStreamModelLoader", graph: {} };
   const outer = { title: "Outer", subgraph: { getNodeById: (/** @type {any} */ id) => (id === 7 ? inner : undefined) } };
   /** @type {any[]} */
   const done = [];
@@ -137,8 +145,8 @@ test("nodes are found in subgraphs too, and shown there", () => {
     graph: rootGraph, setGraph: (/** @type {any} */ graph) => done.push(["graph", graph]),
     centerOnNode: (/** @type {any} */ node) => done.push(["center", node]),
   };
-  const nodes = graphNodes({ rootGraph, canvas });
-  assert.deepEqual(["12", "12:7", "12:8", "5"].map(nodes.title), ["Outer", "Inner", "", ""]);
+  const { nodes } = shownPage({ rootGraph, canvas });
+  assert.deepEqual(["12", "12:7", "12:8", "5"].map((id) => nodes.title(id)), ["", "Inner", "", ""], "another's node has the id of ours by chance");
   nodes.show("12:7");
   assert.deepEqual(done, [["graph", inner.graph], ["center", inner]]);
   nodes.show("5");

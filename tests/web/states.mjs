@@ -79,7 +79,7 @@ export function estimate(changes = {}) {
  * @returns {Known}
  */
 export function known(found = {}, changes = {}) {
-  const model = { node: "4", name: "flux1-dev.safetensors", folder: "", weightDtype: "default", limit: 0, streams: true, placed: false, ...changes };
+  const model = { node: "4", title: "Load Diffusion Model", name: "flux1-dev.safetensors", folder: "", weightDtype: "default", limit: 0, streams: true, placed: false, ...changes };
   if (typeof found === "string") return { model, estimate: null, error: found };
   return { model, estimate: estimate({ name: model.name, ...found }), error: "" };
 }

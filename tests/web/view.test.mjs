@@ -203,7 +203,7 @@ test("each loaded model has a line, and what does not stream", () => {
   assert.deepEqual(lines("allResident"), ["flux1-dev: all resident"]);
   assert.deepEqual(lines("split"), ["qwen_image_bf16: streams from page-locked RAM, 26.8 GiB of 44.9 GiB stay in VRAM"]);
   assert.deepEqual(lines("eight").length, 1);
-  assert.deepEqual(lines("inactive"), ["Not streaming: Flux (node 7)"]);
+  assert.deepEqual(lines("inactive"), ["Not streaming: Flux"]);
   assert.deepEqual(lines("idle"), []);
   const halves = [{}, { device: "gpu:1", reason: "another" }].map((changes) =>
     model({ resident_bytes: 5.3 * GIB, streamed_block_bytes: 13.0 * GIB, streamed_weight_bytes: 18.0 * GIB, ...changes }));
@@ -263,7 +263,7 @@ test("a model that was never run has no last run", () => {
 
 test("notices name the node, and are spoken with the state", () => {
   const shown = view(STATES.inactive);
-  assert.equal(shown.notices[0].title, "Not streaming: Flux (node 7)");
+  assert.equal(shown.notices[0].title, "Not streaming: Flux");
   assert.match(shown.state.spoken, /^Idle\. Not streaming Flux: left as it is: /);
   const file = status({ notices: [{ node_id: null, name: "a.gguf", kind: "inactive", text: "why" }] });
   assert.equal(view(feedState(file)).notices[0].title, "Not streaming: a.gguf");
@@ -312,12 +312,12 @@ test("an idle device that is nearly full stays in view", () => {
   assert.deepEqual(shown.devices.map(({ title }) => title), ["gpu:1"]);
 });
 
-test("a node is called as in the graph, and by its number where the graph has no such node", () => {
+test("a node is called as in the graph, and not at all where the graph has no such node", () => {
   const state = feedState(status({ models: [model()], notices: [{ node_id: "9", name: "Flux", kind: "fallback", text: "x" }] }));
   const shown = buildView(state, EN, { title: (id) => (id === "4" ? "My loader" : "") });
   assert.deepEqual(shown.models[0].node, { id: "4", text: "My loader", label: "Go to the node My loader" });
-  assert.equal(shown.notices[0].node?.text, "node 9");
-  assert.match(shown.notices[0].title, /Flux \(node 9\)/);
+  assert.equal(shown.notices[0].node, null);
+  assert.equal(shown.notices[0].title, "Placed differently: Flux");
   assert.equal(view(feedState(status({ models: [model({ node_id: null })] }))).models[0].node, null);
 });
 

@@ -23,7 +23,7 @@ const LIKE = 0.9;
 /**
  * @param {readonly Known[]} known
  * @param {Strings} strings
- * @param {(id: string) => NodeView | null} node
+ * @param {(id: string, title: string) => NodeView | null} node
  * @param {boolean} [several]  whether the server has several GPUs
  * @returns {EstimateView[]}
  */
@@ -31,7 +31,7 @@ export function estimateViews(known, strings, node, several = false) {
   return known.filter(({ estimate }) => !estimate?.loaded).map(({ model, estimate, error }) => ({
     key: `${model.folder}/${model.name}`,
     name: model.name,
-    node: node(model.node),
+    node: node(model.node, model.title),
     ...(estimate ? estimateView(estimate, model, strings, several) : failedView(error, strings)),
   }));
 }

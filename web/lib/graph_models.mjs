@@ -3,8 +3,8 @@
  */
 
 /**
- * @typedef {{node: string, name: string, folder: string, weightDtype: string, limit: number, streams: boolean, placed: boolean}} GraphModel
- *   node: its loader, with the subgraphs around it; folder: "" where its loader looks in several; limit: GiB of VRAM, 0
+ * @typedef {{node: string, title: string, name: string, folder: string, weightDtype: string, limit: number, streams: boolean, placed: boolean}} GraphModel
+ *   node, title: its loader, with the subgraphs around it; folder: "" where its loader looks in several; limit: GiB of VRAM, 0
  *   where the loader sets none; streams: whether something of ours can have it stream as the workflow is; placed: whether
  *   that may be on several GPUs
  */
@@ -40,6 +40,7 @@ export function graphModels(app) {
     if (found.has(key)) continue;
     found.set(key, {
       node: [...place.outer, place.node].map(({ id }) => id).join(":"),
+      title: String(place.node.title ?? ""),
       name,
       folder: loader.folder,
       weightDtype: String(valueOf(place, "weight_dtype") ?? "default"),

@@ -36,14 +36,14 @@ const EXTENSION = /\.(safetensors|sft|gguf|ckpt|pth|pt|bin)$/i;
  * @param {Pick<Status, "models" | "causes">} status
  * @param {Strings} strings
  * @param {(id: string) => boolean} [keep]  whether a model is shown though nothing of it is loaded
- * @param {(id: string | null | undefined) => NodeView | null} [node]
+ * @param {(id: string | null | undefined, model: string) => NodeView | null} [node]
  * @returns {ModelView[]}
  */
 export function modelViews({ models, causes }, strings, keep = () => false, node = () => null) {
   const ids = [...new Set(models.filter((model) => isThere(model) || keep(model.id)).map((model) => model.id))];
   return ids.map((id) => {
     const parts = models.filter((model) => model.id === id);
-    return { ...modelView(parts, strings), node: node(parts[0].node_id), causes: causeViews(causes ?? [], id, strings) };
+    return { ...modelView(parts, strings), node: node(parts[0].node_id, parts[0].name), causes: causeViews(causes ?? [], id, strings) };
   });
 }
 

@@ -5,11 +5,14 @@
  */
 
 import { el, setText } from "./dom.mjs";
+import { findOurs, isOurs } from "./graph_nodes.mjs";
 import { lineText } from "./line.mjs";
 import { stringsFor } from "./strings.mjs";
+import { takePlace } from "./take_place.mjs";
 
 /** @import { Line } from "./line.mjs" */
 /** @import { Strings } from "./strings.mjs" */
+/** @import { Workflows } from "./workflows.mjs" */
 
 export const LINE_EVENT = "weightstream.line";
 const NAME = "weightstream_line";
@@ -21,13 +24,21 @@ const BADGE_TEXT = "#ffffff";
 const BADGE_BACK = "#0f766e";
 const CLOSED_HEIGHT = 46;
 const OPEN_HEIGHT = 150;
+const FRAMES = 20;
+/** Where the page does not tell which workflow is open. */
+const NOWHERE = {};
 
-/** @param {{app: any, locale: () => string}} options */
-export function nodeLines({ app, locale }) {
-  /** @type {WeakMap<any, (line: Line) => void>} */
-  const shown = new WeakMap();
+/** @typedef {{node: any, path: any[], show: (line: Line) => void, remove: () => void}} Shown  path: the nodes of subgraphs around it */
+
+/** @param {{app: any, locale: () => string, workflows: Workflows}} options */
+export function nodeLines({ app, locale, workflows }) {
+  /** The last line of each node, by the workflow that it ran in. @type {WeakMap<object, Map<string, Line>>} */
+  const known = new WeakMap();
+  /** What the graph has now, by the node that it is of. @type {Map<string, Shown>} */
+  const shown = new Map();
   /** For each node of a subgraph its badges, by the node that each is of. @type {WeakMap<any, Map<string, () => any>>} */
   const badges = new WeakMap();
+  let round = 0;
 
   /** @param {any} node */
   function attach(node) {
@@ -41,6 +52,7 @@ export function nodeLines({ app, locale }) {
       getMinHeight: () => (fold.open ? OPEN_HEIGHT : CLOSED_HEIGHT),
     });
     widget.serialize = false;
+    takePlace(app, node, holder, ".ws-line-holder");
     const resize = (/** @type {number} */ more) => {
       const least = node.computeSize?.()[1] ?? 0;
       node.setSize([node.size[0], Math.max(least, node.size[1] + more)]);
@@ -50,7 +62,7 @@ export function nodeLines({ app, locale }) {
     holder.addEventListener("keydown", keep);
     holder.addEventListener("wheel", (event) => fold.open && event.stopPropagation());
     resize(0);
-    return (/** @type {Line} */ line) => {
+    const show = (/** @type {Line} */ line) => {
       const strings = stringsFor(locale());
       const text = lineText(line, strings);
       const details = line.details.map((detail) => inWords(detail, strings));
@@ -58,6 +70,7 @@ export function nodeLines({ app, locale }) {
       summary.setAttribute("title", [text, ...details].join("\n"));
       body.replaceChildren(...details.map((detail) => el("p", {}, detail)));
     };
+    return { show, remove: () => node.removeWidget(widget) };
   }
 
   /**
@@ -68,28 +81,91 @@ export function nodeLines({ app, locale }) {
     const Badge = /** @type {any} */ (globalThis).LGraphBadge;
     if (!Badge) return;
     const badge = new Badge({ text: lineText(line, stringsFor(locale())), fgColor: BADGE_TEXT, bgColor: BADGE_BACK });
+    changeBadge(node, line.node, () => badge);
+  }
+
+  /**
+   * @param {any} node  of a subgraph
+   * @param {string} id  of the node inside of it
+   * @param {(() => any) | null} badge
+   */
+  function changeBadge(node, id, badge) {
     const own = badges.get(node) ?? new Map();
     badges.set(node, own);
-    const others = (node.badges ?? []).filter((/** @type {any} */ each) => each !== own.get(line.node));
-    own.set(line.node, () => badge);
-    node.badges = [...others, own.get(line.node)];
+    const before = node.badges ?? [];
+    const others = before.filter((/** @type {any} */ each) => each !== own.get(id));
+    if (badge) own.set(id, badge);
+    else own.delete(id);
+    node.badges = badge ? [...others, badge] : others;
     // Nodes 2.0 draws anew what it is told of.
-    const change = { type: "node:property:changed", nodeId: node.id, property: "badges", oldValue: others, newValue: node.badges };
+    const change = { type: "node:property:changed", nodeId: node.id, property: "badges", oldValue: before, newValue: node.badges };
     node.graph?.trigger?.(change.type, change);
     app.canvas?.setDirty?.(true, true);
+  }
+
+  /** @param {Line} line  of a node of the graph that is shown, if it has that */
+  function showLine(line) {
+    const path = findOurs(app, line.node);
+    const node = path.pop();
+    const before = shown.get(line.node);
+    if (before && before.node !== node) drop(line.node, before);
+    if (!node) return;
+    for (const outer of path) setBadge(outer, line);
+    withoutHostText(node);
+    const there = shown.get(line.node) ?? { node, path, ...attach(node) };
+    shown.set(line.node, there);
+    there.show(line);
+  }
+
+  /**
+   * @param {string} id
+   * @param {Shown} there
+   */
+  function drop(id, there) {
+    shown.delete(id);
+    // A node that is in no graph any more has nothing to give back.
+    if (!there.node.graph) return;
+    there.remove();
+    for (const outer of there.path) changeBadge(outer, id, null);
+  }
+
+  /**
+   * The host shows a text on whichever node of the open workflow has its node's id.
+   * @param {Line} line
+   */
+  function withoutStrayText({ node: id, text }) {
+    const local = id.split(":").at(-1);
+    const node = app.canvas?.graph?.getNodeById?.(local) ?? app.canvas?.graph?.getNodeById?.(Number(local));
+    if (node && !isOurs(node)) withoutHostText(node, (said) => said === text);
+  }
+
+  /** Have the graph show the lines of the open workflow, and no others. */
+  function refresh() {
+    const wanted = known.get(workflows.open() ?? NOWHERE) ?? new Map();
+    for (const [id, there] of shown) if (!wanted.has(id)) drop(id, there);
+    for (const [id, line] of wanted) {
+      if (findOurs(app, id).at(-1) !== shown.get(id)?.node) showLine(line);
+    }
   }
 
   return {
     /** @param {{detail: Line}} event */
     hear({ detail: line }) {
-      const path = findPath(app, line.node);
-      const node = path.pop();
-      if (!node) return;
-      for (const outer of path) setBadge(outer, line);
-      withoutHostText(node);
-      const show = shown.get(node) ?? attach(node);
-      shown.set(node, show);
-      show(line);
+      const open = workflows.open() ?? NOWHERE;
+      const workflow = workflows.running() ?? open;
+      const lines = known.get(workflow) ?? new Map();
+      known.set(workflow, lines);
+      lines.set(line.node, line);
+      withoutStrayText(line);
+      if (workflow === open) showLine(line);
+    },
+    /** Another graph is shown, or the same anew. The page tells which workflow it is of some frames later. */
+    async graphChanged() {
+      const mine = (round += 1);
+      for (let frame = 0; frame < FRAMES && mine === round; frame++) {
+        await new Promise((resolve) => requestAnimationFrame(resolve));
+        if (mine === round) refresh();
+      }
     },
   };
 }
@@ -105,27 +181,12 @@ function inWords(detail, strings) {
 }
 
 /**
- * The node with an id of a prompt, `4`, or `7:4` for a node of a subgraph; the subgraphs' nodes that it is in before it.
- * @param {any} app
- * @param {string} id
- * @returns {any[]}  empty where the graph has no such node
+ * @param {any} node
+ * @param {(text: unknown) => boolean} [is]  what it says then
  */
-function findPath(app, id) {
-  let graph = app.rootGraph ?? app.graph;
-  const path = [];
-  for (const part of String(id).split(":")) {
-    const node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part)) ?? null;
-    if (!node) return [];
-    path.push(node);
-    graph = node.subgraph;
-  }
-  return path;
-}
-
-/** @param {any} node */
-function withoutHostText(node) {
+function withoutHostText(node, is = () => true) {
   const widget = (node.widgets ?? []).find((/** @type {any} */ each) => each.name === HOST_TEXT);
-  if (widget) node.removeWidget(widget);
+  if (widget && is(widget.value)) node.removeWidget(widget);
 }
 
 /**

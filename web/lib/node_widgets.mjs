@@ -2,7 +2,6 @@
  * The panel on nodes, while the setting says so.
  */
 
-import { graphNodes } from "./graph_nodes.mjs";
 import { mountPanel } from "./panel.mjs";
 import { takePlace } from "./take_place.mjs";
 
@@ -12,8 +11,10 @@ const HOLDER = ".ws-holder:not(.ws-line-holder)";
 // As in the style sheet, which Nodes 2.0 goes by.
 const MIN_HEIGHT = 240;
 
-/** @param {{app: any, feed: import("./feed.mjs").Feed, locale: () => string}} options */
-export function nodeWidgets({ app, feed, locale }) {
+/**
+ * @param {{app: any, feed: import("./feed.mjs").Feed, locale: () => string, nodes: import("./graph_nodes.mjs").GraphNodes}} options
+ */
+export function nodeWidgets({ app, feed, locale, nodes }) {
   /** Nodes that are in a graph: of others the host does not say when they are gone. @type {Set<any>} */
   const present = new Set();
   /** @type {WeakMap<any, {widget: any, holder: HTMLElement, panel: {destroy(): void} | null}>} */
@@ -52,7 +53,7 @@ export function nodeWidgets({ app, feed, locale }) {
     attach(node);
     grow(node);
     const place = attached.get(node);
-    if (place && !place.panel) place.panel = mountPanel(place.holder, { feed, locale, embedded: true, nodes: graphNodes(app) });
+    if (place && !place.panel) place.panel = mountPanel(place.holder, { feed, locale, embedded: true, nodes });
   }
 
   /** @param {any} node */

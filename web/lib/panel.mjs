@@ -127,6 +127,7 @@ function build(root, strings, { feed, nodes }, small) {
       small,
       keep: (id) => now - (freed.get(id) ?? -Infinity) < FREED_MS,
       title: nodes.title,
+      held: nodes.notices,
       estimates: small ? [] : estimatesOf(feedState, feed.estimates, nodes.models),
     });
     root.dataset.state = view.state.key;
@@ -247,10 +248,11 @@ function noticeRow(nodes) {
   const title = el("strong");
   const text = el("span");
   const node = nodeButton(nodes);
-  const element = el("li", { class: "ws-note ws-tone-warning" }, title, " ", text, " ", node.element);
+  const element = el("li", { class: "ws-note" }, title, " ", node.element, " ", text);
   return {
     element,
     update(view) {
+      element.className = `ws-note ws-tone-${view.tone}`;
       setText(title, view.title);
       setText(text, view.text);
       node.update(view.node);

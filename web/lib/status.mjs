@@ -19,7 +19,8 @@
  *   limited_by?: "bus" | "compute" | "", locking?: boolean}} Model
  *   one for each model and device; the parts of one model have the same id. last_run is of the last one that ended.
  *   streamed_block_bytes are sent in a step; streamed_weight_bytes are those of the weights, more where some are packed
- * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback" | "failed", text: string}} Notice
+ * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback" | "failed" | "refused", text: string}} Notice
+ *   refused: the page has it from the host, and not from our server
  * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[],
  *   version?: string, comfyui?: {version: string, broken: string[]}, why_no_devices?: string | null,
  *   causes?: import("./why.mjs").Cause[], fleet?: Fleet}} Status

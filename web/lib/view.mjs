@@ -25,7 +25,8 @@ const MOST_OPEN = 2;
 
 /**
  * @typedef {{key: string, label: string, amount: string, fill: number | null, warning: string, meter: Meter}} HostView
- * @typedef {{key: string, kind: "inactive" | "fallback" | "failed", title: string, text: string, node: NodeView | null}} NoticeView
+ * @typedef {{key: string, kind: Notice["kind"], title: string, text: string, tone: Tone,
+ *   node: NodeView | null}} NoticeView
  * @typedef {{id: string, text: string, label: string}} NodeView  a node of the graph: what it is called
  * @typedef {{text: string, fill: number | null, meter: Meter}} ProgressView
  * @typedef {{key: string, text: string, tone: Tone}} BriefView  a line of what is loaded, or was to stream and does not
@@ -39,12 +40,13 @@ const MOST_OPEN = 2;
 /**
  * @param {FeedState} feed
  * @param {Strings} strings
- * @param {{small?: boolean, keep?: (id: string) => boolean, title?: (id: string) => string,
- *   estimates?: readonly Known[]}} [options]  small: there is no room for the figures of each device; keep: whether a model is
- *   shown though nothing of it is loaded; title: what a node is called; estimates: of models that the open workflow names
+ * @param {{small?: boolean, keep?: (id: string) => boolean, title?: (id: string, model?: string) => string,
+ *   estimates?: readonly Known[], held?: (notices: readonly Notice[]) => Notice[]}} [options]  small: there is no room for the figures of each device; keep: whether a model is
+ *   shown though nothing of it is loaded; title: what a node is called, "" where the open workflow has
+ *   no such node; estimates: of models that the open workflow names; held: the notices that hold there
  * @returns {View}
  */
-export function buildView(feed, strings, { small = false, keep = () => false, title = () => "", estimates = [] } = {}) {
+export function buildView(feed, strings, { small = false, keep = () => false, title = () => "", estimates = [], held = (all) => [...all] } = {}) {
   const status = merge(feed.status, feed.event);
   const old = feed.link === "stale" || feed.link === "gone";
   const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
@@ -58,13 +60,15 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
   const devices = shown.map(({ view }) => view).filter((view) => !idle.includes(view));
   const host = usable ? hostViews(usable.host, strings) : [];
   const near = [...devices, ...host].some((each) => each.warning !== "");
-  const node = (/** @type {string | null | undefined} */ id) => nodeView(id, title, strings);
+  const node = (/** @type {string | null | undefined} */ id, /** @type {string | undefined} */ model) => nodeView(id, id ? title(id, model) : "", strings);
+  const loader = (/** @type {string} */ id, /** @type {string} */ called) => nodeView(id, called, strings);
   const fleet = usable?.fleet ? fleetView(usable.fleet, usable.time, strings) : null;
   const models = usable ? modelViews(usable, strings, keep, node) : [];
   const noDevices = fleet ? strings.fleetNoDevices : strings.noDevices;
-  const notices = (usable?.notices ?? []).map((notice, place) => noticeView(notice, place, node(notice.node_id), strings));
+  const holding = usable ? held(usable.notices) : [];
+  const notices = holding.map((notice, place) => noticeView(notice, place, node(notice.node_id), strings));
   return {
-    state: stateView(feed, usable, { near, fleet }, strings),
+    state: stateView(feed, usable, { near, fleet, notices: holding }, strings),
     banner: bannerText(feed, usable, strings),
     old,
     progress: models.some((model) => model.running) && !old ? progressView(feed, strings) : null,
@@ -82,17 +86,17 @@ export function buildView(feed, strings, { small = false, keep = () => false, ti
     briefs: briefViews(models, notices),
     notices,
     // A card of what was just freed says so for a while.
-    estimates: estimateViews(estimates, strings, node, all.length > 1 && !fleet).filter(({ name }) => !models.some((model) => model.name === name)),
+    estimates: estimateViews(estimates, strings, loader, all.length > 1 && !fleet).filter(({ name }) => !models.some((model) => model.name === name)),
   };
 }
 
 /**
  * @param {FeedState} feed
  * @param {Status | null} status
- * @param {{near: boolean, fleet: FleetView | null}} seen  near: something is near its limit
+ * @param {{near: boolean, fleet: FleetView | null, notices: readonly Notice[]}} seen  near: something is near its limit
  * @param {Strings} strings
  */
-function stateView(feed, status, { near, fleet }, strings) {
+function stateView(feed, status, { near, fleet, notices }, strings) {
   const [key, tone] = stateOf(feed, status);
   const warned = near && feed.link === "live";
   const text = warned ? `${strings[key]} · ${strings.nearLimit}` : strings[key];
@@ -100,7 +104,7 @@ function stateView(feed, status, { near, fleet }, strings) {
     key,
     tone: warned && tone !== "error" ? /** @type {Tone} */ ("warning") : tone,
     text,
-    spoken: [text, ...spokenWorkers(fleet), ...spokenNotices(status, strings)].join(". "),
+    spoken: [text, ...spokenWorkers(fleet), ...notices.map((notice) => spokenNotice(notice, strings))].join(". "),
   };
 }
 
@@ -136,11 +140,11 @@ function stateOf(feed, status) {
 }
 
 /**
- * @param {Status | null} status
+ * @param {Notice} notice
  * @param {Strings} strings
  */
-function spokenNotices(status, strings) {
-  return (status?.notices ?? []).map((notice) => `${strings[notice.kind] ?? ""} ${notice.name}: ${strings.fromServer(notice.text)}`.trim());
+function spokenNotice(notice, strings) {
+  return `${strings[notice.kind] ?? ""} ${notice.name}: ${strings.fromServer(notice.text)}`.trim();
 }
 
 /**
@@ -157,14 +161,13 @@ function progressView({ progress }, strings) {
 
 /**
  * @param {string | null | undefined} id
- * @param {(id: string) => string} title
+ * @param {string} title  "" where the open workflow has no such node: then nothing leads there
  * @param {Strings} strings
  * @returns {NodeView | null}
  */
 function nodeView(id, title, strings) {
-  if (id === null || id === undefined) return null;
-  const text = title(id) || strings.node(id);
-  return { id, text, label: strings.goToNode(text) };
+  if (!id || !title) return null;
+  return { id, text: title, label: strings.goToNode(title) };
 }
 
 /**
@@ -177,7 +180,7 @@ function briefViews(models, notices) {
   const inactive = notices.filter((notice) => notice.kind === "inactive");
   return [
     ...loaded.map(({ key, brief, running }) => ({ key: `model/${key}`, text: brief, tone: /** @type {Tone} */ (running ? "active" : "neutral") })),
-    ...inactive.map(({ key, title }) => ({ key: `notice/${key}`, text: title, tone: /** @type {Tone} */ ("warning") })),
+    ...inactive.map(({ key, title, node }) => ({ key: `notice/${key}`, text: [title, node?.text].filter(Boolean).join(" "), tone: /** @type {Tone} */ ("warning") })),
   ];
 }
 
@@ -221,12 +224,14 @@ function hostView(key, label, used, total, warning, strings) {
  * @returns {NoticeView}
  */
 function noticeView(notice, place, node, strings) {
-  const where = node && node.text !== notice.name ? ` (${node.text})` : "";
+  // The link to the node says its name; a class of ours, which a refused node has for one, says less.
+  const named = node && (node.text === notice.name || notice.kind === "refused");
   return {
     node,
     key: `${notice.node_id}/${notice.name}/${place}`,
     kind: notice.kind,
-    title: `${strings[notice.kind] ?? ""}: ${notice.name}${where}`,
+    tone: notice.kind === "failed" || notice.kind === "refused" ? "error" : "warning",
+    title: strings.because(strings[notice.kind] ?? "", named ? "" : notice.name).trim(),
     text: strings.fromServer(notice.text),
   };
 }
