@@ -44,7 +44,7 @@ app.registerExtension({
   settings: [
     {
       id: WIDGET_SETTING,
-      category: ["WeightStream", "GPU Placement", "VRAM"],
+      category: ["WeightStream", strings.placementSettings, "VRAM"],
       name: strings.widgetSetting,
       type: "boolean",
       defaultValue: true,
@@ -52,7 +52,7 @@ app.registerExtension({
     },
     {
       id: BADGE_SETTING,
-      category: ["WeightStream", "Page", "Badge"],
+      category: ["WeightStream", strings.pageSettings, "Badge"],
       name: strings.badgeSetting,
       type: "boolean",
       defaultValue: false,
@@ -60,7 +60,7 @@ app.registerExtension({
     },
     {
       id: TOAST_SETTING,
-      category: ["WeightStream", "Page", "Toasts"],
+      category: ["WeightStream", strings.pageSettings, "Toasts"],
       name: strings.toastSetting,
       type: "boolean",
       defaultValue: true,

@@ -215,7 +215,7 @@ def test_the_badge_is_off_until_somebody_wants_it(ran: ComfyPage, theme: str) ->
     expect(badge).to_have_count(0)
     ran.set("WeightStream.TopBarBadge", True)
     try:
-        expect(badge).to_have_text(re.compile(r"VRAM [<>]?\d+ % · wait [<>]?\d+ %"))
+        expect(badge).to_have_text(re.compile(r"VRAM [\d.]+ / 16.0 MiB · [<>]?\d+ % waiting"))
         ran.page.add_script_tag(path=str(AXE))
         assert ran.page.evaluate(FAULTS, ".ws-top-badge") == []
         badge.press("Enter")

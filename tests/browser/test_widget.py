@@ -63,7 +63,7 @@ TEXTS = {
     "beforeRuns": ["All 4.1 GiB fit into VRAM", "Too little VRAM: 3.3 GiB", "Download the file again"],
     "loading": ["Loading", "8.4 / 23.8 GiB, 1.6 GB/s", "page-locked copies are made now"],
     "allResident": [
-        "All resident",
+        "All stays in VRAM",
         "The whole model is in VRAM; nothing has to be copied.",
         "all 57 blocks resident",
         "20 steps of 0.174 s; nothing had to be copied",
@@ -83,7 +83,7 @@ TEXTS = {
     "slow": [
         "3.450 s/step · 86 % waiting · 6.3 GB/s",
         "The card's link runs at PCIe 4.0 x4; the card can do PCIe 4.0 x8.",
-        "1.720 s of each step",
+        "up to 1.710 s of each step",
         "Close them (browsers, games, other ComfyUIs): 1.9 GiB of weights could stay in VRAM.",
     ],
     "packed": [
@@ -100,7 +100,7 @@ TEXTS = {
     ],
     "inactive": ["Not streaming: Flux", "ComfyUI was told to keep models in VRAM"],
     "fallback": ["Placed differently: GPU Placement", "gpu:3 is not there (this machine has gpu:0)"],
-    "nearLimit": ["near the limit", "little room left", "at its limit", "1 copy arrived damaged", "3 misses"],
+    "nearLimit": ["near the limit", "little room left", "at its limit", "1 copy arrived damaged", "3 copies came late"],
     "idleGpus": ["4 idle GPUs", "gpu:5"],
     "fleet": [
         "3 prompts wait · 1 ran again because a worker died",

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { badgeText } from "../../web/lib/badge.mjs";
+import { badgeView } from "../../web/lib/badge.mjs";
 import { graphNodes } from "../../web/lib/graph_nodes.mjs";
 import { issueReport } from "../../web/lib/issue_report.mjs";
 import { watchProgress } from "../../web/lib/progress.mjs";
@@ -90,11 +90,13 @@ test("bars of bytes are no steps", () => {
   assert.equal(progress(), null);
 });
 
-test("the badge says how full the fullest device is, and who waits most", () => {
-  assert.equal(badgeText(STATES.streaming, EN), "VRAM 73 % · wait 43 %");
-  assert.equal(badgeText(STATES.eight, EN), "VRAM 56 % · wait 14 %");
-  assert.equal(badgeText(feedState(status({ devices: [device({ stalled: null })] })), EN), "VRAM 6 % · wait 0 %");
-  for (const state of [STATES.starting, STATES.gone, STATES.noGpu]) assert.equal(badgeText(state, EN), "");
+test("the badge says how full the fullest device is, and what part of the last run waited", () => {
+  assert.deepEqual(badgeView(STATES.slow, EN), {
+    text: "VRAM 7.2 / 8.0 GiB · 86 % waiting", title: "gpu:0: 7.2 / 8.0 GiB of VRAM in use; 86 % of the last run was waiting for the bus",
+  });
+  assert.match(badgeView(STATES.eight, EN).title, /^gpu:7: 84\.1 \/ 150 GiB of VRAM in use; the fullest of 8 GPUs; 43 % /);
+  assert.equal(badgeView(feedState(status()), EN).text, "VRAM 1.6 / 25.2 GiB", "nothing has run");
+  for (const state of [STATES.starting, STATES.gone, STATES.noGpu]) assert.equal(badgeView(state, EN).text, "");
 });
 
 test("a notice is said once, by the name that its node has, and only where that is wanted", () => {
@@ -122,8 +124,8 @@ test("a report has versions, devices, models and causes", () => {
   const state = { ...slow, status: { ...slow.status, version: "0.3.0", comfyui: { version: "0.30.0", broken: [] } } };
   const text = issueReport(/** @type {any} */ (state), EN, "Firefox 150");
   assert.match(text, /^### WeightStream report\nWeightStream 0\.3\.0, ComfyUI 0\.30\.0, Firefox 150\n/);
-  assert.match(text, /\| gpu:0 \| NVIDIA GeForce RTX 4060 \| 7\.2 \/ 8\.6 GiB \| 2\.9 GiB \| 6\.3 GB\/s \| 86 % \| PCIe 4\.0 x4 of PCIe 4\.0 x8 \|/);
-  assert.match(text, /- flux1-dev\.safetensors on gpu:0: staged \(the limit of 13\.4 GiB/);
+  assert.match(text, /\| gpu:0 \| NVIDIA GeForce RTX 4060 \| 7\.2 \/ 8\.0 GiB \| 2\.9 GiB \| 6\.3 GB\/s \| 86 % \| PCIe 4\.0 x4 of PCIe 4\.0 x8 \|/);
+  assert.match(text, /- flux1-dev\.safetensors on gpu:0: staged \(the limit of 12\.8 GiB/);
   assert.match(text, /- why: The card's link runs at PCIe 4\.0 x4/);
   for (const each of Object.values(STATES)) assert.doesNotMatch(issueReport(each, EN, ""), /undefined|NaN|\[object/);
 });

@@ -324,24 +324,27 @@ export const STATES = {
     status({
       devices: [
         device({
-          name: "NVIDIA GeForce RTX 4060", total: 8.6 * GIB, resident: 2.1 * GIB, staging: 0.4 * GIB, torch: 1.6 * GIB, cache: 0.2 * GIB,
+          name: "NVIDIA GeForce RTX 4060", total: 8 * GIB, resident: 2.1 * GIB, staging: 0.4 * GIB, torch: 1.6 * GIB, cache: 0.2 * GIB,
           other: 2.9 * GIB, peak: 7.9 * GIB, copy_rate: 6.3 * GB, stalled: 0.86, link: { generation: 4, width: 4 },
           card: { generation: 4, width: 8 },
         }),
       ],
-      host: host({ ram_total: 33.6 * GIB, ram_available: 3.9 * GIB, pinned: 13.4 * GIB, pinned_limit: 13.4 * GIB }),
+      host: host({ ram_total: 32 * GIB, ram_available: 3.9 * GIB, pinned: 12.8 * GIB, pinned_limit: 12.8 * GIB }),
       models: [
         model({
-          running: true, ladder: "staged", reason: "the limit of 13.4 GiB page-locked memory is reached",
-          pinned_bytes: 13.4 * GIB, resident_bytes: 1.6 * GIB, streamed_block_bytes: 21.7 * GIB,
-          last_run: run({ bytes: 434 * GIB, rate: 6.3 * GB, stall_ms_per_block: 52, step_seconds: 3.45, waiting: 0.86 }),
+          running: true, ladder: "staged", reason: "the limit of 12.8 GiB page-locked memory is reached",
+          plan: "20.1 GiB a step streamed in 84 segments, from 57 of 57 blocks; 2.5 GiB on the device: 1.6 GiB of blocks resident, "
+            + "512 MiB outside of blocks, 400 MiB staging; a step in 3.45 s, limited by the bus (0.483 s of compute); 12.8 GiB from "
+            + "page-locked memory, 7.3 GiB staged from the file or pageable memory (the limit of 12.8 GiB page-locked memory is reached)",
+          pinned_bytes: 12.8 * GIB, resident_bytes: 1.6 * GIB, streamed_block_bytes: 20.1 * GIB,
+          last_run: run({ bytes: 402 * GIB, rate: 6.3 * GB, stall_ms_per_block: 52, step_seconds: 3.45, waiting: 0.86 }),
         }),
       ],
       causes: [
-        cause({ kind: "link", seconds: 1.72, link: "gen 4 x4", card: "gen 4 x8", narrow: true }),
-        cause({ kind: "unpinned", seconds: 0.66, staged: 8.3 * GIB, why: "the limit of 13.4 GiB page-locked memory is reached" }),
-        cause({ kind: "others", seconds: 0.3, others: 2.9 * GIB, gain: 1.9 * GIB }),
-        cause({ seconds: 2.97, streamed: 21.7 * GIB, total: 8.6 * GIB }),
+        cause({ kind: "link", seconds: 1.71, link: "gen 4 x4", card: "gen 4 x8", narrow: true }),
+        cause({ kind: "unpinned", seconds: 0.58, staged: 7.3 * GIB, why: "the limit of 12.8 GiB page-locked memory is reached" }),
+        cause({ kind: "others", seconds: 0.32, others: 2.9 * GIB, gain: 1.9 * GIB }),
+        cause({ seconds: 2.97, streamed: 20.1 * GIB, total: 8 * GIB }),
       ],
     }),
   ),

@@ -61,7 +61,7 @@ test("the converted workflow is shown, and undo has one more state: what was sho
   assert.equal(tracker.undoQueue.length, 2, "what the page makes of it is no step of its own");
   assert.equal(toasts[0].severity, "success");
   assert.equal(toasts[0].summary, "1 model streams now");
-  assert.match(toasts[0].detail, /^node 4 \(UNETLoader\): is Streamed Model Loader now\nUndo/);
+  assert.match(toasts[0].detail, /^UNETLoader is Streamed Model Loader now\nRun, then read the line on the node\.\nUndo/);
 });
 
 test("a workflow that needs no change is left alone", async () => {
@@ -149,9 +149,20 @@ test("what is left to the user comes first, stays, and has its subgraph's name",
   assert.equal(told.severity, "warn");
   assert.equal(told.life, undefined);
   const lines = told.detail.split("\n");
-  assert.equal(lines[0], "Inner, node 4 (Old): a='b' cannot be read");
-  assert.equal(lines.length, 10);
+  assert.equal(lines[0], "Old (in Inner): a='b' cannot be read");
+  assert.equal(lines.length, 11);
   assert.equal(lines[8], "… and 13 more");
+});
+
+test("nodes have the page's names, and numbers where a name may mean several", () => {
+  const named = (/** @type {string} */ kind) => (kind === "UNETLoader" ? "Load Diffusion Model" : kind);
+  const notes = [{ ...CHANGED, graph: "Text to Image" }, CHANGED, { ...CHANGED, node: "9" }];
+  const lines = message({ workflow: {}, changed: true, notes }, "en", named).detail.split("\n");
+  assert.deepEqual(lines.slice(0, 3), [
+    "Load Diffusion Model (in Text to Image) is Streamed Model Loader now",
+    "Load Diffusion Model 4 is Streamed Model Loader now",
+    "Load Diffusion Model 9 is Streamed Model Loader now",
+  ]);
 });
 
 test("Chinese has every text of the page, and one for every code of the server", () => {
@@ -166,7 +177,7 @@ test("Chinese has every text of the page, and one for every code of the server",
     assert.match(text(values), /[\u4e00-\u9fff]/);
     assert.doesNotMatch(text(values), /undefined/);
   }
-  assert.match(message({ workflow: {}, changed: true, notes: [LEFT] }, "zh").detail, /Inner，节点 4（Old）：无法读懂 a=b/);
+  assert.match(message({ workflow: {}, changed: true, notes: [LEFT] }, "zh").detail, /Old（在 Inner 中）：无法读懂 a=b/);
 });
 
 test("the menu's entry is on loaders, and on the canvas", () => {

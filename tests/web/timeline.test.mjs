@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import { duration, timeLeft } from "../../web/lib/format.mjs";
 import { stringsFor } from "../../web/lib/strings.mjs";
-import { moved, spanAt, ticks, timelineView, zoomed } from "../../web/lib/timeline.mjs";
+import { moved, spanAt, ticks, tickTexts, timelineView, zoomed } from "../../web/lib/timeline.mjs";
 import { trace } from "./states.mjs";
 
 const EN = stringsFor("en");
@@ -25,9 +25,9 @@ test("each device has a lane for compute with its waits, and one for copies", ()
 
 test("the same stands there as text", () => {
   const view = timelineView([trace({}, 3)], EN, noon);
-  assert.deepEqual(view?.lines, ["gpu:0: 30.0 ms in all; 12.0 ms (40 %) in 3 waits; 1020 MiB in 3 copies."]);
+  assert.deepEqual(view?.lines, ["gpu:0: 30.0 ms in all; waiting 12.0 ms (40 %), 3 times; 1020 MiB in 3 copies."]);
   assert.equal(view?.waits.length, 3);
-  assert.equal(view?.waits[0], "gpu:0 waited 4.00 ms at 0.00 ms, in double_blocks.0");
+  assert.equal(view?.waits[0], "gpu:0 waiting 4.00 ms at 0.00 ms, in double_blocks.0");
   assert.equal(view?.label, `Timeline of a step. ${view?.lines[0]}`);
   assert.equal(view?.lanes[1].spans[0].text, "340 MiB: 9.80 ms at 0.00 ms", "what began before the step is not before time");
 });
@@ -36,7 +36,7 @@ test("the longest waits come first, and no more of them than help", () => {
   const waits = Array.from({ length: 30 }, (_, place) => /** @type {[number, number, number]} */ ([place, place + place / 100, 0]));
   const view = timelineView([trace({ waits, compute: [], blocks: [] })], EN, noon);
   assert.equal(view?.waits.length, 8);
-  assert.equal(view?.waits[0], "gpu:0 waited 0.290 s at 29.0 s");
+  assert.equal(view?.waits[0], "gpu:0 waiting 0.290 s at 29.0 s");
 });
 
 test("what lies on top is found first", () => {
@@ -62,6 +62,14 @@ test("an axis has round times, and not too many", () => {
   assert.deepEqual(ticks({ from: 0, to: 1 }, 4), [0, 0.5, 1]);
   assert.deepEqual(ticks({ from: 0.03, to: 0.09 }, 3).map((at) => at.toFixed(3)), ["0.040", "0.060", "0.080"]);
   assert.deepEqual(ticks({ from: 0, to: 0 }, 3), []);
+});
+
+test("an axis has one unit, and digits that tell its times apart", () => {
+  assert.deepEqual(tickTexts(ticks({ from: 0, to: 0.12 }, 4)), ["0 ms", "50 ms", "100 ms"]);
+  assert.deepEqual(tickTexts(ticks({ from: 0.03, to: 0.0311 }, 3)), ["30.0 ms", "30.5 ms", "31.0 ms"]);
+  assert.deepEqual(tickTexts(ticks({ from: 0, to: 3 }, 4)), ["0 s", "1 s", "2 s", "3 s"]);
+  assert.deepEqual(tickTexts(ticks({ from: 0, to: 1.2 }, 4)), ["0.0 s", "0.5 s", "1.0 s"]);
+  assert.deepEqual(tickTexts([]), []);
 });
 
 test("short and long times are written so that they can be read", () => {

@@ -18,7 +18,7 @@ const EXPECTED = {
   beforeRun: ["idle", "neutral", "Idle"],
   beforeRuns: ["idle", "neutral", "Idle"],
   loading: ["loading", "active", "Loading"],
-  allResident: ["allResident", "good", "All resident"],
+  allResident: ["allResident", "good", "All stays in VRAM"],
   streaming: ["streaming", "active", "Streaming"],
   packed: ["streaming", "active", "Streaming"],
   split: ["streaming", "active", "Streaming"],
@@ -98,7 +98,7 @@ test("a meter says in words what the bar shows", () => {
   assert.equal(shown.meter.label, "gpu:0, NVIDIA GeForce RTX 4090");
   assert.equal(shown.meter.max, 25.2 * GIB);
   assert.equal(Math.round((shown.meter.now ?? 0) / GIB * 10), 183);
-  assert.match(shown.meter.text, /^18\.3 GiB of 25\.2 GiB used; Resident 12\.6 GiB; Staging 512 MiB; .*; Peak 19\.4 GiB$/);
+  assert.match(shown.meter.text, /^18\.3 GiB of 25\.2 GiB used; Stays 12\.6 GiB; Staging 512 MiB; .*; Peak 19\.4 GiB$/);
 });
 
 test("a device is near its limit when 90 % are held by what cannot be given up", () => {
@@ -168,7 +168,7 @@ test("the parts of a split model share a card and its buttons", () => {
   const [split, encoder] = view(STATES.split).models;
   assert.deepEqual(split.parts.map((part) => part.device), ["gpu:0", "gpu:1"]);
   assert.equal(split.pinned, "14.1 GiB");
-  assert.match(split.lastRun, /^Last run: 20 steps of 0\.324 s; 362 GiB copied at 56\.3 GB\/s on average; 2\.40 ms waited per block; 0 misses$/);
+  assert.match(split.lastRun, /^Last run: 20 steps of 0\.324 s; 362 GiB copied at 56\.3 GB\/s on average; 2\.40 ms of waiting per block; 0 copies came late$/);
   assert.equal(split.freeable, true);
   assert.equal(encoder.freeable, false);
   assert.equal(encoder.pinned, "4.7 GiB");
@@ -180,7 +180,7 @@ test("the parts of a split model share a card and its buttons", () => {
 test("the step of the ladder comes with its reason, where there is one", () => {
   const [part] = view(STATES.nearLimit).models[0].parts;
   assert.equal(part.step, "streams from the file: the limit of 60.6 GiB page-locked memory is reached");
-  assert.equal(view(STATES.allResident).models[0].parts[0].step, "all resident");
+  assert.equal(view(STATES.allResident).models[0].parts[0].step, "all stays in VRAM");
 });
 
 test("a model of which nothing is there is left out, and kept for who asks", () => {
@@ -200,7 +200,7 @@ test("a model of which nothing is there is left out, and kept for who asks", () 
 test("each loaded model has a line, and what does not stream", () => {
   const lines = (/** @type {string} */ name) => view(STATES[name]).briefs.map(({ text }) => text);
   assert.deepEqual(lines("streaming"), ["flux1-dev: streams from page-locked RAM, 12.6 GiB of 23.8 GiB stay in VRAM"]);
-  assert.deepEqual(lines("allResident"), ["flux1-dev: all resident"]);
+  assert.deepEqual(lines("allResident"), ["flux1-dev: all stays in VRAM"]);
   assert.deepEqual(lines("split"), ["qwen_image_bf16: streams from page-locked RAM, 26.8 GiB of 44.9 GiB stay in VRAM"]);
   assert.deepEqual(lines("eight").length, 1);
   assert.deepEqual(lines("inactive"), ["Not streaming: Flux"]);
@@ -258,7 +258,7 @@ test("a model that was never run has no last run", () => {
   const never = model({ last_run: null });
   assert.equal(view(feedState(status({ models: [never] }))).models[0].lastRun, "");
   const unknown = model({ last_run: run({ rate: null, step_seconds: null, stall_ms_per_block: null }) });
-  assert.match(view(feedState(status({ models: [unknown] }))).models[0].lastRun, /of –; .* at – on average; – waited/);
+  assert.match(view(feedState(status({ models: [unknown] }))).models[0].lastRun, /of –; .* at – on average; – of waiting/);
 });
 
 test("notices name the node, and are spoken with the state", () => {

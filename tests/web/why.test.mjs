@@ -30,10 +30,11 @@ test("the number that matters stands in each sentence", () => {
   const [link, unpinned, others, room] = causeViews(STATES.slow.status?.causes ?? [], "1", EN);
   assert.equal(link.text, "The card's link runs at PCIe 4.0 x4; the card can do PCIe 4.0 x8.");
   assert.match(link.todo, /slot with all lanes/);
-  assert.equal(link.costs, "1.720 s of each step");
-  assert.match(unpinned.text, /^8.3 GiB are not in page-locked RAM: the limit of 13.4 GiB/);
+  assert.equal(link.costs, "up to 1.710 s of each step");
+  assert.match(unpinned.text, /^7.3 GiB are not in page-locked RAM: the limit of 12.8 GiB/);
   assert.match(others.todo, /1.9 GiB of weights could stay/);
-  assert.match(room.text, /^21.7 GiB of weights have no room in 8.6 GiB/);
+  assert.match(room.text, /^20.1 GiB of weights have no room in 8.0 GiB/);
+  assert.equal(room.costs, "2.970 s of waiting in all", "the others are part of it");
 });
 
 test("a slow generation is another matter than few lanes", () => {
@@ -55,6 +56,7 @@ test("where all devices compute one speaks for all, and where one waits they are
   const computes = [cause({ kind: "compute", waiting: 0.01 }), cause({ kind: "compute", waiting: 0.02, device: "gpu:1" })];
   const [view, ...more] = causeViews(computes, "1", EN);
   assert.deepEqual([view.device, more.length], ["", 0]);
-  assert.match(view.text, /only 2 % of a step/);
+  assert.equal(view.text, "Less than 3 % of a step waits for the bus.");
+  assert.match(SERVER, /^LEAST_WAITING = 0\.03$/m);
   assert.deepEqual(causeViews([...computes, cause({ device: "gpu:2" })], "1", EN).map(({ kind }) => kind), ["room"]);
 });

@@ -3,29 +3,38 @@
  */
 
 import { el, setAttribute, setShown, setText } from "./dom.mjs";
-import { fraction, percent } from "./format.mjs";
+import { bytesOf, fraction, isKnown, percent } from "./format.mjs";
 import { merge } from "./status.mjs";
 
 const STYLES = new URL("../weightstream.css", import.meta.url).href;
 
 /** @import { Feed, FeedState } from "./feed.mjs" */
+/** @import { Device } from "./status.mjs" */
 /** @import { Strings } from "./strings.mjs" */
 
 /**
- * The fullest device, and who waits most; "" where nothing is known.
+ * The fullest device, and what part of the last run waited; nothing where no device is known.
  * @param {FeedState} feed
  * @param {Strings} strings
+ * @returns {{text: string, title: string}}
  */
-export function badgeText(feed, strings) {
-  if (feed.link !== "live") return "";
-  const devices = merge(feed.status, feed.event)?.devices ?? [];
-  const used = devices.map(({ total, free }) => fraction(total === null || free === null ? null : total - free, total));
-  const most = (/** @type {(number | null)[]} */ values) => {
-    const known = values.filter((value) => value !== null);
-    return known.length > 0 ? Math.max(...known) : null;
-  };
-  const full = most(used);
-  return full === null ? "" : strings.badge(percent(full), percent(most(devices.map((device) => device.stalled)) ?? 0));
+export function badgeView(feed, strings) {
+  const status = feed.link === "live" ? merge(feed.status, feed.event) : null;
+  const used = (/** @type {Device} */ { total, free }) => (total === null || free === null ? null : total - free);
+  const part = (/** @type {Device} */ device) => fraction(used(device), device.total) ?? -1;
+  const devices = (status?.devices ?? []).filter((device) => used(device) !== null).sort((one, other) => part(other) - part(one));
+  if (devices.length === 0) return { text: "", title: "" };
+  const [fullest] = devices;
+  const vram = bytesOf(used(fullest), fullest.total);
+  const runs = (status?.models ?? []).filter((model) => model.ladder !== "unloaded").map((model) => model.last_run?.waiting);
+  const known = runs.filter(isKnown);
+  const waiting = known.length > 0 ? percent(Math.max(...known)) : "";
+  const told = [
+    strings.badgeVram(fullest.device, vram),
+    devices.length > 1 ? strings.badgeFullest(devices.length) : "",
+    waiting && strings.badgeWaiting(waiting),
+  ];
+  return { text: strings.badge(vram, waiting), title: told.filter(Boolean).join("; ") };
 }
 
 /** @param {{app: any, feed: Feed, strings: Strings, open: () => void}} options */
@@ -40,11 +49,11 @@ export function topBarBadge({ app, feed, strings, open }) {
     const element = el("button", { type: "button", class: "ws-top-badge" }, el("i", { class: "pi pi-microchip", "aria-hidden": "true" }), text);
     element.addEventListener("click", open);
     const viewer = feed.watch((state) => {
-      const words = badgeText(state, strings);
-      setText(text, words);
-      setShown(element, words !== "");
-      setAttribute(element, "aria-label", strings.badgeLabel(words));
-      setAttribute(element, "title", strings.tooltip);
+      const view = badgeView(state, strings);
+      setText(text, view.text);
+      setShown(element, view.text !== "");
+      setAttribute(element, "aria-label", strings.badgeLabel(view.text));
+      setAttribute(element, "title", view.title);
     });
     const style = el("link", { rel: "stylesheet", href: STYLES });
     group.before(element, style);

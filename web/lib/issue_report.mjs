@@ -58,7 +58,7 @@ function linkText({ link, card }) {
 /** @param {Model} model */
 function modelLines(model) {
   const run = model.last_run;
-  const ran = run ? `; ${run.steps} steps of ${format.seconds(run.step_seconds)}, ${format.bytes(run.bytes)} copied, ${run.misses} misses, ${run.reruns} reruns` : "";
+  const ran = run ? `; ${run.steps} steps of ${format.seconds(run.step_seconds)}, ${format.bytes(run.bytes)} copied, ${run.misses} copies came late, ${run.reruns} reruns` : "";
   return [`- ${model.name} on ${model.device}: ${model.ladder}${model.reason && ` (${model.reason})`}${ran}`, `  - ${model.plan}`];
 }
 

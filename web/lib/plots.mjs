@@ -10,7 +10,8 @@ import * as format from "./format.mjs";
  * @typedef {{number: number, steps: number[], seconds: number[], rate: number[], waiting: number[]}} RunSteps
  *   what the route tells of a run, a value for each step that was timed; waiting is a part of the step
  * @typedef {{key: string, path: string, age: number}} Line  age: 0 of the latest run
- * @typedef {{key: string, title: string, most: string, lines: Line[], label: string}} PlotView
+ * @typedef {{key: string, title: string, latest: string, most: string, lines: Line[], label: string}} PlotView
+ *   latest: the mean of the latest run; most: what the upper edge stands for
  * @typedef {{key: string, name: string, age: number, steps: string, seconds: string, rate: string, waiting: string}} RunRow
  * @typedef {{plots: PlotView[], rows: RunRow[]}} StepsView
  */
@@ -63,6 +64,7 @@ function plot(metric, newest, strings) {
   return {
     key: metric,
     title,
+    latest: TEXTS[metric](mean(newest[0], metric)),
     most: TEXTS[metric](most),
     // The latest on top of the others.
     lines: newest.map((run, age) => ({ key: String(run.number), age, path: path(run.steps, run[metric], last, most) })).reverse(),

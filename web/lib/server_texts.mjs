@@ -24,7 +24,7 @@ export const CHINESE_TEXTS = [
   ["gave up … until it runs again", "已让出 …，下次运行时恢复"],
   ["before that: …", "此前：…"],
   // how weights come, and why
-  ["… of … stay in VRAM", "…（共 …）留在显存中"],
+  ["… of … stay in VRAM", "…（共 …）常驻显存"],
   ["its settings ask for it", "由设置指定"],
   ["page-locked copies are made now", "正在制作锁页副本"],
   ["page-locked copies are made before the next step", "锁页副本将在下一步之前制作"],

@@ -4,8 +4,8 @@
 
 import { stringsFor } from "./strings.mjs";
 
-const AUTOMATIC = ["copy_streams", "prefetch_depth", "vram_limit_gb", "reserve_vram_gb"];
-const UNLIMITED = ["pinned_limit_gb"];
+export const AUTOMATIC = ["copy_streams", "prefetch_depth", "vram_limit_gb", "reserve_vram_gb"];
+export const UNLIMITED = ["pinned_limit_gb"];
 const PRESET = "preset";
 const CUSTOM = "custom";
 

@@ -51,7 +51,8 @@ export function stepsCard(model, strings, steps) {
  */
 function plotPart(first) {
   const title = el("span", { class: "ws-muted" }, first.title);
-  const most = el("span", { class: "ws-number ws-muted ws-end" });
+  const latest = el("span", { class: "ws-number ws-end" });
+  const most = el("span", { class: "ws-number ws-muted ws-plot-most", "aria-hidden": "true" });
   const lines = svg("g");
   const box = { class: "ws-plot", viewBox: `0 -2 ${PLOT.width} ${PLOT.height + 4}`, role: "img", preserveAspectRatio: "none" };
   const picture = svg("svg", box, lines);
@@ -76,8 +77,9 @@ function plotPart(first) {
   }
 
   return {
-    element: el("div", { class: "ws-plot-box" }, el("div", { class: "ws-plot-head" }, title, most), picture),
+    element: el("div", { class: "ws-plot-box" }, el("div", { class: "ws-plot-head" }, title, latest), el("div", { class: "ws-plot-area" }, picture, most)),
     update(view) {
+      setText(latest, view.latest);
       setText(most, view.most);
       setAttribute(picture, "aria-label", view.label);
       draw(view.lines);

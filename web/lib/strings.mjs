@@ -20,9 +20,11 @@ const ENGLISH = {
   tab: "VRAM",
   tooltip: "VRAM and streamed models (WeightStream)",
   showCommand: "WeightStream: show VRAM",
+  placementSettings: "GPU Placement",
+  pageSettings: "Page",
   widgetSetting: "Show VRAM on the GPU Placement node",
 
-  resident: "Resident",
+  resident: "Stays",
   staging: "Staging",
   torch: "Other torch",
   cache: "torch cache",
@@ -37,9 +39,9 @@ const ENGLISH = {
   freeLong: "Free for anybody",
   peakLong: "Most that was in use since the last run began",
   copy: "copy",
-  stall: "stall",
+  stall: "waiting",
   copyLong: "Host to device",
-  stallLong: "Compute waited for copies",
+  stallLong: "Part of the time in which compute waits for copies",
   unknown: "not known",
   virtual: "virtual",
   nearlyFull: "little room left",
@@ -60,10 +62,10 @@ const ENGLISH = {
 
   starting: "Connecting",
   idle: "Idle",
-  allResident: "All resident",
+  allResident: "All stays in VRAM",
   loading: "Loading",
   streaming: "Streaming",
-  running: "Running, all resident",
+  running: "Running, all stays in VRAM",
   locking: "Page-locking RAM",
   stale: "No news",
   missing: "Not available",
@@ -78,7 +80,7 @@ const ENGLISH = {
   newerText: "The server's WeightStream is newer than this page. Reload it.",
 
   unloaded: "not loaded",
-  ladderResident: "all resident",
+  ladderResident: "all stays in VRAM",
   ladderPinned: "streams from page-locked RAM",
   ladderStaged: "streams from the file",
   ladderSynchronous: "copied when needed",
@@ -103,7 +105,7 @@ const ENGLISH = {
     `Last run: ${run.steps} ${run.steps === 1 ? "step" : "steps"} of ${run.step}; nothing had to be copied`,
   lastRun: (/** @type {{steps: number, step: string, copied: string, rate: string, stall: string, misses: number}} */ run) =>
     `Last run: ${run.steps} ${run.steps === 1 ? "step" : "steps"} of ${run.step}; ${run.copied} copied at ${run.rate} on average; ` +
-    `${run.stall} waited per block; ${run.misses} ${run.misses === 1 ? "miss" : "misses"}`,
+    `${run.stall} of waiting per block; ${run.misses} ${run.misses === 1 ? "copy" : "copies"} came late`,
   corrupted: (/** @type {number} */ count) => `${count} ${count === 1 ? "copy" : "copies"} arrived damaged, and came again`,
 
   /** What the server says, in the language of the page. */
@@ -138,6 +140,8 @@ const CHINESE = {
   tab: "显存",
   tooltip: "显存与流式模型（WeightStream）",
   showCommand: "WeightStream：显示显存",
+  placementSettings: "GPU 分配",
+  pageSettings: "页面",
   widgetSetting: "在“GPU 分配”节点上显示显存",
 
   resident: "常驻",
@@ -147,7 +151,7 @@ const CHINESE = {
   other: "其他",
   free: "空闲",
   peak: "峰值",
-  residentLong: "流式模型中留在设备上的权重",
+  residentLong: "流式模型中常驻显存的权重",
   stagingLong: "流式权重经过的内存",
   torchLong: "torch 分配的其余内存：激活值、其他模型",
   cacheLong: "torch 为之后的分配保留的内存",
@@ -157,7 +161,7 @@ const CHINESE = {
   copy: "拷贝",
   stall: "等待",
   copyLong: "主机到设备",
-  stallLong: "计算等待拷贝",
+  stallLong: "计算等待拷贝的时间占比",
   unknown: "未知",
   virtual: "虚拟",
   nearlyFull: "余量很少",
@@ -205,7 +209,7 @@ const CHINESE = {
   refused: "未运行",
   because: (step, reason) => `${step}：${reason}`,
   and: (one, other) => `${one}，${other}`,
-  stay: (kept, all) => `${all} 中的 ${kept} 留在显存中`,
+  stay: (kept, all) => `${all} 中的 ${kept} 常驻显存`,
   packed: (sent, weights) => `${sent}（压缩后，权重共 ${weights}）`,
   summaryResident: "整个模型都在显存中，无需拷贝。",
   summaryBus: (copied) => `每步拷贝 ${copied}，比计算更久：更多显存会更快。`,
@@ -216,7 +220,7 @@ const CHINESE = {
   modelLoading: (amount, speed) => `${amount}，${speed}`,
   lastRunUncopied: (run) => `上次运行：${run.steps} 步，每步 ${run.step}；无需拷贝`,
   lastRun: (run) =>
-    `上次运行：${run.steps} 步，每步 ${run.step}；平均以 ${run.rate} 拷贝 ${run.copied}；每块等待 ${run.stall}；未命中 ${run.misses} 次`,
+    `上次运行：${run.steps} 步，每步 ${run.step}；平均以 ${run.rate} 拷贝 ${run.copied}；每块等待 ${run.stall}；${run.misses} 次拷贝迟到`,
   corrupted: (count) => `${count} 次拷贝损坏，已重新拷贝`,
 
   fromServer: inChinese,

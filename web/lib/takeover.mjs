@@ -15,6 +15,8 @@ const ROUTE = "/weightstream/v1/convert";
 const ICON = "pi pi-bolt";
 const SHOWN_MS = 8000;
 const MOST_LINES = 8;
+// Their English text goes on with what the node is or does now.
+const PREDICATES = ["loader", "host", "settings-clip", "placement-used", "selector-gone"];
 
 /**
  * @typedef {{code: string, weight: "changed" | "differs" | "left", node: string, kind: string, graph: string,
@@ -58,7 +60,7 @@ export function takeover({ app, api, locale }) {
       return;
     }
     if (answer.changed) await replaceWorkflow(app, answer.workflow);
-    toast.add(message(answer, locale()));
+    toast.add(message(answer, locale(), nameOf));
   }
 
   const entry = () => ({ content: takeoverStrings(locale()).command, callback: run });
@@ -126,16 +128,28 @@ export async function replaceWorkflow(app, workflow) {
  * What the user is told.
  * @param {Conversion} conversion
  * @param {string} locale
+ * @param {(kind: string) => string} [named]  what the page calls nodes of a kind
  */
-export function message({ changed, notes }, locale) {
+export function message({ changed, notes }, locale, named = (kind) => kind) {
   const strings = takeoverStrings(locale);
+  /** The nodes that a name may mean. @type {Map<string, Set<string>>} */
+  const meant = new Map();
+  for (const note of notes) {
+    const name = strings.where(named(note.kind), note.graph);
+    meant.set(name, (meant.get(name) ?? new Set()).add(note.node));
+  }
+  const called = (/** @type {Note} */ note) => {
+    const several = (meant.get(strings.where(named(note.kind), note.graph))?.size ?? 0) > 1;
+    return strings.where(several ? strings.numbered(named(note.kind), note.node) : named(note.kind), note.graph);
+  };
   const left = notes.filter((note) => note.weight !== "changed");
-  const lines = [...notes].sort((one, other) => rank(one) - rank(other)).map((note) => line(note, locale));
+  const lines = [...notes].sort((one, other) => rank(one) - rank(other)).map((note) => line(note, locale, called(note)));
   const more = lines.length - MOST_LINES;
+  const models = countModels(notes);
   return {
     severity: left.length > 0 ? "warn" : changed ? "success" : "info",
-    summary: changed ? strings.changed(countModels(notes)) : strings.unchanged,
-    detail: [...lines.slice(0, MOST_LINES), ...(more > 0 ? [strings.more(more)] : []), ...(changed ? [strings.undo] : [])].join("\n"),
+    summary: changed ? strings.changed(models) : strings.unchanged,
+    detail: [...lines.slice(0, MOST_LINES), ...(more > 0 ? [strings.more(more)] : []), ...(changed ? [...(models > 0 ? [strings.next] : []), strings.undo] : [])].join("\n"),
     // What is left to the user stays until it was read.
     ...(left.length > 0 ? {} : { life: SHOWN_MS }),
   };
@@ -150,11 +164,17 @@ const countModels = (notes) => notes.filter((note) => note.code === "loader" || 
 /**
  * @param {Note} note
  * @param {string} locale
+ * @param {string} node  what it is called
  */
-function line(note, locale) {
+function line(note, locale, node) {
   const strings = takeoverStrings(locale);
   const text = strings.chinese ? (NOTES_IN_CHINESE[note.code]?.(note.values) ?? note.text) : note.text;
-  return strings.note(note.graph, note.node, note.kind, text);
+  return PREDICATES.includes(note.code) ? strings.becomes(node, text) : strings.note(node, text);
+}
+
+/** @param {string} kind  of nodes; an archived one has no name in the page */
+function nameOf(kind) {
+  return String(/** @type {any} */ (globalThis).LiteGraph?.registered_node_types?.[kind]?.title ?? kind);
 }
 
 /** @param {any} node  whether its entry makes sense on this node's menu: it gives a MODEL and takes none, or is archived */

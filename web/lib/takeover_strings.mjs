@@ -17,9 +17,12 @@ const ENGLISH = {
   },
   meanwhile: "Another workflow was opened meanwhile, or this one was changed. Nothing is replaced; give the command again.",
   more: (/** @type {number} */ count) => `… and ${count} more`,
+  next: "Run, then read the line on the node.",
   undo: "Undo takes all of it back.",
-  note: (/** @type {string} */ graph, /** @type {string} */ node, /** @type {string} */ kind, /** @type {string} */ text) =>
-    `${graph && `${graph}, `}node ${node} (${kind}): ${text}`,
+  where: (/** @type {string} */ name, /** @type {string} */ graph) => `${name}${graph && ` (in ${graph})`}`,
+  numbered: (/** @type {string} */ name, /** @type {string} */ node) => `${name} ${node}`,
+  becomes: (/** @type {string} */ node, /** @type {string} */ text) => `${node} ${text}`,
+  note: (/** @type {string} */ node, /** @type {string} */ text) => `${node}: ${text}`,
 };
 
 /** @type {typeof ENGLISH} */
@@ -36,8 +39,12 @@ const CHINESE = {
   },
   meanwhile: "其间打开了另一个工作流，或此工作流有改动。未作任何替换；请再次执行命令。",
   more: (count) => `……另有 ${count} 条`,
+  next: "请运行，然后查看节点上的一行说明。",
   undo: "撤销一次即可全部恢复。",
-  note: (graph, node, kind, text) => `${graph && `${graph}，`}节点 ${node}（${kind}）：${text}`,
+  where: (name, graph) => `${name}${graph && `（在 ${graph} 中）`}`,
+  numbered: (name, node) => `${name} ${node}`,
+  becomes: (node, text) => `${node}：${text}`,
+  note: (node, text) => `${node}：${text}`,
 };
 
 export const TAKEOVER_LANGUAGES = { en: ENGLISH, zh: CHINESE };

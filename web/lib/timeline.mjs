@@ -139,6 +139,17 @@ export function moved({ from, to }, by, whole) {
 }
 
 /**
+ * Times of an axis in one unit, with as many digits as tell them apart.
+ * @param {readonly number[]} times  seconds, at equal distances
+ */
+export function tickTexts(times) {
+  const [unit, size] = Math.max(...times, 0) < 1 ? ["ms", 1e-3] : ["s", 1];
+  const step = times.length > 1 ? (times[1] - times[0]) / size : 1;
+  const digits = Math.max(0, Math.ceil(-Math.log10(step) - 1e-9));
+  return times.map((time) => `${(time / size).toFixed(digits)} ${unit}`);
+}
+
+/**
  * Round times for an axis: at most `count` of them in a range.
  * @param {Range} range
  * @param {number} count

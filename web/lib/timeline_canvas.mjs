@@ -2,8 +2,7 @@
  * Draws the lanes of a step on a canvas, in the panel's colours.
  */
 
-import { duration } from "./format.mjs";
-import { spanAt, ticks } from "./timeline.mjs";
+import { spanAt, ticks, tickTexts } from "./timeline.mjs";
 
 /** @import { Lane, Range, Span, TimelineView } from "./timeline.mjs" */
 
@@ -84,14 +83,16 @@ function drawSpans(context, lane, x, top, width, colour) {
  * @param {{width: number, height: number, line: string, text: string}} look
  */
 function drawAxis(context, range, x, { width, height, line, text }) {
-  for (const at of ticks(range, Math.floor(width / PIXELS_OF_TICK))) {
+  const times = ticks(range, Math.floor(width / PIXELS_OF_TICK));
+  const labels = tickTexts(times);
+  for (const [place, at] of times.entries()) {
     const left = x(at);
     context.globalAlpha = 0.25;
     context.fillStyle = line;
     context.fillRect(left, 0, 1, height - AXIS);
     context.globalAlpha = 0.8;
     context.fillStyle = text;
-    const label = duration(at);
+    const label = labels[place];
     const wide = context.measureText(label).width;
     context.fillText(label, Math.min(width - wide, Math.max(0, left - wide / 2)), height - 4);
   }

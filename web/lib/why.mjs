@@ -11,6 +11,7 @@ import * as format from "./format.mjs";
  *   narrow?: boolean, rate?: number, usual?: number, why?: string, others?: number, gain?: number, limit?: number,
  *   streamed?: number, total?: number | null, waiting?: number}} Cause
  * @typedef {{key: string, kind: string, device: string, text: string, todo: string, costs: string}} CauseView
+ *   costs: at most; of "room" it is all of the waiting
  */
 
 /** @type {Record<string, (cause: Cause, strings: Strings) => [text: string, todo: string]>} */
@@ -27,7 +28,7 @@ const SENTENCES = {
   limit: (cause, strings) => [strings.causelimit(format.bytes(cause.limit)), strings.dolimit(format.bytes(cause.gain))],
   unpacked: (cause, strings) => [strings.causeunpacked(sentence(strings.fromServer(cause.why ?? ""))), strings.dounpacked],
   room: (cause, strings) => [strings.causeroom(format.bytes(cause.streamed), format.bytes(cause.total)), strings.doroom],
-  compute: (cause, strings) => [strings.causecompute(format.percent(cause.waiting)), strings.docompute],
+  compute: (cause, strings) => [strings.causecompute, strings.docompute],
 };
 
 /**
@@ -49,7 +50,7 @@ export function causeViews(causes, model, strings) {
       device: several ? cause.device : "",
       text,
       todo,
-      costs: cause.seconds ? strings.costs(format.duration(cause.seconds)) : "",
+      costs: cause.seconds ? (cause.kind === "room" ? strings.costsInAll : strings.costs)(format.duration(cause.seconds)) : "",
     };
   });
 }

@@ -1,8 +1,8 @@
 /**
- * "Why is it slow?" in a model's card: the first cause and what to do, the others behind it.
+ * "Why is it slow?" in a model's card, or that it is not: the first cause and what to do, the others behind it.
  */
 
-import { el, setOptional, setShown, setText, syncList } from "./dom.mjs";
+import { el, setAttribute, setOptional, setShown, setText, syncList } from "./dom.mjs";
 
 /** @import { Part } from "./dom.mjs" */
 /** @import { Strings } from "./strings.mjs" */
@@ -11,14 +11,17 @@ import { el, setOptional, setShown, setText, syncList } from "./dom.mjs";
 /** @param {Strings} strings */
 export function whyCard(strings) {
   const list = el("ol", { class: "ws-list ws-causes" });
-  const title = el("p", { class: "ws-heading", "aria-hidden": "true" }, strings.why);
-  const element = el("section", { class: "ws-why", "aria-label": strings.why }, title, list);
+  const title = el("p", { class: "ws-heading", "aria-hidden": "true" });
+  const element = el("section", { class: "ws-why" }, title, list);
   const rows = new Map();
   return {
     element,
     /** @param {readonly CauseView[]} causes */
     update(causes) {
       setShown(element, causes.length > 0);
+      const heading = causes[0]?.kind === "compute" ? strings.asFast : strings.why;
+      setText(title, heading);
+      setAttribute(element, "aria-label", heading);
       syncList(list, rows, causes, causeRow);
     },
   };
