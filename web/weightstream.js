@@ -33,7 +33,7 @@ const nodes = graphNodes(app, workflows, api);
 const tab = sidebarTab({ feed, locale, nodes });
 const badge = topBarBadge({ app, feed, strings, open: () => tab.open(app) });
 const setting = (/** @type {string} */ id) => app.extensionManager?.setting?.get(id);
-const widgets = nodeWidgets({ app, feed, locale, nodes });
+const widgets = nodeWidgets({ app, feed, locale, nodes, openPanel: () => tab.open(app) });
 const lines = nodeLines({ app, locale, workflows });
 const picker = gpuPicker({ app, feed, locale });
 const inputs = settingsWidgets({ locale });

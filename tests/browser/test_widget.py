@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_page import HEIGHT, WIDTH, ComfyPage
+from comfy_page import HEIGHT, SIDEBAR_PANEL, WIDTH, ComfyPage
 from panel_page import AXE, FAULTS, SEED, UNFOLD, placed_prompt
 from playwright.sync_api import Locator, Route, expect
 from servers import TINY
@@ -31,6 +31,10 @@ READ_DEVICES = """panel => Object.fromEntries([...panel.querySelectorAll('.ws-de
     const bar = ['now', 'max'].map(name => Number(meter.getAttribute(`aria-value${name}`)))
     return [text('.ws-device-name'), { bar, ...Object.fromEntries(figures) }]
 }))"""
+READ_LINES = """widget => [...widget.querySelectorAll('.ws-device')].map(line => [
+    line.querySelector('.ws-device-name').textContent,
+    ...['now', 'max'].map(name => Number(line.querySelector('[role=meter]').getAttribute(`aria-value${name}`))),
+])"""
 # In place of the live panel, so that it has the width, the colours and the fonts that the page gives it.
 MOUNT_STATE = """async ([url, name]) => {
     const { STATES, fixedFeed } = await import(url)
@@ -50,6 +54,8 @@ HEAR_EVENTS = """() => {
     window.weightstreamHeard = []
     app.api.addEventListener('weightstream.status', () => window.weightstreamHeard.push(performance.now()))
 }"""
+# Of the tiny model on both devices, on the node.
+MODEL_LINE = re.compile(r"^\S+: [\d.]+ s/step · [<>]?\d+ % waiting · (streams|all stays|copied)")
 # Events come once a second.
 SILENT = "() => performance.now() - window.weightstreamHeard.at(-1) > 3000"
 
@@ -182,6 +188,22 @@ def expect_state(panel: Locator, *texts: str) -> None:
     expect(panel.locator(".ws-state-text")).to_have_text(re.compile("|".join(texts)), timeout=60_000)
 
 
+def expect_lines_of_the_route(widget: Locator, host: HeadlessHost, timeout_s: float = 10.0) -> None:
+    """Wait until the node has a line for each GPU with what the route says at the same moment."""
+    give_up = time.monotonic() + timeout_s
+    while True:
+        before, shown, after = bars_of(host), widget.evaluate(READ_LINES), bars_of(host)
+        if shown in (before, after):
+            return
+        if time.monotonic() > give_up:
+            assert shown == after
+        widget.page.wait_for_timeout(100)
+
+
+def bars_of(host: HeadlessHost) -> list[Any]:
+    return [[name, *device["bar"]] for name, device in devices_of(host).items()]
+
+
 def show_whole(panel: Locator) -> None:
     """Put the node aside, and have it be as high as what its panel shows."""
     panel.evaluate("""async panel => {
@@ -208,13 +230,14 @@ def test_the_panel_shows_what_the_route_says(comfy: ComfyPage, expected: demo.La
     comfy.load_prompt(placed_prompt())
     widget = comfy.page.locator(".ws-embedded")
     assert comfy.sample() == expected, "the same with the sidebar open"
-    for panel in (sidebar, widget):
-        shown = expect_figures_of_the_route(panel, comfy.host)
-        assert shown.keys() == {"gpu:0", "gpu:1"}
-        for device in shown.values():
-            assert device["resident"] != "0 B"
-            assert device["staging"] != "0 B"
-        expect(panel).to_contain_text(f"Last run: {demo.STEPS} steps")
+    shown = expect_figures_of_the_route(sidebar, comfy.host)
+    assert shown.keys() == {"gpu:0", "gpu:1"}
+    for device in shown.values():
+        assert device["resident"] != "0 B"
+        assert device["staging"] != "0 B"
+    expect(sidebar).to_contain_text(f"Last run: {demo.STEPS} steps")
+    expect_lines_of_the_route(widget, comfy.host)
+    expect(widget.locator(".ws-brief")).to_have_text([MODEL_LINE])
     assert comfy.our_errors == []
 
 
@@ -225,7 +248,6 @@ def test_the_panel_follows_a_run(comfy: ComfyPage, save_picture: Callable[..., N
     try:
         expect_state(sidebar, r"Streaming\b")
         widget = comfy.page.locator(".ws-embedded")
-        expect(widget.locator(".ws-device").first).to_contain_text("MB/s")
         comfy.page.set_viewport_size({"width": WIDTH, "height": 2 * HEIGHT})
         comfy.bring_into_view("WeightStreamGPUPlacement")
         show_whole(widget)
@@ -234,8 +256,8 @@ def test_the_panel_follows_a_run(comfy: ComfyPage, save_picture: Callable[..., N
         # The plan stands below the panel too, as text of the host.
         clip["height"] = inside["y"] + inside["height"] + 14 - clip["y"]
         save_picture(comfy.page, "widget", clip=clip)
-        for panel in (sidebar, widget):
-            expect_figures_of_the_route(panel, comfy.host)
+        expect_figures_of_the_route(sidebar, comfy.host)
+        expect_lines_of_the_route(widget, comfy.host)
     finally:
         comfy.host.interrupt()
         comfy.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
@@ -265,10 +287,30 @@ def test_the_node_shows_it_in_dom_rendering_too(comfy: ComfyPage, expected: demo
         widget = comfy.page.locator("[data-node-id] .ws-embedded")
         expect(widget).to_be_visible()
         assert comfy.sample() == expected
-        expect_figures_of_the_route(widget, comfy.host)
+        expect_lines_of_the_route(widget, comfy.host)
         assert comfy.our_errors == []
     finally:
         comfy.set("Comfy.VueNodes.Enabled", False)
+
+
+def test_the_node_keeps_to_a_few_lines_and_leads_to_the_panel(comfy: ComfyPage) -> None:
+    prompt = placed_prompt()
+    comfy.load_prompt(prompt)
+    workflow = comfy.workflow()
+    (node,) = [node for node in workflow["nodes"] if node["type"] == "WeightStreamGPUPlacement"]
+    # As it was saved when the node showed the whole panel.
+    node["size"] = [node["size"][0], node["size"][1] + 200]
+    comfy.load_workflow(workflow)
+    widget = comfy.page.locator(".ws-embedded")
+    expect(widget.locator(".ws-device")).to_have_count(2)
+    comfy.sample()
+    expect(widget.locator(".ws-brief")).to_have_text([MODEL_LINE])
+    assert len(widget.inner_text().splitlines()) <= 8, "two GPUs, a model, and a button"
+    sizes = {node["type"]: node["size"] for node in comfy.workflow()["nodes"]}
+    assert sizes["WeightStreamGPUPlacement"][1] == pytest.approx(node["size"][1], abs=1), "no node jumps"
+    for _ in range(2):
+        widget.get_by_role("button", name="Open the panel").press("Enter")
+        expect(comfy.page.locator(SIDEBAR_PANEL)).to_be_visible()
 
 
 def test_the_widget_is_not_saved_and_can_be_switched_off(comfy: ComfyPage) -> None:

@@ -107,6 +107,19 @@ export function syncList(parent, parts, items, make) {
 }
 
 /**
+ * As `syncList`; a list of nothing is not shown.
+ * @template {{key: string}} Item
+ * @param {HTMLElement} parent
+ * @param {Map<string, Part<Item>>} parts
+ * @param {readonly Item[]} items
+ * @param {(item: Item) => Part<Item>} make
+ */
+export function showList(parent, parts, items, make) {
+  syncList(parent, parts, items, make);
+  setShown(parent, items.length > 0);
+}
+
+/**
  * @template Item
  * @typedef {{element: HTMLElement, update(item: Item): void}} Part
  */

@@ -130,7 +130,8 @@ function weightBytes(part) {
 }
 
 /**
- * The model in a line, for where there is little room: how weights come at worst, and why; "" where none is loaded.
+ * The model in a line, for where there is little room: what a step of its last run took, and how weights come at worst;
+ * before that also why; "" where none is loaded.
  * @param {readonly Model[]} parts
  * @param {Strings} strings
  */
@@ -139,8 +140,12 @@ function brief(parts, strings) {
   if (loaded.length === 0) return "";
   const worst = WORST.find((ladder) => loaded.some((part) => part.ladder === ladder)) ?? loaded[0].ladder;
   const name = parts[0].name.replace(EXTENSION, "");
+  const loading = loadingView([...parts], strings);
+  if (loading) return strings.because(name, strings.and(strings.loading, loading.amount));
   if (worst === "unloaded") return strings.because(name, strings.loading);
   const step = strings[STEPS[worst]] ?? worst;
+  const ran = runInShort(parts.map((part) => part.last_run).filter((run) => run !== null && run !== undefined), strings);
+  if (ran) return strings.because(name, `${ran} · ${step}`);
   const reason = briefReason(loaded.filter((part) => part.ladder === worst), worst, strings);
   return strings.because(name, reason ? strings.and(step, reason) : step);
 }
@@ -218,6 +223,17 @@ function headline(runs, strings) {
   if (sumOf(runs, (run) => run.bytes) === 0) return strings.headlineResident(format.seconds(step));
   const waiting = format.percent(largest(runs, (run) => run.waiting));
   return strings.headline(format.seconds(step), waiting, format.rate(sumOf(runs, (run) => run.rate)));
+}
+
+/**
+ * @param {readonly Run[]} runs
+ * @param {Strings} strings
+ */
+function runInShort(runs, strings) {
+  const step = largest(runs, (run) => run.step_seconds);
+  if (step === null) return "";
+  const waiting = sumOf(runs, (run) => run.bytes) === 0 ? null : largest(runs, (run) => run.waiting);
+  return strings.headlineShort(format.seconds(step), waiting === null ? "" : format.percent(waiting));
 }
 
 /**

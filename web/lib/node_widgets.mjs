@@ -1,20 +1,21 @@
 /**
- * The panel on nodes, while the setting says so.
+ * VRAM in short on nodes, while the setting says so.
  */
 
-import { mountPanel } from "./panel.mjs";
+import { mountSummary } from "./node_summary.mjs";
 import { takePlace } from "./take_place.mjs";
 
 const NODE_TYPES = ["WeightStreamGPUPlacement"];
 const NAME = "weightstream_vram";
 const HOLDER = ".ws-holder:not(.ws-line-holder)";
 // As in the style sheet, which Nodes 2.0 goes by.
-const MIN_HEIGHT = 240;
+const MIN_HEIGHT = 110;
 
 /**
- * @param {{app: any, feed: import("./feed.mjs").Feed, locale: () => string, nodes: import("./graph_nodes.mjs").GraphNodes}} options
+ * @param {{app: any, feed: import("./feed.mjs").Feed, locale: () => string, nodes: import("./graph_nodes.mjs").GraphNodes,
+ *   openPanel: () => void}} options
  */
-export function nodeWidgets({ app, feed, locale, nodes }) {
+export function nodeWidgets({ app, feed, locale, nodes, openPanel }) {
   /** Nodes that are in a graph: of others the host does not say when they are gone. @type {Set<any>} */
   const present = new Set();
   /** @type {WeakMap<any, {widget: any, holder: HTMLElement, panel: {destroy(): void} | null}>} */
@@ -53,7 +54,7 @@ export function nodeWidgets({ app, feed, locale, nodes }) {
     attach(node);
     grow(node);
     const place = attached.get(node);
-    if (place && !place.panel) place.panel = mountPanel(place.holder, { feed, locale, embedded: true, nodes });
+    if (place && !place.panel) place.panel = mountSummary(place.holder, { feed, locale, nodes, open: openPanel });
   }
 
   /** @param {any} node */

@@ -1,30 +1,28 @@
 /**
- * The panel, in any element of any page. It shows what a feed says, and nothing while it cannot be seen.
+ * The panel, in any element of any page.
  */
 
 import { deviceRow } from "./device_row.mjs";
 import { PARTS } from "./device_view.mjs";
-import { el, setAttribute, setOptional, setShown, setText, syncList } from "./dom.mjs";
+import { el, setAttribute, setOptional, setShown, setText, showList } from "./dom.mjs";
 import { estimateCards } from "./estimate_card.mjs";
 import { estimatesOf } from "./estimates.mjs";
 import { fleetCard } from "./fleet_card.mjs";
 import { fold } from "./fold.mjs";
 import { NO_NODES } from "./graph_nodes.mjs";
+import { mountLive } from "./live_element.mjs";
 import { simpleBar } from "./meter.mjs";
 import { modelCard } from "./model_card.mjs";
 import { nodeButton } from "./node_button.mjs";
 import { reportButton } from "./report_button.mjs";
-import { stringsFor } from "./strings.mjs";
 import { buildView } from "./view.mjs";
-import { watchVisibility } from "./visibility.mjs";
 
 /** @import { Part } from "./dom.mjs" */
 /** @import { Feed, FeedState } from "./feed.mjs" */
 /** @import { GraphNodes } from "./graph_nodes.mjs" */
 /** @import { Strings } from "./strings.mjs" */
-/** @import { BriefView, HostView, NoticeView, ProgressView, View } from "./view.mjs" */
+/** @import { HostView, NoticeView, ProgressView, View } from "./view.mjs" */
 
-const STYLES = new URL("../weightstream.css", import.meta.url).href;
 // A value that moves to and fro across a limit would be read out each time.
 const SPEAK_MS = 5_000;
 // So long the card of a model that was freed here says so, though nothing of it is loaded.
@@ -32,55 +30,20 @@ const FREED_MS = 20_000;
 
 /**
  * @param {HTMLElement} container
- * @param {{feed: Feed, locale?: () => string, embedded?: boolean, nodes?: GraphNodes}} options  embedded: inside of a node;
- *   nodes: those of the graph that is open
+ * @param {{feed: Feed, locale?: () => string, nodes?: GraphNodes}} options  nodes: those of the graph that is open
  * @returns {{element: HTMLElement, destroy(): void}}
  */
-export function mountPanel(container, { feed, locale = () => "en", embedded = false, nodes = NO_NODES }) {
-  const classes = embedded ? "ws-panel ws-embedded" : "ws-panel";
-  // No landmark: a page may have many.
-  const element = el("div", { class: classes, role: "group", tabindex: "-1" });
-  // Nodes 2.0 zooms with the wheel wherever it is turned, but for what says this and has the focus.
-  if (embedded) element.dataset.captureWheel = "true";
-  /** @type {Strings | null} */
-  let strings = null;
-  /** @type {(state: FeedState) => void} */
-  let update = () => {};
-  const viewer = feed.watch((state) => {
-    const wanted = stringsFor(locale());
-    if (wanted !== strings) {
-      strings = wanted;
-      element.replaceChildren();
-      update = build(element, strings, { feed, nodes }, embedded);
-    }
-    const focused = element.contains(document.activeElement);
-    update(state);
-    // What had the focus is gone: from here the next Tab goes on in the panel, and not at the page's begin.
-    if (focused && !element.contains(document.activeElement)) element.focus({ preventScroll: true });
-  });
-  // In the panel's own place: other packs' elements share the page's head.
-  const style = el("link", { rel: "stylesheet", href: STYLES });
-  container.append(element, style);
-  const stop = watchVisibility(element, (visible) => viewer.show(visible));
-  return {
-    element,
-    destroy() {
-      stop();
-      viewer.close();
-      element.remove();
-      style.remove();
-    },
-  };
+export function mountPanel(container, { feed, locale = () => "en", nodes = NO_NODES }) {
+  return mountLive(container, { feed, locale, classes: "ws-panel", build: (root, strings) => build(root, strings, { feed, nodes }) });
 }
 
 /**
  * @param {HTMLElement} root
  * @param {Strings} strings
  * @param {{feed: Feed, nodes: GraphNodes}} page
- * @param {boolean} small
  * @returns {(state: FeedState) => void}
  */
-function build(root, strings, { feed, nodes }, small) {
+function build(root, strings, { feed, nodes }) {
   root.setAttribute("aria-label", strings.title);
   const state = stateLine(strings);
   const progress = progressLine();
@@ -95,20 +58,18 @@ function build(root, strings, { feed, nodes }, small) {
   const deviceNote = el("p", { class: "ws-muted" });
   const host = el("div", { class: "ws-host", role: "group", "aria-label": strings.host });
   const notices = el("ul", { class: "ws-list ws-notices", "aria-label": strings.notices });
-  const briefs = el("ul", { class: "ws-list ws-briefs", "aria-label": strings.briefs });
   const estimates = estimateCards(strings, nodes);
   const models = el("ul", { class: "ws-list ws-models", "aria-label": strings.models });
   const modelNote = el("p", { class: "ws-muted" });
   const idle = el("ul", { class: "ws-list ws-devices", "aria-label": strings.devices });
   const idleFold = fold("", idle);
   const idleText = /** @type {HTMLElement} */ (idleFold.firstElementChild);
-  const deviceParts = [devices, idleFold, deviceNote, legend];
-  // In a node the first lines are all that is seen without scrolling.
-  const order = small ? [briefs, ...deviceParts, notices] : [notices, fleet.element, ...deviceParts];
-  const report = small ? [] : [reportButton(feed, strings)];
-  root.append(state.element, progress.element, banner, ...order, host, estimates.element, models, modelNote, ...report);
+  root.append(
+    state.element, progress.element, banner, notices, fleet.element, devices, idleFold, deviceNote, legend, host, estimates.element,
+    models, modelNote, reportButton(feed, strings),
+  );
 
-  const rows = { devices: new Map(), idle: new Map(), host: new Map(), notices: new Map(), models: new Map(), briefs: new Map() };
+  const rows = { devices: new Map(), idle: new Map(), host: new Map(), notices: new Map(), models: new Map() };
   /** When each was freed here. @type {Map<string, number>} */
   const freed = new Map();
   let now = 0;
@@ -124,11 +85,10 @@ function build(root, strings, { feed, nodes }, small) {
   return (feedState) => {
     now = feedState.now;
     const view = buildView(feedState, strings, {
-      small,
       keep: (id) => now - (freed.get(id) ?? -Infinity) < FREED_MS,
       title: nodes.title,
       held: nodes.notices,
-      estimates: small ? [] : estimatesOf(feedState, feed.estimates, nodes.models),
+      estimates: estimatesOf(feedState, feed.estimates, nodes.models),
     });
     root.dataset.state = view.state.key;
     root.classList.toggle("ws-old", view.old);
@@ -137,9 +97,8 @@ function build(root, strings, { feed, nodes }, small) {
     setOptional(banner, view.banner);
     banner.className = `ws-note ws-banner ws-tone-${view.state.tone}`;
     showList(notices, rows.notices, view.notices, () => noticeRow(nodes));
-    if (small) showList(briefs, rows.briefs, view.briefs, briefRow);
     fleet.update(view.fleet);
-    showList(devices, rows.devices, view.devices, (device) => deviceRow(device, strings, small));
+    showList(devices, rows.devices, view.devices, (device) => deviceRow(device, strings, false));
     showList(idle, rows.idle, view.idle, (device) => deviceRow(device, strings, true));
     setText(idleText, view.idleText);
     setShown(idleFold, view.idle.length > 0);
@@ -150,18 +109,6 @@ function build(root, strings, { feed, nodes }, small) {
     setOptional(modelNote, view.modelNote);
     estimates.update(view.estimates);
   };
-}
-
-/**
- * @template {{key: string}} Item
- * @param {HTMLElement} parent
- * @param {Map<string, Part<Item>>} parts
- * @param {readonly Item[]} items
- * @param {(item: Item) => Part<Item>} make
- */
-function showList(parent, parts, items, make) {
-  syncList(parent, parts, items, make);
-  setShown(parent, items.length > 0);
 }
 
 /** @param {Strings} strings */
@@ -221,21 +168,6 @@ function hostRow(first) {
       setText(amount, view.amount);
       setOptional(warning, view.warning);
       bar.update(view.meter, view.fill);
-    },
-  };
-}
-
-/** @returns {Part<BriefView>} */
-function briefRow() {
-  const dot = el("span", { "aria-hidden": "true" });
-  const text = el("span", { class: "ws-brief-text" });
-  const element = el("li", { class: "ws-brief" }, dot, text);
-  return {
-    element,
-    update(view) {
-      dot.className = `ws-dot ws-tone-${view.tone}`;
-      setText(text, view.text);
-      setAttribute(element, "title", view.text);
     },
   };
 }

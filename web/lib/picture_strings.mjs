@@ -13,6 +13,7 @@ export const ENGLISH_PICTURES = {
   goToNode: (/** @type {string} */ name) => `Go to the node ${name}`,
   headline: (/** @type {string} */ step, /** @type {string} */ waiting, /** @type {string} */ rate) =>
     `${step}/step · ${waiting} waiting · ${rate}`,
+  headlineShort: (/** @type {string} */ step, /** @type {string} */ waiting) => `${step}/step${waiting && ` · ${waiting} waiting`}`,
   headlineResident: (/** @type {string} */ step) => `${step}/step · nothing to copy`,
   progress: (/** @type {Progress} */ { done, total, left }) => `Step ${done} of ${total}${left && ` · ${left} left`}`,
   progressLabel: "Progress of the run",
@@ -99,6 +100,7 @@ export const CHINESE_PICTURES = {
   idleGpus: (count) => `${count} 个空闲 GPU`,
   goToNode: (name) => `转到节点 ${name}`,
   headline: (step, waiting, rate) => `每步 ${step} · 等待 ${waiting} · ${rate}`,
+  headlineShort: (step, waiting) => `每步 ${step}${waiting && ` · 等待 ${waiting}`}`,
   headlineResident: (step) => `每步 ${step} · 无需拷贝`,
   progress: ({ done, total, left }) => `第 ${done} 步，共 ${total} 步${left && ` · 剩余 ${left}`}`,
   progressLabel: "运行进度",

@@ -40,19 +40,19 @@ const MOST_OPEN = 2;
 /**
  * @param {FeedState} feed
  * @param {Strings} strings
- * @param {{small?: boolean, keep?: (id: string) => boolean, title?: (id: string, model?: string) => string,
- *   estimates?: readonly Known[], held?: (notices: readonly Notice[]) => Notice[]}} [options]  small: there is no room for the figures of each device; keep: whether a model is
+ * @param {{keep?: (id: string) => boolean, title?: (id: string, model?: string) => string,
+ *   estimates?: readonly Known[], held?: (notices: readonly Notice[]) => Notice[]}} [options]  keep: whether a model is
  *   shown though nothing of it is loaded; title: what a node is called, "" where the open workflow has
  *   no such node; estimates: of models that the open workflow names; held: the notices that hold there
  * @returns {View}
  */
-export function buildView(feed, strings, { small = false, keep = () => false, title = () => "", estimates = [], held = (all) => [...all] } = {}) {
+export function buildView(feed, strings, { keep = () => false, title = () => "", estimates = [], held = (all) => [...all] } = {}) {
   const status = merge(feed.status, feed.event);
   const old = feed.link === "stale" || feed.link === "gone";
   const usable = feed.link === "missing" || feed.link === "newer" ? null : status;
   const all = usable?.devices ?? [];
   const rests = (/** @type {Device} */ device) => isIdle(device) && !isRunning(device.device, usable?.fleet);
-  const open = (/** @type {Device} */ device) => !small && all.length <= MOST_OPEN && (all.length === 1 || !rests(device));
+  const open = (/** @type {Device} */ device) => all.length <= MOST_OPEN && (all.length === 1 || !rests(device));
   const shown = all.map((device) => ({ idle: rests(device), view: deviceView(device, feed, strings, open(device)) }));
   // Who is near its limit is not put aside.
   const aside = all.length > MOST_OPEN ? shown.filter(({ idle, view }) => idle && view.warning === "") : [];
