@@ -1,6 +1,6 @@
 /**
- * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, a widget and a picker of GPUs on GPU Placement,
- * presets, a badge, toasts, commands and settings.
+ * What the pack adds to ComfyUI's page: a sidebar tab, a line on nodes, VRAM and a picker of GPUs on GPU Placement,
+ * Streaming Report, presets, a badge, toasts, commands and settings.
  *
  * The page imports every `.js` file of this folder, so this is the only one.
  */
@@ -13,6 +13,7 @@ import { gpuPicker } from "./lib/gpu_picker.mjs";
 import { graphNodes } from "./lib/graph_nodes.mjs";
 import { LINE_EVENT, nodeLines } from "./lib/node_lines.mjs";
 import { nodeWidgets } from "./lib/node_widgets.mjs";
+import { reportNodes } from "./lib/report_node.mjs";
 import { settingsWidgets } from "./lib/settings_widgets.mjs";
 import { sidebarTab } from "./lib/sidebar_tab.mjs";
 import { stringsFor } from "./lib/strings.mjs";
@@ -35,6 +36,7 @@ const badge = topBarBadge({ app, feed, strings, open: () => tab.open(app) });
 const setting = (/** @type {string} */ id) => app.extensionManager?.setting?.get(id);
 const widgets = nodeWidgets({ app, feed, locale, nodes, openPanel: () => tab.open(app) });
 const lines = nodeLines({ app, locale, workflows });
+const reports = reportNodes({ app, api, locale });
 const picker = gpuPicker({ app, feed, locale });
 const inputs = settingsWidgets({ locale });
 const takingOver = takeover({ app, api, locale });
@@ -84,6 +86,7 @@ app.registerExtension({
   nodeCreated(/** @type {any} */ node) {
     inputs.add(node);
     picker.add(node);
+    reports.add(node);
     widgets.add(node);
   },
 });

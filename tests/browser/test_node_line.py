@@ -22,6 +22,7 @@ FAULTS = """async () => (await axe.run('.ws-line-holder', { resultTypes: ['viola
     .map(({ id, nodes }) => `${id}: ${nodes[0].html}`)"""
 LINE = re.compile(r"^[\d.]+ s/step · .*gpu:0, gpu:1$")
 PLACEMENT = "WeightStreamGPUPlacement"
+REPORT = "WeightStreamReport"
 HOST_TEXT = "$$node-text-preview"
 # Where a node is drawn, and where the line on it is: left, top, right, bottom.
 BOXES = """async type => {
@@ -39,9 +40,19 @@ BOXES = """async type => {
 SEND_LINE = """line => app.api.dispatchEvent(new CustomEvent('weightstream.line', { detail: line }))"""
 # As the server makes it, of a node 5, which is another's in the workflow of these tests.
 STRAY = {
-    **{"node": "5", "devices": ["gpu:0"], "seconds": 1.0, "waiting": None, "more_bytes": 0, "more_seconds": 0.0},
-    **{"more_device": "", "kept_bytes": 1, "total_bytes": 2, "staged_bytes": 0, "synchronous": False},
-    **{"text": "1 s/step", "details": []},
+    "node": "5",
+    "devices": ["gpu:0"],
+    "seconds": 1.0,
+    "waiting": None,
+    "more_bytes": 0,
+    "more_seconds": 0.0,
+    "more_device": "",
+    "kept_bytes": 1,
+    "total_bytes": 2,
+    "staged_bytes": 0,
+    "synchronous": False,
+    "text": "1 s/step",
+    "details": [],
 }
 TABS = "[role=tab], .workflow-tab, .p-togglebutton"
 WIDGETS = "type => app.graph.nodes.find(node => node.type === type).widgets.map(({ name }) => name)"
@@ -121,6 +132,26 @@ def test_a_line_stays_with_its_workflow(comfy: ComfyPage) -> None:
     expect(fold.locator("summary")).to_have_text(text)
     assert HOST_TEXT not in comfy.page.evaluate(WIDGETS, PLACEMENT)
     assert comfy.our_errors == []
+
+
+@pytest.mark.usefixtures("rendering")
+def test_streaming_report_says_on_its_node_why_it_is_slow(comfy: ComfyPage) -> None:
+    prompt = copy.deepcopy(demo.api_prompt(TINY, demo.OURS, SEED))
+    prompt["report"] = {"class_type": REPORT, "inputs": {"model": ["lora", 0], "trigger": ["sampler", 0]}}
+    comfy.set("Comfy.Locale", "zh")
+    try:
+        comfy.load_prompt(prompt)
+        comfy.sample()
+        report = comfy.page.locator(".ws-report-holder .ws-panel")
+        expect(report.locator(".ws-headline")).to_have_text(re.compile(r"^每步 [\d.]+ s · 等待"))
+        expect(report.locator(".ws-cause")).to_have_count(1)
+        expect(report.locator(".ws-todo")).not_to_be_empty()
+        assert HOST_TEXT not in comfy.page.evaluate(WIDGETS, REPORT), "no Markdown beside it"
+        comfy.page.add_script_tag(path=str(AXE))
+        assert comfy.page.evaluate(FAULTS.replace(".ws-line-holder", ".ws-report-holder")) == []
+        assert comfy.our_errors == []
+    finally:
+        comfy.set("Comfy.Locale", "en")
 
 
 def test_the_line_has_the_language_of_the_page(comfy: ComfyPage) -> None:

@@ -13,6 +13,8 @@ from comfy_api.latest import io
 
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
 LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir())
+HELP = LOCALES.parent / "web" / "docs"
+ITEM = re.compile(r"^- (\*\*.+?)[:：]", re.MULTILINE)
 # What the host reads (its custom_node_manager.py); it knows no other files.
 FILES = {"main.json", "nodeDefs.json", "commands.json", "settings.json"}
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -92,3 +94,23 @@ def test_choices_and_flags_are_named_in_every_language(schemas: dict[str, Any]) 
     for path, text in leaves(read("en", "nodeDefs.json")).items():
         if path[-1] != "name":
             assert sorted(words.findall(text)) == sorted(words.findall(chinese[path])), path
+
+
+def items_of(page: Path) -> list[str]:
+    """The names that begin the items of lists, in their order."""
+    return [name for item in ITEM.findall(page.read_text("utf-8")) for name in re.findall(r"\*\*(.+?)\*\*", item)]
+
+
+def test_help_has_every_input_in_every_language_and_fits_a_narrow_panel(schemas: dict[str, Any]) -> None:
+    """Of a table ComfyUI's panel leaves the second column no room."""
+    assert {page.stem for page in HELP.glob("*.md")} == set(schemas)
+    for node_id, texts in schemas.items():
+        pages = [
+            HELP / f"{node_id}.md",
+            *(HELP / node_id / f"{language}.md" for language in LANGUAGES if language != "en"),
+        ]
+        for page in pages:
+            assert not [line for line in page.read_text("utf-8").splitlines() if line.startswith("|")], page
+            assert set(texts["inputs"]) <= set(items_of(page)), page
+            assert items_of(page) == items_of(pages[0]), page
+        assert all(CHINESE.search(line) for line in pages[1].read_text("utf-8").splitlines() if line.startswith("- "))

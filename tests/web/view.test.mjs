@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
+import { reportView } from "../../web/lib/report_node.mjs";
 import { stringsFor } from "../../web/lib/strings.mjs";
 import { buildView } from "../../web/lib/view.mjs";
 import { GB, GIB, STATES, device, event, feedState, host, model, run, status } from "./states.mjs";
@@ -265,6 +266,23 @@ test("notices name the node, and are spoken with the state", () => {
   assert.match(shown.state.spoken, /^Idle\. Not streaming Flux: left as it is: /);
   const file = status({ notices: [{ node_id: null, name: "a.gguf", kind: "inactive", text: "why" }] });
   assert.equal(view(feedState(file)).notices[0].title, "Not streaming: a.gguf");
+});
+
+test("Streaming Report says what a card says, with the first cause alone, in each language", () => {
+  const { models, causes } = /** @type {any} */ (STATES.slow.status);
+  const report = { streams: true, model: models[0].name, models, notices: [] };
+  const told = reportView(report, causes, EN);
+  assert.deepEqual([told.title, told.headline], ["flux1-dev.safetensors", "3.450 s/step · 86 % waiting · 6.3 GB/s"]);
+  assert.deepEqual(told.causes.map(({ kind }) => kind), ["link"]);
+  assert.match(told.parts[0], /^gpu:0: streams from the file: the limit/);
+  assert.match(told.details.join("|"), /^gpu:0: 20\.1 GiB a step .*\|Last run: 20 steps/);
+  assert.doesNotMatch(JSON.stringify(told), /\*\*/, "no Markdown");
+  const chinese = reportView(report, causes, stringsFor("zh"));
+  for (const text of [chinese.headline, ...chinese.parts, ...chinese.details, chinese.causes[0].text, chinese.causes[0].todo]) {
+    assert.doesNotMatch(text, /[a-z]+ [a-z]+ [a-z]+/);
+  }
+  const other = reportView({ streams: false, model: "Flux", models: [], notices: [{ node_id: null, name: "Flux", kind: "inactive", text: "why" }] }, causes, EN);
+  assert.deepEqual([other.headline, other.causes, other.notices], ["does not stream: ComfyUI moves its weights", [], ["Flux: why"]]);
 });
 
 test("two equal notices are two", () => {

@@ -6,6 +6,7 @@
 
 import { el, setText } from "./dom.mjs";
 import { findOurs, isOurs } from "./graph_nodes.mjs";
+import { withoutHostText } from "./host_text.mjs";
 import { lineText } from "./line.mjs";
 import { stringsFor } from "./strings.mjs";
 import { takePlace } from "./take_place.mjs";
@@ -16,8 +17,6 @@ import { takePlace } from "./take_place.mjs";
 
 export const LINE_EVENT = "weightstream.line";
 const NAME = "weightstream_line";
-// The host's own text on a node, which has said the same, in English, to pages without this.
-const HOST_TEXT = "$$node-text-preview";
 const STYLES = new URL("../weightstream.css", import.meta.url).href;
 // The pack's teal, with enough contrast for small letters.
 const BADGE_TEXT = "#ffffff";
@@ -178,15 +177,6 @@ export function nodeLines({ app, locale, workflows }) {
 function inWords(detail, strings) {
   const [device, ...plan] = detail.split(": ");
   return strings.because(device, strings.fromServer(plan.join(": ")));
-}
-
-/**
- * @param {any} node
- * @param {(text: unknown) => boolean} [is]  what it says then
- */
-function withoutHostText(node, is = () => true) {
-  const widget = (node.widgets ?? []).find((/** @type {any} */ each) => each.name === HOST_TEXT);
-  if (widget && is(widget.value)) node.removeWidget(widget);
 }
 
 /**

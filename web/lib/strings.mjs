@@ -110,6 +110,7 @@ const ENGLISH = {
 
   /** What the server says, in the language of the page. */
   fromServer: (/** @type {string} */ text) => text,
+  streamsNot: "does not stream: ComfyUI moves its weights",
   automatic: "auto",
   unlimited: "no limit",
   lineStep: (/** @type {string} */ step) => `${step}/step`,
@@ -224,6 +225,7 @@ const CHINESE = {
   corrupted: (count) => `${count} 次拷贝损坏，已重新拷贝`,
 
   fromServer: inChinese,
+  streamsNot: "未流式传输：由 ComfyUI 移动其权重",
   automatic: "自动",
   unlimited: "不限",
   lineStep: (step) => `每步 ${step}`,
