@@ -14,7 +14,7 @@ from comfy_api.latest import io
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
 LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir())
 HELP = LOCALES.parent / "web" / "docs"
-ITEM = re.compile(r"^- (\*\*.+?)[:：]", re.MULTILINE)
+ITEM = re.compile(r"^- (\*\*.+?)[:\uff1a]", re.MULTILINE)
 # What the host reads (its custom_node_manager.py); it knows no other files.
 FILES = {"main.json", "nodeDefs.json", "commands.json", "settings.json"}
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -105,10 +105,8 @@ def test_help_has_every_input_in_every_language_and_fits_a_narrow_panel(schemas:
     """Of a table ComfyUI's panel leaves the second column no room."""
     assert {page.stem for page in HELP.glob("*.md")} == set(schemas)
     for node_id, texts in schemas.items():
-        pages = [
-            HELP / f"{node_id}.md",
-            *(HELP / node_id / f"{language}.md" for language in LANGUAGES if language != "en"),
-        ]
+        others = [HELP / node_id / f"{language}.md" for language in LANGUAGES if language != "en"]
+        pages = [HELP / f"{node_id}.md", *others]
         for page in pages:
             assert not [line for line in page.read_text("utf-8").splitlines() if line.startswith("|")], page
             assert set(texts["inputs"]) <= set(items_of(page)), page
