@@ -180,7 +180,7 @@ def test_runs_stand_side_by_side(ran: ComfyPage) -> None:
     expect(rows).to_have_count(3)
     expect(rows.first).to_contain_text("latest")
     expect(rows.first.locator("td").first).to_have_text(str(STEPS))
-    expect(part.locator(".ws-line")).to_have_count(9)
+    expect(part.locator(".ws-plot-line")).to_have_count(9)
     latest = rows.first.locator("th").inner_text()
     sample_again(ran, 9)
     expect(rows.first.locator("th")).not_to_have_text(latest)

@@ -71,7 +71,7 @@ function plotPart(first) {
       const path = paths.get(line.key) ?? svg("path", { fill: "none", "vector-effect": "non-scaling-stroke" });
       paths.set(line.key, path);
       setAttribute(path, "d", line.path);
-      setAttribute(path, "class", `ws-line ws-age-${line.age}`);
+      setAttribute(path, "class", `ws-plot-line ws-age-${line.age}`);
       lines.append(path);
     }
   }
