@@ -89,7 +89,7 @@ TEXTS = {
     "slow": [
         "3.450 s/step · 86 % waiting · 6.3 GB/s",
         "The card's link runs at PCIe 4.0 x4; the card can do PCIe 4.0 x8.",
-        "up to 1.710 s of each step",
+        "up to 1.71 s of each step",
         "Close them (browsers, games, other ComfyUIs): 1.9 GiB of weights could stay in VRAM.",
     ],
     "packed": [

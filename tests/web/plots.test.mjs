@@ -40,7 +40,7 @@ test("lines share a scale, in which the first steps are cut off", () => {
   assert.equal(seconds.lines[0].path, "M0 0L100 0L200 0");
   assert.equal(seconds.lines[1].path, `M0 0L100 0L200 ${PLOT.height / 2}`);
   assert.deepEqual([seconds.latest, waiting.latest, waiting.most], ["1.000 s", "25 %", "100 %"], "what is above is the latest run's");
-  assert.equal(seconds.label, "step over the steps of the last runs; latest run on average 1.000 s");
+  assert.equal(seconds.label, "s/step over the steps of the last runs; latest run on average 1.000 s");
 });
 
 test("one step is a dot, and no figure is divided by nothing", () => {

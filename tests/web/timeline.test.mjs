@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { duration, timeLeft } from "../../web/lib/format.mjs";
+import { duration, estimated, timeLeft } from "../../web/lib/format.mjs";
 import { stringsFor } from "../../web/lib/strings.mjs";
 import { moved, spanAt, ticks, tickTexts, timelineView, zoomed } from "../../web/lib/timeline.mjs";
 import { trace } from "./states.mjs";
@@ -74,5 +74,6 @@ test("an axis has one unit, and digits that tell its times apart", () => {
 
 test("short and long times are written so that they can be read", () => {
   assert.deepEqual([0.0052, 0.0312, 0.324, 12.51, null].map(duration), ["5.20 ms", "31.2 ms", "0.324 s", "12.5 s", "–"]);
+  assert.deepEqual([0.00523, 0.0312, 0.3241, 1.714, 12.51].map(estimated), ["5.23 ms", "31.2 ms", "0.324 s", "1.71 s", "12.5 s"]);
   assert.deepEqual([0, 4.4, 59.6, 245, 3723].map(timeLeft), ["0 s", "4 s", "1:00", "4:05", "1:02:03"]);
 });

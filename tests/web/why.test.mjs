@@ -30,11 +30,11 @@ test("the number that matters stands in each sentence", () => {
   const [link, unpinned, others, room] = causeViews(STATES.slow.status?.causes ?? [], "1", EN);
   assert.equal(link.text, "The card's link runs at PCIe 4.0 x4; the card can do PCIe 4.0 x8.");
   assert.match(link.todo, /slot with all lanes/);
-  assert.equal(link.costs, "up to 1.710 s of each step");
+  assert.equal(link.costs, "up to 1.71 s of each step");
   assert.match(unpinned.text, /^7.3 GiB are not in page-locked RAM: the limit of 12.8 GiB/);
   assert.match(others.todo, /1.9 GiB of weights could stay/);
   assert.match(room.text, /^20.1 GiB of weights have no room in 8.0 GiB/);
-  assert.equal(room.costs, "2.970 s of waiting in all", "the others are part of it");
+  assert.equal(room.costs, "2.97 s of waiting in all", "the others are part of it");
 });
 
 test("a slow generation is another matter than few lanes", () => {

@@ -142,6 +142,15 @@ export function duration(value) {
 }
 
 /**
+ * A time that is an estimate: `5.23 ms`, `0.32 s`, `1.71 s`.
+ * @param {number} value  seconds
+ */
+export function estimated(value) {
+  const [number, unit] = value < 0.1 ? [value * 1000, "ms"] : [value, "s"];
+  return `${Number(number.toPrecision(3))} ${unit}`;
+}
+
+/**
  * `4:05`, `1:02:03`, `42 s`: what is left of a run.
  * @param {number} value  seconds
  */

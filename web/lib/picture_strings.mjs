@@ -47,7 +47,7 @@ export const ENGLISH_PICTURES = {
   docompute: "More VRAM or a faster bus would gain nothing. Fewer steps or a smaller picture would.",
 
   stepsTitle: "Steps of the last runs",
-  secondsPerStep: "step",
+  secondsPerStep: "s/step",
   copyRate: "copies",
   waitingPart: "waiting",
   runName: (/** @type {number} */ number) => `Run ${number}`,
@@ -134,7 +134,7 @@ export const CHINESE_PICTURES = {
   docompute: "更多显存或更快的总线不会更快；更少的步数或更小的图像会。",
 
   stepsTitle: "最近几次运行的各步",
-  secondsPerStep: "每步",
+  secondsPerStep: "秒/步",
   copyRate: "拷贝",
   waitingPart: "等待",
   runName: (number) => `运行 ${number}`,

@@ -50,7 +50,7 @@ export function causeViews(causes, model, strings) {
       device: several ? cause.device : "",
       text,
       todo,
-      costs: cause.seconds ? (cause.kind === "room" ? strings.costsInAll : strings.costs)(format.duration(cause.seconds)) : "",
+      costs: cause.seconds ? (cause.kind === "room" ? strings.costsInAll : strings.costs)(format.estimated(cause.seconds)) : "",
     };
   });
 }
