@@ -19,7 +19,7 @@ class Weight(Enum):
 
 # The page has these in other languages (web/lib/takeover.mjs), by the same codes.
 TEXTS: dict[str, tuple[Weight, str]] = {
-    "loader": (Weight.CHANGED, f"is {LOADER.title} now"),
+    "loader": (Weight.CHANGED, f"is a {LOADER.title} now"),
     "host": (Weight.CHANGED, "is {name} now"),
     "settings": (Weight.CHANGED, f"{SETTINGS.title} follows it now"),
     "settings-clip": (Weight.CHANGED, f"streams through {SETTINGS.title} now"),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_page import HEIGHT, WIDTH, ComfyPage
+from comfy_page import HEIGHT, RUN_BUTTON, WIDTH, ComfyPage
 from panel_page import AXE, FAULTS, UNFOLD, placed_prompt
 from playwright.sync_api import Locator, expect
+from servers import TINY
 
 from tools import demo
 from tools.host import PromptInterrupted
@@ -40,6 +41,11 @@ SET_SEED = """seed => {
 }"""
 # Of the page that ComfyUI brings, and of newer ones.
 TOAST = ".p-toast-message, [data-toast-kind]"
+TABS = "[role=tab], .workflow-tab, .p-togglebutton"
+SET_DEVICES = """devices => {
+    const placement = app.graph.nodes.find(node => node.type === 'WeightStreamGPUPlacement')
+    placement.widgets.find(widget => widget.name === 'devices').value = devices
+}"""
 SELECTED = "() => Object.values(app.canvas.selected_nodes ?? {}).map(node => node.type)"
 SEND_NOTICE = """notice => app.api.dispatchEvent(new CustomEvent('weightstream.notice', { detail: notice }))"""
 NO_CLIPBOARD = "() => Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })"
@@ -246,6 +252,28 @@ def test_a_fallback_is_said_by_a_toast(comfy: ComfyPage) -> None:
     shown = comfy.page.locator(TOAST, has_text="left as it is")
     expect(shown).to_have_count(1)
     shown.locator("button").first.click()
+
+
+def test_a_notice_goes_with_its_cause_and_what_is_refused_is_one(comfy: ComfyPage) -> None:
+    prompt: dict[str, Any] = placed_prompt(steps=1)
+    prompt["placement"]["inputs"]["devices"] = "gpu:0,gpu:9"
+    comfy.load_prompt(prompt)
+    placed = comfy.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.filename")
+    notices = comfy.open_sidebar().locator(".ws-notices li")
+    comfy.sample()
+    expect(notices).to_contain_text(["Placed differently: GPU Placement gpu:9 is not there"])
+    expect(notices.get_by_role("button")).to_have_count(1)
+    comfy.load_prompt(demo.api_prompt(TINY, demo.OURS, 1))
+    expect(notices).to_have_count(0)
+    comfy.page.locator(TABS).filter(has_text=placed).first.click()
+    expect(notices).to_have_count(1)
+    comfy.page.evaluate(SET_DEVICES, "cuda:x")
+    expect(notices).to_have_count(0)
+    comfy.page.locator(RUN_BUTTON).click()
+    expect(notices).to_contain_text(["Not run: GPU Placement devices='cuda:x': 'cuda:x' is no GPU"])
+    comfy.page.evaluate(SET_DEVICES, "gpu:0")
+    expect(notices).to_have_count(0)
+    comfy.page.keyboard.press("Escape")
 
 
 def test_a_report_is_copied_or_shown(ran: ComfyPage) -> None:

@@ -109,7 +109,7 @@ def test_a_loader_in_a_subgraph_streams_too(comfy: ComfyPage) -> None:
     graph = workflow(node(40, GUI, []))
     graph["definitions"] = {"subgraphs": [subgraph(GUI, "Loading", inner, [])]}
     comfy.load_workflow(graph)
-    stream(comfy, "Load Diffusion Model (in Loading) is Streamed Model Loader now")
+    stream(comfy, "Load Diffusion Model (in Loading) is a Streamed Model Loader now")
     [definition] = comfy.workflow()["definitions"]["subgraphs"]
     assert sorted(one["type"] for one in definition["nodes"]) == ["LoraLoaderModelOnly", OURS]
     [link] = definition["links"]

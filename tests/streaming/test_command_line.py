@@ -27,7 +27,7 @@ def test_it_writes_beside_the_file_and_says_what_it_did(file: Path, capsys: pyte
     written = file.with_name("flux 工作流_streamed.json")
     assert json.loads(written.read_text("utf-8"))["nodes"][0]["type"] == OURS
     said = capsys.readouterr().out.splitlines()
-    assert said == ["changed  node 1 (UNETLoader): is Streamed Model Loader now", f"written to {written}"]
+    assert said == ["changed  node 1 (UNETLoader): is a Streamed Model Loader now", f"written to {written}"]
     assert "UNETLoader" in file.read_text("utf-8"), "the file itself stays"
 
     assert main(["convert", str(written)]) == 0
@@ -45,7 +45,7 @@ def test_the_terminal_gets_the_workflow_alone(file: Path, capsys: pytest.Capture
     assert main(["convert", str(file), "-"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["nodes"][0]["type"] == OURS
-    assert "is Streamed Model Loader now" in printed.err
+    assert "is a Streamed Model Loader now" in printed.err
 
 
 @pytest.mark.parametrize(

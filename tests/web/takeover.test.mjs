@@ -5,7 +5,7 @@ import { test } from "node:test";
 import { COMMAND, isLoader, message, replaceWorkflow, takeover } from "../../web/lib/takeover.mjs";
 import { NOTES_IN_CHINESE, TAKEOVER_LANGUAGES } from "../../web/lib/takeover_strings.mjs";
 
-const CHANGED = { code: "loader", weight: "changed", node: "4", kind: "UNETLoader", graph: "", values: {}, text: "is Streamed Model Loader now" };
+const CHANGED = { code: "loader", weight: "changed", node: "4", kind: "UNETLoader", graph: "", values: {}, text: "is a Streamed Model Loader now" };
 const LEFT = { code: "unread", weight: "left", node: "4", kind: "Old", graph: "Inner", values: { name: "a", value: "b" }, text: "a='b' cannot be read" };
 
 /** A page that keeps states as ComfyUI's does, and a server that answers ``answer``. */
@@ -61,7 +61,7 @@ test("the converted workflow is shown, and undo has one more state: what was sho
   assert.equal(tracker.undoQueue.length, 2, "what the page makes of it is no step of its own");
   assert.equal(toasts[0].severity, "success");
   assert.equal(toasts[0].summary, "1 model streams now");
-  assert.match(toasts[0].detail, /^UNETLoader is Streamed Model Loader now\nRun, then read the line on the node\.\nUndo/);
+  assert.match(toasts[0].detail, /^UNETLoader is a Streamed Model Loader now\nRun, then read the line on the node\.\nUndo/);
 });
 
 test("a workflow that needs no change is left alone", async () => {
@@ -159,9 +159,9 @@ test("nodes have the page's names, and numbers where a name may mean several", (
   const notes = [{ ...CHANGED, graph: "Text to Image" }, CHANGED, { ...CHANGED, node: "9" }];
   const lines = message({ workflow: {}, changed: true, notes }, "en", named).detail.split("\n");
   assert.deepEqual(lines.slice(0, 3), [
-    "Load Diffusion Model (in Text to Image) is Streamed Model Loader now",
-    "Load Diffusion Model 4 is Streamed Model Loader now",
-    "Load Diffusion Model 9 is Streamed Model Loader now",
+    "Load Diffusion Model (in Text to Image) is a Streamed Model Loader now",
+    "Load Diffusion Model 4 is a Streamed Model Loader now",
+    "Load Diffusion Model 9 is a Streamed Model Loader now",
   ]);
 });
 

@@ -264,5 +264,5 @@ def test_each_note_has_a_text_and_what_is_left_comes_last() -> None:
     assert len(lines) == len(TEXTS)
     weights = [line.split()[0] for line in lines]
     assert weights == sorted(weights, key=[weight.value for weight in Weight].index)
-    assert lines[0] == "changed  Loading, node 4 (Loader): is Streamed Model Loader now"
-    assert json.loads(json.dumps(notes[0].as_dict()))["text"] == "is Streamed Model Loader now"
+    assert lines[0] == "changed  Loading, node 4 (Loader): is a Streamed Model Loader now"
+    assert json.loads(json.dumps(notes[0].as_dict()))["text"] == "is a Streamed Model Loader now"
