@@ -83,7 +83,8 @@ class PartPatcher(StreamedModelPatcher):
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         """Load as a whole MODEL does. Without room for the least, the part stays unloaded, and a step notices that."""
-        self.settings, self.streamed.leaves = self._owner.settings, False
+        owner = self._owner
+        self.settings, self.node_id, self.streamed.leaves = owner.settings, owner.node_id, False
         try:
             super().load(*args, **kwargs)
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,11 +47,14 @@ def test_the_node_has_one_line_and_the_plan_behind_it(streamed: Any, sent: list[
 
 def test_a_split_model_has_the_line_of_all_its_devices(loaded: Any, sent: list[tuple[str, Any]]) -> None:
     devices = [torch.device("cpu", 0), torch.device("cpu", 1)]
+    loaded.settings = replace(loaded.settings, vram_limit=14 * MB)
     model = split_over(loaded, devices, "equal", None, NODE).patcher
     sample(model, steps=3)
     line = lines_in(sent)[-1]
     assert line["devices"] == ("gpu:0", "gpu:1")
     assert line["text"].endswith("gpu:0, gpu:1")
+    assert line["seconds"] > 0
+    assert [part.streamed.node_id for part in model.parts] == [NODE], "who is measured last tells of it"
     assert [detail.partition(": ")[0] for detail in line["details"]] == ["gpu:0", "gpu:1"]
     parts = [part.streamer.snapshot() for part in (model.streamed, *(part.streamed for part in model.parts))]
     assert line["total_bytes"] == sum(p.resident_bytes + p.rest_bytes + p.streamed_weight_bytes for p in parts)
