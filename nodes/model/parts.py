@@ -59,6 +59,9 @@ class PartPatcher(StreamedModelPatcher):
     def wrap_steps(self) -> None:
         """Does nothing: the MODEL runs the steps."""
 
+    def end_run(self) -> None:
+        """Does nothing: the MODEL ends the run of all its parts."""
+
     def hold(self) -> None:
         """Keep all weights until :meth:`let_go`, also if the host takes them away before (Note: held parts)."""
         self.streamed.held = True

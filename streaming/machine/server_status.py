@@ -109,14 +109,15 @@ def describe_model(model: dict[str, Any]) -> list[str]:
     run = model["last_run"]
     if run is None:
         return [*lines, "  no run has ended yet"]
-    step = "" if run["step_seconds"] is None else f" of {run['step_seconds']:.3f} s"
+    step = "" if run["step_seconds"] is None else f" of {run['step_seconds']:.3f} s, {_percent(run['waiting'])} waiting"
     rate = "" if run["rate"] is None else f", {format_rate(run['rate'])} on average"
     again = f" ({run['reruns']} ran again)" if run["reruns"] else ""
     damaged = f"; {run['corrupted']} arrived damaged" if run["corrupted"] else ""
+    each = UNKNOWN if run["stall_ms_per_block"] is None else f"{run['stall_ms_per_block']:.3f} ms"
     return [
         *lines,
         f"  last run: {run['steps']} steps{again}{step}; {format_bytes(run['bytes'])} copied{rate}",
-        f"  waited {run['stall_ms_per_block']:.3f} ms a block and step; {run['misses']} copies came late{damaged}",
+        f"  waiting {each} a block and step; {run['misses']} copies came late{damaged}",
     ]
 
 
@@ -124,9 +125,13 @@ def _device(device: dict[str, Any]) -> str:
     parts = ("resident", "staging", "torch", "cache", "other", "free")
     used = ", ".join(f"{name} {_bytes(device[name])}" for name in parts)
     rate = UNKNOWN if device["copy_rate"] is None else format_rate(device["copy_rate"])
-    stalled = UNKNOWN if device["stalled"] is None else f"{device['stalled']:.0%}"
+    waiting = _percent(device["stalled"])
     title = f"{device['device']}  {device['name']}, {_bytes(device['total'])}"
-    return f"{title}: {used}; peak {_bytes(device['peak'])}; copies {rate}, stalled {stalled}"
+    return f"{title}: {used}; peak {_bytes(device['peak'])}; copies {rate}, waiting {waiting}"
+
+
+def _percent(part: float | None) -> str:
+    return UNKNOWN if part is None else f"{100 * part:.0f} %"
 
 
 def _bytes(count: int | None) -> str:
