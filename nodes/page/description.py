@@ -10,6 +10,7 @@ from ...streaming.run.averages import UNSETTLED_STEPS
 from ..model.streamed_model import StreamedModel
 from ..tell.names import without_folders
 from .causes import Facts, find_causes
+from .environment import describe_settings
 from .usage import DeviceUsage
 
 # A model counts as running for so many seconds after it began a step: samplers do other work between two steps.
@@ -35,6 +36,7 @@ def describe_model(model: StreamedModel, now: Snapshot, ended: bool) -> dict[str
         "name": model.title,
         "device": model.gpu,
         "node_id": model.node_id,
+        "settings": describe_settings(model),
         "ladder": ladder,
         "reason": without_folders(reason),
         "plan": without_folders(now.explain),

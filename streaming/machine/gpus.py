@@ -126,6 +126,11 @@ class Nvml:
         card = self._ask("nvmlDeviceGetGpuMaxPcieLinkGeneration", handle) if known else None
         return now, most if card is None else most._replace(generation=card)
 
+    def driver(self) -> str | None:
+        """Return the driver's version; None where it is not known."""
+        found = None if self._library is None else self._ask("nvmlSystemGetDriverVersion")
+        return found.decode() if isinstance(found, bytes) else found
+
     def gpus(self) -> list[Gpu]:
         """Return all GPUs that the driver knows, numbered in NVML's order."""
         count = None if self._library is None else self._ask("nvmlDeviceGetCount")
