@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from streaming.estimating.cards import KNOWN
 from tools import cards, shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,3 +105,13 @@ def test_a_profile_has_all_of_the_compute() -> None:
     # 74.4 TFLOP: 59.5 in matrices, 14.9 in attention, which follows the matrices for queries, keys and values.
     assert shape.operations == pytest.approx(74.4e12, rel=0.001)
     assert sum(shape.hold) == pytest.approx(59.5e12, rel=0.01)
+
+
+@pytest.mark.parametrize("model", [model for model in cards.MODELS if not model.casts], ids=lambda model: model.name)
+def test_the_command_knows_what_was_measured(model: cards.Model) -> None:
+    """`plan --card` is in the pack, and these results are not."""
+    (known,) = [known for known in KNOWN if model.name.startswith(known.name)]
+    assert known.h200_seconds == pytest.approx(cards.resident_seconds(model), rel=0.01)
+    assert known.size == model.size
+    assert sum(known.blocks) == model.shape.outline.blocks
+    assert known.weights == pytest.approx(model.shape.outline.model_bytes / 2, rel=0.01)
