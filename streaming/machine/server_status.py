@@ -20,6 +20,9 @@ UNAUTHORIZED = 401
 UNKNOWN = "-"
 # Of a fleet's workers, where the state's own name does not say it.
 WORKER_STATES = {"restarting": "started again", "failed": "cannot be started"}
+# What people read for names of fields and of states; the others are words already.
+FIELD_WORDS = {"resident": "stay"}
+STATE_WORDS = {"resident": "all stays in VRAM", "pinned": "page-locked"}
 
 
 def ask(url: str | None = None) -> dict[str, Any]:
@@ -103,7 +106,8 @@ def describe_model(model: dict[str, Any]) -> list[str]:
     """Return lines about one model on one device: how its weights get there, its plan, and its last run."""
     reason = f" ({model['reason']})" if model["reason"] else ""
     state = ", running" if model["running"] else ""
-    lines = [f"{model['name']} on {model['device']}: {model['ladder']}{reason}{state}", f"  plan: {model['plan']}"]
+    ladder = STATE_WORDS.get(model["ladder"], model["ladder"])
+    lines = [f"{model['name']} on {model['device']}: {ladder}{reason}{state}", f"  plan: {model['plan']}"]
     if (loading := model["loading"]) is not None:
         lines.append(f"  loading: {format_bytes(loading['done'])} of {format_bytes(loading['total'])}")
     run = model["last_run"]
@@ -123,7 +127,7 @@ def describe_model(model: dict[str, Any]) -> list[str]:
 
 def _device(device: dict[str, Any]) -> str:
     parts = ("resident", "staging", "torch", "cache", "other", "free")
-    used = ", ".join(f"{name} {_bytes(device[name])}" for name in parts)
+    used = ", ".join(f"{FIELD_WORDS.get(name, name)} {_bytes(device[name])}" for name in parts)
     rate = UNKNOWN if device["copy_rate"] is None else format_rate(device["copy_rate"])
     waiting = _percent(device["stalled"])
     title = f"{device['device']}  {device['name']}, {_bytes(device['total'])}"

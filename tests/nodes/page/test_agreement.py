@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
@@ -16,11 +17,12 @@ from told import entry_of
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.page import description
 from weightstream.nodes.page.description import facts_of
+from weightstream.nodes.page.status import full_status
 from weightstream.nodes.page.timeline import describe_runs
 from weightstream.nodes.page.usage import DeviceUsage
 from weightstream.nodes.tell import messages
 from weightstream.nodes.twins.split import split_over
-from weightstream.streaming.machine.server_status import describe_model
+from weightstream.streaming.machine.server_status import as_text, describe_model
 
 Load = Callable[..., StreamedModelPatcher]
 NODE = "7"
@@ -95,3 +97,15 @@ def test_while_it_runs_the_line_is_what_the_plan_expects(streamed: Load, lines: 
     model.streamed.begin_run()
     model.streamed.announce()
     assert lines[-1]["seconds"] == model.streamer.snapshot().predicted_step_seconds
+
+
+@pytest.mark.parametrize("budget", [24, 64])
+def test_people_read_one_word_for_one_thing(streamed: Load, budget: int, nodes_of_pack: dict[str, Any]) -> None:
+    """Compute is waiting, memory is page-locked, weights stay, copies come late."""
+    model = streamed(budget * MB)
+    sample(model)
+    model.streamer.finish_building()
+    text = as_text(full_status()) + nodes_of_pack["WeightStreamReport"].execute(model).args[0]
+    assert re.search(r"\b(stay|stays)\b", text)
+    assert "waiting" in text
+    assert re.findall(r"(?i)\b(?:stall\w*|waited|wait|pinned|resident\w*|miss(?:es)?)\b", text) == []
