@@ -19,21 +19,26 @@ if TYPE_CHECKING:
     from .estimating.cards import Card
 
 NO_TORCH = "this Python has no torch: GPUs are numbered as nvidia-smi does, which may not be ComfyUI's order"
+NOT_LOOKED = (
+    "this Python has neither torch nor nvidia-ml-py, so it could not look for GPUs: use the one that runs ComfyUI"
+)
 NO_GPU = "no GPU that torch can use through CUDA or ROCm"
+NO_NVIDIA_GPU = "no GPU that NVIDIA's driver knows"
 ENDING = "_streamed"
 STANDARD_OUTPUT = "-"
 
 
 def gpus(arguments: argparse.Namespace) -> None:
-    from .machine.gpus import as_table, has_torch, list_gpus
+    from .machine.gpus import as_table, has_nvml, has_torch, list_gpus
 
     found = list_gpus()
+    looked = bool(found) or has_torch() or has_nvml()
     if not has_torch():
-        print(NO_TORCH, file=sys.stderr)
+        print(NO_TORCH if looked else NOT_LOOKED, file=sys.stderr)
     if arguments.json:
         print(json.dumps({"gpus": [gpu.as_dict() for gpu in found]}, indent=2))
-    else:
-        print(as_table(found) if found else NO_GPU)
+    elif looked:
+        print(as_table(found) if found else NO_GPU if has_torch() else NO_NVIDIA_GPU)
 
 
 def status(arguments: argparse.Namespace) -> None:

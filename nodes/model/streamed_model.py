@@ -144,12 +144,17 @@ class StreamedModel:
         synchronous, never_entered = self.streamer.config.synchronous, len(self.streamer.never_entered)
         timed = plan is not None and plan.forecast is not None
         now = (plan, building, synchronous, self.streamer.state, timed, never_entered)
-        messages.log(self.name, self.streamer.explain(), again=now == self._announced)
+        messages.log(self._log_name, self.streamer.explain(), again=now == self._announced)
         self._show_line()
         if self._is_alone:
             keep_measured(self.title, self.gpu, self.streamer.snapshot())
         self._announced, self._shown = now, (plan, building, synchronous, never_entered)
         self.bar.wrote = False
+
+    @property
+    def _log_name(self) -> str:
+        """Its name, with the device behind it where the model has parts on others, as their names have."""
+        return self.name if self.boundary is None else f"{self.name} on {self.streamer.backend.name}"
 
     def begin_run(self) -> None:
         """The host is about to load it, for steps that are counted apart from those before."""

@@ -214,6 +214,11 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
+def has_nvml() -> bool:
+    """Whether NVIDIA's management library can be asked, if there is a driver."""
+    return importlib.util.find_spec("pynvml") is not None
+
+
 def _describe(index: int, count: int, nvml: Nvml) -> Gpu:
     import torch
 

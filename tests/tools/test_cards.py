@@ -115,3 +115,12 @@ def test_the_command_knows_what_was_measured(model: cards.Model) -> None:
     assert known.size == model.size
     assert sum(known.blocks) == model.shape.outline.blocks
     assert known.weights == pytest.approx(model.shape.outline.model_bytes / 2, rel=0.01)
+
+
+def test_what_a_card_gains_is_at_most_the_part_of_the_bus() -> None:
+    """The RTX 4060 with FLUX, as README.md has it: 1.5 s of 7.2."""
+    card, plan = LEAST_VRAM, cards.on_card(LEAST_VRAM, FLUX)
+    theirs, bus = cards.one_after_the_other(card, FLUX), plan.streamed_weight_bytes / card.bandwidth
+    assert theirs - cards.seconds_of(plan) == pytest.approx(bus)
+    assert (round(theirs, 1), round(bus, 1)) == (7.2, 1.5)
+    assert "ComfyUI at worst" in cards.README.read_text("utf-8")
