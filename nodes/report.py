@@ -71,7 +71,7 @@ def make_report(model: ModelPatcher) -> dict[str, Any]:
     if isinstance(model, StreamedModelPatcher):
         streamed = [model.streamed, *(part.streamed for part in model.parts)]
         entries = describe_models(streamed, ended=True)
-        line = str(Line.of([each.streamer.snapshot() for each in streamed]))
+        line = str(Line.of([each.streamer.snapshot() for each in streamed], ended=True))
     return {
         "schema": SCHEMA,
         "streams": bool(entries),

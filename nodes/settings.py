@@ -115,7 +115,7 @@ class AsyncOffloadSettings(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="A text encoder that shall stream the same way, with a MODEL or alone.",
+                    tooltip="A text encoder to stream the same way, with a MODEL or alone.",
                 ),
                 io.Combo.Input(
                     "packing",

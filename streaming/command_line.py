@@ -11,25 +11,34 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import StreamingError, WorkflowError
 
+if TYPE_CHECKING:
+    from .estimating.cards import Card
+
 NO_TORCH = "this Python has no torch: GPUs are numbered as nvidia-smi does, which may not be ComfyUI's order"
+NOT_LOOKED = (
+    "this Python has neither torch nor nvidia-ml-py, so it could not look for GPUs: use the one that runs ComfyUI"
+)
 NO_GPU = "no GPU that torch can use through CUDA or ROCm"
+NO_NVIDIA_GPU = "no GPU that NVIDIA's driver knows"
 ENDING = "_streamed"
 STANDARD_OUTPUT = "-"
 
 
 def gpus(arguments: argparse.Namespace) -> None:
-    from .machine.gpus import as_table, has_torch, list_gpus
+    from .machine.gpus import as_table, has_nvml, has_torch, list_gpus
 
     found = list_gpus()
+    looked = bool(found) or has_torch() or has_nvml()
     if not has_torch():
-        print(NO_TORCH, file=sys.stderr)
+        print(NO_TORCH if looked else NOT_LOOKED, file=sys.stderr)
     if arguments.json:
         print(json.dumps({"gpus": [gpu.as_dict() for gpu in found]}, indent=2))
-    else:
-        print(as_table(found) if found else NO_GPU)
+    elif looked:
+        print(as_table(found) if found else NO_GPU if has_torch() else NO_NVIDIA_GPU)
 
 
 def status(arguments: argparse.Namespace) -> None:
@@ -72,28 +81,44 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     from .config import format_bytes
-    from .errors import ServerError
+    from .estimating.cards import known_model
     from .estimating.cutting import cut
-    from .estimating.estimate import CARDS, Machine, describe_model, describe_plan, measured_by
+    from .estimating.estimate import ASSUMED_LINK, CARDS, Machine, describe_model, describe_plan
     from .estimating.tensors import missing_bytes, read_tensors
-    from .machine.server_status import ask
 
-    path = Path(arguments.model)
+    path, card = Path(arguments.model), arguments.card
     found = cut(read_tensors(path))
     print("\n".join(describe_model(path.name, found)))
     if missing := missing_bytes(path):
         print(f"  {format_bytes(missing)} of it are not there: a file did not come whole")
-    compute = arguments.compute
-    if compute is None:
-        try:
-            compute = measured_by(ask(arguments.url), path.name)
-        except ServerError:
-            if arguments.url:
-                raise
-    for vram in [arguments.vram] if arguments.vram else CARDS:
-        machine = Machine(vram, arguments.reserve, arguments.ram, arguments.link, compute, os.name)
-        print("\n".join(["", *describe_plan(found, machine)]))
+    compute, source = arguments.compute, ""
+    if compute is None and card is None:
+        compute = _measured_compute(arguments.url, path.name)
+    elif compute is None and (known := known_model(found)) is not None:
+        compute = card.compute_seconds(known.h200_seconds)
+        source = f", estimated from an H200's for {known.name}, {known.size}, cfg 1: wrong by up to a factor of two"
+    if card is not None:
+        print(f"\n{card.name}, PCIe {card.generation} x{card.lanes}, by its data; nobody has measured it:")
+    sizes = [arguments.vram] if arguments.vram else CARDS if card is None else [card.vram_gib]
+    link = arguments.link or (ASSUMED_LINK if card is None else round(card.bandwidth / 1e9, 1))
+    for vram in sizes:
+        machine = Machine(vram, arguments.reserve, arguments.ram, link, compute, os.name, source)
+        print("\n".join([*([""] if card is None else []), *describe_plan(found, machine)]))
     print("\nBy the names in the file's header; the pack itself plans by the model that ComfyUI builds of it.")
+
+
+def _measured_compute(url: str | None, name: str) -> float | None:
+    """What a running ComfyUI has measured of a file; without ``url`` there need not be one."""
+    from .errors import ServerError
+    from .estimating.estimate import measured_by
+    from .machine.server_status import ask
+
+    try:
+        return measured_by(ask(url), name)
+    except ServerError:
+        if url:
+            raise
+        return None
 
 
 def share(arguments: argparse.Namespace) -> None:
@@ -146,9 +171,10 @@ def parser() -> argparse.ArgumentParser:
     converting.set_defaults(run=convert)
     planning = commands.add_parser("plan", help="what of a model will stream on a card, and what that takes")
     planning.add_argument("model", metavar="MODEL.safetensors", help="any file of the model, or its index")
+    planning.add_argument("--card", type=_card, help='a card by its name, as "RTX 4060": its VRAM, link and compute')
     planning.add_argument("--vram", type=_positive, help="GiB of the card (default: several cards)")
     planning.add_argument("--ram", type=_positive, default=0.0, help="GiB of the machine")
-    planning.add_argument("--link", type=_positive, default=25.0, help="GB/s from RAM to the card (default: 25)")
+    planning.add_argument("--link", type=_positive, help="GB/s from RAM to the card (default: the card's, or 25)")
     planning.add_argument(
         "--reserve", type=_not_negative, default=2.5, help="GiB of VRAM for activations and others (default: 2.5)"
     )
@@ -159,6 +185,16 @@ def parser() -> argparse.ArgumentParser:
     sharing.add_argument("socket", metavar="SOCKET", help="@NAME, or a path in a folder of mode 0700")
     sharing.set_defaults(run=share)
     return program
+
+
+def _card(text: str) -> Card:
+    from .estimating.cards import CARDS, card_named
+
+    if (card := card_named(text)) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text} is none of {', '.join(card.name for card in CARDS)}; give --vram and --link"
+        )
+    return card
 
 
 def _positive(text: str) -> float:

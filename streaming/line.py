@@ -16,7 +16,7 @@ class Line:
 
     Attributes:
         devices: names, in the order of the parts; a part that is not loaded is left out.
-        seconds: a step, as the plan expects it; None before one was measured.
+        seconds: a step, as the plan expects it, or the average of a run that has ended; None before one was measured.
         waiting: the part of it in which compute waits for the bus; None where that is not worth telling.
         more_bytes, more_seconds, more_device: memory that makes the step as fast as it can be, on which device, and the
             step then; 0 where none would.
@@ -37,21 +37,21 @@ class Line:
     synchronous: bool
 
     @classmethod
-    def of(cls, parts: Sequence[Snapshot]) -> Line:
-        """The line of a model whose parts are on devices of their own, or of one alone."""
+    def of(cls, parts: Sequence[Snapshot], ended: bool = False) -> Line:
+        """The line of a model whose parts are on devices of their own, or of one alone.
+
+        ``ended``: their run has ended, so the line has what was measured in it.
+        """
         loaded = [part for part in parts if part.mode != "off"]
-        timed = [part for part in loaded if part.predicted_step_seconds is not None]
-        # The parts run one step together, and each expects all of it.
-        seconds = max((part.predicted_step_seconds or 0.0 for part in timed), default=None)
-        compute = max((part.compute_seconds or 0.0 for part in timed), default=0.0)
-        waiting = 1 - compute / seconds if seconds else 0.0
-        gains = [part for part in timed if part.more_bytes]
-        best = min(gains, key=lambda part: part.more_seconds, default=None) if waiting >= TOLD_WAITING else None
+        seconds, waiting = (_measured(loaded) if ended else None) or _expected(loaded)
+        told = seconds is not None and waiting >= TOLD_WAITING
+        gains = [part for part in loaded if told and seconds and 0 < part.more_seconds < seconds and part.more_bytes]
+        best = min(gains, key=lambda part: part.more_seconds, default=None)
         kept = sum(part.resident_bytes + part.rest_bytes for part in loaded)
         return cls(
             devices=tuple(part.device for part in loaded),
-            seconds=seconds if len(timed) == len(loaded) else None,
-            waiting=waiting if seconds and waiting >= TOLD_WAITING else None,
+            seconds=seconds,
+            waiting=waiting if told else None,
             more_bytes=best.more_bytes if best is not None else 0,
             more_seconds=best.more_seconds if best is not None else 0.0,
             more_device=best.device if best is not None else "",
@@ -93,6 +93,23 @@ class Line:
 
     def _where(self) -> str:
         return ", ".join(self.devices) if len(self.devices) > 1 else ""
+
+
+def _expected(loaded: Sequence[Snapshot]) -> tuple[float | None, float]:
+    """A step as the plans expect it, and the part of waiting. The parts run it together, and each expects all of it."""
+    expected = [part.predicted_step_seconds for part in loaded if part.predicted_step_seconds is not None]
+    seconds = max(expected, default=0.0)
+    if not seconds or len(expected) < len(loaded):
+        return None, 0.0
+    return seconds, 1 - max(part.compute_seconds or 0.0 for part in loaded) / seconds
+
+
+def _measured(loaded: Sequence[Snapshot]) -> tuple[float, float] | None:
+    """The same of the run that has ended: the slowest part tells how long, and who waits most what is waited for."""
+    runs = [part.run for part in loaded if part.run.step_seconds is not None]
+    if not runs:
+        return None
+    return max(run.step_seconds or 0.0 for run in runs), max(run.waiting or 0.0 for run in runs)
 
 
 def _seconds(seconds: float) -> str:

@@ -211,6 +211,11 @@ class Streamer(Loading):
         self.planner.begin_run()
         self.packing_choice.begin_run()
 
+    def end_run(self) -> None:
+        """The host has run the last step of a run: wait for it, and count it."""
+        self.backend.synchronize()
+        self.site.meters.end_run()
+
     def logged_runs(self) -> list[RunLog]:
         """The steps of the last runs, the oldest run first, for any thread."""
         return self.site.meters.step.runs()
@@ -271,4 +276,6 @@ class Streamer(Loading):
 
     def _run(self) -> Run:
         began = self._run_began  # Read first: counters read before it could come out negative.
-        return Run(self.counters.since(began), self.site.meters.step.times().average)
+        counters, latest = self.counters.since(began), self.logged_runs()[-1:]
+        # Before its first step was timed the log has the run before.
+        return Run.of(counters, next((run for run in latest if run.number == self.counters.runs), None))

@@ -29,7 +29,8 @@ sys.path.append(str(ROOT))
 from shapes import Shape, load_shape  # noqa: E402
 
 from streaming import Plan, StreamingConfig  # noqa: E402
-from streaming.estimating.estimate import LINK_SHARE, pinnable_bytes  # noqa: E402
+from streaming.estimating.cards import CARDS, H200_TFLOPS, Card  # noqa: E402
+from streaming.estimating.estimate import pinnable_bytes  # noqa: E402
 from streaming.planning.packing import Packing, Refusals  # noqa: E402
 from streaming.planning.plan import FORECAST_TOLERANCE, forecast_seconds  # noqa: E402
 from streaming.planning.planner import Planner  # noqa: E402
@@ -38,14 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT, README = ROOT / "docs" / "cards.md", ROOT / "README.md"
 
 GIB = 1024**3
-# Bytes a second of one lane, of PCIe 4 and 5: 16 and 32 GT/s, 128 of 130 bits of which are data.
-LANE_BYTES = {4: 16e9 * 128 / 130 / 8, 5: 32e9 * 128 / 130 / 8}
-# VRAM that the driver, a desktop and a browser take.
-OTHERS_BYTES = 1_000_000_000
-# Of an SM of Ampere, Ada and Blackwell cards in one clock: 256 fused multiply-adds, bf16 with fp32 accumulation.
-SM_FLOPS = 512
-
-H200_TFLOPS, H200_MEMORY = 989.4, 4800e9
+H200_MEMORY = 4800e9
 # Bytes of weights a second that the H200 unpacks beside copies (docs/packing.md).
 H200_UNPACKS = {"bfloat16": 1810e9, "float16": 1590e9}
 
@@ -58,58 +52,9 @@ RAM_CARDS = ("RTX 4060", "RTX 4070")
 # What README.md has of it.
 FRONT_CARDS = ("RTX 4060", "RTX 4070", "RTX 5080", "RTX 4090")
 FRONT_MODELS = ("FLUX.1-dev, bf16", "Qwen-Image, bf16", "Wan 2.1 14B, bf16")
-FRONT_RAM_CARD, FRONT_RAM_GIB, FRONT_DISK = "RTX 4070", (16, 32), 3e9
-PICTURE_STEPS = 20
+FRONT_RAM_CARD, FRONT_RAM_GIB, FRONT_DISK = "RTX 4060", (16, 32), 3e9
 # Of the estimated compute: next to nothing.
 NO_COMPUTE = 1e-4
-
-
-class Card(NamedTuple):
-    """A card for one person, as NVIDIA describes it.
-
-    Attributes:
-        sms, boost_mhz: streaming multiprocessors, and the clock that NVIDIA calls boost.
-        memory_gb_s: bandwidth of its memory.
-        generation, lanes: of the PCIe link that it can have.
-    """
-
-    name: str
-    vram_gib: int
-    sms: int
-    boost_mhz: int
-    memory_gb_s: int
-    generation: int
-    lanes: int
-
-    @property
-    def tflops(self) -> float:
-        return self.sms * self.boost_mhz * SM_FLOPS / 1e6
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes a second that are assumed for the bus."""
-        return LANE_BYTES[self.generation] * self.lanes * LINK_SHARE
-
-    @property
-    def free_bytes(self) -> float:
-        return self.vram_gib * GIB - OTHERS_BYTES
-
-    def compute_seconds(self, model: Model) -> float:
-        """A step with everything in VRAM, if the card reaches the same part of its peak as the H200."""
-        return resident_seconds(model) * H200_TFLOPS / self.tflops
-
-
-CARDS = (
-    Card("RTX 4060", 8, 24, 2460, 272, 4, 8),
-    Card("RTX 3060", 12, 28, 1777, 360, 4, 16),
-    Card("RTX 4070", 12, 46, 2475, 504, 4, 16),
-    Card("RTX 5070", 12, 48, 2512, 672, 5, 16),
-    Card("RTX 4060 Ti", 16, 34, 2535, 288, 4, 8),
-    Card("RTX 5060 Ti", 16, 36, 2572, 448, 5, 8),
-    Card("RTX 5080", 16, 84, 2617, 960, 5, 16),
-    Card("RTX 3090", 24, 82, 1695, 936, 4, 16),
-    Card("RTX 4090", 24, 128, 2520, 1008, 4, 16),
-)
 
 
 class Model(NamedTuple):
@@ -204,14 +149,14 @@ def on_h200(model: Model, case: str) -> Plan:
 @cache
 def on_card(card: Card, model: Model, compute_share: float = 1.0) -> Plan:
     """The plan for a card whose compute takes this part of what was estimated."""
-    compute = card.compute_seconds(model) * compute_share
+    compute = card.compute_seconds(resident_seconds(model)) * compute_share
     return plan_of(model, compute, card.bandwidth, card.free_bytes, card.memory_gb_s * 1e9)
 
 
 @cache
 def bus_share(card: Card, model: Model) -> float:
     """The part of the estimated compute below which the bus limits a step: what a step takes without any compute."""
-    return seconds_of(on_card(card, model, NO_COMPUTE)) / card.compute_seconds(model)
+    return seconds_of(on_card(card, model, NO_COMPUTE)) / card.compute_seconds(resident_seconds(model))
 
 
 class InRam(NamedTuple):
@@ -228,7 +173,7 @@ def with_ram(card: Card, model: Model, limit: float, disk: float) -> InRam:
     What comes from the disk is never packed. Where a step waits for it, the planner is asked again: it knows then how
     slowly weights arrive.
     """
-    plan, compute = on_card(card, model), card.compute_seconds(model)
+    plan, compute = on_card(card, model), card.compute_seconds(resident_seconds(model))
     step, staged, arrive = in_ram(plan, card, model, limit, disk)
     if staged and step.seconds > compute * (1 + FORECAST_TOLERANCE):
         plan = plan_of(model, compute, arrive, card.free_bytes, card.memory_gb_s * 1e9, staged)
@@ -248,7 +193,7 @@ def in_ram(plan: Plan, card: Card, model: Model, limit: float, disk: float) -> t
     read = sum(plan.outline.unit_bytes[unit] for unit in staged)
     pinned = plan.streamed_bytes - sum(plan.outline.bytes_in_slot(unit) for unit in staged)
     arrive = plan.streamed_bytes / max((pinned + read) / card.bandwidth, read / (disk * DISK_SHARE), 1e-9)
-    profile = model.shape.profile(card.compute_seconds(model), arrive)
+    profile = model.shape.profile(card.compute_seconds(resident_seconds(model)), arrive)
     return InRam(pinned, read, forecast_seconds(plan, profile)), frozenset(staged), arrive
 
 
@@ -348,7 +293,7 @@ def ram_of(card: Card) -> str:
         return f"{steps[0].pinned / GIB:.1f} + {read}: {' or '.join(dict.fromkeys(seconds))} s"
 
     def row(model: Model, system: str) -> list[str]:
-        compute = f"{card.compute_seconds(model):.3g}"
+        compute = f"{card.compute_seconds(resident_seconds(model)):.3g}"
         return [model.name, compute, system, *(cell(model, system, ram) for ram in RAM_GIB)]
 
     head = ["model", "computes, s", "system", *(f"{ram} GiB of RAM" for ram in RAM_GIB)]
@@ -356,19 +301,22 @@ def ram_of(card: Card) -> str:
     return f"### {card.name}, {card.vram_gib} GiB, PCIe {card.generation} x{card.lanes}\n\n" + table(head, rows)
 
 
+def one_after_the_other(card: Card, model: Model) -> float:
+    """A step that computes nothing while it copies what does not fit, unpacked."""
+    return card.compute_seconds(resident_seconds(model)) + on_card(card, model).streamed_weight_bytes / card.bandwidth
+
+
 def front_models() -> list[Model]:
     return [model for model in MODELS if model.name in FRONT_MODELS]
 
 
 def front_cards() -> str:
-    """A step, a picture, and what is page-locked, where there is RAM enough."""
+    """A step, in ComfyUI at worst, and what is page-locked, where there is RAM enough."""
 
     def cell(card: Card, model: Model) -> str:
         plan = on_card(card, model)
-        seconds = seconds_of(plan)
-        whole = PICTURE_STEPS * seconds
-        picture = f"{whole:.2g} s" if whole < 99.5 else f"{whole / 60:.2g} min"
-        return f"{seconds:.2g} s, {picture}, {plan.streamed_bytes / GIB:.0f} GiB"
+        ours, theirs = (f"{seconds:.2g} s" for seconds in (seconds_of(plan), one_after_the_other(card, model)))
+        return f"{ours}, {theirs}, {plan.streamed_bytes / GIB:.0f} GiB"
 
     def row(card: Card) -> list[str]:
         link = f"{card.name}, {card.vram_gib} GB, PCIe {card.generation} x{card.lanes}"

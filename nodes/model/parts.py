@@ -59,6 +59,9 @@ class PartPatcher(StreamedModelPatcher):
     def wrap_steps(self) -> None:
         """Does nothing: the MODEL runs the steps."""
 
+    def end_run(self) -> None:
+        """Does nothing: the MODEL ends the run of all its parts."""
+
     def hold(self) -> None:
         """Keep all weights until :meth:`let_go`, also if the host takes them away before (Note: held parts)."""
         self.streamed.held = True
@@ -83,7 +86,8 @@ class PartPatcher(StreamedModelPatcher):
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         """Load as a whole MODEL does. Without room for the least, the part stays unloaded, and a step notices that."""
-        self.settings, self.streamed.leaves = self._owner.settings, False
+        owner = self._owner
+        self.settings, self.node_id, self.streamed.leaves = owner.settings, owner.node_id, False
         try:
             super().load(*args, **kwargs)
         except Exception as error:

@@ -81,6 +81,18 @@ class StreamedModelPatcher(HookedPatcher):
         """Whether the host would run this MODEL with dynamic VRAM, for the prompt that it was last asked to run."""
         return not self.without_dynamic and not self.prompt_has_hooks and has_dynamic_vram(self.load_device)
 
+    def cleanup(self) -> None:
+        """The host calls this when a run has ended, also one that has failed."""
+        super().cleanup()
+        self.end_run()
+
+    def end_run(self) -> None:
+        """Have the node say what was measured in the run that is over."""
+        if self.streamer.state is not State.UNLOADED:
+            for streamed in (self.streamed, *(part.streamed for part in self.parts)):
+                streamed.end_run()
+            self.streamed.tell_of_run()
+
     def status(self) -> dict[str, object]:
         """The state of this model's streaming: plain values, sizes in bytes."""
         return self.streamer.snapshot().as_dict()
@@ -133,7 +145,7 @@ class StreamedModelPatcher(HookedPatcher):
                 self.streamer.move_to(self.streamed.backend_on(device_to))
             self.streamed.show_on(self.node_id)
             self.streamer.refresh()
-            self.streamer.begin_run()
+            self.streamed.begin_run()
             self.streamer.configure(host_config(self.settings, self.streamer.backend))
             self.streamer.expect_compiled(self._is_compiled())
             self.streamer.expect_writes(self.hooked.prompt_has_hooks or self.hooked.forced_hooks is not None)

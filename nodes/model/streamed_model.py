@@ -66,6 +66,7 @@ class StreamedModel:
         leaves: whether the host asked to unload a held part, which is done when the step ends.
         title: the checkpoint's file name.
         number: tells models of a process apart; a part has that of its whole model.
+        ended: whether the run for which it was loaded last has ended.
     """
 
     name: str
@@ -87,6 +88,7 @@ class StreamedModel:
     leaves: bool = False
     title: str = ""
     number: int = field(default_factory=count(1).__next__)
+    ended: bool = False
     _native: ModelPatcher | None = None
     _step_modules: tuple[int, StepModules] | None = None
     _guard: RemovableHandle | None = None
@@ -142,12 +144,32 @@ class StreamedModel:
         synchronous, never_entered = self.streamer.config.synchronous, len(self.streamer.never_entered)
         timed = plan is not None and plan.forecast is not None
         now = (plan, building, synchronous, self.streamer.state, timed, never_entered)
-        messages.log(self.name, self.streamer.explain(), again=now == self._announced)
+        messages.log(self._log_name, self.streamer.explain(), again=now == self._announced)
         self._show_line()
         if self._is_alone:
             keep_measured(self.title, self.gpu, self.streamer.snapshot())
         self._announced, self._shown = now, (plan, building, synchronous, never_entered)
         self.bar.wrote = False
+
+    @property
+    def _log_name(self) -> str:
+        """Its name, with the device behind it where the model has parts on others, as their names have."""
+        return self.name if self.boundary is None else f"{self.name} on {self.streamer.backend.name}"
+
+    def begin_run(self) -> None:
+        """The host is about to load it, for steps that are counted apart from those before."""
+        self.ended = False
+        self.streamer.begin_run()
+
+    def end_run(self) -> None:
+        """The run is over, and its figures are whole; of each device that this is a part on, before it is told."""
+        self.ended = True
+        self.streamer.end_run()
+
+    def tell_of_run(self) -> None:
+        """Have the line on the node say what was measured in the run that has ended, if there were steps."""
+        if self.streamer.snapshot().run.counters.steps:
+            self._show_line()
 
     @property
     def _is_alone(self) -> bool:
@@ -158,10 +180,11 @@ class StreamedModel:
         """Show the line of the whole model on the node, of which this may be the part on one of several devices."""
         if self.node_id is None:
             return
-        parts = [model.streamer.snapshot() for model in streamed_models() if model.number == self.number]
-        loaded = [part for part in parts if part.mode != "off"]
+        models = [model for model in streamed_models() if model.number == self.number]
+        loaded = [part for model in models if (part := model.streamer.snapshot()).mode != "off"]
         details = [f"{part.device}: {without_folders(part.explain)}" for part in loaded]
-        messages.show_line(Line.of(loaded), details, self.node_id)
+        line = Line.of(loaded, ended=all(model.ended for model in models))
+        messages.show_line(line, details, self.node_id)
 
     def tell_of_hooks(self) -> None:
         """Say once that weights change within steps, and what that costs."""

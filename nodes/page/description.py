@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...streaming import Run, Snapshot, format_bytes
+from ...streaming.run.averages import UNSETTLED_STEPS
 from ..model.streamed_model import StreamedModel
 from ..tell.names import without_folders
 from .causes import Facts, find_causes
+from .environment import describe_settings
 from .usage import DeviceUsage
 
 # A model counts as running for so many seconds after it began a step: samplers do other work between two steps.
 RUNNING_SECONDS = 2.0
-# The first steps of a run load kernels and are measured: they say little of the others.
-SETTLED_STEPS = 3
 
 
 def describe_models(models: Iterable[StreamedModel], ended: bool = False) -> list[dict[str, Any]]:
@@ -29,13 +29,14 @@ def describe_model(model: StreamedModel, now: Snapshot, ended: bool) -> dict[str
     """How a model stands on its device: plain values; sizes in bytes, rates in bytes per second."""
     ladder, reason = ladder_step(now)
     loading = model.bar.progress()
-    running = not ended and (now.busy or (now.mode != "off" and now.idle_seconds < RUNNING_SECONDS))
+    running = not ended and _is_running(now)
     return {
         **now.as_dict(),
         "id": str(model.number),
         "name": model.title,
         "device": model.gpu,
         "node_id": model.node_id,
+        "settings": describe_settings(model),
         "ladder": ladder,
         "reason": without_folders(reason),
         "plan": without_folders(now.explain),
@@ -64,10 +65,11 @@ def describe_causes(models: Iterable[StreamedModel], devices: Sequence[DeviceUsa
 
 
 def facts_of(model: StreamedModel, now: Snapshot, device: DeviceUsage) -> Facts:
-    """What is known of a model on its device."""
+    """What is known of a model on its device: of the run that has ended, or of one that is on, once it has settled."""
     ladder, reason = ladder_step(now)
-    run = now.run if now.run.counters.steps >= SETTLED_STEPS or now.last_run is None else now.last_run
-    steps, config = run.counters.steps, model.streamer.config
+    unsettled = _is_running(now) and now.run.counters.steps <= UNSETTLED_STEPS
+    run = now.last_run if unsettled and now.last_run is not None else now.run
+    config = model.streamer.config
     loads = model.bar.progress() is not None or (now.building and now.staged_bytes > 0)
     return Facts(
         loading=ladder != "unloaded" and loads,
@@ -79,7 +81,7 @@ def facts_of(model: StreamedModel, now: Snapshot, device: DeviceUsage) -> Facts:
         why_unpacked=without_folders(now.why_unpacked),
         bandwidth=now.bandwidth_bytes_per_second,
         step=run.step_seconds,
-        waited=run.counters.stall_seconds / steps if steps else None,
+        waited=_waited(run),
         compute=now.compute_seconds,
         link=device.link,
         card=device.card,
@@ -112,19 +114,28 @@ def ladder_step(now: Snapshot) -> tuple[str, str]:
     return "staged", now.note
 
 
+def _is_running(now: Snapshot) -> bool:
+    return now.busy or (now.mode != "off" and now.idle_seconds < RUNNING_SECONDS)
+
+
+def _waited(run: Run) -> float | None:
+    """Seconds of an average step in which compute waits."""
+    return None if run.step_seconds is None or run.waiting is None else run.waiting * run.step_seconds
+
+
 def _describe_run(run: Run | None, blocks: int) -> dict[str, Any] | None:
-    """A run with steps; None for one without."""
+    """A run with steps; None for one without. What a step took is the average of those that count."""
     if run is None or run.counters.steps == 0:
         return None
-    counters, seconds = run.counters, run.step_seconds
+    counters, waited = run.counters, _waited(run)
     return {
         "steps": counters.steps,
         "reruns": counters.reruns,
         "bytes": counters.streamed_bytes,
-        "rate": counters.streamed_bytes / counters.steps / seconds if seconds else None,
-        "waiting": min(1.0, counters.stall_seconds / counters.steps / seconds) if seconds else None,
-        "stall_ms_per_block": 1000 * counters.stall_seconds / counters.steps / max(1, blocks),
+        "rate": run.rate,
+        "waiting": run.waiting,
+        "stall_ms_per_block": None if waited is None else 1000 * waited / max(1, blocks),
         "misses": counters.misses,
         "corrupted": counters.corrupted,
-        "step_seconds": seconds,
+        "step_seconds": run.step_seconds,
     }

@@ -142,7 +142,7 @@ def as_values(found: Estimate) -> dict[str, Any]:
         "ram": round(machine.ram * GIB),
         "fits": plan is not None,
         "least_vram": round(found.least_vram * GIB),
-        "stays": 0 if plan is None else plan.resident_bytes + plan.rest_bytes,
+        "stays": found.stays,
         "device_bytes": 0 if plan is None else plan.device_bytes,
         "streamed_bytes": found.streamed_bytes,
         "streamed_blocks": found.streamed_blocks,

@@ -18,6 +18,7 @@ from ..host.version import VERSION
 from ..model.streamed_model import streamed_models
 from ..tell.notices import describe_notices
 from .description import describe_causes, describe_models
+from .environment import describe_environment
 from .usage import sampler
 
 Status = Mapping[str, Any]
@@ -44,13 +45,15 @@ STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", 
 def full_status(reader: VramReader | None = None) -> dict[str, Any]:
     """Devices, host memory, models and notices of this process: plain values, sizes in bytes."""
     with contextlib.ExitStack() as stack:
-        now = sampler.sample(reader or stack.enter_context(open_vram_reader()))
+        reader = reader or stack.enter_context(open_vram_reader())
+        now, environment = sampler.sample(reader), describe_environment(reader)
     return {
         "schema": SCHEMA,
         "version": VERSION,
         "time": now.time,
         **now.as_dict(),
         "comfyui": {"version": hosts.VERSION, "broken": list(broken_contracts())},
+        "environment": environment,
         "why_no_devices": None if visible_gpus() else why_no_gpus(),
         "models": describe_models(streamed_models()),
         "causes": describe_causes(streamed_models(), now.devices),

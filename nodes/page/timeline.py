@@ -6,10 +6,10 @@ A model that is split over devices has a trace on each, and each counts what it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...streaming import NamedTrace, RunLog, StepTrace, chrome_trace
+from ...streaming.run.averages import TimedStep, timed_steps, together
 from ..model.streamed_model import StreamedModel
 
 # Microseconds are as fine as a picture can show.
@@ -57,24 +57,6 @@ def trace_file(traces: Sequence[NamedTrace], title: str) -> dict[str, Any]:
     return chrome_trace(traces, title)
 
 
-class _Step(NamedTuple):
-    """A step of one part: seconds, bytes that were copied, and seconds waited."""
-
-    seconds: float
-    copied: float
-    waited: float
-
-    @property
-    def rate(self) -> int:
-        """Bytes per second, whole ones."""
-        return round(self.copied / self.seconds) if self.seconds else 0
-
-    @property
-    def waiting(self) -> float:
-        """The part of the step for which it waited; waits are counted late, so they may come to more."""
-        return round(min(1.0, self.waited / self.seconds), 3) if self.seconds else 0.0
-
-
 def describe_runs(models: Iterable[StreamedModel]) -> list[dict[str, Any]]:
     """The last runs of a model, the oldest first: what each step took, its copies per second, and its part of waiting.
 
@@ -88,35 +70,15 @@ def describe_runs(models: Iterable[StreamedModel]) -> list[dict[str, Any]]:
 
 
 def _describe_run(number: int, parts: Sequence[RunLog]) -> dict[str, Any]:
-    steps: dict[int, list[_Step]] = {}
+    steps: dict[int, list[TimedStep]] = {}
     for part in parts:
-        for place, step in _steps_of(part).items():
+        for place, step in timed_steps(part).items():
             steps.setdefault(place, []).append(step)
-    together = {place: _together(shares) for place, shares in sorted(steps.items())}
+    whole = {place: together(shares) for place, shares in sorted(steps.items())}
     return {
         "number": number,
-        "steps": list(together),
-        "seconds": [round(step.seconds, DIGITS) for step in together.values()],
-        "rate": [step.rate for step in together.values()],
-        "waiting": [step.waiting for step in together.values()],
+        "steps": list(whole),
+        "seconds": [round(step.seconds, DIGITS) for step in whole.values()],
+        "rate": [round(step.rate) for step in whole.values()],
+        "waiting": [round(step.waiting, 3) for step in whole.values()],
     }
-
-
-def _steps_of(run: RunLog) -> dict[int, _Step]:
-    """The steps of a run by number, from 1. Of those that were not timed the next one has a share."""
-    found = {}
-    for before, row in pairwise((run.before, *run.rows)):
-        count = max(1, row.steps - before.steps)
-        copied = (row.streamed_bytes - before.streamed_bytes) / count
-        waited = (row.stall_seconds - before.stall_seconds) / count
-        found[row.steps - run.before.steps] = _Step(row.seconds, copied, waited)
-    return found
-
-
-def _together(shares: Sequence[_Step]) -> _Step:
-    """A step on several devices: the slowest tells how long, and who waits most what is waited for."""
-    return _Step(
-        max(share.seconds for share in shares),
-        sum(share.copied for share in shares),
-        max(share.waited for share in shares),
-    )

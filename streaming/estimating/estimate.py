@@ -40,6 +40,7 @@ class Machine:
         vram, reserve, ram: GiB; RAM of 0 is not known.
         link: GB/s from RAM to the card.
         compute_seconds: of a step with all weights in VRAM; None where it was never measured.
+        compute_source: where that is from, in words; empty where it was measured or given.
         system: as ``os.name`` says.
     """
 
@@ -49,6 +50,7 @@ class Machine:
     link: float = ASSUMED_LINK
     compute_seconds: float | None = None
     system: str = "posix"
+    compute_source: str = ""
 
     @property
     def budget(self) -> float:
@@ -99,6 +101,11 @@ class Estimate:
         """GiB of VRAM that it runs with, what is left to others among them; rounded up to a tenth."""
         least = minimum_bytes(self.cut.outline, assumed_profile(self.cut.outline)) / GIB + self.machine.reserve
         return math.ceil(least * 10) / 10
+
+    @property
+    def stays(self) -> int:
+        """Bytes of weights that stay in VRAM."""
+        return 0 if self.plan is None else self.plan.resident_bytes + self.plan.rest_bytes
 
     @property
     def streamed_bytes(self) -> int:
@@ -184,7 +191,8 @@ def describe_plan(cut: Cut, machine: Machine) -> list[str]:
     return [
         title,
         f"  each step   streams {format_bytes(found.streamed_bytes)}, from {found.streamed_blocks} of "
-        f"{cut.outline.blocks} blocks; {format_bytes(found.plan.device_bytes)} are in VRAM",
+        f"{cut.outline.blocks} blocks; {format_bytes(found.stays)} stay in VRAM, beside "
+        f"{format_bytes(found.plan.device_bytes - found.stays)} of staging",
         f"  RAM         {format_bytes(found.streamed_bytes)} page-locked" + _ram_text(found),
         *_time_lines(found),
     ]
@@ -208,10 +216,11 @@ def _time_lines(found: Estimate) -> list[str]:
     if found.step_seconds is None or found.machine.compute_seconds is None:
         return [
             bus,
-            "  s/step      not known: that is the bus's part alone; compute was not measured on this card",
+            f"  s/step      streaming costs nothing where a step computes for {_text(found.bus_seconds)} s or more; "
+            "compute was not measured on this card",
         ]
-    compute = found.machine.compute_seconds
-    step = f"  s/step      {_text(found.step_seconds)} s predicted ({_text(compute)} s of compute)"
+    compute = f"{_text(found.machine.compute_seconds)} s of compute{found.machine.compute_source}"
+    step = f"  s/step      {_text(found.step_seconds)} s predicted ({compute})"
     if found.packed_step_seconds is not None:
         step += f"; about {_text(found.packed_step_seconds)} s with packed weights"
     return [bus, step]

@@ -126,6 +126,11 @@ class Nvml:
         card = self._ask("nvmlDeviceGetGpuMaxPcieLinkGeneration", handle) if known else None
         return now, most if card is None else most._replace(generation=card)
 
+    def driver(self) -> str | None:
+        """Return the driver's version; None where it is not known."""
+        found = None if self._library is None else self._ask("nvmlSystemGetDriverVersion")
+        return found.decode() if isinstance(found, bytes) else found
+
     def gpus(self) -> list[Gpu]:
         """Return all GPUs that the driver knows, numbered in NVML's order."""
         count = None if self._library is None else self._ask("nvmlDeviceGetCount")
@@ -207,6 +212,11 @@ def best_links(indices: Sequence[int]) -> list[Link]:
 def has_torch() -> bool:
     """Whether torch is installed, without importing it."""
     return importlib.util.find_spec("torch") is not None
+
+
+def has_nvml() -> bool:
+    """Whether NVIDIA's management library can be asked, if there is a driver."""
+    return importlib.util.find_spec("pynvml") is not None
 
 
 def _describe(index: int, count: int, nvml: Nvml) -> Gpu:

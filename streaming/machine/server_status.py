@@ -20,6 +20,9 @@ UNAUTHORIZED = 401
 UNKNOWN = "-"
 # Of a fleet's workers, where the state's own name does not say it.
 WORKER_STATES = {"restarting": "started again", "failed": "cannot be started"}
+# What people read for names of fields and of states; the others are words already.
+FIELD_WORDS = {"resident": "stay"}
+STATE_WORDS = {"resident": "all stays in VRAM", "pinned": "page-locked"}
 
 
 def ask(url: str | None = None) -> dict[str, Any]:
@@ -103,30 +106,36 @@ def describe_model(model: dict[str, Any]) -> list[str]:
     """Return lines about one model on one device: how its weights get there, its plan, and its last run."""
     reason = f" ({model['reason']})" if model["reason"] else ""
     state = ", running" if model["running"] else ""
-    lines = [f"{model['name']} on {model['device']}: {model['ladder']}{reason}{state}", f"  plan: {model['plan']}"]
+    ladder = STATE_WORDS.get(model["ladder"], model["ladder"])
+    lines = [f"{model['name']} on {model['device']}: {ladder}{reason}{state}", f"  plan: {model['plan']}"]
     if (loading := model["loading"]) is not None:
         lines.append(f"  loading: {format_bytes(loading['done'])} of {format_bytes(loading['total'])}")
     run = model["last_run"]
     if run is None:
         return [*lines, "  no run has ended yet"]
-    step = "" if run["step_seconds"] is None else f" of {run['step_seconds']:.3f} s"
+    step = "" if run["step_seconds"] is None else f" of {run['step_seconds']:.3f} s, {_percent(run['waiting'])} waiting"
     rate = "" if run["rate"] is None else f", {format_rate(run['rate'])} on average"
     again = f" ({run['reruns']} ran again)" if run["reruns"] else ""
     damaged = f"; {run['corrupted']} arrived damaged" if run["corrupted"] else ""
+    each = UNKNOWN if run["stall_ms_per_block"] is None else f"{run['stall_ms_per_block']:.3f} ms"
     return [
         *lines,
         f"  last run: {run['steps']} steps{again}{step}; {format_bytes(run['bytes'])} copied{rate}",
-        f"  waited {run['stall_ms_per_block']:.3f} ms a block and step; {run['misses']} copies came late{damaged}",
+        f"  waiting {each} a block and step; {run['misses']} copies came late{damaged}",
     ]
 
 
 def _device(device: dict[str, Any]) -> str:
     parts = ("resident", "staging", "torch", "cache", "other", "free")
-    used = ", ".join(f"{name} {_bytes(device[name])}" for name in parts)
+    used = ", ".join(f"{FIELD_WORDS.get(name, name)} {_bytes(device[name])}" for name in parts)
     rate = UNKNOWN if device["copy_rate"] is None else format_rate(device["copy_rate"])
-    stalled = UNKNOWN if device["stalled"] is None else f"{device['stalled']:.0%}"
+    waiting = _percent(device["stalled"])
     title = f"{device['device']}  {device['name']}, {_bytes(device['total'])}"
-    return f"{title}: {used}; peak {_bytes(device['peak'])}; copies {rate}, stalled {stalled}"
+    return f"{title}: {used}; peak {_bytes(device['peak'])}; copies {rate}, waiting {waiting}"
+
+
+def _percent(part: float | None) -> str:
+    return UNKNOWN if part is None else f"{100 * part:.0f} %"
 
 
 def _bytes(count: int | None) -> str:

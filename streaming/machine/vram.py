@@ -52,6 +52,10 @@ class VramReader:
             statistics.get("reserved_bytes.all.current", 0) + pages.mapped,
         )
 
+    def driver(self) -> str | None:
+        """Return the driver's version; None where it is not known."""
+        return self._nvml.driver()
+
     def links(self, index: int) -> tuple[Link, Link]:
         """Return the device's link as it is now (slow while the GPU is idle), and the best that the card can do."""
         return self._nvml.links(gpu_uuid(torch.cuda.get_device_properties(index)))

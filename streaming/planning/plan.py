@@ -151,7 +151,7 @@ class Plan:
     def _placement_text(self) -> str:
         blocks = count_of(self.outline.blocks, "block")
         if not self.segments:
-            return f"all {blocks} resident ({format_bytes(self.device_bytes)} on the device), nothing streamed"
+            return f"all {blocks} stay ({format_bytes(self.device_bytes)} on the device), nothing streamed"
         streamed = self.outline.blocks - self.resident_blocks
         text = format_bytes(self.streamed_bytes)
         if self.packed:
@@ -159,7 +159,7 @@ class Plan:
         text += (
             f" a step streamed in {count_of(len(self.segments), 'segment')}, from "
             f"{streamed} of {blocks}; {format_bytes(self.device_bytes)} on the device: "
-            f"{format_bytes(self.resident_bytes)} of blocks resident, {format_bytes(self.rest_bytes)} outside of "
+            f"{format_bytes(self.resident_bytes)} of blocks stay, {format_bytes(self.rest_bytes)} outside of "
             f"blocks, {format_bytes(self.staging_bytes)} staging"
         )
         return text + (f", {format_bytes(self.unpacking_bytes)} to unpack in" if self.packed else "")

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from ..devices.backend import Backend
 from ..devices.copies import Moment, Stall
+from .averages import average, timed_steps
 from .step_log import RunLog, StepLog, StepRow
 
 # More waits than any step has; the oldest are dropped beyond.
@@ -55,11 +56,20 @@ class Run:
 
     Attributes:
         counters: of these steps.
-        step_seconds: the average of those that were timed; None without any.
+        step_seconds, rate, waiting: their average (averages.py): seconds, bytes per second, and the part in which
+            compute waits; None while none was timed.
     """
 
     counters: Counters
-    step_seconds: float | None
+    step_seconds: float | None = None
+    rate: float | None = None
+    waiting: float | None = None
+
+    @classmethod
+    def of(cls, counters: Counters, log: RunLog | None) -> Run:
+        """The run in ``log``, None where no step was timed."""
+        found = average(timed_steps(log)) if log is not None else None
+        return cls(counters) if found is None else cls(counters, *found)
 
 
 class Activity(NamedTuple):
@@ -134,10 +144,9 @@ class StallMeter:
 
 
 class StepTimes(NamedTuple):
-    """How long steps took, in seconds, and whether the device still computes one; None where nothing was timed."""
+    """How long the last step took, in seconds, None before one was timed, and whether the device still computes one."""
 
     last: float | None
-    average: float | None
     computing: bool
 
 
@@ -167,19 +176,17 @@ class StepMeter:
         self._begin: Moment | None = None
         self._pending: _Pending | None = None
         self._last: float | None = None
-        # Of this run: steps that were timed, and their seconds.
-        self._timed = (0, 0.0)
 
     def begin_run(self) -> None:
-        """Steps from now on are averaged anew."""
-        self._collect()
-        self._pending, self._timed = None, (0, 0.0)
+        """Steps from now on belong to another run."""
+        self.collect()
+        self._pending = None
         counters = self._counters
         totals = StepRow(counters.steps, 0.0, counters.streamed_bytes, counters.stall_seconds)
         self.log.begin_run(counters.runs + 1, totals)
 
     def begin(self) -> None:
-        self._collect()
+        self.collect()
         self._begin = self._backend.moment()
 
     def end(self, completed: bool) -> None:
@@ -187,13 +194,11 @@ class StepMeter:
             counters = self._counters
             self._pending = _Pending(self._begin, self._backend.moment(), counters.steps + 1, counters.streamed_bytes)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Log the step that was queued last, once it is over."""
         pending = self._pending
         if pending is not None and (seconds := self._backend.seconds(pending.begin, pending.end)) is not None:
-            count, total = self._timed
-            # In this order, for threads that read: a step may be missing for a moment, but is never there twice.
-            self._pending = None
-            self._last, self._timed = seconds, (count + 1, total + seconds)
+            self._pending, self._last = None, seconds
             self.log.add(self._row(pending, seconds))
 
     def _row(self, pending: _Pending, seconds: float) -> StepRow:
@@ -207,12 +212,9 @@ class StepMeter:
 
     def times(self) -> StepTimes:
         """The times as far as they are known, on any thread."""
-        last, (count, total) = self._last, self._timed
-        pending = self._pending
+        last, pending = self._last, self._pending
         seconds = self._backend.seconds(pending.begin, pending.end) if pending is not None else None
-        if seconds is not None:
-            last, count, total = seconds, count + 1, total + seconds
-        return StepTimes(last, total / count if count else None, pending is not None and seconds is None)
+        return StepTimes(last if seconds is None else seconds, pending is not None and seconds is None)
 
 
 class Meters:
@@ -235,6 +237,11 @@ class Meters:
         """Count the waits of the step before first, which its row in the log has."""
         self.stalls.collect()
         self.step.begin()
+
+    def end_run(self) -> None:
+        """The device is done with the last step: count it, its waits first."""
+        self.stalls.collect()
+        self.step.collect()
 
 
 @dataclass(frozen=True)

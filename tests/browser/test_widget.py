@@ -71,7 +71,7 @@ TEXTS = {
     "allResident": [
         "All stays in VRAM",
         "The whole model is in VRAM; nothing has to be copied.",
-        "all 57 blocks resident",
+        "all 57 blocks stay",
         "20 steps of 0.174 s; nothing had to be copied",
     ],
     "streaming": [

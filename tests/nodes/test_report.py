@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from sampling import MB, MODEL, sample
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.twins.split import split_over
+from weightstream.streaming.machine.server_status import STATE_WORDS
 
 Load = Callable[..., StreamedModelPatcher]
 
@@ -33,7 +34,7 @@ def test_it_tells_of_plan_and_last_run(node: Any, streamed: Load) -> None:
     assert first == f"**{MODEL}**: {told['line']}"
     assert re.fullmatch(r"[\d.]+ s/step · .+", told["line"])
     assert empty == "", "without it a list would not begin"
-    assert items[0].startswith(f"- **gpu:0**: {entry['ladder']}")
+    assert items[0].startswith(f"- **gpu:0**: {STATE_WORDS.get(entry['ladder'], entry['ladder'])}")
     assert f"  - plan: {entry['plan']}" in items
     assert any(item.startswith(f"  - last run: {run['steps']} steps") for item in items)
     assert all(item.startswith(("- **", "  - ")) for item in items), "a list of Markdown"

@@ -73,3 +73,17 @@ def test_the_devices_of_a_model_have_one_line() -> None:
 def test_one_device_that_was_not_measured_leaves_the_step_open() -> None:
     fresh = part(device="gpu:1", predicted_step_seconds=None, compute_seconds=None, more_bytes=0)
     assert str(Line.of([part(), fresh])) == "14.0 GiB of 46.0 GiB stay in VRAM · gpu:0, gpu:1"
+
+
+def test_of_a_run_that_has_ended_it_says_what_was_measured() -> None:
+    ran = part(run=Run(Counters(), 0.25, 8e9, 0.4))
+    assert str(Line.of([ran])).startswith("0.32 s/step · 45 % waiting")
+    assert str(Line.of([ran], ended=True)) == "0.25 s/step · 40 % waiting for the bus · +8.0 GiB VRAM → 0.18 s"
+    slower = replace(ran, device="gpu:1", run=Run(Counters(), 0.26, 8e9, 0.1), more_bytes=0)
+    assert str(Line.of([ran, slower], ended=True)).startswith("0.26 s/step · 40 % waiting")
+    assert str(Line.of([part()], ended=True)) == str(Line.of([part()])), "nothing was measured in it"
+
+
+def test_memory_that_would_not_make_it_faster_is_not_told() -> None:
+    fast = part(run=Run(Counters(), 0.17, 8e9, 0.1))
+    assert str(Line.of([fast], ended=True)) == "0.17 s/step · 10 % waiting for the bus"

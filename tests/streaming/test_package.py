@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from weightstream import streaming
+from weightstream.streaming.command_line import NO_GPU, NO_NVIDIA_GPU, NO_TORCH, NOT_LOOKED, main
+from weightstream.streaming.machine import gpus
 
 ROOT = Path(streaming.__file__).parent.parent
 
@@ -40,7 +42,7 @@ WITHOUT_TORCH = (
     [
         (["status", "--url", "127.0.0.1:9"], "no ComfyUI answers"),
         (["convert", "example_workflows/flux1-dev_one_small_gpu.json"], "there is nothing to change"),
-        (["gpus"], "this Python has no torch"),
+        (["gpus"], "this Python has n"),
         (["plan", "missing.safetensors"], "missing.safetensors cannot be read"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -50,6 +52,29 @@ def test_the_command_line_needs_no_torch(arguments: list[str], says: str) -> Non
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert says in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch", "pynvml", "printed", "noted"),
+    [
+        (True, True, NO_GPU, ""),
+        (False, True, NO_NVIDIA_GPU, NO_TORCH),
+        (False, False, "", NOT_LOOKED),
+    ],
+)
+def test_where_no_gpu_is_found_it_says_whether_it_could_look(
+    torch: bool,
+    pynvml: bool,
+    printed: str,
+    noted: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpus, "list_gpus", list)
+    monkeypatch.setattr(gpus, "has_torch", lambda: torch)
+    monkeypatch.setattr(gpus, "has_nvml", lambda: pynvml)
+    assert main(["gpus"]) == 0
+    assert capsys.readouterr() == (f"{printed}\n" if printed else "", f"{noted}\n" if noted else "")
 
 
 def test_a_python_that_finds_no_modules_in_the_current_folder_runs_the_folder() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from streaming.estimating.cards import KNOWN
 from tools import cards, shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,3 +105,22 @@ def test_a_profile_has_all_of_the_compute() -> None:
     # 74.4 TFLOP: 59.5 in matrices, 14.9 in attention, which follows the matrices for queries, keys and values.
     assert shape.operations == pytest.approx(74.4e12, rel=0.001)
     assert sum(shape.hold) == pytest.approx(59.5e12, rel=0.01)
+
+
+@pytest.mark.parametrize("model", [model for model in cards.MODELS if not model.casts], ids=lambda model: model.name)
+def test_the_command_knows_what_was_measured(model: cards.Model) -> None:
+    """`plan --card` is in the pack, and these results are not."""
+    (known,) = [known for known in KNOWN if model.name.startswith(known.name)]
+    assert known.h200_seconds == pytest.approx(cards.resident_seconds(model), rel=0.01)
+    assert known.size == model.size
+    assert sum(known.blocks) == model.shape.outline.blocks
+    assert known.weights == pytest.approx(model.shape.outline.model_bytes / 2, rel=0.01)
+
+
+def test_what_a_card_gains_is_at_most_the_part_of_the_bus() -> None:
+    """The RTX 4060 with FLUX, as README.md has it: 1.5 s of 7.2."""
+    card, plan = LEAST_VRAM, cards.on_card(LEAST_VRAM, FLUX)
+    theirs, bus = cards.one_after_the_other(card, FLUX), plan.streamed_weight_bytes / card.bandwidth
+    assert theirs - cards.seconds_of(plan) == pytest.approx(bus)
+    assert (round(theirs, 1), round(bus, 1)) == (7.2, 1.5)
+    assert "ComfyUI at worst" in cards.README.read_text("utf-8")

@@ -8,7 +8,7 @@ import { watchProgress } from "../../web/lib/progress.mjs";
 import { stringsFor } from "../../web/lib/strings.mjs";
 import { NOTICE_EVENT, toasts } from "../../web/lib/toasts.mjs";
 import { watchWorkflows } from "../../web/lib/workflows.mjs";
-import { GIB, STATES, device, feedState, status } from "./states.mjs";
+import { GIB, STATES, device, feedState, model, status } from "./states.mjs";
 
 const EN = stringsFor("en");
 
@@ -128,6 +128,13 @@ test("a report has versions, devices, models and causes", () => {
   assert.match(text, /- flux1-dev\.safetensors on gpu:0: staged \(the limit of 12\.8 GiB/);
   assert.match(text, /- why: The card's link runs at PCIe 4\.0 x4/);
   for (const each of Object.values(STATES)) assert.doesNotMatch(issueReport(each, EN, ""), /undefined|NaN|\[object/);
+});
+
+test("a report has versions, options and settings", () => {
+  const environment = { torch: "2.9.1", driver: "580.1", options: "--lowvram" };
+  const text = issueReport(feedState({ ...status(), environment, models: [model({ settings: { vram_limit: 5, mode: "stream" } })] }), EN, "");
+  assert.match(text, /\ntorch 2\.9\.1, driver 580\.1, options --lowvram\n/);
+  assert.match(text, /\n {2}- set: vram_limit=5, mode=stream\n/);
 });
 
 /** A page that shows a workflow. */

@@ -8,7 +8,7 @@ import { STATES } from "./states.mjs";
 
 test("a plan is Chinese in all its parts, with the values of the server", () => {
   assert.equal(
-    inChinese("11.2 GiB a step streamed in 84 segments, from 57 of 57 blocks; 13.1 GiB on the device: 12.1 GiB of blocks resident, "
+    inChinese("11.2 GiB a step streamed in 84 segments, from 57 of 57 blocks; 13.1 GiB on the device: 12.1 GiB of blocks stay, "
       + "512 MiB outside of blocks, 512 MiB staging; a step in 0.324 s, limited by the bus (0.177 s of compute); 8.6 GiB more VRAM "
       + "would make it 0.178 s; 11.2 GiB from page-locked memory"),
     "每步流式传输 11.2 GiB，分 84 段，来自 57/57 个块；设备上共 13.1 GiB：常驻块 12.1 GiB，块外 512 MiB，暂存区 512 MiB；"

@@ -38,7 +38,7 @@ export function model(changes = {}) {
   return {
     id: "1", name: "flux1-dev.safetensors", device: "gpu:0", node_id: "4", ladder: "pinned",
     reason: "12.6 GiB of 23.8 GiB stay in VRAM",
-    plan: "11.2 GiB a step streamed in 84 segments, from 57 of 57 blocks; 13.1 GiB on the device: 12.1 GiB of blocks resident, "
+    plan: "11.2 GiB a step streamed in 84 segments, from 57 of 57 blocks; 13.1 GiB on the device: 12.1 GiB of blocks stay, "
       + "512 MiB outside of blocks, 512 MiB staging; a step in 0.324 s, limited by the bus (0.177 s of compute); 8.6 GiB more "
       + "VRAM would make it 0.178 s; 11.2 GiB from page-locked memory",
     running: false, loading: null, last_run: run(), pinned_bytes: 11.4 * GIB, resident_bytes: 12.1 * GIB,
@@ -298,7 +298,7 @@ export const STATES = {
         model({
           running: true, last_run: null, ladder: "staged", reason: "page-locked copies are made now", locking: true,
           plan: "11.2 GiB a step streamed in 84 segments, from 57 of 57 blocks; 13.1 GiB on the device: 12.1 GiB of blocks "
-            + "resident, 512 MiB outside of blocks, 512 MiB staging; 2.1 GiB from page-locked memory, 9.1 GiB from the file until "
+            + "stay, 512 MiB outside of blocks, 512 MiB staging; 2.1 GiB from page-locked memory, 9.1 GiB from the file until "
             + "they are page-locked too",
           pinned_bytes: 2.1 * GIB, limited_by: "", loading: { done: 8.4 * GIB, total: 23.8 * GIB, rate: 1.6 * GB },
         }),
@@ -311,7 +311,7 @@ export const STATES = {
       models: [
         model({
           ladder: "resident", reason: "", pinned_bytes: 0,
-          plan: "all 57 blocks resident (23.8 GiB on the device), nothing streamed; a step in 0.174 s",
+          plan: "all 57 blocks stay (23.8 GiB on the device), nothing streamed; a step in 0.174 s",
           resident_bytes: 23.3 * GIB, streamed_block_bytes: 0, limited_by: "compute",
           last_run: run({ bytes: 0, rate: null, stall_ms_per_block: 0, step_seconds: 0.174 }),
         }),
@@ -333,7 +333,7 @@ export const STATES = {
       models: [
         model({
           running: true, ladder: "staged", reason: "the limit of 12.8 GiB page-locked memory is reached",
-          plan: "20.1 GiB a step streamed in 84 segments, from 57 of 57 blocks; 2.5 GiB on the device: 1.6 GiB of blocks resident, "
+          plan: "20.1 GiB a step streamed in 84 segments, from 57 of 57 blocks; 2.5 GiB on the device: 1.6 GiB of blocks stay, "
             + "512 MiB outside of blocks, 400 MiB staging; a step in 3.45 s, limited by the bus (0.483 s of compute); 12.8 GiB from "
             + "page-locked memory, 7.3 GiB staged from the file or pageable memory (the limit of 12.8 GiB page-locked memory is reached)",
           pinned_bytes: 12.8 * GIB, resident_bytes: 1.6 * GIB, streamed_block_bytes: 20.1 * GIB,
@@ -356,7 +356,7 @@ export const STATES = {
         model({
           running: true, reason: "5.8 GiB of 23.8 GiB stay in VRAM",
           plan: "13.0 GiB (packed, 18.0 GiB of weights) a step streamed in 190 segments, from 57 of 57 blocks; 6.4 GiB on the "
-            + "device: 5.3 GiB of blocks resident, 512 MiB outside of blocks, 400 MiB staging, 200 MiB to unpack in; a step in "
+            + "device: 5.3 GiB of blocks stay, 512 MiB outside of blocks, 400 MiB staging, 200 MiB to unpack in; a step in "
             + "0.232 s, limited by the bus (0.177 s of compute); 13.0 GiB from page-locked memory",
           pinned_bytes: 13.0 * GIB, resident_bytes: 5.3 * GIB, streamed_block_bytes: 13.0 * GIB,
           streamed_weight_bytes: 18.0 * GIB,
@@ -378,7 +378,7 @@ export const STATES = {
           name: "qwen_image_bf16.safetensors", device: "gpu:1", running: true, pinned_bytes: 6.9 * GIB,
           resident_bytes: 13.7 * GIB, streamed_block_bytes: 6.9 * GIB, reason: "14.2 GiB of 21.1 GiB stay in VRAM",
           plan: "6.9 GiB a step streamed in 30 segments, from 30 of 30 blocks; 14.7 GiB on the device: 13.7 GiB of blocks "
-            + "resident, 512 MiB outside of blocks, 512 MiB staging; a step in 0.318 s, hardly any of it waiting for the bus; "
+            + "stay, 512 MiB outside of blocks, 512 MiB staging; a step in 0.318 s, hardly any of it waiting for the bus; "
             + "6.9 GiB from page-locked memory",
           limited_by: "compute", last_run: run({ bytes: 138 * GIB, rate: 21.7 * GB, stall_ms_per_block: 0.2 }),
         }),
@@ -425,7 +425,7 @@ export const STATES = {
           name: "flux2-dev.safetensors", running: true, ladder: "staged",
           reason: "the limit of 60.6 GiB page-locked memory is reached",
           plan: "63.2 GiB a step streamed in 112 segments, from 56 of 56 blocks; 1.7 GiB on the device: 700 MiB of blocks "
-            + "resident, 512 MiB outside of blocks, 512 MiB staging; a step in 2.55 s, limited by the bus (0.977 s of compute); "
+            + "stay, 512 MiB outside of blocks, 512 MiB staging; a step in 2.55 s, limited by the bus (0.977 s of compute); "
             + "39.1 GiB more VRAM would make it 0.98 s; 60.2 GiB from page-locked memory, 3.0 GiB staged from the file or "
             + "pageable memory (the limit of 60.6 GiB page-locked memory is reached)",
           resident_bytes: 0.7 * GIB, streamed_block_bytes: 63.2 * GIB, pinned_bytes: 60.2 * GIB,
@@ -464,7 +464,7 @@ export const STATES = {
       models: [
         model({
           ladder: "synchronous", reason: "its settings ask for it", pinned_bytes: 0, limited_by: "",
-          plan: "21.8 GiB a step streamed in 84 segments, from 57 of 57 blocks; 2.5 GiB on the device: 1.5 GiB of blocks resident, "
+          plan: "21.8 GiB a step streamed in 84 segments, from 57 of 57 blocks; 2.5 GiB on the device: 1.5 GiB of blocks stay, "
             + "512 MiB outside of blocks, 512 MiB staging; 0 B from page-locked memory, 21.8 GiB staged from the file or pageable "
             + "memory (page-locking is switched off)",
           resident_bytes: 1.5 * GIB, streamed_block_bytes: 21.8 * GIB,

@@ -23,6 +23,7 @@ export function issueReport(feed, english, browser) {
   return [
     "### WeightStream report",
     `WeightStream ${version}, ComfyUI ${feed.status?.comfyui?.version ?? "?"}, ${browser}`,
+    ...environmentLines(feed.status?.environment ?? {}),
     ...(feed.status?.comfyui?.broken ?? []).map((text) => `ComfyUI is not as expected: ${text}`),
     "",
     "| GPU | name | used | other programs | copy | waiting | link |",
@@ -37,6 +38,12 @@ export function issueReport(feed, english, browser) {
     ...status.notices.map((notice) => `- ${english[notice.kind]}: ${notice.name}: ${notice.text}`),
     "",
   ].join("\n");
+}
+
+/** @param {Record<string, string>} environment */
+function environmentLines(environment) {
+  const told = Object.entries(environment).map(([name, text]) => `${name} ${text}`);
+  return told.length > 0 ? [told.join(", ")] : [];
 }
 
 /** @param {Device} device */
@@ -59,7 +66,11 @@ function linkText({ link, card }) {
 function modelLines(model) {
   const run = model.last_run;
   const ran = run ? `; ${run.steps} steps of ${format.seconds(run.step_seconds)}, ${format.bytes(run.bytes)} copied, ${run.misses} copies came late, ${run.reruns} reruns` : "";
-  return [`- ${model.name} on ${model.device}: ${model.ladder}${model.reason && ` (${model.reason})`}${ran}`, `  - ${model.plan}`];
+  const settings = Object.entries(model.settings ?? {}).map(([name, value]) => `${name}=${value}`);
+  return [
+    `- ${model.name} on ${model.device}: ${model.ladder}${model.reason && ` (${model.reason})`}${ran}`, `  - ${model.plan}`,
+    ...(settings.length > 0 ? [`  - set: ${settings.join(", ")}`] : []),
+  ];
 }
 
 /**

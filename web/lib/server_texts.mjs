@@ -7,11 +7,11 @@
 export const CHINESE_TEXTS = [
   // plans
   ["not loaded", "未加载"],
-  ["all … blocks resident (… on the device), nothing streamed", "全部 … 个块常驻（设备上共 …），无需流式传输"],
+  ["all … blocks stay (… on the device), nothing streamed", "全部 … 个块常驻（设备上共 …），无需流式传输"],
   ["… (packed, … of weights) a step streamed in … segments, from … of … blocks", "每步流式传输 …（压缩后，权重共 …），分 … 段，来自 …/… 个块"],
   ["… a step streamed in … segments, from … of … blocks", "每步流式传输 …，分 … 段，来自 …/… 个块"],
-  ["… on the device: … of blocks resident, … outside of blocks, … staging, … to unpack in", "设备上共 …：常驻块 …，块外 …，暂存区 …，解压区 …"],
-  ["… on the device: … of blocks resident, … outside of blocks, … staging", "设备上共 …：常驻块 …，块外 …，暂存区 …"],
+  ["… on the device: … of blocks stay, … outside of blocks, … staging, … to unpack in", "设备上共 …：常驻块 …，块外 …，暂存区 …，解压区 …"],
+  ["… on the device: … of blocks stay, … outside of blocks, … staging", "设备上共 …：常驻块 …，块外 …，暂存区 …"],
   ["a step in … s, limited by the bus (… s of compute)", "每步 … 秒，瓶颈是总线（计算需 … 秒）"],
   ["a step in … s, hardly any of it waiting for the bus", "每步 … 秒，几乎不等待总线"],
   ["a step in … s", "每步 … 秒"],

@@ -14,7 +14,7 @@
  *   means of the run, waiting is the part of it for which compute waited
  * @typedef {"unloaded" | "resident" | "pinned" | "staged" | "synchronous"} Ladder
  * @typedef {{id: string, name: string, device: string, node_id: string | null, ladder: Ladder, reason: string,
- *   plan: string, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null,
+ *   plan: string, settings?: Record<string, unknown>, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null,
  *   resident_bytes?: number, rest_bytes?: number, streamed_block_bytes?: number, streamed_weight_bytes?: number,
  *   limited_by?: "bus" | "compute" | "", locking?: boolean}} Model
  *   one for each model and device; the parts of one model have the same id. last_run is of the last one that ended.
@@ -22,8 +22,8 @@
  * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback" | "failed" | "refused", text: string}} Notice
  *   refused: the page has it from the host, and not from our server
  * @typedef {{schema: number, time: number, devices: Device[], host: Host, models: Model[], notices: Notice[],
- *   version?: string, comfyui?: {version: string, broken: string[]}, why_no_devices?: string | null,
- *   causes?: import("./why.mjs").Cause[], fleet?: Fleet}} Status
+ *   version?: string, environment?: Record<string, string>, comfyui?: {version: string, broken: string[]},
+ *   why_no_devices?: string | null, causes?: import("./why.mjs").Cause[], fleet?: Fleet}} Status
  *   comfyui.broken says what of ComfyUI is not as the pack knows it; nothing streams then, and notices say so
  * @typedef {{schema: number, time: number, revision: string, devices: unknown[][], host: (number | null)[],
  *   loading: [string, number, number, number | null][], running: string[],

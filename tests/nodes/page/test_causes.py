@@ -170,4 +170,6 @@ def test_facts_are_of_the_run_that_is_on_once_it_has_settled(streamed: Load) -> 
     now = model.streamer.snapshot()
     assert now.last_run is not None
     assert facts_of(model.streamed, now, device).step == now.last_run.step_seconds, "two steps say little"
+    ended = replace(now, busy=False, idle_seconds=9.0)
+    assert facts_of(model.streamed, ended, device).step == now.run.step_seconds, "as the card of the model tells"
     assert describe_causes([model.streamed], []) == []

@@ -102,12 +102,15 @@ def test_the_route_and_the_command_say_the_same(
         streamed = format_bytes(told["streamed_bytes"])
         expected = [
             f"streams {streamed}, from {told['streamed_blocks']} of {told['blocks']} blocks; "
-            f"{format_bytes(told['device_bytes'])} are in VRAM",
+            f"{format_bytes(told['stays'])} stay in VRAM, beside "
+            f"{format_bytes(told['device_bytes'] - told['stays'])} of staging",
             f"{streamed} page-locked",
             f"at most {format_bytes(told['pinnable'])}",
             f"{told['bus_seconds']:.2g} s of each step at 12.6016 GB/s",
             f"about {told['packed_bus_seconds']:.2g} s with packed weights",
-            "not known" if compute is None else f"{told['step_seconds']:.2g} s predicted ({compute} s of compute)",
+            f"where a step computes for {told['bus_seconds']:.2g} s or more"
+            if compute is None
+            else f"{told['step_seconds']:.2g} s predicted ({compute} s of compute)",
         ]
         assert told["stays"] + told["streamed_bytes"] == told["model_bytes"]
         if told["from_file"]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from sampling import MB, sample
+from sampling import MB, MODEL, sample
 from weightstream.nodes.tell import messages
 from weightstream.nodes.twins.split import split_over
 
@@ -46,15 +47,26 @@ def test_the_node_has_one_line_and_the_plan_behind_it(streamed: Any, sent: list[
 
 def test_a_split_model_has_the_line_of_all_its_devices(loaded: Any, sent: list[tuple[str, Any]]) -> None:
     devices = [torch.device("cpu", 0), torch.device("cpu", 1)]
+    loaded.settings = replace(loaded.settings, vram_limit=14 * MB)
     model = split_over(loaded, devices, "equal", None, NODE).patcher
     sample(model, steps=3)
     line = lines_in(sent)[-1]
     assert line["devices"] == ("gpu:0", "gpu:1")
     assert line["text"].endswith("gpu:0, gpu:1")
+    assert line["seconds"] > 0
+    assert [part.streamed.node_id for part in model.parts] == [NODE], "who is measured last tells of it"
     assert [detail.partition(": ")[0] for detail in line["details"]] == ["gpu:0", "gpu:1"]
     parts = [part.streamer.snapshot() for part in (model.streamed, *(part.streamed for part in model.parts))]
     assert line["total_bytes"] == sum(p.resident_bytes + p.rest_bytes + p.streamed_weight_bytes for p in parts)
     assert {data["node"] for data in lines_in(sent)} == {NODE}
+
+
+def test_the_log_names_the_device_of_each_part(loaded: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model = split_over(loaded, [torch.device("cpu", 0), torch.device("cpu", 1)], "equal", None, None).patcher
+    sample(model)
+    plans = [record.getMessage() for record in caplog.records if "on the device" in record.getMessage()]
+    assert {plan.partition(": ")[0] for plan in plans} == {f"[WeightStream] {MODEL} on gpu:{part}" for part in (0, 1)}
 
 
 def test_without_a_node_nothing_is_sent(streamed: Any, sent: list[tuple[str, Any]]) -> None:

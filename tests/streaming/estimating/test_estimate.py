@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from weightstream.streaming import CheckpointError, UnsupportedModelError, format_bytes
 from weightstream.streaming.command_line import main
+from weightstream.streaming.estimating.cards import known_model
 from weightstream.streaming.estimating.cutting import Cut, cut
 from weightstream.streaming.estimating.estimate import Machine, describe_model, describe_plan, measured_by, plan_for
 from weightstream.streaming.estimating.tensors import Tensor, missing_bytes, read_tensors
@@ -62,11 +64,13 @@ def test_without_a_measurement_only_the_bus_s_part_is_said(found: Cut) -> None:
     streamed = format_bytes(plan.streamed_bytes)
     assert describe_plan(found, machine) == [
         "with 8 GiB of VRAM, of which 2.5 are left to activations and others:",
-        f"  each step   streams {streamed}, from 57 of 57 blocks; {format_bytes(plan.device_bytes)} are in VRAM",
+        f"  each step   streams {streamed}, from 57 of 57 blocks; 4.2 GiB stay in VRAM, beside 1.3 GiB of staging",
         f"  RAM         {streamed} page-locked",
         "  the bus     0.77 s of each step at 25 GB/s; about 0.55 s with packed weights",
-        "  s/step      not known: that is the bus's part alone; compute was not measured on this card",
+        "  s/step      streaming costs nothing where a step computes for 0.77 s or more; "
+        "compute was not measured on this card",
     ]
+    assert round(plan.streamed_bytes / GIB, 1) + 4.2 == pytest.approx(found.outline.model_bytes / GIB, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +170,31 @@ def test_the_command(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no ComfyUI answers" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", str(flux), "--vram", "-3"])
+
+
+def test_a_card_by_its_name(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(flux), "--card", "4060", "--ram", "32"]) == 0
+    said = capsys.readouterr().out
+    assert "RTX 4060, PCIe 4 x8, by its data; nobody has measured it:\nwith 8 GiB of VRAM" in said
+    assert "at 12.6 GB/s" in said
+    assert "5.8 s predicted (5.8 s of compute, estimated from an H200's for FLUX.1-dev, 1024 x 1024, cfg 1" in said
+    assert main(["plan", str(flux), "--card", "geforce rtx 4060", "--compute", "9", "--link", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "(9 s of compute)" in said
+    assert "at 5 GB/s" in said
+    with pytest.raises(SystemExit):
+        main(["plan", str(flux), "--card", "RTX 40"])
+    assert "RTX 40 is none of RTX 4060, " in capsys.readouterr().err
+
+
+def test_a_model_is_known_by_its_blocks_and_its_weights(found: Cut) -> None:
+    known = known_model(found)
+    assert known is not None
+    assert known.name == "FLUX.1-dev"
+    in_fp8 = replace(found, dtypes={"F8_E4M3": found.file_bytes // 2})
+    assert known_model(in_fp8) == known
+    assert known_model(replace(found, dtypes={"BF16": found.file_bytes * 3 // 4})) is None, "as Chroma's"
+    assert known_model(replace(found, lists={"blocks": 57})) is None
 
 
 def test_what_a_running_comfyui_has_measured() -> None:

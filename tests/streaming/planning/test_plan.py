@@ -215,14 +215,14 @@ def test_the_plan_explains_itself() -> None:
     profile = make_profile(outline, [0.006] * 5, 1e9)
     assert make_plan(outline, profile, 31 * MB, config).explain() == (
         "38.1 MiB a step streamed in 4 segments, from 4 of 5 blocks; 29.6 MiB on the device: 9.5 MiB of blocks "
-        "resident, 977 KiB outside of blocks, 19.1 MiB staging; a step in 0.04 s, limited by the bus (0.03 s of "
+        "stay, 977 KiB outside of blocks, 19.1 MiB staging; a step in 0.04 s, limited by the bus (0.03 s of "
         "compute); 19.1 MiB more VRAM would make it 0.03 s"
     )
     fast = make_profile(outline, [1.0] * 5, 1e9)
     text = make_plan(outline, fast, 31 * MB, config).explain()
     assert text.endswith("a step in 5 s, hardly any of it waiting for the bus")
     assert make_plan(outline, profile, 51 * MB, config).explain() == (
-        "all 5 blocks resident (48.6 MiB on the device), nothing streamed; a step in 0.03 s"
+        "all 5 blocks stay (48.6 MiB on the device), nothing streamed; a step in 0.03 s"
     )
     assert "a step" not in make_plan(outline, assumed_profile(outline), 51 * MB, config).explain()
 
