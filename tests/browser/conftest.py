@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from chromium import NoBrowser, find_chromium
 from comfy_page import HEIGHT, SETTINGS, WIDTH, ComfyPage, write_settings
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from servers import free
 
@@ -107,6 +109,8 @@ def save_picture(request: pytest.FixtureRequest, frontend: list[str]) -> Callabl
 
     def save(shown: Locator | Page, name: str, **options: Any) -> None:
         IMAGES.mkdir(parents=True, exist_ok=True)
-        shown.screenshot(path=IMAGES / f"{name}.png", animations="disabled", **options)
+        taken = Image.open(io.BytesIO(shown.screenshot(animations="disabled", **options))).convert("RGB")
+        # A third of the bytes, which everybody downloads who installs the pack.
+        taken.quantize(256).save(IMAGES / f"{name}.png", optimize=True)
 
     return save
