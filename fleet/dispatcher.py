@@ -39,6 +39,8 @@ PATIENCE_SECONDS = 0.5
 # Between two starts of a worker that does not come up, doubled each time up to the second.
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
+# A worker that hangs answers nobody; who asks does not wait for it.
+ANSWER_SECONDS = 3.0
 # ComfyUI goes on after these, though nothing runs on the GPU any more.
 BROKEN_GPU = ("AcceleratorError", "CUDA error", "HIP error", "device-side assert", "unspecified launch failure")
 
@@ -177,12 +179,13 @@ class Dispatcher:
 
     async def look_again(self) -> None:
         """Ask all workers anew which models there are: one may have been added."""
-        for seat in self.seats:
-            if seat.up:
-                try:
-                    seat.models = _names(await seat.worker.models())
-                except FleetError as error:
-                    logger.info("[WeightStream] %s does not say which models it has: %s", seat.worker.name, error)
+        await asyncio.gather(*(self._look_at(seat) for seat in self.seats if seat.up))
+
+    async def _look_at(self, seat: Seat) -> None:
+        try:
+            seat.models = _names(await asyncio.wait_for(seat.worker.models(), ANSWER_SECONDS))
+        except (FleetError, asyncio.TimeoutError) as error:
+            logger.info("[WeightStream] %s does not say which models it has: %r", seat.worker.name, error)
 
     # one worker
 
@@ -204,7 +207,7 @@ class Dispatcher:
             ending = asyncio.ensure_future(seat.worker.wait_for_end())
             try:
                 while True:
-                    await self._run(seat, await self._next(seat, ending))
+                    await self._serve_one(seat, ending)
             except WorkerDied as error:
                 seat.state, seat.reason = "restarting", str(error)
                 logger.warning("[WeightStream] %s is started again: %s", seat.worker.name, error)
@@ -212,6 +215,15 @@ class Dispatcher:
             finally:
                 ending.cancel()
                 await asyncio.gather(ending, return_exceptions=True)
+
+    async def _serve_one(self, seat: Seat, ending: asyncio.Future[str]) -> None:
+        try:
+            await self._run(seat, await self._next(seat, ending))
+        except WorkerDied:
+            raise
+        except FleetError as error:  # The queue's file cannot be written to: a disk that is full, for example.
+            logger.error("[WeightStream] %s has to wait: %s", seat.worker.name, error)
+            await asyncio.sleep(FIRST_PAUSE_SECONDS)
 
     async def _next(self, seat: Seat, ending: asyncio.Future[str]) -> Job:
         """The prompt that this worker takes, once there is one. It is the worker's when this returns.
@@ -266,7 +278,8 @@ class Dispatcher:
             # A fault of ours costs one prompt, not the fleet.
             logger.exception("[WeightStream] %s: the prompt %s cannot be served", seat.worker.name, job.id)
             entry = failed(job, f"{seat.worker.name}: {error!r}")
-        self._learn(seat, job, before)
+        if entry is not None:
+            self._learn(seat, job, before, entry)
         seat.job, seat.state = None, "free"
         if entry is None:  # Refused: for another worker.
             self._front.put_back(job)
@@ -313,10 +326,11 @@ class Dispatcher:
     async def _bring_files(self, seat: Seat, job: Job) -> None:
         """Bring what the prompt reads to the worker's folders."""
         places = read_by(job.body["prompt"], self._folders)
-        sized = [(tuple(place), self._folders.path(place).stat().st_size) for place in places]
-        for values in await seat.worker.lacks(sized) if sized else ():
+        found = {tuple(place): self._folders.path(place).stat() for place in places}
+        known = [(values, stat.st_size, stat.st_mtime_ns) for values, stat in found.items()]
+        for values in await seat.worker.lacks(known) if known else ():
             for offset, piece in pieces_of(self._folders.path(Place(*values))):
-                await seat.worker.write(values, offset, piece)
+                await seat.worker.write(values, offset, piece, found[tuple(values)].st_mtime_ns)
 
     def _lose(self, seat: Seat, job: Job, reason: str) -> None:
         """A worker died with a prompt (Note: nothing lost, nothing twice)."""
@@ -331,12 +345,14 @@ class Dispatcher:
             self.reruns += 1
             self._front.put_back(job)
 
-    def _learn(self, seat: Seat, job: Job, before: frozenset[ModelFile]) -> None:
-        """From how long a prompt took: of prompts, or with other models than before, of loading."""
+    def _learn(self, seat: Seat, job: Job, before: frozenset[ModelFile], entry: Mapping[str, Any]) -> None:
+        """From how long a whole prompt took: of prompts, or with other models than before, of loading."""
         seconds = time.monotonic() - seat.since
         changed = total(job.files - before)
         seat.done += 1
         seat.loaded = job.files
+        if not (entry.get("status") or {}).get("completed"):
+            return
         if not changed:
             seat.prompt_seconds += NEWEST_SHARE * (seconds - seat.prompt_seconds)
             return

@@ -11,6 +11,7 @@ shared on the front's host. Another host gets them before the prompt, and any wo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -76,22 +77,33 @@ def rename(value: Any, prefixes: Mapping[str, str]) -> None:
 def read_by(prompt: Mapping[str, Any], folders: Folders) -> list[Place]:
     """The front's files that a prompt names: an input's name, or one with ``[output]`` or ``[temp]`` behind it."""
     found: dict[Place, None] = {}
-    for node in prompt.values():
-        for value in node.get("inputs", {}).values() if isinstance(node, Mapping) else ():
-            place = _read_place(value)
-            if place is None:
-                continue
-            try:
-                path = folders.path(place)
-            except ValueError:  # The host refuses such a name itself.
-                continue
-            if path.is_file():
+    for value in texts_of(prompt):
+        place = _read_place(value)
+        if place is None:
+            continue
+        try:
+            if folders.path(place).is_file():
                 found[place] = None
+        except (ValueError, OSError):  # No name of a file: it leads elsewhere, or is a longer text.
+            continue
     return list(found)
 
 
-def _read_place(value: Any) -> Place | None:
-    if not isinstance(value, str) or not value or len(value) > 1000 or "\0" in value or "\n" in value:
+def texts_of(prompt: Mapping[str, Any]) -> Iterator[str]:
+    """The texts that nodes of a prompt get, those within lists and objects too."""
+    left: list[Any] = [node.get("inputs") for node in prompt.values() if isinstance(node, Mapping)]
+    while left:
+        value = left.pop(0)
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def _read_place(value: str) -> Place | None:
+    if not value or "\0" in value or "\n" in value:
         return None
     kind = INPUT
     for each in KINDS:
@@ -112,9 +124,11 @@ def pieces_of(path: Path) -> Iterator[tuple[int, bytes]]:
                 return
 
 
-def write_piece(path: Path, offset: int, piece: bytes) -> None:
-    """Write what :func:`pieces_of` read, in its order."""
+def write_piece(path: Path, offset: int, piece: bytes, changed_ns: int | None = None) -> None:
+    """Write what :func:`pieces_of` read, in its order. ``changed_ns``: when the original was last changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "r+b" if offset else "wb") as file:
         file.seek(offset)
         file.write(piece)
+    if changed_ns is not None:
+        os.utime(path, ns=(changed_ns, changed_ns))

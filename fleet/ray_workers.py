@@ -29,6 +29,8 @@ NAMESPACE = "weightstream"
 # What Ray does by itself on Windows and macOS: with it all of its ports are of the loopback interface. Read when it is
 # imported. (An address that ray.init is given is exchanged for one that others reach.)
 CLUSTERS_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# How often Ray looks whether the RAM is full; 0 is never.
+MEMORY_VARIABLE = "RAY_memory_monitor_refresh_ms"
 
 
 class FleetWorker(Protocol):
@@ -43,7 +45,7 @@ class FleetWorker(Protocol):
     async def free(self, flags: Mapping[str, bool]) -> None: ...
     async def models(self) -> dict[str, list[str]]: ...
     async def lacks(self, places: Sequence[Any]) -> list[Any]: ...
-    async def write(self, place: tuple[str, str, str], offset: int, piece: bytes) -> None: ...
+    async def write(self, place: tuple[str, str, str], offset: int, piece: bytes, changed_ns: int) -> None: ...
     async def request(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]: ...
@@ -57,6 +59,8 @@ def connect(config: FleetConfig) -> int:
     """
     if not config.address:
         os.environ.setdefault(CLUSTERS_VARIABLE, "0")
+        # Models fill the RAM on purpose. Ray would end actors for it, and their ComfyUIs with them.
+        os.environ.setdefault(MEMORY_VARIABLE, "0")
     ray = _ray()
     # The name of this package differs with the folder that the pack lies in.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__package__])
@@ -67,8 +71,9 @@ def connect(config: FleetConfig) -> int:
         else:
             # Ray counts GPUs itself; where there is none, virtual devices stand in for as many as are asked for.
             own = {"num_gpus": config.workers} if config.workers else {}
-            ray.init(include_dashboard=False, **own, **common)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+            # "local": not a cluster that happens to be there, or that the environment names.
+            ray.init(address="local", include_dashboard=False, **own, **common)
+    except Exception as error:  # Of many kinds: no cluster, no such folder, a path that is too long for a socket.
         raise FleetConfigError(f"Ray cannot be used ({config.address or 'on this machine'}): {error}") from error
     count = config.workers or int(ray.cluster_resources().get("GPU", 0))
     if not count:
@@ -115,8 +120,8 @@ class RayWorker:
     async def lacks(self, places: Sequence[Any]) -> list[Any]:
         return await self._call("lacks", list(places))
 
-    async def write(self, place: tuple[str, str, str], offset: int, piece: bytes) -> None:
-        await self._call("write", place, offset, piece)
+    async def write(self, place: tuple[str, str, str], offset: int, piece: bytes, changed_ns: int) -> None:
+        await self._call("write", place, offset, piece, changed_ns)
 
     async def request(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
@@ -140,8 +145,9 @@ class RayWorker:
             yield
         except errors.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
-            kind = WorkerStartError if type(cause).__name__ == WorkerStartError.__name__ else FleetError
-            raise kind(str(cause)) from error
+            # By their names: what comes back by value is of a class of its own.
+            kinds = {kind.__name__: kind for kind in (WorkerStartError, WorkerDied)}
+            raise kinds.get(type(cause).__name__, FleetError)(str(cause) or repr(cause)) from error
         except errors.RayError as error:
             raise WorkerDied(f"its process or its host is gone: {_first_line(error)}") from error
 

@@ -70,6 +70,12 @@ class WorkerView:
     def free(self) -> bool:
         return self.busy_seconds is None
 
+    @property
+    def seconds_left(self) -> float:
+        """Of its prompt. One that takes longer than usual is expected to take as long again."""
+        busy = self.busy_seconds or 0.0
+        return self.prompt_seconds - busy if busy < self.prompt_seconds else busy
+
     def can_run(self, prompt: Waiting) -> bool:
         has_all = not any((file.folder, file.name) in self.missing for file in prompt.files)
         return has_all and self.name not in prompt.excluded
@@ -110,7 +116,7 @@ def choose(worker: WorkerView, workers: Sequence[WorkerView], waiting: Sequence[
         if home is None or home.free or not worker.can_run(prompt):
             continue
         backlog = sum(other is home for other in homes) * home.prompt_seconds
-        backlog += max(0.0, home.prompt_seconds - (home.busy_seconds or 0.0))
+        backlog += home.seconds_left
         if backlog > CHANGES * total(prompt.files - worker.loaded) / worker.load_rate:
             return prompt
     return None

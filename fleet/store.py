@@ -6,10 +6,11 @@ that call paid services) are never written: a prompt that has some and waits thr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,16 +84,26 @@ class Store:
         """Note that a prompt is about to run."""
         self._write("UPDATE prompts SET attempts = attempts + 1 WHERE id = ?", prompt_id)
 
+    def put_back(self, prompt_id: str, attempts: int) -> None:
+        """Note that a prompt waits again; so often it counts as begun."""
+        self._write("UPDATE prompts SET attempts = ? WHERE id = ?", attempts, prompt_id)
+
     def finish(self, prompt_id: str, entry: Any) -> None:
         """Keep the result in the place of the prompt, in one step."""
-        with self._lock:
+        text = _text(entry)
+        with self._lock, self._errors():
             self._file.execute("BEGIN IMMEDIATE")
-            self._file.execute("INSERT OR REPLACE INTO history (id, entry) VALUES (?, ?)", (prompt_id, _text(entry)))
-            self._file.execute("DELETE FROM prompts WHERE id = ?", (prompt_id,))
-            self._file.execute(
-                "DELETE FROM history WHERE place <= (SELECT MAX(place) FROM history) - ?", (MOST_HISTORY,)
-            )
-            self._file.execute("COMMIT")
+            try:
+                self._file.execute("INSERT OR REPLACE INTO history (id, entry) VALUES (?, ?)", (prompt_id, text))
+                self._file.execute("DELETE FROM prompts WHERE id = ?", (prompt_id,))
+                self._file.execute(
+                    "DELETE FROM history WHERE place <= (SELECT MAX(place) FROM history) - ?", (MOST_HISTORY,)
+                )
+                self._file.execute("COMMIT")
+            except sqlite3.Error:
+                if self._file.in_transaction:
+                    self._file.execute("ROLLBACK")
+                raise
 
     def keep_only(self, prompt_ids: Iterable[str]) -> None:
         """Forget prompts that were taken from the queue."""
@@ -120,12 +131,19 @@ class Store:
         }
 
     def _read(self, statement: str) -> list[Any]:
-        with self._lock:
+        with self._lock, self._errors():
             return self._file.execute(statement).fetchall()
 
     def _write(self, statement: str, *values: Any) -> None:
-        with self._lock:
+        with self._lock, self._errors():
             self._file.execute(statement, values)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise FleetError(f"{self._path}, the queue of the fleet, cannot be used: {error}") from error
 
 
 def _text(value: Any) -> str:

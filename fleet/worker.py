@@ -24,7 +24,7 @@ import aiohttp
 from .child import Child
 from .comfy_process import ComfyProcess
 from .config import SHARE_VARIABLE, FleetConfig
-from .errors import WorkerStartError
+from .errors import WorkerDied, WorkerStartError
 from .files import OUTPUT, TEMP, Folders, Place, pieces_of, places_in, write_piece
 
 # As which client a worker's ComfyUI knows its actor.
@@ -211,14 +211,17 @@ class Worker:
             ended = self._process.why_ended() if self._process else None
             yield DIED, ended or f"its ComfyUI does not answer: {error!r}"
         finally:
-            self._running = None
+            # The next one may have begun: its messages need not wait for the end of this.
+            if self._running == prompt_id:
+                self._running = None
+            if self._cancelled == prompt_id:
+                self._cancelled = None
 
     async def _run(self, prompt_id: str, body: dict[str, Any]) -> AsyncIterator[tuple[Any, ...]]:
-        assert self._session is not None
         if self._cancelled == prompt_id:
             yield (CANCELLED,)
             return
-        async with self._session.post("/prompt", json={**body, "prompt_id": prompt_id, "client_id": CLIENT}) as answer:
+        async with self._open.post("/prompt", json={**body, "prompt_id": prompt_id, "client_id": CLIENT}) as answer:
             if answer.status == 400:
                 yield REFUSED, await answer.json()
                 return
@@ -285,28 +288,28 @@ class Worker:
 
     # files and the page
 
-    async def lacks(self, places: Sequence[tuple[tuple[str, str, str], int]]) -> list[tuple[str, str, str]]:
-        """Those of the front's files, with their sizes, that are not in this worker's folders."""
+    async def lacks(self, places: Sequence[tuple[tuple[str, str, str], int, int]]) -> list[tuple[str, str, str]]:
+        """Those of the front's files that this worker has not, or of another size (bytes) or time of change (ns)."""
         wanting = []
-        for values, size in places:
+        for values, size, changed_ns in places:
             place = Place(*values)
             if place.kind == "input" and self._shares_input:
                 continue
             path = self._folders.path(place)
-            if not path.is_file() or path.stat().st_size != size:
+            known = path.stat() if path.is_file() else None
+            if known is None or (known.st_size, known.st_mtime_ns) != (size, changed_ns):
                 wanting.append(values)
         return wanting
 
-    async def write(self, values: tuple[str, str, str], offset: int, piece: bytes) -> None:
+    async def write(self, values: tuple[str, str, str], offset: int, piece: bytes, changed_ns: int) -> None:
         """Put a piece of one of the front's files into this worker's folders."""
-        await asyncio.to_thread(write_piece, self._folders.path(Place(*values)), offset, piece)
+        await asyncio.to_thread(write_piece, self._folders.path(Place(*values)), offset, piece, changed_ns)
 
     async def request(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]:
         """A request to its ComfyUI: status, headers and body of the answer."""
-        assert self._session is not None
-        async with self._session.request(method, path, headers=headers, data=body or None) as answer:
+        async with self._open.request(method, path, headers=headers, data=body or None) as answer:
             return answer.status, dict(answer.headers), await answer.read()
 
     # its ComfyUI
@@ -321,8 +324,7 @@ class Worker:
         messages.put_nowait(None)
 
     async def _get(self, path: str) -> Any:
-        assert self._session is not None
-        async with self._session.get(path) as answer:
+        async with self._open.get(path) as answer:
             answer.raise_for_status()
             return await answer.json()
 
@@ -330,6 +332,13 @@ class Worker:
         if self._session is not None:
             async with self._session.post(path, json=dict(body)) as answer:
                 answer.raise_for_status()
+
+    @property
+    def _open(self) -> aiohttp.ClientSession:
+        """The connection to its ComfyUI. An actor that was made anew has none until it is started."""
+        if self._session is None:
+            raise WorkerDied("its ComfyUI was not started")
+        return self._session
 
     def _check_process(self, error: type[Exception]) -> None:
         ended = self._process.why_ended() if self._process else "it was stopped"

@@ -9,6 +9,7 @@ from typing import Any
 
 import folder_paths
 
+from ...fleet.files import texts_of
 from ...fleet.scheduling import ModelFile
 
 # Folders that hold no models.
@@ -22,7 +23,7 @@ def models_of(prompt: Mapping[str, Any]) -> frozenset[ModelFile]:
     """
     known = dict(reversed(list(_known_files())))
     found: dict[str, ModelFile] = {}
-    for value in _texts(prompt):
+    for value in texts_of(prompt):
         if (folder := known.get(value)) is None:
             continue
         path = folder_paths.get_full_path(folder, value)
@@ -38,11 +39,3 @@ def _known_files() -> Iterator[tuple[str, str]]:
         if folder not in OTHERS:
             for name in folder_paths.get_filename_list(folder):
                 yield name, folder
-
-
-def _texts(prompt: Mapping[str, Any]) -> Iterator[str]:
-    for node in prompt.values():
-        inputs = node.get("inputs") if isinstance(node, Mapping) else None
-        for value in (inputs or {}).values():
-            if isinstance(value, str):
-                yield value
