@@ -9,11 +9,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from .errors import StreamingError, WorkflowError
+from .config import plain
+from .errors import OutputError, StreamingError, UnsupportedModelError, WorkflowError
 
 if TYPE_CHECKING:
     from .estimating.cards import Card
@@ -26,6 +27,8 @@ NO_GPU = "no GPU that torch can use through CUDA or ROCm"
 NO_NVIDIA_GPU = "no GPU that NVIDIA's driver knows"
 ENDING = "_streamed"
 STANDARD_OUTPUT = "-"
+# GB/s. One lane of PCIe 1.0 has 0.25.
+LEAST_LINK = 0.001
 
 
 def gpus(arguments: argparse.Namespace) -> None:
@@ -51,23 +54,24 @@ def status(arguments: argparse.Namespace) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     from .workflows.convert import convert
     from .workflows.notes import as_lines
+    from .workflows.reading import read_workflow
 
     source = Path(arguments.input)
-    target = arguments.output or os.fspath(source.with_name(f"{source.stem}{ENDING}.json"))
     try:
-        conversion = convert(json.loads(source.read_text("utf-8-sig")))
+        conversion = convert(read_workflow(source.read_text("utf-8-sig")))
     except OSError as error:
         raise WorkflowError(f"{source} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # No JSON, no UTF-8, nested too deeply, or no workflow.
         raise WorkflowError(f"{source}: {error}") from error
+    target = arguments.output or os.fspath(source.with_name(f"{source.stem}{ENDING}.json"))
     to_terminal = target == STANDARD_OUTPUT
     if conversion.changed and not arguments.output and Path(target).exists():
         raise WorkflowError(f"{target} is there already; to write over it, name it behind {source}")
     said = sys.stderr if to_terminal else sys.stdout
-    if conversion.notes:
+    if conversion.notes and said is not None:
         print(as_lines(conversion.notes), file=said)
     text = json.dumps(conversion.workflow, indent=2, ensure_ascii=False)
-    encoding = (sys.stdout.encoding or "ascii") if to_terminal else "utf-8"
+    encoding = (_output().encoding or "ascii") if to_terminal else "utf-8"
     if codecs.lookup(encoding).name != "utf-8" or not _is_unicode(text):
         text = json.dumps(conversion.workflow, indent=2)  # Escaped: the same in any encoding.
     if to_terminal:
@@ -87,13 +91,16 @@ def plan(arguments: argparse.Namespace) -> None:
     from .estimating.tensors import missing_bytes, read_tensors
 
     path, card = Path(arguments.model), arguments.card
-    found = cut(read_tensors(path))
-    print("\n".join(describe_model(path.name, found)))
+    try:
+        found = cut(read_tensors(path))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
+    _print_lines(describe_model(path.name, found))
     if missing := missing_bytes(path):
         print(f"  {format_bytes(missing)} of it are not there: a file did not come whole")
     compute, source = arguments.compute, ""
     if compute is None and card is None:
-        compute = _measured_compute(arguments.url, path.name)
+        compute = _measured_compute(arguments.url, path, found.outline.model_bytes)
     elif compute is None and (known := known_model(found)) is not None:
         compute = card.compute_seconds(known.h200_seconds)
         source = f", estimated from an H200's for {known.name}, {known.size}, cfg 1: wrong by up to a factor of two"
@@ -102,19 +109,21 @@ def plan(arguments: argparse.Namespace) -> None:
     sizes = [arguments.vram] if arguments.vram else CARDS if card is None else [card.vram_gib]
     link = arguments.link or (ASSUMED_LINK if card is None else round(card.bandwidth / 1e9, 1))
     for vram in sizes:
-        machine = Machine(vram, arguments.reserve, arguments.ram, link, compute, os.name, source)
-        print("\n".join([*([""] if card is None else []), *describe_plan(found, machine)]))
+        machine = Machine(
+            vram, arguments.reserve, arguments.ram, link, compute, os.name, source, limit=arguments.limit or None
+        )
+        _print_lines([*([""] if card is None else []), *describe_plan(found, machine)])
     print("\nBy the names in the file's header; the pack itself plans by the model that ComfyUI builds of it.")
 
 
-def _measured_compute(url: str | None, name: str) -> float | None:
+def _measured_compute(url: str | None, path: Path, model_bytes: int) -> float | None:
     """What a running ComfyUI has measured of a file; without ``url`` there need not be one."""
     from .errors import ServerError
     from .estimating.estimate import measured_by
     from .machine.server_status import ask
 
     try:
-        return measured_by(ask(url), name)
+        return measured_by(ask(url), path, model_bytes)
     except ServerError:
         if url:
             raise
@@ -129,7 +138,25 @@ def share(arguments: argparse.Namespace) -> None:
         raise SharingError(f"copies of weights cannot be shared: {reason}")
     from .sharing.broker import serve  # It needs modules that other systems lack.
 
-    serve(arguments.socket)
+    try:
+        serve(arguments.socket)
+    except OSError as error:  # Else it would be taken for one of the output.
+        raise SharingError(f"copies of weights are not shared any more: {error}") from error
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    print("\n".join(map(plain, lines)))
+
+
+def _output() -> TextIO:
+    """Where the terminal reads.
+
+    Raises:
+        OutputError: it was closed.
+    """
+    if sys.stdout is None:
+        raise OutputError("there is no output to write to: it was closed")
+    return sys.stdout
 
 
 def _is_unicode(text: str) -> bool:
@@ -143,6 +170,8 @@ def _is_unicode(text: str) -> bool:
 
 def _write(path: Path, text: str) -> None:
     """Write the whole file or leave what is there."""
+    if not path.name:
+        raise WorkflowError(f"{path} cannot be written: it names no file")
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text + "\n", "utf-8")
@@ -174,9 +203,12 @@ def parser() -> argparse.ArgumentParser:
     planning.add_argument("--card", type=_card, help='a card by its name, as "RTX 4060": its VRAM, link and compute')
     planning.add_argument("--vram", type=_positive, help="GiB of the card (default: several cards)")
     planning.add_argument("--ram", type=_positive, default=0.0, help="GiB of the machine")
-    planning.add_argument("--link", type=_positive, help="GB/s from RAM to the card (default: the card's, or 25)")
+    planning.add_argument("--link", type=_rate, help="GB/s from RAM to the card (default: the card's, or 25)")
     planning.add_argument(
         "--reserve", type=_not_negative, default=2.5, help="GiB of VRAM for activations and others (default: 2.5)"
+    )
+    planning.add_argument(
+        "--limit", type=_not_negative, default=0.0, help="GiB for weights, as vram_limit_gb of the loader (0: no limit)"
     )
     planning.add_argument("--compute", type=_positive, help="seconds of a step with all weights in VRAM, if known")
     planning.add_argument("--url", help="a running ComfyUI that may have measured that (default: the usual address)")
@@ -204,6 +236,13 @@ def _positive(text: str) -> float:
     return number
 
 
+def _rate(text: str) -> float:
+    number = _not_negative(text)
+    if number < LEAST_LINK:
+        raise argparse.ArgumentTypeError(f"{text} is below {LEAST_LINK}")
+    return number
+
+
 def _not_negative(text: str) -> float:
     number = float(text)
     if not 0 <= number < 1e6:
@@ -221,8 +260,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # Names that the console's encoding does not have.
     try:
+        code = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:  # Of the output alone: what reads and writes files says which one it was.
+        _give_up_output()
+        if not isinstance(error, BrokenPipeError):  # Who reads has read enough.
+            print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
         arguments.run(arguments)
     except StreamingError as error:
-        print(error, file=sys.stderr)
+        print(plain(str(error)), file=sys.stderr)
         return 2
     return 0
+
+
+def _give_up_output() -> None:
+    """Send what is left in the output's buffer nowhere: Python would try to write it once more when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError):  # An output that is no file needs nothing.
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

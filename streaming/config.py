@@ -9,6 +9,9 @@ from enum import Enum
 
 from .errors import ConfigError
 
+# Control characters, the ends of lines and paragraphs of Unicode, and what changes the direction of what follows.
+CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
+
 # How many of the largest segments the ring holds usually, for small models too, and at most, for a step that needs much
 # at once.
 USUAL_SLOTS = 4
@@ -143,6 +146,11 @@ def parse_virtual_devices(text: str) -> VirtualDevices:
 def count_of(count: int, noun: str) -> str:
     """``1 block``, ``57 blocks``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def plain(text: str) -> str:
+    """Return a text with control characters written out: in a terminal it sets nothing, and stays one line."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def format_bytes(count: float) -> str:

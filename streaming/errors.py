@@ -13,7 +13,8 @@ StreamingError
 |-- GradientError          gradients are asked for through a block that streams
 |-- SharingError           copies of weights cannot be shared with other processes
 |-- WorkflowError          a file is no workflow, or one that cannot be read
-`-- ServerError            no ComfyUI with this pack answers
+|-- ServerError            no ComfyUI with this pack answers
+`-- OutputError            a command has nowhere to print to
 """
 
 
@@ -86,6 +87,10 @@ class WorkflowError(StreamingError, ValueError):
 
 class ServerError(StreamingError):
     """No ComfyUI with this pack answers; the message names the address."""
+
+
+class OutputError(StreamingError):
+    """A command has nowhere to print to."""
 
 
 def _named_for_people(root: type[StreamingError]) -> None:

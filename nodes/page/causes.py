@@ -5,10 +5,12 @@ Pure: everything comes in as values. The page has the words for each kind (web/l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...streaming import Link
+from ...streaming.estimating.estimate import known_number
 from ...streaming.machine.gpus import NO_LINK
 
 Kind = Literal[
@@ -21,10 +23,12 @@ LEAST_WAITING = 0.03
 MOST_OF_LINK = 0.75
 # What arrives of a link's raw rate, at worst, on a machine that is all right.
 LEAST_OF_RATE = 0.55
-# Weights that come more slowly come from a disk, not from RAM.
+# Weights that come more slowly come from a disk, not from RAM, if the link can bring more.
 DISK_BYTES_PER_SECOND = 3.5e9
 # Drivers and a desktop take so much of any card.
 USUAL_OTHERS = 1_000_000_000
+# A limit has an effect if a model takes this part of it, or all but LITTLE of it.
+MOST_OF_LIMIT = 0.9
 # Room that is not worth a word.
 LITTLE = 300_000_000
 
@@ -42,7 +46,7 @@ class Facts:
         step, waited, compute: seconds of a step, of waiting in it, and of a step with everything resident.
         link, card: the link while the model ran, and the best that the card can do.
         total, free, others: of the device: its memory, what is free, and what other programs have.
-        limit: of VRAM for weights, from the settings.
+        limit: of VRAM for weights, from the settings; kept: what the model has of it, staging included.
         headroom: what the settings leave free.
     """
 
@@ -63,7 +67,13 @@ class Facts:
     free: int | None = None
     others: int | None = None
     limit: int | None = None
+    kept: int | None = None
     headroom: int = 0
+
+    @property
+    def rate(self) -> float | None:
+        """The bandwidth, if it is a number that something can be divided by."""
+        return known_number(self.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,9 @@ def find_causes(facts: Facts) -> list[Cause]:
         return []
     if facts.loading:
         return [Cause("loading", None, {"staged": facts.staged})]
-    if facts.step is None or facts.waited is None:
+    if facts.step is None or facts.waited is None or not (0 < facts.step < math.inf and 0 <= facts.waited < math.inf):
         return []
-    part = facts.waited / facts.step if facts.step > 0 else 0.0
+    part = facts.waited / facts.step
     if part < LEAST_WAITING and not facts.synchronous:
         return [Cause("compute", None, {"waiting": part})]
     checks = (_link, _slow_bus, _disk, _unpinned, _synchronous, _others, _limit, _unpacked)
@@ -105,9 +115,9 @@ def find_causes(facts: Facts) -> list[Cause]:
 
 def _seconds(nbytes: float, facts: Facts) -> float | None:
     """What it costs that so many bytes stream: no more than the step waits."""
-    if not facts.bandwidth or facts.waited is None:
+    if facts.rate is None or facts.waited is None:
         return None
-    return min(facts.waited, nbytes / facts.bandwidth)
+    return min(facts.waited, nbytes / facts.rate)
 
 
 def _link(facts: Facts) -> Cause | None:
@@ -123,26 +133,25 @@ def _link(facts: Facts) -> Cause | None:
 def _slow_bus(facts: Facts) -> Cause | None:
     """The link is as it should be, or not known, and yet less arrives."""
     rate = facts.link.bytes_per_second or facts.card.bytes_per_second
-    if rate is None or facts.staged or facts.bandwidth is None:
+    if rate is None or facts.staged or facts.rate is None:
         return None
     usual = LEAST_OF_RATE * rate
-    if facts.bandwidth >= usual:
+    if facts.rate >= usual:
         return None
-    return Cause(
-        "slow_bus",
-        _seconds(facts.streamed * (1 - facts.bandwidth / usual), facts),
-        {"rate": facts.bandwidth, "usual": usual},
-    )
+    lost = _seconds(facts.streamed * (1 - facts.rate / usual), facts)
+    return Cause("slow_bus", lost, {"rate": facts.rate, "usual": usual})
 
 
 def _is_disk(facts: Facts) -> bool:
-    return bool(facts.staged) and facts.bandwidth is not None and facts.bandwidth < DISK_BYTES_PER_SECOND
+    link = facts.link.bytes_per_second or facts.card.bytes_per_second or math.inf
+    slow = min(DISK_BYTES_PER_SECOND, LEAST_OF_RATE * link)
+    return bool(facts.staged) and facts.rate is not None and facts.rate < slow
 
 
 def _disk(facts: Facts) -> Cause | None:
     if not _is_disk(facts):
         return None
-    return Cause("disk", _seconds(facts.staged, facts), {"rate": facts.bandwidth, "staged": facts.staged})
+    return Cause("disk", _seconds(facts.staged, facts), {"rate": facts.rate, "staged": facts.staged})
 
 
 def _unpinned(facts: Facts) -> Cause | None:
@@ -157,8 +166,8 @@ def _synchronous(facts: Facts) -> Cause | None:
     if not facts.synchronous:
         return None
     hidden = None
-    if facts.bandwidth and facts.compute is not None:
-        hidden = min(facts.compute, facts.streamed / facts.bandwidth)
+    if facts.rate is not None and (compute := known_number(facts.compute)) is not None:
+        hidden = min(compute, facts.streamed / facts.rate)
     return Cause("synchronous", hidden, {"why": facts.why_synchronous})
 
 
@@ -172,8 +181,10 @@ def _others(facts: Facts) -> Cause | None:
 
 def _limit(facts: Facts) -> Cause | None:
     spare = (facts.free or 0) - facts.headroom
-    if facts.limit is None or spare < LITTLE:
+    if facts.limit is None or facts.kept is None or spare < LITTLE:
         return None
+    if facts.kept < min(MOST_OF_LIMIT * facts.limit, facts.limit - LITTLE):
+        return None  # Something else keeps the model from more.
     gain = min(spare, facts.streamed)
     return Cause("limit", _seconds(gain, facts), {"limit": facts.limit, "gain": gain})
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from ...streaming import WorkflowError
 from ...streaming.workflows.convert import Conversion, convert
+from ...streaming.workflows.reading import read_workflow
 
 if TYPE_CHECKING:
     from server import PromptServer
@@ -33,13 +32,4 @@ def add_convert_route(server: PromptServer) -> None:
 
 
 def _convert(text: str) -> Conversion:
-    return convert(json.loads(text, parse_constant=_refuse, parse_float=_finite))
-
-
-def _finite(text: str) -> float:
-    return number if math.isfinite(number := float(text)) else _refuse(text)
-
-
-def _refuse(text: str) -> NoReturn:
-    """What comes back would be no JSON: it has no infinite numbers, and nothing that is no number."""
-    raise WorkflowError(f"it has the number {text}, which JSON cannot carry")
+    return convert(read_workflow(text))

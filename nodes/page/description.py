@@ -89,6 +89,7 @@ def facts_of(model: StreamedModel, now: Snapshot, device: DeviceUsage) -> Facts:
         free=device.free,
         others=device.other,
         limit=config.vram_limit,
+        kept=now.device_bytes,
         headroom=config.headroom_bytes,
     )
 

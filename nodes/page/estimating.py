@@ -19,7 +19,16 @@ from aiohttp import web
 
 from ...streaming import Link, StreamingError, VramReader, group_memory, open_vram_reader
 from ...streaming.estimating.cutting import cut
-from ...streaming.estimating.estimate import ASSUMED_LINK, ASSUMED_RESERVE, GIB, LINK_SHARE, Estimate, Machine, estimate
+from ...streaming.estimating.estimate import (
+    ASSUMED_LINK,
+    ASSUMED_RESERVE,
+    GIB,
+    LINK_SHARE,
+    Estimate,
+    Machine,
+    estimate,
+    known_number,
+)
 from ...streaming.estimating.tensors import Tensor, missing_bytes, read_tensors
 from ...streaming.machine.gpus import NO_LINK, best_links
 from ..host.devices import pins, same_device, spare_ram
@@ -108,7 +117,8 @@ def describe_estimate(wanted: Wanted) -> dict[str, Any]:
     with open_vram_reader() as reader:
         usage, link = _gpu(reader)
     rate, source = rate_of(measured_bandwidth(usage.device), link)
-    machine = _machine(usage, rate, measured_compute(wanted.name, usage.device), wanted.limit)
+    compute = known_number(measured_compute(wanted.name, usage.device))
+    machine = _machine(usage, rate, compute, wanted.limit)
     try:
         tensors, missing = read_tensors(Path(path)), missing_bytes(Path(path))
         found = estimate(cut(_in_fp8(tensors) if wanted.in_fp8 else tensors), machine)
@@ -142,6 +152,7 @@ def as_values(found: Estimate) -> dict[str, Any]:
         "ram": round(machine.ram * GIB),
         "fits": plan is not None,
         "least_vram": round(found.least_vram * GIB),
+        "least_limit": None if found.least_limit is None else round(found.least_limit * GIB),
         "stays": found.stays,
         "device_bytes": 0 if plan is None else plan.device_bytes,
         "streamed_bytes": found.streamed_bytes,
@@ -159,9 +170,9 @@ def as_values(found: Estimate) -> dict[str, Any]:
 
 def rate_of(measured: float | None, link: Link) -> tuple[float, str]:
     """Bytes per second to the GPU, and how that is known: ``measured``, by its ``link``, or ``assumed``."""
-    if measured is not None:
-        return measured, "measured"
-    if (most := link.bytes_per_second) is not None:
+    if (rate := known_number(measured)) is not None:
+        return rate, "measured"
+    if (most := known_number(link.bytes_per_second)) is not None:
         return LINK_SHARE * most, "link"
     return ASSUMED_LINK * 1e9, "assumed"
 
@@ -187,11 +198,10 @@ def _gpu(reader: VramReader) -> tuple[DeviceUsage, Link]:
 def _machine(usage: DeviceUsage, rate: float, compute: float | None, limit: float | None) -> Machine:
     vram = (usage.total or 0) / GIB
     reserve = 0.0 if usage.virtual else ASSUMED_RESERVE
-    if limit is not None:
-        reserve = max(reserve, vram - limit / GIB)
     group = group_memory()
     ram = mm.get_total_memory(torch.device("cpu"))
-    return Machine(vram, reserve, (ram if group is None else min(ram, group.total)) / GIB, rate / 1e9, compute, os.name)
+    ram = ram if group is None else min(ram, group.total)
+    return Machine(vram, reserve, ram / GIB, rate / 1e9, compute, os.name, limit=None if limit is None else limit / GIB)
 
 
 def _in_fp8(tensors: Iterable[Tensor]) -> list[Tensor]:

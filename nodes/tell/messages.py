@@ -34,13 +34,18 @@ def show_line(line: Line, details: Sequence[str], node_id: str) -> None:
     """Show on a node what is in effect: as text in any page, and as values that ours makes its own sentence of."""
     show(str(line), node_id)
     if (server := find_server()) is not None:
-        server.send_sync(LINE_EVENT, {"node": node_id, **line.as_dict(), "text": str(line), "details": list(details)})
+        values = {"node": node_id, **line.as_dict(), "text": str(line), "details": list(details)}
+        server.send_sync(LINE_EVENT, values, server.client_id or None)
 
 
 def show(text: str, node_id: str) -> None:
-    """Show ``text`` on a node, where there is a page."""
+    """Show ``text`` on a node, where there is a page.
+
+    The page whose prompt runs alone has it: in another one's workflow a node of the same number may be any. A prompt
+    that no page has sent may be of any page's workflow.
+    """
     if (server := find_server()) is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(text, node_id, server.client_id or None)
 
 
 def tell_pages(event: str, values: dict[str, Any]) -> None:

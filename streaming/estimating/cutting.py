@@ -20,6 +20,8 @@ PLACE = re.compile(r"(?P<list>.+?)\.(?P<number>[0-9]{1,9})\.(?P<rest>.+)")
 # As in model/blocks.py: what is smaller than this part of its block, or a block than this part of the largest, stays.
 SMALL_SHARE = 1 / 256
 MINIMUM_SHARE = 0.5
+# A plan for more takes minutes. Large models have some thousands.
+MOST_UNITS = 20_000
 # ComfyUI computes in 16 bits where the file has 32.
 BYTES_KEPT = {"F32": 0.5, "F64": 0.25}
 # What 16-bit weights take when they are packed (docs/packing.md).
@@ -67,10 +69,11 @@ def cut(tensors: Iterable[Tensor]) -> Cut:
         else:
             rest += nbytes
     counts = Counter(name for name, _ in blocks)
+    place = {name: number for number, name in enumerate(counts)}
     largest = max((units.total() for units in blocks.values()), default=0)
     sizes: list[tuple[int, ...]] = []
     lists: Counter[str] = Counter()
-    for (name, _), units in sorted(blocks.items(), key=lambda item: list(counts).index(item[0][0])):
+    for (name, _), units in sorted(blocks.items(), key=lambda item: place[item[0][0]]):
         least = SMALL_SHARE * units.total()
         large = tuple(nbytes for nbytes in units.values() if nbytes >= least)
         # A single layer has a number in a sequence of layers, which is no list of blocks.
@@ -84,6 +87,8 @@ def cut(tensors: Iterable[Tensor]) -> Cut:
     total = sum(map(sum, sizes))
     if total < MINIMUM_SHARE * (rest + total) or not total:
         raise UnsupportedModelError("most of its bytes lie in no repeated block, so it would not stream")
+    if (units := sum(map(len, sizes))) > MOST_UNITS:
+        raise UnsupportedModelError(f"its blocks have {units} parts, and no model has so many: it may be damaged")
     kinds = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
     outline = Outline(
         tuple(nbytes for block in sizes for nbytes in block),

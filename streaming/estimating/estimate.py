@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ..config import StreamingConfig, format_bytes
@@ -29,6 +32,12 @@ LINK_SHARE = 0.8
 ASSUMED_LINK = 25.0
 # Weights that shrink by less are not said to be packed.
 WORTH_PACKING = 0.95
+# A model is the file's if its sizes differ by no more than this part: ComfyUI may leave out or merge a layer.
+LIKE = 0.05
+# Loaded in fp8, as it is, or in float32, as ComfyUI does where nothing computes in 16 bits; that of fp8 too.
+TIMES_AS_LARGE = (0.5, 1, 2, 4)
+# ComfyUI's folders of models that stream.
+FOLDERS = ("diffusion_models", "unet", "checkpoints")
 CARDS = (8, 12, 16, 24)
 
 
@@ -42,6 +51,7 @@ class Machine:
         compute_seconds: of a step with all weights in VRAM; None where it was never measured.
         compute_source: where that is from, in words; empty where it was measured or given.
         system: as ``os.name`` says.
+        limit: GiB of VRAM for weights and staging, as the loader sets it; None where it sets none.
     """
 
     vram: float
@@ -51,10 +61,16 @@ class Machine:
     compute_seconds: float | None = None
     system: str = "posix"
     compute_source: str = ""
+    limit: float | None = None
+
+    @property
+    def room(self) -> float:
+        """Bytes of VRAM for weights and staging, if no limit is set."""
+        return max(0.0, self.vram - self.reserve) * GIB
 
     @property
     def budget(self) -> float:
-        return max(0.0, self.vram - self.reserve) * GIB
+        return self.room if self.limit is None else min(self.room, self.limit * GIB)
 
 
 def pinnable_bytes(ram: float, system: str) -> float:
@@ -99,8 +115,18 @@ class Estimate:
     @property
     def least_vram(self) -> float:
         """GiB of VRAM that it runs with, what is left to others among them; rounded up to a tenth."""
-        least = minimum_bytes(self.cut.outline, assumed_profile(self.cut.outline)) / GIB + self.machine.reserve
-        return math.ceil(least * 10) / 10
+        return _rounded_up(self._least / GIB + self.machine.reserve)
+
+    @property
+    def least_limit(self) -> float | None:
+        """GiB to which the limit has to be raised; None where it is not the limit that leaves too little."""
+        if self.plan is not None or self.machine.limit is None or self._least > self.machine.room:
+            return None
+        return _rounded_up(self._least / GIB)
+
+    @cached_property
+    def _least(self) -> int:
+        return minimum_bytes(self.cut.outline, assumed_profile(self.cut.outline))
 
     @property
     def stays(self) -> int:
@@ -156,6 +182,11 @@ class Estimate:
         return max(packed, compute)
 
 
+def _rounded_up(gib: float) -> float:
+    """To a tenth."""
+    return math.ceil(gib * 10) / 10
+
+
 def estimate(cut: Cut, machine: Machine) -> Estimate:
     """What the pack would do with a model on a machine."""
     try:
@@ -182,8 +213,11 @@ def describe_model(name: str, cut: Cut) -> list[str]:
 def describe_plan(cut: Cut, machine: Machine) -> list[str]:
     """Lines about what happens on a machine."""
     left = "are left" if machine.reserve < machine.vram else "would have to be left"
-    title = f"with {machine.vram:g} GiB of VRAM, of which {machine.reserve:g} {left} to activations and others:"
+    limit = "" if machine.limit is None else f", and a limit of {machine.limit:g}"
+    title = f"with {machine.vram:g} GiB of VRAM, of which {machine.reserve:g} {left} to activations and others{limit}:"
     found = estimate(cut, machine)
+    if found.least_limit is not None:
+        return [title, f"  the limit is too low: {found.least_limit:g} GiB are the least that it runs with"]
     if found.plan is None:
         return [title, f"  too little: {found.least_vram:g} GiB are the least that it runs with"]
     if not found.streams:
@@ -231,8 +265,44 @@ def _text(seconds: float) -> str:
     return f"{seconds:.2g}" if seconds < 99.5 else f"{seconds:.0f}"
 
 
-def measured_by(status: dict[str, Any], name: str) -> float | None:
-    """Seconds of a step's compute that a running ComfyUI has measured for a file; None if it has not."""
-    found = [model.get("compute_seconds") for model in status["models"] if model["name"] == name]
-    known = [seconds for seconds in found if seconds is not None]
-    return known[0] if len(found) == len(known) == 1 else None
+def measured_by(status: dict[str, Any], path: Path, model_bytes: int) -> float | None:
+    """Seconds of a step's compute that a running ComfyUI has measured for a file; None if it has not.
+
+    A status names a file from the folder of its kind on (``flux/m.safetensors``), not the folder: another file's path
+    may end in the same way, so the model has to be about as large too, or, if it is unloaded, which has no size, the
+    file has to be in such a folder. Whatever else a status may be, it is no error.
+
+    Args:
+        model_bytes: what the file takes in 16 bits.
+    """
+    models = status.get("models")
+    known = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    ends = [(_parts_shared(path, model.get("name")), model) for model in known]
+    longest = max((shared for shared, _ in ends), default=0)
+    found = [model for shared, model in ends if shared == longest > 0]
+    # A part of a split model says nothing of it.
+    if len(found) != 1 or (nbytes := _weight_bytes(found[0])) is None:
+        return None
+    is_like = any(abs(nbytes - times * model_bytes) <= LIKE * nbytes for times in TIMES_AS_LARGE)
+    if not (is_like if nbytes else path.absolute().parts[-longest - 1] in FOLDERS):
+        return None
+    return known_number(found[0].get("compute_seconds"))
+
+
+def _parts_shared(path: Path, name: Any) -> int:
+    """Of how many parts a name is with which a path ends; 0 if it does not end so."""
+    parts = re.split(r"[/\\]", name) if isinstance(name, str) and name else []
+    return len(parts) if parts and list(path.absolute().parts[-len(parts) :]) == parts else 0
+
+
+def _weight_bytes(model: dict[str, Any]) -> float | None:
+    """Bytes of the weights of a model of a status; None where it does not say."""
+    sizes = [known_number(model.get(f"{kind}_bytes"), least=0) for kind in ("resident", "rest", "streamed_weight")]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
+
+
+def known_number(value: Any, least: float = math.ulp(0.0)) -> float | None:
+    """A value that was measured elsewhere, if it is a number, finite, and not less than ``least`` (above 0)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and least <= value <= sys.float_info.max else None

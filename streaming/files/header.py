@@ -15,35 +15,11 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..estimating.dtypes import DTYPES
 
 MAX_HEADER_BYTES = 100_000_000
 _AGAIN = "The file is damaged or is no safetensors file; download it again."
 _FIELDS = ("dtype", "shape", "data_offsets")
-# The format's name of a dtype: torch's name (None: torch has nothing like it) and the bits of one element.
-_DTYPES: dict[str, tuple[str | None, int]] = {
-    "BOOL": ("bool", 8),
-    "F4": ("float4_e2m1fn_x2", 4),
-    "F6_E2M3": (None, 6),
-    "F6_E3M2": (None, 6),
-    "U8": ("uint8", 8),
-    "I8": ("int8", 8),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 8),
-    "I16": ("int16", 16),
-    "U16": ("uint16", 16),
-    "F16": ("float16", 16),
-    "BF16": ("bfloat16", 16),
-    "I32": ("int32", 32),
-    "U32": ("uint32", 32),
-    "F32": ("float32", 32),
-    "C64": ("complex64", 64),
-    "F64": ("float64", 64),
-    "I64": ("int64", 64),
-    "U64": ("uint64", 64),
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +70,7 @@ def _entry(name: str, info: Any, origin: int) -> Entry:
     """Return the tensor as torch holds it; the header's offsets count from ``origin``."""
     kind, shape, begin, end = _fields(name, info)
     label = f"tensor {name!r} ({kind}, {reprlib.repr(list(shape))})"
-    dtype_name, bits = _DTYPES[kind]
+    dtype_name, bits = DTYPES[kind]
     count = math.prod(shape)
     if count * bits != 8 * (end - begin):
         raise ValueError(
@@ -124,7 +100,7 @@ def _fields(name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
     dtype, shape, offsets = (info[field] for field in _FIELDS)
     if type(dtype) is dict and list(dtype.values()) == [None]:
         (dtype,) = dtype  # The library's other way to write a variant: {"F32": null}.
-    if type(dtype) is not str or dtype not in _DTYPES:
+    if type(dtype) is not str or dtype not in DTYPES:
         raise ValueError(f"tensor {name!r} has the dtype {reprlib.repr(dtype)}, which nothing is known of here")
     if not _are_sizes(shape):
         raise ValueError(f"tensor {name!r} has the shape {reprlib.repr(shape)}, not a list of sizes. {_AGAIN}")

@@ -9,13 +9,15 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from ..config import format_bytes, format_rate
+from ..config import format_bytes, format_rate, plain
 from ..errors import ServerError
 
 DEFAULT_URL = "http://127.0.0.1:8188"
 SCHEMA = 1
 ROUTE = "/weightstream/v1/status"
 TIMEOUT_SECONDS = 10
+# Of an answer; a status has some ten thousand.
+MOST_BYTES = 1 << 26
 UNAUTHORIZED = 401
 UNKNOWN = "-"
 # Of a fleet's workers, where the state's own name does not say it.
@@ -42,13 +44,13 @@ def ask(url: str | None = None) -> dict[str, Any]:
     try:
         request = urllib.request.Request(url.rstrip("/") + ROUTE, headers=headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-            status = json.load(answer)
+            status = json.loads(answer.read(MOST_BYTES))
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == UNAUTHORIZED:
             raise ServerError(f"{url}: it wants a token: give its address with --url {url}?token=TOKEN") from None
         raise ServerError(f"{url}: {error.code} for {ROUTE}; is WeightStream installed there?") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
         raise ServerError(f"{url}: no ComfyUI answers ({error}); start it, or give its address with --url") from None
     if not isinstance(status, dict) or status.get("schema") != SCHEMA:
         raise ServerError(f"{url}: it has another version of WeightStream, whose status cannot be read here")
@@ -56,7 +58,18 @@ def ask(url: str | None = None) -> dict[str, Any]:
 
 
 def as_text(status: dict[str, Any]) -> str:
-    """Return the status as text: a line for each worker, device, the host and each notice, and some for each model."""
+    """Return the status as text: a line for each worker, device, the host and each notice, and some for each model.
+
+    Raises:
+        ServerError: it is not what this pack's servers say.
+    """
+    try:
+        return "\n".join(map(plain, _lines(status)))
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ServerError(f"the server's status cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _lines(status: dict[str, Any]) -> list[str]:
     lines = describe_fleet(status["fleet"], status["time"]) if "fleet" in status else []
     lines += [_device(device) for device in status["devices"]] or [f"no devices: {status['why_no_devices']}"]
     host = status["host"]
@@ -66,7 +79,7 @@ def as_text(status: dict[str, Any]) -> str:
         f"page-locked {format_bytes(host['pinned'])}{limit}{_shared(host)}"
     )
     lines += [line for model in status["models"] for line in describe_model(model)]
-    return "\n".join(lines + [f"{notice['name']}: {notice['text']}" for notice in status["notices"]])
+    return lines + [f"{notice['name']}: {notice['text']}" for notice in status["notices"]]
 
 
 def describe_fleet(fleet: dict[str, Any], now: float) -> list[str]:

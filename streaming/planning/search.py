@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -112,21 +113,42 @@ def _ladder(outline: Outline, profile: Profile) -> tuple[_Rung, ...]:
         return (_Rung(0, 0, 0, 0),)  # One of several devices may have no block.
     left = [set(units) for units in outline.block_units]
     pieces = [_largest_piece(outline, units, alone) for units in left]
+    copied, unpacked = (_Largest(part) for part in zip(*pieces, strict=True))
     weights = sum(outline.unit_bytes)
     streamed = sum(map(outline.bytes_in_slot, range(len(outline.unit_bytes))))
 
     def rung() -> _Rung:
-        return _Rung(weights, streamed, max(one for one, _ in pieces), max(unpacked for _, unpacked in pieces))
+        return _Rung(weights, streamed, copied.value, unpacked.value)
 
     rungs = [rung()]
     for unit in order_of_residency(outline, profile)[:-1]:
         block = outline.unit_block[unit]
         left[block].discard(unit)
-        pieces[block] = _largest_piece(outline, left[block], alone)
+        copied[block], unpacked[block] = _largest_piece(outline, left[block], alone)
         weights -= outline.unit_bytes[unit]
         streamed -= outline.bytes_in_slot(unit)
         rungs.append(rung())
     return tuple(rungs)
+
+
+class _Largest:
+    """The largest of values of which each may become smaller, and none larger."""
+
+    def __init__(self, values: Iterable[int]) -> None:
+        self._values = list(values)
+        self._heap = [(-value, place) for place, value in enumerate(self._values)]
+        heapq.heapify(self._heap)
+
+    def __setitem__(self, place: int, value: int) -> None:
+        if value != self._values[place]:
+            self._values[place] = value
+            heapq.heappush(self._heap, (-value, place))
+
+    @property
+    def value(self) -> int:
+        while -self._heap[0][0] != self._values[self._heap[0][1]]:
+            heapq.heappop(self._heap)  # It was this value once.
+        return -self._heap[0][0]
 
 
 def _largest_piece(outline: Outline, units: Collection[int], alone: Collection[int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from ..config import plain
 from .kinds import LOADER, PLACEMENT, SETTINGS
 
 
@@ -132,4 +133,4 @@ def as_lines(notes: list[Note]) -> str:
     """A line for each note; those that are left to the user come last."""
     order = list(Weight)
     ranked = sorted(notes, key=lambda note: order.index(note.weight))
-    return "\n".join(f"{note.weight.value:<8} {note}" for note in ranked)
+    return "\n".join(plain(f"{note.weight.value:<8} {note}") for note in ranked)

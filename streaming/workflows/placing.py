@@ -23,7 +23,8 @@ def put_placements(graph: Graph, models: list[Found], others: list[Found], tell:
     unused = [found for found in models if not found.leads_on(graph, MODEL)]
     clips = [found for found in (*others, *unused) if _clip_placed(graph, found)]
     vaes = [found for found in (*others, *unused) if _vae_placed(graph, found)]
-    for found in [found for found in models if found not in unused]:
+    left_out = set(map(id, unused))
+    for found in [found for found in models if id(found) not in left_out]:
         clip = found if _clip_placed(graph, found) else take_companion(graph, found, CLIP, clips, models)
         vae = found if _vae_placed(graph, found) else take_companion(graph, found, VAE, vaes, models)
         wanted = found.wish.devices is not None

@@ -66,7 +66,8 @@ export function estimate(changes = {}) {
   return {
     name: "flux1-dev.safetensors", loaded: false, device: "gpu:0", device_name: "NVIDIA GeForce RTX 4060", limit: null, link: "gen 4 x8",
     rate: 12.6 * GB, rate_source: "link", file_bytes: 22.2 * GIB, missing_bytes: 0, ram_available: 24 * GIB, blocks: 57,
-    model_bytes: 22.2 * GIB, vram: 8 * GIB, reserve: 2.5 * GIB, ram: 32 * GIB, fits: true, least_vram: 3.3 * GIB, stays: 4.2 * GIB,
+    model_bytes: 22.2 * GIB, vram: 8 * GIB, reserve: 2.5 * GIB, ram: 32 * GIB, fits: true, least_vram: 3.3 * GIB,
+    least_limit: null, stays: 4.2 * GIB,
     streamed_bytes: 18 * GIB, streamed_blocks: 57, pinnable: 25 * GIB, from_file: 0, from_disk: false, bus_seconds: 1.53,
     packed_bus_seconds: 1.09, compute_seconds: null, step_seconds: null, packed_step_seconds: null, ...changes,
   };
@@ -281,7 +282,8 @@ export const STATES = {
       known({ compute_seconds: 1.2, step_seconds: 1.62, packed_step_seconds: 1.2, rate_source: "measured" }, { name: "measured", streams: false }),
       known({ streamed_bytes: 0, stays: 4.1 * GIB, model_bytes: 4.1 * GIB, file_bytes: 8.2 * GIB }, { name: "fits" }),
       known({ fits: false, stays: 0, streamed_bytes: 0 }, { name: "too large" }),
-      known({ fits: false, stays: 0, streamed_bytes: 0, limit: 2 * GIB }, { name: "limited" }),
+      known({ fits: false, stays: 0, streamed_bytes: 0, limit: 0.5 * GIB, least_limit: 0.8 * GIB }, { name: "limited" }),
+      known({ fits: false, stays: 0, streamed_bytes: 0, vram: 2 * GIB, limit: 20 * GIB }, { name: "a small card" }),
       known({ from_file: 4 * GIB, pinnable: 14 * GIB, rate_source: "assumed" }, { name: "in little RAM" }),
       known({ from_file: 9 * GIB, from_disk: true, pinnable: 9 * GIB }, { name: "from the disk" }),
       known({ ram_available: 9 * GIB }, { name: "beside others" }),

@@ -85,6 +85,7 @@ function noteOf({ fits, streamed_bytes: streamed, device }, model, strings, seve
  * @param {Strings} strings
  */
 function headlineOf(estimate, strings) {
+  if (estimate.least_limit !== null) return strings.estimateLowLimit(format.bytes(estimate.least_limit));
   if (!estimate.fits) return strings.estimateTooLittle(format.bytes(estimate.least_vram));
   if (estimate.streamed_bytes === 0) return strings.estimateAll(format.bytes(estimate.stays));
   const streamed = format.bytes(estimate.streamed_bytes);
@@ -99,9 +100,9 @@ function headlineOf(estimate, strings) {
  * @returns {[tone: "" | "warning" | "error", todo: string]}
  */
 function adviceOf(estimate, strings) {
-  const { missing_bytes: missing, fits, limit, from_file: file, from_disk: disk, streamed_bytes: streamed, ram_available: ram } = estimate;
+  const { missing_bytes: missing, fits, least_limit: least, from_file: file, from_disk: disk, streamed_bytes: streamed, ram_available: ram } = estimate;
   if (missing > 0) return ["error", strings.estimateDoMissing(format.bytes(missing))];
-  if (!fits) return ["error", limit === null ? strings.estimateDoVram : strings.estimateDoLimit];
+  if (!fits) return ["error", least === null ? strings.estimateDoVram : strings.estimateDoLimit];
   if (disk) return ["warning", strings.estimateDoDisk];
   if (file > 0) return ["warning", strings.estimateDoFile(format.bytes(file))];
   return streamed > ram ? ["warning", strings.estimateDoRam(format.bytes(ram))] : ["", ""];

@@ -12,9 +12,9 @@ export const ESTIMATE_ROUTE = "/weightstream/v1/estimate";
 /**
  * @typedef {{name: string, loaded: boolean, device: string, device_name: string, limit: number | null, link: string, rate: number,
  *   rate_source: "measured" | "link" | "assumed", file_bytes: number, missing_bytes: number, ram_available: number, blocks: number,
- *   model_bytes: number, vram: number, reserve: number, ram: number, fits: boolean, least_vram: number, stays: number,
- *   streamed_bytes: number, streamed_blocks: number, pinnable: number | null, from_file: number, from_disk: boolean,
- *   bus_seconds: number, packed_bus_seconds: number | null, compute_seconds: number | null, step_seconds: number | null,
+ *   model_bytes: number, vram: number, reserve: number, ram: number, fits: boolean, least_vram: number,
+ *   least_limit: number | null, stays: number, streamed_bytes: number, streamed_blocks: number, pinnable: number | null,
+ *   from_file: number, from_disk: boolean, bus_seconds: number, packed_bus_seconds: number | null, compute_seconds: number | null, step_seconds: number | null,
  *   packed_step_seconds: number | null}} Estimate  of nodes/page/estimating.py
  * @typedef {{model: GraphModel, estimate: Estimate | null, error: string}} Known  error: why there is no estimate
  * @typedef {{of(models: readonly GraphModel[], moment: string): Known[]}} Estimates

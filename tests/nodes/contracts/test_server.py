@@ -31,10 +31,11 @@ def test_the_server_has_routes_and_sends_events_and_texts() -> None:
     events = list(inspect.signature(server.PromptServer.send_sync).parameters)
     texts = list(inspect.signature(server.PromptServer.send_progress_text).parameters)
     assert events[1:4] == ["event", "data", "sid"]
-    assert texts[1:3] == ["text", "node_id"]
+    assert texts[1:4] == ["text", "node_id", "sid"]
     source = inspect.getsource(server.PromptServer.__init__)
     assert "routes = web.RouteTableDef()" in source
     assert "self.routes = routes" in source
+    assert "self.client_id = None" in source
     assert "PromptServer.instance = self" in source
 
 

@@ -108,10 +108,21 @@ def test_weights_that_come_from_a_disk() -> None:
     assert "disk" not in kinds(staged=6 * GB)
 
 
+def test_a_link_that_brings_less_than_a_disk_is_no_disk() -> None:
+    narrow = {"link": Link(3, 4), "card": Link(3, 4), "streamed": 8 * GB, "staged": 2 * GB, "step": 3.0, "waited": 2.5}
+    assert kinds(**narrow, bandwidth=3.1e9) == ["unpinned", "room"]
+    assert cause("unpinned", **narrow, bandwidth=3.1e9).seconds == pytest.approx(GB / 3.1e9)
+    assert cause("disk", **narrow, bandwidth=2e9).seconds == pytest.approx(1.0)
+    unknown = {**narrow, "link": Link(), "card": Link()}
+    assert "disk" in kinds(**unknown, bandwidth=3.1e9)
+
+
 def test_copies_that_compute_waits_for() -> None:
     found = cause("synchronous", synchronous=True, why_synchronous="its settings ask for it", waited=0.0)
     assert found.numbers == {"why": "its settings ask for it"}
     assert found.seconds == pytest.approx(0.36)
+    short = cause("synchronous", synchronous=True, waited=0.0, streamed=3 * GB)
+    assert short.seconds == pytest.approx(3 * GB / 24e9), "no more can be hidden than there is to copy"
 
 
 def test_other_programs() -> None:
@@ -123,15 +134,35 @@ def test_other_programs() -> None:
 
 
 def test_a_limit_that_leaves_room() -> None:
-    found = cause("limit", limit=6 * GB, free=5_200_000_000)
-    assert found.numbers == {"limit": 6 * GB, "gain": 5 * GB}
-    assert "limit" not in kinds(limit=6 * GB)
-    assert "limit" not in kinds(free=5_200_000_000), "nobody has set one"
+    limited = {"limit": 6 * GB, "kept": 5_900_000_000, "free": 5_200_000_000}
+    assert cause("limit", **limited).numbers == {"limit": 6 * GB, "gain": 5 * GB}
+    assert cause("limit", **limited, streamed=2 * GB).numbers["gain"] == 2 * GB, "no more than all can stay"
+    assert "limit" not in kinds(**{**limited, "free": 300_000_000})
+    assert "limit" not in kinds(**{**limited, "limit": None}), "nobody has set one"
+
+
+def test_a_limit_that_the_model_does_not_come_to_is_no_cause() -> None:
+    there = {"free": 5_200_000_000, "kept": 5_000_000_000}
+    assert "limit" not in kinds(limit=80 * GB, **there)
+    assert "limit" not in kinds(limit=6 * GB, **there)
+    assert "limit" in kinds(limit=5_250_000_000, **there), "the next part does not fit"
+    assert "limit" not in kinds(limit=6 * GB, free=5_200_000_000), "what the model has is not known"
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -1.0, 0.0])
+def test_what_is_no_measurement_is_not_taken_for_one(odd: float) -> None:
+    assert find_causes(replace(FINE, step=odd)) == []
+    assert kinds(bandwidth=odd, staged=GB) == ["unpinned", "room"]
+    assert "slow_bus" not in kinds(bandwidth=odd)
+    assert cause("synchronous", synchronous=True, compute=odd).seconds is None
+    if odd:
+        assert find_causes(replace(FINE, waited=odd)) == []
 
 
 def test_weights_that_could_be_packed() -> None:
     found = cause("unpacked", why_unpacked="weights do not stream packed: there is no kernel here")
     assert found.numbers == {"why": "weights do not stream packed: there is no kernel here"}
+    assert found.seconds == pytest.approx(14 * GB / 3 / 24e9)
 
 
 def test_the_dearest_comes_first_and_room_last() -> None:
@@ -143,7 +174,9 @@ def test_the_dearest_comes_first_and_room_last() -> None:
 
 
 def test_no_cause_costs_more_than_the_wait() -> None:
-    facts = replace(FINE, link=Link(1, 1), others=11 * GB, limit=GB, free=9 * GB, why_unpacked="x", waited=0.05)
+    limited = {"limit": GB, "kept": GB, "free": 9 * GB}
+    facts = replace(FINE, link=Link(1, 1), others=11 * GB, why_unpacked="x", waited=0.05, **limited)
+    assert {"link", "others", "limit", "unpacked"} < {each.kind for each in find_causes(facts)}
     assert all(each.seconds is None or each.seconds <= 0.05 for each in find_causes(facts))
 
 
@@ -166,6 +199,7 @@ def test_facts_are_of_the_run_that_is_on_once_it_has_settled(streamed: Load) -> 
     assert (facts.streamed, facts.free, facts.others) == (now.streamed_block_bytes, 1 * MB, 3 * MB)
     assert (facts.link, facts.card) == (Link(4, 8), Link(4, 16))
     assert facts.step == now.run.step_seconds
+    assert facts.kept == now.device_bytes > 0
     sample(model, steps=2)
     now = model.streamer.snapshot()
     assert now.last_run is not None

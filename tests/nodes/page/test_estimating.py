@@ -20,9 +20,13 @@ from weightstream.nodes.model import measured
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.page import estimating
 from weightstream.nodes.page.estimating import RefusedError, Wanted, describe_estimate, rate_of
+from weightstream.nodes.page.status import full_status
 from weightstream.nodes.page.usage import DeviceUsage, HostUsage, Sample
-from weightstream.streaming import Link, VirtualMemory, VramReader, format_bytes
+from weightstream.streaming import HostMemory, Link, VirtualMemory, VramReader, format_bytes
 from weightstream.streaming.command_line import main
+from weightstream.streaming.estimating.cutting import cut
+from weightstream.streaming.estimating.estimate import measured_by
+from weightstream.streaming.estimating.tensors import read_tensors
 from weightstream.streaming.machine.gpus import NO_LINK, Nvml
 
 from tools import demo
@@ -76,25 +80,34 @@ def as_command(path: Path, told: Mapping[str, Any]) -> list[str]:
     """The command line for the machine that the route tells of."""
     words = {"vram": told["vram"] / GIB, "reserve": told["reserve"] / GIB, "ram": told["ram"] / GIB}
     words |= {"link": told["rate"] / 1e9, "compute": told["compute_seconds"]}
+    words["limit"] = None if told["limit"] is None else told["limit"] / GIB
     return ["plan", str(path), *(f"--{word}={value!r}" for word, value in words.items() if value is not None)]
 
 
 @pytest.mark.parametrize(("vram", "ram"), [(8, 32), (8, 16), (12, 64), (2, 32), (48, 64)])
-@pytest.mark.parametrize("compute", [None, 0.4])
+@pytest.mark.parametrize(("compute", "limit"), [(None, 0), (0.4, 0), (None, 0.5), (0.4, 4), (None, 20)])
 def test_the_route_and_the_command_say_the_same(
-    flux: Path, card: Card, vram: float, ram: float, compute: float | None, capsys: pytest.CaptureFixture[str]
+    flux: Path,
+    card: Card,
+    vram: float,
+    ram: float,
+    compute: float | None,
+    limit: float,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     card(vram, ram, Link(4, 8))
     if compute is not None:
         measured._compute[FLUX, "gpu:0"] = compute
-    told = estimate(FLUX)
+    told = estimate(FLUX, vram_limit_gb=str(limit))
     assert main(as_command(flux, told)) == 0
     said = capsys.readouterr().out
     assert f"{FLUX}: {format_bytes(told['file_bytes'])} (" in said
     assert f"  {told['blocks']} blocks (" in said
     assert f"{format_bytes(told['missing_bytes'])} of it are not there" in said
     expected = []
-    if not told["fits"]:
+    if told["least_limit"] is not None:
+        expected = [f"the limit is too low: {told['least_limit'] / GIB:g} GiB are the least"]
+    elif not told["fits"]:
         expected = [f"too little: {told['least_vram'] / GIB:g} GiB are the least"]
     elif not told["streamed_bytes"]:
         expected = [f"nothing streams: all of it stays in VRAM ({format_bytes(told['device_bytes'])})"]
@@ -133,6 +146,50 @@ def test_a_limit_and_fp8_of_the_loader_count(flux: Path, card: Card) -> None:
     assert small["streamed_bytes"] == 0
 
 
+def test_the_least_limit_is_said_and_is_enough(flux: Path, card: Card) -> None:
+    card(8)
+    told = estimate(FLUX, vram_limit_gb="0.5")
+    assert not told["fits"]
+    assert told["least_vram"] == estimate(FLUX)["least_vram"] < 4 * GIB
+    least = told["least_limit"] / GIB
+    assert 0.5 < least < 1
+    assert estimate(FLUX, vram_limit_gb=f"{least:.1f}")["fits"]
+    assert not estimate(FLUX, vram_limit_gb=f"{least - 0.15:.2f}")["fits"]
+
+
+def test_on_a_card_that_is_too_small_the_limit_is_not_to_blame(flux: Path, card: Card) -> None:
+    card(2)
+    for limit in ("20", "0.5"):
+        told = estimate(FLUX, vram_limit_gb=limit)
+        assert (told["fits"], told["least_limit"]) == (False, None)
+        assert 3 * GIB < told["least_vram"] < 4 * GIB
+
+
+def test_ram_is_that_of_the_group_and_what_is_page_locked_is_free_for_it(
+    flux: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(8, 64)
+    monkeypatch.setattr(estimating.pins, "locked", 5 * GIB)
+    told = estimate(FLUX)
+    assert (told["ram"], told["ram_available"]) == (64 * GIB, 37 * GIB)
+    monkeypatch.setattr(estimating, "group_memory", lambda: HostMemory(16 * GIB, 12 * GIB))
+    inside = estimate(FLUX)
+    assert inside["ram"] == 16 * GIB
+    assert inside["pinnable"] < told["pinnable"]
+    assert inside["from_file"] > 0
+    monkeypatch.setattr(estimating, "group_memory", lambda: HostMemory(128 * GIB, 12 * GIB))
+    assert estimate(FLUX)["ram"] == 64 * GIB, "a group may have a limit above what there is"
+
+
+@pytest.mark.parametrize("odd", [0.0, -1.0, float("nan"), float("inf")])
+def test_what_was_measured_of_nothing_is_not_taken_for_a_measurement(flux: Path, card: Card, odd: float) -> None:
+    card(8, link=Link(4, 16))
+    plain = estimate(FLUX)
+    measured._bandwidth["gpu:0"] = measured._compute[FLUX, "gpu:0"] = odd
+    assert estimate(FLUX) == plain
+    assert (plain["rate_source"], plain["compute_seconds"]) == ("link", None)
+
+
 def test_the_rate_is_measured_or_that_of_the_link() -> None:
     assert rate_of(31e9, Link(4, 8)) == (31e9, "measured")
     assert rate_of(None, Link(4, 16)) == (pytest.approx(25.2e9, rel=0.01), "link")
@@ -161,6 +218,10 @@ def test_what_has_run_is_predicted_once_it_is_gone(streamed: Load) -> None:
     settle(model)
     now = model.streamer.snapshot()
     assert estimate(MODEL)["loaded"]
+    path = Path(folder_paths.get_full_path("diffusion_models", MODEL))
+    model_bytes = cut(read_tensors(path)).outline.model_bytes
+    assert measured_by(full_status(), path, model_bytes) == now.compute_seconds, "the command finds it in the status"
+    assert measured_by(full_status(), path, 3 * model_bytes) is None
     mm.unload_all_models()
     told = estimate(MODEL)
     assert (told["loaded"], told["rate_source"]) == (False, "measured")

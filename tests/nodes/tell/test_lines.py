@@ -20,8 +20,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What the host sends to pages: the texts of the node, and our events."""
     found: list[tuple[str, Any]] = []
     server = SimpleNamespace(
-        send_progress_text=lambda text, node_id: found.append(("text", text)),
-        send_sync=lambda event, data: found.append((event, data)),
+        client_id=None,
+        send_progress_text=lambda text, node_id, sid: found.append(("text", text)),
+        send_sync=lambda event, data, sid: found.append((event, data)),
     )
     monkeypatch.setattr(messages, "find_server", lambda: server)
     return found
@@ -72,3 +73,18 @@ def test_the_log_names_the_device_of_each_part(loaded: Any, caplog: pytest.LogCa
 def test_without_a_node_nothing_is_sent(streamed: Any, sent: list[tuple[str, Any]]) -> None:
     sample(streamed(24 * MB))
     assert sent == []
+
+
+@pytest.mark.parametrize(("client", "goes_to"), [("page", "page"), (None, None), ("", None)])
+def test_a_line_goes_to_the_page_whose_prompt_runs_and_else_to_all(
+    client: str | None, goes_to: str | None, streamed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to: set[str | None] = set()
+    server = SimpleNamespace(
+        client_id=client,
+        send_progress_text=lambda text, node_id, sid: to.add(sid),
+        send_sync=lambda event, data, sid: to.add(sid),
+    )
+    monkeypatch.setattr(messages, "find_server", lambda: server)
+    sample(streamed(24 * MB, node_id=NODE))
+    assert to == {goes_to}

@@ -82,6 +82,10 @@ def test_without_a_measurement_only_the_bus_s_part_is_said(found: Cut) -> None:
         (Machine(8, ram=32, system="nt"), f"but at most {format_bytes(int(12.8 * GIB))} of 32 GiB may be: "),
         (Machine(8, ram=16), "which RAM does not hold: at the disk's speed"),
         (Machine(8, compute_seconds=5.0), "5 s predicted (5 s of compute)"),
+        (Machine(8, limit=0.5), "activations and others, and a limit of 0.5:"),
+        (Machine(8, limit=0.5), "the limit is too low: 0.8 GiB are the least"),
+        (Machine(2, limit=20), "too little: 3.3 GiB are the least"),
+        (Machine(2, limit=0.5), "too little: 3.3 GiB are the least"),
     ],
 )
 def test_what_is_said_of_other_machines(found: Cut, machine: Machine, says: str) -> None:
@@ -135,7 +139,8 @@ def test_a_model_without_blocks(tensors: list[Tensor]) -> None:
 
 # What a damaged file may say of its tensors.
 OFFSETS = (b"[4, 0]", b"[-4, 0]", b"[0, 1e999]", b"[0, 9999999999999999999999]", b'["0", "4"]', b"[0]", b"null")
-HEADERS = [b'{"a": 1}', *(b'{"a": {"dtype": "BF16", "data_offsets": %s}}' % offsets for offsets in OFFSETS)]
+DESCRIPTION = b'{"a": {"dtype": "BF16", "shape": [2], "data_offsets": %s}}'
+HEADERS = [b'{"a": 1}', *(DESCRIPTION % offsets for offsets in OFFSETS)]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +173,21 @@ def test_the_command(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("GiB of VRAM") == 4, "without a card several are told of"
     assert main(["plan", str(flux), "--url", "127.0.0.1:9"]) == 2
     assert "no ComfyUI answers" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["plan", str(flux), "--vram", "-3"])
+    assert main(["plan", str(flux), "--vram", "8", "--limit", "0.5"]) == 0
+    assert "the limit is too low: 0.8 GiB are the least" in capsys.readouterr().out
+    assert main(["plan", str(flux), "--vram", "8", "--limit", "0"]) == 0
+    assert "limit" not in capsys.readouterr().out
+    assert main(["plan", str(flux), "--vram", "8", "--link", "0.001"]) == 0
+    assert max(map(len, capsys.readouterr().out.split())) < 30
+    for odd in (["--vram", "-3"], ["--link", "1e-300"], ["--link", "0"]):
+        with pytest.raises(SystemExit):
+            main(["plan", str(flux), *odd])
+
+
+def told(name: Any, compute: Any = 0.2, nbytes: int = 1000) -> dict[str, Any]:
+    """A model as a status tells of it."""
+    sizes = {"resident_bytes": nbytes // 2, "rest_bytes": nbytes // 4, "streamed_weight_bytes": nbytes // 4}
+    return {"name": name, "compute_seconds": compute, **sizes}
 
 
 def test_a_card_by_its_name(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,11 +216,44 @@ def test_a_model_is_known_by_its_blocks_and_its_weights(found: Cut) -> None:
 
 
 def test_what_a_running_comfyui_has_measured() -> None:
-    models = [{"name": "a", "compute_seconds": 0.2}, {"name": "b", "compute_seconds": None}]
-    models += [{"name": "split", "compute_seconds": 0.1}] * 2
-    status = {"models": models}
-    assert measured_by(status, "a") == 0.2
-    assert [measured_by(status, name) for name in ("b", "c", "split")] == [None] * 3, "a part says nothing of the whole"
+    status = {"models": [told("a"), told("b", None), told("split", 0.1, 500), told("split", 0.1, 500)]}
+    found = {name: measured_by(status, Path("models", name), 1000) for name in ("a", "b", "c", "split")}
+    assert found == {"a": 0.2, "b": None, "c": None, "split": None}, "a part says nothing of the whole"
+
+
+def test_a_measured_model_is_known_by_the_end_of_its_path_and_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = {"models": [told("m", 0.1), told("flux/m", 0.2), told("wan\\2.2\\m", 0.3)]}
+    for path, seconds in (("x/flux/m", 0.2), ("x/wan/2.2/m", 0.3), ("x/m", 0.1), ("x/m2", None)):
+        assert measured_by(status, Path(path), 1000) == seconds
+    flux = {"models": [told("flux/m", 0.2)]}
+    for path in ("m", "wan/m", "aflux/m"):
+        assert measured_by(flux, Path(path), 1000) is None
+    loaded = (1040, 500, 2000, 250, 900, 1300, 3000)
+    known = [measured_by(flux, Path("flux/m"), nbytes) is not None for nbytes in loaded]
+    assert known == [True] * 4 + [False] * 3, "in another dtype it is larger or smaller, and the same model"
+    monkeypatch.setattr(Path, "absolute", lambda path: Path("/models/flux") / path)
+    assert measured_by(flux, Path("m"), 1000) == 0.2, "a path counts from the root on"
+
+
+def test_a_measured_model_that_is_unloaded_is_known_in_comfyui_s_folders() -> None:
+    unloaded = {"models": [told("flux/m", nbytes=0)]}
+    for folder, seconds in (("unet", 0.2), ("checkpoints", 0.2), ("downloads", None)):
+        assert measured_by(unloaded, Path("/models", folder, "flux/m"), 1000) == seconds
+    assert measured_by(unloaded, Path("/flux/m"), 1000) is None
+
+
+@pytest.mark.parametrize("compute", [0, 0.0, -0.1, "a", True, [], float("nan"), float("inf"), 10**400])
+def test_what_is_no_time_was_not_measured(compute: Any) -> None:
+    assert measured_by({"models": [told("a", compute)]}, Path("a"), 1000) is None
+
+
+@pytest.mark.parametrize(
+    "status",
+    [{}, {"models": None}, {"models": {"name": "a"}}, {"models": [None, 5, {}, told(None), told(7), told("")]}]
+    + [{"models": [{**told("a"), "rest_bytes": size}]} for size in (None, "1", -1, [])],
+)
+def test_an_odd_status_tells_of_nothing(status: dict[str, Any]) -> None:
+    assert measured_by(status, Path("a"), 1000) is None
 
 
 @pytest.mark.parametrize("name", ["m.safetensors.index.json", "m-00001-of-00000.safetensors"])

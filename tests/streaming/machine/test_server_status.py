@@ -6,11 +6,16 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from weightstream.streaming.command_line import main
 from weightstream.streaming.errors import ServerError
+from weightstream.streaming.machine import server_status
 from weightstream.streaming.machine.server_status import ROUTE, as_text, ask
+
+from tools.checkpoints import TensorSpec, encode_header
 
 NOW = 1_764_320_000.0
 STATUS = {
@@ -105,3 +110,78 @@ def test_a_token_that_is_missing_or_wrong_is_asked_for_and_never_repeated(guarde
     with pytest.raises(ServerError, match=r"it wants a token: give its address with --url .*\?token=TOKEN") as found:
         ask(guarded + path)
     assert "wrong" not in str(found.value)
+
+
+MODEL = {
+    "name": "m",
+    "device": "gpu:0",
+    "ladder": "pinned",
+    "reason": "",
+    "running": False,
+    "plan": "p",
+    "loading": None,
+}
+ODD = [
+    {"schema": 1},
+    {**STATUS, "devices": 5},
+    {**STATUS, "host": {**STATUS["host"], "ram_available": None}},
+    {**STATUS, "models": [{key: value for key, value in MODEL.items() if key != "name"}]},
+    {**STATUS, "models": [{**MODEL, "last_run": {"steps": 1, "step_seconds": "a"}}]},
+    {**STATUS, "models": "m"},
+    {**STATUS, "notices": [None]},
+    {**STATUS, "fleet": {"workers": [{}]}},
+]
+
+
+@pytest.mark.parametrize("status", ODD)
+def test_a_status_that_is_none_is_an_error_of_the_server(status: dict[str, Any]) -> None:
+    with pytest.raises(ServerError, match="the server's status cannot be read"):
+        as_text(status)
+
+
+def test_what_a_server_says_stays_on_its_line() -> None:
+    notice = {"name": "m\x1b[2J", "text": "a\nRAM    0 B"}
+    assert as_text({**STATUS, "notices": [notice]}).splitlines()[-1] == r"m\x1b[2J: a\nRAM    0 B"
+
+
+class Odd(http.server.BaseHTTPRequestHandler):
+    """Answers whatever its server has as ``body``."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.body)  # type: ignore[attr-defined]
+
+    def log_message(self, *_: object) -> None:
+        """Nothing of requests is of interest."""
+
+
+@pytest.fixture
+def odd() -> Iterator[http.server.HTTPServer]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Odd) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b"\xff", b"", b"[]", b"5", b'{"schema": 2}'])
+def test_an_answer_that_is_no_status_is_an_error_of_the_server(odd: Any, body: bytes) -> None:
+    odd.body = body
+    with pytest.raises(ServerError):
+        ask(f"127.0.0.1:{odd.server_port}")
+
+
+@pytest.mark.parametrize("status", [*ODD, {**STATUS, "models": [{**MODEL, "compute_seconds": "a"}]}])
+def test_the_commands_bear_a_server_that_says_odd_things(
+    odd: Any, status: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd.body = json.dumps(status).encode()
+    monkeypatch.setattr(server_status, "DEFAULT_URL", f"http://127.0.0.1:{odd.server_port}")
+    assert main(["status"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    specs = [TensorSpec(f"blocks.{block}.a.weight", (64, 64), 1.0) for block in range(4)]
+    path = tmp_path / "m"
+    path.write_bytes(encode_header(specs))
+    assert main(["plan", str(path), "--vram", "2.501"]) == 0, "nobody asked for that server"

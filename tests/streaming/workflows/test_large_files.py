@@ -29,6 +29,13 @@ def chain(count: int) -> dict[str, Any]:
     return workflow(node(1, "CheckpointLoaderSimple", ["f"]), *nodes)
 
 
+def loose(count: int) -> dict[str, Any]:
+    """Loaders alike that lead nowhere."""
+    return workflow(
+        *(node(number, "CheckpointLoaderSimpleMultiGPU", ["f", "cuda:1"]) for number in range(1, 1 + count))
+    )
+
+
 def as_prompt(graph: dict[str, Any]) -> dict[str, Any]:
     inputs: dict[int, dict[str, Any]] = {one["id"]: {} for one in graph["nodes"]}
     for _, source, output, target, _, _ in graph["links"]:
@@ -54,7 +61,7 @@ def calls(workflow: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("in_page", [True, False])
-@pytest.mark.parametrize("build", [column, chain])
+@pytest.mark.parametrize("build", [column, chain, loose])
 def test_four_times_the_nodes_are_about_four_times_the_work(build: Any, in_page: bool) -> None:
     small, large = (build(count) if in_page else as_prompt(build(count)) for count in (100, 400))
     assert calls(large) < 6 * calls(small)
