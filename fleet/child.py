@@ -17,12 +17,13 @@ WATCHED = """
 import os, runpy, sys, threading
 
 def end():
-    while sys.stdin.buffer.read(1024):
+    while os.read(0, 1024):
         pass
     os._exit(0)
 
 threading.Thread(target=end, name="weightstream-fleet-end", daemon=True).start()
 del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 LOG_TAIL_LINES = 15
@@ -40,14 +41,16 @@ class Child:
         script: what it runs.
         environ: added to the environment.
         log: the file that its output is added to.
+        folder: where it runs, for relative paths; the script's, if it is not there.
     """
 
-    def __init__(self, python: str, script: Path, environ: Mapping[str, str], log: Path) -> None:
+    def __init__(self, python: str, script: Path, environ: Mapping[str, str], log: Path, folder: str = "") -> None:
         inherited = {name: value for name, value in os.environ.items() if name != FRONT_VARIABLE}
         self._python = python
         self._script = script
         self._environ = {**inherited, **environ, "PYTHONUNBUFFERED": "1"}
         self._log = log
+        self._folder = folder if os.path.isdir(folder) else os.fspath(script.parent)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, arguments: Sequence[str]) -> None:
@@ -61,7 +64,7 @@ class Child:
             with open(self._log, "ab") as log:
                 self._process = subprocess.Popen(
                     [self._python, "-s", "-c", WATCHED, os.fspath(self._script), *arguments],
-                    cwd=self._script.parent,
+                    cwd=self._folder,
                     env=self._environ,
                     stdin=subprocess.PIPE,
                     stdout=log,

@@ -14,9 +14,9 @@ class ComfyProcess(Child):
     """ComfyUI's ``main.py``, as a child. It does not answer yet when :meth:`start` returns."""
 
     def __init__(
-        self, python: str, main: Path, arguments: Sequence[str], environ: Mapping[str, str], log: Path
+        self, python: str, main: Path, arguments: Sequence[str], environ: Mapping[str, str], log: Path, folder: str
     ) -> None:
-        super().__init__(python, main, environ, log)
+        super().__init__(python, main, environ, log, folder)
         self._main = main
         self._arguments = arguments
         self.port = 0

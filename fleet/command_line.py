@@ -20,8 +20,13 @@ PACK = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 PORT = 8188
 TOKEN_BYTES = 24
-# Those that the fleet says itself.
-OURS = ("--port", "--listen", "--cuda-device")
+# Of ComfyUI's arguments those that the fleet says itself, and one with which it would not be there.
+OURS = ("--port", "--listen", "--cuda-device", "--disable-all-custom-nodes")
+# About the page, which workers have not; each has a value.
+OF_FRONT = ("--tls-keyfile", "--tls-certfile")
+# About the GPU, which the front has not.
+OF_WORKERS = ("--gpu-only", "--highvram", "--normalvram", "--lowvram", "--novram")
+BASE_DIRECTORY = "--base-directory"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,13 +66,16 @@ def make_config(arguments: argparse.Namespace, host_arguments: Sequence[str]) ->
     taken = [name for name in OURS if any(each.split("=")[0] == name for each in host_arguments)]
     if taken:
         raise FleetConfigError(f"{', '.join(taken)} behind --: the fleet sets that itself; give it before the --")
+    comfyui = _find_comfyui(arguments.comfyui)
     token = arguments.token
     if not token and not _is_loopback(arguments.listen):
         token = secrets.token_urlsafe(TOKEN_BYTES)
     config = FleetConfig(
-        comfyui=os.fspath(_find_comfyui(arguments.comfyui)),
+        comfyui=os.fspath(comfyui),
         python=sys.executable,
-        host_arguments=tuple(host_arguments),
+        host_arguments=tuple(each for each in _without(OF_FRONT, host_arguments) if each not in OF_WORKERS),
+        worker_arguments=tuple(each for each in host_arguments if each in OF_WORKERS),
+        folder=os.getcwd(),
         workers=arguments.workers,
         address=arguments.address,
         most_waiting=arguments.most_waiting,
@@ -76,17 +84,22 @@ def make_config(arguments: argparse.Namespace, host_arguments: Sequence[str]) ->
         # Of one fleet: an abstract socket, which needs no folder and is gone with its owner.
         share=f"@weightstream-{secrets.token_hex(8)}" if arguments.share and sys.platform == "linux" else "",
     )
+    _check_pack(comfyui, host_arguments)
     _check_port(arguments.listen, arguments.port)
     return config
 
 
-def command(config: FleetConfig, arguments: argparse.Namespace) -> list[str]:
+def command(config: FleetConfig, arguments: argparse.Namespace, host_arguments: Sequence[str]) -> list[str]:
     """How the ComfyUI in front is started. It computes nothing, and leaves the GPUs to the workers."""
+    of_front = list(host_arguments)
+    for each in _without(OF_FRONT, host_arguments):
+        of_front.remove(each)
     return [
         config.python,
         "-s",
         os.fspath(config.main),
         *config.host_arguments,
+        *of_front,
         *("--cpu", "--port", str(arguments.port), "--listen", arguments.listen),
         "--disable-auto-launch",
     ]
@@ -108,10 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.gpus:
         environ["CUDA_VISIBLE_DEVICES"] = arguments.gpus
     shown = "127.0.0.1" if _is_loopback(arguments.listen) else socket.gethostname()
-    print(
-        f"the page: http://{shown}:{arguments.port}/" + (f"?token={config.token}" if config.token else ""), flush=True
-    )
-    return _become(command(config, arguments), environ)
+    query = f"?token={config.token}" if config.token else ""
+    program = command(config, arguments, given[end + 1 :])
+    scheme = "https" if any(each.startswith("--tls-certfile") for each in program) else "http"
+    print(f"the page: {scheme}://{shown}:{arguments.port}/{query}", flush=True)
+    return _become(program, environ)
 
 
 def _become(program: list[str], environ: dict[str, str]) -> int:
@@ -129,6 +143,30 @@ def _find_comfyui(given: str | None) -> Path:
     if not (found / "main.py").is_file():
         raise FleetConfigError(f"{found} is no folder of ComfyUI: it has no main.py; say --comfyui DIR")
     return found
+
+
+def _check_pack(comfyui: Path, host_arguments: Sequence[str]) -> None:
+    """See to it that ComfyUI will load this pack: without it there would be a ComfyUI, and no fleet and no token."""
+    base = comfyui
+    for place, each in enumerate(host_arguments):
+        name, _, value = each.partition("=")
+        if name == BASE_DIRECTORY:
+            base = Path(value or (host_arguments[place + 1] if place + 1 < len(host_arguments) else ""))
+    folder = base / "custom_nodes"
+    there = [each for each in folder.iterdir() if each.is_dir()] if folder.is_dir() else []
+    if not any(each.samefile(PACK) for each in there):
+        raise FleetConfigError(f"{folder.resolve()} does not hold this pack ({PACK}): run the one that lies there")
+
+
+def _without(names: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Arguments without those of these names, each with its value."""
+    left, skip = list[str](), False
+    for each in arguments:
+        name, equals, _ = each.partition("=")
+        if not skip and name not in names:
+            left.append(each)
+        skip = not skip and name in names and not equals
+    return left
 
 
 def _is_loopback(listen: str) -> bool:

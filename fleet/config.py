@@ -26,12 +26,13 @@ class FleetConfig:
         comfyui: the folder of ComfyUI, on each host.
         python: the interpreter that runs it there.
         host_arguments: of ``main.py``, for the front and for all workers: folders, precision, attention.
-        worker_arguments: for workers alone.
+        worker_arguments: for workers alone, which have the GPUs.
         environ: of workers, beside what their host has.
         workers: how many; 0 for one for each GPU.
         address: of a Ray cluster to join; "" for one of its own on this machine.
         most_waiting: prompts that may wait. More are refused, with HTTP status 429.
         token: what a client has to know; "" for nothing.
+        folder: where the front was started, for relative paths.
         pack: this pack's folder, on each host.
         share: the address at which workers of a host share page-locked copies (docs/sharing.md); "" for none.
     """
@@ -45,6 +46,7 @@ class FleetConfig:
     address: str = ""
     most_waiting: int = MOST_WAITING
     token: str = ""
+    folder: str = ""
     pack: str = ""
     share: str = ""
 

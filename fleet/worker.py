@@ -104,7 +104,8 @@ class Worker:
         log = (self._settings.state if local else self._own_folder()) / f"{self._settings.name}.log"
         self._share(log)
         sharing = {SHARE_VARIABLE: config.share} if config.share else {}
-        self._process = ComfyProcess(config.python, config.main, arguments, {**sharing, **config.environ}, log)
+        environ = {**sharing, **config.environ}
+        self._process = ComfyProcess(config.python, config.main, arguments, environ, log, config.folder)
         self._process.start()
         self._session = aiohttp.ClientSession(
             self._process.url, timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0), trust_env=False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ def guard(config: FleetConfig) -> Any:
     token = config.token.encode()
 
     def knows(text: str) -> bool:
-        return hmac.compare_digest(text.encode(), token)
+        return hmac.compare_digest(text.encode("utf-8", "surrogateescape"), token)
 
     @web.middleware
     async def middleware(
@@ -38,7 +39,11 @@ def guard(config: FleetConfig) -> Any:
         if knows(request.cookies.get(COOKIE, "")):
             return await handler(request)
         if request.method == "GET" and knows(request.query.get(QUERY, "")):
-            response = web.Response(status=302, headers={"Location": request.path})
+            if request.headers.get("Upgrade", "").lower() == "websocket":  # Which is led nowhere else.
+                return await handler(request)
+            left = [(name, value) for name, value in request.query.items() if name != QUERY]
+            place = request.path + ("?" + urllib.parse.urlencode(left) if left else "")
+            response = web.Response(status=302, headers={"Location": place})
             response.set_cookie(COOKIE, config.token, httponly=True, samesite="Strict")
             return response
         text = f"this fleet wants a token: open /?{QUERY}=TOKEN in a browser, or send Authorization: Bearer TOKEN"

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from ...fleet.dispatcher import Dispatcher, Seat
+from ...fleet.dispatcher import ANSWER_SECONDS, Dispatcher, Seat
 from ...fleet.errors import FleetError
 from ..page.status import Status, full_status
 
@@ -66,10 +66,11 @@ class FleetStatus:
         if not seat.up:
             return None
         try:
-            code, _, body = await seat.worker.request("GET", STATUS_PATH, {}, b"")
+            asked = seat.worker.request("GET", STATUS_PATH, {}, b"")
+            code, _, body = await asyncio.wait_for(asked, ANSWER_SECONDS)
             return json.loads(body) if code == 200 else None
-        except FleetError as error:
-            logger.debug("[WeightStream] %s has no status: %s", seat.worker.name, error)
+        except (FleetError, asyncio.TimeoutError) as error:
+            logger.debug("[WeightStream] %s has no status: %r", seat.worker.name, error)
             return None
 
 

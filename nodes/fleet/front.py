@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import urllib.parse
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from aiohttp import web
 
 from ...fleet import ray_workers
 from ...fleet.config import FleetConfig
-from ...fleet.dispatcher import Dispatcher, failed
+from ...fleet.dispatcher import Dispatcher
 from ...fleet.errors import FleetError
 from ...fleet.files import Folders
 from ...fleet.store import Store
@@ -73,7 +74,6 @@ class FleetFront:
     def install(self) -> None:
         """Exchange the host's queue, and look at requests before the host does."""
         self._server.prompt_queue = self.queue
-        self._server.app.middlewares.append(guard(self.config))
         self._server.app.middlewares.append(self._middleware())
         self._task = self._server.loop.create_task(self._serve())
 
@@ -86,8 +86,8 @@ class FleetFront:
                 for number in range(count)
             ]
             workers = [ray_workers.RayWorker(each) for each in settings]
-        except FleetError as error:
-            self._give_up(str(error))
+        except Exception as error:
+            self._give_up(str(error) or repr(error))
             return
         self.dispatcher = Dispatcher(self.queue, workers, self._folders)
         loop = asyncio.get_running_loop()
@@ -102,12 +102,9 @@ class FleetFront:
             self._give_up(repr(error))
 
     def _give_up(self, why: str) -> None:
-        """There are no workers: what waits ends with the reason, and what comes is refused."""
+        """There are no workers: what comes is refused with the reason. What waits is kept, for a fleet that runs."""
         self.why_down = why
         logger.error("[WeightStream] the fleet does not run: %s", why)
-        for job in self.queue.jobs():
-            self.queue.begin(job)
-            self.queue.finish(job, failed(job, f"the fleet does not run: {why}"))
 
     def _middleware(self) -> Any:
         @web.middleware
@@ -191,8 +188,10 @@ class FleetFront:
             return None  # The host says so.
         if not isinstance(body, dict):
             return None
-        if self.queue.has(prompt_id := body.get("prompt_id")):
-            return _refused(409, "prompt_is_queued", f"The prompt {prompt_id} waits or runs already")
+        if self.queue.has(str(body.get("prompt_id"))):
+            return _refused(409, "prompt_is_queued", f"The prompt {body['prompt_id']} waits or runs already")
+        if not _is_finite(body.get("number", 0)):
+            return _refused(400, "invalid_number", f"number={body['number']!r} is no place in a queue")
         prompt = body.get("prompt")
         if isinstance(prompt, dict) and self.dispatcher is not None:
             return await self._refuse_missing(self.dispatcher, prompt)
@@ -220,13 +219,15 @@ def install_front() -> FleetFront | None:
         config = FleetConfig.from_environment()
         if config is None:
             return None
+        # Before anything that can fail: whatever does, nobody comes in without it.
+        server.app.middlewares.append(guard(config))
         front = FleetFront(server, config)
         front.install()
         return front
-    except FleetError as error:
+    except Exception as error:
         # A front without its queue must not run prompts by itself, on the CPU and unseen.
-        logger.error("[WeightStream] the fleet cannot be started: %s", error)
-        server.app.middlewares.append(_refuse_prompts(str(error)))
+        logger.exception("[WeightStream] the fleet cannot be started")
+        server.app.middlewares.append(_refuse_prompts(str(error) or repr(error)))
         return None
 
 
@@ -238,6 +239,13 @@ def _refuse_prompts(why: str) -> Any:
         return await handler(request)
 
     return middleware
+
+
+def _is_finite(number: object) -> bool:
+    try:
+        return math.isfinite(float(number))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
 
 
 def _refused(status: int, kind: str, text: str, headers: dict[str, str] | None = None) -> web.Response:

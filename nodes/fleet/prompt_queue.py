@@ -6,12 +6,14 @@ import copy
 import heapq
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import execution
 
 from ...fleet.dispatcher import MOST_ATTEMPTS, Job, failed
+from ...fleet.errors import FleetError
 from ...fleet.store import Store
 from .models import models_of
 
@@ -50,6 +52,8 @@ class FleetQueue(execution.PromptQueue):
         """What an earlier front has left."""
         self.history = self._store.history()
         for kept in self._store.prompts():
+            if not math.isfinite(kept.number):
+                continue
             number, prompt_id, prompt, extra, targets = kept.item
             item = (number, prompt_id, prompt, extra, targets, {})
             job = self._make_job(item, kept.attempts)
@@ -75,6 +79,8 @@ class FleetQueue(execution.PromptQueue):
 
     def put(self, item: tuple[Any, ...]) -> None:
         with self.mutex:
+            if self.has(item[1]):
+                return  # Asked for twice at once: it is there.
             self._store.add(item[1], item[0], item[:5])
             self._jobs[item[1]] = self._make_job(item)
             super().put(item)
@@ -116,7 +122,7 @@ class FleetQueue(execution.PromptQueue):
         super().delete_history_item(id_to_delete)
         self._store.forget(id_to_delete)
 
-    def has(self, prompt_id: object) -> bool:
+    def has(self, prompt_id: str) -> bool:
         """Whether a prompt with this id waits or runs."""
         return prompt_id in self._jobs
 
@@ -139,6 +145,7 @@ class FleetQueue(execution.PromptQueue):
     def put_back(self, job: Job) -> None:
         with self.mutex:
             heapq.heappush(self.queue, self.currently_running.pop(self._task(job)))
+            self._store.put_back(job.id, job.attempts)
             self.server.queue_updated()
 
     def finish(self, job: Job, entry: dict[str, Any]) -> None:
@@ -162,7 +169,11 @@ class FleetQueue(execution.PromptQueue):
         result = {key: value for key, value in entry.items() if key not in ("prompt", "status")}
         shown = {"prompt": tuple(item[:5]), "outputs": {}, "status": status, **result}
         # Paid services' keys are no part of it.
-        self._store.finish(item[1], shown)
+        try:
+            self._store.finish(item[1], shown)
+        except FleetError as error:
+            # The client gets it all the same; after a restart the prompt runs again.
+            logger.error("[WeightStream] the result of %s is not kept: %s", item[1], error)
         if task is None:
             self.history[item[1]] = shown
             return

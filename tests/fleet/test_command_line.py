@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_it_says_what_it_takes(module: bool) -> None:
         (["--most-waiting", "0", "--comfyui", COMFYUI], "a queue for 0 prompts"),
         (["--comfyui", COMFYUI, "--", "--port", "1"], "--port behind --: the fleet sets that itself"),
         (["--comfyui", COMFYUI, "--", "--listen=0.0.0.0"], "--listen behind --"),
-        (["--comfyui", COMFYUI, "--listen", "203.0.113.1"], "203.0.113.1:8188 cannot be listened on"),
+        (["--comfyui", COMFYUI, "--", "--disable-all-custom-nodes"], "--disable-all-custom-nodes behind --"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_starts(arguments: list[str], reason: str) -> None:
@@ -52,12 +53,35 @@ def test_what_cannot_be_is_said_before_anything_starts(arguments: list[str], rea
     assert reason in said.stderr
 
 
-def test_a_port_that_is_taken_is_said() -> None:
+@pytest.fixture
+def installed(tmp_path: Path) -> list[str]:
+    """ComfyUI's arguments with which it finds this pack."""
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / "any-name").symlink_to(ROOT, target_is_directory=True)
+    return ["--base-directory", os.fspath(tmp_path)]
+
+
+def test_a_comfyui_that_would_not_load_the_pack_is_refused(tmp_path: Path) -> None:
+    """It would start without a fleet, and without a token."""
+    (tmp_path / "custom_nodes" / "another").mkdir(parents=True)
+    for arguments in ([], ["--base-directory", os.fspath(tmp_path)], [f"--base-directory={tmp_path}"]):
+        said = run("--comfyui", COMFYUI, "--port", "0", "--", *arguments)
+        assert said.returncode == 2
+        assert "does not hold this pack" in said.stderr
+
+
+def test_an_address_that_is_not_of_this_machine_is_refused(installed: list[str]) -> None:
+    said = run("--comfyui", COMFYUI, "--listen", "203.0.113.1", "--", *installed)
+    assert said.returncode == 2
+    assert "203.0.113.1:8188 cannot be listened on" in said.stderr
+
+
+def test_a_port_that_is_taken_is_said(installed: list[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = run("--comfyui", COMFYUI, "--port", str(port))
+        said = run("--comfyui", COMFYUI, "--port", str(port), "--", *installed)
     assert said.returncode == 2
     assert f"127.0.0.1:{port} cannot be listened on" in said.stderr
 
@@ -73,19 +97,38 @@ def test_without_ray_it_says_what_to_install(tmp_path: Path) -> None:
     assert "pip install" in said.stderr
 
 
-def config(*arguments: str) -> FleetConfig:
-    return command_line.make_config(
-        command_line.parser().parse_args(["--comfyui", COMFYUI, "--port", "0", *arguments]), ()
-    )
+Config = Callable[..., FleetConfig]
 
 
-def test_others_need_a_token_which_is_made_up() -> None:
+@pytest.fixture
+def config(installed: list[str]) -> Config:
+    def make(*arguments: str, host: Sequence[str] = ()) -> FleetConfig:
+        given = command_line.parser().parse_args(["--comfyui", COMFYUI, "--port", "0", *arguments])
+        return command_line.make_config(given, [*installed, *host])
+
+    return make
+
+
+def test_others_need_a_token_which_is_made_up(config: Config) -> None:
     assert config().token == ""
     assert config("--listen", "127.0.0.1,::1").token == ""
     one, two = config("--listen", "0.0.0.0").token, config("--listen", "0.0.0.0").token
     assert len(one) >= 32
     assert one != two
     assert config("--listen", "0.0.0.0", "--token", "mine").token == "mine"
+
+
+def test_arguments_reach_whom_they_are_about(config: Config, installed: list[str]) -> None:
+    """The front has no GPU, and workers have no page."""
+    host = ["--lowvram", "--tls-keyfile", "k.pem", "--tls-certfile=c.pem", "--fast"]
+    made = config(host=host)
+    assert made.host_arguments == (*installed, "--fast")
+    assert made.worker_arguments == ("--lowvram",)
+    given = command_line.parser().parse_args(["--port", "0"])
+    front = command_line.command(made, given, [*installed, *host])
+    assert [each for each in front if "pem" in each] == ["k.pem", "--tls-certfile=c.pem"]
+    assert "--lowvram" not in front
+    assert "--cpu" in front
 
 
 def test_settings_come_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +156,8 @@ TOKEN = "secret-token"
 async def ask(token: str, *requests: tuple[str, dict[str, Any]]) -> list[tuple[int, str]]:
     """Status and text of each request, by one client that keeps its cookies."""
 
-    async def hello(_: web.Request) -> web.Response:
-        return web.Response(text="hello")
+    async def hello(request: web.Request) -> web.Response:
+        return web.Response(text=f"hello {request.query_string}".strip())
 
     app = web.Application(middlewares=[guard(FleetConfig("x", "y", token=token))])
     app.router.add_route("*", "/{path:.*}", hello)
@@ -152,6 +195,14 @@ def test_who_does_not_know_the_token_may_not(method: str, options: dict[str, Any
 
 def test_who_knows_the_token_may() -> None:
     program = ("GET", {"headers": {"Authorization": f"Bearer {TOKEN}"}})
-    browser = ("GET", {"path": f"/?token={TOKEN}"})
+    browser = ("GET", {"path": f"/view?filename=a.png&token={TOKEN}"})
     answers = asyncio.run(ask(TOKEN, program, ("GET", {}), browser, ("POST", {"path": "/prompt"})))
     assert [status for status, _ in answers] == [200, 401, 200, 200], "a browser keeps it after its first visit"
+    assert answers[2][1] == "hello filename=a.png"
+
+
+def test_a_websocket_may_have_it_in_its_address() -> None:
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
+    right = ("GET", {"path": f"/ws?token={TOKEN}", "headers": upgrade, "allow_redirects": False})
+    wrong = ("GET", {"path": "/ws?token=x", "headers": upgrade, "allow_redirects": False})
+    assert [status for status, _ in asyncio.run(ask(TOKEN, right, wrong))] == [200, 401]

@@ -16,7 +16,7 @@ from weightstream.fleet import dispatcher
 from weightstream.fleet.dispatcher import Dispatcher, Job
 from weightstream.fleet.errors import FleetError, WorkerDied, WorkerStartError
 from weightstream.fleet.files import Folders
-from weightstream.fleet.scheduling import ModelFile
+from weightstream.fleet.scheduling import PROMPT_SECONDS, ModelFile
 
 MODEL = ModelFile("diffusion_models", "flux", 1)
 # What a worker says of a prompt, in order. A fault comes before one of these, or behind the last.
@@ -282,6 +282,7 @@ def test_a_prompt_that_all_refuse_has_an_error(tmp_path: Path) -> None:
 def test_a_worker_without_the_model_gets_no_prompt_for_it(tmp_path: Path) -> None:
     front, some = FakeFront(3), [FakeWorker("gpu-0"), FakeWorker("gpu-1")]
     some[0].models_there = {"diffusion_models": []}
+    front.waiting.clear()
 
     async def look(served: Dispatcher) -> None:
         while not all(seat.up for seat in served.seats):
@@ -292,6 +293,8 @@ def test_a_worker_without_the_model_gets_no_prompt_for_it(tmp_path: Path) -> Non
         assert served.who_lacks(frozenset({MODEL})) == {"gpu-0": [], "gpu-1": []}
         some[0].models_there = {}
         await served.look_again()
+        front.waiting = list(front.all)
+        served.wake()
 
     serve(tmp_path, front, some, look)
     assert some[1].ran == ["p0", "p1", "p2"]
@@ -336,6 +339,30 @@ def test_a_fault_of_ours_costs_one_prompt(tmp_path: Path, caplog: pytest.LogCapt
     serve(tmp_path, front, [worker])
     assert (front.kind("p0"), front.kind("p1")) == ("execution_error", "success")
     assert "cannot be served" in caplog.text
+
+
+def test_a_queue_that_cannot_be_written_to_is_tried_again(tmp_path: Path) -> None:
+    front, worker = FakeFront(2), FakeWorker("gpu-0")
+    begin, failures = front.begin, [FleetError("the disk is full")] * 3
+
+    def begin_later(job: Job) -> None:
+        if failures:
+            raise failures.pop()
+        begin(job)
+
+    front.begin = begin_later  # type: ignore[method-assign]
+    serve(tmp_path, front, [worker])
+    assert {front.kind(job.id) for job in front.all} == {"success"}
+    assert worker.starts == 1
+
+
+def test_what_is_learned_is_of_whole_prompts(tmp_path: Path) -> None:
+    front, worker = FakeFront(3), FakeWorker("gpu-0", {(1, 0): "its GPU breaks"})
+    worker.refuses = {"p0"}
+    served = serve(tmp_path, front, [worker])
+    seat = served.seats[0]
+    assert (seat.prompt_seconds, seat.load_rate > 0) == (PROMPT_SECONDS, True), "all of them loaded a model, or failed"
+    assert seat.changes <= 2
 
 
 def test_freeing_forgets_what_is_loaded_and_outlives_a_worker_that_does_not_answer(tmp_path: Path) -> None:

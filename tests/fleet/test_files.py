@@ -35,18 +35,22 @@ def test_what_a_prompt_reads_is_found(folders: Folders) -> None:
     for path in (folders.input / "a.png", folders.input / "sub" / "b.png", folders.output / "sub" / "c.png"):
         path.write_bytes(b"x")
     (folders.temp / "d.png").write_bytes(b"x")
+    (folders.input / "e.png").write_bytes(b"x")
     prompt = {
         "1": {"inputs": {"image": "a.png", "other": 3, "link": ["2", 0], "missing": "z.png"}},
         "2": {"inputs": {"image": "sub/b.png [input]", "again": "a.png"}},
         "3": {"inputs": {"image": "sub/c.png [output]", "shown": "d.png [temp]", "folder": "sub"}},
         "4": {"inputs": {"image": "../in/a.png", "absolute": str(folders.input / "a.png"), "text": "a\nb", "no": ""}},
         "5": "no node",
+        "6": {"inputs": {"text": "a long prompt " * 60, "longer": "\u957f" * 500}},
+        "7": {"inputs": {"slots": [{"on": True, "name": "e.png"}]}},
     }
     assert read_by(prompt, folders) == [
         Place("input", "", "a.png"),
         Place("input", "sub", "b.png"),
         Place("output", "sub", "c.png"),
         Place("temp", "", "d.png"),
+        Place("input", "", "e.png"),
     ]
 
 

@@ -42,6 +42,12 @@ def test_what_waits_for_a_home_that_is_busy_is_left_to_it_while_that_is_quicker(
     assert choose(other, [home, other], waiting) == waiting[0]
 
 
+@pytest.mark.parametrize("busy", [60.0, 3600.0])
+def test_nobody_waits_behind_a_prompt_that_takes_long(busy: float) -> None:
+    home, other = worker("home", A, busy=busy), worker("other", B)
+    assert choose(other, [home, other], [prompt(1, A)]) == prompt(1, A)
+
+
 @pytest.mark.parametrize("count", range(1, 6))
 def test_a_queue_that_takes_longer_than_the_models_is_shared(count: int) -> None:
     home, other = worker("home", A, busy=0.0), worker("other", B)

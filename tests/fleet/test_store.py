@@ -58,6 +58,24 @@ def test_the_history_ends_somewhere(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert store.history() == {}
 
 
+def test_what_is_put_back_counts_as_often_as_is_said(path: Path) -> None:
+    store = Store(path)
+    store.add("a", 0.0, [])
+    store.begin("a")
+    store.put_back("a", 0)
+    store.begin("a")
+    assert [kept.attempts for kept in store.prompts()] == [1]
+
+
+def test_a_file_that_takes_nothing_is_an_error_of_the_fleet(path: Path) -> None:
+    store = Store(path)
+    store.add("a", 0.0, [])
+    store.close()
+    for refused in (lambda: store.add("b", 0.0, []), lambda: store.begin("a"), lambda: store.finish("a", {})):
+        with pytest.raises(FleetError, match=r"queue\.sqlite, the queue of the fleet, cannot be used"):
+            refused()
+
+
 def test_what_was_taken_from_the_queue_is_forgotten(path: Path) -> None:
     store = Store(path)
     for name in "abc":
