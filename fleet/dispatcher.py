@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 from .errors import FleetError, WorkerDied
 from .files import Folders, Place, pieces_of, read_by, rename, write_piece
 from .ray_workers import FleetWorker
+from .results import broken_gpu, failed, interrupted, reason_of, with_reruns
 from .scheduling import LOAD_BYTES_PER_SECOND, PROMPT_SECONDS, ModelFile, Waiting, WorkerView, choose, total
 from .worker import BINARY, CANCELLED, DIED, DONE, EVENT, FILE, REFUSED, prefixes
 
@@ -41,8 +42,6 @@ FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 # A worker that hangs answers nobody; who asks does not wait for it.
 ANSWER_SECONDS = 3.0
-# ComfyUI goes on after these, though nothing runs on the GPU any more.
-BROKEN_GPU = ("AcceleratorError", "CUDA error", "HIP error", "device-side assert", "unspecified launch failure")
 
 
 @dataclass
@@ -263,7 +262,7 @@ class Dispatcher:
             del jobs[job.id]
             self._front.begin(job)
             reasons = "; ".join(f"{name}: {reason}" for name, reason in job.refused.items())
-            self._front.finish(job, failed(job, "no worker can run this prompt: " + reasons))
+            self._front.finish(job, failed(job.id, "no worker can run this prompt: " + reasons))
 
     async def _run(self, seat: Seat, job: Job) -> None:
         before = seat.loaded
@@ -273,11 +272,11 @@ class Dispatcher:
             self._lose(seat, job, str(error))
             raise
         except FleetError as error:
-            entry = failed(job, f"{seat.worker.name}: {error}")
+            entry = failed(job.id, f"{seat.worker.name}: {error}")
         except Exception as error:
             # A fault of ours costs one prompt, not the fleet.
             logger.exception("[WeightStream] %s: the prompt %s cannot be served", seat.worker.name, job.id)
-            entry = failed(job, f"{seat.worker.name}: {error!r}")
+            entry = failed(job.id, f"{seat.worker.name}: {error!r}")
         if entry is not None:
             self._learn(seat, job, before, entry)
         seat.job, seat.state = None, "free"
@@ -286,7 +285,7 @@ class Dispatcher:
         else:
             self._front.finish(job, entry)
         self._changed.set()
-        broken = entry and _broken_gpu(entry)
+        broken = entry and broken_gpu(entry)
         if broken:
             raise WorkerDied(broken)
 
@@ -294,7 +293,7 @@ class Dispatcher:
         """Run a prompt and pass on what it says; its entry for the history, or None where the worker refuses it."""
         await self._bring_files(seat, job)
         if job.cancelled:
-            return interrupted(job)
+            return interrupted(job.id)
         names = prefixes(seat.worker.name)
         async for kind, *values in seat.worker.run(job.id, job.body):
             if kind == EVENT:
@@ -310,15 +309,15 @@ class Dispatcher:
             elif kind == DONE:
                 (entry,) = values
                 rename(entry["outputs"], names)
-                if (why := _broken_gpu(entry)) and job.attempts < MOST_ATTEMPTS and not job.cancelled:
+                if (why := broken_gpu(entry)) and job.attempts < MOST_ATTEMPTS and not job.cancelled:
                     raise WorkerDied(why)
-                return _with_reruns(job, entry)
+                return with_reruns(job.id, job.lost, entry)
             elif kind == REFUSED:
-                job.refused[seat.worker.name] = _reason(values[0])
+                job.refused[seat.worker.name] = reason_of(values[0])
                 job.attempts -= 1
                 return None
             elif kind == CANCELLED:
-                return interrupted(job)
+                return interrupted(job.id)
             elif kind == DIED:
                 raise WorkerDied(values[0])
         raise WorkerDied("its events ended before the prompt did")
@@ -337,10 +336,10 @@ class Dispatcher:
         seat.job = None
         job.lost[seat.worker.name] = reason
         if job.cancelled:
-            self._front.finish(job, interrupted(job))
+            self._front.finish(job, interrupted(job.id))
         elif job.attempts >= MOST_ATTEMPTS:
             reasons = "; ".join(f"{name}: {why}" for name, why in job.lost.items())
-            self._front.finish(job, failed(job, f"{MOST_ATTEMPTS} workers died with this prompt: {reasons}"))
+            self._front.finish(job, failed(job.id, f"{MOST_ATTEMPTS} workers died with this prompt: {reasons}"))
         else:
             self.reruns += 1
             self._front.put_back(job)
@@ -359,65 +358,6 @@ class Dispatcher:
         seat.changes += 1
         if (loading := seconds - seat.prompt_seconds) > 0:
             seat.load_rate += NEWEST_SHARE * (changed / loading - seat.load_rate)
-
-
-def failed(job: Job, text: str) -> dict[str, Any]:
-    """A result that says why there is none, as ComfyUI tells of an error in a node."""
-    error = {
-        "prompt_id": job.id,
-        "node_id": "",
-        "node_type": "",
-        "executed": [],
-        "exception_type": "FleetError",
-        "exception_message": text,
-        "traceback": [],
-        "current_inputs": {},
-        "current_outputs": [],
-        "timestamp": int(time.time() * 1000),
-    }
-    return _without_outputs("execution_error", error)
-
-
-def interrupted(job: Job) -> dict[str, Any]:
-    """The result of a prompt that was interrupted on a worker that died."""
-    values = {"prompt_id": job.id, "node_id": "", "node_type": "", "executed": []}
-    return _without_outputs("execution_interrupted", {**values, "timestamp": int(time.time() * 1000)})
-
-
-def _without_outputs(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "outputs": {},
-        "meta": {},
-        "status": {"status_str": "error", "completed": False, "messages": [[kind, values]]},
-    }
-
-
-def _with_reruns(job: Job, entry: dict[str, Any]) -> dict[str, Any]:
-    """A result that says that it is of a second run, if it is."""
-    if job.lost and entry.get("status"):
-        message = ["weightstream_rerun", {"prompt_id": job.id, "lost": dict(job.lost)}]
-        entry["status"]["messages"] = [*entry["status"]["messages"], message]
-    return entry
-
-
-def _broken_gpu(entry: Mapping[str, Any]) -> str | None:
-    """Why a worker's GPU is of no use after this result."""
-    for kind, values in (entry.get("status") or {}).get("messages", ()):
-        if kind == "execution_error":
-            text = f"{values.get('exception_type')}: {values.get('exception_message')}"
-            if "OutOfMemory" not in text and any(mark in text for mark in BROKEN_GPU):
-                return f"its GPU does not work any more: {text}"
-    return None
-
-
-def _reason(answer: Mapping[str, Any]) -> str:
-    """What a ComfyUI says against a prompt."""
-    error = answer.get("error") or {}
-    said = [str(error.get("message", error)) if isinstance(error, Mapping) else str(error)]
-    for node_id, node in (answer.get("node_errors") or {}).items():
-        for each in node.get("errors", ()):
-            said.append(f"node {node_id} ({node.get('class_type')}): {each.get('message')}: {each.get('details')}")
-    return "; ".join(said)
 
 
 def _in_front(place: Place, names: Mapping[str, str]) -> Place:

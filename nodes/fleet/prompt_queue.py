@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import execution
 
-from ...fleet.dispatcher import MOST_ATTEMPTS, Job, failed
+from ...fleet.dispatcher import MOST_ATTEMPTS, Job
 from ...fleet.errors import FleetError
+from ...fleet.results import failed
 from ...fleet.store import Store
 from .models import models_of
 
@@ -59,7 +60,7 @@ class FleetQueue(execution.PromptQueue):
             job = self._make_job(item, kept.attempts)
             if kept.attempts >= MOST_ATTEMPTS:
                 why = f"the fleet ended while this prompt ran, and it had been begun {kept.attempts} times"
-                self._end(item, failed(job, why))
+                self._end(item, failed(prompt_id, why))
                 continue
             if kept.attempts:
                 job.lost["the front"] = "it ended while this prompt ran"
