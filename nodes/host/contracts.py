@@ -76,6 +76,7 @@ MODULES: dict[str, Wanted] = {
         "free_memory": Call(2, ("keep_loaded",)),
         "free_pins": Call(1),
         "get_all_torch_devices": Call(0),
+        "lora_compute_dtype": Call(1),
         "get_free_memory": Call(1),
         "get_torch_device": Call(0),
         "get_total_memory": Call(1),

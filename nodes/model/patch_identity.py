@@ -55,7 +55,7 @@ def computing_context(device: torch.device, module: torch.nn.Module, *more: obje
     """What the host's result depends on beside patches and weight, as text."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     libraries = (torch.__version__, torch.version.cuda, getattr(torch.version, "hip", None), hosts.VERSION)
-    lora_dtype = mm.lora_compute_dtype(device) if hasattr(mm, "lora_compute_dtype") else None
+    lora_dtype = mm.lora_compute_dtype(device)
     switches = sorted(str(one) for one in getattr(args, "fast", None) or ()), getattr(args, "deterministic", None)
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     return repr((device.type, name, libraries, lora_dtype, switches, kind, more))

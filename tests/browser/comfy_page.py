@@ -35,10 +35,14 @@ LOAD_PROMPT = """async prompt => {
     for (const widget of widgets.filter(widget => widget.name === 'control_after_generate')) widget.value = 'fixed'
     while (app.extensionManager.workflow.activeWorkflow?.filename !== name) await new Promise(requestAnimationFrame)
 }"""
+TAB_PICTURE = ".workflow-preview-content, .workflow-popover-fade, [data-reka-popper-content-wrapper]"
 SEARCH_INPUT = "input[role=combobox]:focus"
 EMPTY_PLACE = (800, 500)
 # The canvas takes no double click while it is busy with what was added before.
 SEARCH_TRIES = 5
+LOCALE_TRIES = 4
+# Whatever the page does once it has drawn.
+FRAMES = "async () => { for (let frame = 0; frame < 20; frame++) await new Promise(requestAnimationFrame) }"
 # Once they are drawn there; elements on nodes follow a frame later.
 BRING_INTO_VIEW = """async types => {
     const nodes = app.graph.nodes.filter(node => types.includes(node.type))
@@ -143,6 +147,16 @@ class ComfyPage:
     def set(self, setting: str, value: Any) -> None:
         self.page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
 
+    def load_prompt_in(self, locale: str, prompt: Mapping[str, Any]) -> None:
+        """Show an API prompt in another language. A page that is still changing its language may empty the graph."""
+        self.set("Comfy.Locale", locale)
+        for _ in range(LOCALE_TRIES):
+            self.load_prompt(prompt)
+            self.page.evaluate(FRAMES)
+            if self.page.evaluate("() => app.graph.nodes.length") == len(prompt):
+                return
+        raise AssertionError("the page loads no prompt in this language")
+
     def open_sidebar(self) -> Locator:
         """The panel in its sidebar tab."""
         panel = self.page.locator(SIDEBAR_PANEL)
@@ -159,10 +173,17 @@ class ComfyPage:
 
     # running
 
+    def press_run(self) -> None:
+        """At a tab under the mouse the page shows a picture of its workflow, which would lie over the button, and stays
+        while the mouse is on it."""
+        self.page.mouse.move(*EMPTY_PLACE)
+        expect(self.page.locator(TAB_PICTURE)).to_have_count(0)
+        self.page.locator(RUN_BUTTON).click()
+
     def queue(self) -> str:
         """Press Run; the id of the prompt that is queued."""
         with self.page.expect_response(_is_queueing) as queued:
-            self.page.locator(RUN_BUTTON).click()
+            self.press_run()
         answer = queued.value.json()
         assert queued.value.ok, f"the host refuses what the page queued: {answer}"
         assert not answer["node_errors"]

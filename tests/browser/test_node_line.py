@@ -138,9 +138,8 @@ def test_a_line_stays_with_its_workflow(comfy: ComfyPage) -> None:
 def test_streaming_report_says_on_its_node_why_it_is_slow(comfy: ComfyPage) -> None:
     prompt = copy.deepcopy(demo.api_prompt(TINY, demo.OURS, SEED))
     prompt["report"] = {"class_type": REPORT, "inputs": {"model": ["lora", 0], "trigger": ["sampler", 0]}}
-    comfy.set("Comfy.Locale", "zh")
     try:
-        comfy.load_prompt(prompt)
+        comfy.load_prompt_in("zh", prompt)
         comfy.sample()
         report = comfy.page.locator(".ws-report-holder .ws-panel")
         expect(report.locator(".ws-headline")).to_have_text(re.compile(r"^每步 [\d.]+ s · 等待"))
@@ -155,9 +154,8 @@ def test_streaming_report_says_on_its_node_why_it_is_slow(comfy: ComfyPage) -> N
 
 
 def test_the_line_has_the_language_of_the_page(comfy: ComfyPage) -> None:
-    comfy.set("Comfy.Locale", "zh")
     try:
-        comfy.load_prompt(placed_prompt())
+        comfy.load_prompt_in("zh", placed_prompt())
         comfy.sample()
         expect(comfy.page.locator("details.ws-line summary")).to_have_text(
             re.compile(r"^每步 [\d.]+ s · .*gpu:0, gpu:1$")

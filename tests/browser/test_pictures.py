@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_page import HEIGHT, RUN_BUTTON, WIDTH, ComfyPage
+from comfy_page import HEIGHT, WIDTH, ComfyPage
 from panel_page import AXE, FAULTS, UNFOLD, placed_prompt
 from playwright.sync_api import Locator, expect
 from servers import TINY
@@ -269,7 +269,7 @@ def test_a_notice_goes_with_its_cause_and_what_is_refused_is_one(comfy: ComfyPag
     expect(notices).to_have_count(1)
     comfy.page.evaluate(SET_DEVICES, "cuda:x")
     expect(notices).to_have_count(0)
-    comfy.page.locator(RUN_BUTTON).click()
+    comfy.press_run()
     expect(notices).to_contain_text(["Not run: GPU Placement devices='cuda:x': 'cuda:x' is no GPU"])
     comfy.page.evaluate(SET_DEVICES, "gpu:0")
     expect(notices).to_have_count(0)

@@ -39,7 +39,9 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> None:
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The lines that pages were sent."""
     found: list[dict[str, Any]] = []
-    server = SimpleNamespace(send_progress_text=lambda *_: None, send_sync=lambda _, data: found.append(data))
+    server = SimpleNamespace(
+        client_id=None, send_progress_text=lambda *_: None, send_sync=lambda _, data, __: found.append(data)
+    )
     monkeypatch.setattr(messages, "find_server", lambda: server)
     return found
 
