@@ -38,6 +38,8 @@ SHARING = {
         ),
         *("tests/tools/test_benchmarks.py", "tests/tools/test_examples.py"),
     ),
+    # Each of these starts several ComfyUIs, 1.2 GB each: one fleet at a time.
+    "fleet": ("tests/fleet/test_fleet.py", "tests/fleet/test_fleet_hosts.py", "tests/browser/test_fleet_page.py"),
     "browser": tuple(
         f"tests/browser/test_{name}.py" for name in ("first_minute", "page", "serve_workflow", "takeover", "widget")
     ),
