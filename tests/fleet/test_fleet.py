@@ -41,6 +41,7 @@ SEEDS = 10
 MOST_WAITING = CLIENTS * PROMPTS_EACH
 WAIT_S = 180.0
 MB = 1_000_000
+KEY = "a-key-of-nobody-5f3a"
 # Longer than any test, unless it is interrupted.
 ENDLESS_STEPS = 10_000
 
@@ -296,6 +297,31 @@ def test_a_worker_that_is_killed_while_it_is_free_is_started_again(up: FleetHost
     kill(before[0])
     wait_for(lambda: up.workers[0]["pid"] not in (None, before[0]))
     assert [worker["pid"] for worker in up.workers[1:]] == before[1:]
+
+
+def test_keys_of_paid_services_are_never_written(up: FleetHost) -> None:
+    """Neither while their prompt waits nor afterwards: not in the queue's file, a log, or what is told."""
+    endless = block_all(up)
+    body = {"prompt": make_prompt(demo.OURS, demo.UNET, True, 986, "keys"), "extra_data": {"api_key_comfy_org": KEY}}
+    prompt_id = up.post("/prompt", body)["prompt_id"]
+    waiting = files_with_key(up)
+    told = json.dumps(up.get("/queue"))
+    up.interrupt()
+    assert up.wait(prompt_id, WAIT_S)["status"]["completed"]
+    assert prompt_id in told
+    assert KEY not in told
+    assert KEY not in json.dumps(up.get(f"/history/{prompt_id}"))
+    assert (waiting, files_with_key(up)) == ([], [])
+    for each in endless:
+        with pytest.raises(PromptInterrupted):
+            up.wait(each, WAIT_S)
+
+
+def files_with_key(host: FleetHost) -> list[Path]:
+    folders = (host.base / "user", host.base / "output", host.base / "temp")
+    paths = [host.log_path, *(path for folder in folders for path in folder.rglob("*") if path.is_file())]
+    assert any(path.name == "queue.sqlite" for path in paths)
+    return [path for path in paths if KEY.encode() in path.read_bytes()]
 
 
 def test_a_queue_that_is_full_says_so(up: FleetHost) -> None:
