@@ -35,14 +35,24 @@ LOAD_PROMPT = """async prompt => {
     for (const widget of widgets.filter(widget => widget.name === 'control_after_generate')) widget.value = 'fixed'
     while (app.extensionManager.workflow.activeWorkflow?.filename !== name) await new Promise(requestAnimationFrame)
 }"""
+# After a change of its language the page asks for the nodes' definitions, and then loads the open workflow anew,
+# whichever that is by then.
+SET_LOCALE = """async locale => {
+    const { loadGraphData } = app
+    const loaded = new Promise((resolve, reject) => {
+        app.loadGraphData = async (...values) => {
+            delete app.loadGraphData
+            await loadGraphData.apply(app, values).then(resolve, reject)
+        }
+    })
+    await app.extensionManager.setting.set('Comfy.Locale', locale)
+    await loaded
+}"""
 TAB_PICTURE = ".workflow-preview-content, .workflow-popover-fade, [data-reka-popper-content-wrapper]"
 SEARCH_INPUT = "input[role=combobox]:focus"
 EMPTY_PLACE = (800, 500)
 # The canvas takes no double click while it is busy with what was added before.
 SEARCH_TRIES = 5
-LOCALE_TRIES = 4
-# Whatever the page does once it has drawn.
-FRAMES = "async () => { for (let frame = 0; frame < 20; frame++) await new Promise(requestAnimationFrame) }"
 # Once they are drawn there; elements on nodes follow a frame later.
 BRING_INTO_VIEW = """async types => {
     const nodes = app.graph.nodes.filter(node => types.includes(node.type))
@@ -148,14 +158,9 @@ class ComfyPage:
         self.page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
 
     def load_prompt_in(self, locale: str, prompt: Mapping[str, Any]) -> None:
-        """Show an API prompt in another language. A page that is still changing its language may empty the graph."""
-        self.set("Comfy.Locale", locale)
-        for _ in range(LOCALE_TRIES):
-            self.load_prompt(prompt)
-            self.page.evaluate(FRAMES)
-            if self.page.evaluate("() => app.graph.nodes.length") == len(prompt):
-                return
-        raise AssertionError("the page loads no prompt in this language")
+        """Show an API prompt in another language than the page has."""
+        self.page.evaluate(SET_LOCALE, locale)
+        self.load_prompt(prompt)
 
     def open_sidebar(self) -> Locator:
         """The panel in its sidebar tab."""

@@ -28,6 +28,16 @@ SAME_KINDS = "kinds => app.graph.nodes.map(node => node.type).sort().join() === 
 # Whatever the page does once it has drawn.
 FRAMES = "async () => { for (let frame = 0; frame < 20; frame++) await new Promise(requestAnimationFrame) }"
 KINDS = "() => app.graph.nodes.map(node => node.type)"
+# As for a line that a run's end shows on a node while the server converts.
+GROW_MEANWHILE = """type => {
+    const { fetchApi } = app.api
+    app.api.fetchApi = async (...values) => {
+        app.api.fetchApi = fetchApi
+        const node = app.graph.nodes.find(node => node.type === type)
+        node.setSize([node.size[0], node.size[1] + 50])
+        return await fetchApi.apply(app.api, values)
+    }
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +97,7 @@ def test_the_open_workflow_streams_and_one_undo_takes_it_back(page: ComfyPage, e
     page.page.keyboard.press("Control+y")
     page.page.wait_for_function(SAME_KINDS, arg=streamed)
     assert page.sample() == expected
+    page.page.evaluate(GROW_MEANWHILE, OURS)
     stream(page, "Nothing to change")
     assert page.our_errors == []
 

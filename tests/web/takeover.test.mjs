@@ -118,9 +118,9 @@ test("what was converted is not put in the place of anything else", async () => 
   }
 });
 
-test("a workflow that was only looked at from elsewhere is replaced", async () => {
+test("a workflow that was only looked at from elsewhere, or whose nodes have grown, is replaced", async () => {
   const one = page({ workflow: { nodes: ["new"] }, changed: true, notes: [CHANGED] });
-  const looks = [1, 2, 3, 4, 5].map((scale) => ({ nodes: ["old"], extra: { ds: { scale }, kept: true } }));
+  const looks = [1, 2, 3, 4, 5].map((scale) => ({ nodes: [{ id: 1, size: [200, scale] }], extra: { ds: { scale }, kept: true } }));
   one.app.rootGraph.serialize = () => looks.shift() ?? one.states.shown;
   await one.command.function();
   assert.equal(one.toasts[0].severity, "success");

@@ -14,6 +14,8 @@ export const COMMAND = "WeightStream.StreamModels";
 const ROUTE = "/weightstream/v1/convert";
 const ICON = "pi pi-bolt";
 const SHOWN_MS = 8000;
+// What the page itself changes: where one looks at the graph from, and room for what a run shows on a node.
+const LOOKS = ["ds", "size"];
 const MOST_LINES = 8;
 // Their English text goes on with what the node is or does now.
 const PREDICATES = ["loader", "host", "settings-clip", "placement-used", "selector-gone"];
@@ -74,13 +76,13 @@ export function takeover({ app, api, locale }) {
 }
 
 /**
- * The workflow that is open: in which tab, and as it is, but for where one looks at it from.
+ * The workflow that is open: in which tab, and what is in it.
  * @param {any} app
  */
 function shownIn(app) {
   const workflow = (app.rootGraph ?? app.graph).serialize();
-  const { ds, ...extra } = workflow.extra ?? {};
-  return { tab: app.extensionManager.workflow?.activeWorkflow, workflow, text: JSON.stringify({ ...workflow, extra }) };
+  const text = JSON.stringify(workflow, (key, value) => (LOOKS.includes(key) ? undefined : value));
+  return { tab: app.extensionManager.workflow?.activeWorkflow, workflow, text };
 }
 
 /**

@@ -173,12 +173,18 @@ def test_a_placement_that_is_another_is_told_of_until_it_is_not(
     loaded: StreamedModelPatcher, nodes_of_pack: dict[str, type]
 ) -> None:
     node = nodes_of_pack["WeightStreamGPUPlacement"]
+
+    def told() -> list[tuple[str, str]]:
+        """Other notices may be of models of other tests, which live until they are collected."""
+        notices = [notice for notice in full_status()["notices"] if notice["name"] == "GPU Placement"]
+        return [(notice["kind"], notice["text"]) for notice in notices]
+
     node.execute(loaded, devices="gpu:0,gpu:5")
-    (notice,) = full_status()["notices"]
-    assert (notice["kind"], notice["name"]) == ("fallback", "GPU Placement")
-    assert "gpu:5 is not there" in notice["text"]
+    ((kind, text),) = told()
+    assert kind == "fallback"
+    assert "gpu:5 is not there" in text
     node.execute(loaded, devices="gpu:0")
-    assert full_status()["notices"] == []
+    assert told() == []
 
 
 def test_the_oldest_notices_are_forgotten(streamed: Load) -> None:
