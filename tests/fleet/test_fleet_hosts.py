@@ -107,4 +107,5 @@ def test_two_hosts_are_one_fleet(host: FleetHost, cluster: subprocess.Popen[str]
     assert cluster.stdout.readline().strip() == "lost"
     for prompt_id in models:
         assert host.wait(prompt_id, WAIT_S)["status"]["completed"]
-    wait_for(lambda: sorted(states(host)) == ["free", "restarting"])
+    # The lost one is started again, which fails after a while.
+    wait_for(lambda: sorted(states(host)) in (["free", "restarting"], ["failed", "free"]))
