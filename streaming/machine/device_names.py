@@ -11,6 +11,10 @@ from ..errors import ConfigError
 GPUS_VARIABLE = "WEIGHTSTREAM_GPUS"
 
 CPU, DEFAULT = "cpu", "default"
+# What may stand around the parts of a name: what Python takes for white space, and what browsers do, which is not the same.
+SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+SPACES += "\u2028\u2029\u202f\u205f\u3000\ufeff"
+GPU = re.compile(rf"(?:(?:gpu|cuda)[{SPACES}]*:[{SPACES}]*)?([0-9]{{1,4}})")
 
 
 def gpu_name(index: int) -> str:
@@ -39,14 +43,14 @@ def parse_gpus(text: str, source: str = "devices") -> tuple[str, ...]:
     Raises:
         ConfigError: ``text`` names something else, or a GPU twice.
     """
-    if not text.strip() or _one(text) == DEFAULT:
+    if not text.strip(SPACES) or _one(text) == DEFAULT:
         return ()
     names = []
     for part in text.split(","):
         name = _one(part)
         if name is None or name in (CPU, DEFAULT):
             expected = "expected gpu:0, cuda:0 or 0, or a list such as gpu:0,gpu:1"
-            raise ConfigError(f"{source}={text!r}: {part.strip()!r} is no GPU; {expected}")
+            raise ConfigError(f"{source}={text!r}: {part.strip(SPACES)!r} is no GPU; {expected}")
         if name in names:
             raise ConfigError(f"{source}={text!r}: {name} is there twice; name each GPU once")
         names.append(name)
@@ -71,9 +75,8 @@ def in_parts(shares: Sequence[float]) -> tuple[float, ...]:
 
 
 def _one(text: object) -> str | None:
-    name = str(text).strip().lower()
-    match = re.fullmatch(r"(?:(?:gpu|cuda)\s*:\s*)?([0-9]{1,4})", name)
-    if match:
+    name = str(text).strip(SPACES).lower()
+    if match := GPU.fullmatch(name):
         return gpu_name(int(match[1]))
     return name if name in (CPU, DEFAULT) else None
 

@@ -24,10 +24,13 @@ LONGEST_FILE = 300
 # Parts of lists of GPUs, and what is none.
 PARTS = ["", "0", "gpu:1", " cuda : 1 ", "GPU:01", "gpu:12", "gpu:12345", "default", "cpu", "gpu", "-1", "1.0", "gpu:²"]
 READ_GPUS = """
+import { readFileSync } from 'node:fs'
 const [module, texts] = process.argv.slice(2)
 const { readGpus } = await import(module)
-console.log(JSON.stringify(JSON.parse(texts).map(readGpus)))
+console.log(JSON.stringify(JSON.parse(readFileSync(texts)).map(readGpus)))
 """
+# One of a pair stands for no character.
+CHARACTERS = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
 
 
 def node() -> str:
@@ -57,15 +60,17 @@ def test_lists_of_gpus_are_read_as_by_the_server(tmp_path: Path) -> None:
         except ConfigError:
             return None
 
-    texts = [*PARTS, *map(",".join, itertools.product(PARTS, PARTS)), "gpu:2,gpu:0,1", " Default ", "\t", "gpu:\n3"]
+    texts = [*PARTS, *map(",".join, itertools.product(PARTS, PARTS)), *(f"{each}0{each}" for each in CHARACTERS)]
     program = tmp_path / "read_gpus.mjs"
     program.write_text(READ_GPUS, "utf-8")
-    command = [node(), str(program), (WEB / "lib" / "gpu_choice.mjs").as_uri(), json.dumps(texts)]
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps(texts), "utf-8")
+    command = [node(), str(program), (WEB / "lib" / "gpu_choice.mjs").as_uri(), str(file)]
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
     assert result.returncode == 0, result.stderr
     read = dict(zip(texts, json.loads(result.stdout), strict=True))
     assert read == {text: by_the_server(text) for text in texts}
-    assert read["gpu:2,gpu:0,1"] == ["gpu:2", "gpu:0", "gpu:1"]
+    assert read["GPU:01,0"] == ["gpu:1", "gpu:0"]
 
 
 def test_the_page_imports_one_file() -> None:

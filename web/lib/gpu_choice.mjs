@@ -1,7 +1,7 @@
 /**
  * The text of `devices`: which GPUs it names, what a choice makes of it, and what the picker shows. Without elements.
  *
- * The server reads the text (streaming/machine/device_names.py); what is read here alike is held to it by a test.
+ * The server reads the text (streaming/machine/device_names.py); what is read here alike is held to it by tests.
  */
 
 import { deviceView } from "./device_view.mjs";
@@ -11,7 +11,9 @@ import { merge } from "./status.mjs";
 /** @import { FeedState } from "./feed.mjs" */
 /** @import { Strings } from "./strings.mjs" */
 
-const GPU = /^(?:(?:gpu|cuda)\s*:\s*)?([0-9]{1,4})$/i;
+// What may stand around the parts of a name: what browsers take for white space, and what Python does, which is not the same.
+const SPACE = /[\s\x1c-\x1f\x85]/;
+const GPU = new RegExp(`^(?:(?:gpu|cuda)${SPACE.source}*:${SPACE.source}*)?([0-9]{1,4})$`, "i");
 
 /**
  * @typedef {{key: string, place: number, detail: string, amount: string, missing: boolean, raise: string}} Row  place
@@ -26,14 +28,22 @@ const GPU = /^(?:(?:gpu|cuda)\s*:\s*)?([0-9]{1,4})$/i;
  * @returns {string[] | null} null for a text that the server refuses
  */
 export function readGpus(text) {
-  const whole = String(text ?? "").trim();
+  const whole = trimmed(String(text ?? ""));
   if (whole === "" || whole.toLowerCase() === "default") return [];
   const names = whole.split(",").map((part) => {
-    const match = GPU.exec(part.trim());
+    const match = GPU.exec(trimmed(part));
     return match && `gpu:${Number(match[1])}`;
   });
   if (names.includes(null) || new Set(names).size < names.length) return null;
   return /** @type {string[]} */ (names);
+}
+
+/** @param {string} text */
+function trimmed(text) {
+  let [start, end] = [0, text.length];
+  while (start < end && SPACE.test(text[start])) start += 1;
+  while (end > start && SPACE.test(text[end - 1])) end -= 1;
+  return text.slice(start, end);
 }
 
 /** @param {readonly string[]} names */

@@ -18,6 +18,7 @@ from weightstream.streaming import ConfigError, Gpu, in_parts, parse_device, par
 from weightstream.streaming.machine.gpus import NO_LINK, Figures, Link, Nvml, as_table, list_gpus
 
 ROOT = Path(streaming.__file__).parent.parent
+LISTS = json.loads((Path(__file__).parents[2] / "web" / "gpu_lists.json").read_text("utf-8"))
 MEMORY = 24 * 10**9
 H200 = Gpu(
     0, "NVIDIA H200", "GPU-0af1", 150 * 10**9, 140 * 10**9, link=Link(5, 16), most_link=Link(5, 16), peers=(1, 2)
@@ -288,6 +289,16 @@ def test_what_is_no_device(text: str) -> None:
 )
 def test_several_gpus(text: str, names: tuple[str, ...]) -> None:
     assert parse_gpus(text) == names
+
+
+@pytest.mark.parametrize("case", LISTS, ids=lambda case: ascii(case["text"]))
+def test_lists_of_gpus_are_read_as_in_the_page(case: dict[str, Any]) -> None:
+    """The page's own tests have the same table."""
+    if case["gpus"] is None:
+        with pytest.raises(ConfigError):
+            parse_gpus(case["text"])
+    else:
+        assert parse_gpus(case["text"]) == tuple(case["gpus"])
 
 
 @pytest.mark.parametrize(
