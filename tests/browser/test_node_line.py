@@ -12,6 +12,7 @@ import pytest
 from comfy_page import ComfyPage
 from playwright.sync_api import expect
 from servers import TINY
+from workflow_files import node, subgraph, workflow
 
 from tools import demo
 
@@ -54,6 +55,32 @@ STRAY = {
     "text": "1 s/step",
     "details": [],
 }
+LOADER = "WeightStreamModelLoader"
+GUI = "11111111-2222-3333-4444-777777777777"
+# What a user does to a node, as a step of undo.
+EDIT = """([ids, what]) => {
+    const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker
+    const capture = () => (tracker.captureCanvasState ?? tracker.checkState).call(tracker)
+    capture()
+    let graph = app.rootGraph, node
+    for (const id of ids.split(':')) {
+        node = graph.nodes.find(node => String(node.id) === id)
+        graph = node.subgraph
+    }
+    if (what === 'move') node.pos = [node.pos[0] + 40, node.pos[1]]
+    else node.graph.remove(node)
+    capture()
+}"""
+# Undo and redo load the workflow anew, and lines follow within some frames.
+STEP = """async command => {
+    const before = app.graph.nodes[0]
+    await app.extensionManager.command.execute(`Comfy.${command}`)
+    while (!app.graph.nodes.length || app.graph.nodes[0] === before) await new Promise(requestAnimationFrame)
+}"""
+BADGES_ARE = """texts => {
+    const badges = app.rootGraph.nodes.find(node => node.subgraph).badges.map(badge => badge.call ? badge() : badge)
+    return badges.map(({ text }) => text).filter(text => text.includes(' s/step')).join() === texts.join()
+}"""
 TABS = "[role=tab], .workflow-tab, .p-togglebutton"
 WIDGETS = "type => app.graph.nodes.find(node => node.type === type).widgets.map(({ name }) => name)"
 
@@ -130,6 +157,35 @@ def test_a_line_stays_with_its_workflow(comfy: ComfyPage) -> None:
     comfy.page.locator(TABS).filter(has_text=placed).first.click()
     expect(fold.locator("summary")).to_have_text(LINE)
     assert HOST_TEXT not in comfy.page.evaluate(WIDGETS, PLACEMENT)
+    assert comfy.our_errors == []
+
+
+@pytest.mark.usefixtures("rendering")
+def test_lines_return_after_undo_and_redo(comfy: ComfyPage) -> None:
+    inner = workflow(node(20, LOADER, [demo.UNET]), node(21, LOADER, [demo.UNET]), first_link=50, as_objects=True)
+    inner["nodes"][0]["title"] = "FLUX"
+    graph = workflow(node(40, GUI, []), node(41, LOADER, [demo.UNET]))
+    graph["definitions"] = {"subgraphs": [subgraph(GUI, "Loading", inner, [])]}
+    comfy.load_workflow(graph)
+    for there in ("40:20", "40:21", "41"):
+        comfy.page.evaluate(SEND_LINE, {**STRAY, "node": there})
+    shown = comfy.page.locator("details.ws-line:visible summary")
+    said = "1 s/step · hardly any waiting for the bus"
+    both = [f"FLUX: {said}", f"Streamed Model Loader: {said}"]
+    comfy.page.evaluate(EDIT, ["41", "move"])
+    for command in ("", "Undo", "Redo"):
+        if command:
+            comfy.page.evaluate(STEP, command)
+        expect(shown).to_have_text([said])
+        comfy.page.wait_for_function(BADGES_ARE, arg=both)
+    comfy.page.evaluate(EDIT, ["40:21", "remove"])
+    comfy.page.wait_for_function(BADGES_ARE, arg=[said])
+    comfy.page.evaluate(STEP, "Undo")
+    comfy.page.wait_for_function(BADGES_ARE, arg=both)
+    expect(shown).to_have_text([said])
+    # It is the line of the node that is there now.
+    comfy.page.evaluate(SEND_LINE, {**STRAY, "node": "41", "seconds": 2.0})
+    expect(shown).to_have_text([said.replace("1", "2")])
     assert comfy.our_errors == []
 
 

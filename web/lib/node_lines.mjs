@@ -24,10 +24,15 @@ const BADGE_BACK = "#0f766e";
 const CLOSED_HEIGHT = 46;
 const OPEN_HEIGHT = 150;
 const FRAMES = 20;
+// Of the title of a node, on a badge beside others.
+const MOST_LETTERS = 24;
 /** Where the page does not tell which workflow is open. */
 const NOWHERE = {};
 
-/** @typedef {{node: any, path: any[], show: (line: Line) => void, remove: () => void}} Shown  path: the nodes of subgraphs around it */
+/**
+ * @typedef {{node: any, path: any[], show: (line: Line) => void, remove: () => void}} Shown  path: the nodes of subgraphs around it
+ * @typedef {{told: Map<string, {inner: any, line: Line}>, drawn: (() => any)[]}} Badges  told: by the id of the node inside
+ */
 
 /** @param {{app: any, locale: () => string, workflows: Workflows}} options */
 export function nodeLines({ app, locale, workflows }) {
@@ -35,7 +40,7 @@ export function nodeLines({ app, locale, workflows }) {
   const known = new WeakMap();
   /** What the graph has now, by the node that it is of. @type {Map<string, Shown>} */
   const shown = new Map();
-  /** For each node of a subgraph its badges, by the node that each is of. @type {WeakMap<any, Map<string, () => any>>} */
+  /** For each node of a subgraph those that it has from here. @type {WeakMap<any, Badges>} */
   const badges = new WeakMap();
   let round = 0;
 
@@ -73,47 +78,51 @@ export function nodeLines({ app, locale, workflows }) {
   }
 
   /**
-   * @param {any} node  of a subgraph
-   * @param {Line} line  of a node inside of it
+   * @param {any} outer  the node of a subgraph
+   * @param {string} id  of a node inside of it
+   * @param {{inner: any, line: Line} | null} told  that node and its line; null takes its badge away
    */
-  function setBadge(node, line) {
+  function tellAround(outer, id, told) {
     const Badge = /** @type {any} */ (globalThis).LGraphBadge;
     if (!Badge) return;
-    const badge = new Badge({ text: lineText(line, stringsFor(locale())), fgColor: BADGE_TEXT, bgColor: BADGE_BACK });
-    changeBadge(node, line.node, () => badge);
-  }
-
-  /**
-   * @param {any} node  of a subgraph
-   * @param {string} id  of the node inside of it
-   * @param {(() => any) | null} badge
-   */
-  function changeBadge(node, id, badge) {
-    const own = badges.get(node) ?? new Map();
-    badges.set(node, own);
-    const before = node.badges ?? [];
-    const others = before.filter((/** @type {any} */ each) => each !== own.get(id));
-    if (badge) own.set(id, badge);
-    else own.delete(id);
-    node.badges = badge ? [...others, badge] : others;
+    const own = badges.get(outer) ?? { told: new Map(), drawn: [] };
+    badges.set(outer, own);
+    if (told) own.told.set(id, told);
+    else if (!own.told.delete(id)) return;
+    const before = outer.badges ?? [];
+    const others = before.filter((/** @type {any} */ each) => !own.drawn.includes(each));
+    own.drawn = badgeTexts(own.told, stringsFor(locale())).map((text) => {
+      const badge = new Badge({ text, fgColor: BADGE_TEXT, bgColor: BADGE_BACK });
+      return () => badge;
+    });
+    outer.badges = [...others, ...own.drawn];
     // Nodes 2.0 draws anew what it is told of.
-    const change = { type: "node:property:changed", nodeId: node.id, property: "badges", oldValue: before, newValue: node.badges };
-    node.graph?.trigger?.(change.type, change);
+    const change = { type: "node:property:changed", nodeId: outer.id, property: "badges", oldValue: before, newValue: outer.badges };
+    outer.graph?.trigger?.(change.type, change);
     app.canvas?.setDirty?.(true, true);
   }
 
   /** @param {Line} line  of a node of the graph that is shown, if it has that */
   function showLine(line) {
     const path = findOurs(app, line.node);
-    const node = path.pop();
     const before = shown.get(line.node);
-    if (before && before.node !== node) drop(line.node, before);
+    if (before && !isAt(before, path)) drop(line.node, before);
+    const node = path.pop();
     if (!node) return;
-    for (const outer of path) setBadge(outer, line);
     withoutHostText(node);
     const there = shown.get(line.node) ?? { node, path, ...attach(node) };
+    if (!shown.has(line.node)) whenRemoved(node, () => forgetAround(line.node, there));
     shown.set(line.node, there);
+    for (const outer of path) tellAround(outer, line.node, { inner: node, line });
     there.show(line);
+  }
+
+  /**
+   * @param {string} id
+   * @param {Shown} there
+   */
+  function forgetAround(id, { path }) {
+    for (const outer of path) tellAround(outer, id, null);
   }
 
   /**
@@ -122,10 +131,9 @@ export function nodeLines({ app, locale, workflows }) {
    */
   function drop(id, there) {
     shown.delete(id);
+    forgetAround(id, there);
     // A node that is in no graph any more has nothing to give back.
-    if (!there.node.graph) return;
-    there.remove();
-    for (const outer of there.path) changeBadge(outer, id, null);
+    if (there.node.graph) there.remove();
   }
 
   /**
@@ -143,7 +151,8 @@ export function nodeLines({ app, locale, workflows }) {
     const wanted = known.get(workflows.open() ?? NOWHERE) ?? new Map();
     for (const [id, there] of shown) if (!wanted.has(id)) drop(id, there);
     for (const [id, line] of wanted) {
-      if (findOurs(app, id).at(-1) !== shown.get(id)?.node) showLine(line);
+      const there = shown.get(id);
+      if (!there || !isAt(there, findOurs(app, id))) showLine(line);
     }
   }
 
@@ -167,6 +176,53 @@ export function nodeLines({ app, locale, workflows }) {
       }
     },
   };
+}
+
+/**
+ * Whether a line is on the node that has its id now, and on those around that: undo makes them anew.
+ * @param {Shown} there
+ * @param {any[]} path  with the node at its end
+ */
+function isAt({ node, path: around }, path) {
+  const before = [...around, node];
+  return before.length === path.length && before.every((each, place) => each === path[place]);
+}
+
+/**
+ * Call `then` when a node is taken out of its graph.
+ * @param {any} node
+ * @param {() => void} then
+ */
+function whenRemoved(node, then) {
+  const { onRemoved } = node;
+  node.onRemoved = function (/** @type {any[]} */ ...given) {
+    then();
+    return onRemoved?.apply(this, given);
+  };
+}
+
+/**
+ * What stands on the node of a subgraph: a line for each node inside, with what that is called where there are several.
+ * @param {Badges["told"]} told
+ * @param {Strings} strings
+ */
+function badgeTexts(told, strings) {
+  const titles = [...told.values()].map(({ inner }) => short(String(inner.title ?? "")));
+  return [...told].map(([id, { line }], place) => {
+    const text = lineText(line, strings);
+    if (told.size === 1) return text;
+    const title = titles[place];
+    const isOne = title !== "" && titles.indexOf(title) === titles.lastIndexOf(title);
+    // Within the subgraph, as it is numbered there.
+    const number = id.split(":").slice(1).join(":");
+    return strings.because(isOne ? title : `${title} ${number}`.trim(), text);
+  });
+}
+
+/** @param {string} title */
+function short(title) {
+  const letters = [...title];
+  return letters.length > MOST_LETTERS ? `${letters.slice(0, MOST_LETTERS - 1).join("").trimEnd()}…` : title;
 }
 
 /**
