@@ -34,6 +34,7 @@ from ...streaming.machine.gpus import NO_LINK, best_links
 from ..host.devices import pins, same_device, spare_ram
 from ..host.gpus import visible_gpus, why_no_gpus
 from ..model.measured import measured_bandwidth, measured_compute
+from ..model.offload import Mode
 from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import streamed_models
 from ..tell.names import without_folders
@@ -61,19 +62,25 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Wanted:
-    """A model as a loader of a workflow names it.
+    """A model as a loader of a workflow names it, with what Async Offload Settings behind it decide.
 
     Attributes:
         name: of the file, as ComfyUI lists it.
         folders: of ComfyUI's, in which it is looked for.
         in_fp8: whether the loader makes its weights fp8.
-        limit: bytes of VRAM for weights; None where the loader sets none.
+        limit: bytes of VRAM for weights; None where no node sets it.
+        reserve: bytes of VRAM that stay free beside what a step needs.
+        pinned_limit: bytes of the model that may be page-locked; None where no node sets it.
+        keeps_nothing: whether all blocks stream.
     """
 
     name: str
     folders: tuple[str, ...] = FOLDERS
     in_fp8: bool = False
     limit: float | None = None
+    reserve: float = 0.0
+    pinned_limit: float | None = None
+    keeps_nothing: bool = False
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Wanted:
@@ -85,14 +92,15 @@ class Wanted:
         folder = query.get("folder")
         if folder not in (None, *FOLDERS):
             raise RefusedError(400, f"folder must be one of {', '.join(FOLDERS)}")
-        try:
-            limit = float(query.get("vram_limit_gb", "0"))
-        except ValueError:
-            limit = -1.0
-        if not 0 <= limit < MOST_GIB:
-            raise RefusedError(400, "vram_limit_gb must be a number, 0 or more")
-        in_fp8 = query.get("weight_dtype", "").startswith("fp8")
-        return cls(query.get("name", ""), FOLDERS if folder is None else (folder,), in_fp8, limit * GIB or None)
+        return cls(
+            query.get("name", ""),
+            FOLDERS if folder is None else (folder,),
+            in_fp8=query.get("weight_dtype", "").startswith("fp8"),
+            limit=_bytes_of(query, "vram_limit_gb") or None,
+            reserve=_bytes_of(query, "reserve_vram_gb"),
+            pinned_limit=_bytes_of(query, "pinned_limit_gb") or None,
+            keeps_nothing=query.get("mode") == Mode.STREAM.value,
+        )
 
     def path(self) -> str:
         """Where the file is.
@@ -107,6 +115,21 @@ class Wanted:
         raise RefusedError(404, f"{self.name}: there is no such file in {' or '.join(self.folders)}")
 
 
+def _bytes_of(query: Mapping[str, str], name: str) -> float:
+    """An input in GiB.
+
+    Raises:
+        RefusedError: it is none.
+    """
+    try:
+        gib = float(query.get(name, "0"))
+    except ValueError:
+        gib = -1.0
+    if not 0 <= gib < MOST_GIB:
+        raise RefusedError(400, f"{name} must be a number, 0 or more")
+    return gib * GIB
+
+
 def describe_estimate(wanted: Wanted) -> dict[str, Any]:
     """What will stay and what will stream of a model on the GPU that ComfyUI loads it to: plain values, in bytes.
 
@@ -118,7 +141,7 @@ def describe_estimate(wanted: Wanted) -> dict[str, Any]:
         usage, link = _gpu(reader)
     rate, source = rate_of(measured_bandwidth(usage.device), link)
     compute = known_number(measured_compute(wanted.name, usage.device))
-    machine = _machine(usage, rate, compute, wanted.limit)
+    machine = _machine(usage, rate, compute, wanted)
     try:
         tensors, missing = read_tensors(Path(path)), missing_bytes(Path(path))
         found = estimate(cut(_in_fp8(tensors) if wanted.in_fp8 else tensors), machine)
@@ -195,13 +218,21 @@ def _gpu(reader: VramReader) -> tuple[DeviceUsage, Link]:
     return usage, best if now.width is None else best._replace(width=now.width)
 
 
-def _machine(usage: DeviceUsage, rate: float, compute: float | None, limit: float | None) -> Machine:
-    vram = (usage.total or 0) / GIB
-    reserve = 0.0 if usage.virtual else ASSUMED_RESERVE
+def _machine(usage: DeviceUsage, rate: float, compute: float | None, wanted: Wanted) -> Machine:
     group = group_memory()
     ram = mm.get_total_memory(torch.device("cpu"))
     ram = ram if group is None else min(ram, group.total)
-    return Machine(vram, reserve, ram / GIB, rate / 1e9, compute, os.name, limit=None if limit is None else limit / GIB)
+    return Machine(
+        vram=(usage.total or 0) / GIB,
+        reserve=(0.0 if usage.virtual else ASSUMED_RESERVE) + wanted.reserve / GIB,
+        ram=ram / GIB,
+        link=rate / 1e9,
+        compute_seconds=compute,
+        system=os.name,
+        limit=None if wanted.limit is None else wanted.limit / GIB,
+        pinned_limit=None if wanted.pinned_limit is None else wanted.pinned_limit / GIB,
+        keeps_nothing=wanted.keeps_nothing,
+    )
 
 
 def _in_fp8(tensors: Iterable[Tensor]) -> list[Tensor]:

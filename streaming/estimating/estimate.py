@@ -51,7 +51,9 @@ class Machine:
         compute_seconds: of a step with all weights in VRAM; None where it was never measured.
         compute_source: where that is from, in words; empty where it was measured or given.
         system: as ``os.name`` says.
-        limit: GiB of VRAM for weights and staging, as the loader sets it; None where it sets none.
+        limit: GiB of VRAM for weights and staging, as a node sets it; None where none does.
+        pinned_limit: GiB of this model that may be page-locked; None where no node sets it.
+        keeps_nothing: whether a node has all blocks stream.
     """
 
     vram: float
@@ -62,6 +64,8 @@ class Machine:
     system: str = "posix"
     compute_source: str = ""
     limit: float | None = None
+    pinned_limit: float | None = None
+    keeps_nothing: bool = False
 
     @property
     def room(self) -> float:
@@ -88,7 +92,7 @@ def plan_for(cut: Cut, machine: Machine) -> Plan:
     profile = replace(assumed_profile(cut.outline), bandwidth=machine.link * 1e9)
     if machine.compute_seconds is not None:
         profile = _measured(profile, machine.compute_seconds)
-    return make_plan(cut.outline, profile, machine.budget, StreamingConfig())
+    return make_plan(cut.outline, profile, machine.budget, StreamingConfig(stream_all=machine.keeps_nothing))
 
 
 def _measured(profile: Profile, seconds: float) -> Profile:
@@ -145,7 +149,11 @@ class Estimate:
     @property
     def pinnable(self) -> float | None:
         """Bytes that may be page-locked; None where the RAM is not known."""
-        return pinnable_bytes(self.machine.ram * GIB, self.machine.system) if self.machine.ram else None
+        machine = self.machine
+        if not machine.ram:
+            return None
+        most = pinnable_bytes(machine.ram * GIB, machine.system)
+        return most if machine.pinned_limit is None else min(most, machine.pinned_limit * GIB)
 
     @property
     def from_file(self) -> float:

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 GPUS_VARIABLE = "WEIGHTSTREAM_GPUS"
 
 CPU, DEFAULT = "cpu", "default"
-# What may stand around the parts of a name: what Python takes for white space, and what browsers do, which is not the same.
+# What may stand around the parts of a name: white space as Python has it, and as browsers do, which is not the same.
 SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 SPACES += "\u2028\u2029\u202f\u205f\u3000\ufeff"
 GPU = re.compile(rf"(?:(?:gpu|cuda)[{SPACES}]*:[{SPACES}]*)?([0-9]{{1,4}})")

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_page import ComfyPage
 from playwright.sync_api import Locator, expect
 from servers import TINY, free
-from workflow_files import node, subgraph, workflow
+from workflow_files import FRAME_IN, FRAME_OUT, node, settings, subgraph, workflow
 
 from tools import demo
 from tools.host import HeadlessHost
@@ -16,6 +16,9 @@ from tools.host import HeadlessHost
 SEED = 95
 ROUTE = "/weightstream/v1/estimate"
 GUI = "11111111-2222-3333-4444-666666666666"
+OTHER_GUI = "11111111-2222-3333-4444-888888888888"
+# GiB, rounded as inputs are.
+RESERVE = 0.01
 COMMAND = "WeightStream.StreamModels"
 THEIR_WAY = "ComfyUI loads it its own way"
 MISSING = "missing.safetensors"
@@ -98,6 +101,40 @@ def test_a_loader_of_comfyui_s_own_in_a_subgraph_has_a_card(comfy: ComfyPage) ->
     expect(card_of(panel)).to_be_visible()
     expect(card_of(panel)).not_to_contain_text(THEIR_WAY)
     expect(card_of(panel)).to_have_count(1)
+
+
+def with_two_loaders() -> dict[str, Any]:
+    """Two of ComfyUI's loaders with one file: one whose MODEL goes out of a subgraph and into another, to Async Offload
+    Settings, and one that is alone."""
+    loader = workflow(node(20, "UNETLoader", [demo.UNET, "default"]), first_link=50, as_objects=True)
+    behind = settings(30, (FRAME_IN, 0))
+    # The first inputs, as far as the reserve.
+    behind["widgets_values"] = ["auto", 0, 0, 0.0, "auto", 0.0, RESERVE]
+    inside = workflow(behind, first_link=60, as_objects=True)
+    out = {"id": 51, "origin_id": 20, "origin_slot": 0, "target_id": FRAME_OUT, "target_slot": 0, "type": "MODEL"}
+    loader["nodes"][0]["outputs"][0]["links"] = [51]
+    loader["links"], loader["last_link_id"] = [out], 51
+    end = {"name": "model", "type": "MODEL"}
+    first, second = subgraph(GUI, "Loading", loader, []), subgraph(OTHER_GUI, "Settings", inside, [])
+    first["outputs"] = [{**end, "id": GUI.replace("1", "2"), "linkIds": [51]}]
+    second["inputs"] = [{**end, "id": GUI.replace("1", "3"), "linkIds": [61]}]
+    graph = workflow(node(40, GUI, []), node(41, OTHER_GUI, []), node(42, "UNETLoader", [demo.UNET, "default"]))
+    graph["nodes"][0]["outputs"] = [{**end, "links": [1]}]
+    graph["nodes"][1]["inputs"] = [{**end, "link": 1}]
+    graph["links"], graph["last_link_id"] = [[1, 40, 0, 41, 0, "MODEL"]], 1
+    graph["definitions"] = {"subgraphs": [first, second]}
+    return graph
+
+
+def test_settings_count_for_the_loader_that_they_are_behind(comfy: ComfyPage) -> None:
+    comfy.load_workflow(with_two_loaders())
+    asked = asked_by(comfy)
+    cards = card_of(comfy.open_sidebar())
+    expect(cards).to_have_count(2)
+    expect(cards.filter(has_text=THEIR_WAY)).to_have_count(1)
+    expect(cards.filter(has_not_text=THEIR_WAY)).to_contain_text("of which 10.2 MiB are left to activations")
+    assert sorted(f"reserve_vram_gb={RESERVE}" in url for url in asked) == [False, True]
+    assert [error for error in comfy.our_errors if MISSING not in error] == []
 
 
 def test_what_comfyui_has_loaded_itself_has_no_card(comfy: ComfyPage, host: HeadlessHost) -> None:

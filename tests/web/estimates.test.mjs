@@ -3,7 +3,6 @@ import { test } from "node:test";
 
 import { estimateViews } from "../../web/lib/estimate_view.mjs";
 import { ESTIMATE_ROUTE, estimatesOf, watchEstimates } from "../../web/lib/estimates.mjs";
-import { graphModels } from "../../web/lib/graph_models.mjs";
 import { LANGUAGES, stringsFor } from "../../web/lib/strings.mjs";
 import { buildView } from "../../web/lib/view.mjs";
 import { GIB, STATES, estimate, feedState, known, model, status } from "./states.mjs";
@@ -11,6 +10,7 @@ import { GIB, STATES, estimate, feedState, known, model, status } from "./states
 const EN = stringsFor("en");
 const FLUX = known().model;
 const QWEN = { ...FLUX, name: "qwen image.safetensors", folder: "diffusion_models", weightDtype: "fp8_e4m3fn", limit: 4 };
+const SET = { ...FLUX, limit: 0.5, reserve: 2, pinnedLimit: 8, mode: "stream" };
 
 const settled = () => new Promise((resolve) => setTimeout(resolve, 0));
 
@@ -46,11 +46,14 @@ test("each model is asked for once, and again only when there is another moment"
   assert.equal(server.asked[1], `${ESTIMATE_ROUTE}?name=qwen+image.safetensors&weight_dtype=fp8_e4m3fn&folder=diffusion_models&vram_limit_gb=4`);
   await settled();
   assert.equal(changes(), 2);
+  of([FLUX, SET], "waiting");
+  assert.match(server.asked[2], /&vram_limit_gb=0\.5&reserve_vram_gb=2&pinned_limit_gb=8&mode=stream$/);
+  of([FLUX], "waiting");
   server.answer = () => Response.json(estimate({ loaded: true }));
   assert.equal(of([FLUX], "running")[0].estimate?.loaded, false, "what was known until there is an answer");
   await settled();
   assert.equal(of([FLUX], "running")[0].estimate?.loaded, true);
-  assert.equal(server.asked.length, 3);
+  assert.equal(server.asked.length, 4);
 });
 
 test("a model that was away is asked for anew, and a late answer is dropped", async () => {
@@ -97,7 +100,7 @@ test("a card says what matters most, and the one thing to do", () => {
     ["measured", "", "About 1.6 s/step; 18.0 GiB stream in each", ""],
     ["fits", "", "All 4.1 GiB fit into VRAM; nothing streams", ""],
     ["too large", "error", "Too little VRAM: 3.3 GiB are the least that it runs with", "Use a smaller file (fp8 or GGUF)"],
-    ["limited", "error", "The loader's limit is too low: 819 MiB are the least that it runs with", "Raise vram_limit_gb of the loader"],
+    ["limited", "error", "vram_limit_gb is too low: 819 MiB are the least that it runs with", "Raise vram_limit_gb of the loader"],
     ["a small card", "error", "Too little VRAM: 3.3 GiB are the least that it runs with", "Use a smaller file (fp8 or GGUF)"],
     ["in little RAM", "warning", "18.0 GiB stream in each step, 1.5 s on the bus", "It runs"],
     ["from the disk", "warning", "18.0 GiB stream in each step, 1.5 s on the bus", "Use a smaller file (fp8 or GGUF)"],
@@ -125,9 +128,22 @@ test("a card says what matters most, and the one thing to do", () => {
 test("with GPU Placement a card says that it is for one of several GPUs", () => {
   const note = (/** @type {boolean} */ several) => estimateViews([known({}, { placed: true })], EN, () => null, several)[0].note;
   assert.deepEqual([note(true), note(false)], ["This is for gpu:0 alone; GPU Placement can share the model among GPUs.", ""]);
-  const nodes = [node(1, "UNETLoader", { unet_name: "b" }), node(2, "WeightStreamGPUPlacement")];
-  const [{ placed, streams }] = graphModels({ graph: { nodes } });
-  assert.ok(placed && streams);
+});
+
+test("a card says whose limit it is, and that settings have switched streaming off", () => {
+  const low = { fits: false, stays: 0, streamed_bytes: 0, limit: 0.5 * GIB, least_limit: 0.8 * GIB };
+  const todo = (/** @type {any} */ changes) => estimateViews([known(low, changes)], EN, () => null)[0].todo;
+  assert.match(todo({}), /^Raise vram_limit_gb of the loader, /);
+  assert.match(todo({ limitBySettings: true }), /^Raise vram_limit_gb of Async Offload Settings, /);
+  const [off, theirs] = estimateViews([known({}, { mode: "off", streams: false, placed: true }), known({}, { streams: false })], EN, () => null, true);
+  assert.match(off.note, /^The mode of Async Offload Settings is off/);
+  assert.match(theirs.note, /Stream this workflow's models/);
+});
+
+test("two loaders of one file with other limits have a card each", () => {
+  const two = [known({}, { limit: 4 }), known({}, { node: "5", limit: 6 })];
+  const keys = estimateViews(two, EN, () => null).map(({ key }) => key);
+  assert.equal(new Set(keys).size, 2);
 });
 
 test("a model has one card: its own while that is shown", () => {
@@ -143,49 +159,6 @@ test("the cards are Chinese in Chinese", () => {
     for (const text of [view.headline, view.note, view.todo, view.bar?.meter.text ?? "", ...view.facts.flatMap(({ label, text }) => [label, text])]) {
       assert.doesNotMatch(text, /[a-z]+ [a-z]+ [a-z]+|undefined|NaN/);
     }
-  }
-});
-
-/**
- * @param {number} id
- * @param {string} type
- * @param {Record<string, any>} [values]
- * @param {any} [more]
- */
-function node(id, type, values = {}, more = {}) {
-  const widgets = Object.entries(values).map(([name, value]) => ({ name, value }));
-  return { id, type, mode: 0, widgets, inputs: widgets.map(({ name }) => ({ name, widget: { name }, link: null })), ...more };
-}
-
-test("the models of a workflow are those that its loaders name, each once", () => {
-  const ours = node(1, "WeightStreamModelLoader", { unet_name: "a", weight_dtype: "default", vram_limit_gb: 6.5 });
-  const nodes = [
-    ours, { ...ours, id: 2 }, node(3, "UNETLoader", { unet_name: "b", weight_dtype: "fp8_e5m2" }), node(4, "VAELoader", { vae_name: "c" }),
-    node(5, "UNETLoader", { unet_name: "muted" }, { mode: 2 }), node(6, "UNETLoader", { unet_name: "bypassed" }, { mode: 4 }),
-    node(7, "UNETLoader", { unet_name: "linked" }, { inputs: [{ name: "unet_name", widget: { name: "unet_name" }, link: 9 }] }),
-    node(8, "UNETLoader", { unet_name: null }),
-  ];
-  assert.deepEqual(graphModels({ graph: { nodes } }), [
-    { node: "1", title: "", name: "a", folder: "", weightDtype: "default", limit: 6.5, streams: true, placed: false },
-    { node: "3", title: "", name: "b", folder: "diffusion_models", weightDtype: "fp8_e5m2", limit: 0, streams: false, placed: false },
-  ]);
-  const settings = node(9, "WeightStreamOffloadSettings");
-  assert.deepEqual(graphModels({ graph: { nodes: [...nodes, settings] } }).map(({ streams }) => streams), [true, true]);
-  assert.deepEqual(graphModels({ graph: { nodes: [...nodes, { ...settings, mode: 4 }] } }).map(({ streams }) => streams), [true, false]);
-  assert.deepEqual(graphModels({}), []);
-});
-
-test("a loader in a subgraph is found, with what the subgraph's own input says", () => {
-  // Pages before 1.47 have ids as numbers, later ones as text.
-  for (const outside of [-10, "-10"]) {
-    const promoted = [{ name: "unet_name", widget: { name: "unet_name" }, link: 3 }];
-    const inner = node(7, "UNETLoader", { unet_name: "the inner one" }, { inputs: promoted });
-    const getLink = (/** @type {number} */ id) => (id === 3 ? { origin_id: outside, origin_slot: 0 } : undefined);
-    const outer = node(12, "some-uuid", { unet_name: "the outer one" }, { subgraph: { nodes: [inner], getLink } });
-    const [found] = graphModels({ rootGraph: { nodes: [outer] } });
-    assert.deepEqual([found.node, found.name], ["12:7", "the outer one"]);
-    outer.inputs[0].link = 5;
-    assert.deepEqual(graphModels({ rootGraph: { nodes: [outer] } }), [], "another node gives the name");
   }
 });
 

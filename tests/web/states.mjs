@@ -80,7 +80,9 @@ export function estimate(changes = {}) {
  * @returns {Known}
  */
 export function known(found = {}, changes = {}) {
-  const model = { node: "4", title: "Load Diffusion Model", name: "flux1-dev.safetensors", folder: "", weightDtype: "default", limit: 0, streams: true, placed: false, ...changes };
+  const settings = { limit: 0, reserve: 0, pinnedLimit: 0, mode: "auto", limitBySettings: false };
+  const loader = { node: "4", title: "Load Diffusion Model", name: "flux1-dev.safetensors", folder: "", weightDtype: "default" };
+  const model = { ...loader, ...settings, streams: true, placed: false, ...changes };
   if (typeof found === "string") return { model, estimate: null, error: found };
   return { model, estimate: estimate({ name: model.name, ...found }), error: "" };
 }

@@ -3,6 +3,7 @@
  */
 
 import * as format from "./format.mjs";
+import { OFF } from "./graph_models.mjs";
 import { pcie } from "./why.mjs";
 
 /** @import { Meter, Segment } from "./device_view.mjs" */
@@ -29,7 +30,8 @@ const LIKE = 0.9;
  */
 export function estimateViews(known, strings, node, several = false) {
   return known.filter(({ estimate }) => !estimate?.loaded).map(({ model, estimate, error }) => ({
-    key: `${model.folder}/${model.name}`,
+    // Two loaders may name one file.
+    key: `${model.node}/${model.folder}/${model.name}`,
     name: model.name,
     node: node(model.node, model.title),
     ...(estimate ? estimateView(estimate, model, strings, several) : failedView(error, strings)),
@@ -52,7 +54,7 @@ function failedView(error, strings) {
  */
 function estimateView(estimate, model, strings, several) {
   const streams = estimate.fits && estimate.streamed_bytes > 0;
-  const [tone, todo] = adviceOf(estimate, strings);
+  const [tone, todo] = adviceOf(estimate, model, strings);
   return {
     tone,
     todo,
@@ -76,6 +78,7 @@ function estimateView(estimate, model, strings, several) {
  */
 function noteOf({ fits, streamed_bytes: streamed, device }, model, strings, several) {
   if (fits && streamed === 0) return "";
+  if (model.mode === OFF) return strings.estimateOff;
   if (model.placed && several) return strings.estimateAlone(device);
   return model.streams ? "" : strings.estimateTheirs;
 }
@@ -96,13 +99,14 @@ function headlineOf(estimate, strings) {
 /**
  * The one thing to do where something is not there, and how bad that is.
  * @param {Estimate} estimate
+ * @param {GraphModel} model
  * @param {Strings} strings
  * @returns {[tone: "" | "warning" | "error", todo: string]}
  */
-function adviceOf(estimate, strings) {
+function adviceOf(estimate, model, strings) {
   const { missing_bytes: missing, fits, least_limit: least, from_file: file, from_disk: disk, streamed_bytes: streamed, ram_available: ram } = estimate;
   if (missing > 0) return ["error", strings.estimateDoMissing(format.bytes(missing))];
-  if (!fits) return ["error", least === null ? strings.estimateDoVram : strings.estimateDoLimit];
+  if (!fits) return ["error", least === null ? strings.estimateDoVram : strings.estimateDoLimit(model.limitBySettings)];
   if (disk) return ["warning", strings.estimateDoDisk];
   if (file > 0) return ["warning", strings.estimateDoFile(format.bytes(file))];
   return streamed > ram ? ["warning", strings.estimateDoRam(format.bytes(ram))] : ["", ""];

@@ -8,6 +8,8 @@ import { isThere } from "./model_view.mjs";
 /** @import { GraphModel } from "./graph_models.mjs" */
 
 export const ESTIMATE_ROUTE = "/weightstream/v1/estimate";
+// Of the modes of Async Offload Settings the one that changes what stays.
+const STREAM = "stream";
 
 /**
  * @typedef {{name: string, loaded: boolean, device: string, device_name: string, limit: number | null, link: string, rate: number,
@@ -59,10 +61,13 @@ export function watchEstimates(server, changed) {
 }
 
 /** @param {GraphModel} model */
-function queryOf({ name, folder, weightDtype, limit }) {
+function queryOf({ name, folder, weightDtype, limit, reserve, pinnedLimit, mode }) {
   const query = new URLSearchParams({ name, weight_dtype: weightDtype });
   if (folder) query.set("folder", folder);
-  if (limit > 0) query.set("vram_limit_gb", String(limit));
+  for (const [input, gib] of Object.entries({ vram_limit_gb: limit, reserve_vram_gb: reserve, pinned_limit_gb: pinnedLimit })) {
+    if (gib > 0) query.set(input, String(gib));
+  }
+  if (mode === STREAM) query.set("mode", mode);
   return query.toString();
 }
 

@@ -11,7 +11,7 @@ import { merge } from "./status.mjs";
 /** @import { FeedState } from "./feed.mjs" */
 /** @import { Strings } from "./strings.mjs" */
 
-// What may stand around the parts of a name: what browsers take for white space, and what Python does, which is not the same.
+// What may stand around the parts of a name: white space as browsers have it, and as Python does, which is not the same.
 const SPACE = /[\s\x1c-\x1f\x85]/;
 const GPU = new RegExp(`^(?:(?:gpu|cuda)${SPACE.source}*:${SPACE.source}*)?([0-9]{1,4})$`, "i");
 

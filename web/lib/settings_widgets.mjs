@@ -81,10 +81,11 @@ function followPreset(node) {
 }
 
 /**
+ * What each preset of Async Offload Settings decides, by its name; undefined of other nodes.
  * @param {any} node
- * @returns {Record<string, Record<string, unknown>> | undefined}
+ * @returns {Record<string, Record<string, any>> | undefined}
  */
-function presetsOf(node) {
+export function presetsOf(node) {
   const { inputs, input } = node.constructor?.nodeData ?? {};
   return inputs?.[PRESET]?.weightstream_presets ?? input?.optional?.[PRESET]?.[1]?.weightstream_presets;
 }

@@ -146,6 +146,23 @@ def test_a_limit_and_fp8_of_the_loader_count(flux: Path, card: Card) -> None:
     assert small["streamed_bytes"] == 0
 
 
+def test_what_async_offload_settings_decide_counts(flux: Path, card: Card) -> None:
+    card(12, ram=64)
+    plain = estimate(FLUX)
+    left = estimate(FLUX, reserve_vram_gb="3")
+    assert (left["reserve"], plain["reserve"]) == (5.5 * GIB, 2.5 * GIB)
+    assert plain["stays"] - left["stays"] == pytest.approx(3 * GIB, rel=0.05)
+    locked = estimate(FLUX, pinned_limit_gb="4")
+    assert (locked["pinnable"], locked["from_file"]) == (4 * GIB, locked["streamed_bytes"] - 4 * GIB)
+    assert estimate(FLUX, pinned_limit_gb="999") == plain
+    nothing = estimate(FLUX, mode="stream")
+    assert nothing["streamed_blocks"] == nothing["blocks"]
+    assert nothing["device_bytes"] < plain["device_bytes"] / 4
+    assert estimate(FLUX, mode="auto") == plain
+    with pytest.raises(RefusedError, match="reserve_vram_gb must be a number"):
+        estimate(FLUX, reserve_vram_gb="-1")
+
+
 def test_the_least_limit_is_said_and_is_enough(flux: Path, card: Card) -> None:
     card(8)
     told = estimate(FLUX, vram_limit_gb="0.5")
