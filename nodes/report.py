@@ -15,6 +15,7 @@ from .page.description import describe_models
 from .page.status import SCHEMA
 from .page.usage import sampler
 from .tell import messages
+from .tell.markdown import in_markdown
 from .tell.notices import describe_notices
 
 
@@ -87,14 +88,15 @@ def as_markdown(report: dict[str, Any]) -> str:
     """The report for people: the model in a line, and a list with an item for each device and notice."""
     line = report["line"] if report["streams"] else "does not stream: ComfyUI moves its weights"
     items = [item for entry in report["models"] for item in _items(entry)]
-    items += [f"- **{notice['name']}**: {notice['text']}" for notice in report["notices"]]
-    return "\n".join([f"**{report['model']}**: {line}", *([""] if items else []), *items])
+    items += [f"- **{in_markdown(notice['name'])}**: {in_markdown(notice['text'])}" for notice in report["notices"]]
+    return "\n".join([f"**{in_markdown(report['model'])}**: {in_markdown(line)}", *([""] if items else []), *items])
 
 
 def _items(entry: dict[str, Any]) -> list[str]:
     """A device, and what is to be said of it below it."""
     first, *others = entry_as_text(entry)
-    return [f"- **{entry['device']}**{first.removeprefix(_title(entry))}", *(f"  - {line.strip()}" for line in others)]
+    said = in_markdown(first.removeprefix(_title(entry)))
+    return [f"- **{in_markdown(entry['device'])}**{said}", *(f"  - {in_markdown(line)}" for line in others)]
 
 
 def _title(entry: dict[str, Any]) -> str:

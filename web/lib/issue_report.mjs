@@ -3,6 +3,7 @@
  */
 
 import * as format from "./format.mjs";
+import { inMarkdown } from "./markdown.mjs";
 import { merge } from "./status.mjs";
 import { causeViews } from "./why.mjs";
 
@@ -22,9 +23,9 @@ export function issueReport(feed, english, browser) {
   const host = status.host;
   return [
     "### WeightStream report",
-    `WeightStream ${version}, ComfyUI ${feed.status?.comfyui?.version ?? "?"}, ${browser}`,
+    inMarkdown(`WeightStream ${version}, ComfyUI ${feed.status?.comfyui?.version ?? "?"}, ${browser}`),
     ...environmentLines(feed.status?.environment ?? {}),
-    ...(feed.status?.comfyui?.broken ?? []).map((text) => `ComfyUI is not as expected: ${text}`),
+    ...(feed.status?.comfyui?.broken ?? []).map((text) => inMarkdown(`ComfyUI is not as expected: ${text}`)),
     "",
     "| GPU | name | used | other programs | copy | waiting | link |",
     "| --- | --- | --- | --- | --- | --- | --- |",
@@ -33,9 +34,9 @@ export function issueReport(feed, english, browser) {
     `RAM ${format.bytesOf(used(host.ram_total, host.ram_available), host.ram_total)}, page-locked ${format.bytesOf(host.pinned, host.pinned_limit)}`,
     ...status.models.flatMap(modelLines),
     ...[...new Set(status.models.map((model) => model.id))].flatMap((id) =>
-      causeViews(feed.status?.causes ?? [], id, english).map(({ device, text, costs }) => `- why: ${[device, text, costs].filter(Boolean).join(" ")}`),
+      causeViews(feed.status?.causes ?? [], id, english).map(({ device, text, costs }) => `- why: ${inMarkdown([device, text, costs].filter(Boolean).join(" "))}`),
     ),
-    ...status.notices.map((notice) => `- ${english[notice.kind]}: ${notice.name}: ${notice.text}`),
+    ...status.notices.map((notice) => `- ${english[notice.kind]}: ${inMarkdown(notice.name)}: ${inMarkdown(notice.text)}`),
     "",
   ].join("\n");
 }
@@ -43,7 +44,7 @@ export function issueReport(feed, english, browser) {
 /** @param {Record<string, string>} environment */
 function environmentLines(environment) {
   const told = Object.entries(environment).map(([name, text]) => `${name} ${text}`);
-  return told.length > 0 ? [told.join(", ")] : [];
+  return told.length > 0 ? [inMarkdown(told.join(", "))] : [];
 }
 
 /** @param {Device} device */
@@ -52,7 +53,7 @@ function deviceRow(device) {
     device.device, device.name, format.bytesOf(used(device.total, device.free), device.total), format.bytes(device.other),
     format.rate(device.copy_rate), format.percent(device.stalled), linkText(device),
   ];
-  return `| ${cells.join(" | ")} |`;
+  return `| ${cells.map(inMarkdown).join(" | ")} |`;
 }
 
 /** @param {Device} device */
@@ -68,8 +69,9 @@ function modelLines(model) {
   const ran = run ? `; ${run.steps} steps of ${format.seconds(run.step_seconds)}, ${format.bytes(run.bytes)} copied, ${run.misses} copies came late, ${run.reruns} reruns` : "";
   const settings = Object.entries(model.settings ?? {}).map(([name, value]) => `${name}=${value}`);
   return [
-    `- ${model.name} on ${model.device}: ${model.ladder}${model.reason && ` (${model.reason})`}${ran}`, `  - ${model.plan}`,
-    ...(settings.length > 0 ? [`  - set: ${settings.join(", ")}`] : []),
+    `- ${inMarkdown(`${model.name} on ${model.device}: ${model.ladder}${model.reason && ` (${model.reason})`}${ran}`)}`,
+    `  - ${inMarkdown(model.plan)}`,
+    ...(settings.length > 0 ? [`  - set: ${inMarkdown(settings.join(", "))}`] : []),
   ];
 }
 
