@@ -140,6 +140,12 @@ test("a card says whose limit it is, and that settings have switched streaming o
   assert.match(theirs.note, /Stream this workflow's models/);
 });
 
+test("where there is too little VRAM a card says what is amiss first, and that ComfyUI loads the model", () => {
+  const [view] = estimateViews([known({ fits: false, stays: 0, streamed_bytes: 0, missing_bytes: GIB }, { streams: false })], EN, () => null);
+  assert.match(view.todo, /^Download the file again/);
+  assert.match(view.note, /its own way/);
+});
+
 test("two loaders of one file with other limits have a card each", () => {
   const two = [known({}, { limit: 4 }), known({}, { node: "5", limit: 6 })];
   const keys = estimateViews(two, EN, () => null).map(({ key }) => key);

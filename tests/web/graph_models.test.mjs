@@ -104,6 +104,8 @@ test("a MODEL is followed into subgraphs and out of them", () => {
   outer.mode = BYPASSED;
   outer.outputs = [{ type: "MODEL", links: [1] }];
   assert.ok(graphModels({ rootGraph: root })[0].streams);
+  outer.outputs = [];
+  assert.ok(!graphModels({ rootGraph: root })[0].streams, "what is inside does not run");
 
   const loader = graph([node(1, THEIRS, { unet_name: "b" })], [[1, OUT]]);
   const around = { ...node(12, "some-uuid"), subgraph: loader };
@@ -123,6 +125,32 @@ test("the limits are those of the last settings behind a loader; its own holds w
   assert.deepEqual(limits({ vram_limit_gb: 3, reserve_vram_gb: 2 }, { mode: "sync" }), [3, true, 0, 0, "sync", true]);
   assert.deepEqual(limits({ vram_limit_gb: 3 }, { vram_limit_gb: 4 }), [4, true, 0, 0, "auto", true]);
   assert.deepEqual(limits({ mode: "off" }), [6, false, 0, 0, "off", false]);
+});
+
+test("a limit that is no number is none", () => {
+  const found = graphModels({ graph: { nodes: [node(1, OURS, { unet_name: "a", vram_limit_gb: "much" }), node(2, OURS, { unet_name: "b", vram_limit_gb: null })] } });
+  assert.deepEqual(found.map(({ limit }) => limit), [0, 0]);
+});
+
+test("only a MODEL is followed, through reroutes too", () => {
+  const lora = node(2, "LoraLoader");
+  const root = graph([node(1, THEIRS, { unet_name: "a" }), lora, settings(3)], [[1, 2], [2, 3]]);
+  const { links } = lora.outputs[0];
+  lora.outputs = [{ type: "MODEL", links: null }, { type: "CLIP", links }];
+  assert.deepEqual(streams(root), { a: false });
+  lora.outputs = [{ type: "*", links }];
+  assert.deepEqual(streams(root), { a: true });
+});
+
+test("a subgraph that is said to be in itself comes to an end", () => {
+  const inner = graph([node(1, THEIRS, { unet_name: "a" })], []);
+  const outer = { ...node(12, "some-uuid"), subgraph: inner };
+  inner.nodes.push(outer);
+  assert.deepEqual(graphModels({ rootGraph: graph([outer], []) }).map((model) => model.node), ["12:1"]);
+  const round = graph([], [[IN, 12]]);
+  const again = { ...node(12, "some-uuid"), subgraph: round };
+  round.nodes.push(again);
+  assert.deepEqual(streams(graph([node(1, THEIRS, { unet_name: "b" }), again], [[1, 12]])), { b: false });
 });
 
 test("a preset decides whatever the inputs say", () => {

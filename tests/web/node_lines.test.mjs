@@ -77,12 +77,17 @@ class Graph {
 
 /** A page with a workflow, in which lines are heard. */
 function page(/** @type {Graph} */ graph) {
-  const open = {};
+  let open = {};
   const app = /** @type {any} */ ({ rootGraph: graph, canvas: { graph } });
   const workflows = { open: () => open, running: () => open, queued: () => open };
   const lines = nodeLines({ app, locale: () => "en", workflows });
   return {
     hear: (/** @type {any[]} */ ...heard) => heard.forEach((detail) => lines.hear({ detail })),
+    /** Another workflow. */
+    async change() {
+      open = {};
+      await lines.graphChanged();
+    },
     /** The same workflow anew, as undo and redo show it. */
     async show(/** @type {Graph} */ anew) {
       app.rootGraph = app.canvas.graph = anew;
@@ -139,6 +144,15 @@ test("a line is told on each of the nodes around it", () => {
   hear(line("40:7:3"), line("40:8"));
   assert.deepEqual([middle.texts, outer.texts], [[SAID], [`FLUX: ${SAID}`, `SDXL: ${SAID}`]]);
   assert.deepEqual(inner.lines, [SAID]);
+});
+
+test("another workflow has no lines of the one before", async () => {
+  const inner = new Node(20, "FLUX");
+  const outer = new Node(40, "Loading", new Graph(inner));
+  const { hear, change } = page(new Graph(outer));
+  hear(line("40:20"));
+  await change();
+  assert.deepEqual([inner.lines, outer.texts], [[], []]);
 });
 
 test("a subgraph that is used twice has on each of its nodes what was said there", () => {

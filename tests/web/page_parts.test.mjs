@@ -8,7 +8,7 @@ import { watchProgress } from "../../web/lib/progress.mjs";
 import { stringsFor } from "../../web/lib/strings.mjs";
 import { NOTICE_EVENT, toasts } from "../../web/lib/toasts.mjs";
 import { watchWorkflows } from "../../web/lib/workflows.mjs";
-import { GIB, STATES, device, feedState, model, status } from "./states.mjs";
+import { GIB, STATES, cause, device, feedState, model, status } from "./states.mjs";
 
 const EN = stringsFor("en");
 
@@ -51,6 +51,17 @@ test("progress tells what is left from the steps that have ended", () => {
   server.say("execution_success", { prompt_id: "a" });
   assert.equal(progress(), null);
   assert.equal(changes, 4);
+});
+
+test("a sampler that begins anew has no time left yet", () => {
+  const server = new Server();
+  let now = 0;
+  const progress = watchProgress(server, () => now, () => {});
+  for (const value of [1, 2, 3, 2]) {
+    server.say("progress", { value, max: 20, prompt_id: "a", node: "3" });
+    now += 1000;
+  }
+  assert.deepEqual(progress(), { done: 2, total: 20, left: null });
 });
 
 test("of prompts that run at once the progress is that of the first, until it ends", () => {
@@ -128,6 +139,13 @@ test("a report has versions, devices, models and causes", () => {
   assert.match(text, /- flux1-dev\.safetensors on gpu:0: staged \(the limit of 12\.8 GiB/);
   assert.match(text, /- why: The card's link runs at PCIe 4\.0 x4/);
   for (const each of Object.values(STATES)) assert.doesNotMatch(issueReport(each, EN, ""), /undefined|NaN|\[object/);
+});
+
+test("a report has the causes of a model on two devices once, and what is amiss with ComfyUI", () => {
+  const models = [model(), model({ device: "gpu:1" })];
+  const text = issueReport(feedState(/** @type {any} */ ({ ...status({ models, causes: [cause()] }), comfyui: { version: "1", broken: ["x is gone"] } })), EN, "");
+  assert.equal(text.split("- why: ").length - 1, 1);
+  assert.match(text, /\nComfyUI is not as expected: x is gone\n/);
 });
 
 test("a report has versions, options and settings", () => {

@@ -26,6 +26,14 @@ test("a reason inside of a sentence is Chinese too", () => {
   assert.equal(inChinese("gpu:3 is not there (this machine has gpu:0); MODEL on gpu:0"), "没有 gpu:3（本机有 gpu:0）；MODEL 在 gpu:0 上");
 });
 
+test("a value is no part of the text after it, and a sentence in brackets stays whole", () => {
+  assert.equal(inChinese("a step in 0.324 s; 8.6 GiB more VRAM would make it 0.178 s"), "每步 0.324 秒；显存再多 8.6 GiB 则为 0.178 秒");
+  assert.equal(
+    inChinese("1.0 GiB from page-locked memory, 3.0 GiB staged from the file or pageable memory (host memory is nearly full; page-locking is switched off)"),
+    "1.0 GiB 来自锁页内存，3.0 GiB 经文件或普通内存中转（主机内存将满；已关闭锁页）",
+  );
+});
+
 test("what is not known is shown as it came", () => {
   assert.equal(inChinese("something new; a step in 3 s"), "something new；每步 3 秒");
   assert.equal(LANGUAGES.en.fromServer("a step in 3 s"), "a step in 3 s");

@@ -15,7 +15,7 @@ function page(/** @type {any} */ answer, /** @type {number} */ status = 200) {
     /** @type {any} */ activeState: { nodes: ["noted"] },
     /** @type {any[]} */ undoQueue: [],
     redoQueue: [{ nodes: ["later"] }],
-    modified: 0,
+    /** @type {any[]} */ modified: [],
     captureCanvasState() {
       if (JSON.stringify(this.activeState) === JSON.stringify(states.shown)) return;
       this.undoQueue.push(this.activeState);
@@ -27,8 +27,8 @@ function page(/** @type {any} */ answer, /** @type {number} */ status = 200) {
       states.shown = { ...next, sizes: "as drawn" };
       this.activeState = next;
     },
-    updateModified() {
-      this.modified += 1;
+    updateModified(/** @type {any} */ before) {
+      this.modified.push(before);
     },
   };
   /** @type {any[]} */
@@ -56,7 +56,7 @@ test("the converted workflow is shown, and undo has one more state: what was sho
   assert.deepEqual(tracker.undoQueue, [{ nodes: ["noted"] }, { nodes: ["old"] }]);
   assert.deepEqual(tracker.redoQueue, []);
   assert.deepEqual(tracker.activeState, states.shown);
-  assert.equal(tracker.modified, 1);
+  assert.deepEqual(tracker.modified, [{ nodes: ["old"] }], "it is another than this one");
   tracker.captureCanvasState();
   assert.equal(tracker.undoQueue.length, 2, "what the page makes of it is no step of its own");
   assert.equal(toasts[0].severity, "success");
@@ -152,6 +152,11 @@ test("what is left to the user comes first, stays, and has its subgraph's name",
   assert.equal(lines[0], "Old (in Inner): a='b' cannot be read");
   assert.equal(lines.length, 11);
   assert.equal(lines[8], "… and 13 more");
+});
+
+test("what differs is to be read too, though nothing is left to do", () => {
+  const told = message({ workflow: {}, changed: true, notes: [CHANGED, { ...LEFT, weight: "differs" }] }, "en");
+  assert.deepEqual([told.severity, told.life], ["warn", undefined]);
 });
 
 test("nodes have the page's names, and numbers where a name may mean several", () => {
