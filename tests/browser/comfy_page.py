@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from playwright.sync_api import ConsoleMessage, Locator, Page, Response, TimeoutError, expect
 
@@ -75,6 +76,12 @@ SIDEBAR_PANEL = ".ws-sidebar .ws-panel"
 SIDEBAR_BUTTON = "VRAM and streamed models (WeightStream)"
 RUN_BUTTON = "[data-testid=queue-button]"
 OURS = "weightstream"
+# The host's own text on a node: it is there for a moment before what is said instead.
+HOST_TEXT = "$$node-text-preview"
+NO_HOST_TEXT = f"""type => app.graph.nodes.find(node => node.type === type).widgets
+    .every(({{ name }}) => name !== '{HOST_TEXT}')"""
+
+T = TypeVar("T")
 
 
 def write_settings(host: HeadlessHost, settings: Mapping[str, Any]) -> None:
@@ -197,6 +204,20 @@ class ComfyPage:
     def sample(self) -> demo.Latent:
         """Press Run and wait; the latent that the workflow's only SaveLatent has saved."""
         return saved_latent(self.host, self.queue())
+
+
+def eventually(page: Page, read: Callable[[], T], is_so: Callable[[T], bool], timeout_s: float = 20.0) -> T:
+    """Return what is read once it is as it should be: what a run has left to say comes some moments after its end.
+
+    Raises:
+        AssertionError: it has not become so; the text is what was read last.
+    """
+    give_up = time.monotonic() + timeout_s
+    while not is_so(value := read()):
+        assert time.monotonic() < give_up, value
+        # What comes from the server goes on meanwhile.
+        page.wait_for_timeout(100)
+    return value
 
 
 def _is_queueing(response: Response) -> bool:

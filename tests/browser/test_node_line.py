@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from comfy_page import ComfyPage
+from comfy_page import NO_HOST_TEXT, ComfyPage
 from playwright.sync_api import expect
 from servers import TINY
 from workflow_files import node, subgraph, workflow
@@ -24,7 +24,6 @@ FAULTS = """async () => (await axe.run('.ws-line-holder', { resultTypes: ['viola
 LINE = re.compile(r"^[\d.]+ s/step · .*gpu:0, gpu:1$")
 PLACEMENT = "WeightStreamGPUPlacement"
 REPORT = "WeightStreamReport"
-HOST_TEXT = "$$node-text-preview"
 # Where a node is drawn, and where the line on it is: left, top, right, bottom.
 BOXES = """async type => {
     const frames = async count => { while (count--) await new Promise(requestAnimationFrame) }
@@ -118,7 +117,7 @@ def test_the_node_says_in_a_line_how_its_model_runs(comfy: ComfyPage) -> None:
     expect(fold).to_have_count(1)
     summary = fold.locator("summary")
     expect(summary).to_have_text(LINE)
-    assert HOST_TEXT not in comfy.page.evaluate(WIDGETS, PLACEMENT), "it is not said twice"
+    comfy.page.wait_for_function(NO_HOST_TEXT, arg=PLACEMENT)  # It is not said twice.
     expect(fold.locator("p").first).not_to_be_visible()
     comfy.bring_into_view(PLACEMENT)
     (left, top, right, bottom), line = comfy.page.evaluate(BOXES, PLACEMENT)
@@ -156,7 +155,7 @@ def test_a_line_stays_with_its_workflow(comfy: ComfyPage) -> None:
     expect(fold).to_have_count(0)
     comfy.page.locator(TABS).filter(has_text=placed).first.click()
     expect(fold.locator("summary")).to_have_text(LINE)
-    assert HOST_TEXT not in comfy.page.evaluate(WIDGETS, PLACEMENT)
+    comfy.page.wait_for_function(NO_HOST_TEXT, arg=PLACEMENT)
     assert comfy.our_errors == []
 
 
@@ -200,7 +199,7 @@ def test_streaming_report_says_on_its_node_why_it_is_slow(comfy: ComfyPage) -> N
         expect(report.locator(".ws-headline")).to_have_text(re.compile(r"^每步 [\d.]+ s · 等待"))
         expect(report.locator(".ws-cause")).to_have_count(1)
         expect(report.locator(".ws-todo")).not_to_be_empty()
-        assert HOST_TEXT not in comfy.page.evaluate(WIDGETS, REPORT), "no Markdown beside it"
+        comfy.page.wait_for_function(NO_HOST_TEXT, arg=REPORT)  # There is no Markdown beside it.
         comfy.page.add_script_tag(path=str(AXE))
         assert comfy.page.evaluate(FAULTS.replace(".ws-line-holder", ".ws-report-holder")) == []
         assert comfy.our_errors == []

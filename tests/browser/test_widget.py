@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_page import HEIGHT, SIDEBAR_PANEL, WIDTH, ComfyPage
+from comfy_page import HEIGHT, SIDEBAR_PANEL, WIDTH, ComfyPage, eventually
 from panel_page import AXE, FAULTS, SEED, UNFOLD, placed_prompt
 from playwright.sync_api import Locator, Route, expect
 from servers import TINY
@@ -305,7 +305,8 @@ def test_the_node_keeps_to_a_few_lines_and_leads_to_the_panel(comfy: ComfyPage) 
     expect(widget.locator(".ws-device")).to_have_count(2)
     comfy.sample()
     expect(widget.locator(".ws-brief")).to_have_text([MODEL_LINE])
-    assert len(widget.inner_text().splitlines()) <= 8, "two GPUs, a model, and a button"
+    # Two GPUs, a model, and a button.
+    eventually(comfy.page, widget.inner_text, lambda text: len(text.splitlines()) <= 8)
     sizes = {node["type"]: node["size"] for node in comfy.workflow()["nodes"]}
     assert sizes["WeightStreamGPUPlacement"][1] == pytest.approx(node["size"][1], abs=1), "no node jumps"
     for _ in range(2):
