@@ -2,7 +2,7 @@
 
 [Note: handed over, not shared]
 A thread of the builder works on host memory that no other thread refers to: it fills the memory from the file,
-page-locks it and leaves it in :attr:`UnitCopies.built`, in one assignment. The thread that runs the model stops the
+page-locks it and leaves it in :attr:`MasterCopy.built`, in one assignment. The thread that runs the model stops the
 builder, and takes the copy from there (``adopt``), before it loads or runs the model: nothing is built meanwhile.
 
 [Note: when to build]
@@ -147,11 +147,11 @@ class Builder:
             except IndexError:
                 continue
             if self._full.is_set():
-                copies.give_up_begun(self._arena)
-                if not copies.is_shared_elsewhere(self._arena):
+                copies.master_copy.give_up_begun(self._arena)
+                if not copies.master_copy.is_shared_elsewhere(self._arena):
                     return True
             if self._try(copies, self._fill):
-                if copies.left_to_others:
+                if copies.master_copy.left_to_others:
                     self._leave(copies, again=queue is self._queue)
                 else:
                     lock(copies)
@@ -168,7 +168,7 @@ class Builder:
                 self.left += 1
 
     def _fill(self, copies: UnitCopies) -> bool:
-        filled = copies.fill_master(self._arena, self._stopping.is_set, self.drop_behind, self._needed)
+        filled = copies.master_copy.fill(self._arena, self._stopping.is_set, self.drop_behind, self._needed)
         if self._needed:
             with self._locking:
                 self.needed_bytes += copies.unit.nbytes
@@ -181,10 +181,10 @@ class Builder:
                 time.sleep(LOCK_PAUSE_SECONDS)
 
     def _lock(self, copies: UnitCopies) -> None:
-        if self._full.is_set() and not copies.begun_is_there:
-            copies.give_up_begun(self._arena)
+        if self._full.is_set() and not copies.master_copy.begun_is_there:
+            copies.master_copy.give_up_begun(self._arena)
         else:
-            self._try(copies, lambda copies: copies.lock_master(self._arena, self._needed))
+            self._try(copies, lambda copies: copies.master_copy.lock(self._arena, self._needed))
 
     def _try(self, copies: UnitCopies, step: Callable[[UnitCopies], bool]) -> bool:
         """Run ``step``. Once no more memory may be page-locked, or several units have failed, others are skipped."""

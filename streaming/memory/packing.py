@@ -34,9 +34,10 @@ from .arena import Arena
 from .baking import bake_residents
 from .checks import Checks, OnDevice
 from .memory_ahead import MemoryAhead, Wanted
+from .packed_copy import PackedCopy
 from .supply import Supply
 from .transfer import Load, Move, Tick, Transfer
-from .unit_copies import PackedCopy, UnitCopies
+from .unit_copies import UnitCopies
 from .weights import Patches, Weights
 
 
@@ -258,7 +259,7 @@ def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks:
         _unpack("to be written to", copies, source, place, unpacker_of(backend.device), checks)
         copies.resident = Weights(copies.unit, place)
         copies.resident.sign(packed.signatures)
-        copies.move_to_master(arena)
+        copies.master_copy.move_from(copies.resident, arena)
     finally:
         copies.resident = None
         backend.synchronize()  # Race: copies and kernels may still use both.

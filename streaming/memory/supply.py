@@ -118,8 +118,8 @@ class Supply:
         self.builder.start(copies)
 
     def _make_room(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
-        missing = [unit for unit in copies if not unit.master_bytes]  # Some are begun.
-        there = [unit for unit in missing if unit.is_shared_elsewhere(self.arena)]
+        missing = [unit for unit in copies if not unit.master_copy.nbytes]  # Some are begun.
+        there = [unit for unit in missing if unit.master_copy.is_shared_elsewhere(self.arena)]
         self.make_room(sum(unit.unit.nbytes for unit in missing), owner, sum(unit.unit.nbytes for unit in there))
 
     def make_room(self, needed: int, owner: PinOwner, there: int = 0) -> None:

@@ -66,7 +66,7 @@ class WeightCopies:
                 self._free(copies.drop_packed())
         self._renew(streamed, [self._rest, *resident], patches)
         whole = [self._copies[unit] for unit in sorted(plan.streamed - plan.packed)]
-        needed = [copies for copies in whole if copies.patched_by(patches) and copies.lacks_master_for(patches)]
+        needed = [copies for copies in whole if copies.patched_by(patches) and copies.master_copy.lacks(patches)]
         self._make_masters(needed, patches)
         for copies in streamed:
             copies.drop_resident(self.backend)
@@ -116,13 +116,13 @@ class WeightCopies:
     def _needed_to_pack(self, units: Collection[int], plan: Plan) -> int:
         """Bytes of host memory to take for packed copies, beside those that their units give back one by one."""
         sizes = [plan.outline.bytes_in_slot(unit) for unit in units if self._copies[unit].packed is None]
-        given_back = sum(self._copies[unit].master_bytes for unit in units)
+        given_back = sum(self._copies[unit].master_copy.nbytes for unit in units)
         return max(0, sum(sizes) + self._supply.reader.missing_bytes - given_back)
 
     def adopt(self) -> None:
         """Take the master copies that a builder has finished, in the place of those before them."""
         for copies in self._copies:
-            self._free(copies.adopt())
+            self._free(copies.master_copy.adopt())
 
     def unbuilt(self, plan: Plan) -> list[UnitCopies]:
         """The units that stream without a master copy, in the order in which they are needed."""
@@ -260,7 +260,7 @@ class WeightCopies:
             if freed >= nbytes:
                 break
             freed += self._free(copies.drop_packed())
-            if copies.master_bytes and not any(find_changes(copies)):  # Those that were written to stay.
+            if copies.master_copy.nbytes and not any(find_changes(copies)):  # Those that were written to stay.
                 freed += self._free(copies.drop_master())
         return freed
 
@@ -307,7 +307,7 @@ class WeightCopies:
         """Make master copies of units that hold one of these tensors and of which there is no copy yet."""
         for copies in self._copies:
             if copies.is_read_only and copies.holds(names):
-                copies.own_master(self._supply.arena)
+                copies.master_copy.make_own(self._supply.arena)
         bare = [copies for copies in self._copies if copies.resident is None and copies.master is None]
         bare = [copies for copies in bare if copies.holds(names)]
         for copies in bare:
@@ -324,17 +324,17 @@ class WeightCopies:
         moved = [item for item in residents if not item.resident.spoiled(patches)]
         for item in moved:
             self._supply.tick()
-            item.move_to_master(self._supply.arena)
+            item.master_copy.move_from(item.resident, self._supply.arena)
         missing = [item for item in copies if item not in moved]
         for item in missing if sharing(self._supply.arena).is_on else ():
             names = {value.name: patches.signature(value.name) for value in item.unit.layout.values}
-            item.wanted = {name: signature for name, signature in names.items() if signature is not None}
+            item.master_copy.wanted = {name: signature for name, signature in names.items() if signature is not None}
         try:
             self._supply.build_needed(missing)
         finally:
             self.adopt()
             for item in missing:
-                item.wanted = {}
+                item.master_copy.wanted = {}
 
     def _renew(self, streamed: Iterable[UnitCopies], resident: Iterable[UnitCopies], patches: Patches) -> None:
         """Fill copies whose patches are not wanted any more again, in their own memory, as they were loaded.
@@ -344,12 +344,12 @@ class WeightCopies:
         shares = sharing(self._supply.arena).is_on
         for copies in streamed:
             if copies.is_read_only and copies.has_written_values():
-                copies.own_master(self._supply.arena)  # What others have written is in no shared memory.
+                copies.master_copy.make_own(self._supply.arena)  # What others have written is in no shared memory.
             if copies.master is not None and copies.master.spoiled(patches):
                 if copies.is_read_only or (shares and not copies.patched_by(patches)):
                     self._free(copies.drop_master())  # Others may have what is wanted now.
                 else:
-                    copies.begin_master_anew()
+                    copies.master_copy.begin_anew()
         for copies in resident:
             if copies.master is not None and copies.master.spoiled(patches):
                 self._free(copies.drop_master())

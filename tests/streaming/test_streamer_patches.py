@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import Doubled, X, budgets, make_streamer, make_transformer
-from weightstream.streaming.memory import unit_copies as masters
+from weightstream.streaming.memory import master_copy as masters
 from weightstream.streaming.model.layout import Layout
 
 

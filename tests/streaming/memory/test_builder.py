@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import Doubled, PinningBackend, Stored
 from reads import Reads
-from weightstream.streaming.memory import unit_copies as masters
+from weightstream.streaming.memory import master_copy as masters
 from weightstream.streaming.memory.builder import Builder
 
 pytestmark = pytest.mark.usefixtures("watched")
@@ -189,8 +189,8 @@ def test_a_patch_comes_while_a_master_is_half_built(tmp_path: Path, monkeypatch:
     for name in names:
         stored.plain.get_parameter(name).mul_(2)
     stopped = iter([False, False, True])
-    assert copies.fill_master(stored.streamer.site.supply.arena, lambda: next(stopped), False)
-    assert copies.master_bytes == copies.unit.nbytes
+    assert copies.master_copy.fill(stored.streamer.site.supply.arena, lambda: next(stopped), False)
+    assert copies.master_copy.nbytes == copies.unit.nbytes
     stored.streamer.load(stored.least, Doubled(names))
     stored.streamer.finish_building()
     expected = stored.plain(stored.x)

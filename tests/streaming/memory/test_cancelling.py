@@ -18,7 +18,7 @@ import torch
 from models import Doubled, PinningBackend, Stored
 from reads import join_threads
 from weightstream.streaming import PinBudget, State
-from weightstream.streaming.memory import unit_copies as masters
+from weightstream.streaming.memory import master_copy as masters
 from weightstream.streaming.memory.in_order import InOrder
 from weightstream.streaming.memory.reader import Reader
 

@@ -22,7 +22,7 @@ from weightstream.streaming import (
     State,
     VirtualMemory,
 )
-from weightstream.streaming.memory.unit_copies import UnitCopies
+from weightstream.streaming.memory.master_copy import MasterCopy
 
 pytestmark = pytest.mark.usefixtures("watched")
 
@@ -75,9 +75,9 @@ def test_a_changed_file_is_an_error_that_names_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     go_on = threading.Event()
-    fill_master = UnitCopies.fill_master
+    fill = MasterCopy.fill
     if stage == "building":
-        monkeypatch.setattr(UnitCopies, "fill_master", lambda *args: go_on.wait(20) and fill_master(*args))
+        monkeypatch.setattr(MasterCopy, "fill", lambda *args: go_on.wait(20) and fill(*args))
     stored = Stored(tmp_path, pin_memory=stage != "loaded")
     content = stored.path.read_bytes()
     if stage != "before":

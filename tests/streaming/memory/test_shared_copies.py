@@ -311,13 +311,13 @@ def test_a_copy_that_others_build_is_taken_when_it_is_whole(tmp_path: Path, brok
     chosen = sorted(second.large)[:3]
     arena = first.streamer.site.supply.arena
     for unit in chosen:
-        assert copies(unit).fill_master(arena, lambda: True, forget=False), "claimed, and stopped at once"
+        assert copies(unit).master_copy.fill(arena, lambda: True, forget=False), "claimed, and stopped at once"
     second.check(4)
     assert second.counts() == (len(second.large) - 3, 0)
     assert second.streamer.building
     moves = second.streamer.moves
     assert second.streamer.site.supply.waits_for_others
-    copies(chosen[0]).fill_master(arena, lambda: False, forget=False)
+    copies(chosen[0]).master_copy.fill(arena, lambda: False, forget=False)
     second.check(1)
     assert second.counts() == (0, 1)
     arena.release(copies(chosen[1]).drop_master())
@@ -325,21 +325,21 @@ def test_a_copy_that_others_build_is_taken_when_it_is_whole(tmp_path: Path, brok
     second.check(1)
     assert second.counts() == (1, 0), "its builder has given it up"
     assert second.units(shared=False) & second.large == {chosen[2]}
-    copies(chosen[2]).fill_master(arena, lambda: False, forget=False)
+    copies(chosen[2]).master_copy.fill(arena, lambda: False, forget=False)
     second.check(1)
     assert second.units(shared=True) == second.large
     assert not second.streamer.building
     assert second.streamer.moves == moves, "no load was needed"
     second.close()
     for unit in (chosen[0], chosen[2]):
-        copies(unit).give_up_begun(arena)
+        copies(unit).master_copy.give_up_begun(arena)
     first.close()
 
 
 def test_a_builder_that_is_stopped_goes_on_where_it_was(
     tmp_path: Path, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weightstream.streaming.memory import unit_copies as masters
+    from weightstream.streaming.memory import master_copy as masters
 
     monkeypatch.setattr(masters, "BUILD_BYTES", 1024)
     worker = Worker(tmp_path, broker.address)
@@ -347,7 +347,7 @@ def test_a_builder_that_is_stopped_goes_on_where_it_was(
     unit = max(worker.large)
     copies, arena = worker.streamer.site.weight_copies.copies(unit), worker.streamer.site.supply.arena
     stops = iter([False, False, True])
-    copies.fill_master(arena, lambda: next(stops), forget=False)
+    copies.master_copy.fill(arena, lambda: next(stops), forget=False)
     assert status_of(broker)["building"] == 1
     worker.check()
     assert worker.counts() == (len(worker.large), 0)
@@ -360,9 +360,9 @@ def test_a_patch_that_comes_amid_building_is_never_written_to_shared_memory(tmp_
     names = {"blocks.1.qkv.weight", "blocks.2.out.weight"}
     one, other = (worker.streamer.site.weight_copies.copies(unit) for unit in sorted(holding(worker, names)))
     arena = worker.streamer.site.supply.arena
-    one.fill_master(arena, lambda: True, forget=False)
-    other.fill_master(arena, lambda: False, forget=False)
-    assert other.lock_master(arena)
+    one.master_copy.fill(arena, lambda: True, forget=False)
+    other.master_copy.fill(arena, lambda: False, forget=False)
+    assert other.master_copy.lock(arena)
     worker.prompt({"blocks.1.qkv.weight": 2.0, "blocks.2.out.weight": 3.0}, known=False)
     assert not one.is_read_only
     assert not other.is_read_only
