@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -28,17 +27,15 @@ from ..devices.backend import Backend
 from ..devices.copies import aligned
 from ..model.packed_units import MeasuredUnit, measure_unit
 from ..packing.packers import packer_of
-from ..packing.unpackers import Unpacker, unpacker_of
 from ..planning.packing import Refusals
-from .arena import Arena
-from .baking import bake_residents
-from .checks import Checks, OnDevice
+from .checks import Checks
 from .memory_ahead import MemoryAhead, Wanted
 from .packed_copy import PackedCopy
+from .packing_place import PackingPlace
 from .supply import Supply
-from .transfer import Load, Move, Tick, Transfer
+from .transfer import Transfer
 from .unit_copies import UnitCopies
-from .weights import Patches, Weights
+from .weights import Patches
 
 
 def pack_units(
@@ -88,7 +85,7 @@ class UnitPacking:
         self._units = deque((number, *one) for number, one in wanted.items())
         self._to_ask = deque(one.copies for one in wanted.values())
         self._buffers: list[torch.Tensor] = []
-        self._coming: deque[tuple[_PackingPlace, Transfer]] = deque()
+        self._coming: deque[tuple[PackingPlace, Transfer]] = deque()
         self._going: tuple[UnitCopies, PackedCopy] | None = None
 
     def begin(self, room: int) -> None:
@@ -100,7 +97,7 @@ class UnitPacking:
         unpacks = most + unpacked + packed <= room
         largest = unpacked + packed if unpacks else unpacked
         for _ in range(max(1, min(2, len(self._units), (room - most) // largest))):
-            self._ask(_PackingPlace(self._backend, self._allocate(largest), unpacks))
+            self._ask(PackingPlace(self._backend, self._allocate(largest), unpacks))
         self._memory.begin()
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
@@ -144,7 +141,7 @@ class UnitPacking:
             self._backend.synchronize()  # Race: copies and kernels may still use the places, and write to the memory.
             self._arrived()
 
-    def _ask(self, place: _PackingPlace) -> None:
+    def _ask(self, place: PackingPlace) -> None:
         """Ask for the next unit (Note: up, pack, down, 1)."""
         if self._to_ask:
             part = place.part(self._to_ask.popleft(), self._patches)
@@ -178,102 +175,11 @@ class UnitPacking:
             self._going = None
 
 
-class _PackingPlace:
-    """Memory on the device in which one unit at a time is patched and packed.
-
-    Args:
-        backend: the device.
-        buffer: the memory, for a unit, and behind it for what the unit is unpacked from.
-        unpacks: whether there is room for that.
-
-    Attributes:
-        free: the event behind the last use.
-    """
-
-    def __init__(self, backend: Backend, buffer: torch.Tensor, unpacks: bool) -> None:
-        self._unpacker = unpacker_of(backend.device)
-        self._unpacks = unpacks
-        self._packed: PackedCopy | None = None
-        self._buffer = buffer
-        self.free = backend.mark()  # Race: kernels of this memory's previous user may still be under way.
-
-    def part(self, copies: UnitCopies, patches: Patches) -> Load | Move:
-        """What to ask the reader for: patches are written into weights as they were loaded."""
-        target = self._buffer[: copies.unit.nbytes]
-        self._packed = None
-        if _has_master(copies, patches):
-            return Move(copies.master.buffer, target, copies.pinned)
-        if self._unpacks and copies.packed is not None and not (copies.packed.signatures or copies.packed.spoiled):
-            self._packed = copies.packed
-            return Move(copies.packed.buffer, self._behind(copies), pinned=True)
-        return Load(copies.unit.layout, target)
-
-    def patched(self, copies: UnitCopies, patches: Patches, tick: Tick, checks: Checks) -> Weights:
-        """The unit's weights, which have come, with these patches."""
-        weights = Weights(copies.unit, self._buffer[: copies.unit.nbytes])
-        if self._packed is not None:
-            _unpack("to be patched", copies, self._behind(copies), weights.buffer, self._unpacker, checks)
-            bake_residents([weights], patches, tick)
-            return weights
-        master = copies.master if _has_master(copies, patches) else None
-        checks.check_loaded(weights, master)
-        if master is not None:
-            weights.sign(master.signatures)
-        else:
-            bake_residents([weights], patches, tick)
-        return weights
-
-    def _behind(self, copies: UnitCopies) -> torch.Tensor:
-        assert self._packed is not None
-        return self._buffer[aligned(copies.unit.nbytes) :][: self._packed.layout.nbytes]
-
-
 def _copy_down(packed: torch.Tensor, target: torch.Tensor) -> None:
     with torch.inference_mode(False):
         target.copy_(packed, non_blocking=True)
 
 
-def _has_master(copies: UnitCopies, patches: Patches) -> bool:
-    """Whether there is a master copy with these patches."""
-    return copies.master is not None and copies.master.fills_layout and not copies.master.stale(patches)
-
-
 def _has_memory(copies: UnitCopies) -> bool:
     """Whether it has page-locked memory in which it may be packed, or that it gives back for that."""
     return copies.packed is not None or copies.pinned
-
-
-def unpack_to_master(backend: Backend, arena: Arena, copies: UnitCopies, checks: Checks) -> None:
-    """Make the master copy of a unit from its packed copy, patches included, by way of the device.
-
-    Nothing is under way, and modules are left as they are.
-    """
-    packed = copies.packed
-    assert packed is not None
-    allocated: list[torch.Tensor] = []
-    try:
-        for nbytes in (packed.layout.nbytes, copies.unit.nbytes):
-            allocated.append(backend.allocate(nbytes))
-        source, place = allocated
-        source.copy_(packed.buffer)
-        _unpack("to be written to", copies, source, place, unpacker_of(backend.device), checks)
-        copies.resident = Weights(copies.unit, place)
-        copies.resident.sign(packed.signatures)
-        copies.master_copy.move_from(copies.resident, arena)
-    finally:
-        copies.resident = None
-        backend.synchronize()  # Race: copies and kernels may still use both.
-        for buffer in allocated:
-            backend.free(buffer)
-
-
-def _unpack(
-    what: str, copies: UnitCopies, source: torch.Tensor, place: torch.Tensor, unpacker: Unpacker, checks: Checks
-) -> None:
-    """Make a unit in ``place`` on the device of its packed copy, which was brought to ``source``; ``what`` says why."""
-    assert copies.packed is not None
-    layout = copies.packed.layout
-    unpack = partial(layout.unpack, unpacker, source, place)
-    checks.check_packed(what, [OnDevice(copies, layout.parts_in(source))])
-    unpack()
-    checks.check_unpacked(what, [OnDevice(copies, copies.unit.layout.bytes_in(place))], unpack)

@@ -16,7 +16,8 @@ from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
 from .checks import Checks
 from .memory_ahead import Wanted
-from .packing import pack_units, unpack_to_master
+from .packing import pack_units
+from .packing_place import unpack_to_master
 from .sampling import planned_bytes_of
 from .shared_buffer import sharing
 from .supply import Supply

@@ -12,6 +12,7 @@ from models import Doubled, PinningBackend
 from packed_models import BUDGET, X, make, make_model, step
 from weightstream.streaming import State
 from weightstream.streaming.memory import packing as packing_file
+from weightstream.streaming.memory import packing_place as place_file
 from weightstream.streaming.memory import weight_copies as weight_copies_file
 from weightstream.streaming.memory.arena import Arena
 from weightstream.streaming.memory.reader import Reader
@@ -26,8 +27,8 @@ FUNCTIONS: dict[str, tuple[Any, str, tuple[int, int]]] = {
     "measure": (packing_file, "measure_unit", (3, 3)),
     "write": (MeasuredUnit, "write", (3, 3)),
     "copy": (packing_file, "_copy_down", (3, 3)),
-    "bake": (packing_file, "bake_residents", (0, 3)),
-    "unpacker": (packing_file, "unpacker_of", (1, 1)),
+    "bake": (place_file, "bake_residents", (0, 3)),
+    "unpacker": (place_file, "unpacker_of", (1, 1)),
     "mark": (PinningBackend, "mark", (3, 3)),
     "allocate": (PinningBackend, "allocate", (1, 1)),
     "synchronize": (PinningBackend, "synchronize", (1, 1)),

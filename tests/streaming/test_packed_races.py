@@ -15,6 +15,7 @@ from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.devices import backend as backend_file
 from weightstream.streaming.memory import memory_ahead
 from weightstream.streaming.memory import packing as packing_file
+from weightstream.streaming.memory import packing_place as place_file
 from weightstream.streaming.model.packed_units import MeasuredUnit
 from weightstream.streaming.packing import codec
 from weightstream.streaming.packing.codec import unpack
@@ -83,7 +84,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> RaceBackend:
     monkeypatch.setattr(packing_file, "measure_unit", watched_measure)
     monkeypatch.setattr(packing_file, "_copy_down", watched_copy)
     monkeypatch.setattr(memory_ahead, "ThreadPoolExecutor", InlineExecutor)
-    for module in (lane_file, packing_file):
+    for module in (lane_file, place_file):
         monkeypatch.setattr(module, "unpacker_of", lambda device: WatchedUnpacker(backend))
     return backend
 

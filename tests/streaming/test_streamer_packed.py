@@ -18,6 +18,7 @@ from weightstream.streaming import CpuBackend, State, StreamingError, VirtualMem
 from weightstream.streaming.memory import arena as arena_file
 from weightstream.streaming.memory import memory_ahead
 from weightstream.streaming.memory import packing as packing_file
+from weightstream.streaming.memory import packing_place as place_file
 from weightstream.streaming.memory.sampling import SLICES, VALUES
 from weightstream.streaming.packing import unpackers
 from weightstream.streaming.run import lane as lane_file
@@ -214,8 +215,8 @@ def test_patches_are_written_into_what_is_packed_and_the_file_is_not_read(monkey
         for name in names:
             reference.get_parameter(name).mul_(2)
     loads: list[object] = []
-    own = packing_file.Load
-    monkeypatch.setattr(packing_file, "Load", lambda *args: loads.append(args) or own(*args))
+    own = place_file.Load
+    monkeypatch.setattr(place_file, "Load", lambda *args: loads.append(args) or own(*args))
     backend = PinningBackend()
     streamer = make(model, backend)
     learned(streamer, model)

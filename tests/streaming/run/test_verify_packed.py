@@ -16,6 +16,7 @@ from models import Doubled
 from packed_models import BUDGET, PACKED_IN_BLOCK, X, learned, make, make_model
 from weightstream.streaming import CorruptionError
 from weightstream.streaming.memory import packing as packing_file
+from weightstream.streaming.memory import packing_place as place_file
 from weightstream.streaming.memory import weight_copies as weight_copies_file
 from weightstream.streaming.memory.unit_copies import UnitCopies
 from weightstream.streaming.model.packed_units import MeasuredUnit
@@ -366,7 +367,7 @@ def test_a_master_copy_is_not_made_of_what_was_unpacked_wrongly(monkeypatch: pyt
         flip_a_bit(out.view(torch.uint8))
 
     with monkeypatch.context() as patch:
-        tamper(patch, harm, packing_file)
+        tamper(patch, harm, place_file)
         with pytest.raises(CorruptionError, match=NOT_WHAT_WAS_PACKED):
             made.streamer.make_masters({"blocks.1.mlp.0.weight"})
     made.load()
