@@ -150,6 +150,8 @@ class Broker:
         match request.ask:
             case Ask.WANT:
                 return ledger.want(worker.number, request.key, request.nbytes)
+            case Ask.WANT_WITHIN:
+                return ledger.want(worker.number, request.key, request.nbytes, within=True)
             case Ask.IS_WHOLE:
                 return Answer(Kind.DONE, int(request.key in ledger.copies))
             case Ask.MOVES:

@@ -49,6 +49,20 @@ class Limits:
     building: int = 4_096
 
 
+class Build(NamedTuple):
+    """A copy that is being built.
+
+    Attributes:
+        worker: who builds it.
+        nbytes: how large it will be.
+        within: or less, as is known only when it is built.
+    """
+
+    worker: int
+    nbytes: int
+    within: bool = False
+
+
 @dataclass
 class Copy:
     """A whole copy.
@@ -73,13 +87,13 @@ class Ledger:
 
     Attributes:
         copies: whole ones by key.
-        building: the worker that builds each of the others, and how large it will be.
+        building: who builds each of the others.
         moves: counts what makes another answer possible.
     """
 
     def __init__(self, limits: Limits, close: Callable[[int], None]) -> None:
         self.copies: dict[bytes, Copy] = {}
-        self.building: dict[bytes, tuple[int, int]] = {}
+        self.building: dict[bytes, Build] = {}
         self.moves = 0
         self._limits = limits
         self._close = close
@@ -89,35 +103,44 @@ class Ledger:
         """Bytes of whole copies, each once."""
         return sum(copy.nbytes for copy in self.copies.values())
 
-    def want(self, worker: int, key: bytes, nbytes: int) -> Answer:
-        """``worker`` would like to hold the copy, or else to build it."""
+    def want(self, worker: int, key: bytes, nbytes: int, within: bool = False) -> Answer:
+        """``worker`` would like to hold the copy, or else to build it.
+
+        Args:
+            within: it may have less than ``nbytes``. One with more is of no use then, as the worker finds out by itself
+                when it builds its own.
+        """
         if (copy := self.copies.get(key)) is not None:
-            if copy.nbytes != nbytes:
+            if copy.nbytes > nbytes and within:
+                return Answer(Kind.REFUSED)
+            if copy.nbytes != nbytes and not within:
                 return Answer(Kind.REFUSED, reason=f"the copy there has {copy.nbytes} bytes instead of {nbytes}")
             copy.holds[worker] += 1
-            return Answer(Kind.HAVE, nbytes, copy.descriptor)
+            return Answer(Kind.HAVE, copy.nbytes, copy.descriptor)
         if key in self.building:
             return Answer(Kind.LATER)
         if (reason := self._why_no_more(worker, nbytes)) is not None:
             return Answer(Kind.REFUSED, reason=reason)
-        self.building[key] = worker, nbytes
+        self.building[key] = Build(worker, nbytes, within)
         return Answer(Kind.BUILD)
 
     def _why_no_more(self, worker: int, nbytes: int) -> str | None:
-        coming = [size for _, size in self.building.values()]
+        coming = [build.nbytes for build in self.building.values()]
         if nbytes <= 0:
             return "a copy has at least one byte"
         if self.nbytes + sum(coming) + nbytes > self._limits.nbytes:
             return f"shared copies may have {self._limits.nbytes} bytes in all"
         if len(self.copies) + len(coming) >= self._limits.copies:
             return f"there may be {self._limits.copies} shared copies"
-        if sum(builder == worker for builder, _ in self.building.values()) >= self._limits.building:
+        if sum(build.worker == worker for build in self.building.values()) >= self._limits.building:
             return f"a worker may build {self._limits.building} copies at once"
         return None
 
     def give(self, worker: int, key: bytes, nbytes: int, descriptor: int) -> Answer:
         """``worker`` has built it, and holds it from now on. The descriptor is the ledger's, also where it refuses."""
-        if self.building.get(key) != (worker, nbytes):
+        build = self.building.get(key)
+        fits = build is not None and (0 < nbytes <= build.nbytes if build.within else nbytes == build.nbytes)
+        if build is None or build.worker != worker or not fits:
             self._close(descriptor)
             return Answer(Kind.REFUSED, reason="nobody has asked this worker to build it")
         del self.building[key]
@@ -127,7 +150,8 @@ class Ledger:
 
     def stop_building(self, worker: int, key: bytes) -> None:
         """``worker`` does not build it after all. Said twice, or by another, it changes nothing."""
-        if self.building.get(key, (None,))[0] == worker:
+        build = self.building.get(key)
+        if build is not None and build.worker == worker:
             del self.building[key]
             self.moves += 1
 
@@ -141,7 +165,7 @@ class Ledger:
 
     def leave(self, worker: int) -> None:
         """Its connection has ended, and with it everything that it holds and builds."""
-        for key in [key for key, (builder, _) in self.building.items() if builder == worker]:
+        for key in [key for key, build in self.building.items() if build.worker == worker]:
             self.stop_building(worker, key)
         for key, copy in list(self.copies.items()):
             del copy.holds[worker]

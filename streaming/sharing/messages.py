@@ -26,9 +26,13 @@ MOST_ADDRESS_BYTES = 107
 
 
 class Ask(bytes, Enum):
-    """A request. DROP and STOP_BUILDING are not answered."""
+    """A request. DROP and STOP_BUILDING are not answered.
+
+    WANT is for a copy of exactly so many bytes, WANT_WITHIN for one of at most so many.
+    """
 
     WANT = b"W"
+    WANT_WITHIN = b"M"
     GIVE = b"G"
     DROP = b"D"
     STOP_BUILDING = b"U"

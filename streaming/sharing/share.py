@@ -50,8 +50,12 @@ class NoShare:
     def try_out(self, attempt: Callable[[], str | None]) -> None:
         """Before the first copy: give sharing up if ``attempt`` returns a reason."""
 
-    def want(self, key: bytes, nbytes: int) -> Answer:
-        """Ask for a copy: it is there (the descriptor is the caller's), or to be built, or others build it."""
+    def want(self, key: bytes, nbytes: int, within: bool = False) -> Answer:
+        """Ask for a copy: it is there (the descriptor is the caller's), or to be built, or others build it.
+
+        Args:
+            within: it may have less than ``nbytes``; the answer has how many there are.
+        """
         return Answer(Kind.REFUSED)
 
     def give(self, key: bytes, nbytes: int, descriptor: int) -> bool:
@@ -71,6 +75,9 @@ class NoShare:
     def moves(self) -> int:
         """Return a number that changes when other copies are there, or may be built."""
         return 0
+
+    def complain(self, reason: str) -> None:
+        """Keep why something is not shared, and log it once."""
 
     def give_up(self, reason: str) -> None:
         """Share nothing from now on."""
@@ -112,16 +119,16 @@ class Share(NoShare):
                 if (reason := attempt()) is not None:
                     self.give_up(reason)
 
-    def want(self, key: bytes, nbytes: int) -> Answer:
-        answer = self._ask(Request(Ask.WANT, key, nbytes))
+    def want(self, key: bytes, nbytes: int, within: bool = False) -> Answer:
+        answer = self._ask(Request(Ask.WANT_WITHIN if within else Ask.WANT, key, nbytes))
         if answer.kind is Kind.REFUSED:
-            self._say(answer.reason)
+            self.complain(answer.reason)
         return answer
 
     def give(self, key: bytes, nbytes: int, descriptor: int) -> bool:
         answer = self._ask(Request(Ask.GIVE, key, nbytes), descriptor)
         if answer.kind is not Kind.DONE:
-            self._say(answer.reason)
+            self.complain(answer.reason)
         return answer.kind is Kind.DONE
 
     def drop(self, key: bytes) -> None:
@@ -141,7 +148,7 @@ class Share(NoShare):
             if self._over:
                 return  # A thread that was asking meanwhile only sees that the connection is gone.
             link, self._link, self._over = self._link, None, True
-            self._say(reason)
+            self.complain(reason)
         if link is not None:
             link.close()
 
@@ -160,8 +167,7 @@ class Share(NoShare):
         if link is not None:
             link.tell(ask, key)
 
-    def _say(self, reason: str) -> None:
-        """Keep why something is not shared, and log it once."""
+    def complain(self, reason: str) -> None:
         if reason and reason != self.reason:
             self.reason = reason
             logger.warning("page-locked copies are this process's own, and not shared with others: %s", reason)

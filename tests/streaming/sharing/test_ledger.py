@@ -101,7 +101,7 @@ class Host:
             assert os.pread(copy.descriptor, SIZE + 1, 0) == content(key), "it is not whole"
             held = Counter(worker for worker, mine in self.mapped.items() for one, _ in mine if one == key)
             assert held == +copy.holds
-        assert all(worker not in self.dead for worker, _ in ledger.building.values()), "a dead worker builds it"
+        assert all(build.worker not in self.dead for build in ledger.building.values()), "a dead worker builds it"
         for mine in self.mapped.values():
             for key, descriptor in mine:
                 assert os.pread(descriptor, SIZE + 1, 0) == content(key), "a worker sees what is not whole"
@@ -231,6 +231,23 @@ def test_each_limit_refuses_with_its_reason() -> None:
     for key in keys[2:4]:
         assert ledger.want(2, key, 1).kind is (Kind.BUILD if key == keys[2] else Kind.REFUSED)
     assert ledger.want(3, keys[3], 1).reason == "there may be 3 shared copies"
+
+
+def test_a_copy_of_which_only_the_most_is_known_has_the_size_with_which_it_is_given() -> None:
+    closed: list[int] = []
+    ledger = Ledger(Limits(nbytes=100), closed.append)
+    assert ledger.want(1, KEY, 60, within=True).kind is Kind.BUILD
+    assert ledger.want(2, KEY, 60, within=True).kind is Kind.LATER
+    assert ledger.want(2, OTHER, 41, within=True).reason == "shared copies may have 100 bytes in all"
+    for wrong in (61, 0):
+        assert ledger.give(1, KEY, wrong, 7).kind is Kind.REFUSED
+    assert ledger.give(1, KEY, 50, 8).kind is Kind.DONE
+    assert ledger.nbytes == 50
+    for nbytes in (50, 59):
+        assert ledger.want(2, KEY, nbytes, within=True) == Answer(Kind.HAVE, 50, 8)
+    assert ledger.want(2, KEY, 49, within=True) == Answer(Kind.REFUSED), "it finds out why when it builds its own"
+    assert ledger.want(2, KEY, 51).reason == "the copy there has 50 bytes instead of 51"
+    assert closed == [7, 7]
 
 
 def test_what_is_said_twice_or_by_others_changes_nothing() -> None:
