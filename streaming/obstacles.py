@@ -83,6 +83,7 @@ def _explain_where_asked(plan: Plan, planner: Planner, obstacle: str, slow: str)
         _count(left & refusals.too_large, able, "they take more room than was planned"),
         _count(left & refusals.without_room, able, "no page-locked memory is left for them"),
         _count(left & refusals.written, able, "other code writes to them"),
+        _count(left & refusals.left, able, "another process packs them for both"),
         f"weights are unpacked slowly: {_no_kernel(slow)}" if slow and plan.packed else "",
     )
     return "; ".join(filter(None, texts))

@@ -28,9 +28,11 @@ class Checks(Protocol):
 
     Attributes:
         trusting: whether copies that arrived while no step waited for them may be kept.
+        sums_up: whether packed copies keep sums of what was packed here.
     """
 
     trusting: bool
+    sums_up: bool
 
     def check_resident(self, copies: UnitCopies) -> None:
         """A resident copy has arrived."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ..model.identity import identity_of, patched_identity
+from ..model.identity import identity_of, packed_identity, patched_identity
 from ..model.layout import Layout
+from ..model.packed_table import VERSION
 from .weights import KnownSignature
 
 NO_SIGNATURES: Mapping[str, object] = MappingProxyType({})
@@ -25,6 +26,12 @@ def key_of(layout: Layout, signatures: Mapping[str, object] = NO_SIGNATURES) -> 
                 return None
             known.append((number, identity))
     return patched_identity(raw, known)
+
+
+def packed_key_of(layout: Layout, signatures: Mapping[str, object]) -> bytes | None:
+    """As :func:`key_of`, for a packed copy."""
+    key = key_of(layout, signatures)
+    return None if key is None else packed_identity(key, f"version {VERSION}")
 
 
 def check_files(layout: Layout) -> None:

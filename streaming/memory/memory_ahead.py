@@ -13,12 +13,14 @@ its weights are on the device by then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .arena import Arena, HostBuffer
 from .unit_copies import UnitCopies
+
+T = TypeVar("T")
 
 THREADS = 4
 UNITS_AHEAD = 6
@@ -51,6 +53,10 @@ class MemoryAhead:
         """Take memory for the first units."""
         self._take_ahead()
 
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Have one of the threads do something else."""
+        return self._pool.submit(function, *arguments)
+
     def next(self, needed: bool) -> HostBuffer | None:
         """Return memory for the next unit, its own if it is large enough; None where no more may be page-locked.
 
@@ -69,17 +75,21 @@ class MemoryAhead:
         self._take_ahead()
         return memory
 
+    def take_besides(self, wanted: Wanted) -> HostBuffer | None:
+        """As :meth:`next`, for a unit that was not to need memory of ours."""
+        return self._take_at_last(wanted)
+
     def hand_over(self, memory: HostBuffer) -> None:
         """It is a packed copy's from now on."""
         if memory in self._unused:
             self._unused.remove(memory)
 
     def take_back(self, memory: HostBuffer) -> None:
-        """No packed copy has it any more."""
+        """No packed copy has it, or any more."""
         self._unused.append(memory)
 
     def give_back(self, memory: HostBuffer) -> None:
-        """A master copy had it, and nobody uses it any more."""
+        """A copy had it, and nobody uses it any more."""
         self._given_back.append(self._pool.submit(self._arena.release, memory))
 
     def close(self) -> None:
@@ -87,7 +97,7 @@ class MemoryAhead:
         self._pool.shutdown()
         while self._unused:
             self._arena.release(self._unused.pop())
-        self._finish_giving_back()
+        self.finish_giving_back()
 
     def _take_ahead(self) -> None:
         while self._wanted and len(self._taken) < UNITS_AHEAD:
@@ -99,7 +109,7 @@ class MemoryAhead:
     def _take(self, wanted: Wanted) -> Future[HostBuffer | None] | None:
         """Have memory taken; None where that is not allowed now."""
         packed = wanted.copies.packed
-        if packed is not None and packed.memory.nbytes >= wanted.most_bytes:
+        if packed is not None and packed.memory.nbytes >= wanted.most_bytes and not packed.memory.read_only:
             own: Future[HostBuffer | None] = Future()
             own.set_result(packed.memory)
             return own
@@ -114,13 +124,14 @@ class MemoryAhead:
         return memory if self._arena.lock(memory) else None
 
     def _take_at_last(self, wanted: Wanted) -> HostBuffer | None:
-        self._finish_giving_back()
+        self.finish_giving_back()
         if (taken := self._take(wanted)) is None and wanted.copies.pinned:
             if (master := wanted.copies.drop_master()) is not None:
                 self._arena.release(master)
             taken = self._take(wanted)
         return taken.result() if taken is not None else None
 
-    def _finish_giving_back(self) -> None:
+    def finish_giving_back(self) -> None:
+        """Wait until all that was given back is unlocked."""
         while self._given_back:
             self._given_back.pop().result()

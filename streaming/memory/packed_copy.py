@@ -15,7 +15,9 @@ class PackedCopy(NamedTuple):
 
     Attributes:
         layout: where its tensors lie.
-        memory: in which it lies, from the beginning on; as much as the unit may take with other patches.
+        memory: in which it lies, from the beginning on. If that is this process's own there is as much as the unit may
+            take with other patches.
+        most_bytes: as much as it was planned to take at most.
         signatures: of the patches in it, by the names of values.
         sums, packed_sums: of the weights before they were packed, and of what was made of them, on the device; None
             where nobody checks that (checks.py).
@@ -24,6 +26,7 @@ class PackedCopy(NamedTuple):
 
     layout: PackedLayout
     memory: HostBuffer
+    most_bytes: int
     signatures: dict[str, object]
     sums: torch.Tensor | None = None
     packed_sums: torch.Tensor | None = None

@@ -18,14 +18,14 @@ VALUES, SLICES, FILE_SLICES = 8192, 32, 4
 def planned_bytes_of(copies: UnitCopies, tick: Tick) -> int:
     """Return the most bytes that the unit takes when it is packed; its own where it cannot be, or it is not worth it.
 
-    Where there is a packed copy that is what its memory holds.
+    Where there is a packed copy that is what it was planned with.
 
     Raises:
         CheckpointError: a file cannot be read, or is not the one that was loaded.
     """
     tick()
     if copies.packed is not None:
-        return copies.packed.memory.nbytes
+        return copies.packed.most_bytes
     return planned_bytes(copies.unit.layout, lambda spec: _sample(copies, spec))
 
 

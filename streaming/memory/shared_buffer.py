@@ -81,13 +81,17 @@ class SharedBuffer(HostBuffer):
         return self._draft is None
 
     def fill(self, start: int, stop: int, read: Callable[[torch.Tensor], None]) -> None:
-        assert self._draft is not None
         place = _scratch_of(stop - start)
         read(place)
+        self.write(memoryview(place.numpy()), start)
+
+    def write(self, data: memoryview, start: int) -> None:
+        """Fill it with ``data`` from the byte ``start`` on."""
+        assert self._draft is not None
         try:
-            self._draft.write(memoryview(place.numpy()), start)
+            self._draft.write(data, start)
         except OSError as error:
-            raise SharingError(_no_memory(error)) from None
+            raise SharingError(why_no_memory(error)) from None
 
     def finish(self, unchanged: bool = True) -> None:
         """It is filled: seal it and give it to the broker, unless its source is not what its key says any more."""
@@ -96,7 +100,7 @@ class SharedBuffer(HostBuffer):
         try:
             descriptor = self._draft.seal()
         except OSError as error:
-            raise SharingError(_no_memory(error)) from None
+            raise SharingError(why_no_memory(error)) from None
         try:
             given = unchanged and self._share.give(self.key, self.nbytes, descriptor)
             if given:
@@ -108,7 +112,7 @@ class SharedBuffer(HostBuffer):
             self._draft = None
             self._map(descriptor, shared=given)
         except OSError as error:
-            raise SharingError(_no_memory(error)) from None
+            raise SharingError(why_no_memory(error)) from None
         finally:
             os.close(descriptor)
 
@@ -146,7 +150,7 @@ def claim_shared(
         buffer = SharedBuffer(share, key, nbytes, answer.descriptor, signatures)
     except OSError as error:
         (share.drop if answer.kind is Kind.HAVE else share.stop_building)(key)
-        share.give_up(_no_memory(error))
+        share.give_up(why_no_memory(error))
         return Kind.REFUSED
     finally:
         if answer.descriptor is not None:
@@ -169,14 +173,15 @@ def _why_not_locked(arena: Arena) -> str | None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        return _no_memory(error)
+        return why_no_memory(error)
     if (reason := arena.backend.register_read_only(memory)) is not None:
         return f"{arena.backend.name} cannot use memory that is read-only: {reason}"
     arena.backend.unregister(memory.data_ptr())
     return None
 
 
-def _no_memory(error: OSError) -> str:
+def why_no_memory(error: OSError) -> str:
+    """Why nothing is shared after such an error."""
     return f"this system gives no memory for it ({error.strerror or error})"
 
 

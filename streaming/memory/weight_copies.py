@@ -20,6 +20,7 @@ from .packing import pack_units
 from .packing_place import unpack_to_master
 from .sampling import planned_bytes_of
 from .shared_buffer import sharing
+from .shared_packed import packed_share
 from .supply import Supply
 from .transfer import Load, Tick
 from .unit_copies import UnitCopies
@@ -108,11 +109,13 @@ class WeightCopies:
             self._free(self._copies[unit].drop_master())
         if not missing:
             return Refusals()
-        self._supply.make_room(self._needed_to_pack(missing, plan), owner)
-        self.arrive_all()  # The reader goes through its transfers in order.
         wanted = {unit: Wanted(self._copies[unit], plan.outline.bytes_in_slot(unit)) for unit in missing}
+        shared = packed_share(self._supply.arena, patches, self._verifier.sums_up)
+        there = sum(one.most_bytes for one in wanted.values() if shared.is_there(one.copies))
+        self._supply.make_room(self._needed_to_pack(missing, plan), owner, there)
+        self.arrive_all()  # The reader goes through its transfers in order.
         room = plan.staging_bytes + plan.unpacking_bytes
-        return pack_units(self.backend, self._supply, wanted, patches, room, self._verifier)
+        return pack_units(self.backend, self._supply, wanted, patches, room, self._verifier, shared)
 
     def _needed_to_pack(self, units: Collection[int], plan: Plan) -> int:
         """Bytes of host memory to take for packed copies, beside those that their units give back one by one."""

@@ -41,6 +41,11 @@ def patched_identity(raw: bytes, patches: list[tuple[int, bytes]]) -> bytes:
     return digest.digest()
 
 
+def packed_identity(key: bytes, version: str) -> bytes:
+    """Return the key of a unit that is packed, in this ``version`` of the format, by its key as it is."""
+    return hashlib.blake2b(key + version.encode(), digest_size=KEY_BYTES, person=b"packed").digest()
+
+
 def _identity(spec: TensorSpec) -> bytes | None:
     lies = (spec.offset, spec.nbytes, tuple(spec.shape), spec.stride, str(spec.dtype))
     if not spec.nbytes or spec.original.is_meta:  # Nothing, or zeros.

@@ -29,6 +29,8 @@ from itertools import accumulate
 
 import torch
 
+# Another number for every change of the format, or of which tensors are packed.
+FORMAT_VERSION = 1
 # Bits of the exponent, by dtype.
 EXPONENT_BITS = {torch.bfloat16: 8, torch.float16: 5}
 # Exponents in the table; the index after them is the escape.

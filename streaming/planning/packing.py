@@ -34,23 +34,28 @@ class Refusals:
         too_large: they take more than was planned, or a patch gives a value another shape.
         without_room: no more memory may be page-locked for them.
         written: other code writes to them.
+        left: other processes pack them for all.
     """
 
     too_large: frozenset[int] = frozenset()
     without_room: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
+    left: frozenset[int] = frozenset()
 
     @property
     def units(self) -> frozenset[int]:
         """All of them."""
-        return self.too_large | self.without_room | self.written
+        return self.too_large | self.without_room | self.written | self.left
 
     def __bool__(self) -> bool:
         return bool(self.units)
 
     def __or__(self, other: Refusals) -> Refusals:
         return Refusals(
-            self.too_large | other.too_large, self.without_room | other.without_room, self.written | other.written
+            self.too_large | other.too_large,
+            self.without_room | other.without_room,
+            self.written | other.written,
+            self.left | other.left,
         )
 
 

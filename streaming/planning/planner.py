@@ -100,6 +100,7 @@ class Planner:
         self.writes_expected = False
         self.cramped = False
         self._packed_now: frozenset[int] = frozenset()
+        self._was_left: frozenset[int] = frozenset()
         self.profile = _with_best_order(outline, assumed_profile(outline))
         self._outline = outline
         self._config = config
@@ -126,6 +127,7 @@ class Planner:
 
     def begin_run(self) -> None:
         """What others did in the prompt before, and want of memory, may be over."""
+        self._was_left = self.refusals.left
         self.refusals = Refusals(too_large=self.refusals.too_large)
 
     def note_plan(self, plan: Plan) -> None:
@@ -185,7 +187,7 @@ class Planner:
         plan, current = self.plan_for(budget), now.plan
         if current is None or (current.segments and current.learned != plan.learned):
             return self._settle(plan, budget)
-        if self._is_refused(current) or self._leaves_unpacked(current):
+        if self._is_refused(current) or self._leaves_unpacked(current) or self._was_left & plan.packed - current.packed:
             return self._settle(plan, budget)
         if current.device_bytes > plan.budget + self._slack(now) or self._is_worthwhile(plan, now):
             return self._settle(plan, budget)

@@ -59,6 +59,7 @@ class Verifier:
     finding = ""
     # Copies that arrived while no step waited for them may be kept.
     trusting = True
+    sums_up = False
 
     def make_lane(self, *args: Any) -> Lane:
         return Lane(*args)
@@ -95,6 +96,7 @@ class ChecksumVerifier(Verifier):
     """
 
     trusting = False
+    sums_up = True
 
     def __init__(self, blocks: BlockSet, counters: Counters, step_down: Callable[[], None]) -> None:
         self._block_names = [block.name for block in blocks.blocks]

@@ -1,4 +1,5 @@
-"""Two processes page-lock the same memory file and copy it to the device at once (programs.py).
+"""Two processes page-lock the same memory files and copy from them to the device at once, packed weights too
+(programs.py).
 
 What only a GPU can show is whether the driver page-locks a mapping that is read-only (``cudaHostRegister`` with
 ``cudaHostRegisterReadOnly``), in several processes, and copies from it as from any other. On a CPU the same runs in
@@ -111,6 +112,7 @@ def _share(found: Found) -> None:
     thread.start()
     try:
         _use_from_two_processes(found, broker.address)
+        _pack_in_two_processes(found, broker.address)
     finally:
         broker.stop()
         thread.join()
@@ -126,11 +128,9 @@ def _use_from_two_processes(found: Found, address: str) -> None:
     found.facts["first"] = facts
     found.check("the first builds and page-locks", (facts["built"], facts["locked"]) == (first.count, total))
     found.check("all of it is shared", facts["shared"] == total)
-    command = [sys.executable, __file__, "--second", address, "cpu" if found.small else "cuda"]
-    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    second = _start_second(found, address)
     found.check("copies of the first, beside the second", first.copies_are_right())
-    told, _ = second.communicate(timeout=CHILD_SECONDS)
-    facts = json.loads(told.splitlines()[-1])
+    facts = _told_by(second)
     found.facts["second"] = facts
     found.check("the second builds nothing", (facts["built"], facts["taken"]) == (0, first.count))
     found.check("the second page-locks the same", (facts["locked"], facts["shared"]) == (total, total))
@@ -144,15 +144,67 @@ def _use_from_two_processes(found: Found, address: str) -> None:
     first.share.give_up("it is over")
 
 
-def _second(address: str, device: str) -> None:
-    """The other process."""
+def _pack_in_two_processes(found: Found, address: str) -> None:
+    from sharing_packed import PackingUser, write_model
+    from weightstream.streaming.sharing.share import ask_status
+
+    path = found.folder / "packed.safetensors"
+    write_model(path, on_gpu=not found.small)
+    first = PackingUser(address, not found.small, path)
+    found.check("packed, steps of the first", first.run())
+    facts = first.facts()
+    found.facts["first, packed"] = facts
+    found.check("the first shares what it packs", 0 < facts["shared"] == facts["packed"] <= facts["built"])
+    nbytes = ask_status(address)["bytes"]
+    found.check("master copies of what is packed are gone", nbytes == facts["shared_bytes"])
+    second = _start_second(found, address, str(path))
+    found.check("packed, steps of the first beside the second", first.run())
+    other = _told_by(second)
+    found.facts["second, packed"] = other
+    found.check("packed, steps of the second", other["right"])
+    found.check("the second shares all that is packed", other["shared"] == other["packed"] == facts["packed"])
+    found.check("packed, it is there once", other["there"] == nbytes == other["shared_bytes"])
+    found.check("packed, both page-lock the same", other["locked"] <= 1.05 * facts["locked"])
+    found.check("packed, steps after the second has ended", first.run())
+    first.let_go()
+    first.share.moves()
+    found.check("and the packed memory is gone", ask_status(address)["copies"] == 0)
+    first.share.give_up("it is over")
+
+
+def _start_second(found: Found, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--second", "cpu" if found.small else "cuda", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _told_by(second: subprocess.Popen[str]) -> dict[str, Any]:
+    told, _ = second.communicate(timeout=CHILD_SECONDS)
+    return json.loads(told.splitlines()[-1])
+
+
+def _second(device: str, address: str, path: str = "") -> None:
+    """The other process; with the file of a model it packs that."""
     pack = types.ModuleType("weightstream")
     pack.__path__ = [str(ROOT)]
     sys.modules["weightstream"] = pack
+    if path:
+        _second_packs(device, address, Path(path))
+        return
     user = User(address, on_gpu=device == "cuda")
     user.claim()
     right = user.copies_are_right()
     print(json.dumps({**user.facts(), "right": right}))
+    user.let_go()
+
+
+def _second_packs(device: str, address: str, path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "streaming"))
+    from sharing_packed import PackingUser
+    from weightstream.streaming.sharing.share import ask_status
+
+    user = PackingUser(address, device == "cuda", path)
+    right = user.run()
+    print(json.dumps({**user.facts(), "right": right, "there": ask_status(address)["bytes"]}))
     user.let_go()
 
 

@@ -207,20 +207,22 @@ class Stored:
         stored: torch.dtype = torch.float32,
         dtype: torch.dtype | None = None,
         seed: int = 0,
+        depth: int = 6,
+        width: int = 32,
         **settings: Any,
     ) -> None:
         self.path = folder / f"model-{seed}.safetensors"
-        self.plain = make_transformer(seed=seed).to(stored)
+        self.plain = make_transformer(depth, width, seed).to(stored)
         if not self.path.exists():
             save_file(self.plain.state_dict(), self.path)
         self.checkpoint = Checkpoint.open(self.path)
-        self.model = make_transformer(seed=seed + 1)
+        self.model = make_transformer(depth, width, seed + 1)
         self.model.load_state_dict(self.checkpoint.state_dict(), assign=True)
         self.model.requires_grad_(False)
         for model in (self.plain, self.model):
             change(model)
         self.plain.to(dtype or stored)
-        self.x = X.to(dtype or stored)
+        self.x = torch.linspace(-1, 1, 3 * 5 * width).reshape(3, 5, width).to(dtype or stored)
         self.expected = self.plain(self.x)
         self.backend = backend or PinningBackend()
         self.pins = pins or PinBudget()

@@ -1,4 +1,4 @@
-"""A process that streams a small model and shares its master copies, as it is told by lines of JSON (share_workers.py).
+"""A process that streams a small model and shares its copies, as it is told by lines of JSON (share_workers.py).
 
     python share_worker_program.py ROOT FOLDER
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import sys
 import threading
 import types
@@ -25,7 +26,9 @@ sys.path.insert(0, str(ROOT / "tests" / "streaming"))
 
 import torch  # noqa: E402
 from models import Scaled, Stored, learn  # noqa: E402
+from packing_workers import PackingWorker  # noqa: E402
 from weightstream.streaming import PinBudget  # noqa: E402
+from weightstream.streaming.memory import packing  # noqa: E402
 from weightstream.streaming.sharing.pages import Draft  # noqa: E402
 from weightstream.streaming.sharing.share import NO_SHARE, share_of_environment  # noqa: E402
 
@@ -39,6 +42,7 @@ class Worker:
         self.pins = PinBudget(share=share_of_environment())
         self.stored: Stored | None = None
         self.patches = Scaled({})
+        self.measured = 0
 
     def open(self, seed: int = 0, half: bool = False, **settings: Any) -> None:
         """Open the model; ``half`` casts it on the way."""
@@ -47,6 +51,28 @@ class Worker:
         share, self.pins.share = self.pins.share, NO_SHARE
         learn(self.streamer, lambda: stored.model(stored.x))  # Alone: later plans stream the same units.
         self.pins.share = share
+
+    def open_packing(self) -> None:
+        """Open a model that packs what it loads, and count what it packs."""
+        self.stored = PackingWorker(FOLDER, os.environ.get("WEIGHTSTREAM_SHARE", ""), alone=True)
+        self.pins, own = self.stored.pins, packing.measure_unit
+
+        def measure_unit(*arguments: Any) -> Any:
+            self.measured += 1
+            return own(*arguments)
+
+        packing.measure_unit = measure_unit
+
+    def prompt(self, strengths: dict[str, float] | None = None, steps: int = 3) -> list[str]:
+        """A whole prompt of a model that packs; returns the output of each step."""
+        self.stored.load(strengths)
+        self.patches = self.stored.patches
+        return self.run(steps)
+
+    def packing(self) -> dict[str, Any]:
+        """What streams packed, and how many units were packed here."""
+        shared, own = (self.stored.packed(shared=shared) for shared in (True, False))
+        return {"shared": len(shared), "own": len(own), "measured": self.measured}
 
     def load(self, strengths: dict[str, float] | None = None, known: bool = True) -> None:
         """Load it, with weights times ``strengths``, ``known`` to others by these numbers."""

@@ -64,6 +64,14 @@ def memory_files(process: int | str = "self") -> int:
     return sum("/memfd:weightstream" in one for one in open_descriptors(process))
 
 
+def shared_spans() -> list[tuple[int, int]]:
+    """Where shared memory is mapped, which is read-only."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:weightstream" in line]
+    assert {line[1] for line in lines} <= {"r--s", "rw-p"}, "what can be written to is private"
+    spans = [line[0].split("-") for line in lines if line[1] == "r--s"]
+    return [(int(begin, 16), int(end, 16)) for begin, end in spans]
+
+
 class Worker:
     """A process that streams the model of a folder.
 

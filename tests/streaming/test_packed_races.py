@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,17 +12,22 @@ import torch
 from inline import InlineExecutor
 from models import learn
 from race import NumberedModel, RaceBackend
-from weightstream.streaming import Plan, Streamer, StreamingConfig, cut_model
+from share_workers import LINUX, brokered
+from weightstream.streaming import PinBudget, Plan, Streamer, StreamingConfig, cut_model
 from weightstream.streaming.devices import backend as backend_file
-from weightstream.streaming.memory import memory_ahead
+from weightstream.streaming.memory import memory_ahead, packed_drafts, shared_packed
 from weightstream.streaming.memory import packing as packing_file
 from weightstream.streaming.memory import packing_place as place_file
+from weightstream.streaming.memory.packed_copy import PackedCopy
+from weightstream.streaming.model.identity import KEY_BYTES
+from weightstream.streaming.model.layout import Layout
 from weightstream.streaming.model.packed_units import MeasuredUnit
 from weightstream.streaming.packing import codec
 from weightstream.streaming.packing.codec import unpack
 from weightstream.streaming.planning.packing import Packing, packed_outline
 from weightstream.streaming.planning.segments import cut
 from weightstream.streaming.run import lane as lane_file
+from weightstream.streaming.sharing.share import Share
 from weightstream.streaming.split.feeder import Feeder
 
 # Fewer values than are packed otherwise, as many as fill several units of alignment.
@@ -114,12 +120,19 @@ def feed(backend: RaceBackend, helpers: int, monkeypatch: pytest.MonkeyPatch) ->
     backend.feeders += [Feeder(other, chunk_bytes=1024, chunks=2) for other in others]
 
 
-def run_plans(backend: RaceBackend, slots: int, copy_streams: int, segment_bytes: int, runs: Sequence[str]) -> int:
+def run_plans(
+    backend: RaceBackend,
+    slots: int,
+    copy_streams: int,
+    segment_bytes: int,
+    runs: Sequence[str],
+    pins: PinBudget | None = None,
+) -> int:
     """All streamed units of three blocks are packed, every second one, and only those of the second block."""
     model = NumberedModel(3, backend, like=LIKE)
     settings = {"segment_bytes": segment_bytes, "adaptive": False, "read_threads": 1, "chunks": 2}
     config = StreamingConfig(copy_streams, slots, chunk_bytes=8192, **settings)
-    streamer = Streamer(model, cut_model(model), backend, config)
+    streamer = Streamer(model, cut_model(model), backend, config, pins)
     everything = [0, 1, 2]
     learn(streamer, lambda: model(everything))
     before = backend.accesses
@@ -159,6 +172,33 @@ def test_every_access_is_ordered_over_several_links(
 ) -> None:
     feed(backend, helpers, monkeypatch)
     assert run_plans(backend, slots, 2, 3 * VALUES, PARTS[:3]) > 14000
+
+
+@LINUX
+@pytest.mark.parametrize("segment_bytes", [0, 3 * VALUES], ids=["one unit", "two units"])
+def test_every_access_to_what_is_shared_is_ordered(
+    backend: RaceBackend, segment_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On its way down too: a thread reads what has arrived, and nothing comes there before that is written."""
+    written, own = [], packed_drafts._write
+
+    def write(arena: Any, packed: PackedCopy, content: torch.Tensor, unchanged: bool) -> Any:
+        backend.memory_accesses.read(threading.current_thread(), content)
+        written.append(packed)
+        return own(arena, packed, content, unchanged)
+
+    def known(layout: Layout, signatures: Mapping[str, object]) -> bytes:
+        return repr((layout.values[0].name, bool(signatures))).encode().ljust(KEY_BYTES)[:KEY_BYTES]
+
+    monkeypatch.setattr(packed_drafts, "_write", write)
+    for module in (packing_file, shared_packed):
+        monkeypatch.setattr(module, "packed_key_of", known)
+    with brokered() as broker:
+        share = Share(broker.address)
+        assert run_plans(backend, 2, 2, segment_bytes, PARTS[:3], PinBudget(share=share)) > 4000
+        assert len(written) > 50
+        assert share.built == len(written)
+        share.give_up("it is over")
 
 
 def packed_streamer(backend: RaceBackend) -> tuple[NumberedModel, Streamer]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
+from weightstream.streaming.model.layout import Layout, NamedTensor, Place, make_layout
 from weightstream.streaming.packing.codec import GROUP
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -41,3 +43,20 @@ WEIGHTS: dict[str, Callable[[int], torch.Tensor]] = {
     "subnormal": lambda count: torch.randn(count, generator=random(5)) * 1e-40,
     "infinite": lambda count: torch.where(torch.arange(count) % 97 == 0, torch.inf, torch.ones(count)),
 }
+
+
+def layout_of(*tensors: torch.Tensor) -> Layout:
+    module = nn.Module()
+    for number, tensor in enumerate(tensors):
+        module.register_buffer(f"b{number}", tensor)
+    return make_layout(
+        NamedTensor((name,), tensor, tensor.dtype, (Place(module._buffers, name, False),))
+        for name, tensor in module._buffers.items()
+    )
+
+
+def filled(layout: Layout) -> torch.Tensor:
+    unit = torch.full((layout.nbytes,), 9, dtype=torch.uint8)
+    for spec, view in zip(layout.specs, layout.views(unit), strict=True):
+        view.copy_(spec.original)
+    return unit

@@ -41,7 +41,7 @@ SOME_CASES = {
     "recordings": {"Flux, verified", "MiniMaxH3, out of memory: it did", "LTXAV, plain"},
     "split": {"limit 46 %, gpu:1,gpu:0, after giving way", "the host's own, lora 0.7"},
     "families": {"Flux, both"},
-    "sharing": {"copies of the second" if sys.platform == "linux" else "this system cannot share"},
+    "sharing": {"and the packed memory is gone" if sys.platform == "linux" else "this system cannot share"},
     "late": {"kernels", "patch kernels", "copies", "arrival", "unlocking"},
 }
 

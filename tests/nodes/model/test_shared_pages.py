@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -27,25 +27,31 @@ def broker() -> Iterator[Broker]:
         yield broker
 
 
-def pictures(model: Any) -> list[torch.Tensor]:
-    """Latents without and with a LoRA, in turn."""
-    models = {0.0: model} | {strength: with_lora(model, strength) for strength in (0.7, 0.4)}
-    return [sample(models[strength]) for strength in (0.0, 0.0, 0.7, 0.7, 0.4, 0.7, 0.0)]
+# Of the LoRA, in turn. By packing it takes longer.
+STRENGTHS = {PackingMode.OFF: (0.0, 0.0, 0.7, 0.7, 0.4, 0.7, 0.0), PackingMode.ON: (0.0, 0.0, 0.7)}
 
 
+def pictures(model: Any, strengths: Sequence[float]) -> list[torch.Tensor]:
+    """Latents without and with a LoRA."""
+    models = {0.0: model} | {strength: with_lora(model, strength) for strength in {*strengths} - {0.0}}
+    return [sample(models[strength]) for strength in strengths]
+
+
+@pytest.mark.parametrize("packing", [PackingMode.OFF, PackingMode.ON])
 def test_models_with_the_same_lora_share_what_it_makes(
-    streamed_in_half: LoadInHalf, broker: Broker, monkeypatch: pytest.MonkeyPatch
+    packing: PackingMode, streamed_in_half: LoadInHalf, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = pictures(streamed_in_half(PackingMode.OFF))
+    expected = pictures(streamed_in_half(PackingMode.OFF), STRENGTHS[packing])
     shares = [Share(broker.address) for _ in range(2)]
     models = []
     for share in shares:
         monkeypatch.setattr(devices.pins, "share", share)
-        models.append(streamed_in_half(PackingMode.OFF))
-        for found, latent in zip(pictures(models[-1]), expected, strict=True):
+        models.append(streamed_in_half(packing))
+        for found, latent in zip(pictures(models[-1], STRENGTHS[packing]), expected, strict=True):
             assert torch.equal(found, latent)
         assert share.reason == ""
         assert devices.pins.shared > 0
+        assert bool(models[-1].streamer.plan.packed) == (packing is PackingMode.ON)
     assert shares[0].built > 0
     assert shares[1].taken > 0
     patched = with_lora(models[1], 0.7)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import PinningBackend, Scaled, Stored, learn
-from share_workers import LINUX, brokered, memory_files, status_of, until
+from share_workers import LINUX, brokered, memory_files, shared_spans, status_of, until
 from weightstream.streaming import PinBudget, cut_model
 from weightstream.streaming.memory import shared_buffer
 from weightstream.streaming.sharing import share
@@ -105,14 +105,6 @@ def test_no_module_ever_holds_shared_memory(tmp_path: Path, broker: Broker) -> N
         assert len(shared_spans()) == len(worker.large)
     worker.close()
     assert shared_spans() == []
-
-
-def shared_spans() -> list[tuple[int, int]]:
-    """Where shared memory is mapped, which is read-only."""
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:weightstream" in line]
-    assert {line[1] for line in lines} <= {"r--s", "rw-p"}, "what can be written to is private"
-    spans = [line[0].split("-") for line in lines if line[1] == "r--s"]
-    return [(int(begin, 16), int(end, 16)) for begin, end in spans]
 
 
 def test_the_second_builds_nothing_and_memory_is_there_once(tmp_path: Path, broker: Broker) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
-from weights_to_pack import every_value, normal
-from weightstream.streaming.model.layout import Layout, NamedTensor, Place, TensorSpec, make_layout
+from weights_to_pack import every_value, filled, layout_of, normal
+from weightstream.streaming.model.layout import TensorSpec
 from weightstream.streaming.model.packed_units import measure_unit, packed_dtype, planned_bytes
 from weightstream.streaming.packing.codec import FEWEST_VALUES
 from weightstream.streaming.packing.packers import Sized, TorchPacker
@@ -16,23 +15,6 @@ from weightstream.streaming.packing.unpackers import TorchUnpacker
 
 COUNT = 2 * FEWEST_VALUES
 BEHIND = 64
-
-
-def layout_of(*tensors: torch.Tensor) -> Layout:
-    module = nn.Module()
-    for number, tensor in enumerate(tensors):
-        module.register_buffer(f"b{number}", tensor)
-    return make_layout(
-        NamedTensor((name,), tensor, tensor.dtype, (Place(module._buffers, name, False),))
-        for name, tensor in module._buffers.items()
-    )
-
-
-def filled(layout: Layout) -> torch.Tensor:
-    unit = torch.full((layout.nbytes,), 9, dtype=torch.uint8)
-    for spec, view in zip(layout.specs, layout.views(unit), strict=True):
-        view.copy_(spec.original)
-    return unit
 
 
 class CountingPacker(TorchPacker):

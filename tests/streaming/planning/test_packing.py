@@ -14,7 +14,7 @@ from weightstream.streaming.planning.planner import WORTHWHILE, Planner
 from weightstream.streaming.planning.spread import best_order
 
 GB = 1_000_000_000
-REASONS = ("too_large", "without_room", "written")
+REASONS = ("too_large", "without_room", "written", "left")
 
 
 def packing_of(outline: Outline, share: float = 0.7, speed: float = 1000e9) -> Packing:
@@ -152,9 +152,9 @@ def test_more_memory_is_told_to_help_as_far_as_it_does(budget: float) -> None:
 
 
 def test_what_is_in_the_way_adds_up_by_reason() -> None:
-    none, large, room, written = Refusals(), *(Refusals(**{name: frozenset([1])}) for name in REASONS)
+    none, large, room, written, left = Refusals(), *(Refusals(**{name: frozenset([1])}) for name in REASONS)
     assert not none
-    assert all((large, room, written))
-    found = none | large | room | Refusals(written=frozenset([2])) | Refusals(too_large=frozenset([3]))
-    assert found == Refusals(frozenset([1, 3]), frozenset([1]), frozenset([2]))
+    assert all((large, room, written, left))
+    found = none | large | room | left | Refusals(written=frozenset([2])) | Refusals(too_large=frozenset([3]))
+    assert found == Refusals(frozenset([1, 3]), frozenset([1]), frozenset([2]), frozenset([1]))
     assert found.units == {1, 2, 3}

@@ -146,3 +146,20 @@ def test_so_it_is_between_the_steps_of_a_prompt(
     decision = planner.plan_step("shape", loaded(plan), DeviceMemory(0, 0), measured=False, estimate=None)
     assert decision == (plan, False)
     assert bool(asked) is looks
+
+
+def test_what_another_process_packed_is_packed_in_the_next_prompt() -> None:
+    """However little one unit gains: until then there are two copies of it."""
+    planner = measured_planner()
+    packing_is_known(planner, Group())
+    everything = first_plan(planner)
+    unit = min(everything.packed)
+    planner.refusals = Refusals(left=frozenset({unit}))
+    plan = planner.next_plan(BUDGET, loaded(planner.plan_for(BUDGET)))
+    assert plan.packed == everything.packed - {unit}
+    planner.begin_run()
+    assert planner.next_plan(BUDGET, loaded(plan)).packed == everything.packed
+    # What was refused for another reason must gain something.
+    planner.refusals = Refusals(without_room=frozenset({unit}))
+    planner.begin_run()
+    assert planner.next_plan(BUDGET, loaded(plan)).packed == plan.packed
