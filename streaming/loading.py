@@ -36,6 +36,7 @@ from .run.step_log import StepLog
 from .run.steps import Steps
 from .run.telemetry import Counters, Run
 from .run.verify import ChecksumVerifier, Verifier
+from .sharing.share import NoShare
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Loading:
         watch: is called with the progress of loading, and may raise to cancel it.
         group: the streamers of a model on several devices; what one computes, and waits for, lies between the blocks of
             the others. None for a streamer alone.
+        share: where copies come from that others have too; None takes that of ``pins``.
 
     Attributes:
         group: see above.
@@ -80,6 +82,7 @@ class Loading:
         evictable: Callable[[torch.device], int] = lambda device: 0,
         watch: Watch = lambda progress: None,
         group: Group | None = None,
+        share: NoShare | None = None,
     ) -> None:
         self.blocks = blocks
         self.outline = blocks.outline
@@ -98,6 +101,7 @@ class Loading:
         self._touches = 0
         self._steps_before = 0
         self._pins = pins
+        self._share = share
         self._evictable = evictable
         self._watch = watch
         self.group = Group() if group is None else group
@@ -113,6 +117,11 @@ class Loading:
     def state(self) -> State:
         """Whether the model is unloaded, loaded or reduced."""
         return self._steps.state
+
+    @property
+    def shares_copies(self) -> bool:
+        """Whether others may have its copies, or it theirs, so that patches need identities (weights.py)."""
+        return bool(self.site.supply.arena.share.address)
 
     @property
     def root(self) -> nn.Module:
@@ -467,7 +476,7 @@ class Loading:
 
     def _equip(self, backend: Backend) -> None:
         """Make what is needed to stream to ``backend``."""
-        told = (self._pins, self._watch, self.counters, self._verifier, self.group.listeners)
+        told = (self._pins, self._watch, self.counters, self._verifier, self.group.listeners, self._share)
         self.site = Site(self.blocks, backend, self.config, *told)
         self.site.supply.arena.budget.join(self)
         self.site.meters.step.log = self.step_log  # It stays when the device changes, or a setting.

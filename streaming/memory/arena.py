@@ -8,6 +8,7 @@ import mmap
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -75,18 +76,26 @@ class PinBudget:
         self._ceiling: int | None = None
         self._refused = ""
         self._owners: weakref.WeakSet[PinOwner] = weakref.WeakSet()
+        # Of shared copies: how many buffers of this process claim and lock each.
+        self._claims: Counter[bytes] = Counter()
+        self._locks: Counter[bytes] = Counter()
         # Reentrant: the garbage collector may free a buffer, and so call ``give``, on the thread that holds the lock.
         self._counting = threading.RLock()
 
-    def take(self, nbytes: int, are_there: bool = False) -> str | None:
+    def take(self, nbytes: int, are_there: bool = False, key: bytes | None = None) -> str | None:
         """Count ``nbytes`` more as used; returns None, or the reason why that is not allowed.
 
         Args:
             are_there: they are in memory already, as another process has them.
+            key: of the copy, if it is a shared one. What several models of this process share is counted once.
         """
         with self._counting:
+            if key is not None and self._claims[key]:
+                self._claims[key] += 1
+                return None
             reason = self._refusal(nbytes, are_there)
             if reason is None:
+                self._claims.update(_known(key))
                 self.used += nbytes
                 self._left -= 0 if are_there else nbytes
             return reason
@@ -110,8 +119,10 @@ class PinBudget:
                 self._left, self._asked = self._spare(), now
             return nbytes <= self._left
 
-    def give(self, nbytes: int) -> None:
+    def give(self, nbytes: int, key: bytes | None = None) -> None:
         with self._counting:
+            if _still_held(self._claims, key):
+                return
             self.used -= nbytes
             if self.used == 0:
                 self._ceiling = None  # The system may allow more by now: try again.
@@ -122,8 +133,10 @@ class PinBudget:
         reason = backend.register_read_only(memory) if buffer.read_only else backend.register(memory)
         with self._counting:
             if reason is None:
-                self.locked += memory.nbytes
-                self.shared += buffer.shared_bytes
+                if buffer.key is None or not self._locks[buffer.key]:
+                    self.locked += memory.nbytes
+                    self.shared += buffer.shared_bytes
+                self._locks.update(_known(buffer.key))
             else:
                 self.failures += 1
                 self._ceiling = int(self.locked * BACK_OFF)
@@ -136,8 +149,10 @@ class PinBudget:
             if self._ceiling is not None:
                 self._ceiling += PROBE_BYTES
 
-    def unlocked(self, nbytes: int, shared: int = 0) -> None:
+    def unlocked(self, nbytes: int, shared: int = 0, key: bytes | None = None) -> None:
         with self._counting:
+            if _still_held(self._locks, key):
+                return
             self.locked -= nbytes
             self.shared -= shared
 
@@ -166,6 +181,21 @@ class PinBudget:
         return max(by_limit, by_memory)
 
 
+def _known(key: bytes | None) -> tuple[bytes, ...]:
+    return () if key is None else (key,)
+
+
+def _still_held(holds: Counter[bytes], key: bytes | None) -> bool:
+    """One hold of a shared copy ends; whether others are left. Without a key there was one."""
+    if key is None:
+        return False
+    holds[key] -= 1
+    if holds[key] > 0:
+        return True
+    del holds[key]
+    return False
+
+
 def _map(nbytes: int) -> mmap.mmap:
     """Map untouched memory, in huge pages where the system has them: these are touched and page-locked faster.
 
@@ -189,11 +219,13 @@ class HostBuffer:
             page-locked.
         pinned: whether it is page-locked.
         read_only: whether nobody may write to it once it is whole (shared_buffer.py).
-        is_shared: whether other processes may have it too.
+        is_shared: whether others may have it too.
+        key: what a shared one is known by; None for one that nobody else can have.
         signatures: of the patches that it was filled with, by the names of values.
     """
 
     read_only = False
+    key: bytes | None = None
 
     def __init__(self, nbytes: int, memory: torch.Tensor | None = None) -> None:
         with torch.inference_mode(False):
@@ -232,9 +264,9 @@ class HostBuffer:
         """Count it towards ``budget`` until it is closed or freed; returns None, or the reason for a refusal."""
         if self._claim is not None:
             return None
-        reason = budget.take(self.nbytes, self.is_there)
+        reason = budget.take(self.nbytes, self.is_there, self.key)
         if reason is None:
-            self._claim = weakref.finalize(self, budget.give, self.nbytes)
+            self._claim = weakref.finalize(self, budget.give, self.nbytes, self.key)
             self._claim.atexit = False
         return reason
 
@@ -254,7 +286,7 @@ class HostBuffer:
         # Memory that is freed while registered makes a later registration of other memory fail. So a finalizer of
         # this object unlocks the memory, and keeps it alive until then. It does not run at exit: the process's pages
         # go anyway, and the driver may be gone.
-        self._lock = weakref.finalize(self, _unlock, backend, self.memory, budget, self.shared_bytes)
+        self._lock = weakref.finalize(self, _unlock, backend, self.memory, budget, self.shared_bytes, self.key)
         self._lock.atexit = False
         return None
 
@@ -272,9 +304,9 @@ class HostBuffer:
             self._claim = None
 
 
-def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget, shared: int) -> None:
+def _unlock(backend: Backend, memory: torch.Tensor, budget: PinBudget, shared: int, key: bytes | None) -> None:
     backend.unregister(memory.data_ptr())
-    budget.unlocked(memory.nbytes, shared)
+    budget.unlocked(memory.nbytes, shared, key)
 
 
 class Arena:
@@ -285,18 +317,25 @@ class Arena:
         pin_memory: whether to page-lock at all.
         budget: page-locked memory that is shared with other arenas.
         limit: bytes that this arena may page-lock; None sets none.
+        share: where copies come from that others have too; None takes the budget's.
 
     Attributes:
         pinned_bytes, pageable_bytes: bytes in live buffers, by kind.
-        shared_bytes: those of the former that other processes may have too.
+        shared_bytes: those of the former that others may have too.
         reason: why something is not page-locked, in words; None when everything is.
     """
 
     def __init__(
-        self, backend: Backend, pin_memory: bool = True, budget: PinBudget | None = None, limit: int | None = None
+        self,
+        backend: Backend,
+        pin_memory: bool = True,
+        budget: PinBudget | None = None,
+        limit: int | None = None,
+        share: NoShare | None = None,
     ) -> None:
         self.budget = budget or PinBudget()
         self.backend = backend
+        self._share = share
         self.pin_memory = pin_memory
         self._limit = limit
         self._counting = threading.Lock()
@@ -306,6 +345,11 @@ class Arena:
         self.shared_bytes = 0
         self.reason: str | None = None
         self.begin()
+
+    @property
+    def share(self) -> NoShare:
+        """Where copies come from that others have too."""
+        return self.budget.share if self._share is None else self._share
 
     def begin(self) -> None:
         """Allow page-locking again: what prevented it before may be gone."""

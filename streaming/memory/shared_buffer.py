@@ -55,7 +55,7 @@ class SharedBuffer(HostBuffer):
         signatures: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         super().__init__(nbytes, _NOTHING)
-        self.key = key
+        self.key: bytes = key
         self.signatures = dict(signatures)
         self.seen: torch.Tensor | None = None
         self._share = share
@@ -128,7 +128,7 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 def sharing(arena: Arena) -> NoShare:
     """Where the arena's copies may come from, and go to. That its device can page-lock such memory is tried first."""
-    share = arena.budget.share
+    share = arena.share
     if not (arena.pin_memory and share.is_on):
         return NO_SHARE
     share.try_out(lambda: _why_not_locked(arena))

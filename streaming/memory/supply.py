@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..config import StreamingConfig
 from ..devices.backend import Backend
+from ..sharing.share import NoShare
 from .arena import Arena, PinBudget, PinOwner
 from .builder import Builder
 from .reader import Reader
@@ -41,6 +42,7 @@ class Supply:
         largest_bytes: bytes of the largest unit.
         pins: page-locked memory that this model shares with others.
         watch: is called with the progress of loading.
+        share: where copies come from that others have too; None takes that of ``pins``.
 
     Attributes:
         arena: host memory for master copies.
@@ -55,9 +57,10 @@ class Supply:
         largest_bytes: int,
         pins: PinBudget | None,
         watch: Watch,
+        share: NoShare | None = None,
     ) -> None:
         chunk_bytes = min(config.chunk_bytes, largest_bytes)
-        self.arena = Arena(backend, config.pin_memory, pins, config.pinned_limit)
+        self.arena = Arena(backend, config.pin_memory, pins, config.pinned_limit, share)
         self.reader = Reader(backend, self.arena, config.read_threads, chunk_bytes, config.chunks)
         self.builder = Builder(self.arena, config.build_threads)
         self._threads = config.threads
@@ -100,13 +103,13 @@ class Supply:
     def build(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
         """Build the master copies of these units; other models may lose theirs. The builder must be idle."""
         self._make_room(copies, owner)
-        self._moves = self.arena.budget.share.moves()
+        self._moves = self.arena.share.moves()
         self.builder.build(copies, self._threads, self.tick)
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether all that is missing is built by other processes, which are not done yet."""
-        return self.builder.left > 0 and self.arena.budget.share.moves() == self._moves
+        """Whether all that is missing is built by others, which are not done yet."""
+        return self.builder.left > 0 and self.arena.share.moves() == self._moves
 
     def build_needed(self, copies: Sequence[UnitCopies]) -> None:
         """Build the master copies of these units, which other code will write to. The builder must be idle."""
@@ -120,7 +123,10 @@ class Supply:
     def _make_room(self, copies: Sequence[UnitCopies], owner: PinOwner) -> None:
         missing = [unit for unit in copies if not unit.master_copy.nbytes]  # Some are begun.
         there = [unit for unit in missing if unit.master_copy.is_shared_elsewhere(self.arena)]
-        self.make_room(sum(unit.unit.nbytes for unit in missing), owner, sum(unit.unit.nbytes for unit in there))
+        needed, found = (sum(unit.unit.nbytes for unit in units) for units in (missing, there))
+        if self.arena.share.is_local:
+            needed, found = needed - found, 0  # They are counted already.
+        self.make_room(needed, owner, found)
 
     def make_room(self, needed: int, owner: PinOwner, there: int = 0) -> None:
         """Have other models give up page-locked memory until ``needed`` bytes fit, as far as they can.

@@ -15,6 +15,7 @@ from ..memory.weights import Patches
 from ..model.blocks import BlockSet
 from ..planning.packing import Refusals
 from ..planning.plan import Plan
+from ..sharing.share import NoShare
 from .lane import Lane
 from .telemetry import Counters, Meters, StepListener
 from .verify import Verifier
@@ -32,6 +33,7 @@ class Site:
         counters: where to count.
         verifier: is asked to check copies that have arrived.
         listeners: are told of waits for copies.
+        share: where copies come from that others have too; None takes that of ``pins``.
 
     Attributes:
         supply: where weights come from.
@@ -51,10 +53,11 @@ class Site:
         counters: Counters,
         verifier: Verifier,
         listeners: Sequence[StepListener],
+        share: NoShare | None = None,
     ) -> None:
         largest = max(unit.nbytes for unit in (*blocks.units, blocks.rest))
         self.backend = backend
-        self.supply = Supply(backend, config, largest, pins, watch)
+        self.supply = Supply(backend, config, largest, pins, watch, share)
         self.weight_copies = WeightCopies(blocks, backend, self.supply, verifier)
         self.meters = Meters(backend, counters, listeners)
         self.lane: Lane | None = None

@@ -17,6 +17,7 @@ import socket
 from dataclasses import dataclass
 
 from ..errors import SharingError
+from .descriptors import raise_descriptors
 from .ledger import Answer, Kind, Ledger, Limits
 from .messages import Ask, Request, check_folder, check_peer, pack_answer, parse_address, receive_request, send
 from .messages import unpack_request as read_request
@@ -53,7 +54,7 @@ class Broker:
         self.address = address
         self._path = parse_address(address)
         self._listener = _listen(self._path)
-        copies = _raise_descriptors() - OTHER_DESCRIPTORS
+        copies = raise_descriptors(Limits.copies + OTHER_DESCRIPTORS) - OTHER_DESCRIPTORS
         ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limits = Limits(ram if nbytes is None else nbytes, max(1, min(Limits.copies, copies)))
         self._ledger = Ledger(limits, os.close)
@@ -231,20 +232,6 @@ def _remove_dead(path: str) -> None:
             os.unlink(path)
         except OSError:
             return
-
-
-def _raise_descriptors() -> int:
-    """Allow this process as many descriptors as it may have; returns how many these are."""
-    import resource  # Windows has no such module, and imports this file in tests.
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = Limits.copies + OTHER_DESCRIPTORS
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            return most
-    return most if soft == resource.RLIM_INFINITY else max(soft, 0)
 
 
 def serve(address: str) -> None:

@@ -34,7 +34,10 @@ class NoShare:
         address: of the broker; empty where none was named.
         reason: why nothing is shared, or not all of it; empty where all is.
         built, taken: copies that this process has given to others, and taken from others, so far.
+        is_local: whether all others are in this process (local.py): what is there takes nothing of its limits.
     """
+
+    is_local = False
 
     def __init__(self) -> None:
         self.address = ""

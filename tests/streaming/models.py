@@ -22,6 +22,7 @@ from weightstream.streaming import (
     cut_model,
 )
 from weightstream.streaming.planning.segments import cut
+from weightstream.streaming.sharing.share import NoShare
 
 
 class Layer(nn.Module):
@@ -209,6 +210,7 @@ class Stored:
         seed: int = 0,
         depth: int = 6,
         width: int = 32,
+        share: NoShare | None = None,
         **settings: Any,
     ) -> None:
         self.path = folder / f"model-{seed}.safetensors"
@@ -228,7 +230,7 @@ class Stored:
         self.pins = pins or PinBudget()
         blocks = cut_model(self.model, (lambda module, name, tensor: dtype or stored), self.checkpoint.locate)
         config = StreamingConfig(**{**SETTINGS, **SMALL_RING, "adaptive": False, **settings})
-        self.streamer = Streamer(self.model, blocks, self.backend, config, self.pins, watch=watch)
+        self.streamer = Streamer(self.model, blocks, self.backend, config, self.pins, watch=watch, share=share)
 
     @property
     def half(self) -> Plan:
