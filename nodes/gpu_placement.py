@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,13 +13,14 @@ from comfy_api.latest import io
 from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
 from ..streaming.machine.device_names import CPU, DEFAULT
 from .changed_files import count_outdated
-from .host.gpus import SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, why_no_gpus
+from .host.gpus import BITS, EXACT, PARALLEL, SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, why_no_gpus
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher
 from .tell import messages
 from .tell.failures import told_on_node
 from .tell.notices import keep_notice, withdraw_notice
 from .twins.components import clip_on, model_on
+from .twins.parallel import in_parallel
 from .twins.split import split_over
 from .twins.vae import vae_on
 
@@ -82,7 +83,8 @@ class GpuPlacement(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="How much each of several GPUs gets: auto by memory and speed, equal, or as ratio says.",
+                    tooltip="How much each of several GPUs gets: auto by memory and speed, equal, or as ratio says. With "
+                    "parallel each has the whole MODEL, and they compute prompts (positive, negative) at the same time.",
                 ),
                 io.String.Input(
                     "ratio",
@@ -100,6 +102,15 @@ class GpuPlacement(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Where a GPU is not there: use those that are, and say so, or stop.",
+                ),
+                io.Combo.Input(
+                    "parallel_bits",
+                    options=list(BITS),
+                    default=EXACT,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For split=parallel. exact: the first step is compared with that of one GPU; where a bit "
+                    "differs, one GPU works on. close: nothing is compared, and images may differ a little.",
                 ),
             ],
             outputs=[
@@ -140,6 +151,7 @@ class GpuPlacement(io.ComfyNode):
         clip_device: str = DEFAULT,
         vae_device: str = DEFAULT,
         on_missing: str = "fallback",
+        parallel_bits: str = EXACT,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id if cls.hidden is not None else None
         placing = Placing(visible_gpus(), on_missing == "error", node_id)
@@ -148,7 +160,7 @@ class GpuPlacement(io.ComfyNode):
             names = parse_device(clip_device, "clip_device"), parse_device(vae_device, "vae_device")
             placing.check(choice, *names)
             if placing.gpus:
-                model = placing.place_model(model, choice, split)
+                model = placing.place_model(model, choice, split, parallel_bits == EXACT)
                 clip = placing.place("CLIP", clip, names[0], clip_on)
                 vae = placing.place("VAE", vae, names[1], vae_on)
         if not placing.gpus:
@@ -208,11 +220,19 @@ class Placing:
             raise ConfigError(f"{text}; choose among these, or set on_missing to fallback")
         self.fall_back(text)
 
-    def place_model(self, model: ModelPatcher, choice: Choice, split: str) -> ModelPatcher:
+    def place_model(self, model: ModelPatcher, choice: Choice, split: str, exact: bool = True) -> ModelPatcher:
         """Place the MODEL on the chosen GPUs; if it cannot be split, on the one that has room for it, or the first."""
         if not choice.names:
             self.say("MODEL stays where its loader put it")
             return model
+        if split == PARALLEL:
+            try:
+                placed = in_parallel(model, [self.gpus[name] for name in choice.names], self.node_id, exact)
+            except UnsupportedModelError as error:
+                self.fall_back(f"MODEL does not work in parallel, {error}")
+                return self.place_model(model, choice, SPLITS[0])
+            self.say(f"MODEL on {_listed(choice.names)} at the same time ({PARALLEL}){'' if exact else ', close'}")
+            return placed
         if len(choice.names) > 1:
             devices = [self.gpus[name] for name in choice.names]
             try:
@@ -245,6 +265,11 @@ class Placing:
             return thing
         self.say(f"{what} on {name}{STREAMS if _streams(placed) and not _streams(thing) else ''}")
         return placed
+
+
+def _listed(names: Sequence[str]) -> str:
+    """In words: gpu:0, gpu:1 and gpu:2."""
+    return " and ".join([", ".join(names[:-1]), names[-1]])
 
 
 def _streams(thing: Any) -> bool:

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .run.step_log import RunLog, StepRow
     from .run.telemetry import Counters, Run, Snapshot
     from .run.trace import NamedTrace, StepTrace, chrome_trace
+    from .sharing.local import LocalShare
     from .sharing.share import share_of_environment
     from .split.feeder import Feeder
     from .split.feeding import feeding_is_faster, find_feeders
@@ -92,6 +93,7 @@ __all__ = [
     "HostMemory",
     "Line",
     "Link",
+    "LocalShare",
     "NamedTrace",
     "NoPatches",
     "Outline",
@@ -181,6 +183,7 @@ _HOMES = {
     "HostMemory": "machine.host_memory",
     "Line": "line",
     "Link": "machine.gpus",
+    "LocalShare": "sharing.local",
     "NamedTrace": "run.trace",
     "NoPatches": "memory.weights",
     "Outline": "planning.profile",

@@ -23,6 +23,8 @@ class Line:
         kept_bytes, total_bytes: weights that stay in VRAM, and all.
         staged_bytes: of those that stream, the bytes that do not come from page-locked memory.
         synchronous: whether copies are made when they are needed.
+        parallel: whether the devices work at the same time, each with all weights. Figures are of the one that has the
+            fewest of them, and of the slowest.
     """
 
     devices: tuple[str, ...]
@@ -35,19 +37,23 @@ class Line:
     total_bytes: int
     staged_bytes: int
     synchronous: bool
+    parallel: bool = False
 
     @classmethod
-    def of(cls, parts: Sequence[Snapshot], ended: bool = False) -> Line:
+    def of(cls, parts: Sequence[Snapshot], ended: bool = False, parallel: bool = False) -> Line:
         """The line of a model whose parts are on devices of their own, or of one alone.
 
-        ``ended``: their run has ended, so the line has what was measured in it.
+        ``ended``: their run has ended, so the line has what was measured in it. ``parallel``: each has the whole model.
         """
         loaded = [part for part in parts if part.mode != "off"]
+        parallel = parallel and len(loaded) > 1
         seconds, waiting = (_measured(loaded) if ended else None) or _expected(loaded)
         told = seconds is not None and waiting >= TOLD_WAITING
         gains = [part for part in loaded if told and seconds and 0 < part.more_seconds < seconds and part.more_bytes]
         best = min(gains, key=lambda part: part.more_seconds, default=None)
-        kept = sum(part.resident_bytes + part.rest_bytes for part in loaded)
+        least = min(loaded, key=_kept, default=None) if parallel else None
+        counted = loaded if least is None else [least]
+        kept = sum(map(_kept, counted))
         return cls(
             devices=tuple(part.device for part in loaded),
             seconds=seconds,
@@ -56,9 +62,10 @@ class Line:
             more_seconds=best.more_seconds if best is not None else 0.0,
             more_device=best.device if best is not None else "",
             kept_bytes=kept,
-            total_bytes=kept + sum(part.streamed_weight_bytes for part in loaded),
+            total_bytes=kept + sum(part.streamed_weight_bytes for part in counted),
             staged_bytes=sum(part.staged_bytes for part in loaded if not part.building),
             synchronous=any(part.mode == "synchronous" for part in loaded),
+            parallel=parallel,
         )
 
     def as_dict(self) -> dict[str, object]:
@@ -92,7 +99,13 @@ class Line:
         return f"+{format_bytes(self.more_bytes)} VRAM{where} → {_seconds(self.more_seconds)}"
 
     def _where(self) -> str:
+        if self.parallel:
+            return f"{' and '.join(self.devices)} at the same time"
         return ", ".join(self.devices) if len(self.devices) > 1 else ""
+
+
+def _kept(part: Snapshot) -> int:
+    return part.resident_bytes + part.rest_bytes
 
 
 def _expected(loaded: Sequence[Snapshot]) -> tuple[float | None, float]:

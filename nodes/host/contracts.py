@@ -120,6 +120,25 @@ MODULES: dict[str, Wanted] = {
 }
 
 
+# What several GPUs need to work on one step at the same time (twins/parallel.py). Without it all else works.
+PARALLEL_METHODS: Wanted = {"deepclone_multigpu": Call(0, ("new_load_device",)), "match_multigpu_clones": Call(0)}
+PARALLEL_NAMES: dict[str, Wanted] = {
+    "comfy.multigpu": {"MultiGPUThreadPool": THERE},
+    "comfy.samplers": {"_calc_cond_batch_multigpu": Call(5)},
+}
+
+
+@lru_cache(maxsize=1)
+def why_not_parallel() -> str:
+    """Why this host does not run one step on several GPUs at once; empty where it does."""
+    found = [*_lacking("ModelPatcher", ModelPatcher, PARALLEL_METHODS, before=1)]
+    for name, wanted in PARALLEL_NAMES.items():
+        found += _lacking(name.removeprefix("comfy."), hosts.module_of_host(name), wanted)
+    if not hasattr(hosts.WrappersMP, "CALC_COND_BATCH"):
+        found.append("WrappersMP.CALC_COND_BATCH is gone")
+    return f"ComfyUI {hosts.VERSION} cannot do that ({', '.join(found)})" if found else ""
+
+
 @lru_cache(maxsize=1)
 def broken_contracts() -> tuple[str, ...]:
     """Describe for people each name that this host lacks, or that we cannot call as we do. Empty for a known host."""

@@ -17,6 +17,7 @@ from ...streaming import (
     ConfigError,
     CpuBackend,
     CudaBackend,
+    LocalShare,
     PinBudget,
     UnsupportedModelError,
     VirtualMemory,
@@ -165,6 +166,10 @@ pins = PinBudget(
     ask_others=lambda n: mm.free_pins(n),
     share=share_of_environment(),
 )
+
+
+# Copies that several GPUs of this process share, where no broker was named (docs/sharing.md).
+local_share = LocalShare()
 
 
 def has_dynamic_vram(device: torch.device) -> bool:

@@ -23,6 +23,13 @@ class GeneratorStates:
         self._cpu = torch.get_rng_state()
         self._gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
+    def drawn(self) -> bool:
+        """Whether somebody has drawn from one of them since."""
+        now = GeneratorStates()
+        numpy = all(map(np.array_equal, self._numpy, now._numpy))
+        gpus = len(self._gpus) == len(now._gpus) and all(map(torch.equal, self._gpus, now._gpus))
+        return not (self._python == now._python and numpy and gpus and torch.equal(self._cpu, now._cpu))
+
     def restore(self) -> None:
         random.setstate(self._python)
         np.random.set_state(self._numpy)

@@ -13,8 +13,13 @@ from ...streaming import ConfigError, count_of, gpu_name, in_parts, parse_gpus, 
 from ...streaming.machine.device_names import GPUS_VARIABLE
 from .devices import read_environment, virtual_devices
 
-# How a MODEL is divided among several GPUs: by memory and speed, in equal parts, or by the user's ratio.
-SPLITS = ("auto", "equal", "ratio")
+# Each GPU has the whole MODEL, and works on a step at the same time as the others.
+PARALLEL = "parallel"
+# How a MODEL is divided among several GPUs: by memory and speed, in equal parts, by the user's ratio; or not at all.
+SPLITS = ("auto", "equal", "ratio", PARALLEL)
+# Whether what GPUs compute at the same time must be the same to the bit as on one.
+EXACT = "exact"
+BITS = (EXACT, "close")
 
 
 def visible_gpus() -> dict[str, torch.device]:

@@ -118,7 +118,8 @@ class PartPatcher(StreamedModelPatcher):
     def _host_patches(self) -> HostPatches:
         owner = self._owner
         values, kind = self.streamer.blocks.values, owner.streamed.kind
-        return HostPatches(owner, values, self.load_device, kind, owner.would_be_dynamic)
+        shared = self.streamer.shares_copies
+        return HostPatches(owner, values, self.load_device, kind, owner.would_be_dynamic, shared)
 
     @property
     def _owner(self) -> StreamedModelPatcher:

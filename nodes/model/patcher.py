@@ -23,7 +23,7 @@ from .offload import host_config
 from .patches import HostPatches, dtypes_loaded_by_host, weights_to_save
 from .steps import load_again, load_when_called, run_streamed
 from .streamed_model import ATTRIBUTE
-from .streamed_patcher import PARTS
+from .streamed_patcher import PARALLEL, PARTS
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,25 @@ class StreamedModelPatcher(HookedPatcher):
         return super(StreamedModelPatcher, whole).deepclone_multigpu(*args, **kwargs)
 
     def match_multigpu_clones(self, *args: Any, **options: Any) -> None:
-        """Copies for parallel work on other devices have no parts: each has the whole model."""
+        """Copies for parallel work on other devices have no parts: each has the whole model.
+
+        Where they cannot have what is attached to this one, those of ours are left, and it works alone.
+        """
         parts = self.parts
         self.remove_additional_models(PARTS)
         try:
             super().match_multigpu_clones(*args, **options)
+        except Exception as error:
+            if not self.streamed.beside:
+                raise  # ComfyUI's own node has made them.
+            self.remove_additional_models(PARALLEL)
+            self.streamed.tell_of_parallel(f"what is attached to it cannot be had on another GPU ({error})", self.model)
         finally:
             if parts:
                 self.set_additional_models(PARTS, parts)
+        for clone in self.get_additional_models_with_key(PARALLEL):
+            if isinstance(clone, StreamedModelPatcher):
+                clone.prompt_has_hooks = self.prompt_has_hooks
 
     def model_patches_models(self) -> list[Any]:
         """Models that the host loads with this one, also where a node has it load the MODEL alone."""
@@ -228,7 +239,8 @@ class StreamedModelPatcher(HookedPatcher):
 
     def _host_patches(self) -> HostPatches:
         values, kind = self.streamer.blocks.values, self.streamed.kind
-        return HostPatches(self, values, kind=kind, dynamic=self.would_be_dynamic)
+        dynamic, shared = self.would_be_dynamic, self.streamer.shares_copies
+        return HostPatches(self, values, kind=kind, dynamic=dynamic, shared=shared)
 
     def reload(self, plan: Plan) -> None:
         """Carry ``plan`` out between two steps, with this MODEL's patches; hooks are off then.

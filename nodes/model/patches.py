@@ -35,7 +35,6 @@ from comfy.model_patcher import ModelPatcher
 
 from ...streaming import UnsupportedModelError
 from ...streaming.model.layout import Value
-from ..host.devices import pins
 from ..host.hosts import LazyCastingParam, QuantizedTensor
 from .patch_identity import computing_context, identity_of_entries
 
@@ -91,6 +90,7 @@ class HostPatches:
         device: where patches are computed; None means the MODEL's load device.
         kind: the class of the patcher that the model came with, which may patch in its own way.
         dynamic: whether the host would run this MODEL with dynamic VRAM.
+        shared: whether others may have what is made of them, so that they need identities.
 
     Raises:
         UnsupportedModelError: a patch addresses a weight that has two names; the host changes one of them alone.
@@ -103,9 +103,11 @@ class HostPatches:
         device: torch.device | None = None,
         kind: type[ModelPatcher] = ModelPatcher,
         dynamic: bool = False,
+        shared: bool = False,
     ) -> None:
         self._patcher = patcher
         self._dynamic = dynamic
+        self._shared = shared
         self._theirs = _as_another(patcher, kind) if _has_its_own_way(kind) else None
         self._device = patcher.load_device if device is None else device
         self._module_bytes: Counter[str] = Counter()
@@ -126,7 +128,7 @@ class HostPatches:
 
     def _context_of(self, name: str) -> str | None:
         """What the result depends on beside the patches; None where nothing is shared, or a pack computes it."""
-        if not pins.share.address or self._theirs is not None:
+        if not self._shared or self._theirs is not None:
             return None
         module, _ = comfy.utils.resolve_attr(self._patcher.model, name)
         way = self._goes_the_dynamic_way(name), self._dynamic, self._computing_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...streaming import State, StreamingError, WeightsMovedError
 from ...streaming.collector import uncollected
+from ..host.devices import same_device
 from ..host.hosts import end_recordings, nesting_pauses
 from ..state.step_state import RepeatableStep, StepState
 from ..tell.failures import told_on_node
@@ -24,6 +26,9 @@ from .sharing import PartFullError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# The host loads models on one thread; the GPUs that work at the same time have one each.
+_loading = threading.RLock()
 
 
 def run_streamed(executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -164,13 +169,19 @@ def load_again(patcher: HookedPatcher, memory: int = 0) -> None:
     """
     hooks, name = patcher.streamed.step_hooks or patcher.current_hooks, patcher.streamed.name
     ours = [patcher, *patcher.get_nested_additional_models()]
+    beside = patcher.streamed.beside
+    if beside:  # Those on other GPUs are in the middle of their steps, each on a thread of its own.
+        ours = [one for one in ours if same_device(one.load_device, patcher.load_device)]
     # Other models that the prompt uses stay where they are, and count as used. But a part may be loaded while the MODEL
     # runs, so no other model is passed along with it.
     used = [loaded.model for loaded in mm.current_loaded_models if loaded.currently_used and loaded.model is not None]
     is_part = patcher.hooked is not patcher
     others = [other for other in used if not (is_part or any(one.is_clone(other) for one in ours))]
+    if beside:
+        others = [other for other in others if same_device(other.load_device, patcher.load_device)]
     logger.info("%s is not loaded though it runs: loading it", name)
-    mm.load_models_gpu([*ours, *others], memory_required=memory)
+    with _loading:
+        mm.load_models_gpu([*ours, *others], memory_required=memory)
     if patcher.streamer.state is State.UNLOADED:
         raise StreamingError(
             f"{name} was unloaded while it was in use, and there is no room to load it again. Free memory, or lower "

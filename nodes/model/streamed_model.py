@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -17,23 +19,41 @@ from torch.utils.hooks import RemovableHandle
 
 from ...streaming import Backend, BudgetError, Feeder, Line, Plan, Streamer, count_of, cut_model, format_bytes, gpu_name
 from ...streaming.handoff.boundary import Boundary
-from ..host.devices import evictable, make_backend, obtainable, pins, same_device
+from ...streaming.sharing.share import NoShare
+from ..host.devices import evictable, local_share, make_backend, obtainable, pins, same_device
 from ..host.generators import generators_kept
 from ..host.noted_dtypes import noted_dtype
 from ..state.step_state import StepModules
 from ..tell import messages
 from ..tell.names import without_folders
+from ..tell.notices import keep_notice, withdraw_notice
 from ..tell.progress import LoadingBar
 from .measured import keep_measured
 from .offload import GIB, ROUND_GIB, OffloadSettings, host_config
 from .shares import Shares
 
+# What notices call work on several GPUs at the same time.
+PARALLEL_NOTICE = "GPU Placement (parallel)"
+
 # Where the shared model keeps the one object that holds everything about its streaming.
 ATTRIBUTE = "weightstream"
+
+# Where copies of the models that are made now come from, for several of one file in this process (docs/sharing.md).
+_share: ContextVar[NoShare | None] = ContextVar("share", default=None)
 
 _living: weakref.WeakSet[StreamedModel] = weakref.WeakSet()
 # Routes answer on other threads while the worker loads models.
 _watching = threading.Lock()
+
+
+@contextmanager
+def sharing_copies() -> Iterator[None]:
+    """Models that are made to stream meanwhile, by whomever, share their copies; by the broker if one was named."""
+    token = _share.set(None if pins.share.address else local_share)
+    try:
+        yield
+    finally:
+        _share.reset(token)
 
 
 def streamed_models() -> list[StreamedModel]:
@@ -65,7 +85,12 @@ class StreamedModel:
         held: whether a part keeps its weights even if the host takes them away (parts.py, Note: held parts).
         leaves: whether the host asked to unload a held part, which is done when the step ends.
         title: the checkpoint's file name.
-        number: tells models of a process apart; a part has that of its whole model.
+        number: tells models of a process apart; a part has that of its whole model, and so have models that work beside
+            each other.
+        beside: names of the GPUs that work on a step at the same time, its own included (twins/parallel.py).
+        alone: why its last step ran on its own GPU alone all the same; empty where it did not.
+        gave_up: why the steps of this run do so.
+        together: how many steps of this run were computed by several GPUs at the same time.
         ended: whether the run for which it was loaded last has ended.
     """
 
@@ -89,6 +114,10 @@ class StreamedModel:
     title: str = ""
     number: int = field(default_factory=count(1).__next__)
     ended: bool = False
+    beside: Sequence[str] = ()
+    alone: str = ""
+    gave_up: str = ""
+    together: int = 0
     _native: ModelPatcher | None = None
     _step_modules: tuple[int, StepModules] | None = None
     _guard: RemovableHandle | None = None
@@ -158,7 +187,7 @@ class StreamedModel:
 
     def begin_run(self) -> None:
         """The host is about to load it, for steps that are counted apart from those before."""
-        self.ended = False
+        self.ended, self.gave_up, self.together = False, "", 0
         self.streamer.begin_run()
 
     def end_run(self) -> None:
@@ -183,8 +212,22 @@ class StreamedModel:
         models = [model for model in streamed_models() if model.number == self.number]
         loaded = [part for model in models if (part := model.streamer.snapshot()).mode != "off"]
         details = [f"{part.device}: {without_folders(part.explain)}" for part in loaded]
-        line = Line.of(loaded, ended=all(model.ended for model in models))
+        line = Line.of(loaded, all(model.ended for model in models), parallel=bool(self.beside) and not self.alone)
         messages.show_line(line, details, self.node_id)
+
+    def tell_of_parallel(self, alone: str, about: object) -> None:
+        """Say on how many GPUs it works, where that has changed: ``alone`` says why on its own one; empty if on all."""
+        if alone == self.alone:
+            return
+        for model in streamed_models():
+            if model.number == self.number:
+                model.alone = alone
+        if not alone:
+            messages.announce(self.title, f"works on {' and '.join(self.beside)} at the same time", self.node_id)
+            return withdraw_notice(PARALLEL_NOTICE, self.node_id)
+        text = f"{self.title} works on {self.gpu} alone, not in parallel: {alone}"
+        messages.announce(PARALLEL_NOTICE, text, self.node_id)
+        keep_notice("fallback", PARALLEL_NOTICE, text, self.node_id, about)
 
     def tell_of_hooks(self) -> None:
         """Say once that weights change within steps, and what that costs."""
@@ -253,7 +296,7 @@ def make_streamed(
     backend = make_backend(load_device)
     blocks = cut_model(model, model_dtype, locate, shown_dtype=dtype_by_host)
     bar = LoadingBar(node_id)
-    streamer = Streamer(root, blocks, backend, host_config(settings, backend), pins, evictable, bar)
+    streamer = Streamer(root, blocks, backend, host_config(settings, backend), pins, evictable, bar, share=_share.get())
     check_limit(settings.vram_limit, streamer, name)
     streamed = StreamedModel(name, streamer, node_id, bar)
     setattr(model, ATTRIBUTE, streamed)

@@ -14,6 +14,8 @@ from .streamed_model import ATTRIBUTE, StreamedModel
 
 # Under this key of additional models are the patchers of a model's parts on other devices (parts.py).
 PARTS = "weightstream_parts"
+# Under this key the host has copies of a model for parallel work on other devices.
+PARALLEL = "multigpu"
 
 
 class StreamedPatcher(ModelPatcher):

@@ -107,11 +107,12 @@ def _put_back_of_buffers(module: torch.nn.Module, kept: dict[str, Any]) -> None:
         before, value = kept.get(name, MISSING), now.get(name, MISSING)
         if before is MISSING:
             del now[name]
-        elif before is not value and not _alike(before, value):
+        elif before is not value and not alike(before, value):
             now[name] = before
 
 
-def _alike(before: Any, value: Any) -> bool:
+def alike(before: Any, value: Any) -> bool:
+    """Whether a module has a buffer like the one before in its place."""
     if not (isinstance(before, torch.Tensor) and isinstance(value, torch.Tensor)):
         return False
     if is_shown(value):

@@ -45,9 +45,13 @@ class _View(NamedTuple):
         empty = torch.empty(0, dtype=torch.uint8, device=self.tensor.device)
         return empty.set_(self.storage, self.offset * size, (elements * size,), (1,))
 
-    def put_back(self) -> None:
+    def is_elsewhere(self) -> bool:
+        """Whether the tensor shows another part of memory now."""
         now = _View.of(self.tensor)
-        if now[2:] != self[2:] or now.storage.data_ptr() != self.storage.data_ptr():
+        return now[2:] != self[2:] or now.storage.data_ptr() != self.storage.data_ptr()
+
+    def put_back(self) -> None:
+        if self.is_elsewhere():
             self.tensor.set_(*self[1:])
 
 
@@ -122,6 +126,16 @@ class Memory:
             # Memory that maps a file is not written to without need.
             if memory.device.type != "cpu" or memory.is_sparse or not torch.equal(memory, copy):
                 memory.copy_(copy)
+
+    def written(self) -> str:
+        """Which of the tensors of which there are copies was written to, or shows other memory; empty where none."""
+        for view in self._views:
+            if view.is_elsewhere():
+                return f"a tensor of {format_bytes(view.tensor.nbytes)} shows other memory"
+        for memory, copy in self._copies:
+            if memory.is_sparse or not torch.equal(memory, copy):
+                return f"a tensor of {format_bytes(copy.nbytes)} was written to"
+        return ""
 
     def changed(self) -> str:
         """What was written to and cannot be put back; empty where there is nothing. Waits for the devices."""

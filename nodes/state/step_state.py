@@ -27,6 +27,7 @@ from ...streaming.devices.backend import is_out_of_memory
 from ...streaming.handoff.away import Away
 from ...streaming.runner import may_be_mended
 from ..host.generators import GeneratorStates
+from .comparing import has_changed
 from .kinds import Kind
 from .reach import ATTRIBUTES, BUFFERS, MODULE, SMALL_BUFFER_BYTES, kind_of, telling_attributes
 from .step_memory import Memory
@@ -174,6 +175,23 @@ class StepState:
                 except Exception as error:
                     self._note(f"a {type(value).__name__} that {name} leads to cannot be put back ({error})")
             self._generators.restore()
+
+    def changed(self) -> str:
+        """What is not as it was, which is left as it is; empty where everything is. Waits for the devices."""
+        if self._obstacle:
+            return self._obstacle
+        written = sorted(set(self._written()) - (self._modules.written_before or frozenset()))
+        if written:
+            return f"{written[0]}, a weight of the model, was written to"
+        for value, kind, kept, name in self._kept:
+            try:
+                if has_changed(value, kind, kept):
+                    return f"a {type(value).__name__} that {name} leads to has changed"
+            except Exception as error:  # Reading attributes may run code of others.
+                return f"a {type(value).__name__} that {name} leads to cannot be compared ({error!r})"
+        if self._generators.drawn():
+            return "it has drawn random numbers"
+        return self._memory.written() or self._memory.changed()
 
     def obstacle(self) -> str:
         """What is not as it was; empty where everything is. Waits for the devices."""

@@ -30,7 +30,7 @@ from ..host.devices import obtainable, same_device, unload
 from ..host.generators import generators_kept
 from ..host.noted_dtypes import compute_as_noted
 from ..model.offload import OffloadSettings
-from ..model.patcher import PARTS, StreamedModelPatcher
+from ..model.patcher import PARALLEL, PARTS, StreamedModelPatcher
 from ..model.text_encoder import with_patcher
 from .takeover import CHANGED, anew, carry_over, check_what_hangs_on, give_back, take_over
 from .twins import factory_of, lasting_difference
@@ -39,9 +39,6 @@ logger = logging.getLogger(__name__)
 
 # The CPU itself: a virtual device has an index.
 CPU = torch.device("cpu")
-
-# Copies of a model for parallel work on other devices, which the host makes anew for the device that it has now.
-PARALLEL = "multigpu"
 
 # The patchers that were built for another device, by the incoming model.
 _built: weakref.WeakKeyDictionary[torch.nn.Module, ModelPatcher] = weakref.WeakKeyDictionary()

@@ -18,7 +18,7 @@ from ..host.devices import make_backend
 from ..host.generators import generators_kept
 from ..host.hosts import WrappersMP, made_with, what_is_of_the_model
 from ..model.offload import OffloadSettings
-from ..model.patcher import PARTS, StreamedModelPatcher
+from ..model.patcher import PARALLEL, PARTS, StreamedModelPatcher
 from ..model.streamed_model import ATTRIBUTE, check_limit, make_streamed
 from ..model.text_encoder import step_of_text_encoder
 from ..state.references import refers_to
@@ -119,7 +119,7 @@ def _check_files(patcher: StreamedModelPatcher) -> None:
 def check_what_hangs_on(patcher: ModelPatcher) -> None:
     """Raise :class:`UnsupportedModelError` if something that would be carried over refers to modules of this model, or
     if the host runs it on several GPUs at once."""
-    if patcher.get_additional_models_with_key("multigpu"):
+    if patcher.get_additional_models_with_key(PARALLEL):
         raise UnsupportedModelError("it runs on several GPUs at once; put this node in front of what splits it")
     root = getattr(patcher.model, "diffusion_model", patcher.model)
     modules = {id(patcher.model), *map(id, root.modules())}

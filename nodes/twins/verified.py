@@ -1,0 +1,342 @@
+"""Steps in parallel that give the bits of one GPU, or do not run in parallel (parallel.py).
+
+[Note: verified, not believed]
+Two GPUs with a prompt each compute a batch of one where one GPU computes a batch of two. On GPUs the products of most
+models come out the same, to the bit; on others, and on CPUs, they do not, and nobody promises it. ComfyUI also adds
+up the regions of a prompt in another order. So the first step of each kind runs both ways: on the first GPU alone,
+which is the truth, and on all of them. A kind is what decides which kernels run: the model, dtypes, shapes, which
+prompts are in effect, the GPUs, and what is attached. If all bits are the same, later steps of this kind run in
+parallel; else on one GPU, and the node says so. What was found out is kept for the process.
+
+A step runs a second time only if the first one has left everything that it can reach as it was (state/comparing.py).
+If not, some node keeps state from step to step, as caches that skip steps do. Two threads would share it, in no
+certain order, so that later steps could differ where the first did not: such a MODEL works on one GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+
+from ...streaming import BudgetError, StreamingError
+from ...streaming.devices.backend import is_out_of_memory
+from ..model.patcher import StreamedModelPatcher
+from ..state.step_state import StepState
+
+logger = logging.getLogger(__name__)
+
+CLONES, POOL = "multigpu_clones", "multigpu_thread_pool"
+# More kinds of steps than anybody uses in a process.
+MOST_KINDS = 256
+
+# Of a step: the model, conds, latents and sigma, as the host gives them, without its options.
+Arguments = tuple[Any, list[Any], torch.Tensor, torch.Tensor]
+Options = dict[str, Any]
+Outputs = list[torch.Tensor]
+
+
+class Verdicts:
+    """What was found out about kinds of steps, for any thread: an empty string, or why they run on one GPU."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: OrderedDict[Hashable, str] = OrderedDict()
+
+    def of(self, kind: Hashable) -> str | None:
+        with self._lock:
+            return self._found.get(kind)
+
+    def keep(self, kind: Hashable, reason: str) -> None:
+        with self._lock:
+            self._found[kind] = reason
+            while len(self._found) > MOST_KINDS:
+                self._found.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._found.clear()
+
+
+verdicts = Verdicts()
+
+
+def run_exact(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
+    """A step on several GPUs at the same time if its bits are those of one GPU; else on one. The host calls this."""
+    *given, options = arguments
+    step = _Step(executor, tuple(given), options)
+    if not step.is_ours:
+        return executor(*arguments)
+    if step.is_of_one_prompt:
+        return step.alone_for_one_prompt()
+    kind = step.kind()
+    reason = verdicts.of(kind)
+    if reason is None:
+        outputs, reason = step.verify()
+        if reason is not None:
+            verdicts.keep(kind, reason)
+            step.tell(reason)
+        return outputs
+    if reason or step.gave_up:
+        step.tell(reason or step.gave_up)
+        return step.alone()
+    return step.together_or_alone()
+
+
+def run_close(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
+    """A step on several GPUs at the same time, whatever its bits. The host calls this."""
+    *given, options = arguments
+    step = _Step(executor, tuple(given), options)
+    if not step.is_ours:
+        return executor(*arguments)
+    if step.is_of_one_prompt:
+        return step.alone_for_one_prompt()
+    step.tell("")
+    return step.together()
+
+
+class _Step:
+    """One step of a MODEL, to run on its GPUs at the same time or on the first of them."""
+
+    def __init__(self, executor: Callable[..., Outputs], arguments: Arguments, options: Options) -> None:
+        self._executor = executor
+        self._arguments = arguments
+        self._options = options
+        self._clones: Mapping[torch.device, Any] = options.get(CLONES) or {}
+        self._patcher = getattr(arguments[0], "current_patcher", None)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether there are several GPUs on which we have put the model."""
+        ours = isinstance(self._patcher, StreamedModelPatcher) and bool(self._patcher.streamed.beside)
+        return ours and len(self._clones) > 1
+
+    @property
+    def is_of_one_prompt(self) -> bool:
+        """Whether there is something to do for one GPU alone, as with a guidance of 1."""
+        return sum(1 for _ in self._entries()) < 2
+
+    @property
+    def gave_up(self) -> str:
+        """Why this run goes on alone, empty if it does not."""
+        return self._patcher.streamed.gave_up
+
+    def _entries(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The prompts that are in effect at this step, those of regions included, with the number of their list."""
+        _, conds, _, sigma = self._arguments
+        for number, entries in enumerate(conds):
+            for entry in entries or ():
+                if _is_in_effect(entry, sigma):
+                    yield number, entry
+
+    def kind(self) -> Hashable:
+        """What decides which kernels run (Note: verified, not believed)."""
+        model, _, x, _ = self._arguments
+        streamed = self._patcher.streamed
+        entries = tuple((number, *_describe(entry)) for number, entry in self._entries())
+        options = {name: value for name, value in self._options.items() if name not in (CLONES, POOL)}
+        devices = tuple(map(str, self._clones))
+        about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices)
+        return about, tuple(x.shape), x.dtype, entries, _names(options)
+
+    # -- both ways -----------------------------------------------------------------------------------------------------
+
+    def alone(self) -> Outputs:
+        """On the first GPU."""
+        options = {name: value for name, value in self._options.items() if name not in (CLONES, POOL)}
+        outputs = self._executor(*self._arguments, options)
+        if any("hooks" in entry for _, entry in self._entries()):
+            self._forget_hooks()
+        return outputs
+
+    def alone_for_one_prompt(self) -> Outputs:
+        """On the first GPU, which is said unless other steps of this run have more to do."""
+        if not self._patcher.streamed.together:
+            self.tell("its steps compute one prompt (with cfg 1 the negative one has no effect)")
+        return self.alone()
+
+    def _forget_hooks(self) -> None:
+        """The host tells the MODEL alone when a LoRA on conditioning changes its strength: the others compute anew."""
+        for clone in self._clones.values():
+            if clone is not self._patcher:
+                clone.cached_hook_patches.clear()
+                if clone.current_hooks is not None:
+                    clone.patch_hooks(None)
+
+    def together(self) -> Outputs:
+        """On all of them, each on a thread of the host's."""
+        with _settled(self._options) as options:
+            outputs = self._executor(*self._arguments, options)
+        self._patcher.streamed.together += 1
+        return outputs
+
+    def together_or_alone(self) -> Outputs:
+        """On all of them; if one has no memory for it, on the first, until the MODEL is loaded for the next run."""
+        try:
+            outputs = self.together()
+        except Exception as error:
+            if not _has_no_room(error):
+                raise
+            self._give_up(error)
+            return self.alone()
+        self.tell("")
+        return outputs
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("[WeightStream] %s: %s", self._patcher.streamed.title, error)
+        self._patcher.streamed.gave_up = f"there is no room for it on all of {', '.join(self._patcher.streamed.beside)}"
+        self.tell(self.gave_up)
+
+    def verify(self) -> tuple[Outputs, str | None]:
+        """Run it both ways; returns what one GPU gives, and a verdict, or None where there is none for next time."""
+        before = self._state()
+        expected = self.alone()
+        if changed := before.changed():
+            return expected, f"some node keeps state from step to step ({changed}), which GPUs would share"
+        try:
+            found = self.together()
+        except Exception as error:
+            if not _has_no_room(error):
+                raise
+            before.put_back()
+            self._give_up(error)
+            return expected, None
+        if changed := before.changed():
+            before.put_back()
+            return expected, f"some node keeps state from step to step ({changed}), which GPUs would share"
+        if not all(map(_same_bits, found, expected)):
+            most = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
+            return expected, f"a step gave other bits than on one GPU (by {most:.1e} at most)"
+        return expected, ""
+
+    def _state(self) -> StepState:
+        """What others have attached, as it is now."""
+        options = {name: value for name, value in self._options.items() if name not in (CLONES, POOL)}
+        attached = options.pop("transformer_options", {})
+        roots = options | {f"transformer_options[{name!r}]": value for name, value in attached.items()}
+        patcher = self._patcher
+        modules = patcher.streamed.step_modules(getattr(patcher.model, "diffusion_model", patcher.model))
+        with patcher.streamer.backend.record.paused():
+            wrappers = getattr(self._executor, "wrappers", None)
+            return StepState({**roots, "a wrapper": wrappers}, modules, [patcher.load_device], patcher.streamer.written)
+
+    def tell(self, alone: str) -> None:
+        self._patcher.streamed.tell_of_parallel(alone, self._patcher.model)
+
+
+# -- the host's threads ------------------------------------------------------------------------------------------------
+
+
+class _Pool:
+    """The host's threads, and how much they still owe."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._owed: Counter[torch.device] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def submit(self, device: torch.device, *arguments: Any, **named: Any) -> None:
+        self._pool.submit(device, *arguments, **named)
+        self._owed[device] += 1
+
+    def get_result(self, device: torch.device) -> Any:
+        found = self._pool.get_result(device)
+        self._owed[device] -= 1
+        return found
+
+    def settle(self) -> None:
+        """Wait until all threads have done what they were given."""
+        for device in list(self._owed):
+            while self._owed[device] > 0:
+                self.get_result(device)
+
+
+@contextmanager
+def _settled(options: Options) -> Iterator[Options]:
+    """Options for a step, at whose end no thread works on: when one GPU fails the host does not wait for the others,
+    and an interrupt reaches one of them alone."""
+    if options.get(POOL) is None:
+        yield options
+        return
+    pool = _Pool(options[POOL])
+    try:
+        yield {**options, POOL: pool}
+    except mm.InterruptProcessingException:
+        mm.interrupt_current_processing(True)
+        try:
+            pool.settle()
+        finally:
+            mm.interrupt_current_processing(False)
+        raise
+    finally:
+        pool.settle()
+
+
+def _has_no_room(error: Exception) -> bool:
+    return is_out_of_memory(error) or isinstance(error, BudgetError) or _is_for_lack_of_room(error)
+
+
+def _is_for_lack_of_room(error: BaseException | None) -> bool:
+    """Whether one of our errors follows from a lack of memory."""
+    while isinstance(error, StreamingError):
+        error = error.__cause__
+        if error is not None and is_out_of_memory(error):
+            return True
+    return False
+
+
+# -- kinds of steps ----------------------------------------------------------------------------------------------------
+
+
+def _is_in_effect(entry: Mapping[str, Any], sigma: torch.Tensor) -> bool:
+    """Whether the host computes this prompt at this step: some begin and end at a sigma."""
+    start, end = entry.get("timestep_start"), entry.get("timestep_end")
+    if start is not None and sigma[0] > start:
+        return False
+    return end is None or not sigma[0] < end
+
+
+def _describe(entry: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    """Of a prompt: the shapes of all that the model is given, its area, and what acts on it."""
+    shapes = [(name, _shape(getattr(value, "cond", value))) for name, value in entry.get("model_conds", {}).items()]
+    area, controls = entry.get("area"), []
+    control = entry.get("control")
+    while control is not None:
+        controls.append(type(control).__qualname__)
+        control = getattr(control, "previous_controlnet", None)
+    others = [(name, _shape(entry.get(name))) for name in ("mask", "gligen", "hooks", "default")]
+    return tuple(shapes), None if area is None else tuple(area), tuple(controls), tuple(others)
+
+
+def _shape(value: Any) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_shape, value))
+    return type(value).__qualname__
+
+
+def _names(value: Any) -> Hashable:
+    """What options consist of, by names: functions and classes, not numbers."""
+    if isinstance(value, dict):
+        return tuple((str(name), _names(each)) for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_names, value))
+    if isinstance(value, torch.Tensor):
+        return _shape(value)
+    named = getattr(value, "__qualname__", None)
+    return named if isinstance(named, str) else type(value).__qualname__
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
