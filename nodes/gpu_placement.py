@@ -83,8 +83,8 @@ class GpuPlacement(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="How much each of several GPUs gets: auto by memory and speed, equal, or as ratio says. With "
-                    "parallel each has the whole MODEL, and they compute prompts (positive, negative) at the same time.",
+                    tooltip="How much each of several GPUs gets: auto by memory and speed, equal, or as ratio says. "
+                    "With parallel each has the whole MODEL, and they compute positive and negative at the same time.",
                 ),
                 io.String.Input(
                     "ratio",

@@ -134,8 +134,7 @@ def why_not_parallel() -> str:
     found = [*_lacking("ModelPatcher", ModelPatcher, PARALLEL_METHODS, before=1)]
     for name, wanted in PARALLEL_NAMES.items():
         found += _lacking(name.removeprefix("comfy."), hosts.module_of_host(name), wanted)
-    if not hasattr(hosts.WrappersMP, "CALC_COND_BATCH"):
-        found.append("WrappersMP.CALC_COND_BATCH is gone")
+    found += _lacking("WrappersMP", hosts.WrappersMP, dict.fromkeys(("CALC_COND_BATCH", "PREPARE_SAMPLING"), THERE))
     return f"ComfyUI {hosts.VERSION} cannot do that ({', '.join(found)})" if found else ""
 
 

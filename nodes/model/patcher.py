@@ -63,19 +63,11 @@ class StreamedModelPatcher(HookedPatcher):
         return super(StreamedModelPatcher, whole).deepclone_multigpu(*args, **kwargs)
 
     def match_multigpu_clones(self, *args: Any, **options: Any) -> None:
-        """Copies for parallel work on other devices have no parts: each has the whole model.
-
-        Where they cannot have what is attached to this one, those of ours are left, and it works alone.
-        """
+        """Copies for parallel work on other devices have no parts: each has the whole model."""
         parts = self.parts
         self.remove_additional_models(PARTS)
         try:
             super().match_multigpu_clones(*args, **options)
-        except Exception as error:
-            if not self.streamed.beside:
-                raise  # ComfyUI's own node has made them.
-            self.remove_additional_models(PARALLEL)
-            self.streamed.tell_of_parallel(f"what is attached to it cannot be had on another GPU ({error})", self.model)
         finally:
             if parts:
                 self.set_additional_models(PARTS, parts)

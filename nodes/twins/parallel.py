@@ -26,9 +26,9 @@ from ..model.patcher import PARALLEL, PARTS, StreamedModelPatcher
 from ..model.streamed_model import sharing_copies
 from .takeover import CHANGED, anew, carry_over, check_what_hangs_on, is_current
 from .twins import lasting_difference
-from .verified import run_close, run_exact
+from .verified import prepare, run_close, run_exact
 
-# Our wrapper of steps, by which bits are compared.
+# Our wrappers of what the host does in a run.
 WRAPPER = "weightstream_parallel"
 
 # The last ones of an incoming model, kept for as long as that lives: one that did not change is not loaded anew.
@@ -66,8 +66,10 @@ def in_parallel(
     ours.remove_additional_models(PARTS)
     ours.set_additional_models(PARALLEL, copies)
     ours.wrap_steps()
-    ours.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, WRAPPER)
-    ours.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, WRAPPER, run_exact if exact else run_close)
+    wrappers = {WrappersMP.PREPARE_SAMPLING: prepare, WrappersMP.CALC_COND_BATCH: run_exact if exact else run_close}
+    for kind, wrapper in wrappers.items():
+        ours.remove_wrappers_with_key(kind, WRAPPER)
+        ours.add_wrapper_with_key(kind, WRAPPER, wrapper)
     ours.settings, ours.node_id = _settings_of(model), node_id
     return ours
 
@@ -117,10 +119,12 @@ def _make(model: ModelPatcher, devices: Sequence[torch.device], node_id: str | N
 
 def _copy_on(base: StreamedModelPatcher, device: torch.device) -> StreamedModelPatcher:
     """A copy for another device, as the host makes them: by the factory that the loader has left."""
+    if base.cached_patcher_init is None:
+        raise UnsupportedModelError("its loader does not give it once more as it is")
     try:
         with generators_kept():
             found = base.deepclone_multigpu(new_load_device=device)
-    except Exception as error:  # There is no factory, or the file is gone.
+    except Exception as error:  # The file may be gone.
         raise UnsupportedModelError(f"it cannot be loaded once more ({type(error).__name__}: {error})") from error
     if name := lasting_difference(found, base):
         raise UnsupportedModelError(CHANGED.format(name))

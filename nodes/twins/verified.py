@@ -24,15 +24,18 @@ from typing import Any
 
 import comfy.model_management as mm
 import torch
+from comfy.controlnet import ControlBase
 
 from ...streaming import BudgetError, StreamingError
 from ...streaming.devices.backend import is_out_of_memory
-from ..model.patcher import StreamedModelPatcher
+from ..model.patcher import PARALLEL, StreamedModelPatcher
 from ..state.step_state import StepState
 
 logger = logging.getLogger(__name__)
 
 CLONES, POOL = "multigpu_clones", "multigpu_thread_pool"
+# The host's own, which change with the sigma; it tells all GPUs of that.
+HOOKS = "registered_hooks"
 # More kinds of steps than anybody uses in a process.
 MOST_KINDS = 256
 
@@ -65,6 +68,46 @@ class Verdicts:
 
 
 verdicts = Verdicts()
+
+
+def prepare(executor: Callable[..., Any], model: Any, *arguments: Any, **named: Any) -> Any:
+    """Before a run: leave the other GPUs out where they cannot have what the run needs. The host calls this."""
+    copies = model.get_additional_models_with_key(PARALLEL)
+    if not (copies and isinstance(model, StreamedModelPatcher) and model.streamed.beside):
+        return executor(model, *arguments, **named)
+    if not (reason := _why_alone(model, *arguments)):
+        try:
+            return executor(model, *arguments, **named)
+        except Exception as error:
+            if not _has_no_room(error):
+                raise
+            reason = _no_room(model, error)
+    copies = model.get_additional_models_with_key(PARALLEL)
+    model.remove_additional_models(PARALLEL)
+    try:
+        model.streamed.tell_of_parallel(reason, model.model)
+        return executor(model, *arguments, **named)
+    finally:
+        model.set_additional_models(PARALLEL, copies)
+
+
+def _no_room(patcher: StreamedModelPatcher, error: Exception) -> str:
+    logger.warning("[WeightStream] %s: %s", patcher.streamed.title, error)
+    return f"there is no room for it on all of {', '.join(patcher.streamed.beside)}"
+
+
+def _why_alone(model: StreamedModelPatcher, noise_shape: Any, conds: Mapping[str, Any], *_: Any) -> str:
+    controls = [entry["control"] for entries in conds.values() for entry in entries or () if "control" in entry]
+    while controls:
+        control = controls.pop()
+        if getattr(type(control), "deepclone_multigpu", None) in (None, ControlBase.deepclone_multigpu):
+            return f"{type(control).__name__}, which its prompts use, cannot be had on another GPU"
+        controls += filter(None, [getattr(control, "previous_controlnet", None)])
+    try:
+        model.match_multigpu_clones()
+    except Exception as error:  # Whatever loaders of other packs do.
+        return f"what is attached to it cannot be had on another GPU ({type(error).__name__}: {error})"
+    return ""
 
 
 def run_exact(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
@@ -189,8 +232,7 @@ class _Step:
         return outputs
 
     def _give_up(self, error: Exception) -> None:
-        logger.warning("[WeightStream] %s: %s", self._patcher.streamed.title, error)
-        self._patcher.streamed.gave_up = f"there is no room for it on all of {', '.join(self._patcher.streamed.beside)}"
+        self._patcher.streamed.gave_up = _no_room(self._patcher, error)
         self.tell(self.gave_up)
 
     def verify(self) -> tuple[Outputs, str | None]:
@@ -217,7 +259,7 @@ class _Step:
 
     def _state(self) -> StepState:
         """What others have attached, as it is now."""
-        options = {name: value for name, value in self._options.items() if name not in (CLONES, POOL)}
+        options = {name: value for name, value in self._options.items() if name not in (CLONES, POOL, HOOKS)}
         attached = options.pop("transformer_options", {})
         roots = options | {f"transformer_options[{name!r}]": value for name, value in attached.items()}
         patcher = self._patcher

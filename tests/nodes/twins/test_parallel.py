@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
+import comfy.hooks
+import comfy.model_management as mm
+import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from placing import FIRST, SECOND, place
+from comfy_extras.nodes_hooks import (
+    ConditioningSetProperties,
+    CreateHookKeyframe,
+    CreateHookLoraModelOnly,
+    SetHookKeyframes,
+)
+from failing import failing
+from moving import between_steps
+from parallel import LONG, apart, copies_of, parallel, runs_of
+from placing import FIRST, SECOND, Machine, place
 from prompts import conditioning, guided
+from sampling import LORA, MB, sample_with_hook, with_lora
+from weightstream.nodes.host import contracts
+from weightstream.nodes.model import streamed_model
+from weightstream.nodes.model.offload import OffloadSettings
+from weightstream.nodes.settings import with_settings
+from weightstream.nodes.tell.notices import describe_notices
 from weightstream.nodes.twins.verified import verdicts
+from weightstream.streaming import LocalShare, PinBudget, VirtualMemory
+from weightstream.streaming.sharing.pages import why_not_here
 
-# Prompts so different in length that the host computes them one by one, on one device too. With batches of one and of
-# two the kernels of a CPU give other bits.
-LONG = 23
-
-
-def apart(model: Any, **options: Any) -> torch.Tensor:
-    return guided(model, negative=conditioning(2, LONG), **options)
+import nodes as host_nodes
 
 
 @pytest.fixture(autouse=True)
@@ -25,24 +42,338 @@ def nothing_known() -> None:
     verdicts.clear()
 
 
-def parallel(model: Any, **inputs: Any) -> Any:
-    return place(model, split="parallel", **inputs)[0]
-
-
-def steps_on(model: Any) -> list[int]:
-    """How many steps ran on each device in the last run."""
-    copies = [model, *model.get_additional_models_with_key("multigpu")]
-    return [copy.streamer.snapshot().run.counters.steps for copy in copies]
+def check_parallel(model: Any, expected: torch.Tensor, run: Callable[[Any], torch.Tensor] = apart) -> None:
+    """It gives what is expected, also when that was verified, and both GPUs have run all of its steps then."""
+    assert torch.equal(run(model), expected)
+    assert torch.equal(run(model), expected)
+    runs = runs_of(model)
+    assert model.streamed.alone == ""
+    assert runs[0] == runs[1] == model.streamed.together > 1
 
 
 def test_two_gpus_compute_a_prompt_each(loaded: Any, said: list[str], native: ModelPatcher) -> None:
     expected = apart(native)
     model = parallel(loaded)
     assert said == ["MODEL on gpu:0 and gpu:1 at the same time (parallel)"]
-    (copy,) = model.get_additional_models_with_key("multigpu")
+    (copy,) = copies_of(model)
     assert (model.load_device, copy.load_device) == (FIRST, SECOND)
+    check_parallel(model, expected)
+    assert describe_notices() == []
+    check_parallel(parallel(loaded), expected)
+    assert copies_of(parallel(loaded))[0].streamer is copy.streamer, "what is known is not made anew"
+    assert torch.equal(apart(loaded), expected), "the incoming model is as it was"
+
+
+@pytest.fixture
+def budget(monkeypatch: pytest.MonkeyPatch) -> PinBudget:
+    """For the models of one test alone, as is ``share``."""
+    budget = PinBudget()
+    monkeypatch.setattr(streamed_model, "pins", budget)
+    return budget
+
+
+@pytest.fixture
+def share(monkeypatch: pytest.MonkeyPatch) -> LocalShare:
+    """For the models of one test alone."""
+    share = LocalShare()
+    monkeypatch.setattr(streamed_model, "local_share", share)
+    return share
+
+
+@pytest.mark.skipif(why_not_here() is not None, reason="no sealed memory files here")
+@pytest.mark.parametrize("strength", [0.0, 0.6])
+def test_what_streams_is_page_locked_once(
+    loaded: Any, machine: Machine, native: ModelPatcher, share: LocalShare, budget: PinBudget, strength: float
+) -> None:
+    def prepared(model: Any) -> Any:
+        return with_lora(model, strength) if strength else model
+
+    expected = apart(prepared(native))
+    mm.unload_all_models()
+    machine(2, 14 * MB)
+    model = prepared(parallel(loaded))
+    both = (model, *copies_of(model))
     for _ in range(3):
         assert torch.equal(apart(model), expected)
-    assert (model.streamed.alone, model.streamed.together) == ("", 3)
-    assert steps_on(model) == [3, 3]
-    assert torch.equal(apart(loaded), expected)
+        for one in both:
+            one.streamer.finish_building()
+    snapshots = [one.streamer.snapshot() for one in both]
+    shared = [now.shared_bytes for now in snapshots]
+    assert min(shared) > 10 * MB
+    assert max(shared) <= share.nbytes < min(sum(shared), model.streamer.model_bytes), "not twice, not more than it is"
+    assert share.taken > 0
+    own = sum(now.pinned_bytes - now.shared_bytes for now in snapshots)
+    assert budget.locked == share.nbytes + own, "what both have is counted once"
+    both[1].streamer.close()
+    assert share.nbytes == shared[0], "the first GPU has its own still"
+    assert torch.equal(apart(model), expected)
+    for one in both:
+        one.streamer.close()
+    assert (share.nbytes, share.copies, budget.locked, budget.used) == (0, 0, 0, 0)
+
+
+def test_where_nothing_can_be_shared_each_has_its_own(
+    loaded: Any, machine: Machine, native: ModelPatcher, share: LocalShare, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = apart(native)
+    machine(2, 14 * MB)
+    share.give_up("this system has none")
+    check_parallel(parallel(loaded), expected)
+    assert share.copies == 0
+    assert "each have page-locked copies of their own: this system has none" in caplog.text
+
+
+def test_a_lora_that_changes_between_prompts(loaded: Any, native: ModelPatcher) -> None:
+    model = parallel(loaded)
+    for strength in (0.5, 0.9, 0.5):
+        assert torch.equal(apart(with_lora(model, strength)), apart(with_lora(native, strength)))
+    check_parallel(model, apart(native))
+    before = parallel(with_lora(loaded, 0.7))
+    check_parallel(before, apart(with_lora(native, 0.7)))
+
+
+def test_gpus_of_unequal_memory_plan_for_themselves(loaded: Any, machine: Machine, native: ModelPatcher) -> None:
+    expected = apart(native)
+    memories = machine(2)
+    memories[0].budget, memories[1].budget = 64 * MB, 14 * MB
+    model = parallel(loaded)
+    check_parallel(model, expected)
+    plans = [one.streamer.plan for one in (model, *copies_of(model))]
+    assert [bool(plan.segments) for plan in plans] == [False, True]
+    assert all(memory.allocated <= memory.budget for memory in memories)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_limits_hold_on_each_gpu(loaded: Any, native: ModelPatcher, behind: bool) -> None:
+    settings = OffloadSettings(vram_limit=13 * MB)
+    model = loaded if behind else with_settings(loaded, settings)
+    model = parallel(model)
+    model = with_settings(model, settings) if behind else model
+    check_parallel(model, apart(native))
+    assert [one.streamer.config.vram_limit for one in (model, *copies_of(model))] == [13 * MB] * 2
+    assert all(one.streamer.device_bytes <= 13 * MB for one in (model, *copies_of(model)))
+
+
+def test_a_model_of_another_loader(foreign: ModelPatcher, machine: Machine, native: ModelPatcher) -> None:
+    machine(3)
+    model = parallel(foreign, devices="gpu:2,gpu:0")
+    assert [one.load_device.index for one in (model, *copies_of(model))] == [2, 0]
+    check_parallel(model, apart(native))
+
+
+# -- regions, hooks, ControlNet ----------------------------------------------------------------------------------------
+
+
+def regional(model: Any) -> torch.Tensor:
+    """Two regions that overlap, and a prompt for all of it."""
+    with torch.inference_mode():
+        left = host_nodes.ConditioningSetArea().append(conditioning(3), 64, 64, 0, 0, 0.8)[0]
+        right = host_nodes.ConditioningSetArea().append(conditioning(4), 32, 64, 16, 0, 1.3)[0]
+    return guided(model, positive=[*conditioning(1), *left, *right], negative=conditioning(2, LONG))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_regions(loaded: Any, machine: Machine, native: ModelPatcher, count: int) -> None:
+    """Whether in parallel or not, which the order of sums decides, the latents are those of one device."""
+    expected = regional(native)
+    machine(count)
+    model = parallel(loaded)
+    for _ in range(2):
+        assert torch.equal(regional(model), expected)
+    assert model.streamed.alone == "" or "other bits than on one GPU" in model.streamed.alone
+
+
+def hooked(model: Any) -> torch.Tensor:
+    """A LoRA on the positive prompt, whose strength changes in the run."""
+    frames = None
+    for strength, start in ((1.0, 0.0), (1.6, 0.4), (0.0, 0.8)):
+        (frames,) = CreateHookKeyframe().create_hook_keyframe(strength, start, frames)
+    hooks = CreateHookLoraModelOnly().create_hook_model_only(LORA, 0.7)[0]
+    hooks = SetHookKeyframes().set_hook_keyframes(hooks, frames)[0]
+    (positive,) = ConditioningSetProperties().set_properties(conditioning(1), 1.0, "default", hooks=hooks)
+    return guided(model, steps=5, positive=positive, negative=conditioning(2, LONG))
+
+
+@pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode))
+def test_hooks(loaded: Any, machine: Machine, native: ModelPatcher, mode: comfy.hooks.EnumHookMode) -> None:
+    expected, plain = sample_with_hook(native, mode), apart(native)
+    machine(2, 40 * MB)
+    model = parallel(loaded)
+    check_parallel(model, expected, lambda model: sample_with_hook(model, mode))
+    expected = hooked(native)
+    check_parallel(model, expected, hooked)
+    check_parallel(model, plain)
+
+
+# -- where it cannot be ------------------------------------------------------------------------------------------------
+
+
+def test_one_gpu_falls_back(loaded: Any, machine: Machine, said: list[str], native: ModelPatcher) -> None:
+    model = parallel(loaded, devices="gpu:1")
+    assert said == ["MODEL does not work in parallel, that takes two GPUs; MODEL on gpu:1"]
+    assert torch.equal(apart(model), apart(native))
+    machine(1)
+    assert copies_of(parallel(loaded, devices="gpu:0,gpu:1")) == []
+    assert said[1].startswith(
+        "gpu:1 is not there (this machine has gpu:0); MODEL does not work in parallel, that takes"
+    )
+
+
+def test_a_model_that_no_loader_gives_again(
+    loaded: Any, said: list[str], native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded, "cached_patcher_init", None)
+    model = parallel(loaded)
+    why = "its loader does not give it once more as it is"
+    assert said == [f"MODEL does not work in parallel, {why}; MODEL on gpu:0, gpu:1"], "it is split, as with auto"
+    assert torch.equal(apart(model), apart(native))
+
+
+def test_a_model_that_somebody_has_changed(loaded: Any, said: list[str], native: ModelPatcher) -> None:
+    loaded.model.diffusion_model.img_in.bias = torch.nn.Parameter(
+        loaded.model.diffusion_model.img_in.bias.detach().clone() + 1
+    )
+    model = parallel(loaded)
+    assert "MODEL does not work in parallel, its loader does not give it once more as it is" in said[0]
+    assert torch.equal(apart(model), apart(loaded))
+
+
+def test_another_node_has_split_it(loaded: Any, said: list[str], native: ModelPatcher) -> None:
+    model = parallel(parallel(loaded))
+    assert "runs on several GPUs at once" in said[1]
+    check_parallel(model, apart(native))
+
+
+def test_a_host_without_it(loaded: Any, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ModelPatcher, "match_multigpu_clones")
+    contracts.why_not_parallel.cache_clear()
+    try:
+        parallel(loaded)
+    finally:
+        contracts.why_not_parallel.cache_clear()
+    assert "cannot do that (ModelPatcher.match_multigpu_clones is gone); MODEL on gpu:0, gpu:1" in said[0]
+
+
+def test_something_attached_that_no_loader_gives_again(loaded: Any, foreign: ModelPatcher, said: list[str]) -> None:
+    other = foreign.clone()
+    other.cached_patcher_init = None
+    model = loaded.clone()
+    model.set_additional_models("somebody's", [other])
+    parallel(model)
+    assert "Flux, which is attached to it, cannot be loaded on another GPU" in said[0]
+    behind = parallel(loaded)
+    behind.set_additional_models("somebody's", [other])
+    apart(behind)
+    assert behind.streamed.alone.startswith("what is attached to it cannot be had on another GPU (RuntimeError: ")
+    assert copies_of(behind), "they are there for the next run"
+
+
+# -- what happens in a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_gpu_that_runs_out_of_memory_streams_more(loaded: Any, native: ModelPatcher, on: int) -> None:
+    model, expected = parallel(loaded), apart(native)
+    check_parallel(model, expected)
+    one = (model, *copies_of(model))[on]
+    with failing(one.model.diffusion_model.double_blocks[1], 1, 2) as failed:
+        assert torch.equal(apart(model), expected)
+    assert failed == [1, 2]
+    assert model.streamed.alone == ""
+    check_parallel(model, expected)
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_gpu_without_room_leaves_the_run_to_the_first(loaded: Any, native: ModelPatcher, verified: bool) -> None:
+    model, expected = parallel(loaded), apart(native)
+    if verified:
+        check_parallel(model, expected)
+    (copy,) = copies_of(model)
+    with failing(copy.model.diffusion_model.double_blocks[1], *range(1, 100)):
+        assert torch.equal(apart(model), expected)
+    assert model.streamed.alone == "there is no room for it on all of gpu:0, gpu:1"
+    assert [notice["kind"] for notice in describe_notices()] == ["fallback"]
+    check_parallel(model, expected)
+    assert describe_notices() == []
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_an_interrupt_leaves_nothing_at_work(loaded: Any, native: ModelPatcher, on: int) -> None:
+    model, expected = parallel(loaded), apart(native)
+    check_parallel(model, expected)
+    both = [model, *copies_of(model)]
+    begun = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        assert begun.wait(60)
+        raise mm.InterruptProcessingException
+
+    def go_on(*_: object) -> None:
+        begun.set()
+        time.sleep(0.3)
+
+    there, here = (one.model.diffusion_model for one in (both[on], both[1 - on]))
+    handles = [
+        there.double_blocks[0].register_forward_pre_hook(interrupt),
+        here.double_blocks[0].register_forward_pre_hook(go_on),
+    ]
+    with pytest.raises(mm.InterruptProcessingException):
+        apart(model)
+    assert not any(one.streamer.running for one in both), "the other GPU's step is over too"
+    assert not mm.processing_interrupted()
+    for handle in handles:
+        handle.remove()
+    check_parallel(model, expected)
+
+
+def test_other_errors_are_not_hidden(loaded: Any) -> None:
+    model = parallel(loaded)
+    (copy,) = copies_of(model)
+    block = copy.model.diffusion_model.double_blocks[0]
+    with failing(block, 0, error=RuntimeError("the device is gone")), pytest.raises(RuntimeError, match="is gone"):
+        apart(model)
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_copy_that_is_unloaded_between_steps_is_loaded_again(loaded: Any, native: ModelPatcher, on: int) -> None:
+    expected = apart(native)
+    placed = parallel(loaded)
+    unloaded: list[str] = []
+
+    def unload(model: Any) -> None:
+        one = next(one for one in mm.loaded_models() if one.model is (placed, *copies_of(placed))[on].model)
+        mm.unload_model_and_clones(one, unload_additional_models=False)
+        unloaded.append(one.streamed.gpu)
+
+    model = between_steps(placed, unload)
+    assert torch.equal(apart(model), expected)
+    assert unloaded == [f"gpu:{on}"]
+    check_parallel(placed, expected)
+
+
+def test_a_gpu_that_is_taken_away(
+    loaded: Any, machine: Machine, memories: tuple[VirtualMemory, ...], said: list[str], native: ModelPatcher
+) -> None:
+    expected = apart(native)
+    check_parallel(parallel(loaded), expected)
+    mm.unload_all_models()
+    memories[1].budget = MB
+    model = parallel(loaded)
+    assert torch.equal(apart(model), expected)
+    assert model.streamed.alone == "there is no room for it on all of gpu:0, gpu:1"
+    memories[1].budget = 24 * MB
+    check_parallel(model, expected)
+    machine(1)
+    assert torch.equal(apart(parallel(loaded)), expected)
+    assert "that takes two GPUs" in said[-1]
+
+
+@pytest.fixture
+def memories(loaded: Any, machine: Machine) -> tuple[VirtualMemory, ...]:
+    return machine(2)
+
+
+def test_the_vae_and_clip_go_where_they_are_sent(loaded: Any, vae: comfy.sd.VAE, said: list[str]) -> None:
+    _, _, placed = place(loaded, split="parallel", vae=vae, vae_device="gpu:1")
+    assert placed.patcher.load_device == SECOND
+    assert said == ["MODEL on gpu:0 and gpu:1 at the same time (parallel); VAE on gpu:1"]
