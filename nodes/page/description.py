@@ -43,6 +43,7 @@ def describe_model(model: StreamedModel, now: Snapshot, ended: bool) -> dict[str
         "explain": without_folders(now.explain),
         "note": without_folders(now.note),
         "running": running,
+        "parallel": {"devices": list(model.beside), "alone": without_folders(model.alone)} if model.beside else None,
         "loading": loading
         and {
             "done": loading.done_bytes,

@@ -40,6 +40,7 @@ STEADY_WORKER_FIELDS = ("name", "host", "loaded")
 
 # The fields of a model's entry that neither change all the time nor are in the event already.
 STEADY_FIELDS = ("id", "name", "device", "node_id", "ladder", "reason", "plan", "last_run", "locking", "pinned_bytes")
+STEADY_FIELDS += ("parallel",)
 
 
 def full_status(reader: VramReader | None = None) -> dict[str, Any]:

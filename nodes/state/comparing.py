@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from .kinds_of_code import UNKNOWN
 from .reach import ATTRIBUTES, BUFFERS, MODULE, OF_EVERY_MODULE, alike
 
 # Of these types two equal values are the same.
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), array.array)
 
 
 def has_changed(value: Any, kind: Kind, kept: Any) -> bool:

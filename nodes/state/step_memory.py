@@ -133,8 +133,9 @@ class Memory:
             if view.is_elsewhere():
                 return f"a tensor of {format_bytes(view.tensor.nbytes)} shows other memory"
         for memory, copy in self._copies:
-            if memory.is_sparse or not torch.equal(memory, copy):
-                return f"a tensor of {format_bytes(copy.nbytes)} was written to"
+            now, before = (memory.to_dense(), copy.to_dense()) if memory.is_sparse else (memory, copy)
+            if not torch.equal(now, before):
+                return f"a tensor of {format_bytes(before.nbytes)} was written to"
         return ""
 
     def changed(self) -> str:

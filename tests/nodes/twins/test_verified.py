@@ -1,0 +1,258 @@
+"""What GPUs compute at the same time is compared with what one computes, once; where bits differ one GPU works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.controlnet
+import folder_paths
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
+from controlnets import CONTROLNET, write_controlnet
+from parallel import LONG, apart, copies_of, parallel, runs_of
+from placing import Machine
+from prompts import conditioning, guided, latent, output
+from sampling import MB
+from told import entry_of
+from weightstream.nodes.tell.notices import describe_notices
+from weightstream.nodes.twins import verified
+from weightstream.nodes.twins.verified import verdicts
+
+import nodes as host_nodes
+
+OTHER_BITS = "a step gave other bits than on one GPU (by "
+KEEPS_STATE = "some node keeps state from step to step"
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    verdicts.clear()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The steps that ran, on one GPU or on all, in order."""
+    runs: list[str] = []
+    for name in ("alone", "together"):
+        method = getattr(verified._Step, name)
+
+        def run(step: Any, method: Any = method, name: str = name) -> Any:
+            runs.append(name)
+            return method(step)
+
+        monkeypatch.setattr(verified._Step, name, run)
+    return runs
+
+
+def test_other_bits_are_found_in_the_first_step(
+    loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU a batch of two gives other bits than two batches of one."""
+    expected, runs = guided(native), counted(monkeypatch)
+    model = parallel(loaded)
+    assert torch.equal(guided(model), expected)
+    assert runs == ["alone", "together", "alone", "alone"]
+    assert model.streamed.alone.startswith(OTHER_BITS)
+    with caplog.at_level("INFO"):
+        assert torch.equal(guided(model), expected)
+    assert runs[4:] == ["alone"] * 3, "it is known"
+    assert runs_of(model) == [3, 0]
+    (notice,) = describe_notices()
+    assert notice["kind"] == "fallback"
+    assert notice["text"].startswith(f"tiny-flux.safetensors works on gpu:0 alone, not in parallel: {OTHER_BITS}")
+    assert notice["text"] not in caplog.text, "it is said once"
+    told = entry_of(model)["parallel"]
+    assert told["devices"] == ["gpu:0", "gpu:1"]
+    assert told["alone"].startswith(OTHER_BITS)
+
+
+def test_close_compares_nothing(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        first, second = torch.device("cpu", 0), torch.device("cpu", 1)
+        patch.setattr("comfy.model_management.get_torch_device", lambda: first)
+        patch.setattr(
+            "comfy.model_management.get_all_torch_devices",
+            lambda exclude_current=False: [first, second][exclude_current:],
+        )
+        with torch.inference_mode():
+            theirs = guided(output(MultiGPUCFGSplitNode.execute(native.clone(), 2)))
+    runs = counted(monkeypatch)
+    model = parallel(loaded, parallel_bits="close")
+    found = guided(model)
+    assert torch.equal(found, theirs), "as ComfyUI's own node gives it"
+    assert not torch.equal(found, guided(native))
+    assert torch.allclose(found, guided(native), atol=1e-3)
+    assert runs == ["together"] * 3
+    assert runs_of(model) == [3, 3]
+    assert model.streamed.alone == ""
+
+
+def test_each_kind_of_step_is_verified(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, model = counted(monkeypatch), parallel(loaded)
+    ways: list[Callable[[Any], torch.Tensor]] = [
+        apart,
+        lambda model: apart(model, image=latent(12)),
+        lambda model: apart(model, image=latent(batch=2)),
+        lambda model: guided(model, positive=conditioning(1, 9), negative=conditioning(2, 130)),
+        lambda model: apart(patched(model)),
+    ]
+    for way in ways:
+        expected = way(native)
+        runs.clear()
+        assert torch.equal(way(model), expected)
+        assert runs[:2] == ["alone", "together"]
+        runs.clear()
+        assert torch.equal(way(model), expected)
+        assert set(runs) == {"together"} if not model.streamed.alone else {"alone"}
+
+
+def patched(model: Any) -> Any:
+    """With a patch that keeps nothing."""
+    model = model.clone()
+
+    def double(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        found = extra["original_block"](args)
+        return {**found, "img": found["img"] * 1.25}
+
+    model.set_model_patch_replace(double, "dit", "double_block", 0)
+    return model
+
+
+def stateful(model: Any) -> tuple[Any, list[int]]:
+    """With a wrapper that does another thing in each step."""
+    model, steps = model.clone(), [0]
+
+    def wrapper(apply: Callable[..., Any], args: dict[str, Any]) -> torch.Tensor:
+        steps[0] += 1
+        return apply(args["input"], args["timestep"], **args["c"]) * (1 + 0.01 * steps[0])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model, steps
+
+
+def test_a_node_that_keeps_state_runs_once_and_on_one_gpu(
+    loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = counted(monkeypatch)
+    theirs, their_steps = stateful(native)
+    model, steps = stateful(parallel(loaded))
+    for _ in range(2):
+        assert torch.equal(apart(model), apart(theirs))
+    assert steps == their_steps
+    assert set(runs) == {"alone"}
+    assert model.streamed.alone.startswith(KEEPS_STATE)
+
+
+def test_random_numbers_are_drawn_once(loaded: Any, native: ModelPatcher) -> None:
+    def noisy(model: Any) -> Any:
+        model = model.clone()
+
+        def wrapper(apply: Callable[..., Any], args: dict[str, Any]) -> torch.Tensor:
+            found = apply(args["input"], args["timestep"], **args["c"])
+            return found + torch.rand_like(found) * 0.1
+
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+    torch.manual_seed(5)
+    expected = apart(noisy(native))
+    model = noisy(parallel(loaded))
+    torch.manual_seed(5)
+    assert torch.equal(apart(model), expected)
+    assert "it has drawn random numbers" in model.streamed.alone
+
+
+def test_a_step_that_keeps_state_only_in_parallel_is_put_back(
+    loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = parallel(loaded).clone()
+    threads: list[Any] = []
+
+    def wrapper(apply: Callable[..., Any], args: dict[str, Any]) -> torch.Tensor:
+        options = args["c"]["transformer_options"]
+        if "multigpu_thread_device" in options:
+            threads.append(options["multigpu_thread_device"])
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    assert torch.equal(apart(model), apart(native))
+    assert model.streamed.alone.startswith(KEEPS_STATE)
+    assert threads == []
+
+
+def test_one_prompt_is_for_one_gpu(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, model = counted(monkeypatch), parallel(loaded)
+    assert torch.equal(apart(model, cfg=1.0), apart(native, cfg=1.0))
+    assert runs == ["alone"] * 3
+    assert model.streamed.alone.startswith("its steps compute one prompt")
+    assert torch.equal(apart(model), apart(native))
+    assert model.streamed.alone == ""
+
+
+def test_a_prompt_that_ends_in_the_run(loaded: Any, native: ModelPatcher) -> None:
+    """A region is there for a part of the steps, and so the work is divided in another way in the others."""
+
+    def run(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            area = host_nodes.ConditioningSetArea().append(conditioning(3), 32, 64, 0, 0, 0.8)[0]
+            late = host_nodes.ConditioningSetTimestepRange().set_range(area, 0.5, 1.0)[0]
+        return guided(model, steps=4, positive=[*conditioning(1), *late], negative=conditioning(2, LONG))
+
+    model, expected = parallel(loaded), run(native)
+    for _ in range(2):
+        assert torch.equal(run(model), expected)
+    assert len(verdicts._found) == 2
+
+
+def test_the_table_keeps_what_was_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verified, "MOST_KINDS", 2)
+    for kind in ("a", "b", "c"):
+        verdicts.keep(kind, "")
+    assert [verdicts.of(kind) for kind in ("a", "b", "c")] == [None, "", ""]
+
+
+# -- ControlNet --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def controlnet(tmp_path: Any) -> Any:
+    write_controlnet(tmp_path / CONTROLNET)
+    folder_paths.add_model_folder_path("controlnet", str(tmp_path), is_default=True)
+    with torch.inference_mode():
+        return comfy.controlnet.load_controlnet(str(tmp_path / CONTROLNET))
+
+
+def controlled(model: Any, net: Any) -> torch.Tensor:
+    picture = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        positive, negative = host_nodes.ControlNetApplyAdvanced().apply_controlnet(
+            conditioning(1), conditioning(2, LONG), net, picture, 0.8, 0.0, 0.8
+        )
+    return guided(model, steps=4, positive=positive, negative=negative)
+
+
+def test_a_controlnet_works_on_both(loaded: Any, machine: Machine, native: ModelPatcher, controlnet: Any) -> None:
+    expected = controlled(native, controlnet)
+    assert not torch.equal(expected, apart(native, steps=4))
+    machine(2, 40 * MB)
+    model = parallel(loaded)
+    for _ in range(2):
+        assert torch.equal(controlled(model, controlnet), expected)
+    assert model.streamed.alone == ""
+    assert runs_of(model) == [4, 4]
+    assert torch.equal(apart(model), apart(native))
+
+
+def test_one_that_cannot_be_had_twice_leaves_the_run_to_one_gpu(
+    loaded: Any, native: ModelPatcher, controlnet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = controlled(native, controlnet)
+    model = parallel(loaded)
+    monkeypatch.setattr(type(controlnet), "deepclone_multigpu", comfy.controlnet.ControlBase.deepclone_multigpu)
+    assert torch.equal(controlled(model, controlnet), expected)
+    assert model.streamed.alone == f"{type(controlnet).__name__}, which its prompts use, cannot be had on another GPU"
+    assert len(copies_of(model)) == 1
+    assert torch.equal(apart(model), apart(native))
+    assert model.streamed.alone == ""
