@@ -31,7 +31,8 @@ OF_FOUR = {
 
 def test_the_inputs_and_outputs() -> None:
     schema = GpuPlacement.define_schema()
-    names = ["model", "clip", "vae", "devices", "split", "ratio", "clip_device", "vae_device", "on_missing"]
+    names = ["model", "clip", "vae", "devices", "split", "ratio", "clip_device", "vae_device"]
+    names += ["on_missing", "parallel_bits"]
     assert [entry.id for entry in schema.inputs] == names
     assert [entry.io_type for entry in schema.outputs] == ["MODEL", "CLIP", "VAE"]
     groups = GpuPlacement.INPUT_TYPES()

@@ -9,7 +9,7 @@ import * as format from "./format.mjs";
 /**
  * @typedef {{node: string, devices: string[], seconds: number | null, waiting: number | null, more_bytes: number,
  *   more_seconds: number, more_device: string, kept_bytes: number, total_bytes: number, staged_bytes: number,
- *   synchronous: boolean, text: string, details: string[]}} Line  as streaming/line.py makes it
+ *   synchronous: boolean, text: string, details: string[], parallel?: boolean}} Line  as streaming/line.py makes it
  */
 
 /**
@@ -19,8 +19,16 @@ import * as format from "./format.mjs";
 export function lineText(line, strings) {
   if (line.devices.length === 0) return strings.unloaded;
   const step = format.isKnown(line.seconds) ? strings.lineStep(format.roughly(line.seconds)) : "";
-  const where = line.devices.length > 1 ? line.devices.join(", ") : "";
+  const where = line.devices.length > 1 ? devices(line, strings) : "";
   return [step, ...bus(line, strings), where].filter(Boolean).join(" · ");
+}
+
+/**
+ * @param {Line} line
+ * @param {Strings} strings
+ */
+function devices(line, strings) {
+  return line.parallel ? strings.parallel(line.devices) : line.devices.join(", ");
 }
 
 /**

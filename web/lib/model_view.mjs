@@ -68,19 +68,19 @@ function isLoaded({ ladder, loading }) {
 function modelView(parts, strings) {
   const [{ id, name }] = parts;
   const runs = parts.map((part) => part.last_run).filter((run) => run !== null && run !== undefined);
-  const pinned = parts.reduce((sum, part) => sum + (part.pinned_bytes ?? 0), 0);
+  const pinned = pinnedBytes(parts);
   const size = pinned > 0 ? format.bytes(pinned) : "";
   const corrupted = parts.reduce((sum, part) => sum + (part.last_run?.corrupted ?? 0), 0);
   return {
     key: id,
     name,
-    headline: headline(runs, strings),
+    headline: [headline(runs, strings), together(parts, strings)].filter(Boolean).join(" · "),
     // Changes with each run that ends.
     ran: JSON.stringify(runs),
     running: parts.some((part) => part.running),
     parts: parts.map((part) => partView(part, strings)),
     loading: loadingView(parts, strings),
-    summary: summary(parts, strings),
+    summary: [alone(parts, strings), summary(parts, strings)].filter(Boolean).join(" "),
     brief: brief(parts, strings),
     lastRun: lastRun(runs, strings),
     warning: corrupted > 0 ? strings.corrupted(corrupted) : "",
@@ -91,6 +91,33 @@ function modelView(parts, strings) {
     pinnedText: strings.freePinned(size),
     pinnedLabel: strings.freePinnedOf(name, format.bytes(pinned)),
   };
+}
+
+/**
+ * Page-locked memory. Parts that work in parallel have one copy together.
+ * @param {readonly Model[]} parts
+ */
+function pinnedBytes(parts) {
+  const sizes = parts.map((part) => part.pinned_bytes ?? 0);
+  return parts.some((part) => part.parallel) ? Math.max(...sizes) : sizes.reduce((sum, size) => sum + size, 0);
+}
+
+/**
+ * That several devices compute at the same time; "" where they do not.
+ * @param {readonly Model[]} parts
+ * @param {Strings} strings
+ */
+function together([{ parallel }], strings) {
+  return parallel && !parallel.alone ? strings.parallel(parallel.devices) : "";
+}
+
+/**
+ * Why they do not, where that was asked for.
+ * @param {readonly Model[]} parts
+ * @param {Strings} strings
+ */
+function alone([{ device, parallel }], strings) {
+  return parallel?.alone ? strings.parallelAlone(device, strings.fromServer(parallel.alone)) : "";
 }
 
 /**

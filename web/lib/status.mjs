@@ -16,8 +16,10 @@
  * @typedef {{id: string, name: string, device: string, node_id: string | null, ladder: Ladder, reason: string,
  *   plan: string, settings?: Record<string, unknown>, running: boolean, loading: Loading | null, last_run: Run | null, pinned_bytes?: number | null,
  *   resident_bytes?: number, rest_bytes?: number, streamed_block_bytes?: number, streamed_weight_bytes?: number,
- *   limited_by?: "bus" | "compute" | "", locking?: boolean}} Model
+ *   limited_by?: "bus" | "compute" | "", locking?: boolean,
+ *   parallel?: {devices: string[], alone: string} | null}} Model
  *   one for each model and device; the parts of one model have the same id. last_run is of the last one that ended.
+ *   Those of one that works in parallel have all of it each; alone says why one works without the others.
  *   streamed_block_bytes are sent in a step; streamed_weight_bytes are those of the weights, more where some are packed
  * @typedef {{node_id: string | null, name: string, kind: "inactive" | "fallback" | "failed" | "refused", text: string}} Notice
  *   refused: the page has it from the host, and not from our server

@@ -120,6 +120,8 @@ const ENGLISH = {
   lineMore: (/** @type {string} */ size, /** @type {string} */ device, /** @type {string} */ step) =>
     `+${size} VRAM${device && ` on ${device}`} → ${step}`,
   lineStaged: (/** @type {string} */ size) => `${size} not page-locked`,
+  parallel: (/** @type {string[]} */ devices) => `${devices.join(" and ")} at the same time`,
+  parallelAlone: (/** @type {string} */ device, /** @type {string} */ reason) => `It runs on ${device} alone, not in parallel: ${reason}.`,
 
   freeModel: "Free model",
   freePinned: (/** @type {string} */ size) => `Free page-locked RAM${size && ` (${size})`}`,
@@ -234,6 +236,8 @@ const CHINESE = {
   lineWaiting: (part) => `${part} 的时间在等待总线`,
   lineMore: (size, device, step) => `${device}显存再多 ${size} → ${step}`,
   lineStaged: (size) => `${size} 未锁页`,
+  parallel: (devices) => `${devices.join("、")} 同时计算`,
+  parallelAlone: (device, reason) => `只在 ${device} 上运行，未并行：${reason}。`,
 
   freeModel: "释放模型",
   freePinned: (size) => `释放锁页内存${size && `（${size}）`}`,

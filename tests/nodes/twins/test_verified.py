@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.controlnet
+import comfy.model_management as mm
 import folder_paths
 import pytest
 import torch
@@ -16,7 +17,7 @@ from parallel import LONG, apart, copies_of, parallel, runs_of
 from placing import Machine
 from prompts import conditioning, guided, latent, output
 from sampling import MB
-from told import entry_of
+from weightstream.nodes.page.status import full_status
 from weightstream.nodes.tell.notices import describe_notices
 from weightstream.nodes.twins import verified
 from weightstream.nodes.twins.verified import verdicts
@@ -63,19 +64,18 @@ def test_other_bits_are_found_in_the_first_step(
     assert notice["kind"] == "fallback"
     assert notice["text"].startswith(f"tiny-flux.safetensors works on gpu:0 alone, not in parallel: {OTHER_BITS}")
     assert notice["text"] not in caplog.text, "it is said once"
-    told = entry_of(model)["parallel"]
-    assert told["devices"] == ["gpu:0", "gpu:1"]
-    assert told["alone"].startswith(OTHER_BITS)
+    entries = [entry for entry in full_status()["models"] if entry["id"] == str(model.streamed.number)]
+    assert [entry["device"] for entry in entries] == ["gpu:0", "gpu:1"]
+    for entry in entries:
+        assert entry["parallel"]["devices"] == ["gpu:0", "gpu:1"]
+        assert entry["parallel"]["alone"].startswith(OTHER_BITS)
 
 
 def test_close_compares_nothing(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        first, second = torch.device("cpu", 0), torch.device("cpu", 1)
-        patch.setattr("comfy.model_management.get_torch_device", lambda: first)
-        patch.setattr(
-            "comfy.model_management.get_all_torch_devices",
-            lambda exclude_current=False: [first, second][exclude_current:],
-        )
+        found = [torch.device("cpu", index) for index in range(2)]
+        patch.setattr(mm, "get_torch_device", lambda: found[0])
+        patch.setattr(mm, "get_all_torch_devices", lambda exclude_current=False: found[exclude_current:])
         with torch.inference_mode():
             theirs = guided(output(MultiGPUCFGSplitNode.execute(native.clone(), 2)))
     runs = counted(monkeypatch)
