@@ -20,7 +20,7 @@ import torch
 
 from ...streaming import Link, Snapshot, Vram, VramReader
 from ...streaming.machine.gpus import NO_LINK
-from ..host.devices import pins, virtual_devices
+from ..host.devices import local_share, pins, virtual_devices
 from ..host.gpus import visible_gpus
 from ..model.streamed_model import streamed_models
 
@@ -215,9 +215,9 @@ def _memory(name: str, device: torch.device, ours: Sequence[Snapshot], reader: V
 
 def _sharing() -> dict[str, Any]:
     """How many of the page-locked bytes other processes of this machine may have too, and why others are this one's
-    own; nothing where no broker was named."""
+    own. Where no broker was named only models of this process share, of which there is nothing to tell but why not."""
     if not pins.share.address:
-        return {}
+        return {"why_unshared": local_share.reason} if local_share.reason else {}
     return {"shared_bytes": pins.shared, "why_unshared": pins.share.reason}
 
 

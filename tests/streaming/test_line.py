@@ -56,6 +56,19 @@ def test_a_whole_model_is_in_vram() -> None:
     assert str(Line.of([resident])) == "12 s/step · all 7.0 GiB in VRAM"
 
 
+def test_devices_that_work_at_the_same_time_are_told_with_the_figures_of_one() -> None:
+    """Each has the whole model: the one that keeps least tells what stays, the slowest how long a step takes."""
+    whole = {"mode": "resident", "resident_bytes": 22 * GIB, "streamed_weight_bytes": 0, "more_bytes": 0}
+    full = part(**whole, predicted_step_seconds=0.2)
+    line = Line.of([full, part(device="gpu:1")], parallel=True)
+    assert (line.kept_bytes, line.total_bytes, line.seconds) == (7 * GIB, 23 * GIB, 0.324)
+    assert str(line).endswith(" VRAM on gpu:1 → 0.18 s · gpu:0 and gpu:1 at the same time")
+    both = Line.of([full, replace(full, device="gpu:1")], parallel=True)
+    assert str(both) == "0.2 s/step · all 23.0 GiB in VRAM · gpu:0 and gpu:1 at the same time"
+    alone = Line.of([full, part(device="gpu:1", mode="off")], parallel=True)
+    assert not alone.parallel
+
+
 def test_what_is_not_as_it_could_be_is_told() -> None:
     staged = part(staged_bytes=3 * GIB, mode="synchronous")
     assert str(Line.of([staged])).endswith("0.18 s · 3.0 GiB not page-locked · copied when needed")

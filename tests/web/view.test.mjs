@@ -227,6 +227,19 @@ test("a card begins with what is copied in a step and what limits it", () => {
   assert.equal(view(feedState(status({ models: [early] }))).models[0].summary, "");
 });
 
+test("parts that work in parallel say so, or why one works alone, and have one copy in RAM", () => {
+  const devices = ["gpu:0", "gpu:1"];
+  const card = (/** @type {string} */ alone) => {
+    const parts = devices.map((device) => model({ device, pinned_bytes: 3 * GIB, parallel: { devices, alone } }));
+    return view(feedState(status({ models: parts }))).models[0];
+  };
+  assert.match(card("").headline, /gpu:0 and gpu:1 at the same time$/);
+  assert.equal(card("").pinned, "3.0 GiB");
+  assert.doesNotMatch(card("bits differ").headline, /at the same time/);
+  assert.match(card("bits differ").summary, /^It runs on gpu:0 alone, not in parallel: bits differ\. /);
+  assert.doesNotMatch(view(feedState(status({ models: [model({ parallel: null })] }))).models[0].headline, /same time/);
+});
+
 test("a step that a later server has is shown as it is called", () => {
   const later = model({ ladder: /** @type {any} */ ("teleported"), reason: "" });
   assert.equal(view(feedState(status({ models: [later] }))).models[0].parts[0].step, "teleported");
