@@ -25,13 +25,13 @@ from parallel import LONG, apart, copies_of, parallel, runs_of
 from placing import FIRST, SECOND, Machine, place
 from prompts import conditioning, guided
 from sampling import LORA, MB, sample_with_hook, with_lora
-from weightstream.nodes.host import contracts
+from weightstream.nodes.host import contracts, devices
 from weightstream.nodes.model import streamed_model
 from weightstream.nodes.model.offload import OffloadSettings
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.tell.notices import describe_notices
 from weightstream.nodes.twins.verified import verdicts
-from weightstream.streaming import LocalShare, PinBudget, VirtualMemory
+from weightstream.streaming import LocalShare, PinBudget, State, VirtualMemory
 from weightstream.streaming.sharing.pages import why_not_here
 
 import nodes as host_nodes
@@ -202,7 +202,31 @@ def test_hooks(loaded: Any, machine: Machine, native: ModelPatcher, mode: comfy.
     check_parallel(model, expected, lambda model: sample_with_hook(model, mode))
     expected = hooked(native)
     check_parallel(model, expected, hooked)
+    assert copies_of(model)[0].prompt_has_hooks, "the host tells the MODEL alone"
     check_parallel(model, plain)
+    assert not copies_of(model)[0].prompt_has_hooks
+
+
+def test_a_hook_that_changes_where_a_step_is_verified(loaded: Any, machine: Machine, native: ModelPatcher) -> None:
+    """A region begins at that step, so it runs on one GPU first, and the host tells that one of the change."""
+
+    def run(model: Any) -> torch.Tensor:
+        frames = None
+        for strength, start in ((1.0, 0.0), (2.5, 0.5)):
+            (frames,) = CreateHookKeyframe().create_hook_keyframe(strength, start, frames)
+        hooks = CreateHookLoraModelOnly().create_hook_model_only(LORA, 0.7)[0]
+        hooks = SetHookKeyframes().set_hook_keyframes(hooks, frames)[0]
+        (negative,) = ConditioningSetProperties().set_properties(conditioning(2, LONG), 1.0, "default", hooks=hooks)
+        with torch.inference_mode():
+            area = host_nodes.ConditioningSetArea().append(conditioning(3), 32, 64, 0, 0, 0.8)[0]
+            late = host_nodes.ConditioningSetTimestepRange().set_range(area, 0.5, 1.0)[0]
+        return guided(model, steps=4, positive=[*conditioning(1), *late], negative=negative)
+
+    expected = run(native)
+    machine(2, 40 * MB)
+    model = parallel(loaded)
+    assert torch.equal(run(model), expected)
+    assert (model.streamed.alone, model.streamed.together) == ("", 4)
 
 
 # -- where it cannot be ------------------------------------------------------------------------------------------------
@@ -335,19 +359,31 @@ def test_other_errors_are_not_hidden(loaded: Any) -> None:
 
 
 @pytest.mark.parametrize("on", [0, 1])
-def test_a_copy_that_is_unloaded_between_steps_is_loaded_again(loaded: Any, native: ModelPatcher, on: int) -> None:
+def test_a_copy_that_is_unloaded_between_steps_is_loaded_again(
+    loaded: Any, native: ModelPatcher, on: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = apart(native)
+    mm.unload_all_models()
     placed = parallel(loaded)
+    load, asked = mm.load_models_gpu, []
+
+    def listen(models: Any, *rest: Any, **named: Any) -> None:
+        asked.append({one.load_device.index for one in models})
+        load(models, *rest, **named)
+
+    monkeypatch.setattr(mm, "load_models_gpu", listen)
     unloaded: list[str] = []
 
     def unload(model: Any) -> None:
         one = next(one for one in mm.loaded_models() if one.model is (placed, *copies_of(placed))[on].model)
-        mm.unload_model_and_clones(one, unload_additional_models=False)
+        devices.unload(one)
+        assert one.streamer.state is State.UNLOADED
         unloaded.append(one.streamed.gpu)
 
     model = between_steps(placed, unload)
     assert torch.equal(apart(model), expected)
     assert unloaded == [f"gpu:{on}"]
+    assert asked == [{0, 1}, {on}], "the other is in the middle of a step"
     check_parallel(placed, expected)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.controlnet
@@ -11,6 +13,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.multigpu import MultiGPUThreadPool
 from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 from controlnets import CONTROLNET, write_controlnet
 from parallel import LONG, apart, copies_of, parallel, runs_of
@@ -211,6 +214,52 @@ def test_the_table_keeps_what_was_used_last(monkeypatch: pytest.MonkeyPatch) -> 
     for kind in ("a", "b", "c"):
         verdicts.keep(kind, "")
     assert [verdicts.of(kind) for kind in ("a", "b", "c")] == [None, "", ""]
+
+
+# -- the host's threads ------------------------------------------------------------------------------------------------
+
+DEVICES = [torch.device("cpu", index) for index in range(2)]
+
+
+@pytest.fixture
+def pool() -> Iterator[MultiGPUThreadPool]:
+    pool = MultiGPUThreadPool(DEVICES)
+    yield pool
+    pool.shutdown()
+
+
+def fail_beside(pool: MultiGPUThreadPool, work: Callable[[], None], error: BaseException) -> None:
+    """A step in which one GPU does ``work`` while another fails."""
+    with verified._settled({verified.POOL: pool}) as options:
+        options[verified.POOL].submit(DEVICES[1], work)
+        raise error
+
+
+def test_a_step_that_fails_on_one_gpu_waits_for_the_others(pool: MultiGPUThreadPool) -> None:
+    done = threading.Event()
+
+    def work() -> None:
+        time.sleep(0.2)
+        done.set()
+
+    with pytest.raises(RuntimeError):
+        fail_beside(pool, work, RuntimeError("the first has failed"))
+    assert done.is_set()
+    pool.submit(DEVICES[1], lambda: 5)
+    assert pool.get_result(DEVICES[1]) == (5, None), "nothing is left of the step before"
+
+
+def test_an_interrupt_reaches_all_gpus(pool: MultiGPUThreadPool) -> None:
+    """ComfyUI tells of it once."""
+
+    def work() -> None:
+        while True:
+            mm.throw_exception_if_processing_interrupted()
+            time.sleep(0.01)
+
+    with pytest.raises(mm.InterruptProcessingException):
+        fail_beside(pool, work, mm.InterruptProcessingException())
+    assert not mm.processing_interrupted()
 
 
 # -- ControlNet --------------------------------------------------------------------------------------------------------
