@@ -83,12 +83,13 @@ PLACEMENT = Kind(
         "clip_device": "default",
         "vae_device": "default",
         "on_missing": "fallback",
+        "parallel_bits": "exact",
     },
     sockets=(Socket("model", MODEL), Socket("clip", CLIP, optional=True), Socket("vae", VAE, optional=True)),
     outputs=ALL_THREE,
-    optional=frozenset({"devices", "split", "ratio", "clip_device", "vae_device", "on_missing"}),
+    optional=frozenset({"devices", "split", "ratio", "clip_device", "vae_device", "on_missing", "parallel_bits"}),
     pack=OURS,
-    size=(340, 520),
+    size=(340, 544),
 )
 THROUGH = {kind.name: kind for kind in (SETTINGS, PLACEMENT)}
 

@@ -105,7 +105,7 @@ def test_gpus_are_chosen_in_order_by_mouse_and_keyboard(
     comfy.page.keyboard.press("Escape")
     expect(menu).not_to_be_visible()
     expect(opener).to_be_focused()
-    assert placed(comfy) == (["gpu:0", "auto", "", "default", "default", "fallback"], set())
+    assert placed(comfy) == (["gpu:0", "auto", "", "default", "default", "fallback", "exact"], set())
     assert comfy.our_errors == []
 
 

@@ -320,7 +320,7 @@ def test_the_widget_is_not_saved_and_can_be_switched_off(comfy: ComfyPage) -> No
     expect(widget).to_be_visible()
     (node,) = [node for node in comfy.workflow()["nodes"] if node["type"] == "WeightStreamGPUPlacement"]
     (queued,) = [node for node in comfy.prompt().values() if node["class_type"] == "WeightStreamGPUPlacement"]
-    assert node["widgets_values"] == ["gpu:0,gpu:1", "auto", "", "default", "default", "fallback"]
+    assert node["widgets_values"] == ["gpu:0,gpu:1", "auto", "", "default", "default", "fallback", "exact"]
     assert not [name for name in queued["inputs"] if "vram" in name]
     comfy.set("WeightStream.NodeWidget", False)
     expect(widget).to_have_count(0)

@@ -66,7 +66,7 @@ def test_text_encoder_and_vae_go_through_the_placement_that_is_there(kind: str, 
     [there] = placed(found)
     saved = there["widgets_values"]
     if isinstance(values, list):
-        assert saved == ["gpu:0,gpu:1", "auto", "", "gpu:1", "gpu:1", "error"]
+        assert saved == ["gpu:0,gpu:1", "auto", "", "gpu:1", "gpu:1", "error", "exact"], "an input is newer than it"
     else:
         assert saved == {**values, "clip_device": "gpu:1", "vae_device": "gpu:1"}
     assert [source(found.workflow, slot) for slot in there["inputs"]] == [(1, 0), (3, 0), (4, 0)]
@@ -79,10 +79,10 @@ def test_text_encoder_and_vae_go_through_the_placement_that_is_there(kind: str, 
 
 
 def test_what_a_placement_says_stays_and_is_told() -> None:
-    values = ["gpu:2", "auto", "", "cpu", "default", "fallback"]
+    values = ["gpu:2", "parallel", "", "cpu", "default", "fallback", "close"]
     found = convert(with_companions(values=values, first=loader("cuda:1")))
     [there] = placed(found)
-    assert there["widgets_values"] == [*values[:4], "gpu:1", "fallback"]
+    assert there["widgets_values"] == [*values[:4], "gpu:1", *values[5:]]
     left = [note.values["inputs"] for note in found.notes if note.code == "placement-stays"]
     assert left == ["devices=gpu:1", "clip_device=gpu:1"]
     check(found)

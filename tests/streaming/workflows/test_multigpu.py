@@ -55,7 +55,7 @@ def test_devices_become_one_placement_behind_the_model() -> None:
     assert widgets(graph, OURS) == ["flux.safetensors", "default", 0.0]
     assert widgets(graph, "DualCLIPLoader") == ["t5xxl.safetensors", "clip_l.safetensors", "flux", "default"]
     assert widgets(graph, "VAELoader") == ["ae.safetensors"]
-    assert widgets(graph, PLACEMENT) == ["gpu:0", "auto", "", "gpu:1", "gpu:1", "fallback"]
+    assert widgets(graph, PLACEMENT) == ["gpu:0", "auto", "", "gpu:1", "gpu:1", "fallback", "exact"]
     assert links(graph) == {
         (OURS, f"{PLACEMENT}.model"),
         ("DualCLIPLoader", f"{PLACEMENT}.clip"),
@@ -181,7 +181,7 @@ def test_the_advanced_checkpoint_loader_places_its_parts(kind: str, values: list
     found = convert(graph)
     assert widgets(found.workflow, "CheckpointLoaderSimple") == ["c"]
     clip = "default" if streams else "cpu"
-    assert widgets(found.workflow, PLACEMENT) == ["gpu:1", "auto", "", clip, "default", "fallback"]
+    assert widgets(found.workflow, PLACEMENT) == ["gpu:1", "auto", "", clip, "default", "fallback", "exact"]
     assert (("CheckpointLoaderSimple", f"{SETTINGS}.clip") in links(found.workflow)) == streams
     assert ("precision" in said(found)) == streams
     check(found)
