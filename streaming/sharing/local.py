@@ -69,12 +69,12 @@ class LocalShare(NoShare):
                 if (reason := attempt()) is not None:
                     self.give_up(reason)
 
-    def want(self, key: bytes, nbytes: int) -> Answer:
+    def want(self, key: bytes, nbytes: int, within: bool = False) -> Answer:
         if self._over:
             return Answer(Kind.REFUSED, reason=self.reason)
-        answer = self._ask(lambda ledger: _with_own_descriptor(ledger, key, nbytes), Answer(Kind.REFUSED))
+        answer = self._ask(lambda ledger: _with_own_descriptor(ledger, key, nbytes, within), Answer(Kind.REFUSED))
         if answer.kind is Kind.REFUSED:
-            self._say(answer.reason)
+            self.complain(answer.reason)
         return answer
 
     def give(self, key: bytes, nbytes: int, descriptor: int) -> bool:
@@ -100,7 +100,7 @@ class LocalShare(NoShare):
     def give_up(self, reason: str) -> None:
         """Share nothing more. What is shared stays so until its holds end."""
         self._over = True
-        self._say(reason)
+        self.complain(reason)
 
     def _open(self) -> Ledger | None:
         with self._trying:
@@ -140,7 +140,7 @@ class LocalShare(NoShare):
             if self._ledger is not None:
                 end(self._ledger, _WORKER, key)
 
-    def _say(self, reason: str) -> None:
+    def complain(self, reason: str) -> None:
         """Keep why something is not shared, and log it once."""
         if reason and reason != self.reason:
             self.reason = reason
@@ -153,9 +153,9 @@ class LocalShare(NoShare):
             self._ledger.clear()
 
 
-def _with_own_descriptor(ledger: Ledger, key: bytes, nbytes: int) -> Answer:
+def _with_own_descriptor(ledger: Ledger, key: bytes, nbytes: int, within: bool) -> Answer:
     """The ledger's answer, with a descriptor that is the caller's."""
-    answer = ledger.want(_WORKER, key, nbytes)
+    answer = ledger.want(_WORKER, key, nbytes, within)
     if answer.descriptor is None:
         return answer
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.hooks
@@ -24,14 +25,15 @@ from moving import between_steps
 from parallel import LONG, apart, copies_of, parallel, runs_of
 from placing import FIRST, SECOND, Machine, place
 from prompts import conditioning, guided
-from sampling import LORA, MB, sample_with_hook, with_lora
+from sampling import LORA, MB, MODEL, sample_with_hook, with_lora
 from weightstream.nodes.host import contracts, devices
+from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model import streamed_model
-from weightstream.nodes.model.offload import OffloadSettings
+from weightstream.nodes.model.offload import Mode, OffloadSettings
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.tell.notices import describe_notices
 from weightstream.nodes.twins.verified import verdicts
-from weightstream.streaming import LocalShare, PinBudget, State, VirtualMemory
+from weightstream.streaming import LocalShare, PackingMode, PinBudget, State, VirtualMemory
 from weightstream.streaming.sharing.pages import why_not_here
 
 import nodes as host_nodes
@@ -110,6 +112,25 @@ def test_what_streams_is_page_locked_once(
     for one in both:
         one.streamer.close()
     assert (share.nbytes, share.copies, budget.locked, budget.used) == (0, 0, 0, 0)
+
+
+@pytest.mark.skipif(why_not_here() is not None, reason="no sealed memory files here")
+def test_packed_copies_are_there_once_too(
+    models: Path, machine: Machine, native_in_half: ModelPatcher, share: LocalShare, budget: PinBudget
+) -> None:
+    expected = apart(native_in_half)
+    machine(2, 40 * MB)
+    with torch.inference_mode():
+        loaded = load_streamed(str(models / MODEL), {"dtype": torch.bfloat16})
+    model = parallel(with_settings(loaded, OffloadSettings(mode=Mode.STREAM, packing=PackingMode.ON)))
+    for _ in range(3):
+        assert torch.equal(apart(model), expected)
+    both = (model, *copies_of(model))
+    assert all(one.streamer.plan.packed for one in both)
+    snapshots = [one.streamer.snapshot() for one in both]
+    assert model.streamed.alone == ""
+    assert share.nbytes < sum(now.shared_bytes for now in snapshots) <= 2 * share.nbytes
+    assert budget.locked == share.nbytes + sum(now.pinned_bytes - now.shared_bytes for now in snapshots)
 
 
 def test_where_nothing_can_be_shared_each_has_its_own(
