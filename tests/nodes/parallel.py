@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management as mm
 import torch
 from placing import place
 from prompts import conditioning, guided
+from weightstream.nodes.model.streamed_model import streamed_models
 
 # Prompts so different in length that the host computes them one by one, on one device too. A CPU's kernels give other
 # bits for a batch of two than for batches of one.
@@ -25,6 +27,14 @@ def parallel(model: Any, **inputs: Any) -> Any:
 def copies_of(model: Any) -> list[Any]:
     """Its patchers on other GPUs."""
     return model.get_additional_models_with_key("multigpu")
+
+
+def close_all() -> None:
+    """What GPUs share in this process is freed, before other tests count it."""
+    mm.unload_all_models()
+    for model in streamed_models():
+        if model.beside:
+            model.streamer.close()
 
 
 def runs_of(model: Any) -> list[int]:

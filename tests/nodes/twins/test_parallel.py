@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from comfy_extras.nodes_hooks import (
 )
 from failing import failing
 from moving import between_steps
-from parallel import LONG, apart, copies_of, parallel, runs_of
+from parallel import LONG, apart, close_all, copies_of, parallel, runs_of
 from placing import FIRST, SECOND, Machine, place
 from prompts import conditioning, guided
 from sampling import LORA, MB, MODEL, sample_with_hook, with_lora
@@ -40,8 +40,10 @@ import nodes as host_nodes
 
 
 @pytest.fixture(autouse=True)
-def nothing_known() -> None:
+def nothing_known() -> Iterator[None]:
     verdicts.clear()
+    yield
+    close_all()
 
 
 def check_parallel(model: Any, expected: torch.Tensor, run: Callable[[Any], torch.Tensor] = apart) -> None:

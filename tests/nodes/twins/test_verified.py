@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.multigpu import MultiGPUThreadPool
 from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 from controlnets import CONTROLNET, write_controlnet
-from parallel import LONG, apart, copies_of, parallel, runs_of
+from parallel import LONG, apart, close_all, copies_of, parallel, runs_of
 from placing import Machine
 from prompts import conditioning, guided, latent, output
 from sampling import MB
@@ -32,8 +32,10 @@ KEEPS_STATE = "some node keeps state from step to step"
 
 
 @pytest.fixture(autouse=True)
-def nothing_known() -> None:
+def nothing_known() -> Iterator[None]:
     verdicts.clear()
+    yield
+    close_all()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
