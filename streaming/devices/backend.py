@@ -258,6 +258,10 @@ class Backend(ABC):
         """While this lasts, copies out of this device's memory to another device do not wait for its compute."""
         return nullcontext()
 
+    def current(self) -> AbstractContextManager[object]:
+        """While this lasts, what the calling thread runs without naming a device runs on this one."""
+        return nullcontext()
+
     def all_of(self, events: Sequence[Event]) -> Event:
         """Return an event that happens when the copies of all ``events`` are done, and fails when one of them does.
 

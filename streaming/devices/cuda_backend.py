@@ -88,6 +88,9 @@ class CudaBackend(Backend):
             self._out = self._create_stream()
         return torch.cuda.stream(self._out)
 
+    def current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device)
+
     def memory(self) -> DeviceMemory:
         self.give_back()
         held = self.record.held_bytes(self.device)

@@ -24,10 +24,11 @@ class RaceBackend(UncountedBackend):
 
     fine_bytes = 256  # A unit of this file's models takes 512 bytes: two pieces.
 
-    def __init__(self, accesses: Accesses | None = None) -> None:
+    def __init__(self, accesses: Accesses | None = None, compute: str = COMPUTE) -> None:
         super().__init__(torch.device("cpu"), "race")
         self.memory_accesses = Accesses() if accesses is None else accesses
-        self._all_streams = [COMPUTE]
+        self.compute = compute
+        self._all_streams = [compute]
         self._locked: dict[int, range] = {}
 
     @property
@@ -46,12 +47,12 @@ class RaceBackend(UncountedBackend):
     def allocate(self, nbytes: int, lasting: bool = False) -> torch.Tensor:
         buffer = super().allocate(nbytes, lasting)
         # Whoever had this memory before has kernels under way in it.
-        self.memory_accesses.write(self._launch(COMPUTE), buffer)
+        self.memory_accesses.write(self._launch(self.compute), buffer)
         return buffer
 
     def free(self, buffer: torch.Tensor) -> int:
         """Compute may get the memory for something else."""
-        self.memory_accesses.end(COMPUTE, span_of(buffer), "gets memory that may be in use")
+        self.memory_accesses.end(self.compute, span_of(buffer), "gets memory that may be in use")
         return super().free(buffer)
 
     def _launch(self, stream: str) -> str:
@@ -64,7 +65,7 @@ class RaceBackend(UncountedBackend):
         return self._all_streams[-1]
 
     def _copy_now(self, stream: str | None, pairs: Sequence[Pair], waits: Sequence[Clock]) -> Clock:
-        stream = self._launch(stream or COMPUTE)
+        stream = self._launch(stream or self.compute)
         for event in waits:
             self.memory_accesses.see(stream, event)
         for target, source in pairs:
@@ -74,10 +75,10 @@ class RaceBackend(UncountedBackend):
         return self.memory_accesses.seen_by(stream)
 
     def mark(self) -> Clock:
-        return self.memory_accesses.seen_by(self._launch(COMPUTE))
+        return self.memory_accesses.seen_by(self._launch(self.compute))
 
     def wait(self, event: Clock):
-        self.memory_accesses.see(self._launch(COMPUTE), event)
+        self.memory_accesses.see(self._launch(self.compute), event)
         return lambda: 0.0
 
     def hold_back(self, seconds: float) -> None:
@@ -110,11 +111,11 @@ class RaceBackend(UncountedBackend):
 
     def read(self, tensor: torch.Tensor) -> None:
         """Compute reads ``tensor``."""
-        self.memory_accesses.read(self._launch(COMPUTE), tensor)
+        self.memory_accesses.read(self._launch(self.compute), tensor)
 
     def write(self, tensor: torch.Tensor) -> None:
         """Compute writes to ``tensor``."""
-        self.memory_accesses.write(self._launch(COMPUTE), tensor)
+        self.memory_accesses.write(self._launch(self.compute), tensor)
 
 
 SMALL = torch.ones(4)

@@ -23,13 +23,14 @@ ROOMS = {
         "packing",
         "machine",
         "split",
+        "parallel",
         "model",
         "memory",
         "run",
         "handoff",
         "",
     ],
-    "nodes": ["host", "tell", "state", "model", "twins", "page", "fleet", ""],
+    "nodes": ["host", "tell", "state", "model", "twins", "parallel", "page", "fleet", ""],
 }
 # Beside the rooms, and for everybody.
 SHARED = {"streaming": {"config", "errors", "collector", "threads"}, "nodes": set()}

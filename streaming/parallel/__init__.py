@@ -1,0 +1,1 @@
+"""Several devices at work on one step: each computes a part of the tokens, and attention sees them all."""

@@ -1,0 +1,191 @@
+"""Tensors of which each device has the rows of its own tokens, put together on every device.
+
+[Note: whose copy waits for what]
+A device posts its rows and, once the others have posted theirs, copies these into a tensor of its own:
+ 1. a copy out of another device's rows waits for the event that was recorded there when they were posted, and for
+    nothing that was queued there later (``passing_on``): the other device may be a block ahead by then;
+ 2. it waits for what its own device has queued so far, because the memory of the new tensor may have been something
+    else's, whose kernels may still be under way;
+ 3. compute waits for the copy before it reads the tensor;
+ 4. posted rows stay alive until every other device has queued its copy of them, and their own device's compute then
+    waits for these copies before the memory can be something else's: at its next post, or at the end.
+Each wait has a test that fails without it (tests/streaming/parallel/test_exchange.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..devices.backend import Backend
+from ..devices.copies import Event, Pair
+from ..split.links import Links
+from .relay import HeldUpError, Relay
+
+
+@dataclass
+class _Post:
+    """Rows that one device has made.
+
+    Attributes:
+        label: which block they are of.
+        tensors: with the rows of its own tokens.
+        made: happens when they are whole.
+        taken: for each other device that has queued its copy, the event after which it reads them no more.
+    """
+
+    label: Hashable
+    tensors: tuple[torch.Tensor, ...]
+    made: Event
+    taken: dict[int, Event] = field(default_factory=dict)
+
+
+class Wires:
+    """What copies between these devices need, kept from step to step: torch has few streams.
+
+    Args:
+        backends: of the devices.
+        links: copies between devices.
+    """
+
+    def __init__(self, backends: Sequence[Backend], links: Links) -> None:
+        self.backends = backends
+        self._links = links
+        self._into = [backend.create_stream() for backend in backends]
+        self._out = [backend.create_stream() for backend in backends]
+
+    def copy(self, target: int, source: int, pairs: Sequence[Pair], made: Event, free: Event) -> tuple[Event, Event]:
+        """Queue copies from one device to another.
+
+        Args:
+            target, source: numbers of the devices.
+            pairs: memory there, and here.
+            made: happens on the source when what is copied is whole.
+            free: happens on the target when the memory there may be written to.
+
+        Returns:
+            When the source is read no more, and when all is there.
+        """
+        there, here = self.backends[target], self.backends[source]
+        if there.device.type == "cuda" and not self._links.is_sound(here.device, there.device):
+            staged = [(torch.empty_like(rows, device="cpu", pin_memory=True), rows) for _, rows in pairs]
+            down = here.copy_on(self._out[source], staged, [made])
+            up = [(memory, rows) for (memory, _), (rows, _) in zip(pairs, staged, strict=True)]
+            return down, there.copy_on(self._into[target], up, [down, free])
+        with here.passing_on():
+            done = there.copy_on(self._into[target], pairs, [made, free])
+        return done, done
+
+
+class Exchange:
+    """What the devices give each other in one step.
+
+    Args:
+        wires: between them.
+        relay: of the calls that run on them, by the same numbers.
+    """
+
+    def __init__(self, wires: Wires, relay: Relay) -> None:
+        self._wires = wires
+        self._relay = relay
+        self._posts: list[list[_Post]] = [[] for _ in wires.backends]
+        self._retired = [0] * len(wires.backends)
+
+    def gather(
+        self,
+        me: int,
+        label: Hashable,
+        tensors: Sequence[torch.Tensor],
+        dim: int,
+        lengths: Sequence[Sequence[int]],
+    ) -> list[torch.Tensor]:
+        """Put rows of all devices together. Every device calls this as often as the others, with the same labels.
+
+        Args:
+            me: the number of the device whose rows these are.
+            label: which block this is for.
+            tensors: along ``dim`` the rows of its own tokens, of one part of the sequence behind another.
+            dim: the axis of tokens.
+            lengths: for each part of the sequence the number of tokens of each device.
+
+        Returns:
+            For each tensor one with all tokens of the first part, then all of the second, and so on.
+
+        Raises:
+            HeldUpError: another device has failed, or does not exchange the same.
+        """
+        backend = self._wires.backends[me]
+        self._retire(me)
+        number = len(self._posts[me])
+        self._posts[me].append(_Post(label, tuple(tensors), backend.mark()))
+        self._relay.until(me, lambda: all(len(posts) > number for posts in self._posts))
+        posts = [posts[number] for posts in self._posts]
+        self._check(posts[me], posts, dim, lengths)
+        whole = [_of_length(tensor, dim, sum(map(sum, lengths))) for tensor in tensors]
+        free = backend.mark()  # Race: the new memory may still be in use as something else's.
+        for other, post in enumerate(posts):
+            pairs = [
+                pair
+                for target, source in zip(whole, post.tensors, strict=True)
+                for pair in _places(target, source, dim, lengths, other)
+            ]
+            if other == me:
+                for target, source in pairs:
+                    target.copy_(source)
+                continue
+            post.taken[me], done = self._wires.copy(me, other, pairs, post.made, free)
+            backend.wait(done)  # Race: attention must not read rows that are not there yet.
+        return whole
+
+    def _check(self, mine: _Post, posts: Sequence[_Post], dim: int, lengths: Sequence[Sequence[int]]) -> None:
+        for number, post in enumerate(posts):
+            expected = sum(part[number] for part in lengths)
+            fits = [tensor.shape[dim] == expected for tensor in post.tensors]
+            if post.label != mine.label or len(fits) != len(mine.tensors) or not all(fits):
+                raise HeldUpError("the devices do not exchange tokens of the same block")
+
+    def _retire(self, me: int) -> None:
+        """Let go of posted rows that all others have queued copies of."""
+        posts, others = self._posts[me], len(self._posts) - 1
+        while self._retired[me] < len(posts) and len(posts[self._retired[me]].taken) == others:
+            post = posts[self._retired[me]]
+            for event in post.taken.values():
+                self._wires.backends[me].wait(event)  # Race: the memory goes to something else.
+            post.tensors = ()
+            self._retired[me] += 1
+
+    def finish(self, me: int) -> None:
+        """The call of this device ends: wait until the others have queued their copies, and let go of all rows.
+
+        Raises:
+            HeldUpError: another device has failed, or goes on to exchange.
+        """
+        posts, others = self._posts[me], len(self._posts) - 1
+        self._relay.until(me, lambda: all(len(post.taken) == others for post in posts))
+        self._retire(me)
+
+
+def _of_length(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """A tensor like this one with another number of rows."""
+    shape = list(tensor.shape)
+    shape[dim] = length
+    with torch.inference_mode(False):  # A virtual device's threads fill it, in no mode.
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _places(
+    target: torch.Tensor, source: torch.Tensor, dim: int, lengths: Sequence[Sequence[int]], device: int
+) -> list[tuple[Any, Any]]:
+    """The parts of ``target`` that the rows of one device go to, each with these rows."""
+    pairs = []
+    begin = first = 0
+    for part in lengths:
+        count = part[device]
+        place = begin + sum(part[:device])
+        pairs.append((target.narrow(dim, place, count), source.narrow(dim, first, count)))
+        begin += sum(part)
+        first += count
+    return pairs

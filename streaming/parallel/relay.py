@@ -1,0 +1,123 @@
+"""Several calls at the same time, of which one at a time runs: they hand a baton on where one needs another.
+
+[Note: one baton]
+Each call has a thread, because each is in the middle of a model's forward when it has to wait for another. But only the
+thread that has the baton runs; all others wait for theirs. So
+ 1. Python code, whoever wrote it, never runs on two of these threads at once: what was written for one thread works;
+ 2. a thread never waits for the interpreter's lock, which another might keep for milliseconds;
+ 3. the order in which calls run is the same in every run, and a test that has seen one order has seen them all.
+Devices are not held up by that: what a call queues on its device runs on while another call queues its own. One thread
+at a time is enough while queueing takes less time than the devices need (docs/parallel.md).
+
+The baton goes round by number, past calls that have ended. A call that waits for something that another brings hands it
+on until that is there (:meth:`Relay.until`). Each of the others runs until it waits too or has ended, so after a round
+in which nothing came, nothing will: that is an error, and nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from ..errors import StreamingError
+
+
+class HeldUpError(StreamingError):
+    """A call was ended because another has failed, or waits for what nobody brings."""
+
+
+class Workers:
+    """Threads for all calls but the first, kept from one run to the next: libraries keep state for each thread."""
+
+    def __init__(self) -> None:
+        self._threads: list[ThreadPoolExecutor] = []
+
+    def submit(self, number: int, call: Callable[[], Any]) -> Future[Any]:
+        """Have the thread of this number, from 0 on, run ``call``."""
+        while len(self._threads) <= number:
+            self._threads.append(ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightstream-parallel"))
+        return self._threads[number].submit(call)
+
+
+class Relay:
+    """Calls of one run (Note: one baton).
+
+    Args:
+        count: of calls.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._batons = [threading.Semaphore(0) for _ in range(count)]
+        self._running = [True] * count
+        self._error: BaseException | None = None
+
+    def run(self, calls: Sequence[Callable[[], Any]], workers: Workers) -> list[Any]:
+        """Run all calls, the first on this thread, and return their results.
+
+        Raises:
+            BaseException: what the first call that failed has raised; the others have ended.
+        """
+        context = contextvars.copy_context()
+        modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        futures = []
+        for number, call in enumerate(calls[1:], 1):
+            one = self._in_turn(number, call, modes)
+            futures.append(workers.submit(number - 1, lambda one=one: context.copy().run(one)))
+        results = [self._one(0, calls[0])]
+        results += [future.result() for future in futures]
+        if self._error is not None:
+            raise self._error
+        return results
+
+    def _in_turn(self, me: int, call: Callable[[], Any], modes: tuple[bool, bool]) -> Callable[[], Any]:
+        def run() -> Any:
+            self._batons[me].acquire()
+            with torch.inference_mode(modes[0]), torch.set_grad_enabled(modes[1]):
+                return self._one(me, call)
+
+        return run
+
+    def _one(self, me: int, call: Callable[[], Any]) -> Any:
+        """Run a call that has the baton, and hand that on at its end. What it raises is kept for :meth:`run`."""
+        try:
+            return call() if self._error is None else None
+        except BaseException as error:  # An interrupt is no ``Exception``.
+            if self._error is None:
+                self._error = error
+            return None
+        finally:
+            self._running[me] = False
+            if (following := self._next(me)) is not None:
+                self._batons[following].release()
+
+    def _next(self, me: int) -> int | None:
+        """The number of the call that the baton goes to; None if no other is left."""
+        count = len(self._running)
+        others = ((me + place) % count for place in range(1, count))
+        return next((other for other in others if self._running[other]), None)
+
+    def until(self, me: int, there: Callable[[], bool]) -> None:
+        """Let the others run until what they bring is ``there``.
+
+        Raises:
+            HeldUpError: another call has failed, or no other brings it.
+        """
+        for _ in range(len(self._running)):
+            if self._error is not None:
+                raise HeldUpError("another device has failed")
+            if there():
+                return
+            following = self._next(me)
+            if following is None:
+                break
+            self._batons[following].release()
+            self._batons[me].acquire()
+        if self._error is not None:
+            raise HeldUpError("another device has failed")
+        if not there():
+            raise HeldUpError("the devices do not run the same blocks, so one waits for tokens that no other computes")

@@ -1,0 +1,104 @@
+"""Calls that take turns: one runs at a time, what one raises ends all, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from weightstream.streaming.parallel.relay import HeldUpError, Relay, Workers
+
+
+@pytest.fixture(scope="module")
+def workers() -> Workers:
+    return Workers()
+
+
+class Watched:
+    """Notes who runs, and fails if two do."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self._running = threading.Lock()
+
+    def runs(self, what: str) -> None:
+        assert self._running.acquire(blocking=False), "two calls run at once"
+        self.order.append(what)
+        self._running.release()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_one_runs_at_a_time_and_each_gets_what_the_others_bring(workers: Workers, count: int) -> None:
+    relay, watched = Relay(count), Watched()
+    brought = [[0] * 4 for _ in range(count)]
+
+    def call(me: int) -> Callable[[], int]:
+        def run() -> int:
+            for turn in range(4):
+                watched.runs(f"{me} {turn}")
+                brought[me][turn] = 1
+                relay.until(me, lambda turn=turn: all(each[turn] for each in brought))
+            return me
+
+        return run
+
+    assert relay.run([call(me) for me in range(count)], workers) == list(range(count))
+    assert sorted(watched.order) == sorted(f"{me} {turn}" for me in range(count) for turn in range(4))
+    again = Watched()
+    first, watched = watched.order, again
+    brought = [[0] * 4 for _ in range(count)]
+    relay = Relay(count)
+    relay.run([call(me) for me in range(count)], workers)
+    assert again.order == first, "the order is always the same"
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_what_one_raises_ends_all(workers: Workers, failing: int, kind: type[BaseException]) -> None:
+    relay, ended = Relay(3), []
+
+    def call(me: int) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                relay.until(me, lambda: True)
+                if me == failing:
+                    raise kind("broken")
+                relay.until(me, lambda: False)
+            except HeldUpError:
+                ended.append(me)
+                raise
+
+        return run
+
+    with pytest.raises(kind, match="broken"):
+        relay.run([call(me) for me in range(3)], workers)
+    assert failing not in ended
+    assert Relay(2).run([lambda: 1, lambda: 2], workers) == [1, 2], "its threads are free again"
+
+
+def test_who_waits_for_what_nobody_brings_is_told(workers: Workers) -> None:
+    relay = Relay(2)
+    with pytest.raises(HeldUpError, match="do not run the same blocks"):
+        relay.run([lambda: relay.until(0, lambda: False), lambda: None], workers)
+    relay = Relay(2)
+    with pytest.raises(HeldUpError, match="do not run the same blocks"):
+        relay.run([lambda: None, lambda: relay.until(1, lambda: False)], workers)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_threads_have_the_modes_of_the_caller(workers: Workers, inference: bool, grad: bool) -> None:
+    def modes() -> tuple[bool, bool]:
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        mine, others = Relay(2).run([modes, modes], workers)
+    assert mine == others
+
+
+def test_threads_are_kept(workers: Workers) -> None:
+    found = [Relay(3).run([threading.get_ident] * 3, workers) for _ in range(2)]
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 3
+    assert found[0][0] == threading.get_ident()
