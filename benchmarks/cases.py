@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 GB = 1_000_000_000
 DEFAULT_STEPS = 12
@@ -74,6 +74,7 @@ FAST_DISK = {
 }
 PEERS = ("diffusers-block", "diffusers-leaf", "mmgp")
 TWO_GPU_CONTENDERS = ("weightstream", "weightstream-blocks", "weightstream-one-gpu", "comfy-dynamic")
+PARALLEL_CONTENDERS = ("weightstream", "weightstream-one-gpu")
 LIMITS = ("resident", "h2d")
 # They make their weights themselves, or none.
 READ_NO_FILE = ("h2d", *PEERS)
@@ -90,7 +91,8 @@ class Case:
         stream_all: keep as little on the card as the contender can, whatever is free.
         compiled: by torch.compile: "whole", as the host's node does it, or "blocks", each by itself; "" for not at all.
         gpus: over which "weightstream" splits the model; everybody else has the first. Each has ``free_gb``.
-        split: how much each GPU gets, as the placement node has it.
+        split: how much each GPU gets, as the placement node has it; "parallel" has all work at the same time.
+        cfg: the guidance; with more than 1 a step computes two prompts.
         steps: denoising steps that are measured unless the command line says how many; None for the usual number.
         contenders: who runs by default, beside the two limits.
     """
@@ -105,6 +107,7 @@ class Case:
     compiled: str = ""
     gpus: int = 1
     split: str = "auto"
+    cfg: float = 1.0
     steps: int | None = None
     contenders: tuple[str, ...] = DYNAMIC_CONTENDERS
     tiny: bool = False
@@ -121,9 +124,9 @@ class Case:
         return self.model.streamed_limit_gb if self.stream_all else 0.0
 
     @property
-    def limits_key(self) -> tuple[str, tuple[int, ...], str]:
+    def limits_key(self) -> tuple[str, tuple[int, ...], str, bool]:
         """Cases that agree in this have the same compute time with everything resident."""
-        return self.model.name, self.latent_shape, self.compiled
+        return self.model.name, self.latent_shape, self.compiled, self.cfg > 1
 
     @property
     def devices(self) -> str:
@@ -139,6 +142,7 @@ class Case:
 
 # A step of these takes a second or more, so fewer make a good median.
 LONG_STEPS = 6
+WITH_CFG: dict[str, Any] = {"steps": LONG_STEPS, "contenders": (*PARALLEL_CONTENDERS, "comfy-cfg-split")}
 
 CASES = {
     case.name: case
@@ -177,6 +181,22 @@ CASES = {
             gpus=2,
             steps=LONG_STEPS,
             contenders=TWO_GPU_CONTENDERS,
+        ),
+        *(
+            Case(f"2gpus-{name}-parallel", model, *size, gpus=2, split="parallel", **more)
+            for name, model, size, more in (
+                ("flux-1024", FLUX_DEV, (1024, 1024), {"contenders": PARALLEL_CONTENDERS}),
+                ("flux-1024-8gb", FLUX_DEV, (1024, 1024), {"free_gb": 8, "contenders": PARALLEL_CONTENDERS}),
+                ("flux-2048", FLUX_DEV, (2048, 2048), {"steps": LONG_STEPS, "contenders": PARALLEL_CONTENDERS}),
+                (
+                    "flux-2048-8gb",
+                    FLUX_DEV,
+                    (2048, 2048),
+                    {"free_gb": 8, "steps": LONG_STEPS, "contenders": PARALLEL_CONTENDERS},
+                ),
+                ("qwen-1328-24gb-cfg", QWEN_IMAGE, (1328, 1328), {"free_gb": 24, "cfg": 4.0, **WITH_CFG}),
+                ("wan-480p-12gb-cfg", WAN, (832, 480, 33), {"free_gb": 12, "cfg": 5.0, **WITH_CFG}),
+            )
         ),
     )
 }

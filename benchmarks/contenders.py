@@ -50,10 +50,15 @@ def load(job: Job) -> Any:
 
 
 def load_with_comfy(job: Job) -> Any:
-    """What Load Diffusion Model does with ``weight_dtype`` default."""
+    """What Load Diffusion Model does with ``weight_dtype`` default, and MultiGPU CFG Split for its contender."""
     import comfy.sd
 
-    return comfy.sd.load_diffusion_model(str(job.checkpoint))
+    model = comfy.sd.load_diffusion_model(str(job.checkpoint))
+    if job.contender == "comfy-cfg-split":
+        from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
+
+        model = MultiGPUCFGSplitNode.execute(model, job.case.gpus).args[0]
+    return model
 
 
 def load_with_weightstream(job: Job) -> Any:
@@ -67,7 +72,8 @@ def load_with_weightstream(job: Job) -> Any:
         place = comfy_host.load_pack("WeightStreamGPUPlacement")
         split = "equal" if job.contender == "weightstream-blocks" else job.case.split
         model = place.execute(model, devices=job.case.devices, split=split).args[0]
-        if links_of(model) != job.case.gpus:
+        used = len(parallel_of(model)) if split == "parallel" else links_of(model)
+        if used != job.case.gpus:
             raise RuntimeError("the model does not use all GPUs; its log says why")
     if not hasattr(model, "status"):
         raise RuntimeError("our loader fell back to ComfyUI's; its log says why")
@@ -96,12 +102,12 @@ def compile_model(model: Any, case: Case) -> Any:
     return model
 
 
-def conditioning(case: Case) -> list:
+def conditioning(case: Case, seed: int = SEED) -> list:
     """Random conditioning in the model's real shape, the same in every process."""
     import torch
 
     tokens, width = case.model.context
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     extras: dict[str, Any] = {"guidance": 3.5}
     if case.model.pooled:
         extras["pooled_output"] = torch.randn(1, case.model.pooled, generator=generator)
@@ -109,15 +115,18 @@ def conditioning(case: Case) -> list:
 
 
 def sample(model: Any, case: Case, steps: int, callback: Callable[..., None]) -> Any:
-    """One KSampler run: euler, simple, cfg 1, an empty latent."""
+    """One KSampler run: euler, simple, the case's cfg, an empty latent."""
     import comfy.sample
     import torch
 
     latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(case.latent_shape))
     noise = comfy.sample.prepare_noise(latent, SEED)
-    cond = conditioning(case)
+    positive, negative = conditioning(case), conditioning(case, SEED + 1)
     samples = comfy.sample.sample(
-        model, noise, steps, 1.0, "euler", "simple", cond, cond, latent, callback=callback, disable_pbar=True, seed=SEED
+        *(model, noise, steps, case.cfg, "euler", "simple", positive, negative, latent),
+        callback=callback,
+        disable_pbar=True,
+        seed=SEED,
     )
     comfy_host.end_of_node()
     return samples
@@ -154,6 +163,7 @@ def measure_comfy(job: Job) -> dict[str, Any]:
         "load_s": warm_up.first_mark_s - started,
         **step_figures(clock, job),
         **weight_figures(model, plan),
+        **parallel_figures(model, job),
         # What ComfyUI decided of the file's disk; versions that decide nothing have no such attribute.
         "fast_disk": getattr(model, "fast_disk", None),
         "latent_sha256": digest(latent),
@@ -166,9 +176,26 @@ def links_of(model: Any) -> int:
     return sum(1 + len(streamer.backend.feeders) for streamer in model.streamers)
 
 
+def parallel_of(model: Any) -> list[Any]:
+    """The patchers of a MODEL on all GPUs that work at the same time."""
+    return [model, *model.get_additional_models_with_key("multigpu")]
+
+
+def streamers_of(model: Any) -> list[Any]:
+    """Those of our loader's model on all GPUs; none of everybody else's."""
+    return [streamer for one in parallel_of(model) for streamer in getattr(one, "streamers", ())]
+
+
+def parallel_figures(model: Any, job: Job) -> dict[str, Any]:
+    """Whether GPUs have worked at the same time, or why not, for a contender that is to."""
+    if job.case.split != "parallel" or job.contender != "weightstream":
+        return {}
+    return {"parallel": not model.streamed.alone, "why_not_parallel": model.streamed.alone}
+
+
 def plan_of(model: Any) -> Any:
     """What our loader's model has decided to keep and to stream on each GPU; nothing for everybody else's."""
-    return [streamer.plan for streamer in getattr(model, "streamers", ())]
+    return [streamer.plan for streamer in streamers_of(model)]
 
 
 def weight_figures(model: Any, plan: Any) -> dict[str, Any]:
@@ -177,9 +204,9 @@ def weight_figures(model: Any, plan: Any) -> dict[str, Any]:
     ``plan`` is the one that the measured run began with: had it changed since, not all of its steps were alike.
     """
     if hasattr(model, "status"):
-        reports = [streamer.snapshot().as_dict() for streamer in model.streamers]
+        reports = [streamer.snapshot().as_dict() for streamer in streamers_of(model)]
         return {
-            "gpus": links_of(model),
+            "gpus": sum(map(links_of, parallel_of(model))),
             "kept_bytes": sum(report["resident_bytes"] + report["rest_bytes"] for report in reports),
             "streamed_bytes": sum(report["streamed_block_bytes"] for report in reports),
             "plan_constant": plan_of(model) == plan,
@@ -252,6 +279,7 @@ NAMES = (
     "weightstream-unpacked",
     "comfy-dynamic",
     "comfy-static",
+    "comfy-cfg-split",
     *FAST_DISK,
     "diffusers-block",
     "diffusers-leaf",

@@ -51,6 +51,9 @@ RUNS = {
     "soak-dynamic-2": Run("soak", (), 2, (TWO,)),
     "soak-static-2": Run("soak", STATIC, 2, (TWO,)),
     **{f"families-{part}": Run("families", STATIC, 2, (("FAMILIES", f"{part}/4"),)) for part in range(1, 5)},
+    "parallel-static": Run("parallel", STATIC, 2),
+    "parallel-dynamic": Run("parallel", (), 2),
+    "parallel-static-through-ram": Run("parallel", STATIC, 2, (THROUGH_RAM,)),
     # Processes take turns on a GPU, and one that waits for its own kernels would wait for all.
     "late": Run("late", STATIC, alone=True),
     "split-static": Run("split", STATIC, 2, alone=True),
