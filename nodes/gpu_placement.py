@@ -16,11 +16,11 @@ from .changed_files import count_outdated
 from .host.gpus import BITS, EXACT, PARALLEL, SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, why_no_gpus
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher
+from .parallel.copies import in_parallel
 from .tell import messages
 from .tell.failures import told_on_node
 from .tell.notices import keep_notice, withdraw_notice
 from .twins.components import clip_on, model_on
-from .twins.parallel import in_parallel
 from .twins.split import split_over
 from .twins.vae import vae_on
 
@@ -84,7 +84,7 @@ class GpuPlacement(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="How much each of several GPUs gets: auto by memory and speed, equal, or as ratio says. "
-                    "With parallel each has the whole MODEL, and they compute positive and negative at the same time.",
+                    "With parallel each has the whole MODEL, and they work on a step at the same time.",
                 ),
                 io.String.Input(
                     "ratio",

@@ -120,7 +120,7 @@ MODULES: dict[str, Wanted] = {
 }
 
 
-# What several GPUs need to work on one step at the same time (twins/parallel.py). Without it all else works.
+# What several GPUs need to work on one step at the same time (nodes/parallel/copies.py). Without it all else works.
 PARALLEL_METHODS: Wanted = {"deepclone_multigpu": Call(0, ("new_load_device",)), "match_multigpu_clones": Call(0)}
 PARALLEL_NAMES: dict[str, Wanted] = {
     "comfy.multigpu": {"MultiGPUThreadPool": THERE},

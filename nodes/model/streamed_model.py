@@ -87,7 +87,7 @@ class StreamedModel:
         title: the checkpoint's file name.
         number: tells models of a process apart; a part has that of its whole model, and so have models that work beside
             each other.
-        beside: names of the GPUs that work on a step at the same time, its own included (twins/parallel.py).
+        beside: names of the GPUs that work on a step at the same time, its own included (nodes/parallel/copies.py).
         alone: why its last step ran on its own GPU alone all the same; empty where it did not.
         gave_up: why the steps of this run do so.
         together: how many steps of this run were computed by several GPUs at the same time.

@@ -6,27 +6,17 @@ way an operation on tensors of two devices raises.
 
 from __future__ import annotations
 
-import functools
-import gc
-import sys
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import comfy.model_management as mm
-import comfy.sampler_helpers
-import comfy.samplers
-import comfy.utils
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
+from fake_gpus import GPUS, HOME, WITH_VALUES, SoundLinks, denoise, devices, forget_tables, gpus, move, plenty
 from families import FAMILIES, USES
-from family import Family
-from family_models import build_tiny, build_tiny_outline, latent_shape, sample, whole
-from placed import MixedDevicesError, Placed, PlacedMode
+from family_models import build_tiny, build_tiny_outline, sample, whole
+from placed import MixedDevicesError
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformer_patches import Points
 from weightstream.nodes.model.parts import AROUND_STEPS, TRANSFORMER_PATCHES
@@ -36,29 +26,9 @@ from weightstream.streaming.handoff import boundary as handoff
 from weightstream.streaming.handoff.away import Away
 from weightstream.streaming.handoff.boundary import Boundary
 from weightstream.streaming.model.entries import Entries
-from weightstream.streaming.split.links import Links
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("default")]
 
-GPUS = [torch.device("cuda", index) for index in range(3)]
-HOME = GPUS[0]
-
-# What the host reads of tensors without values: families, and for what.
-WITH_VALUES = {
-    "HiDream": "which tokens each expert gets",
-    "HiDreamO1": "token ids",
-    "Omnigen2": "whether a mask hides something",
-    "Boogu": "whether a mask hides something",
-    "GenmoMochi": "how many tokens a mask leaves",
-    "MiniMaxH3": "where a grid begins and ends",
-    "SeedVR2": "the sizes of windows",
-    "ACEStep15": "whether the text is empty",
-    "ACEStep15, timbre": "whether the text is empty",
-    "Omnigen2, reference": "whether a mask hides something",
-    "Boogu, a reference": "whether a mask hides something",
-    "Hunyuan3Dv2_1": "how many tokens each expert gets",
-    **{f"Trellis2, {way}": "where voxels are" for way in ("small shape", "shape", "texture", "texture alone")},
-}
 # Models of which one runs in each stage, with four blocks when they are tiny.
 TRELLIS = ("structure_model", "img2shape_512", "img2shape", "shape2txt")
 
@@ -98,39 +68,6 @@ class Setup(NamedTuple):
     boundary: Boundary
 
 
-class SoundLinks(Links):
-    def is_sound(self, source: torch.device, target: torch.device) -> bool:
-        return True
-
-
-@contextmanager
-def gpus(values: bool) -> Iterator[None]:
-    """Devices that no machine needs to have, for tensors with values or without."""
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        # Inference mode would keep torch from taking operations apart, and it could not move what it has the values of.
-        with torch.no_grad(), fakes, PlacedMode() if values else nullcontext():
-            yield
-    finally:
-        forget_tables()
-
-
-def forget_tables() -> None:
-    """The host remembers tables of models for the whole process. A fake one would give the next model noise."""
-    for kept in tables(len(sys.modules)):
-        kept.cache_clear()
-
-
-@functools.lru_cache(maxsize=1)
-def tables(modules: int) -> list[Any]:
-    """The host's caches; looked for again when there are more modules."""
-    return [
-        kept
-        for kept in gc.get_objects()
-        if type(kept) is functools._lru_cache_wrapper and (kept.__module__ or "").startswith("comfy.")
-    ]
-
-
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block.module for block in cut_model(model, model_dtype, minimum_share=0).blocks]
 
@@ -160,49 +97,6 @@ def watch(block: nn.Module) -> set[torch.device]:
     return seen
 
 
-def devices(value: Any) -> set[torch.device]:
-    return {tensor.device for tensor in tree_leaves(value) if isinstance(tensor, torch.Tensor)}
-
-
-def move(module: nn.Module, place: torch.device, values: bool) -> None:
-    """Its own tensors, to a device."""
-    for tensors in (module._parameters, module._buffers):
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            moved = on(tensor, place, values)
-            if weakref.getweakrefcount(moved):  # As torch keeps one to the first of a kind, and refuses ``module.to``.
-                moved = on(tensor, place, values)
-            tensors[name] = moved
-
-
-def on(tensor: torch.Tensor, place: torch.device, values: bool) -> torch.Tensor:
-    if values:
-        moved = Placed(tensor.detach().clone(), place)
-    else:
-        moved = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
-    return nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
-
-
-def denoise(model: nn.Module, family: Family, patched: Any = None) -> torch.Tensor:
-    """One step of the host's sampling, conditioning included."""
-    patcher = model.current_patcher = ModelPatcher(model, HOME, torch.device("cpu"))
-    if patched is not None:
-        patcher.set_model_unet_function_wrapper(patched)
-    extras = {key: torch.randn(shape) for key, shape in family.extras.items()} | family.values
-    context = None if family.context is None else torch.randn(family.context)
-    noises = [torch.randn(shape, device=HOME) for shape in family.latent or (latent_shape(model),)]
-    noise, shapes = comfy.utils.pack_latents(noises) if len(noises) > 1 else (noises[0], [noises[0].shape])
-    conds = {key: comfy.sampler_helpers.convert_cond([[context, extras]]) for key in ("positive", "negative")}
-    conds = comfy.samplers.process_conds(
-        model, noise, conds, HOME, torch.zeros_like(noise), None, 2, latent_shapes=shapes
-    )
-    sigma = torch.full((noise.shape[0],), 0.5, device=HOME)
-    return comfy.samplers.sampling_function(
-        model, noise, sigma, conds["negative"], conds["positive"], 2.0, patcher.model_options, 2
-    )
-
-
 def check(setup: Setup, output: torch.Tensor, idle: set[str]) -> None:
     """Everything ran where it is."""
     assert type(output) is not Away
@@ -217,11 +111,7 @@ def check(setup: Setup, output: torch.Tensor, idle: set[str]) -> None:
 @pytest.fixture(autouse=True)
 def plenty_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host asks how much there is on a device."""
-
-    def free(device: torch.device | None = None, torch_free_too: bool = False) -> int | tuple[int, int]:
-        return (2**40, 2**40) if torch_free_too else 2**40
-
-    monkeypatch.setattr(mm, "get_free_memory", free)
+    monkeypatch.setattr(mm, "get_free_memory", plenty)
 
 
 def patched_by(points: Points, family: str, replace: bool) -> Callable[[Any, dict[str, Any]], torch.Tensor]:

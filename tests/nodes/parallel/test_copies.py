@@ -30,9 +30,9 @@ from weightstream.nodes.host import contracts, devices
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model import streamed_model
 from weightstream.nodes.model.offload import Mode, OffloadSettings
+from weightstream.nodes.parallel.verified import verdicts
 from weightstream.nodes.settings import with_settings
 from weightstream.nodes.tell.notices import describe_notices
-from weightstream.nodes.twins.verified import verdicts
 from weightstream.streaming import LocalShare, PackingMode, PinBudget, State, VirtualMemory
 from weightstream.streaming.sharing.pages import why_not_here
 

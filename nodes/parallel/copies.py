@@ -24,8 +24,8 @@ from ..host.hosts import WrappersMP
 from ..model.offload import OffloadSettings
 from ..model.patcher import PARALLEL, PARTS, StreamedModelPatcher
 from ..model.streamed_model import sharing_copies
-from .takeover import CHANGED, anew, carry_over, check_what_hangs_on, is_current
-from .twins import lasting_difference
+from ..twins.takeover import CHANGED, anew, carry_over, check_what_hangs_on, is_current
+from ..twins.twins import lasting_difference
 from .verified import prepare, run_close, run_exact
 
 # Our wrappers of what the host does in a run.

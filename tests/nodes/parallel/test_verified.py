@@ -21,9 +21,9 @@ from placing import Machine
 from prompts import conditioning, guided, latent, output
 from sampling import MB
 from weightstream.nodes.page.status import full_status
+from weightstream.nodes.parallel import verified
+from weightstream.nodes.parallel.verified import verdicts
 from weightstream.nodes.tell.notices import describe_notices
-from weightstream.nodes.twins import verified
-from weightstream.nodes.twins.verified import verdicts
 
 import nodes as host_nodes
 
@@ -44,9 +44,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("alone", "together"):
         method = getattr(verified._Step, name)
 
-        def run(step: Any, method: Any = method, name: str = name) -> Any:
+        def run(step: Any, *way: Any, method: Any = method, name: str = name) -> Any:
             runs.append(name)
-            return method(step)
+            return method(step, *way)
 
         monkeypatch.setattr(verified._Step, name, run)
     return runs
@@ -55,15 +55,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_other_bits_are_found_in_the_first_step(
     loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a CPU a batch of two gives other bits than two batches of one."""
+    """On a CPU a batch of two gives other bits than two batches of one, and so do some of the tokens."""
     expected, runs = guided(native), counted(monkeypatch)
     model = parallel(loaded)
     assert torch.equal(guided(model), expected)
-    assert runs == ["alone", "together", "alone", "alone"]
+    assert runs == ["alone", "together", "alone", "together", "alone"], "by prompts, then by tokens"
     assert model.streamed.alone.startswith(OTHER_BITS)
     with caplog.at_level("INFO"):
         assert torch.equal(guided(model), expected)
-    assert runs[4:] == ["alone"] * 3, "it is known"
+    assert runs[5:] == ["alone"] * 3, "it is known"
     assert runs_of(model) == [3, 0]
     (notice,) = describe_notices()
     assert notice["kind"] == "fallback"
@@ -185,15 +185,6 @@ def test_a_step_that_keeps_state_only_in_parallel_is_put_back(
     assert torch.equal(apart(model), apart(native))
     assert model.streamed.alone.startswith(KEEPS_STATE)
     assert threads == []
-
-
-def test_one_prompt_is_for_one_gpu(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, model = counted(monkeypatch), parallel(loaded)
-    assert torch.equal(apart(model, cfg=1.0), apart(native, cfg=1.0))
-    assert runs == ["alone"] * 3
-    assert model.streamed.alone.startswith("its steps compute one prompt")
-    assert torch.equal(apart(model), apart(native))
-    assert model.streamed.alone == ""
 
 
 def test_a_prompt_that_ends_in_the_run(loaded: Any, native: ModelPatcher) -> None:

@@ -1,4 +1,4 @@
-"""Steps in parallel that give the bits of one GPU, or do not run in parallel (parallel.py).
+"""Steps in parallel that give the bits of one GPU, or do not run in parallel (copies.py).
 
 [Note: verified, not believed]
 Two GPUs with a prompt each compute a batch of one where one GPU computes a batch of two. On GPUs the products of most
@@ -20,6 +20,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import comfy.model_management as mm
@@ -28,8 +29,11 @@ from comfy.controlnet import ControlBase
 
 from ...streaming import BudgetError, StreamingError
 from ...streaming.devices.backend import is_out_of_memory
+from ...streaming.parallel.relay import HeldUpError
+from ...streaming.parallel.tokens import UndividedError
 from ..model.patcher import PARALLEL, StreamedModelPatcher
 from ..state.step_state import StepState
+from .dividing import divided, why_whole
 
 logger = logging.getLogger(__name__)
 
@@ -116,20 +120,15 @@ def run_exact(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
     step = _Step(executor, tuple(given), options)
     if not step.is_ours:
         return executor(*arguments)
-    if step.is_of_one_prompt:
-        return step.alone_for_one_prompt()
-    kind = step.kind()
-    reason = verdicts.of(kind)
-    if reason is None:
-        outputs, reason = step.verify()
-        if reason is not None:
-            verdicts.keep(kind, reason)
-            step.tell(reason)
-        return outputs
-    if reason or step.gave_up:
-        step.tell(reason or step.gave_up)
-        return step.alone()
-    return step.together_or_alone()
+    ways, reason = step.ways()
+    for way in ways:
+        verdict = verdicts.of(step.kind(way))
+        if verdict is None:
+            return step.first(way, reason, is_last=way is ways[-1])
+        if not verdict:
+            return step.together_or_alone(way)
+        reason = reason or verdict
+    return step.alone_because(reason)
 
 
 def run_close(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
@@ -138,10 +137,15 @@ def run_close(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
     step = _Step(executor, tuple(given), options)
     if not step.is_ours:
         return executor(*arguments)
-    if step.is_of_one_prompt:
-        return step.alone_for_one_prompt()
-    step.tell("")
-    return step.together()
+    ways, reason = step.ways()
+    return step.together_or_alone(ways[0], is_verified=False) if ways else step.alone_because(reason)
+
+
+class Way(Enum):
+    """How a step is divided: each GPU computes prompts, or a part of the tokens of all prompts."""
+
+    PROMPTS = "prompts"
+    TOKENS = "tokens"
 
 
 class _Step:
@@ -160,15 +164,23 @@ class _Step:
         ours = isinstance(self._patcher, StreamedModelPatcher) and bool(self._patcher.streamed.beside)
         return ours and len(self._clones) > 1
 
-    @property
-    def is_of_one_prompt(self) -> bool:
-        """Whether there is something to do for one GPU alone, as with a guidance of 1."""
-        return sum(1 for _ in self._entries()) < 2
+    def ways(self) -> tuple[list[Way], str]:
+        """How this step can be divided, the best way first; if in none, why not."""
+        if gave_up := self._patcher.streamed.gave_up:
+            return [], gave_up
+        ways = [Way.PROMPTS] if sum(1 for _ in self._entries()) > 1 else []
+        if not (whole := why_whole(self._gpus, self._options)):
+            ways.append(Way.TOKENS)
+        return ways, "" if ways else whole
 
     @property
-    def gave_up(self) -> str:
-        """Why this run goes on alone, empty if it does not."""
-        return self._patcher.streamed.gave_up
+    def _gpus(self) -> list[StreamedModelPatcher]:
+        return [self._patcher, *(clone for clone in self._clones.values() if clone is not self._patcher)]
+
+    @property
+    def _options_of_one(self) -> Options:
+        """With which the host computes all prompts itself."""
+        return {name: value for name, value in self._options.items() if name not in (CLONES, POOL)}
 
     def _entries(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """The prompts that are in effect at this step, those of regions included, with the number of their list."""
@@ -178,30 +190,28 @@ class _Step:
                 if _is_in_effect(entry, sigma):
                     yield number, entry
 
-    def kind(self) -> Hashable:
+    def kind(self, way: Way) -> Hashable:
         """What decides which kernels run (Note: verified, not believed)."""
         model, _, x, _ = self._arguments
         streamed = self._patcher.streamed
         entries = tuple((number, *_describe(entry)) for number, entry in self._entries())
-        options = {name: value for name, value in self._options.items() if name not in (CLONES, POOL)}
         devices = tuple(map(str, self._clones))
         about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices)
-        return about, tuple(x.shape), x.dtype, entries, _names(options)
+        return way, about, tuple(x.shape), x.dtype, entries, _names(self._options_of_one)
 
     # -- both ways -----------------------------------------------------------------------------------------------------
 
     def alone(self) -> Outputs:
         """On the first GPU."""
-        options = {name: value for name, value in self._options.items() if name not in (CLONES, POOL)}
-        outputs = self._executor(*self._arguments, options)
+        outputs = self._executor(*self._arguments, self._options_of_one)
         if any("hooks" in entry for _, entry in self._entries()):
             self._forget_hooks()
         return outputs
 
-    def alone_for_one_prompt(self) -> Outputs:
+    def alone_because(self, reason: str) -> Outputs:
         """On the first GPU, which is said unless other steps of this run have more to do."""
         if not self._patcher.streamed.together:
-            self.tell("its steps compute one prompt (with cfg 1 the negative one has no effect)")
+            self.tell(reason)
         return self.alone()
 
     def _forget_hooks(self) -> None:
@@ -212,42 +222,68 @@ class _Step:
                 if clone.current_hooks is not None:
                     clone.patch_hooks(None)
 
-    def together(self) -> Outputs:
-        """On all of them, each on a thread of the host's."""
-        with _settled(self._options) as options:
-            outputs = self._executor(*self._arguments, options)
+    def together(self, way: Way) -> Outputs:
+        """On all of them."""
+        if way is Way.TOKENS:
+            outputs = self._executor(*self._arguments, divided(self._gpus, self._options_of_one))
+        else:
+            with _settled(self._options) as options:
+                outputs = self._executor(*self._arguments, options)
         self._patcher.streamed.together += 1
         return outputs
 
-    def together_or_alone(self) -> Outputs:
-        """On all of them; if one has no memory for it, on the first, until the MODEL is loaded for the next run."""
+    def together_or_alone(self, way: Way, is_verified: bool = True) -> Outputs:
+        """On all of them; if that fails, for lack of memory say, on the first until the MODEL is loaded for the next
+        run. A step of a kind that was not verified may have changed what it can reach: then its failure is raised."""
+        before = None if is_verified else self._state()
         try:
-            outputs = self.together()
+            outputs = self.together(way)
         except Exception as error:
-            if not _has_no_room(error):
+            if (reason := self._why_given_up(error)) is None or (before is not None and before.changed()):
                 raise
-            self._give_up(error)
+            self._give_up(error, reason)
             return self.alone()
         self.tell("")
         return outputs
 
-    def _give_up(self, error: Exception) -> None:
-        self._patcher.streamed.gave_up = _no_room(self._patcher, error)
-        self.tell(self.gave_up)
+    def first(self, way: Way, reason: str, is_last: bool) -> Outputs:
+        """The first step of its kind, both ways. ``reason``: why it was not divided in a better way; ``is_last``: there
+        is none that is not so good."""
+        outputs, verdict = self._verify(way)
+        if verdict is not None:
+            verdicts.keep(self.kind(way), verdict)
+            if is_last or not verdict:
+                self.tell(verdict and (reason or verdict))
+        return outputs
 
-    def verify(self) -> tuple[Outputs, str | None]:
+    def _why_given_up(self, error: Exception) -> str | None:
+        """Why a step that failed with this is run on one GPU; None where it would fail there too."""
+        if isinstance(error, (HeldUpError, UndividedError)):
+            return f"its tokens cannot be divided ({error})"
+        if _has_no_room(error):
+            return f"there is no room for it on all of {', '.join(self._patcher.streamed.beside)}"
+        return None
+
+    def _give_up(self, error: Exception, reason: str) -> None:
+        logger.warning("[WeightStream] %s: %s", self._patcher.streamed.title, error)
+        self._patcher.streamed.gave_up = reason
+        self.tell(reason)
+
+    def _verify(self, way: Way) -> tuple[Outputs, str | None]:
         """Run it both ways; returns what one GPU gives, and a verdict, or None where there is none for next time."""
         before = self._state()
         expected = self.alone()
         if changed := before.changed():
             return expected, f"some node keeps state from step to step ({changed}), which GPUs would share"
         try:
-            found = self.together()
+            found = self.together(way)
         except Exception as error:
-            if not _has_no_room(error):
+            if (reason := self._why_given_up(error)) is None:
                 raise
             before.put_back()
-            self._give_up(error)
+            if isinstance(error, UndividedError):
+                return expected, reason
+            self._give_up(error, reason)
             return expected, None
         if changed := before.changed():
             before.put_back()
@@ -259,7 +295,7 @@ class _Step:
 
     def _state(self) -> StepState:
         """What others have attached, as it is now."""
-        options = {name: value for name, value in self._options.items() if name not in (CLONES, POOL, HOOKS)}
+        options = {name: value for name, value in self._options_of_one.items() if name != HOOKS}
         attached = options.pop("transformer_options", {})
         roots = options | {f"transformer_options[{name!r}]": value for name, value in attached.items()}
         patcher = self._patcher

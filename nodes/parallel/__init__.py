@@ -1,0 +1,1 @@
+"""Several GPUs at work on one step of a MODEL."""
