@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -91,7 +91,7 @@ class GpuPlacement(io.ComfyNode):
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="For split=ratio, a number for each GPU: 60,40.",
+                    tooltip="For split=ratio, or the tokens of split=parallel: a number for each GPU, as 60,40.",
                 ),
                 _device("clip_device", "the text encoder"),
                 _device("vae_device", "the VAE"),
@@ -227,10 +227,11 @@ class Placing:
             return model
         if split == PARALLEL:
             try:
-                placed = in_parallel(model, [self.gpus[name] for name in choice.names], self.node_id, exact)
+                devices = [self.gpus[name] for name in choice.names]
+                placed = in_parallel(model, devices, self.node_id, exact, choice.shares)
             except UnsupportedModelError as error:
                 self.fall_back(f"MODEL does not work in parallel, {error}")
-                return self.place_model(model, choice, SPLITS[0])
+                return self.place_model(model, replace(choice, shares=None), SPLITS[0])
             self.say(f"MODEL on {_listed(choice.names)} at the same time ({PARALLEL}){'' if exact else ', close'}")
             return placed
         if len(choice.names) > 1:

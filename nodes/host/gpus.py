@@ -78,7 +78,7 @@ def wanted_gpus(devices: str) -> tuple[str, ...]:
 
 
 def wanted_shares(split: str, ratio: str, names: Sequence[str]) -> tuple[float, ...] | None:
-    """Return the share of each GPU, as parts of one; None unless ``split`` is ``ratio``.
+    """Return the share of each GPU, as parts of one; None unless ``split`` is ``ratio``, or ``parallel`` with a ratio.
 
     Without ``names`` the number of GPUs is not known yet, so the number of shares is not checked.
 
@@ -87,7 +87,7 @@ def wanted_shares(split: str, ratio: str, names: Sequence[str]) -> tuple[float, 
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-    if split != "ratio":
+    if split != "ratio" and not (split == PARALLEL and ratio.strip()):
         return None
     shares = parse_shares(ratio)
     if names and len(shares) != len(names):

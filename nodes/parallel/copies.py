@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -38,7 +39,11 @@ MOST_KNOWN = 2
 
 
 def in_parallel(
-    model: ModelPatcher, devices: Sequence[torch.device], node_id: str | None, exact: bool = True
+    model: ModelPatcher,
+    devices: Sequence[torch.device],
+    node_id: str | None,
+    exact: bool = True,
+    shares: Sequence[float] | None = None,
 ) -> StreamedModelPatcher:
     """A MODEL like ``model`` on the first device, with one for each other device as its additional models.
 
@@ -47,6 +52,7 @@ def in_parallel(
         devices: two or more, the preferred one first.
         node_id: of the node that asks.
         exact: whether steps that are not the same to the bit as on one device run on one.
+        shares: of each device in the tokens, where these are divided; None for like parts.
 
     Raises:
         UnsupportedModelError: it cannot; the message says why.
@@ -66,7 +72,8 @@ def in_parallel(
     ours.remove_additional_models(PARTS)
     ours.set_additional_models(PARALLEL, copies)
     ours.wrap_steps()
-    wrappers = {WrappersMP.PREPARE_SAMPLING: prepare, WrappersMP.CALC_COND_BATCH: run_exact if exact else run_close}
+    step = partial(run_exact if exact else run_close, tuple(shares or [1.0] * len(devices)))
+    wrappers = {WrappersMP.PREPARE_SAMPLING: prepare, WrappersMP.CALC_COND_BATCH: step}
     for kind, wrapper in wrappers.items():
         ours.remove_wrappers_with_key(kind, WRAPPER)
         ours.add_wrapper_with_key(kind, WRAPPER, wrapper)

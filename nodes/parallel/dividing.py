@@ -65,16 +65,19 @@ def why_whole(patchers: Sequence[StreamedModelPatcher], options: Mapping[str, An
     return ""
 
 
-def divided(patchers: Sequence[StreamedModelPatcher], options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` with which the host divides the tokens of a step among the GPUs, in like parts.
+def divided(
+    patchers: Sequence[StreamedModelPatcher], options: Mapping[str, Any], shares: Sequence[float]
+) -> dict[str, Any]:
+    """``options`` with which the host divides the tokens of a step among the GPUs.
 
     Args:
         patchers: of the MODEL on each GPU.
         options: the host's ``model_options``.
+        shares: of each GPU in the tokens.
     """
     inner = dict(options.get("transformer_options", {}))
     wrappers = {place: dict(found) for place, found in inner.get("wrappers", {}).items()}
-    step = partial(_run, patchers, inner.get("wrappers", {}))
+    step = partial(_run, patchers, shares, inner.get("wrappers", {}))
     # In front of the wrapper that streams the first GPU's part.
     wrappers[WrappersMP.APPLY_MODEL] = {"weightstream_tokens": [step], **wrappers.get(WrappersMP.APPLY_MODEL, {})}
     inner["wrappers"] = wrappers
@@ -83,6 +86,7 @@ def divided(patchers: Sequence[StreamedModelPatcher], options: Mapping[str, Any]
 
 def _run(
     patchers: Sequence[StreamedModelPatcher],
+    shares: Sequence[float],
     wrappers: Mapping[str, Any],
     executor: Callable[..., torch.Tensor],
     x: torch.Tensor,
@@ -93,7 +97,6 @@ def _run(
     backends = [patcher.streamer.backend for patcher in patchers]
     relay = Relay(len(patchers))
     exchange = Exchange(_wires_of(patchers[0].model, backends), relay)
-    shares = [1.0] * len(patchers)
     parts = [TokenPart(number, shares, exchange) for number in range(len(patchers))]
     calls = []
     for patcher, backend, part in zip(patchers, backends, parts, strict=True):

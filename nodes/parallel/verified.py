@@ -47,6 +47,7 @@ MOST_KINDS = 256
 Arguments = tuple[Any, list[Any], torch.Tensor, torch.Tensor]
 Options = dict[str, Any]
 Outputs = list[torch.Tensor]
+Shares = tuple[float, ...]
 
 
 class Verdicts:
@@ -114,10 +115,11 @@ def _why_alone(model: StreamedModelPatcher, noise_shape: Any, conds: Mapping[str
     return ""
 
 
-def run_exact(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
-    """A step on several GPUs at the same time if its bits are those of one GPU; else on one. The host calls this."""
+def run_exact(shares: Shares, executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
+    """A step on several GPUs at the same time if its bits are those of one GPU; else on one. The host calls this, but
+    for ``shares``: of each GPU in the tokens."""
     *given, options = arguments
-    step = _Step(executor, tuple(given), options)
+    step = _Step(executor, tuple(given), options, shares)
     if not step.is_ours:
         return executor(*arguments)
     ways, reason = step.ways()
@@ -131,10 +133,10 @@ def run_exact(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
     return step.alone_because(reason)
 
 
-def run_close(executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
-    """A step on several GPUs at the same time, whatever its bits. The host calls this."""
+def run_close(shares: Shares, executor: Callable[..., Outputs], *arguments: Any) -> Outputs:
+    """A step on several GPUs at the same time, whatever its bits. The host calls this, but for ``shares``."""
     *given, options = arguments
-    step = _Step(executor, tuple(given), options)
+    step = _Step(executor, tuple(given), options, shares)
     if not step.is_ours:
         return executor(*arguments)
     ways, reason = step.ways()
@@ -151,7 +153,10 @@ class Way(Enum):
 class _Step:
     """One step of a MODEL, to run on its GPUs at the same time or on the first of them."""
 
-    def __init__(self, executor: Callable[..., Outputs], arguments: Arguments, options: Options) -> None:
+    def __init__(
+        self, executor: Callable[..., Outputs], arguments: Arguments, options: Options, shares: Shares
+    ) -> None:
+        self._shares = shares
         self._executor = executor
         self._arguments = arguments
         self._options = options
@@ -197,7 +202,8 @@ class _Step:
         entries = tuple((number, *_describe(entry)) for number, entry in self._entries())
         devices = tuple(map(str, self._clones))
         about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices)
-        return way, about, tuple(x.shape), x.dtype, entries, _names(self._options_of_one)
+        parts = self._shares if way is Way.TOKENS else ()
+        return way, parts, about, tuple(x.shape), x.dtype, entries, _names(self._options_of_one)
 
     # -- both ways -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +231,7 @@ class _Step:
     def together(self, way: Way) -> Outputs:
         """On all of them."""
         if way is Way.TOKENS:
-            outputs = self._executor(*self._arguments, divided(self._gpus, self._options_of_one))
+            outputs = self._executor(*self._arguments, divided(self._gpus, self._options_of_one, self._shares))
         else:
             with _settled(self._options) as options:
                 outputs = self._executor(*self._arguments, options)

@@ -80,6 +80,23 @@ def test_three_gpus(loaded: Any, machine: Machine, native: ModelPatcher) -> None
     check_divided(parallel(loaded), expected, run)
 
 
+def test_parts_as_the_user_says(loaded: Any, machine: Machine, native: ModelPatcher) -> None:
+    def run(model: Any) -> torch.Tensor:
+        return one_prompt(model, conditioning(1, 64), image=latent(32))
+
+    expected = run(native)
+    model = parallel(loaded, ratio="3,1")
+    rows: list[int] = []
+    block = copies_of(model)[0].model.diffusion_model.single_blocks[0]
+    handle = block.linear1.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    check_divided(model, expected, run)
+    handle.remove()
+    assert set(rows) == {(64 + 256) // 4}
+    known = len(verdicts._found)
+    check_divided(parallel(loaded, ratio="1,1"), expected, run)
+    assert len(verdicts._found) == known + 1, "other parts are another kind"
+
+
 def test_images_of_a_batch(loaded: Any, native: ModelPatcher) -> None:
     def run(model: Any) -> torch.Tensor:
         return one_prompt(model, image=latent(SIDE, batch=2))
