@@ -95,7 +95,7 @@ def _run(
 ) -> torch.Tensor:
     """One call of the model. The host calls this with the arguments of its ``apply_model``."""
     backends = [patcher.streamer.backend for patcher in patchers]
-    relay = Relay(len(patchers))
+    relay = Relay([backend.name for backend in backends])
     exchange = Exchange(_wires_of(patchers[0].model, backends), relay)
     parts = [TokenPart(number, shares, exchange) for number in range(len(patchers))]
     calls = []

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -32,28 +32,34 @@ class HeldUpError(StreamingError):
 
 
 class Workers:
-    """Threads for all calls but the first, kept from one run to the next: libraries keep state for each thread."""
+    """A thread for each device that others than the caller's compute on, kept from one run to the next: libraries keep
+    state for each thread. Runs on other devices may be under way at the same time."""
 
     def __init__(self) -> None:
-        self._threads: list[ThreadPoolExecutor] = []
+        self._threads: dict[Hashable, ThreadPoolExecutor] = {}
+        self._lock = threading.Lock()
 
-    def submit(self, number: int, call: Callable[[], Any]) -> Future[Any]:
-        """Have the thread of this number, from 0 on, run ``call``."""
-        while len(self._threads) <= number:
-            self._threads.append(ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightstream-parallel"))
-        return self._threads[number].submit(call)
+    def submit(self, device: Hashable, call: Callable[[], Any]) -> Future[Any]:
+        """Have the thread of this device run ``call``."""
+        with self._lock:
+            thread = self._threads.get(device)
+            if thread is None:
+                thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightstream-parallel")
+                self._threads[device] = thread
+        return thread.submit(call)
 
 
 class Relay:
     """Calls of one run (Note: one baton).
 
     Args:
-        count: of calls.
+        devices: that the calls compute on, each its own.
     """
 
-    def __init__(self, count: int) -> None:
-        self._batons = [threading.Semaphore(0) for _ in range(count)]
-        self._running = [True] * count
+    def __init__(self, devices: Sequence[Hashable]) -> None:
+        self._devices = devices
+        self._batons = [threading.Semaphore(0) for _ in devices]
+        self._running = [True] * len(devices)
         self._error: BaseException | None = None
 
     def run(self, calls: Sequence[Callable[[], Any]], workers: Workers) -> list[Any]:
@@ -67,7 +73,7 @@ class Relay:
         futures = []
         for number, call in enumerate(calls[1:], 1):
             one = self._in_turn(number, call, modes)
-            futures.append(workers.submit(number - 1, lambda one=one: context.copy().run(one)))
+            futures.append(workers.submit(self._devices[number], lambda one=one: context.copy().run(one)))
         results = [self._one(0, calls[0])]
         results += [future.result() for future in futures]
         if self._error is not None:

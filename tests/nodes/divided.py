@@ -53,7 +53,7 @@ def divide(
     divided: list[list[int]] = []
 
     def run(x: torch.Tensor, t: torch.Tensor, **named: Any) -> torch.Tensor:
-        relay = Relay(len(models))
+        relay = Relay(devices)
         exchange = Exchange(wires, relay)
         parts = [TokenPart(number, shares, exchange) for number in devices]
         given = [move((x, t, named), number) for number in devices]

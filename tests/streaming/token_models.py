@@ -151,7 +151,7 @@ def run_divided(
     models = [copy.deepcopy(model) for _ in range(count)]
     for number, each in enumerate(models):
         change(number, each)
-    relay = Relay(count)
+    relay = Relay(range(count))
     backends = [CpuBackend(VirtualMemory(1, f"gpu:{number}")) for number in range(count)]
     exchange = Exchange(Wires(backends, Links()), relay)
     parts = [TokenPart(me, shares, exchange) for me in range(count)]

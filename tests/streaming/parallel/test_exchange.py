@@ -21,7 +21,7 @@ COUNTS = [[3, 1, 2], [2, 5, 1]]
 
 
 def run(backends: Sequence[Any], call: Callable[[int, Exchange], Any]) -> list[Any]:
-    relay = Relay(len(backends))
+    relay = Relay(range(len(backends)))
     exchange = Exchange(Wires(backends, Links()), relay)
     return relay.run([lambda me=me: call(me, exchange) for me in range(len(backends))], WORKERS)
 

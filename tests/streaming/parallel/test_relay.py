@@ -30,7 +30,7 @@ class Watched:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_one_runs_at_a_time_and_each_gets_what_the_others_bring(workers: Workers, count: int) -> None:
-    relay, watched = Relay(count), Watched()
+    relay, watched = Relay(range(count)), Watched()
     brought = [[0] * 4 for _ in range(count)]
 
     def call(me: int) -> Callable[[], int]:
@@ -48,7 +48,7 @@ def test_one_runs_at_a_time_and_each_gets_what_the_others_bring(workers: Workers
     again = Watched()
     first, watched = watched.order, again
     brought = [[0] * 4 for _ in range(count)]
-    relay = Relay(count)
+    relay = Relay(range(count))
     relay.run([call(me) for me in range(count)], workers)
     assert again.order == first, "the order is always the same"
 
@@ -56,7 +56,7 @@ def test_one_runs_at_a_time_and_each_gets_what_the_others_bring(workers: Workers
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 def test_what_one_raises_ends_all(workers: Workers, failing: int, kind: type[BaseException]) -> None:
-    relay, ended = Relay(3), []
+    relay, ended = Relay(range(3)), []
 
     def call(me: int) -> Callable[[], None]:
         def run() -> None:
@@ -74,14 +74,14 @@ def test_what_one_raises_ends_all(workers: Workers, failing: int, kind: type[Bas
     with pytest.raises(kind, match="broken"):
         relay.run([call(me) for me in range(3)], workers)
     assert failing not in ended
-    assert Relay(2).run([lambda: 1, lambda: 2], workers) == [1, 2], "its threads are free again"
+    assert Relay(range(2)).run([lambda: 1, lambda: 2], workers) == [1, 2], "its threads are free again"
 
 
 def test_who_waits_for_what_nobody_brings_is_told(workers: Workers) -> None:
-    relay = Relay(2)
+    relay = Relay(range(2))
     with pytest.raises(HeldUpError, match="do not run the same blocks"):
         relay.run([lambda: relay.until(0, lambda: False), lambda: None], workers)
-    relay = Relay(2)
+    relay = Relay(range(2))
     with pytest.raises(HeldUpError, match="do not run the same blocks"):
         relay.run([lambda: None, lambda: relay.until(1, lambda: False)], workers)
 
@@ -93,12 +93,12 @@ def test_threads_have_the_modes_of_the_caller(workers: Workers, inference: bool,
         return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-        mine, others = Relay(2).run([modes, modes], workers)
+        mine, others = Relay(range(2)).run([modes, modes], workers)
     assert mine == others
 
 
 def test_threads_are_kept(workers: Workers) -> None:
-    found = [Relay(3).run([threading.get_ident] * 3, workers) for _ in range(2)]
+    found = [Relay(range(3)).run([threading.get_ident] * 3, workers) for _ in range(2)]
     assert found[0] == found[1]
     assert len(set(found[0])) == 3
     assert found[0][0] == threading.get_ident()
