@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,8 +35,20 @@ OVERRIDE = "optimized_attention_override"
 AROUND_STEPS = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 
 _workers = Workers()
-# The wires between the GPUs of a MODEL, by the model on the first.
-_wires: weakref.WeakKeyDictionary[torch.nn.Module, Wires] = weakref.WeakKeyDictionary()
+# The wires between GPUs, by the model on the first and the names of all.
+_wires: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, ...], Wires]] = weakref.WeakKeyDictionary()
+
+
+class Team(NamedTuple):
+    """GPUs that divide the tokens of the prompts that the first of them is given.
+
+    Attributes:
+        patchers: of the MODEL on each.
+        shares: of each in the tokens.
+    """
+
+    patchers: Sequence[StreamedModelPatcher]
+    shares: Sequence[float]
 
 
 def why_whole(patchers: Sequence[StreamedModelPatcher], options: Mapping[str, Any]) -> str:
@@ -65,19 +77,12 @@ def why_whole(patchers: Sequence[StreamedModelPatcher], options: Mapping[str, An
     return ""
 
 
-def divided(
-    patchers: Sequence[StreamedModelPatcher], options: Mapping[str, Any], shares: Sequence[float]
-) -> dict[str, Any]:
-    """``options`` with which the host divides the tokens of a step among the GPUs.
-
-    Args:
-        patchers: of the MODEL on each GPU.
-        options: the host's ``model_options``.
-        shares: of each GPU in the tokens.
-    """
+def divided(teams: Sequence[Team], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options``, the host's ``model_options``, with which the tokens of a step are divided among the GPUs of each
+    team."""
     inner = dict(options.get("transformer_options", {}))
     wrappers = {place: dict(found) for place, found in inner.get("wrappers", {}).items()}
-    step = partial(_run, patchers, shares, inner.get("wrappers", {}))
+    step = partial(_run, teams, inner.get("wrappers", {}))
     # In front of the wrapper that streams the first GPU's part.
     wrappers[WrappersMP.APPLY_MODEL] = {"weightstream_tokens": [step], **wrappers.get(WrappersMP.APPLY_MODEL, {})}
     inner["wrappers"] = wrappers
@@ -85,15 +90,15 @@ def divided(
 
 
 def _run(
-    patchers: Sequence[StreamedModelPatcher],
-    shares: Sequence[float],
+    teams: Sequence[Team],
     wrappers: Mapping[str, Any],
-    executor: Callable[..., torch.Tensor],
+    executor: Any,
     x: torch.Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
     """One call of the model. The host calls this with the arguments of its ``apply_model``."""
+    patchers, shares = next(team for team in teams if team.patchers[0].model is executor.class_obj)
     backends = [patcher.streamer.backend for patcher in patchers]
     relay = Relay([backend.name for backend in backends])
     exchange = Exchange(_wires_of(patchers[0].model, backends), relay)
@@ -137,9 +142,10 @@ def _attend_with(part: TokenPart, theirs: Callable[..., Any], attend: Callable[.
 
 
 def _wires_of(model: torch.nn.Module, backends: list[Backend]) -> Wires:
-    found = _wires.get(model)
+    known, names = _wires.setdefault(model, {}), tuple(backend.name for backend in backends)
+    found = known.get(names)
     if found is None or list(found.backends) != backends:
-        found = _wires[model] = Wires(backends, links)
+        found = known[names] = Wires(backends, links)
     return found
 
 

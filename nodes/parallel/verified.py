@@ -29,11 +29,12 @@ from comfy.controlnet import ControlBase
 
 from ...streaming import BudgetError, StreamingError
 from ...streaming.devices.backend import is_out_of_memory
+from ...streaming.parallel.cut import cut
 from ...streaming.parallel.relay import HeldUpError
 from ...streaming.parallel.tokens import UndividedError
 from ..model.patcher import PARALLEL, StreamedModelPatcher
 from ..state.step_state import StepState
-from .dividing import divided, why_whole
+from .dividing import Team, divided, why_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ CLONES, POOL = "multigpu_clones", "multigpu_thread_pool"
 HOOKS = "registered_hooks"
 # More kinds of steps than anybody uses in a process.
 MOST_KINDS = 256
+# GPUs that share the prompts of a step in teams: fewer than two make none.
+LEAST_TEAM = 2
 
 # Of a step: the model, conds, latents and sigma, as the host gives them, without its options.
 Arguments = tuple[Any, list[Any], torch.Tensor, torch.Tensor]
@@ -144,8 +147,10 @@ def run_close(shares: Shares, executor: Callable[..., Outputs], *arguments: Any)
 
 
 class Way(Enum):
-    """How a step is divided: each GPU computes prompts, or a part of the tokens of all prompts."""
+    """How a step is divided, the best way first: GPUs in teams compute prompts, and divide their tokens; each GPU
+    computes prompts; or each a part of the tokens of all prompts."""
 
+    TEAMS = "teams"
     PROMPTS = "prompts"
     TOKENS = "tokens"
 
@@ -173,10 +178,26 @@ class _Step:
         """How this step can be divided, the best way first; if in none, why not."""
         if gave_up := self._patcher.streamed.gave_up:
             return [], gave_up
-        ways = [Way.PROMPTS] if sum(1 for _ in self._entries()) > 1 else []
-        if not (whole := why_whole(self._gpus, self._options)):
-            ways.append(Way.TOKENS)
+        whole = why_whole(self._gpus, self._options)
+        possible = {
+            Way.TEAMS: self._prompts > 1 and len(self._gpus) >= 2 * LEAST_TEAM and not whole,
+            Way.PROMPTS: self._prompts > 1,
+            Way.TOKENS: not whole,
+        }
+        ways = [way for way in Way if possible[way]]
         return ways, "" if ways else whole
+
+    @property
+    def _prompts(self) -> int:
+        """How many prompts there are to compute, those of regions included."""
+        return sum(1 for _ in self._entries())
+
+    def _teams(self, way: Way) -> list[Team]:
+        """GPUs that divide tokens among them."""
+        gpus = self._gpus
+        count = min(self._prompts, len(gpus) // LEAST_TEAM) if way is Way.TEAMS else 1
+        places = cut(len(gpus), [1.0] * count)
+        return [Team([gpus[place] for place in team], [self._shares[place] for place in team]) for team in places]
 
     @property
     def _gpus(self) -> list[StreamedModelPatcher]:
@@ -202,7 +223,7 @@ class _Step:
         entries = tuple((number, *_describe(entry)) for number, entry in self._entries())
         devices = tuple(map(str, self._clones))
         about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices)
-        parts = self._shares if way is Way.TOKENS else ()
+        parts = self._shares if way is not Way.PROMPTS else ()
         return way, parts, about, tuple(x.shape), x.dtype, entries, _names(self._options_of_one)
 
     # -- both ways -----------------------------------------------------------------------------------------------------
@@ -231,12 +252,19 @@ class _Step:
     def together(self, way: Way) -> Outputs:
         """On all of them."""
         if way is Way.TOKENS:
-            outputs = self._executor(*self._arguments, divided(self._gpus, self._options_of_one, self._shares))
+            outputs = self._executor(*self._arguments, divided(self._teams(way), self._options_of_one))
         else:
             with _settled(self._options) as options:
-                outputs = self._executor(*self._arguments, options)
+                outputs = self._executor(*self._arguments, options if way is Way.PROMPTS else self._in_teams(options))
         self._patcher.streamed.together += 1
         return outputs
+
+    def _in_teams(self, options: Options) -> Options:
+        """With which the host gives prompts to the first GPU of each team."""
+        teams = self._teams(Way.TEAMS)
+        first = [team.patchers[0] for team in teams]
+        clones = {device: clone for device, clone in self._clones.items() if any(clone is one for one in first)}
+        return divided(teams, {**options, CLONES: clones})
 
     def together_or_alone(self, way: Way, is_verified: bool = True) -> Outputs:
         """On all of them; if that fails, for lack of memory say, on the first until the MODEL is loaded for the next

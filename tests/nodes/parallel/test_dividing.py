@@ -80,6 +80,31 @@ def test_three_gpus(loaded: Any, machine: Machine, native: ModelPatcher) -> None
     check_divided(parallel(loaded), expected, run)
 
 
+def test_four_gpus_in_teams_of_two(loaded: Any, machine: Machine, native: ModelPatcher) -> None:
+    """Two prompts so different in length that the host computes them one by one, each on two GPUs."""
+
+    def run(model: Any) -> torch.Tensor:
+        return one_prompt(model, negative=conditioning(2, 5 * TOKENS), cfg=2.0)
+
+    expected = run(native)
+    machine(4)
+    model = parallel(loaded)
+    tokens: list[list[int]] = []
+    for one in (model, *copies_of(model)):
+        seen: list[int] = []
+        tokens.append(seen)
+        block = one.model.diffusion_model.single_blocks[0]
+        block.linear1.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
+    check_divided(model, expected, run)
+    images = (SIDE // 2) ** 2
+    last = [seen[-1] for seen in tokens]
+    assert sorted(last) == sorted([(TOKENS + images) // 2] * 2 + [(5 * TOKENS + images) // 2] * 2)
+    assert last[0] == last[1] != last[2] == last[3]
+    # Of one prompt all four have a part.
+    check_divided(model, one_prompt(native))
+    assert {seen[-1] for seen in tokens} == {(TOKENS + images) // 4}
+
+
 def test_parts_as_the_user_says(loaded: Any, machine: Machine, native: ModelPatcher) -> None:
     def run(model: Any) -> torch.Tensor:
         return one_prompt(model, conditioning(1, 64), image=latent(32))
