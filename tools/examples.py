@@ -159,6 +159,32 @@ FLUX_ENCODER = Workflow(
     },
 )
 
+FLUX_PARALLEL = Workflow(
+    "flux1-dev_two_gpus_parallel",
+    note(
+        "## FLUX.1-dev on two GPUs at the same time\n\n"
+        "**GPU Placement** with `split` = parallel gives each GPU the whole MODEL (23.8 GB). What does not fit in a "
+        "GPU's VRAM streams over its own link, from one copy in RAM. Each GPU computes half of the picture's tokens, "
+        "and they exchange what attention needs: GPUs should reach each other's memory (NVLink).\n\n"
+        "The first step is computed both ways. If a single bit differs, one GPU makes the picture, and the node says "
+        "so. With one GPU the workflow runs too.",
+        FLUX,
+        CLIP_L,
+        T5,
+        FLUX_VAE,
+    ),
+    {
+        **flux_begin(),
+        "placement": Node(
+            "WeightStreamGPUPlacement",
+            2,
+            {"devices": "gpu:0,gpu:1", "split": "parallel"},
+            {"model": ("model", 0), "clip": ("clip", 0), "vae": ("vae", 0)},
+        ),
+        **flux_end(("placement", 0), ("placement", 1), ("placement", 2), 3),
+    },
+)
+
 QWEN_TWO_GPUS = Workflow(
     "qwen-image_two_gpus",
     note(
@@ -269,7 +295,7 @@ WAN_LORA = Workflow(
     },
 )
 
-EXAMPLES = (FLUX_ONE_GPU, FLUX_ENCODER, QWEN_TWO_GPUS, WAN_LORA)
+EXAMPLES = (FLUX_ONE_GPU, FLUX_ENCODER, FLUX_PARALLEL, QWEN_TWO_GPUS, WAN_LORA)
 
 
 def as_text(workflow: Workflow, info: ObjectInfo) -> str:

@@ -129,6 +129,7 @@ class Gpu:
 CARDS: dict[str, tuple[str, tuple[Gpu, ...]]] = {
     "flux1-dev_one_small_gpu": ("FLUX.1-dev", (Gpu("gpu:0", (2, 1, 2, 1, 2)),)),
     "flux1-dev_encoder_on_gpu1": ("FLUX.1-dev", (Gpu("gpu:0", (3, 2)), Gpu("gpu:1", other="text encoder"))),
+    "flux1-dev_two_gpus_parallel": ("FLUX.1-dev", (Gpu("gpu:0", (2, 3)), Gpu("gpu:1", (2, 3)))),
     "qwen-image_two_gpus": ("Qwen-Image", (Gpu("gpu:0", (3, 2)), Gpu("gpu:1", (2, 3)))),
     "wan2.2-14b_lora": ("Wan 2.2 14B + LoRA", (Gpu("gpu:0", (1, 2, 1, 1, 1)),)),
 }

@@ -79,10 +79,11 @@ def kind_of(block: nn.Module) -> Kind | None:
 
 
 def lists_of_blocks(root: nn.Module) -> Iterator[tuple[list[nn.Module], Kind]]:
-    """Yield each list of blocks of a known kind in a model, and the kind."""
-    for module in root.modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            kinds = {id(kind): kind for kind in map(kind_of, module)}
-            (kind,) = kinds.values() if len(kinds) == 1 else (None,)
-            if kind is not None:
-                yield list(module), kind
+    """Yield each list of blocks of a known kind in a model, and the kind. In blocks nothing is looked for."""
+    for module in root.children():
+        kinds = {id(kind): kind for kind in map(kind_of, module)} if isinstance(module, nn.ModuleList) else {}
+        (kind,) = kinds.values() if len(kinds) == 1 else (None,)
+        if kind is not None:
+            yield list(module), kind
+        else:
+            yield from lists_of_blocks(module)

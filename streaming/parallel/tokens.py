@@ -14,6 +14,7 @@ bits for some rows as for all is not taken for granted: the first step is done b
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,12 @@ class _Open:
         return found[0] if len(found) == 1 else torch.cat(found, axis)
 
 
+@functools.lru_cache(maxsize=64)
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    """Of a block's forward, which is asked for each block in each step."""
+    return inspect.signature(kind.forward)
+
+
 class TokenPart:
     """The part of one device.
 
@@ -117,7 +124,7 @@ class TokenPart:
     def _watch(
         self, block: nn.Module, kind: Kind, among: Sequence[nn.Module], place: tuple[int, int]
     ) -> list[RemovableHandle]:
-        signature = inspect.signature(type(block).forward)
+        signature = _signature(type(block))
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             self._check_joined(among)
