@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .machine.gpus import Gpu, Link, list_gpus
     from .machine.host_memory import HostMemory, group_memory
     from .machine.vram import Vram, VramReader, open_vram_reader
-    from .memory.arena import PinBudget
+    from .memory.host_memory import PinBudget
     from .memory.supply import Progress
     from .memory.weights import NoPatches, Patches
     from .model.blocks import Block, BlockSet, Unit, cut_model, find_blocks, held_tensors, uncompiled
@@ -189,7 +189,7 @@ _HOMES = {
     "Outline": "planning.profile",
     "PackingMode": "config",
     "Patches": "memory.weights",
-    "PinBudget": "memory.arena",
+    "PinBudget": "memory.host_memory",
     "Plan": "planning.plan",
     "Profile": "planning.profile",
     "Progress": "memory.supply",

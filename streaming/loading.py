@@ -17,8 +17,8 @@ from .config import StreamingConfig, format_bytes
 from .devices.backend import Backend, is_out_of_memory
 from .group import Group
 from .measuring import Measuring
-from .memory.arena import PinBudget
 from .memory.changes import Changes
+from .memory.host_memory import PinBudget
 from .memory.reader import Reader
 from .memory.supply import Watch
 from .memory.weights import NoPatches, Patches

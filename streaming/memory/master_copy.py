@@ -11,8 +11,9 @@ from ..errors import SharingError
 from ..model.blocks import Unit
 from ..model.contents import needs_work, ranges, read_range
 from ..sharing.ledger import Kind
-from .arena import Arena, HostBuffer
+from .arena import Arena
 from .copy_keys import NO_SIGNATURES, check_files, key_of
+from .host_memory import HostBuffer
 from .shared_buffer import SharedBuffer, claim_shared, sharing
 from .transfer import copies_from
 from .weights import KnownSignature, Patches, Weights

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from .arena import Arena, HostBuffer
+from .arena import Arena
+from .host_memory import HostBuffer
 from .unit_copies import UnitCopies
 
 T = TypeVar("T")

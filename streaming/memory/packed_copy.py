@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..model.packed_units import PackedLayout
-from .arena import HostBuffer
+from .host_memory import HostBuffer
 
 
 class PackedCopy(NamedTuple):

@@ -19,7 +19,8 @@ import torch
 
 from ..errors import SharingError
 from ..model.packed_table import table_of
-from .arena import Arena, HostBuffer
+from .arena import Arena
+from .host_memory import HostBuffer
 from .packed_copy import PackedCopy
 from .shared_buffer import SharedBuffer, sharing
 from .shared_packed import replace_by

@@ -33,9 +33,9 @@ from ..model.packed_units import MeasuredUnit, measure_unit
 from ..packing.packers import packer_of
 from ..planning.packing import Refusals
 from ..sharing.ledger import Kind
-from .arena import HostBuffer
 from .checks import Checks
 from .copy_keys import packed_key_of
+from .host_memory import HostBuffer
 from .memory_ahead import MemoryAhead, Wanted
 from .packed_copy import PackedCopy
 from .packed_drafts import Drafts

@@ -41,7 +41,8 @@ from ..devices.copies import ALIGNMENT, Event
 from ..model.contents import ranges, read_range
 from ..model.layout import Layout
 from ..threads import end_with_process
-from .arena import Arena, HostBuffer
+from .arena import Arena
+from .host_memory import HostBuffer
 from .in_order import InOrder
 from .transfer import Chunk, Load, Move, Piece, Tick, Transfer, TransferAbandonedError, copies_from, wait_for
 

@@ -17,7 +17,8 @@ from ..sharing import pages
 from ..sharing.ledger import Kind
 from ..sharing.pages import PAGE_BYTES, Draft
 from ..sharing.share import NO_SHARE, NoShare
-from .arena import Arena, HostBuffer
+from .arena import Arena
+from .host_memory import HostBuffer
 
 # A copy takes whole pages, and the broker a descriptor for it: smaller ones are each process's own.
 LEAST_BYTES = PAGE_BYTES

@@ -17,8 +17,9 @@ from ..errors import SharingError
 from ..model.packed_table import read_table, table_bytes
 from ..sharing.ledger import Answer, Kind
 from ..sharing.share import NoShare
-from .arena import Arena, HostBuffer
+from .arena import Arena
 from .copy_keys import check_files, packed_key_of
+from .host_memory import HostBuffer
 from .memory_ahead import Wanted
 from .packed_copy import PackedCopy
 from .shared_buffer import LEAST_BYTES, SharedBuffer, sharing, why_no_memory

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from ..config import StreamingConfig
 from ..devices.backend import Backend
 from ..sharing.share import NoShare
-from .arena import Arena, PinBudget, PinOwner
+from .arena import Arena
 from .builder import Builder
+from .host_memory import PinBudget, PinOwner
 from .reader import Reader
 from .unit_copies import UnitCopies
 

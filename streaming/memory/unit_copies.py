@@ -13,7 +13,8 @@ from ..model.blocks import Unit, is_small_buffer
 from ..model.lasting_binding import LastingBinding, ShownBinding
 from ..model.layout import Binding
 from ..model.sums import Summing
-from .arena import Arena, HostBuffer
+from .arena import Arena
+from .host_memory import HostBuffer
 from .master_copy import MasterCopy
 from .packed_copy import PackedCopy
 from .reader import Reader

@@ -11,10 +11,10 @@ from ..model.blocks import BlockSet, Unit
 from ..model.sums import Summing
 from ..planning.packing import Refusals
 from ..planning.plan import Plan
-from .arena import HostBuffer, PinOwner
 from .baking import bake_masters, bake_residents
 from .changes import Changes, find_changes, find_overwritten
 from .checks import Checks
+from .host_memory import HostBuffer, PinOwner
 from .memory_ahead import Wanted
 from .packing import pack_units
 from .packing_place import unpack_to_master

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ..config import StreamingConfig
 from ..devices.backend import Backend
-from ..memory.arena import PinBudget, PinOwner
 from ..memory.changes import Changes
+from ..memory.host_memory import PinBudget, PinOwner
 from ..memory.supply import Supply, Watch
 from ..memory.weight_copies import WeightCopies
 from ..memory.weights import Patches

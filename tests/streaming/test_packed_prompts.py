@@ -12,7 +12,7 @@ from models import SETTINGS, PinningBackend
 from packed_models import X, make_model
 from weightstream.streaming import Streamer, StreamingConfig, cut_model
 from weightstream.streaming.config import PackingMode
-from weightstream.streaming.memory.arena import PinBudget
+from weightstream.streaming.memory.host_memory import PinBudget
 
 NAMES = [f"blocks.{block}.{part}.weight" for block in range(4) for part in ("qkv", "out", "mlp.0", "mlp.2")]
 # Those of the first block are exchanged, those of the others are patched.

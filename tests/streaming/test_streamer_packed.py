@@ -15,7 +15,7 @@ from inline import InlineExecutor, LazyExecutor
 from models import Doubled, PinningBackend, Transformer, budgets
 from packed_models import BUDGET, PACKED_IN_BLOCK, WIDTH, X, learned, make, make_model, spread, step, why
 from weightstream.streaming import CpuBackend, State, StreamingError, VirtualMemory, cut_model
-from weightstream.streaming.memory import arena as arena_file
+from weightstream.streaming.memory import host_memory as host_memory_file
 from weightstream.streaming.memory import memory_ahead
 from weightstream.streaming.memory import packing as packing_file
 from weightstream.streaming.memory import packing_place as place_file
@@ -134,7 +134,7 @@ def test_where_no_more_may_be_page_locked_the_others_come_from_where_they_are(sh
 def host_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     """Returns how many bytes of host memory were mapped at most since the last call. Nobody collects garbage."""
     mapped, most = {}, [0]
-    own = arena_file._map
+    own = host_memory_file._map
 
     def count(nbytes: int) -> mmap.mmap:
         memory = own(nbytes)
@@ -147,7 +147,7 @@ def host_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
         found, most[0] = most[0], sum(mapped.values())
         return found
 
-    monkeypatch.setattr(arena_file, "_map", count)
+    monkeypatch.setattr(host_memory_file, "_map", count)
     gc.disable()
     yield most_since
     gc.enable()

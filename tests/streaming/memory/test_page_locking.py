@@ -12,7 +12,7 @@ import torch
 from models import Doubled, PinningBackend, Stored
 from reads import join_threads
 from weightstream.streaming import PinBudget, State
-from weightstream.streaming.memory import arena
+from weightstream.streaming.memory import host_memory
 
 pytestmark = pytest.mark.usefixtures("watched")
 
@@ -132,16 +132,16 @@ def test_what_is_spare_is_asked_again_when_it_may_have_changed(monkeypatch: pyte
     asked: list[float] = []
     now = 100.0
     spare = 10_000
-    monkeypatch.setattr(arena.time, "monotonic", lambda: now)
+    monkeypatch.setattr(host_memory.time, "monotonic", lambda: now)
     pins = PinBudget(spare=lambda: asked.append(now) or spare)
     assert [pins.take(1000) for _ in range(5)] == [None] * 5
     assert asked == [100.0]
-    now += arena.SPARE_SECONDS / 2
+    now += host_memory.SPARE_SECONDS / 2
     spare = 7000
     assert pins.take(5000) is None, "as much as was left of the first answer"
     assert pins.take(1000) is None, "not by that one"
     assert len(asked) == 2
-    now += 2 * arena.SPARE_SECONDS
+    now += 2 * host_memory.SPARE_SECONDS
     spare = 500
     assert pins.take(1000) == "host memory is nearly full"
     assert len(asked) == 3
@@ -151,7 +151,7 @@ def test_the_garbage_collector_may_free_page_locked_memory_while_it_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asking for what is spare makes objects, so a model that nobody uses any more may be collected right there."""
-    monkeypatch.setattr(arena, "SPARE_SECONDS", -1.0)
+    monkeypatch.setattr(host_memory, "SPARE_SECONDS", -1.0)
     collecting = threading.Event()
     pins = PinBudget(spare=lambda: 10**9 + (gc.collect() * 0 if collecting.is_set() else 0))
     dropped = Stored(tmp_path, pins=pins)
