@@ -235,14 +235,16 @@ def run_all(
 def _watch(process: subprocess.Popen[str], over: threading.Event, turn: threading.Event | None) -> None:
     """Let ``process`` begin when it is its ``turn``, and end it when it is ``over``, if it runs still."""
     while process.poll() is None:
+        if over.is_set():  # First: whoever ends everything also gives those a turn that wait for one.
+            process.kill()
+            return
         if turn is not None and turn.is_set():
             turn = None
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # It has ended just now.
                 process.stdin.write("\n")
                 process.stdin.flush()
-        if over.wait(LOOK_SECONDS):
-            process.kill()
+        over.wait(LOOK_SECONDS)
 
 
 def differences(found: dict[str, Any]) -> list[str]:
