@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from weightstream.streaming import CpuBackend, VirtualMemory
+from weightstream.streaming import Backend, CpuBackend, VirtualMemory
 from weightstream.streaming.parallel.exchange import Exchange, Wires
 from weightstream.streaming.parallel.kinds import Kind
 from weightstream.streaming.parallel.relay import Relay, Workers
@@ -64,7 +64,7 @@ class Joint(nn.Module):
         for first, end, factor in spans or ():
             both[1][:, first:end] *= factor
         q, k, v = torch.cat(both, 1).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        table = table[0] if isinstance(table, tuple) else table
+        table = (table[0] if isinstance(table, tuple) else table)[:, :, : q.shape[2]]
         found = self.out(options["attend"](attend, q * table, k * table, v, HEADS, mask, skip_reshape=True))
         txt += found[:, : txt.shape[1]]
         img += found[:, txt.shape[1] :]
@@ -114,24 +114,27 @@ class Model(nn.Module):
         self.joint = nn.ModuleList(Joint() for _ in range(depth))
         self.single = nn.ModuleList(Single() for _ in range(depth))
         self.skipped: set[int] = set()
+        self.single_skipped: set[int] = set()
         self.mask: torch.Tensor | None = None
         self.gate = torch.ones(1, 1, WIDTH)
         self.spans: Any = None
         self.begin: int | None = None
         self.in_tuples = False
+        self.spare_rows = 0
 
     def forward(self, img: torch.Tensor, txt: torch.Tensor, attention: Attention) -> torch.Tensor:
         options = {"attend": attention}
         img, txt = img.clone(), txt.clone()
-        table = torch.linspace(0.5, 1.5, txt.shape[1] + img.shape[1])[None, None, :, None]
+        table = torch.linspace(0.5, 1.5, txt.shape[1] + img.shape[1] + self.spare_rows)[None, None, :, None]
         for number, block in enumerate(self.joint):
             if number not in self.skipped:
                 given = (table, "other") if self.in_tuples else table
                 img, txt = block(img, txt=txt, table=given, options=options, mask=self.mask, spans=self.spans)
                 img[:, :2] += 0.5  # As a ControlNet does.
         x = torch.cat((txt, img), 1)
-        for block in self.single:
-            x = block(x, options, txt[:, :1] * 0 + 1, self.gate, begin=self.begin)
+        for number, block in enumerate(self.single):
+            if number not in self.single_skipped:
+                x = block(x, options, txt[:, :1] * 0 + 1, self.gate, begin=self.begin)
         return x[:, txt.shape[1] :].mean(1)  # Takes all rows.
 
 
@@ -145,6 +148,7 @@ def run_divided(
     txt: torch.Tensor,
     shares: Sequence[float],
     change: Callable[..., None] = lambda *_: None,
+    backend: Callable[[int], Backend] = lambda number: CpuBackend(VirtualMemory(1, f"gpu:{number}")),
 ) -> tuple[list[torch.Tensor], list[TokenPart]]:
     """The outputs of all devices, each with a model of its own, and their parts."""
     count = len(shares)
@@ -152,8 +156,7 @@ def run_divided(
     for number, each in enumerate(models):
         change(number, each)
     relay = Relay(range(count))
-    backends = [CpuBackend(VirtualMemory(1, f"gpu:{number}")) for number in range(count)]
-    exchange = Exchange(Wires(backends, Links()), relay)
+    exchange = Exchange(Wires([backend(number) for number in range(count)], Links()), relay)
     parts = [TokenPart(me, shares, exchange) for me in range(count)]
 
     def call(me: int) -> torch.Tensor:

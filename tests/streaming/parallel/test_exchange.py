@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,9 +22,9 @@ WORKERS = Workers()
 COUNTS = [[3, 1, 2], [2, 5, 1]]
 
 
-def run(backends: Sequence[Any], call: Callable[[int, Exchange], Any]) -> list[Any]:
+def run(backends: Sequence[Any], call: Callable[[int, Exchange], Any], links: Links | None = None) -> list[Any]:
     relay = Relay(range(len(backends)))
-    exchange = Exchange(Wires(backends, Links()), relay)
+    exchange = Exchange(Wires(backends, links or Links()), relay)
     return relay.run([lambda me=me: call(me, exchange) for me in range(len(backends))], WORKERS)
 
 
@@ -73,10 +75,59 @@ def test_a_device_that_exchanges_once_more_is_refused() -> None:
         run(virtual(2), call)
 
 
+def test_rows_are_let_go_when_all_others_have_queued_their_copies() -> None:
+    left: dict[int, list[list[bool]]] = {0: [], 1: []}
+
+    def call(me: int, exchange: Exchange) -> None:
+        kept = []
+        for turn in range(3):
+            rows = torch.zeros(1, 4)
+            kept.append(weakref.ref(rows))
+            exchange.gather(me, turn, [rows], 1, [[4, 4]])
+            del rows
+        left[me].append([each() is not None for each in kept])
+        exchange.finish(me)
+        left[me].append([each() is not None for each in kept])
+
+    run([RaceBackend(compute=f"compute {number}") for number in range(2)], call)
+    # The first device posts again before the other, whose turn it is then, has queued its copies.
+    assert left == {0: [[False, True, True], [False] * 3], 1: [[False, False, True], [False] * 3]}
+
+
+def test_copies_out_of_a_device_pass_by_its_compute() -> None:
+    passing: list[str] = []
+    copied: list[tuple[str, list[str]]] = []
+
+    class Passing(RaceBackend):
+        @contextmanager
+        def passing_on(self) -> Iterator[None]:
+            passing.append(self.compute)
+            yield
+            passing.remove(self.compute)
+
+        def copy_on(self, *args: Any) -> Any:
+            copied.append((self.compute, list(passing)))
+            return super().copy_on(*args)
+
+    def call(me: int, exchange: Exchange) -> None:
+        exchange.gather(me, "block", [torch.zeros(1, 4)], 1, [[4, 4]])
+        exchange.finish(me)
+
+    run([Passing(compute=name) for name in ("one", "other")], call)
+    assert sorted(copied) == [("one", ["other"]), ("other", ["one"])]
+
+
 # -- every wait is needed ----------------------------------------------------------------------------------------------
 
 
-def run_watched(monkeypatch: pytest.MonkeyPatch, turns: int = 4) -> None:
+class Unsound(Links):
+    """No device reaches the memory of another."""
+
+    def is_sound(self, source: torch.device, target: torch.device) -> bool:
+        return False
+
+
+def run_watched(monkeypatch: pytest.MonkeyPatch, links: Links | None = None, turns: int = 4) -> None:
     """Two devices that exchange, whose kernels use rows, what is put together, and memory that is used again.
 
     Raises:
@@ -91,6 +142,9 @@ def run_watched(monkeypatch: pytest.MonkeyPatch, turns: int = 4) -> None:
         return memory.setdefault(threading.get_ident(), torch.zeros(1, length))
 
     monkeypatch.setattr(exchanges, "_of_length", reused)
+    if links is not None:
+        for number, backend in enumerate(backends):
+            backend.device = torch.device("cuda", number)
 
     def call(me: int, exchange: Exchange) -> None:
         rows = [torch.zeros(1, 32) for _ in range(2)]
@@ -103,11 +157,48 @@ def run_watched(monkeypatch: pytest.MonkeyPatch, turns: int = 4) -> None:
         for mine in rows:
             backends[me].write(mine)
 
-    run(backends, call)
+    run(backends, call, links)
 
 
 def test_nothing_races(monkeypatch: pytest.MonkeyPatch) -> None:
     run_watched(monkeypatch)
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Memory that rows go through where devices do not reach each other's. There is no page-locked memory here."""
+    made: list[torch.Tensor] = []
+
+    def empty_like(tensor: torch.Tensor, device: str, pin_memory: bool) -> torch.Tensor:
+        assert (device, pin_memory) == ("cpu", True)
+        made.append(torch.zeros(tensor.shape, dtype=tensor.dtype))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    return made
+
+
+def test_nothing_races_by_way_of_host_memory(monkeypatch: pytest.MonkeyPatch, staged: list[torch.Tensor]) -> None:
+    run_watched(monkeypatch, Unsound())
+    assert len(staged) == 8, "rows of each device in each turn"
+
+
+@pytest.mark.parametrize("missing", ["made", "free", "down"])
+def test_each_wait_by_way_of_host_memory_is_needed(
+    monkeypatch: pytest.MonkeyPatch, staged: list[torch.Tensor], missing: str
+) -> None:
+    copy_on = RaceBackend.copy_on
+    waited = {1: ["made"], 2: ["down", "free"]}
+
+    def copy_early(self: RaceBackend, stream: Any, pairs: Any, after: Sequence[Any]) -> Any:
+        names = waited[len(after)]
+        return copy_on(
+            self, stream, pairs, [event for event, name in zip(after, names, strict=True) if name != missing]
+        )
+
+    monkeypatch.setattr(RaceBackend, "copy_on", copy_early)
+    with pytest.raises(RaceError):
+        run_watched(monkeypatch, Unsound())
 
 
 def without_wait_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:

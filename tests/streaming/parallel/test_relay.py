@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable
 
@@ -51,6 +52,7 @@ def test_one_runs_at_a_time_and_each_gets_what_the_others_bring(workers: Workers
     relay = Relay(range(count))
     relay.run([call(me) for me in range(count)], workers)
     assert again.order == first, "the order is always the same"
+    assert first[:count] == [f"{me} 0" for me in range(count)], "it is that of their numbers"
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -95,6 +97,33 @@ def test_threads_have_the_modes_of_the_caller(workers: Workers, inference: bool,
     with torch.inference_mode(inference), torch.set_grad_enabled(grad):
         mine, others = Relay(range(2)).run([modes, modes], workers)
     assert mine == others
+
+
+def test_threads_have_the_context_of_the_caller(workers: Workers) -> None:
+    """As of the node that runs, which ComfyUI keeps there. What a call sets is its own."""
+    node = contextvars.ContextVar("node", default="none")
+
+    def call() -> str:
+        found = node.get()
+        node.set("changed")
+        return found
+
+    def run() -> tuple[list[str], str]:
+        node.set("sampler")
+        return Relay(range(3)).run([node.get, call, call], workers), node.get()
+
+    assert contextvars.copy_context().run(run) == (["sampler"] * 3, "sampler")
+
+
+def test_what_has_not_begun_when_one_fails_does_not_begin(workers: Workers) -> None:
+    begun: list[int] = []
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        Relay(range(2)).run([fail, lambda: begun.append(1)], workers)
+    assert begun == []
 
 
 def test_threads_are_kept(workers: Workers) -> None:

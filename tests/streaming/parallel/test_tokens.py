@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from race import RaceBackend
 from token_models import HEADS, WIDTH, Model, attend, plain, run_divided
+from weightstream.streaming.parallel.exchange import Exchange
 from weightstream.streaming.parallel.relay import HeldUpError
 from weightstream.streaming.parallel.tokens import UndividedError
 
@@ -107,6 +110,18 @@ def test_rows_that_are_not_put_together_are_an_error(model: Model) -> None:
         failing(lambda *_: None, model)
 
 
+def test_rows_that_are_not_put_together_at_the_end_are_an_error(model: Model) -> None:
+    model.single_skipped = {2}
+    with pytest.raises(UndividedError, match="the last of several Single was not run"):
+        failing(lambda *_: None, model)
+
+
+def test_a_table_with_other_rows_than_tokens_is_an_error(model: Model) -> None:
+    model.spare_rows = 1
+    with pytest.raises(UndividedError, match="a table has 17 rows for 16 tokens"):
+        failing(lambda *_: None, model)
+
+
 def test_rows_that_another_kind_of_attention_does_not_get_are_an_error(model: Model) -> None:
     def change(number: int, each: Model) -> None:
         block = each.single[1]
@@ -149,6 +164,20 @@ def test_a_step_that_one_device_begins_again_is_an_error(model: Model) -> None:
 
     with pytest.raises(HeldUpError):
         failing(change, model)
+
+
+def test_rows_are_let_go_at_the_end(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather, posted = Exchange.gather, []
+
+    def noted(self: Exchange, me: int, label: Any, tensors: Any, *args: Any) -> Any:
+        posted.extend(map(weakref.ref, tensors))
+        return gather(self, me, label, tensors, *args)
+
+    monkeypatch.setattr(Exchange, "gather", noted)
+    _, parts = run_divided(model, tokens(IMG), tokens(TXT), (1, 1), backend=lambda number: RaceBackend())
+    assert len(parts) == 2
+    assert len(posted) > 20
+    assert not any(each() is not None for each in posted)
 
 
 def test_nothing_stays_on_the_blocks(model: Model) -> None:
