@@ -53,8 +53,9 @@ T = TypeVar("T")
 class GpuPlacement(io.ComfyNode):
     """Chooses the GPUs that a MODEL uses, and the device of the text encoder (CLIP) and of the VAE.
 
-    One GPU takes the MODEL whole; over several its blocks are split. A workflow of a machine with more GPUs runs on one
-    with fewer, or with none, and the node says what is used instead. The images are the same.
+    One GPU takes the MODEL whole. Over several its blocks are split; with split=parallel each has all of it, and they
+    work on a step at the same time. A workflow of a machine with more GPUs runs on one with fewer, or with none, and
+    the node says what is used instead. The images are the same.
     """
 
     @classmethod
