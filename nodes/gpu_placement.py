@@ -16,6 +16,7 @@ from .changed_files import count_outdated
 from .host.gpus import BITS, EXACT, PARALLEL, SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, why_no_gpus
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher
+from .model.streamed_model import PARALLEL_NOTICE
 from .parallel.copies import in_parallel
 from .tell import messages
 from .tell.failures import told_on_node
@@ -170,7 +171,8 @@ class GpuPlacement(io.ComfyNode):
             )
         text = "; ".join(placing.said)
         messages.announce(NAME, text, node_id)
-        withdraw_notice(NAME, node_id)
+        for notice in (NAME, PARALLEL_NOTICE):
+            withdraw_notice(notice, node_id)
         if placing.fell_back:
             keep_notice("fallback", NAME, text, node_id, model.model)
         return io.NodeOutput(model, clip, vae)

@@ -65,6 +65,8 @@ def in_parallel(
     check_what_hangs_on(model)
     _check_companions(model)
     base = _known_or_made(model, devices, node_id)
+    for one in _all_of(base):
+        one.streamed.alone = ""  # The node's notices are withdrawn, so a run says it anew.
     ours = base.clone()
     copies = ours.get_additional_models_with_key(PARALLEL)
     carry_over(model, ours)

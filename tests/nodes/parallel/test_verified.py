@@ -17,9 +17,10 @@ from comfy.multigpu import MultiGPUThreadPool
 from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 from controlnets import CONTROLNET, write_controlnet
 from parallel import LONG, apart, close_all, copies_of, parallel, runs_of
-from placing import Machine
+from placing import Machine, place
 from prompts import conditioning, guided, latent, output
 from sampling import MB
+from weightstream.nodes.model.streamed_model import PARALLEL_NOTICE
 from weightstream.nodes.page.status import full_status
 from weightstream.nodes.parallel import verified
 from weightstream.nodes.parallel.verified import verdicts
@@ -74,6 +75,20 @@ def test_other_bits_are_found_in_the_first_step(
     for entry in entries:
         assert entry["parallel"]["devices"] == ["gpu:0", "gpu:1"]
         assert entry["parallel"]["alone"].startswith(OTHER_BITS)
+
+
+def test_a_notice_is_there_while_the_node_places_it_so(loaded: Any) -> None:
+    def notices() -> list[str]:
+        return [notice["name"] for notice in describe_notices()]
+
+    guided(parallel(loaded))
+    assert notices() == [PARALLEL_NOTICE]
+    place(loaded)
+    assert notices() == []
+    model = parallel(loaded)
+    assert notices() == []
+    guided(model)
+    assert notices() == [PARALLEL_NOTICE]
 
 
 def test_close_compares_nothing(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,10 +191,8 @@ def test_each_wait_by_way_of_host_memory_is_needed(
     waited = {1: ["made"], 2: ["down", "free"]}
 
     def copy_early(self: RaceBackend, stream: Any, pairs: Any, after: Sequence[Any]) -> Any:
-        names = waited[len(after)]
-        return copy_on(
-            self, stream, pairs, [event for event, name in zip(after, names, strict=True) if name != missing]
-        )
+        named = zip(waited[len(after)], after, strict=True)
+        return copy_on(self, stream, pairs, [event for name, event in named if name != missing])
 
     monkeypatch.setattr(RaceBackend, "copy_on", copy_early)
     with pytest.raises(RaceError):
