@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ class InlineBackend(CpuBackend):
         return None
 
 
+@contextlib.contextmanager
 def divide(
     models: Sequence[nn.Module],
     shares: Sequence[float],
@@ -35,9 +36,9 @@ def divide(
     move: Callable[[Any, int], Any],
     around: Around = lambda number: contextlib.nullcontext(),
     backend: type[CpuBackend] = CpuBackend,
-) -> list[list[int]]:
-    """Have the first of like models run its steps on all of them. Returns a list that gets, for each step, how many
-    blocks of each model were divided.
+) -> Iterator[list[list[int]]]:
+    """Meanwhile the first of like models runs its steps on all of them. Yields a list that gets, for each step, how
+    many blocks of each model were divided.
 
     Args:
         models: of the host, one for each device.
@@ -70,7 +71,10 @@ def divide(
         return outputs[0]
 
     models[0].apply_model = run  # type: ignore[assignment]
-    return divided
+    try:
+        yield divided
+    finally:
+        del models[0].apply_model  # It leads back to the model, which would wait for the garbage collector.
 
 
 def copied(value: Any) -> Any:

@@ -13,11 +13,13 @@ from weightstream.nodes.model.streamed_model import streamed_models
 # Prompts so different in length that the host computes them one by one, on one device too. A CPU's kernels give other
 # bits for a batch of two than for batches of one.
 LONG = 23
+# One that is run both ways, and one that is known.
+STEPS = 2
 
 
 def apart(model: Any, **options: Any) -> torch.Tensor:
     """Latents for two prompts that share no batch."""
-    return guided(model, negative=conditioning(2, LONG), **options)
+    return guided(model, **{"steps": STEPS, "negative": conditioning(2, LONG)} | options)
 
 
 def parallel(model: Any, **inputs: Any) -> Any:
