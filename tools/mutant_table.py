@@ -8,8 +8,12 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("mutants.txt")
 ROOT = TABLE.parents[1]
-# The tests of the engine by their names, wherever they lie.
-TESTS = {path.stem: path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "streaming").rglob("test_*.py")}
+# Tests by their names: those of the engine, wherever they lie, and of work in parallel.
+TESTS = {
+    path.stem: path.relative_to(ROOT).as_posix()
+    for room in ("nodes/parallel", "streaming")
+    for path in (ROOT / "tests" / room).rglob("test_*.py")
+}
 
 
 class Mutant(NamedTuple):

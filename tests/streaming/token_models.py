@@ -86,7 +86,9 @@ class Single(nn.Module):
         other: torch.Tensor,
         gate: torch.Tensor,
         begin: int | None = None,
+        backwards: bool | None = None,
     ) -> torch.Tensor:
+        x = x.flip(1) if backwards else x
         x = x + self.inner(self.norm(x), None, options) * gate
         x = x + self.outer(x, other, options)
         return x if begin is None else torch.cat([x[:, :begin], x[:, begin:] * 2], 1)
@@ -103,7 +105,15 @@ class Attending(nn.Module):
 
 
 JOINT = Kind(("txt", "img"), ("img", "txt"), along={"table": 2}, spans={"spans": "img"})
-SINGLE = Kind(("x",), ("x",), along_one={"gate": ("x", 1)}, least_dims=3, places={"begin": "x"}, attends=("inner",))
+SINGLE = Kind(
+    ("x",),
+    ("x",),
+    along_one={"gate": ("x", 1)},
+    least_dims=3,
+    places={"begin": "x"},
+    absent=("backwards",),
+    attends=("inner",),
+)
 
 
 class Model(nn.Module):
@@ -119,6 +129,7 @@ class Model(nn.Module):
         self.gate = torch.ones(1, 1, WIDTH)
         self.spans: Any = None
         self.begin: int | None = None
+        self.backwards: bool | None = None
         self.in_tuples = False
         self.spare_rows = 0
 
@@ -134,7 +145,7 @@ class Model(nn.Module):
         x = torch.cat((txt, img), 1)
         for number, block in enumerate(self.single):
             if number not in self.single_skipped:
-                x = block(x, options, txt[:, :1] * 0 + 1, self.gate, begin=self.begin)
+                x = block(x, options, txt[:, :1] * 0 + 1, self.gate, begin=self.begin, backwards=self.backwards)
         return x[:, txt.shape[1] :].mean(1)  # Takes all rows.
 
 

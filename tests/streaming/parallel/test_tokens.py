@@ -85,6 +85,11 @@ def test_what_has_neither_a_row_for_each_token_nor_one_for_all_is_not_divided(mo
     check(model, divided=3)
 
 
+def test_blocks_that_are_asked_for_what_is_not_known_of_them_are_not_divided(model: Model) -> None:
+    model.backwards = True
+    check(model, divided=3)
+
+
 def test_fewer_tokens_than_devices_are_not_divided(model: Model) -> None:
     img, txt = tokens(IMG), tokens(2)
     outputs, parts = run_divided(model, img, txt, (1, 1, 1))
