@@ -72,8 +72,6 @@ def why_whole(patchers: Sequence[StreamedModelPatcher], options: Mapping[str, An
             return f"a node ({', '.join(map(str, theirs))}) runs code around its steps, which would run on each GPU"
     if any(COMPILE_KEY in each for each in inner.get("wrappers", {}).values()):
         return "it is compiled"
-    if patchers[0].current_hooks is not None:
-        return "a LoRA hangs on its conditioning"
     return ""
 
 

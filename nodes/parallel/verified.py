@@ -178,7 +178,7 @@ class _Step:
         """How this step can be divided, the best way first; if in none, why not."""
         if gave_up := self._patcher.streamed.gave_up:
             return [], gave_up
-        whole = why_whole(self._gpus, self._options)
+        whole = self._why_whole()
         possible = {
             Way.TEAMS: self._prompts > 1 and len(self._gpus) >= 2 * LEAST_TEAM and not whole,
             Way.PROMPTS: self._prompts > 1,
@@ -186,6 +186,11 @@ class _Step:
         }
         ways = [way for way in Way if possible[way]]
         return ways, "" if ways else whole
+
+    def _why_whole(self) -> str:
+        if any(entry.get("hooks") is not None for _, entry in self._entries()):
+            return "a LoRA hangs on its conditioning"  # The host puts it on the first GPU alone.
+        return why_whole(self._gpus, self._options)
 
     @property
     def _prompts(self) -> int:
@@ -243,14 +248,20 @@ class _Step:
 
     def _forget_hooks(self) -> None:
         """The host tells the MODEL alone when a LoRA on conditioning changes its strength: the others compute anew."""
-        for clone in self._clones.values():
-            if clone is not self._patcher:
-                clone.cached_hook_patches.clear()
-                if clone.current_hooks is not None:
-                    clone.patch_hooks(None)
+        for clone in self._gpus[1:]:
+            clone.cached_hook_patches.clear()
+        self._take_hooks_off()
+
+    def _take_hooks_off(self) -> None:
+        """Another step may have left a LoRA on other GPUs, which the host takes off only where it gives them a prompt."""
+        for clone in self._gpus[1:]:
+            if clone.current_hooks is not None:
+                clone.patch_hooks(None)
 
     def together(self, way: Way) -> Outputs:
         """On all of them."""
+        if way is not Way.PROMPTS:
+            self._take_hooks_off()
         if way is Way.TOKENS:
             outputs = self._executor(*self._arguments, divided(self._teams(way), self._options_of_one))
         else:

@@ -13,13 +13,19 @@ import comfy.patcher_extension
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_hooks import (
+    ConditioningSetProperties,
+    CreateHookKeyframe,
+    CreateHookLoraModelOnly,
+    SetHookKeyframes,
+)
 from controlnets import write_controlnet
 from failing import failing
 from moving import between_steps
 from parallel import STEPS, copies_of, parallel, runs_of
 from placing import Machine
-from prompts import conditioning, guided, latent
-from sampling import MB, sample_with_hook, with_lora
+from prompts import Conditioning, conditioning, guided, latent
+from sampling import LORA, MB, sample_with_hook, with_lora
 from weightstream.nodes.host.hosts import WrappersMP
 from weightstream.nodes.parallel import verified
 from weightstream.nodes.parallel.verified import verdicts
@@ -242,6 +248,40 @@ def test_hooks(loaded: Any, machine: Machine, native: ModelPatcher) -> None:
     mode = comfy.hooks.EnumHookMode.MinVram
     expected = sample_with_hook(native, mode)
     assert torch.equal(sample_with_hook(parallel(loaded), mode), expected)
+
+
+def with_hook(entry: Conditioning, strength: float) -> Conditioning:
+    """A prompt that a LoRA hangs on."""
+    (frames,) = CreateHookKeyframe().create_hook_keyframe(strength, 0.0)
+    hooks = CreateHookLoraModelOnly().create_hook_model_only(LORA, 1.0)[0]
+    hooks = SetHookKeyframes().set_hook_keyframes(hooks, frames)[0]
+    return ConditioningSetProperties().set_properties(entry, 1.0, "default", hooks=hooks)[0]
+
+
+def test_a_hook_that_did_nothing_when_the_step_was_verified(
+    loaded: Any, machine: Machine, native: ModelPatcher
+) -> None:
+    """The host puts it on the first GPU alone."""
+    machine(2, 40 * MB)
+    model = parallel(loaded)
+    for strength in (0.0, 1.0):
+        positive = with_hook(conditioning(1, TOKENS), strength)
+        assert torch.equal(one_prompt(model, positive), one_prompt(native, positive))
+        assert model.streamed.alone == "a LoRA hangs on its conditioning"
+
+
+def test_a_hook_of_a_prompt_that_has_ended_is_on_no_gpu(loaded: Any, machine: Machine, native: ModelPatcher) -> None:
+    """The host leaves it on the GPU to which it gave that prompt."""
+    machine(2, 40 * MB)
+    model = parallel(loaded)
+    for negative in (conditioning(2, 23), with_hook(conditioning(2, 23), 1.0)):
+        with torch.inference_mode():
+            (ending,) = host_nodes.NODE_CLASS_MAPPINGS["ConditioningSetTimestepRange"]().set_range(negative, 0.0, 0.5)
+
+        def run(model: Any, ending: Conditioning = ending) -> torch.Tensor:
+            return one_prompt(model, negative=ending, cfg=2.0, steps=4)
+
+        check_divided(model, run(native), run)
 
 
 def test_other_bits_for_a_part_of_the_tokens(loaded: Any, native: ModelPatcher) -> None:
