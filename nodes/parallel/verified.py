@@ -10,30 +10,35 @@ parallel; else on one GPU, and the node says so. What was found out is kept for 
 
 A step runs a second time only if the first one has left everything that it can reach as it was (state/comparing.py).
 If not, some node keeps state from step to step, as caches that skip steps do. Two threads would share it, in no
-certain order, so that later steps could differ where the first did not: such a MODEL works on one GPU.
+certain order, so that later steps could differ where the first did not: such a MODEL works on one GPU. Some begin to
+keep state in a later step than the first. So wherever another node has attached something, each step is looked at in
+this way; one that has changed anything is taken back, and runs on one GPU.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 from comfy.controlnet import ControlBase
 
-from ...streaming import BudgetError, StreamingError
+from ...streaming import BudgetError, StepNotRepeatedError, StreamingError
 from ...streaming.devices.backend import is_out_of_memory
 from ...streaming.parallel.cut import cut
 from ...streaming.parallel.relay import HeldUpError
 from ...streaming.parallel.tokens import UndividedError
 from ..model.patcher import PARALLEL, StreamedModelPatcher
-from ..state.step_state import StepState
+from ..model.streamed_model import ATTRIBUTE
+from ..state.step_state import AS_IT_IS, StepState
 from .dividing import Team, divided, why_whole
 
 logger = logging.getLogger(__name__)
@@ -45,6 +50,14 @@ HOOKS = "registered_hooks"
 MOST_KINDS = 256
 # GPUs that share the prompts of a step in teams: fewer than two make none.
 LEAST_TEAM = 2
+# Our wrappers of what the host does in a run.
+WRAPPER = "weightstream_parallel"
+# Options that hold nothing which runs in a step, or which are looked at by themselves.
+NOT_IN_STEPS = {
+    *("transformer_options", "wrappers", "callbacks", HOOKS, "denoise_mask_function", "multigpu_options"),
+    *("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function"),
+}
+KEEPS_STATE = "some node keeps state from step to step ({}), which GPUs would share"
 
 # Of a step: the model, conds, latents and sigma, as the host gives them, without its options.
 Arguments = tuple[Any, list[Any], torch.Tensor, torch.Tensor]
@@ -225,9 +238,11 @@ class _Step:
         """What decides which kernels run (Note: verified, not believed)."""
         model, _, x, _ = self._arguments
         streamed = self._patcher.streamed
-        entries = tuple((number, *_describe(entry)) for number, entry in self._entries())
+        sigma = self._arguments[-1]
+        entries = tuple((number, *_describe(entry, sigma)) for number, entry in self._entries())
         devices = tuple(map(str, self._clones))
-        about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices)
+        about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices, _make_of(model))
+        about += (_names(self._patcher.object_patches), _names(self._patcher.injections))
         parts = self._shares if way is not Way.PROMPTS else ()
         return way, parts, about, tuple(x.shape), x.dtype, entries, _names(self._options_of_one)
 
@@ -280,7 +295,7 @@ class _Step:
     def together_or_alone(self, way: Way, is_verified: bool = True) -> Outputs:
         """On all of them; if that fails, for lack of memory say, on the first until the MODEL is loaded for the next
         run. A step of a kind that was not verified may have changed what it can reach: then its failure is raised."""
-        before = None if is_verified else self._state()
+        before = None if is_verified and not self._has_others() else self._state()
         try:
             outputs = self.together(way)
         except Exception as error:
@@ -288,8 +303,33 @@ class _Step:
                 raise
             self._give_up(error, reason)
             return self.alone()
+        if is_verified and before is not None and (changed := before.changed()):
+            return self._taken_back(way, before, changed)
         self.tell("")
         return outputs
+
+    def _taken_back(self, way: Way, before: StepState, changed: str) -> Outputs:
+        """What one GPU gives, for a step in which GPUs have shared what a node keeps: none of that is left."""
+        before.put_back()
+        if obstacle := before.obstacle():
+            raise StepNotRepeatedError(
+                f"{self._patcher.streamed.title}: {KEEPS_STATE.format(changed)}. The step cannot be run again on one "
+                f"GPU, because {obstacle}. {AS_IT_IS}"
+            )
+        reason = KEEPS_STATE.format(changed)
+        verdicts.keep(self.kind(way), reason)
+        self.tell(reason)
+        return self.alone()
+
+    def _has_others(self) -> bool:
+        """Whether another node has attached something that runs in a step."""
+        options, patcher = self._options_of_one, self._patcher
+        inner = options.get("transformer_options", {})
+        attached = [value for each in (options, inner) for name, value in each.items() if name not in NOT_IN_STEPS]
+        for wrappers in (wrappers for each in (options, inner) for wrappers in each.get("wrappers", {}).values()):
+            attached += [value for key, value in wrappers.items() if key not in (ATTRIBUTE, WRAPPER)]
+        attached += [value for name, value in patcher.object_patches.items() if name.startswith("diffusion_model.")]
+        return bool(patcher.injections) or not _is_data(attached)
 
     def first(self, way: Way, reason: str, is_last: bool) -> Outputs:
         """The first step of its kind, both ways. ``reason``: why it was not divided in a better way; ``is_last``: there
@@ -319,7 +359,7 @@ class _Step:
         before = self._state()
         expected = self.alone()
         if changed := before.changed():
-            return expected, f"some node keeps state from step to step ({changed}), which GPUs would share"
+            return expected, KEEPS_STATE.format(changed)
         try:
             found = self.together(way)
         except Exception as error:
@@ -332,7 +372,7 @@ class _Step:
             return expected, None
         if changed := before.changed():
             before.put_back()
-            return expected, f"some node keeps state from step to step ({changed}), which GPUs would share"
+            return expected, KEEPS_STATE.format(changed)
         if not all(map(_same_bits, found, expected)):
             most = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
             return expected, f"a step gave other bits than on one GPU (by {most:.1e} at most)"
@@ -427,24 +467,42 @@ def _is_in_effect(entry: Mapping[str, Any], sigma: torch.Tensor) -> bool:
     return end is None or not sigma[0] < end
 
 
-def _describe(entry: Mapping[str, Any]) -> tuple[Hashable, ...]:
-    """Of a prompt: the shapes of all that the model is given, its area, and what acts on it."""
+def _describe(entry: Mapping[str, Any], sigma: torch.Tensor) -> tuple[Hashable, ...]:
+    """Of a prompt: the shapes of all that the model is given, its area, and what acts on it at this step."""
     shapes = [(name, _shape(getattr(value, "cond", value))) for name, value in entry.get("model_conds", {}).items()]
     area, controls = entry.get("area"), []
     control = entry.get("control")
     while control is not None:
-        controls.append(type(control).__qualname__)
+        controls.append((type(control).__qualname__, _acts(control, sigma)))
         control = getattr(control, "previous_controlnet", None)
     others = [(name, _shape(entry.get(name))) for name in ("mask", "gligen", "hooks", "default")]
     return tuple(shapes), None if area is None else tuple(area), tuple(controls), tuple(others)
 
 
+def _acts(control: ControlBase, sigma: torch.Tensor) -> bool:
+    """Whether a ControlNet does something at this step: some begin and end at a sigma."""
+    span = control.timestep_range
+    return span is None or not (sigma[0] > span[0] or sigma[0] < span[1])
+
+
 def _shape(value: Any) -> Hashable:
+    """What of a value decides which kernels run: models choose their ways by numbers and names."""
+    if isinstance(value, (bool, int, float, str)):
+        return type(value).__qualname__, value
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, (list, tuple)):
         return tuple(map(_shape, value))
     return type(value).__qualname__
+
+
+def _is_data(value: Any) -> bool:
+    """Whether there is nothing in a value but numbers, names and tensors, which do nothing."""
+    if isinstance(value, dict):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
 
 
 def _names(value: Any) -> Hashable:
@@ -455,8 +513,29 @@ def _names(value: Any) -> Hashable:
         return tuple(map(_names, value))
     if isinstance(value, torch.Tensor):
         return _shape(value)
+    if isinstance(value, partial):
+        return "partial", _names(value.func)
+    if isinstance(value, torch.nn.Module):
+        return type(value).__qualname__, _make_of(value)
     named = getattr(value, "__qualname__", None)
     return named if isinstance(named, str) else type(value).__qualname__
+
+
+# Of models, what :func:`_make_of` has found.
+_makes: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def _make_of(model: torch.nn.Module) -> int:
+    """Tells models apart that have a name in common: by the classes of all layers, and the dtypes and shapes of their
+    weights."""
+    if model not in _makes:
+        layers = [(type(module).__module__, type(module).__qualname__) for module in model.modules()]
+        weights = [
+            (name, type(weight).__qualname__, weight.dtype, tuple(weight.shape))
+            for name, weight in model.named_parameters()
+        ]
+        _makes[model] = hash((*layers, *weights))
+    return _makes[model]
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

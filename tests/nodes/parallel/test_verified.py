@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import comfy.controlnet
@@ -12,6 +13,7 @@ import comfy.model_management as mm
 import folder_paths
 import pytest
 import torch
+from comfy.conds import CONDConstant
 from comfy.model_patcher import ModelPatcher
 from comfy.multigpu import MultiGPUThreadPool
 from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
@@ -165,6 +167,41 @@ def test_a_node_that_keeps_state_runs_once_and_on_one_gpu(
     assert model.streamed.alone.startswith(KEEPS_STATE)
 
 
+@pytest.mark.parametrize("kind", ["a wrapper of the model", "a patch"])
+def test_state_that_a_node_keeps_only_later_in_a_run(loaded: Any, native: ModelPatcher, kind: str) -> None:
+    """As caches do that begin to skip at some percent of the steps. The first step shows nothing of it."""
+
+    def counting(model: Any) -> tuple[Any, list[int]]:
+        model, calls = model.clone(), [0]
+
+        def count(sigma: Any) -> float:
+            if float(sigma.max()) > 0.9:
+                return 1.0
+            calls[0] += 1
+            return 1 + 0.01 * calls[0]
+
+        def wrapper(apply: Callable[..., Any], args: dict[str, Any]) -> torch.Tensor:
+            return apply(args["input"], args["timestep"], **args["c"]) * count(args["timestep"])
+
+        def patch(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+            found = extra["original_block"](args)
+            return {**found, "img": found["img"] * count(args["transformer_options"]["sigmas"])}
+
+        if kind == "a patch":
+            model.set_model_patch_replace(patch, "dit", "double_block", 0)
+        else:
+            model.set_model_unet_function_wrapper(wrapper)
+        return model, calls
+
+    theirs, their_calls = counting(native)
+    model, calls = counting(parallel(loaded))
+    assert torch.equal(apart(model, steps=4), apart(theirs, steps=4))
+    assert calls == their_calls
+    assert calls[0] > 0
+    assert model.streamed.alone.startswith(KEEPS_STATE)
+    assert 0 < model.streamed.together < 4, "some steps before"
+
+
 def test_random_numbers_are_drawn_once(loaded: Any, native: ModelPatcher) -> None:
     def noisy(model: Any) -> Any:
         model = model.clone()
@@ -215,6 +252,35 @@ def test_a_prompt_that_ends_in_the_run(loaded: Any, native: ModelPatcher) -> Non
     for _ in range(2):
         assert torch.equal(run(model), expected)
     assert len(verdicts._found) == 2
+
+
+def test_what_a_prompt_asks_of_the_model_is_part_of_its_kind() -> None:
+    """A number or a name among the conditions chooses another way through a model, whatever the shapes are."""
+    sigma = torch.ones(1)
+
+    def describe(method: Any) -> Any:
+        return verified._describe({"model_conds": {"ref_latents_method": CONDConstant(method)}}, sigma)
+
+    kinds = {describe(method) for method in ("index", "index_timestep_zero", 1, True, 1.5, None)}
+    assert len(kinds) == 6
+    assert describe("index") == describe("index")
+
+
+def test_what_is_attached_is_part_of_a_kind_by_what_it_calls() -> None:
+    one, other = (verified._names({"override": partial(function, 1)}) for function in (divmod, max))
+    assert one != other
+    layers = [torch.nn.Linear(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    makes = [verified._names({"diffusion_model.out": layer}) for layer in (*layers, torch.nn.Linear(2, 2))]
+    assert makes[0] == makes[2] != makes[1]
+
+
+def test_files_of_one_name_are_two_kinds(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, model, expected = counted(monkeypatch), parallel(loaded), apart(native)
+    assert torch.equal(apart(model), expected)
+    monkeypatch.setattr(verified, "_make_of", lambda model: 0)
+    runs.clear()
+    assert torch.equal(apart(model), expected)
+    assert runs[:2] == ["alone", "together"]
 
 
 def test_the_table_keeps_what_was_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,11 +347,11 @@ def controlnet(tmp_path: Any) -> Any:
         return comfy.controlnet.load_controlnet(str(tmp_path / CONTROLNET))
 
 
-def controlled(model: Any, net: Any) -> torch.Tensor:
+def controlled(model: Any, net: Any, start: float = 0.0) -> torch.Tensor:
     picture = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
         positive, negative = host_nodes.ControlNetApplyAdvanced().apply_controlnet(
-            conditioning(1), conditioning(2, LONG), net, picture, 0.8, 0.0, 0.8
+            conditioning(1), conditioning(2, LONG), net, picture, 0.8, start, 0.8
         )
     return guided(model, steps=4, positive=positive, negative=negative)
 
@@ -300,6 +366,19 @@ def test_a_controlnet_works_on_both(loaded: Any, machine: Machine, native: Model
     assert model.streamed.alone == ""
     assert runs_of(model) == [4, 4]
     assert torch.equal(apart(model), apart(native))
+
+
+def test_steps_at_which_a_controlnet_begins_are_another_kind(
+    loaded: Any, machine: Machine, native: ModelPatcher, controlnet: Any
+) -> None:
+    def run(model: Any) -> torch.Tensor:
+        return controlled(model, controlnet, 0.3)
+
+    expected = run(native)
+    machine(2, 40 * MB)
+    model = parallel(loaded)
+    assert torch.equal(run(model), expected)
+    assert len(verdicts._found) == 2, "with it, and before it begins, which is as when it has ended"
 
 
 def test_one_that_cannot_be_had_twice_leaves_the_run_to_one_gpu(
