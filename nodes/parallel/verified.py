@@ -296,13 +296,16 @@ class _Step:
         """On all of them; if that fails, for lack of memory say, on the first until the MODEL is loaded for the next
         run. A step of a kind that was not verified may have changed what it can reach: then its failure is raised."""
         before = None if is_verified and not self._has_others() else self._state()
+        outputs: Outputs | None
         try:
             outputs = self.together(way)
         except Exception as error:
             if (reason := self._why_given_up(error)) is None or (before is not None and before.changed()):
                 raise
             self._give_up(error, reason)
-            return self.alone()
+            outputs = None
+        if outputs is None:
+            return self.alone()  # Out here: the error, which is gone now, has kept what the GPUs had computed.
         if is_verified and before is not None and (changed := before.changed()):
             return self._taken_back(way, before, changed)
         self.tell("")

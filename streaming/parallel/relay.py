@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,17 +38,26 @@ class Workers:
     state for each thread. Runs on other devices may be under way at the same time."""
 
     def __init__(self) -> None:
-        self._threads: dict[Hashable, ThreadPoolExecutor] = {}
+        self._free: dict[Hashable, list[ThreadPoolExecutor]] = {}
         self._lock = threading.Lock()
 
-    def submit(self, device: Hashable, call: Callable[[], Any]) -> Future[Any]:
-        """Have the thread of this device run ``call``."""
+    @contextmanager
+    def borrowed(self, devices: Sequence[Hashable]) -> Iterator[list[ThreadPoolExecutor]]:
+        """Their threads, which are nobody else's while this lasts: a run that waited for the thread of one inside of
+        which it is would wait for ever."""
         with self._lock:
-            thread = self._threads.get(device)
-            if thread is None:
-                thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightstream-parallel")
-                self._threads[device] = thread
-        return thread.submit(call)
+            free = [self._free.setdefault(device, []) for device in devices]
+            threads = [known.pop() if known else _make_thread() for known in free]
+        try:
+            yield threads
+        finally:
+            with self._lock:
+                for known, thread in zip(free, threads, strict=True):
+                    known.append(thread)
+
+
+def _make_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightstream-parallel")
 
 
 class Relay:
@@ -71,15 +81,24 @@ class Relay:
         """
         context = contextvars.copy_context()
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-        futures = []
-        for number, call in enumerate(calls[1:], 1):
-            one = self._in_turn(number, call, modes)
-            futures.append(workers.submit(self._devices[number], lambda one=one: context.copy().run(one)))
-        results = [self._one(0, calls[0])]
-        results += [future.result() for future in futures]
-        if self._error is not None:
+        with workers.borrowed(self._devices[1:]) as threads:
+            futures = []
+            for number, (thread, call) in enumerate(zip(threads, calls[1:], strict=True), 1):
+                one = self._in_turn(number, call, modes)
+                try:
+                    futures.append(thread.submit(lambda one=one: context.copy().run(one)))
+                except BaseException as error:  # The system gives no thread.
+                    self._error = error
+                    self._running[number:] = [False] * (len(calls) - number)
+                    break
+            results = [self._one(0, calls[0])]
+            results += [future.result() for future in futures]
+        if self._error is None:
+            return results
+        try:
             raise self._error
-        return results
+        finally:
+            self._error = None  # It has the frames of all calls, and these have the relay: a circle would keep tensors.
 
     def _in_turn(self, me: int, call: Callable[[], Any], modes: tuple[bool, bool]) -> Callable[[], Any]:
         def run() -> Any:

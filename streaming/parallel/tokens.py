@@ -62,13 +62,14 @@ class _Open:
 
     def along(self, tensor: torch.Tensor, axis: int, me: int) -> torch.Tensor:
         """The rows of one device of a tensor along the whole sequence."""
+        total = sum(parts[-1].stop for parts in self.parts.values())
+        if tensor.shape[axis] != total:
+            raise UndividedError(f"a table has {tensor.shape[axis]} rows for {total} tokens")
         begin, found = 0, []
         for name in self.kind.sequence:
             rows = self.parts[name][me]
             found.append(tensor.narrow(axis, begin + rows.start, len(rows)))
             begin += self.parts[name][-1].stop
-        if tensor.shape[axis] != begin:
-            raise UndividedError(f"a table has {tensor.shape[axis]} rows for {begin} tokens")
         return found[0] if len(found) == 1 else torch.cat(found, axis)
 
 
@@ -95,7 +96,7 @@ class TokenPart:
         self._among_all = False
         self._has_begun = False
         self._unjoined: Sequence[nn.Module] | None = None
-        self._tables: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.divided = 0
 
     @contextmanager
@@ -224,7 +225,7 @@ class TokenPart:
 
     def _table(self, tensor: torch.Tensor, axis: int, opened: _Open) -> torch.Tensor:
         """The rows of a table that is the same for many blocks."""
-        key = id(tensor), id(opened.kind)
+        key = id(tensor), id(opened.kind), *(parts[-1].stop for parts in opened.parts.values())
         known = self._tables.get(key)
         if known is None or known[0] is not tensor:
             known = self._tables[key] = tensor, opened.along(tensor, axis, self._me)

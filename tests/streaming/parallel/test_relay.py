@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import gc
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from weightstream.streaming.parallel import relay as relays
 from weightstream.streaming.parallel.relay import HeldUpError, Relay, Workers
 
 
@@ -86,6 +91,54 @@ def test_who_waits_for_what_nobody_brings_is_told(workers: Workers) -> None:
     relay = Relay(range(2))
     with pytest.raises(HeldUpError, match="do not run the same blocks"):
         relay.run([lambda: None, lambda: relay.until(1, lambda: False)], workers)
+
+
+def test_a_run_inside_of_another_has_threads_of_its_own(workers: Workers) -> None:
+    def call(depth: int) -> int:
+        return depth and sum(Relay(range(2)).run([lambda: call(depth - 1), lambda: 1], workers))
+
+    assert Relay(range(2)).run([lambda: call(3), lambda: call(2)], workers) == [3, 2]
+
+
+def test_a_thread_that_cannot_be_had_ends_the_run(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, given = relays._make_thread, []
+
+    def make() -> ThreadPoolExecutor:
+        thread = made()
+        if given:
+            thread.shutdown()
+        given.append(thread)
+        return thread
+
+    monkeypatch.setattr(relays, "_make_thread", make)
+    ran: list[int] = []
+    with pytest.raises(RuntimeError, match="cannot schedule"):
+        Relay(range(4)).run([lambda number=number: ran.append(number) for number in range(4)], Workers())
+    assert ran == []
+    assert len(given) == 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_keeps_nothing_alive_once_it_is_handled(workers: Workers, failing: int) -> None:
+    """The memory of what calls have computed is needed at once, for the step on one device."""
+    kept: list[weakref.ref[torch.Tensor]] = []
+    relay = Relay(range(2))
+
+    def call(me: int) -> None:
+        computed = torch.zeros(4)
+        kept.append(weakref.ref(computed))
+        if me == failing:
+            raise ValueError("broken")
+        relay.until(me, lambda: False)
+
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            relay.run([lambda me=me: call(me) for me in range(2)], workers)
+        assert [reference() for reference in kept if reference() is not None] == []
+    finally:
+        gc.enable()
+    assert kept
 
 
 @pytest.mark.parametrize("inference", [False, True])

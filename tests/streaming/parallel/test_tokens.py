@@ -145,6 +145,14 @@ def test_a_block_that_cannot_be_divided_behind_one_that_was_is_an_error(model: M
         failing(change, model)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 40])
+def test_a_mask_of_other_queries_is_an_error_by_name(model: Model, rows: int) -> None:
+    """As one of keys for each of several prompts, which looks like one of so many queries."""
+    model.mask = torch.zeros(rows, TXT + IMG)
+    with pytest.raises(UndividedError, match=f"a table has {rows} rows for {TXT + IMG} tokens"):
+        failing(lambda *_: None, model)
+
+
 def test_devices_that_run_other_blocks_are_an_error(model: Model) -> None:
     def change(number: int, each: Model) -> None:
         each.skipped = {number}
