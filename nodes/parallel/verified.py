@@ -113,7 +113,7 @@ def prepare(executor: Callable[..., Any], model: Any, *arguments: Any, **named: 
 
 
 def _no_room(patcher: StreamedModelPatcher, error: Exception) -> str:
-    logger.warning("[WeightStream] %s: %s", patcher.streamed.title, error)
+    logger.warning("[WeightStream] %s: %s", patcher.streamed.title, str(error))
     return f"there is no room for it on all of {', '.join(patcher.streamed.beside)}"
 
 
@@ -353,7 +353,7 @@ class _Step:
         return None
 
     def _give_up(self, error: Exception, reason: str) -> None:
-        logger.warning("[WeightStream] %s: %s", self._patcher.streamed.title, error)
+        logger.warning("[WeightStream] %s: %s", self._patcher.streamed.title, str(error))
         self._patcher.streamed.gave_up = reason
         self.tell(reason)
 
