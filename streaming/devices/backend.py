@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -99,6 +100,7 @@ class Backend(ABC):
         self._turn = 0
         self._last_copy: Event | None = None
         self._copy_times: list[CopyTime] | None = None
+        self._in_thread = threading.local()
 
     @property
     def budget(self) -> int | None:
@@ -246,9 +248,25 @@ class Backend(ABC):
         """Return an event on ``stream`` that happens when all of ``events`` have, and fails when one of them does."""
         return self._copy_now(stream, [], events)
 
-    def copy_on(self, stream: Any, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
-        """Queue copies on a stream of :meth:`create_stream`, outside of the order of other copies."""
-        return self._copy_now(stream, pairs, waits)
+    def copy_on(self, stream: Any, pairs: Sequence[Pair], waits: Sequence[Event], timed: bool = True) -> Event:
+        """Queue copies on a stream of :meth:`create_stream`, outside of the order of other copies.
+
+        Args:
+            stream: of this device.
+            pairs: where to copy, and from where.
+            waits: events that happen before.
+            timed: whether they count among :meth:`copy_times`, from which is told how fast weights come.
+        """
+        self._in_thread.timed = timed
+        try:
+            return self._copy_now(stream, pairs, waits)
+        finally:
+            self._in_thread.timed = True
+
+    @property
+    def _times(self) -> list[CopyTime] | None:
+        """Where the time of a copy goes that this thread queues; None if nobody takes it."""
+        return self._copy_times if getattr(self._in_thread, "timed", True) else None
 
     def create_stream(self) -> Any:
         """Return a stream for copies that takes no part in the turns."""

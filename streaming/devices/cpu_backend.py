@@ -114,7 +114,7 @@ class CpuBackend(Backend):
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"weightstream-{self.name}")
 
     def _copy_now(self, stream: ThreadPoolExecutor | None, pairs: Sequence[Pair], waits: Sequence[Event]) -> Event:
-        times = self._copy_times
+        times = self._times
 
         def run() -> None:
             # Only for the order: if an earlier copy has failed, that is raised where that copy is waited for.

@@ -56,7 +56,7 @@ class CudaBackend(Backend):
                 # Race: the kernels that used the target before may still be reading it, and an earlier
                 # copy into the same slot may not be done.
                 stream.wait_event(event)
-            times = self._copy_times
+            times = self._times
             begin = self._timestamp(stream) if times is not None else None
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)

@@ -7,7 +7,8 @@ A device posts its rows and, once the others have posted theirs, copies these in
  2. it waits for what its own device has queued so far, because the memory of the new tensor may have been something
     else's, whose kernels may still be under way;
  3. compute waits for the copy before it reads the tensor;
- 4. posted rows stay alive until every other device has queued its copy of them, and their own device's compute then
+ 4. where rows go through the host, all copies between two devices use the same page-locked memory, one after another;
+ 5. posted rows stay alive until every other device has queued its copy of them, and their own device's compute then
     waits for these copies before the memory can be something else's: at its next post, or at the end.
 Each wait has a test that fails without it (tests/streaming/parallel/test_exchange.py).
 """
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from ..devices.backend import Backend
-from ..devices.copies import Event, Pair
+from ..devices.copies import Event, Pair, aligned
 from ..split.links import Links
 from .relay import HeldUpError, Relay
 
@@ -56,6 +58,7 @@ class Wires:
         self._links = links
         self._into = [backend.create_stream() for backend in backends]
         self._out = [backend.create_stream() for backend in backends]
+        self._stages: dict[tuple[int, int], _Stage] = {}
 
     def copy(self, target: int, source: int, pairs: Sequence[Pair], made: Event, free: Event) -> tuple[Event, Event]:
         """Queue copies from one device to another.
@@ -70,14 +73,60 @@ class Wires:
             When the source is read no more, and when all is there.
         """
         there, here = self.backends[target], self.backends[source]
-        if there.device.type == "cuda" and not self._links.is_sound(here.device, there.device):
-            staged = [(torch.empty_like(rows, device="cpu", pin_memory=True), rows) for _, rows in pairs]
-            down = here.copy_on(self._out[source], staged, [made])
-            up = [(memory, rows) for (memory, _), (rows, _) in zip(pairs, staged, strict=True)]
-            return down, there.copy_on(self._into[target], up, [down, free])
+        if not self._is_direct(target, source):
+            return self._copy_by_host(target, source, pairs, made, free)
         with here.passing_on():
-            done = there.copy_on(self._into[target], pairs, [made, free])
+            done = there.copy_on(self._into[target], pairs, [made, free], timed=False)
         return done, done
+
+    def _is_direct(self, target: int, source: int) -> bool:
+        there, here = self.backends[target].device, self.backends[source].device
+        return there.type != "cuda" or self._links.is_sound(here, there)
+
+    def _copy_by_host(
+        self, target: int, source: int, pairs: Sequence[Pair], made: Event, free: Event
+    ) -> tuple[Event, Event]:
+        """Through page-locked memory, the same for all copies between two devices: a host is many blocks ahead of its
+        devices, and would otherwise page-lock memory for each of them."""
+        there, here = self.backends[target], self.backends[source]
+        rows = [each for _, each in pairs]
+        stage = self._stages.setdefault((target, source), _Stage())
+        staged = stage.like(rows)
+        # Race: copies of the block before may still be on their way out of this memory.
+        waits = [made] if stage.read is None else [made, stage.read]
+        down = here.copy_on(self._out[source], list(zip(staged, rows, strict=True)), waits, timed=False)
+        up = [(memory, each) for (memory, _), each in zip(pairs, staged, strict=True)]
+        stage.read = there.copy_on(self._into[target], up, [down, free], timed=False)
+        return down, stage.read
+
+
+class _Stage:
+    """Page-locked memory through which rows go from one device to another.
+
+    Attributes:
+        read: the event after which it may be written to again.
+    """
+
+    def __init__(self) -> None:
+        self.read: Event | None = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def like(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Memory for each of ``tensors``, with its strides as far as it has no gaps: else copies need room beside."""
+        ends = list(accumulate(aligned(tensor.nbytes) for tensor in tensors))
+        if self._memory.nbytes < ends[-1]:
+            # torch keeps memory that is dropped until all copies out of it are done.
+            with torch.inference_mode(False):
+                self._memory = torch.empty(
+                    ends[-1], dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available()
+                )
+            self.read = None
+        found = []
+        for tensor, begin in zip(tensors, [0, *ends], strict=False):
+            strides = torch.empty_like(tensor, device="meta").stride()
+            memory = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype)
+            found.append(memory.as_strided(tensor.shape, strides))
+        return found
 
 
 class Exchange:

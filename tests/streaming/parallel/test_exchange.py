@@ -56,6 +56,54 @@ def test_rows_come_in_the_order_of_parts_and_devices(dim: int, inference: bool) 
             assert torch.equal(double, whole * 2)
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+def test_rows_that_go_through_the_host_arrive(monkeypatch: pytest.MonkeyPatch, dim: int) -> None:
+    """With all memory of the host for one block, whatever its strides and dtype are; more of it for a larger one."""
+    monkeypatch.setattr(Wires, "_is_direct", lambda *_: False)
+    sizes = [3, 3, 8, 2, 8]
+    blocks = [torch.randn(2, 4 * size, 4 * size, 3).to(torch.float16).permute(0, 2, 1, 3) for size in sizes]
+    backends = virtual(2)
+    wires = Wires(backends, Links())
+    relay = Relay(2)
+    exchange = Exchange(wires, relay)
+
+    def call(me: int) -> list[torch.Tensor]:
+        found = []
+        for number, block in enumerate(blocks):
+            rows = block.chunk(2, dim)[me]
+            half = rows.shape[dim]
+            found += exchange.gather(me, number, [rows, rows.float()], dim, [[half, half]])
+        exchange.finish(me)
+        return found
+
+    for found in relay.run([lambda me=me: call(me) for me in range(2)], WORKERS):
+        for block, (one, other) in zip(blocks, zip(found[::2], found[1::2], strict=True), strict=True):
+            assert torch.equal(one, block)
+            assert torch.equal(other, block.float())
+    assert len(wires._stages) == 2
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_copies_of_rows_do_not_count_as_copies_of_weights(monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    """The planner would take the links between devices for those to the host."""
+    monkeypatch.setattr(Wires, "_is_direct", lambda *_: direct)
+    backends = virtual(2)
+    relay = Relay(2)
+    exchange = Exchange(Wires(backends, Links()), relay)
+    for backend in backends:
+        backend.time_copies()
+
+    def call(me: int) -> None:
+        exchange.gather(me, "block", [torch.ones(1, 4)], 1, [[4, 4]])
+        exchange.finish(me)
+        backends[me].copy([(torch.zeros(8), torch.ones(8))])
+
+    relay.run([lambda me=me: call(me) for me in range(2)], WORKERS)
+    for backend in backends:
+        backend.synchronize()
+        assert [time.nbytes for time in backend.copy_times()] == [32]
+
+
 @pytest.mark.parametrize("other", [("another", 1, [[1, 1]]), ("block", 2, [[1, 1]]), ("block", 1, [[1, 2]])])
 def test_what_does_not_belong_together_is_refused(other: tuple[str, int, list[list[int]]]) -> None:
     def call(me: int, exchange: Exchange) -> None:
@@ -216,6 +264,25 @@ def without_wait_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Wires, "copy", copy_early)
     monkeypatch.setattr(RaceBackend, "wait", wait_unless)
     monkeypatch.setattr(Exchange, "_retire", retire_noted)
+
+
+def test_nothing_races_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wires, "_is_direct", lambda *_: False)
+    run_watched(monkeypatch)
+
+
+def test_the_wait_for_what_was_there_before_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = exchanges._Stage.like
+
+    def like_unread(self: Any, tensors: Any) -> Any:
+        found = like(self, tensors)
+        self.read = None
+        return found
+
+    monkeypatch.setattr(Wires, "_is_direct", lambda *_: False)
+    monkeypatch.setattr(exchanges._Stage, "like", like_unread)
+    with pytest.raises(RaceError):
+        run_watched(monkeypatch)
 
 
 @pytest.mark.parametrize("wait", ["made", "free", "done", "taken"])
