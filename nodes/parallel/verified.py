@@ -39,6 +39,7 @@ from ...streaming.parallel.tokens import UndividedError
 from ..model.patcher import PARALLEL, StreamedModelPatcher
 from ..model.streamed_model import ATTRIBUTE
 from ..state.step_state import AS_IT_IS, StepState
+from ..twins.takeover import refer_to_its_modules
 from .dividing import Team, divided, why_whole
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,10 @@ def _why_alone(model: StreamedModelPatcher, noise_shape: Any, conds: Mapping[str
         if getattr(type(control), "deepclone_multigpu", None) in (None, ControlBase.deepclone_multigpu):
             return f"{type(control).__name__}, which its prompts use, cannot be had on another GPU"
         controls += filter(None, [getattr(control, "previous_controlnet", None)])
+    # The host puts these into the models of the other GPUs too.
+    exchanged = {"object_patches": model.object_patches, "injections": model.injections}
+    if found := refer_to_its_modules(model, exchanged):
+        return f"what a node has attached to it ({', '.join(found)}) refers to the modules of the first GPU's model"
     try:
         model.match_multigpu_clones()
     except Exception as error:  # Whatever loaders of other packs do.
@@ -268,7 +273,7 @@ class _Step:
         self._take_hooks_off()
 
     def _take_hooks_off(self) -> None:
-        """Another step may have left a LoRA on other GPUs, which the host takes off only where it gives them a prompt."""
+        """Another step may have left a LoRA on other GPUs: the host takes it off only where it gives them a prompt."""
         for clone in self._gpus[1:]:
             if clone.current_hooks is not None:
                 clone.patch_hooks(None)
@@ -510,6 +515,8 @@ def _is_data(value: Any) -> bool:
 
 def _names(value: Any) -> Hashable:
     """What options consist of, by names: functions and classes, not numbers."""
+    if isinstance(value, (bool, str)):
+        return value
     if isinstance(value, dict):
         return tuple((str(name), _names(each)) for name, each in value.items())
     if isinstance(value, (list, tuple)):

@@ -8,7 +8,7 @@ first model (references.py).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -121,13 +121,17 @@ def check_what_hangs_on(patcher: ModelPatcher) -> None:
     if the host runs it on several GPUs at once."""
     if patcher.get_additional_models_with_key(PARALLEL):
         raise UnsupportedModelError("it runs on several GPUs at once; put this node in front of what splits it")
-    root = getattr(patcher.model, "diffusion_model", patcher.model)
-    modules = {id(patcher.model), *map(id, root.modules())}
     carried = _use_of(patcher)
     carried["additional_models"] = {key: value for key, value in patcher.additional_models.items() if key != PARTS}
-    found = [name for name, value in carried.items() if refers_to([value], modules)]
-    if found:
+    if found := refer_to_its_modules(patcher, carried):
         raise UnsupportedModelError(f"{', '.join(found)} {CANNOT_BE_CARRIED}")
+
+
+def refer_to_its_modules(patcher: ModelPatcher, attached: Mapping[str, object]) -> list[str]:
+    """The names of what of ``attached`` refers to modules of the model of ``patcher``."""
+    root = getattr(patcher.model, "diffusion_model", patcher.model)
+    modules = {id(patcher.model), *map(id, root.modules())}
+    return [name for name, value in attached.items() if refers_to([value], modules)]
 
 
 def anew(patcher: ModelPatcher, node_id: str | None) -> StreamedModelPatcher:

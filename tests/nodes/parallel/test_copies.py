@@ -314,6 +314,27 @@ def test_something_attached_that_no_loader_gives_again(loaded: Any, foreign: Mod
     assert copies_of(behind), "they are there for the next run"
 
 
+def test_a_layer_of_the_first_gpu_that_a_node_behind_has_put_functions_into(loaded: Any, native: ModelPatcher) -> None:
+    """The host would put these into the models of the other GPUs, where they would compute with the first one's."""
+
+    def doubled(model: Any) -> Any:
+        model = model.clone()
+        layer = model.model.diffusion_model.img_in
+
+        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return type(self).forward(self, x) * 2
+
+        model.add_object_patch("diffusion_model.img_in.forward", forward.__get__(layer))
+        return model
+
+    expected = apart(doubled(native))
+    assert not torch.equal(expected, apart(native))
+    model = doubled(parallel(loaded))
+    assert torch.equal(apart(model), expected)
+    assert "(object_patches) refers to the modules of the first GPU's model" in model.streamed.alone
+    check_parallel(parallel(loaded), apart(native))
+
+
 # -- what happens in a run ---------------------------------------------------------------------------------------------
 
 

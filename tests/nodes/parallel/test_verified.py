@@ -269,6 +269,8 @@ def test_what_a_prompt_asks_of_the_model_is_part_of_its_kind() -> None:
 def test_what_is_attached_is_part_of_a_kind_by_what_it_calls() -> None:
     one, other = (verified._names({"override": partial(function, 1)}) for function in (divmod, max))
     assert one != other
+    one, other = (verified._names({"diffusion_model.default_ref_method": name}) for name in ("index", "offset"))
+    assert one != other
     layers = [torch.nn.Linear(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     makes = [verified._names({"diffusion_model.out": layer}) for layer in (*layers, torch.nn.Linear(2, 2))]
     assert makes[0] == makes[2] != makes[1]
