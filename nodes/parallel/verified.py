@@ -11,8 +11,9 @@ parallel; else on one GPU, and the node says so. What was found out is kept for 
 A step runs a second time only if the first one has left everything that it can reach as it was (state/comparing.py).
 If not, some node keeps state from step to step, as caches that skip steps do. Two threads would share it, in no
 certain order, so that later steps could differ where the first did not: such a MODEL works on one GPU. Some begin to
-keep state in a later step than the first. So wherever another node has attached something, each step is looked at in
-this way; one that has changed anything is taken back, and runs on one GPU.
+keep state in a later step than the first, or to act at all. So where another node has attached something, steps are
+verified at each sigma, and each later one is looked at in this way; one that has changed anything is taken back, and
+runs on one GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ...streaming.devices.backend import is_out_of_memory
 from ...streaming.parallel.cut import cut
 from ...streaming.parallel.relay import HeldUpError
 from ...streaming.parallel.tokens import UndividedError
+from ..host.hosts import WrappersMP
 from ..model.patcher import PARALLEL, StreamedModelPatcher
 from ..model.streamed_model import ATTRIBUTE
 from ..state.step_state import AS_IT_IS, StepState
@@ -47,18 +49,21 @@ logger = logging.getLogger(__name__)
 CLONES, POOL = "multigpu_clones", "multigpu_thread_pool"
 # The host's own, which change with the sigma; it tells all GPUs of that.
 HOOKS = "registered_hooks"
-# More kinds of steps than anybody uses in a process.
-MOST_KINDS = 256
+# More kinds of steps than anybody uses in a process, of which some are verified at each sigma.
+MOST_KINDS = 2048
 # GPUs that share the prompts of a step in teams: fewer than two make none.
 LEAST_TEAM = 2
 # Our wrappers of what the host does in a run.
 WRAPPER = "weightstream_parallel"
 # Options that hold nothing which runs in a step, or which are looked at by themselves.
 NOT_IN_STEPS = {
-    *("transformer_options", "wrappers", "callbacks", HOOKS, "denoise_mask_function", "multigpu_options"),
+    *("transformer_options", "wrappers", "callbacks", HOOKS, "to_load_options", "multigpu_options"),
+    "denoise_mask_function",
     *("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function"),
 }
-KEEPS_STATE = "some node keeps state from step to step ({}), which GPUs would share"
+# Code of other nodes that the host calls in a step, by its names for their places.
+PLACES_IN_STEPS = (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
+KEEPS_STATE = "some node keeps state from step to step"
 
 # Of a step: the model, conds, latents and sigma, as the host gives them, without its options.
 Arguments = tuple[Any, list[Any], torch.Tensor, torch.Tensor]
@@ -76,6 +81,8 @@ class Verdicts:
 
     def of(self, kind: Hashable) -> str | None:
         with self._lock:
+            if kind in self._found:
+                self._found.move_to_end(kind)
             return self._found.get(kind)
 
     def keep(self, kind: Hashable, reason: str) -> None:
@@ -143,6 +150,8 @@ def run_exact(shares: Shares, executor: Callable[..., Outputs], *arguments: Any)
     step = _Step(executor, tuple(given), options, shares)
     if not step.is_ours:
         return executor(*arguments)
+    if reason := verdicts.of(step.kind(None)):
+        return step.alone_because(reason)
     ways, reason = step.ways()
     for way in ways:
         verdict = verdicts.of(step.kind(way))
@@ -239,8 +248,8 @@ class _Step:
                 if _is_in_effect(entry, sigma):
                     yield number, entry
 
-    def kind(self, way: Way) -> Hashable:
-        """What decides which kernels run (Note: verified, not believed)."""
+    def kind(self, way: Way | None) -> Hashable:
+        """What decides which kernels run (Note: verified, not believed). None: of steps at all sigmas, in any way."""
         model, _, x, _ = self._arguments
         streamed = self._patcher.streamed
         sigma = self._arguments[-1]
@@ -249,7 +258,9 @@ class _Step:
         about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices, _make_of(model))
         about += (_names(self._patcher.object_patches), _names(self._patcher.injections))
         parts = self._shares if way is not Way.PROMPTS else ()
-        return way, parts, about, tuple(x.shape), x.dtype, entries, _names(self._options_of_one)
+        # What another node has attached may do something else at each.
+        moment = tuple(sigma.tolist()) if way is not None and self._has_others() else None
+        return way, parts, about, tuple(x.shape), x.dtype, moment, entries, _names(self._options_of_one)
 
     # -- both ways -----------------------------------------------------------------------------------------------------
 
@@ -312,20 +323,20 @@ class _Step:
         if outputs is None:
             return self.alone()  # Out here: the error, which is gone now, has kept what the GPUs had computed.
         if is_verified and before is not None and (changed := before.changed()):
-            return self._taken_back(way, before, changed)
+            return self._taken_back(before, changed)
         self.tell("")
         return outputs
 
-    def _taken_back(self, way: Way, before: StepState, changed: str) -> Outputs:
+    def _taken_back(self, before: StepState, changed: str) -> Outputs:
         """What one GPU gives, for a step in which GPUs have shared what a node keeps: none of that is left."""
         before.put_back()
         if obstacle := before.obstacle():
             raise StepNotRepeatedError(
-                f"{self._patcher.streamed.title}: {KEEPS_STATE.format(changed)}. The step cannot be run again on one "
+                f"{self._patcher.streamed.title}: {_shared(changed)}. The step cannot be run again on one "
                 f"GPU, because {obstacle}. {AS_IT_IS}"
             )
-        reason = KEEPS_STATE.format(changed)
-        verdicts.keep(self.kind(way), reason)
+        reason = _shared(changed)
+        verdicts.keep(self.kind(None), reason)
         self.tell(reason)
         return self.alone()
 
@@ -334,8 +345,9 @@ class _Step:
         options, patcher = self._options_of_one, self._patcher
         inner = options.get("transformer_options", {})
         attached = [value for each in (options, inner) for name, value in each.items() if name not in NOT_IN_STEPS]
-        for wrappers in (wrappers for each in (options, inner) for wrappers in each.get("wrappers", {}).values()):
-            attached += [value for key, value in wrappers.items() if key not in (ATTRIBUTE, WRAPPER)]
+        for wrappers in (options.get("wrappers", {}), inner.get("wrappers", {})):
+            for place in PLACES_IN_STEPS:
+                attached += [value for key, value in wrappers.get(place, {}).items() if key not in (ATTRIBUTE, WRAPPER)]
         attached += [value for name, value in patcher.object_patches.items() if name.startswith("diffusion_model.")]
         return bool(patcher.injections) or not _is_data(attached)
 
@@ -344,8 +356,9 @@ class _Step:
         is none that is not so good."""
         outputs, verdict = self._verify(way)
         if verdict is not None:
-            verdicts.keep(self.kind(way), verdict)
-            if is_last or not verdict:
+            keeps_state = verdict.startswith(KEEPS_STATE)
+            verdicts.keep(self.kind(None if keeps_state else way), verdict)
+            if is_last or keeps_state or not verdict:
                 self.tell(verdict and (reason or verdict))
         return outputs
 
@@ -367,7 +380,7 @@ class _Step:
         before = self._state()
         expected = self.alone()
         if changed := before.changed():
-            return expected, KEEPS_STATE.format(changed)
+            return expected, _shared(changed)
         try:
             found = self.together(way)
         except Exception as error:
@@ -380,7 +393,7 @@ class _Step:
             return expected, None
         if changed := before.changed():
             before.put_back()
-            return expected, KEEPS_STATE.format(changed)
+            return expected, _shared(changed)
         if not all(map(_same_bits, found, expected)):
             most = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
             return expected, f"a step gave other bits than on one GPU (by {most:.1e} at most)"
@@ -399,6 +412,10 @@ class _Step:
 
     def tell(self, alone: str) -> None:
         self._patcher.streamed.tell_of_parallel(alone, self._patcher.model)
+
+
+def _shared(what: str) -> str:
+    return f"{KEEPS_STATE} ({what}), which GPUs would share"
 
 
 # -- the host's threads ------------------------------------------------------------------------------------------------

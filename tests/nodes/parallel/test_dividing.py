@@ -205,6 +205,24 @@ def test_attention_of_another_node(loaded: Any, native: ModelPatcher) -> None:
     check_divided(parallel(changed(loaded)), expected)
 
 
+def test_attention_of_another_node_that_looks_at_queries_later_in_a_run(loaded: Any, native: ModelPatcher) -> None:
+    """As sparse attention does, which begins after some steps with all."""
+
+    def sparse(attend: Callable[..., torch.Tensor], q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        late = float(kwargs["transformer_options"]["sigmas"].max()) < 0.9
+        return attend(q, *args, **kwargs) * (1.5 if late and q.shape[2] < args[0].shape[2] else 0.5)
+
+    def changed(model: Any) -> Any:
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = sparse
+        return model
+
+    model, expected = changed(parallel(loaded)), one_prompt(changed(native), steps=4)
+    for _ in range(2):
+        assert torch.equal(one_prompt(model, steps=4), expected)
+    assert 0 < model.streamed.together < 4
+
+
 # -- one GPU, by name --------------------------------------------------------------------------------------------------
 
 

@@ -167,15 +167,18 @@ def test_a_node_that_keeps_state_runs_once_and_on_one_gpu(
     assert model.streamed.alone.startswith(KEEPS_STATE)
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("kind", ["a wrapper of the model", "a patch"])
-def test_state_that_a_node_keeps_only_later_in_a_run(loaded: Any, native: ModelPatcher, kind: str) -> None:
-    """As caches do that begin to skip at some percent of the steps. The first step shows nothing of it."""
+def test_state_that_a_node_keeps_only_later(loaded: Any, native: ModelPatcher, kind: str, again: bool) -> None:
+    """As caches do that begin to skip at some percent of the steps. The first step shows nothing of it, or a run with
+    other settings, which are no part of what steps are told apart by."""
+    begin = [0.0 if again else 0.9]
 
     def counting(model: Any) -> tuple[Any, list[int]]:
         model, calls = model.clone(), [0]
 
         def count(sigma: Any) -> float:
-            if float(sigma.max()) > 0.9:
+            if float(sigma.max()) > begin[0]:
                 return 1.0
             calls[0] += 1
             return 1 + 0.01 * calls[0]
@@ -195,11 +198,32 @@ def test_state_that_a_node_keeps_only_later_in_a_run(loaded: Any, native: ModelP
 
     theirs, their_calls = counting(native)
     model, calls = counting(parallel(loaded))
+    if again:
+        assert torch.equal(apart(model, steps=4), apart(theirs, steps=4))
+        assert calls == [0]
+        assert model.streamed.together == 4
+        begin[0] = 0.9
     assert torch.equal(apart(model, steps=4), apart(theirs, steps=4))
     assert calls == their_calls
     assert calls[0] > 0
     assert model.streamed.alone.startswith(KEEPS_STATE)
     assert 0 < model.streamed.together < 4, "some steps before"
+
+
+def test_a_node_that_acts_only_later_in_a_run(loaded: Any, native: ModelPatcher) -> None:
+    """As patches do that look at all prompts of a batch from some percent of the steps on."""
+
+    def wrapper(apply: Callable[..., Any], args: dict[str, Any]) -> torch.Tensor:
+        found = apply(args["input"], args["timestep"], **args["c"])
+        apart = "multigpu_thread_device" in args["c"]["transformer_options"]
+        return found * 1.5 if apart and float(args["timestep"].max()) < 0.9 else found
+
+    model = parallel(loaded).clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    expected = apart(native, steps=4)
+    for _ in range(2):
+        assert torch.equal(apart(model, steps=4), expected)
+    assert "other bits" in model.streamed.alone or model.streamed.together == 4, "tokens may be divided in the others"
 
 
 def test_random_numbers_are_drawn_once(loaded: Any, native: ModelPatcher) -> None:
@@ -289,7 +313,9 @@ def test_the_table_keeps_what_was_used_last(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(verified, "MOST_KINDS", 2)
     for kind in ("a", "b", "c"):
         verdicts.keep(kind, "")
-    assert [verdicts.of(kind) for kind in ("a", "b", "c")] == [None, "", ""]
+    assert [verdicts.of(kind) for kind in ("a", "c", "b")] == [None, "", ""]
+    verdicts.keep("d", "")
+    assert [verdicts.of(kind) for kind in ("b", "c", "d")] == ["", None, ""]
 
 
 # -- the host's threads ------------------------------------------------------------------------------------------------
