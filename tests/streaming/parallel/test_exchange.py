@@ -64,7 +64,7 @@ def test_rows_that_go_through_the_host_arrive(monkeypatch: pytest.MonkeyPatch, d
     blocks = [torch.randn(2, 4 * size, 4 * size, 3).to(torch.float16).permute(0, 2, 1, 3) for size in sizes]
     backends = virtual(2)
     wires = Wires(backends, Links())
-    relay = Relay(2)
+    relay = Relay(range(2))
     exchange = Exchange(wires, relay)
 
     def call(me: int) -> list[torch.Tensor]:
@@ -88,7 +88,7 @@ def test_copies_of_rows_do_not_count_as_copies_of_weights(monkeypatch: pytest.Mo
     """The planner would take the links between devices for those to the host."""
     monkeypatch.setattr(Wires, "_is_direct", lambda *_: direct)
     backends = virtual(2)
-    relay = Relay(2)
+    relay = Relay(range(2))
     exchange = Exchange(Wires(backends, Links()), relay)
     for backend in backends:
         backend.time_copies()
