@@ -19,16 +19,10 @@ runs on one GPU.
 from __future__ import annotations
 
 import logging
-import threading
-import weakref
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
 from enum import Enum
-from functools import partial
 from typing import Any
 
-import comfy.model_management as mm
 import torch
 from comfy.controlnet import ControlBase
 
@@ -43,14 +37,15 @@ from ..model.streamed_model import ATTRIBUTE
 from ..state.step_state import AS_IT_IS, StepState
 from ..twins.takeover import refer_to_its_modules
 from .dividing import Team, divided, why_whole
+from .host_threads import POOL, settled
+from .step_kinds import describe, is_data, is_in_effect, make_of, names
+from .verdicts import verdicts
 
 logger = logging.getLogger(__name__)
 
-CLONES, POOL = "multigpu_clones", "multigpu_thread_pool"
+CLONES = "multigpu_clones"
 # The host's own, which change with the sigma; it tells all GPUs of that.
 HOOKS = "registered_hooks"
-# More kinds of steps than anybody uses in a process, of which some are verified at each sigma.
-MOST_KINDS = 2048
 # GPUs that share the prompts of a step in teams: fewer than two make none.
 LEAST_TEAM = 2
 # Our wrappers of what the host does in a run.
@@ -70,33 +65,6 @@ Arguments = tuple[Any, list[Any], torch.Tensor, torch.Tensor]
 Options = dict[str, Any]
 Outputs = list[torch.Tensor]
 Shares = tuple[float, ...]
-
-
-class Verdicts:
-    """What was found out about kinds of steps, for any thread: an empty string, or why they run on one GPU."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._found: OrderedDict[Hashable, str] = OrderedDict()
-
-    def of(self, kind: Hashable) -> str | None:
-        with self._lock:
-            if kind in self._found:
-                self._found.move_to_end(kind)
-            return self._found.get(kind)
-
-    def keep(self, kind: Hashable, reason: str) -> None:
-        with self._lock:
-            self._found[kind] = reason
-            while len(self._found) > MOST_KINDS:
-                self._found.popitem(last=False)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._found.clear()
-
-
-verdicts = Verdicts()
 
 
 def prepare(executor: Callable[..., Any], model: Any, *arguments: Any, **named: Any) -> Any:
@@ -245,7 +213,7 @@ class _Step:
         _, conds, _, sigma = self._arguments
         for number, entries in enumerate(conds):
             for entry in entries or ():
-                if _is_in_effect(entry, sigma):
+                if is_in_effect(entry, sigma):
                     yield number, entry
 
     def kind(self, way: Way | None) -> Hashable:
@@ -253,14 +221,14 @@ class _Step:
         model, _, x, _ = self._arguments
         streamed = self._patcher.streamed
         sigma = self._arguments[-1]
-        entries = tuple((number, *_describe(entry, sigma)) for number, entry in self._entries())
+        entries = tuple((number, *describe(entry, sigma)) for number, entry in self._entries())
         devices = tuple(map(str, self._clones))
-        about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices, _make_of(model))
-        about += (_names(self._patcher.object_patches), _names(self._patcher.injections))
+        about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices, make_of(model))
+        about += (names(self._patcher.object_patches), names(self._patcher.injections))
         parts = self._shares if way is not Way.PROMPTS else ()
         # What another node has attached may do something else at each.
         moment = tuple(sigma.tolist()) if way is not None and self._has_others() else None
-        return way, parts, about, tuple(x.shape), x.dtype, moment, entries, _names(self._options_of_one)
+        return way, parts, about, tuple(x.shape), x.dtype, moment, entries, names(self._options_of_one)
 
     # -- both ways -----------------------------------------------------------------------------------------------------
 
@@ -296,7 +264,7 @@ class _Step:
         if way is Way.TOKENS:
             outputs = self._executor(*self._arguments, divided(self._teams(way), self._options_of_one))
         else:
-            with _settled(self._options) as options:
+            with settled(self._options) as options:
                 outputs = self._executor(*self._arguments, options if way is Way.PROMPTS else self._in_teams(options))
         self._patcher.streamed.together += 1
         return outputs
@@ -349,7 +317,7 @@ class _Step:
             for place in PLACES_IN_STEPS:
                 attached += [value for key, value in wrappers.get(place, {}).items() if key not in (ATTRIBUTE, WRAPPER)]
         attached += [value for name, value in patcher.object_patches.items() if name.startswith("diffusion_model.")]
-        return bool(patcher.injections) or not _is_data(attached)
+        return bool(patcher.injections) or not is_data(attached)
 
     def first(self, way: Way, reason: str, is_last: bool) -> Outputs:
         """The first step of its kind, both ways. ``reason``: why it was not divided in a better way; ``is_last``: there
@@ -418,56 +386,6 @@ def _shared(what: str) -> str:
     return f"{KEEPS_STATE} ({what}), which GPUs would share"
 
 
-# -- the host's threads ------------------------------------------------------------------------------------------------
-
-
-class _Pool:
-    """The host's threads, and how much they still owe."""
-
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
-        self._owed: Counter[torch.device] = Counter()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
-
-    def submit(self, device: torch.device, *arguments: Any, **named: Any) -> None:
-        self._pool.submit(device, *arguments, **named)
-        self._owed[device] += 1
-
-    def get_result(self, device: torch.device) -> Any:
-        found = self._pool.get_result(device)
-        self._owed[device] -= 1
-        return found
-
-    def settle(self) -> None:
-        """Wait until all threads have done what they were given."""
-        for device in list(self._owed):
-            while self._owed[device] > 0:
-                self.get_result(device)
-
-
-@contextmanager
-def _settled(options: Options) -> Iterator[Options]:
-    """Options for a step, at whose end no thread works on: when one GPU fails the host does not wait for the others,
-    and an interrupt reaches one of them alone."""
-    if options.get(POOL) is None:
-        yield options
-        return
-    pool = _Pool(options[POOL])
-    try:
-        yield {**options, POOL: pool}
-    except mm.InterruptProcessingException:
-        mm.interrupt_current_processing(True)
-        try:
-            pool.settle()
-        finally:
-            mm.interrupt_current_processing(False)
-        raise
-    finally:
-        pool.settle()
-
-
 def _has_no_room(error: Exception) -> bool:
     return is_out_of_memory(error) or isinstance(error, BudgetError) or _is_for_lack_of_room(error)
 
@@ -479,90 +397,6 @@ def _is_for_lack_of_room(error: BaseException | None) -> bool:
         if error is not None and is_out_of_memory(error):
             return True
     return False
-
-
-# -- kinds of steps ----------------------------------------------------------------------------------------------------
-
-
-def _is_in_effect(entry: Mapping[str, Any], sigma: torch.Tensor) -> bool:
-    """Whether the host computes this prompt at this step: some begin and end at a sigma."""
-    start, end = entry.get("timestep_start"), entry.get("timestep_end")
-    if start is not None and sigma[0] > start:
-        return False
-    return end is None or not sigma[0] < end
-
-
-def _describe(entry: Mapping[str, Any], sigma: torch.Tensor) -> tuple[Hashable, ...]:
-    """Of a prompt: the shapes of all that the model is given, its area, and what acts on it at this step."""
-    shapes = [(name, _shape(getattr(value, "cond", value))) for name, value in entry.get("model_conds", {}).items()]
-    area, controls = entry.get("area"), []
-    control = entry.get("control")
-    while control is not None:
-        controls.append((type(control).__qualname__, _acts(control, sigma)))
-        control = getattr(control, "previous_controlnet", None)
-    others = [(name, _shape(entry.get(name))) for name in ("mask", "gligen", "hooks", "default")]
-    return tuple(shapes), None if area is None else tuple(area), tuple(controls), tuple(others)
-
-
-def _acts(control: ControlBase, sigma: torch.Tensor) -> bool:
-    """Whether a ControlNet does something at this step: some begin and end at a sigma."""
-    span = control.timestep_range
-    return span is None or not (sigma[0] > span[0] or sigma[0] < span[1])
-
-
-def _shape(value: Any) -> Hashable:
-    """What of a value decides which kernels run: models choose their ways by numbers and names."""
-    if isinstance(value, (bool, int, float, str)):
-        return type(value).__qualname__, value
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_shape, value))
-    return type(value).__qualname__
-
-
-def _is_data(value: Any) -> bool:
-    """Whether there is nothing in a value but numbers, names and tensors, which do nothing."""
-    if isinstance(value, dict):
-        return all(map(_is_data, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_data, value))
-    return value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
-
-
-def _names(value: Any) -> Hashable:
-    """What options consist of, by names: functions and classes, not numbers."""
-    if isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, dict):
-        return tuple((str(name), _names(each)) for name, each in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_names, value))
-    if isinstance(value, torch.Tensor):
-        return _shape(value)
-    if isinstance(value, partial):
-        return "partial", _names(value.func)
-    if isinstance(value, torch.nn.Module):
-        return type(value).__qualname__, _make_of(value)
-    named = getattr(value, "__qualname__", None)
-    return named if isinstance(named, str) else type(value).__qualname__
-
-
-# Of models, what :func:`_make_of` has found.
-_makes: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
-
-
-def _make_of(model: torch.nn.Module) -> int:
-    """Tells models apart that have a name in common: by the classes of all layers, and the dtypes and shapes of their
-    weights."""
-    if model not in _makes:
-        layers = [(type(module).__module__, type(module).__qualname__) for module in model.modules()]
-        weights = [
-            (name, type(weight).__qualname__, weight.dtype, tuple(weight.shape))
-            for name, weight in model.named_parameters()
-        ]
-        _makes[model] = hash((*layers, *weights))
-    return _makes[model]
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -24,7 +24,8 @@ from prompts import conditioning, guided, latent, output
 from sampling import MB
 from weightstream.nodes.model.streamed_model import PARALLEL_NOTICE
 from weightstream.nodes.page.status import full_status
-from weightstream.nodes.parallel import verified
+from weightstream.nodes.parallel import host_threads, step_kinds, verified
+from weightstream.nodes.parallel import verdicts as verdicts_file
 from weightstream.nodes.parallel.verified import verdicts
 from weightstream.nodes.tell.notices import describe_notices
 
@@ -283,7 +284,7 @@ def test_what_a_prompt_asks_of_the_model_is_part_of_its_kind() -> None:
     sigma = torch.ones(1)
 
     def describe(method: Any) -> Any:
-        return verified._describe({"model_conds": {"ref_latents_method": CONDConstant(method)}}, sigma)
+        return step_kinds.describe({"model_conds": {"ref_latents_method": CONDConstant(method)}}, sigma)
 
     kinds = {describe(method) for method in ("index", "index_timestep_zero", 1, True, 1.5, None)}
     assert len(kinds) == 6
@@ -291,26 +292,26 @@ def test_what_a_prompt_asks_of_the_model_is_part_of_its_kind() -> None:
 
 
 def test_what_is_attached_is_part_of_a_kind_by_what_it_calls() -> None:
-    one, other = (verified._names({"override": partial(function, 1)}) for function in (divmod, max))
+    one, other = (step_kinds.names({"override": partial(function, 1)}) for function in (divmod, max))
     assert one != other
-    one, other = (verified._names({"diffusion_model.default_ref_method": name}) for name in ("index", "offset"))
+    one, other = (step_kinds.names({"diffusion_model.default_ref_method": name}) for name in ("index", "offset"))
     assert one != other
     layers = [torch.nn.Linear(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    makes = [verified._names({"diffusion_model.out": layer}) for layer in (*layers, torch.nn.Linear(2, 2))]
+    makes = [step_kinds.names({"diffusion_model.out": layer}) for layer in (*layers, torch.nn.Linear(2, 2))]
     assert makes[0] == makes[2] != makes[1]
 
 
 def test_files_of_one_name_are_two_kinds(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, model, expected = counted(monkeypatch), parallel(loaded), apart(native)
     assert torch.equal(apart(model), expected)
-    monkeypatch.setattr(verified, "_make_of", lambda model: 0)
+    monkeypatch.setattr(verified, "make_of", lambda model: 0)
     runs.clear()
     assert torch.equal(apart(model), expected)
     assert runs[:2] == ["alone", "together"]
 
 
 def test_the_table_keeps_what_was_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verified, "MOST_KINDS", 2)
+    monkeypatch.setattr(verdicts_file, "MOST_KINDS", 2)
     for kind in ("a", "b", "c"):
         verdicts.keep(kind, "")
     assert [verdicts.of(kind) for kind in ("a", "c", "b")] == [None, "", ""]
@@ -332,8 +333,8 @@ def pool() -> Iterator[MultiGPUThreadPool]:
 
 def fail_beside(pool: MultiGPUThreadPool, work: Callable[[], None], error: BaseException) -> None:
     """A step in which one GPU does ``work`` while another fails."""
-    with verified._settled({verified.POOL: pool}) as options:
-        options[verified.POOL].submit(DEVICES[1], work)
+    with host_threads.settled({host_threads.POOL: pool}) as options:
+        options[host_threads.POOL].submit(DEVICES[1], work)
         raise error
 
 
