@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..streaming import ConfigError, UnsupportedModelError, gpu_name, parse_device
+from ..streaming import ConfigError, UnsupportedModelError, gpu_name, listed, parse_device
 from ..streaming.machine.device_names import CPU, DEFAULT
 from .changed_files import count_outdated
 from .host.gpus import BITS, EXACT, PARALLEL, SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, why_no_gpus
@@ -235,7 +235,7 @@ class Placing:
             except UnsupportedModelError as error:
                 self.fall_back(f"MODEL does not work in parallel, {error}")
                 return self.place_model(model, replace(choice, shares=None), SPLITS[0])
-            self.say(f"MODEL on {_listed(choice.names)} at the same time ({PARALLEL}){'' if exact else ', close'}")
+            self.say(f"MODEL on {listed(choice.names)} at the same time ({PARALLEL}){'' if exact else ', close'}")
             return placed
         if len(choice.names) > 1:
             devices = [self.gpus[name] for name in choice.names]
@@ -269,11 +269,6 @@ class Placing:
             return thing
         self.say(f"{what} on {name}{STREAMS if _streams(placed) and not _streams(thing) else ''}")
         return placed
-
-
-def _listed(names: Sequence[str]) -> str:
-    """In words: gpu:0, gpu:1 and gpu:2."""
-    return " and ".join([", ".join(names[:-1]), names[-1]])
 
 
 def _streams(thing: Any) -> bool:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         count_of,
         format_bytes,
         format_rate,
+        listed,
         parse_switch,
         parse_virtual_devices,
     )
@@ -141,6 +142,7 @@ __all__ = [
     "in_parts",
     "is_shown",
     "list_gpus",
+    "listed",
     "make_plan",
     "minimum_bytes",
     "open_vram_reader",
@@ -219,6 +221,7 @@ _HOMES = {
     "assumed_profile": "planning.profile",
     "chrome_trace": "run.trace",
     "count_of": "config",
+    "listed": "config",
     "cut_model": "model.blocks",
     "feeding_is_faster": "split.feeding",
     "find_blocks": "model.blocks",

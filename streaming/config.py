@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -146,6 +147,11 @@ def parse_virtual_devices(text: str) -> VirtualDevices:
 def count_of(count: int, noun: str) -> str:
     """``1 block``, ``57 blocks``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """In words: ``gpu:0, gpu:1 and gpu:2``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
 def plain(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .config import format_bytes
+from .config import format_bytes, listed
 from .planning.plan import TOLD_WAITING
 from .run.telemetry import Snapshot
 
@@ -100,7 +100,7 @@ class Line:
 
     def _where(self) -> str:
         if self.parallel:
-            return f"{' and '.join(self.devices)} at the same time"
+            return f"{listed(self.devices)} at the same time"
         return ", ".join(self.devices) if len(self.devices) > 1 else ""
 
 

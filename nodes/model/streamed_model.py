@@ -17,7 +17,19 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch.utils.hooks import RemovableHandle
 
-from ...streaming import Backend, BudgetError, Feeder, Line, Plan, Streamer, count_of, cut_model, format_bytes, gpu_name
+from ...streaming import (
+    Backend,
+    BudgetError,
+    Feeder,
+    Line,
+    Plan,
+    Streamer,
+    count_of,
+    cut_model,
+    format_bytes,
+    gpu_name,
+    listed,
+)
 from ...streaming.handoff.boundary import Boundary
 from ...streaming.sharing.share import NoShare
 from ..host.devices import evictable, local_share, make_backend, obtainable, pins, same_device
@@ -223,7 +235,7 @@ class StreamedModel:
             if model.number == self.number:
                 model.alone = alone
         if not alone:
-            messages.announce(self.title, f"works on {' and '.join(self.beside)} at the same time", self.node_id)
+            messages.announce(self.title, f"works on {listed(self.beside)} at the same time", self.node_id)
             return withdraw_notice(PARALLEL_NOTICE, self.node_id)
         text = f"{self.title} works on {self.gpu} alone, not in parallel: {alone}"
         messages.announce(PARALLEL_NOTICE, text, self.node_id)

@@ -190,6 +190,7 @@ class Exchange:
         return whole
 
     def _check(self, mine: _Post, posts: Sequence[_Post], dim: int, lengths: Sequence[Sequence[int]]) -> None:
+        """Raise :class:`HeldUpError` unless all devices have posted the rows of their own tokens of one block."""
         for number, post in enumerate(posts):
             expected = sum(part[number] for part in lengths)
             fits = [tensor.shape[dim] == expected for tensor in post.tensors]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -44,6 +44,8 @@ class _Open:
         kind: of the block.
         given: its arguments of the sequence, whole, by name.
         parts: for each of them the rows of every device.
+        rows: of this device, which the block is given instead.
+        has_attended: whether keys and values of all devices were put together for it.
     """
 
     def __init__(
@@ -86,6 +88,9 @@ class TokenPart:
         me: its number.
         shares: of all devices, in the tokens.
         exchange: with the others.
+
+    Attributes:
+        divided: how many blocks have got a part of the tokens.
     """
 
     def __init__(self, me: int, shares: Sequence[float], exchange: Exchange) -> None:
@@ -100,7 +105,7 @@ class TokenPart:
         self.divided = 0
 
     @contextmanager
-    def watching(self, root: nn.Module, lists: Sequence[tuple[Sequence[nn.Module], Kind]]) -> Any:
+    def watching(self, root: nn.Module, lists: Sequence[tuple[Sequence[nn.Module], Kind]]) -> Iterator[TokenPart]:
         """While this lasts, in which ``root`` runs once, the blocks of ``lists`` in it get this device's tokens.
 
         Raises:

@@ -8,6 +8,7 @@ from weightstream.streaming import (
     count_of,
     format_bytes,
     format_rate,
+    listed,
     parse_virtual_devices,
 )
 
@@ -69,3 +70,10 @@ def test_rates_are_decimal_as_those_of_buses() -> None:
 
 def test_one_is_counted_in_the_singular() -> None:
     assert [count_of(count, "block") for count in (0, 1, 57)] == ["0 blocks", "1 block", "57 blocks"]
+
+
+@pytest.mark.parametrize(
+    ("names", "text"), [([], ""), (["a"], "a"), (["a", "b"], "a and b"), (["a", "b", "c"], "a, b and c")]
+)
+def test_names_in_words(names: list[str], text: str) -> None:
+    assert listed(names) == text

@@ -43,6 +43,8 @@ test("several devices have one line, with the one that lacks memory", () => {
 test("devices that work at the same time have one line, with the figures of one", () => {
   const both = { devices: ["gpu:0", "gpu:1"], more_bytes: 0, waiting: null, parallel: true };
   assert.equal(line(both), "0.32 s/step · hardly any waiting for the bus · gpu:0 and gpu:1 at the same time");
+  const three = { ...both, devices: ["gpu:0", "gpu:1", "gpu:2"] };
+  assert.match(line(three), / · gpu:0, gpu:1 and gpu:2 at the same time$/);
   assert.match(line(both, "zh"), / · gpu:0、gpu:1 同时计算$/);
 });
 

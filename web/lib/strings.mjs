@@ -120,7 +120,7 @@ const ENGLISH = {
   lineMore: (/** @type {string} */ size, /** @type {string} */ device, /** @type {string} */ step) =>
     `+${size} VRAM${device && ` on ${device}`} → ${step}`,
   lineStaged: (/** @type {string} */ size) => `${size} not page-locked`,
-  parallel: (/** @type {string[]} */ devices) => `${devices.join(" and ")} at the same time`,
+  parallel: (/** @type {string[]} */ devices) => `${[devices.slice(0, -1).join(", "), devices.at(-1)].join(" and ")} at the same time`,
   parallelAlone: (/** @type {string} */ device, /** @type {string} */ reason) => `It runs on ${device} alone, not in parallel: ${reason}.`,
 
   freeModel: "Free model",
