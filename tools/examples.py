@@ -105,6 +105,16 @@ def flux_end(model: tuple[str, int], clip: tuple[str, int], decoder: tuple[str, 
     }
 
 
+def flux_placed(values: dict[str, Any]) -> dict[str, Node]:
+    """All of it, with GPU Placement behind the loaders."""
+    links = {"model": ("model", 0), "clip": ("clip", 0), "vae": ("vae", 0)}
+    return {
+        **flux_begin(),
+        "placement": Node("WeightStreamGPUPlacement", 2, values, links),
+        **flux_end(("placement", 0), ("placement", 1), ("placement", 2), 3),
+    }
+
+
 def flux_clip(column: int) -> Node:
     values = {"clip_name1": CLIP_L.name, "clip_name2": T5.name, "type": "flux"}
     return Node("DualCLIPLoader", column, values, models=(CLIP_L, T5))
@@ -147,16 +157,7 @@ FLUX_ENCODER = Workflow(
         T5,
         FLUX_VAE,
     ),
-    {
-        **flux_begin(),
-        "placement": Node(
-            "WeightStreamGPUPlacement",
-            2,
-            {"devices": "gpu:0", "clip_device": "gpu:1"},
-            {"model": ("model", 0), "clip": ("clip", 0), "vae": ("vae", 0)},
-        ),
-        **flux_end(("placement", 0), ("placement", 1), ("placement", 2), 3),
-    },
+    flux_placed({"devices": "gpu:0", "clip_device": "gpu:1"}),
 )
 
 FLUX_PARALLEL = Workflow(
@@ -173,16 +174,7 @@ FLUX_PARALLEL = Workflow(
         T5,
         FLUX_VAE,
     ),
-    {
-        **flux_begin(),
-        "placement": Node(
-            "WeightStreamGPUPlacement",
-            2,
-            {"devices": "gpu:0,gpu:1", "split": "parallel"},
-            {"model": ("model", 0), "clip": ("clip", 0), "vae": ("vae", 0)},
-        ),
-        **flux_end(("placement", 0), ("placement", 1), ("placement", 2), 3),
-    },
+    flux_placed({"devices": "gpu:0,gpu:1", "split": "parallel"}),
 )
 
 QWEN_TWO_GPUS = Workflow(
