@@ -80,6 +80,8 @@ MODULES: dict[str, Wanted] = {
         "get_free_memory": Call(1),
         "get_torch_device": Call(0),
         "get_total_memory": Call(1),
+        "interrupt_current_processing": Call(1),
+        "InterruptProcessingException": THERE,
         "is_device_cpu": Call(1),
         "is_device_cuda": Call(1),
         "load_models_gpu": Call(1, ("memory_required",)),
