@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from comfy_page import ComfyPage
+from comfy_page import ComfyPage, eventually
 from panel_page import AXE, FAULTS, placed_prompt
 from playwright.sync_api import Locator, Route, expect
 
@@ -145,9 +145,13 @@ def test_the_picker_follows_what_is_typed_and_shows_what_is_not_here(comfy: Comf
 
 @pytest.mark.usefixtures("dom")
 def test_it_is_one_line_high_and_the_saved_size_stays(comfy: ComfyPage) -> None:
-    box = show(comfy, "gpu:0").bounding_box()
-    assert box is not None
-    assert box["height"] == pytest.approx(26, abs=1)
+    picker = show(comfy, "gpu:0")
+    # Once the style sheet is there.
+    eventually(
+        comfy.page,
+        lambda: (picker.bounding_box() or {}).get("height"),
+        lambda height: height == pytest.approx(26, abs=1),
+    )
     comfy.page.evaluate(FRAMES)
     saved, size = comfy.workflow(), comfy.page.evaluate(SIZE, PLACEMENT)
     comfy.load_workflow(saved)
