@@ -157,7 +157,7 @@ def test_a_dropped_model_leaves_no_memory_page_locked() -> None:
     del model, streamer
     gc.collect()
     for thread in threading.enumerate():
-        if thread.name.startswith("weightstream"):
+        if thread.name.startswith("weightstream-read"):
             thread.join(10)  # The reader's threads end when they see it, and its ring goes with the last of them.
     assert backend.registered == set()
     assert pins.used == 0
