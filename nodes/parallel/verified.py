@@ -19,8 +19,9 @@ runs on one GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -183,14 +184,14 @@ class _Step:
         return ways, "" if ways else whole
 
     def _why_whole(self) -> str:
-        if any(entry.get("hooks") is not None for _, entry in self._entries()):
+        if any(entry.get("hooks") is not None for _, entry in self._entries):
             return "a LoRA hangs on its conditioning"  # The host puts it on the first GPU alone.
         return why_whole(self._gpus, self._options)
 
     @property
     def _prompts(self) -> int:
         """How many prompts there are to compute, those of regions included."""
-        return sum(1 for _ in self._entries())
+        return len(self._entries)
 
     def _teams(self, way: Way) -> list[Team]:
         """GPUs that divide tokens among them."""
@@ -208,34 +209,37 @@ class _Step:
         """With which the host computes all prompts itself."""
         return {name: value for name, value in self._options.items() if name not in (CLONES, POOL)}
 
-    def _entries(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """The prompts that are in effect at this step, those of regions included, with the number of their list."""
+    @cached_property
+    def _entries(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """The prompts that are in effect at this step, those of regions included, with the number of their list. It is
+        asked once: a sigma is on the GPU, and whether it is within a range waits for that."""
         _, conds, _, sigma = self._arguments
-        for number, entries in enumerate(conds):
-            for entry in entries or ():
-                if is_in_effect(entry, sigma):
-                    yield number, entry
+        all_entries = [(number, entry) for number, entries in enumerate(conds) for entry in entries or ()]
+        return [(number, entry) for number, entry in all_entries if is_in_effect(entry, sigma)]
 
     def kind(self, way: Way | None) -> Hashable:
         """What decides which kernels run (Note: verified, not believed). None: of steps at all sigmas, in any way."""
-        model, _, x, _ = self._arguments
-        streamed = self._patcher.streamed
-        sigma = self._arguments[-1]
-        entries = tuple((number, *describe(entry, sigma)) for number, entry in self._entries())
-        devices = tuple(map(str, self._clones))
-        about = (streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices, make_of(model))
-        about += (names(self._patcher.object_patches), names(self._patcher.injections))
         parts = self._shares if way is not Way.PROMPTS else ()
         # What another node has attached may do something else at each.
-        moment = tuple(sigma.tolist()) if way is not None and self._has_others() else None
-        return way, parts, about, tuple(x.shape), x.dtype, moment, entries, names(self._options_of_one)
+        moment = tuple(self._arguments[-1].tolist()) if way is not None and self._has_others else None
+        return way, parts, moment, self._kind_in_any_way
+
+    @cached_property
+    def _kind_in_any_way(self) -> Hashable:
+        model, _, x, sigma = self._arguments
+        patcher = self._patcher
+        entries = tuple((number, *describe(entry, sigma)) for number, entry in self._entries)
+        devices = tuple(map(str, self._clones))
+        about = (patcher.streamed.title, type(model).__qualname__, model.get_dtype_inference(), devices, make_of(model))
+        attached = names(patcher.object_patches), names(patcher.injections), names(self._options_of_one)
+        return about, tuple(x.shape), x.dtype, entries, attached
 
     # -- both ways -----------------------------------------------------------------------------------------------------
 
     def alone(self) -> Outputs:
         """On the first GPU."""
         outputs = self._executor(*self._arguments, self._options_of_one)
-        if any("hooks" in entry for _, entry in self._entries()):
+        if any("hooks" in entry for _, entry in self._entries):
             self._forget_hooks()
         return outputs
 
@@ -279,7 +283,7 @@ class _Step:
     def together_or_alone(self, way: Way, is_verified: bool = True) -> Outputs:
         """On all of them; if that fails, for lack of memory say, on the first until the MODEL is loaded for the next
         run. A step of a kind that was not verified may have changed what it can reach: then its failure is raised."""
-        before = None if is_verified and not self._has_others() else self._state()
+        before = None if is_verified and not self._has_others else self._state()
         outputs: Outputs | None
         try:
             outputs = self.together(way)
@@ -308,6 +312,7 @@ class _Step:
         self.tell(reason)
         return self.alone()
 
+    @cached_property
     def _has_others(self) -> bool:
         """Whether another node has attached something that runs in a step."""
         options, patcher = self._options_of_one, self._patcher

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,6 +188,17 @@ class PinningBackend(CpuBackend):
 
 # Many pieces, few chunks: everything that can wait for another does.
 SMALL_RING = {"chunk_bytes": 2048, "chunks": 3, "read_threads": 2, "build_threads": 1, "fill_threads": 2}
+
+
+def output_with(model: nn.Module, strengths: Mapping[str, float], x: torch.Tensor) -> torch.Tensor:
+    """What a model gives while these of its weights are so many times as large."""
+    before = {name: model.get_parameter(name).clone() for name in strengths}
+    for name, strength in strengths.items():
+        model.get_parameter(name).mul_(strength)
+    output = model(x)
+    for name, tensor in before.items():
+        model.get_parameter(name).copy_(tensor)
+    return output
 
 
 class Stored:

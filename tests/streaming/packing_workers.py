@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import PinningBackend, Scaled, Stored
+from models import PinningBackend, Scaled, Stored, output_with
 from packed_models import BUDGET, PACKED_IN_BLOCK, WIDTH
 from weightstream.streaming import PinBudget
 from weightstream.streaming.config import PackingMode
@@ -63,14 +63,7 @@ class PackingWorker(Stored):
 
     def wanted_output(self) -> torch.Tensor:
         """Of the plain model with these patches."""
-        names = self.patches.strengths
-        before = {name: self.plain.get_parameter(name).clone() for name in names}
-        for name, strength in names.items():
-            self.plain.get_parameter(name).mul_(strength)
-        expected = self.plain(self.x)
-        for name, tensor in before.items():
-            self.plain.get_parameter(name).copy_(tensor)
-        return expected
+        return output_with(self.plain, self.patches.strengths, self.x)
 
     def prompt(self, strengths: dict[str, float] | None = None, known: bool = True, steps: int = 4) -> None:
         self.load(strengths, known)

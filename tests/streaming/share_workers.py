@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -126,6 +127,18 @@ class Worker:
         self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait(WAIT_SECONDS)
+
+
+def fill_memory(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The system has no more memory for a copy once, after so many pieces that were written."""
+    own, count = os.pwrite, itertools.count()
+
+    def write(*arguments: Any) -> int:
+        if next(count) == after:
+            raise OSError(28, "No space left on device")
+        return own(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", write)
 
 
 def until(holds: Callable[[], bool]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import PinningBackend, Scaled, Stored, learn
-from share_workers import LINUX, brokered, memory_files, shared_spans, status_of, until
+from models import PinningBackend, Scaled, Stored, learn, output_with
+from share_workers import LINUX, brokered, fill_memory, memory_files, shared_spans, status_of, until
 from weightstream.streaming import PinBudget, cut_model
 from weightstream.streaming.memory import shared_buffer
 from weightstream.streaming.sharing import share
@@ -51,13 +51,7 @@ class Worker(Stored):
         return self.streamer.run(lambda: self.model(self.x), reload=lambda plan: load(plan, self.patches))
 
     def check(self, steps: int = 3) -> None:
-        names = self.patches.strengths
-        before = {name: self.plain.get_parameter(name).clone() for name in names}
-        for name, strength in names.items():
-            self.plain.get_parameter(name).mul_(strength)
-        expected = self.plain(self.x)
-        for name, tensor in before.items():
-            self.plain.get_parameter(name).copy_(tensor)
+        expected = output_with(self.plain, self.patches.strengths, self.x)
         for _ in range(steps):
             assert torch.equal(self.run(), expected)
 
@@ -400,14 +394,7 @@ def test_no_room_amid_a_copy_leaves_nothing_half(
     tmp_path: Path, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(tmp_path, broker.address)
-    own, count = os.pwrite, iter(range(100))
-
-    def full(*arguments: Any) -> int:
-        if next(count) == 5:
-            raise OSError(28, "No space left on device")
-        return own(*arguments)
-
-    monkeypatch.setattr(os, "pwrite", full)
+    fill_memory(monkeypatch, after=5)
     worker.prompt()
     assert "No space left" in worker.share.reason
     assert worker.streamer.snapshot().staged_bytes == 0

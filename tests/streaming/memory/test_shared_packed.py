@@ -13,7 +13,7 @@ import torch
 from models import Scaled
 from packing_workers import ALL, PATCHED, PackingWorker
 from reads import Reads
-from share_workers import LINUX, brokered, memory_files, shared_spans, status_of, until
+from share_workers import LINUX, brokered, fill_memory, memory_files, shared_spans, status_of, until
 from weightstream.streaming import cut_model
 from weightstream.streaming.config import PackingMode
 from weightstream.streaming.memory import copy_keys, packed_drafts, packing, shared_packed
@@ -234,14 +234,7 @@ def test_what_others_pack_streams_as_it_is_meanwhile(two: Two, packed_units: lis
 
 def test_no_room_amid_a_copy_leaves_nothing_half(two: Two, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = two
-    own, count = os.pwrite, iter(range(1000))
-
-    def full(*arguments: Any) -> int:
-        if next(count) == 25:
-            raise OSError(28, "No space left on device")
-        return own(*arguments)
-
-    monkeypatch.setattr(os, "pwrite", full)
+    fill_memory(monkeypatch, after=25)
     first.prompt()
     assert "No space left" in first.share.reason
     assert len(first.packed(shared=True)) + len(first.packed(shared=False)) == ALL
