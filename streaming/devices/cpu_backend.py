@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,7 @@ from ..errors import DeviceMemoryError
 from ..planning.vram_budget import DeviceMemory
 from .allocation_record import NO_RECORD, AllocationRecord
 from .backend import Backend
-from .copies import CopyTime, Event, Moment, Pair, Stall, count_bytes
+from .copies import CopyTime, Event, Pair, Stall, count_bytes
 
 
 class VirtualMemory:
@@ -47,6 +48,13 @@ class VirtualMemory:
 
     def give(self, nbytes: int) -> None:
         self.allocated -= nbytes
+
+
+class _Moment(NamedTuple):
+    """A moment of compute. It belongs to a device, as a CUDA event does."""
+
+    device: str
+    seconds: float
 
 
 class _AllOf:
@@ -119,11 +127,11 @@ class CpuBackend(Backend):
         def run() -> None:
             # Only for the order: if an earlier copy has failed, that is raised where that copy is waited for.
             wait_for_futures(waits)
-            begin = time.perf_counter()
+            begin = self.moment()
             for target, source in pairs:
                 target.copy_(source)
             if times is not None:
-                times.append(CopyTime(count_bytes(pairs), begin, time.perf_counter()))
+                times.append(CopyTime(count_bytes(pairs), begin, self.moment()))
 
         if stream is not None:
             return stream.submit(run)
@@ -158,11 +166,13 @@ class CpuBackend(Backend):
     def hold_back(self, seconds: float) -> None:
         """Nothing is queued: a virtual device computes at once."""
 
-    def moment(self) -> Moment:
-        return time.perf_counter()
+    def moment(self) -> _Moment:
+        return _Moment(self.name, time.perf_counter())
 
-    def seconds(self, begin: Moment, end: Moment) -> float | None:
-        return end - begin
+    def seconds(self, begin: _Moment, end: _Moment) -> float:
+        if not begin.device == end.device == self.name:
+            raise ValueError(f"{self.name} has no time between moments of {begin.device} and {end.device}")
+        return end.seconds - begin.seconds
 
     def mark(self) -> Event:
         done: Future[None] = Future()
@@ -170,10 +180,10 @@ class CpuBackend(Backend):
         return done
 
     def wait(self, event: Event) -> Stall:
-        start = time.perf_counter()
+        start = self.moment()
         stalled = not event.done()
         event.result()
-        return partial(self.seconds, start, time.perf_counter() if stalled else start)
+        return partial(self.seconds, start, self.moment() if stalled else start)
 
     def finish(self, event: Event) -> None:
         wait_for_futures([event])

@@ -208,7 +208,7 @@ class Recorder:
         """Note: the host ahead of the device."""
         begin = self._backend.moment()
         self._backend.hold_back(self._head_start)
-        self.stalled(partial(self._backend.seconds, begin, self._backend.moment()))
+        self.stalled(self._backend, partial(self._backend.seconds, begin, self._backend.moment()))
 
     def end_block(self, block: int) -> None:
         for position in range(len(self._open) - 1, -1, -1):
@@ -239,8 +239,11 @@ class Recorder:
             run.running.remove(unit)
             run.events.append(_Mark(unit, False, self._backend.moment()))
 
-    def stalled(self, stall: Stall) -> None:
-        """Compute waits for a copy: in the block that runs now, or on another device."""
+    def stalled(self, device: Backend, stall: Stall) -> None:
+        """Compute waits for a copy, in the block that runs now or between blocks. What waits on another device is part
+        of the time there, and CUDA takes no time between events of two devices."""
+        if device is not self._backend:
+            return
         if self._open:
             self._open[-1][1].events.append(stall)
         elif self._gap is not None:

@@ -94,8 +94,8 @@ class Activity(NamedTuple):
 class StepListener(Protocol):
     """Measures a step, which may run on several devices."""
 
-    def stalled(self, stall: Stall) -> None:
-        """Compute waits for a copy, or weights are unpacked: time that a resident would not take."""
+    def stalled(self, device: Backend, stall: Stall) -> None:
+        """Compute of ``device`` waits for a copy, or weights are unpacked: time that a resident would not take."""
 
     def computed(self, device: Backend, seconds: Callable[[], float]) -> None:
         """A block has run on ``device``; ``seconds`` waits for it, and returns its compute."""
@@ -105,13 +105,15 @@ class StallMeter:
     """Collects waits whose length is known only later, without ever waiting for them.
 
     Args:
+        backend: the device that waits.
         counters: where to count.
         listeners: are told of each wait too.
 
     Only the thread that runs the model may use it. Another thread that asks for a status reads the counters alone.
     """
 
-    def __init__(self, counters: Counters, listeners: Sequence[StepListener] = ()) -> None:
+    def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StepListener] = ()) -> None:
+        self._backend = backend
         self._counters = counters
         self._listeners = listeners
         # Bounded, for callers that run blocks outside of the root's forward and so never collect.
@@ -129,7 +131,7 @@ class StallMeter:
     def tell(self, stall: Stall) -> None:
         """Tell those who measure the step of time that is no wait for a copy, and is not counted."""
         for listener in self._listeners:
-            listener.stalled(stall)
+            listener.stalled(self._backend, stall)
 
     def collect(self) -> None:
         """Count the waits that are over by now. They end in the order in which they began."""
@@ -230,7 +232,7 @@ class Meters:
     def __init__(self, backend: Backend, counters: Counters, listeners: Sequence[StepListener]) -> None:
         self.counters = counters
         self.overwritten: list[str] = []
-        self.stalls = StallMeter(counters, listeners)
+        self.stalls = StallMeter(backend, counters, listeners)
         self.step = StepMeter(backend, counters)
 
     def begin_step(self) -> None:

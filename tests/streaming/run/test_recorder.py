@@ -55,7 +55,7 @@ def recorder(clock: Clock) -> Recorder:
 
 def wait(recorder: Recorder, clock: Clock, seconds: float) -> None:
     clock.now += seconds
-    recorder.stalled(lambda: seconds)
+    recorder.stalled(clock, lambda: seconds)
 
 
 def record(recorder: Recorder, clock: Clock, gaps: list[float], waits: list[float]) -> None:
@@ -125,7 +125,7 @@ def test_a_head_start_of_the_host_is_a_wait_before_the_first_block_of_all(clock:
     recorder = Recorder(make_outline([[1], [1], [1]]), clock, reader, head_start=100.0)
     if elsewhere:
         stalled = recorder.stalled
-        recorder.stalled = lambda stall: (stalled(stall), recorder.computed(Clock(), lambda: 0.0))
+        recorder.stalled = lambda *told: (stalled(*told), recorder.computed(Clock(), lambda: 0.0))
     record(recorder, clock, [2.0, 2.0, 2.0], [7.0, 0.0, 11.0])
     assert clock.now == (45.25 if elsewhere else 145.25)
     profile = recorder.profile(assumed_profile(recorder._outline), with_times=True)
@@ -187,7 +187,7 @@ def test_what_other_devices_compute_is_known_without_their_waits_and_the_hosts(c
         recorder.begin_unit(turn // 2)
         pass_by(7.0)
         for one in recorders:
-            one.stalled(lambda: 7.0)
+            one.stalled(clocks[turn % 2], lambda: 7.0)
         pass_by(1.0)
         recorder.end_unit(turn // 2)
         recorder.end_block(turn // 2)
