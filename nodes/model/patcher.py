@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...streaming import Plan, State, format_bytes
 from ...streaming.model.shown import shown
@@ -60,18 +61,23 @@ class StreamedModelPatcher(HookedPatcher):
         """Clone the model for another device, with all of it there."""
         whole = StreamedModelPatcher.clone(self)
         whole.remove_additional_models(PARTS)
-        return super(StreamedModelPatcher, whole).deepclone_multigpu(*args, **kwargs)
+        found = super(StreamedModelPatcher, whole).deepclone_multigpu(*args, **kwargs)
+        found.parent = None  # It has a model of its own (match_multigpu_clones).
+        return found
 
     def match_multigpu_clones(self, *args: Any, **options: Any) -> None:
-        """Copies for parallel work on other devices have no parts: each has the whole model."""
-        parts = self.parts
+        """Copies for parallel work on other devices have no parts: each has the whole model. The host makes them anew for
+        each run, and gives them this patcher as the parent, by which it frees what a patcher that is gone has loaded: of
+        the model here, and never of theirs. So each gets the first patcher of its own model."""
+        parts, before = self.parts, self.get_additional_models_with_key(PARALLEL)
         self.remove_additional_models(PARTS)
         try:
             super().match_multigpu_clones(*args, **options)
         finally:
             if parts:
                 self.set_additional_models(PARTS, parts)
-        for clone in self.get_additional_models_with_key(PARALLEL):
+        for clone, earlier in zip(self.get_additional_models_with_key(PARALLEL), before, strict=True):
+            clone.parent = _first_of_its_model(earlier)
             if isinstance(clone, StreamedModelPatcher):
                 clone.prompt_has_hooks = self.prompt_has_hooks
 
@@ -381,3 +387,10 @@ class StreamedModelPatcher(HookedPatcher):
     @property
     def _values(self) -> list[Any]:
         return [value for streamer in self.streamers for value in streamer.blocks.values]
+
+
+def _first_of_its_model(patcher: ModelPatcher) -> ModelPatcher:
+    """The patcher of which this one is a clone, or a clone of a clone."""
+    while patcher.parent is not None and patcher.parent.model is patcher.model:
+        patcher = patcher.parent
+    return patcher

@@ -15,6 +15,7 @@ from failing import failing
 from parallel import apart, close_all, copies_of, parallel
 from prompts import conditioning, guided, latent
 from sampling import MODEL
+from weightstream.nodes.host.devices import same_device
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.parallel import verified
 from weightstream.nodes.parallel.verified import verdicts
@@ -78,3 +79,21 @@ def test_models_that_nobody_has_are_gone(models: Path) -> None:
     del loaded, model, copy
     gc.collect()
     assert [reference() for reference in (*living, *streamers) if reference() is not None] == []
+
+
+@pytest.mark.parametrize("given_up_by", ["a run", "a clone"])
+def test_the_host_can_free_what_a_run_has_loaded_on_each_gpu(loaded: Any, given_up_by: str) -> None:
+    """The host makes the copies anew for each run, and what it has loaded outlives these."""
+    model = parallel(loaded)
+    for _ in range(3):
+        one_prompt(model if given_up_by == "a run" else model.clone())
+    gc.collect()
+    all_of_it = (model, *copies_of(model))
+    assert {each.model.model for each in mm.current_loaded_models} == {one.model for one in all_of_it}
+    for each in mm.current_loaded_models:
+        assert same_device(each.device, each.model.load_device)
+    for one in all_of_it:
+        assert one.streamer.device_bytes > 0
+        mm.free_memory(1e30, one.load_device)
+        assert one.streamer.device_bytes == 0
+    assert mm.current_loaded_models == []
