@@ -66,9 +66,11 @@ class StreamedModelPatcher(HookedPatcher):
         return found
 
     def match_multigpu_clones(self, *args: Any, **options: Any) -> None:
-        """Copies for parallel work on other devices have no parts: each has the whole model. The host makes them anew for
-        each run, and gives them this patcher as the parent, by which it frees what a patcher that is gone has loaded: of
-        the model here, and never of theirs. So each gets the first patcher of its own model."""
+        """Copies for parallel work on other devices have no parts: each has the whole model.
+
+        The host makes them anew for each run, and with a patcher's parent it frees what a patcher that is gone has
+        loaded. That would be this one, of another model, so each gets the first patcher of its own.
+        """
         parts, before = self.parts, self.get_additional_models_with_key(PARALLEL)
         self.remove_additional_models(PARTS)
         try:

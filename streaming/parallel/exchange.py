@@ -10,7 +10,8 @@ A device posts its rows and, once the others have posted theirs, copies these in
  4. where rows go through the host, all copies between two devices use the same page-locked memory, one after another;
  5. posted rows stay alive until every other device has queued its copy of them, and their own device's compute then
     waits for these copies before the memory can be something else's: at its next post, or at the end.
-Each wait has a test that fails without it (tests/streaming/parallel/test_exchange.py).
+Each wait has a test that fails without it (tests/streaming/parallel/test_exchange.py). Where the devices begin the
+step again (relay.py, Note: all begin again), all of them are waited for, and all posts are dropped.
 """
 
 from __future__ import annotations
@@ -142,6 +143,22 @@ class Exchange:
         self._relay = relay
         self._posts: list[list[_Post]] = [[] for _ in wires.backends]
         self._retired = [0] * len(wires.backends)
+        relay.on_again = self._forget
+
+    def begin_again(self, me: int) -> None:
+        """A device begins the step again, and so do all others, before this returns.
+
+        Raises:
+            HeldUpError, BegunAgainError: as :meth:`Relay.begin_again` does.
+        """
+        self._relay.begin_again(me)
+
+    def _forget(self) -> None:
+        for backend in self._wires.backends:
+            backend.synchronize()  # Race: copies of rows may be under way.
+        for posts in self._posts:
+            posts.clear()
+        self._retired = [0] * len(self._posts)
 
     def gather(
         self,

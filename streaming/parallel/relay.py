@@ -13,6 +13,12 @@ at a time is enough while queueing takes less time than the devices need (docs/p
 The baton goes round by number, past calls that have ended. A call that waits for something that another brings hands it
 on until that is there (:meth:`Relay.until`). Each of the others runs until it waits too or has ended, so after a round
 in which nothing came, nothing will: that is an error, and nobody waits for ever.
+
+[Note: all begin again]
+A call may have to begin again in its middle, as a model does on a device that was out of memory. What the others have
+brought is of no use then. So it says so (:meth:`Relay.begin_again`) and waits; each of the others is ended by an error
+at its next wait, and called again when all have come as far. The last one to come has what was brought forgotten
+(``on_again``), which is after everything of before and ahead of everything that is new.
 """
 
 from __future__ import annotations
@@ -21,16 +27,23 @@ import contextvars
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from ..errors import StreamingError
 
+# One device that is out of memory takes up to four to find out what it can do without (runner.py).
+MOST_BEGINS = 9
+
 
 class HeldUpError(StreamingError):
     """A call was ended because another has failed, or waits for what nobody brings."""
+
+
+class BegunAgainError(Exception):
+    """A call was ended because another has begun again, and is called once more. Nothing has failed in it."""
 
 
 class Workers:
@@ -65,6 +78,9 @@ class Relay:
 
     Args:
         devices: that the calls compute on, each its own.
+
+    Attributes:
+        on_again: forgets what calls have brought; it is called while none of them goes on (Note: all begin again).
     """
 
     def __init__(self, devices: Sequence[Hashable]) -> None:
@@ -72,6 +88,10 @@ class Relay:
         self._batons = [threading.Semaphore(0) for _ in devices]
         self._running = [True] * len(devices)
         self._error: BaseException | None = None
+        self.on_again: Callable[[], None] = lambda: None
+        # Which begin the calls are to be at, which is the last that all have come to, and at which each is.
+        self._begin = self._common_begin = 0
+        self._begun = [0] * len(devices)
 
     def run(self, calls: Sequence[Callable[[], Any]], workers: Workers) -> list[Any]:
         """Run all calls, the first on this thread, and return their results.
@@ -111,7 +131,11 @@ class Relay:
     def _one(self, me: int, call: Callable[[], Any]) -> Any:
         """Run a call that has the baton, and hand that on at its end. What it raises is kept for :meth:`run`."""
         try:
-            return call() if self._error is None else None
+            while self._error is None:
+                with suppress(BegunAgainError):
+                    return call()
+                self._come_to_begin(me)  # Out here: the error, which is gone now, has kept what was computed.
+            return None
         except BaseException as error:  # An interrupt is no ``Exception``.
             if self._error is None:
                 self._error = error
@@ -127,15 +151,51 @@ class Relay:
         others = ((me + place) % count for place in range(1, count))
         return next((other for other in others if self._running[other]), None)
 
+    def begin_again(self, me: int) -> None:
+        """Wait until all other calls have begun again, since this one does, in its middle.
+
+        Raises:
+            HeldUpError: they cannot: another has ended, or has failed. Or this has come to pass too often.
+            BegunAgainError: another has begun again meanwhile.
+        """
+        if self._begun[me] == self._begin:
+            if self._begin == MOST_BEGINS:
+                raise HeldUpError("devices have begun the step again too often")
+            self._begin += 1
+        self._reach(me)
+
+    def _come_to_begin(self, me: int) -> None:
+        """As :meth:`begin_again`, for a call that another has ended; it waits here, however often others begin."""
+        while True:
+            try:
+                return self._reach(me)
+            except BegunAgainError:
+                continue
+
+    def _reach(self, me: int) -> None:
+        self._begun[me] = self._begin
+        if all(begun == self._begin for begun in self._begun):
+            self.on_again()
+            self._common_begin = self._begin
+        self.until(me, self._have_all_begun)
+
+    def _have_all_begun(self) -> bool:
+        if self._common_begin != self._begin and not all(self._running):
+            raise HeldUpError("a device has begun the step again when another had ended")
+        return self._common_begin == self._begin
+
     def until(self, me: int, there: Callable[[], bool]) -> None:
         """Let the others run until what they bring is ``there``.
 
         Raises:
             HeldUpError: another call has failed, or no other brings it.
+            BegunAgainError: another call has begun again. What is raised in its place ends the run.
         """
         for _ in range(len(self._running)):
             if self._error is not None:
                 raise HeldUpError("another device has failed")
+            if self._begun[me] != self._begin:
+                raise BegunAgainError
             if there():
                 return
             following = self._next(me)

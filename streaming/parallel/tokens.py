@@ -29,7 +29,6 @@ from ..errors import StreamingError
 from .cut import cut
 from .exchange import Exchange
 from .kinds import Kind
-from .relay import HeldUpError
 
 
 class UndividedError(StreamingError):
@@ -111,7 +110,9 @@ class TokenPart:
         Raises:
             UndividedError: the blocks do not do with tokens what is known of their kind.
             HeldUpError: another device has failed, or does something else.
+            BegunAgainError: another device has begun the step again, and this one has to.
         """
+        self._forget()
         handles: list[RemovableHandle] = []
         try:
             handles.append(root.register_forward_pre_hook(self._begin_step))
@@ -124,8 +125,13 @@ class TokenPart:
         finally:
             for handle in handles:
                 handle.remove()
-            self._open = None
-            self._tables.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        """What is known in the middle of a step."""
+        self._has_begun = self._among_all = False
+        self._open = self._unjoined = None
+        self._tables.clear()
 
     def _watch(
         self, block: nn.Module, kind: Kind, among: Sequence[nn.Module], place: tuple[int, int]
@@ -153,14 +159,13 @@ class TokenPart:
         return handles
 
     def _begin_step(self, *_: object) -> None:
-        """The model begins; for lack of memory say, it may do so again in the same step.
-
-        Raises:
-            HeldUpError: it does. The rows of this device would go to blocks that the others are past.
-        """
+        """The model begins. For lack of memory say, it may do so again in the same step, and then the others do too:
+        they are past the blocks that the rows of this device would go to."""
         if self._has_begun:
-            raise HeldUpError("a device has begun the step again")
+            self._forget()
+            self._exchange.begin_again(self._me)
         self._has_begun = True
+        self.divided = 0
 
     def _check_joined(self, among: Sequence[nn.Module] | None) -> None:
         """Rows of a list of blocks must be put together before anything but a block of that list gets them."""

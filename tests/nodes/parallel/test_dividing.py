@@ -330,20 +330,29 @@ def test_bits_that_are_close_are_enough_where_the_user_says_so(loaded: Any, nati
 
 @pytest.mark.parametrize("on", [0, 1])
 @pytest.mark.parametrize("known", [False, True])
-def test_a_gpu_that_runs_out_of_memory_leaves_the_run_to_the_first(
+def test_all_begin_a_step_again_where_a_gpu_runs_out_of_memory(
     loaded: Any, native: ModelPatcher, on: int, known: bool
 ) -> None:
-    """A step that one GPU begins again would exchange tokens of other blocks than those that they are of."""
+    """Twice: the second time it gives up some of the weights that are on it."""
     model, expected = parallel(loaded), one_prompt(native)
     if known:
         check_divided(model, expected)
     block = (model, *copies_of(model))[on].model.diffusion_model.single_blocks[1]
     # The first GPU alone runs a step before, to compare with.
     first = 1 if on == 0 and not known else 0
-    with failing(block, first) as failed:
+    with failing(block, first, first + 1) as failed:
         assert torch.equal(one_prompt(model), expected)
-    assert failed == [first]
-    assert "its tokens cannot be divided" in model.streamed.alone
+    assert failed == [first, first + 1]
+    assert model.streamed.alone == ""
+    check_divided(model, expected)
+
+
+def test_a_gpu_that_never_has_room_leaves_the_run_to_the_first(loaded: Any, native: ModelPatcher) -> None:
+    model, expected = parallel(loaded), one_prompt(native)
+    block = copies_of(model)[0].model.diffusion_model.single_blocks[1]
+    with failing(block, *range(100)):
+        assert torch.equal(one_prompt(model), expected)
+    assert model.streamed.alone == "there is no room for it on all of gpu:0, gpu:1"
     check_divided(model, expected)
 
 

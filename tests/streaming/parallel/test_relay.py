@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import pytest
 import torch
@@ -177,6 +178,101 @@ def test_what_has_not_begun_when_one_fails_does_not_begin(workers: Workers) -> N
     with pytest.raises(ValueError, match="broken"):
         Relay(range(2)).run([fail, lambda: begun.append(1)], workers)
     assert begun == []
+
+
+TURNS = 3
+PLACES = [(me, turn) for me in range(3) for turn in range(TURNS)]
+
+
+@pytest.mark.parametrize("places", [*combinations(PLACES, 1), *combinations(PLACES, 2)], ids=str)
+def test_all_begin_again_where_one_does(workers: Workers, places: tuple[tuple[int, int], ...]) -> None:
+    """One or two calls begin again, each once and at any turn."""
+    relay, left, watched = Relay(range(3)), set(places), Watched()
+    brought: list[list[int]] = [[], [], []]
+    forgotten: list[list[int]] = []
+    begins = [0, 0, 0]
+
+    def forget() -> None:
+        forgotten.append([len(each) for each in brought])
+        for each in brought:
+            each.clear()
+
+    relay.on_again = forget
+
+    def call(me: int) -> tuple[int, list[list[int]]]:
+        begins[me] += 1
+        while True:
+            seen = []
+            for turn in range(TURNS):
+                if (me, turn) in left:
+                    left.remove((me, turn))
+                    relay.begin_again(me)
+                    break
+                watched.runs(f"{me} {turn}")
+                brought[me].append(turn)
+                relay.until(me, lambda turn=turn: all(len(each) > turn for each in brought))
+                seen.append([each[turn] for each in brought])
+            else:
+                return me, seen
+
+    expected = [(me, [[turn] * 3 for turn in range(TURNS)]) for me in range(3)]
+    calls = [lambda me=me: call(me) for me in range(3)]
+    assert relay.run(calls, workers) == expected
+    assert left == set()
+    assert 1 <= len(forgotten) <= len(places)
+    assert sum(begins) > 3, "others are called once more"
+
+
+def test_a_call_that_is_ended_to_begin_again_keeps_nothing_alive(workers: Workers) -> None:
+    """While it waits for the others: the memory may be what one of them lacks."""
+    relay, kept = Relay(range(2)), []
+
+    def second() -> None:
+        if kept:
+            return
+        computed = torch.zeros(4)
+        kept.append(weakref.ref(computed))
+        relay.until(1, lambda: False)
+
+    def first() -> None:
+        relay.until(0, lambda: bool(kept))
+        relay.begin_again(0)
+
+    relay.on_again = lambda: kept.append(kept[0]())
+    gc.disable()
+    try:
+        relay.run([first, second], workers)
+    finally:
+        gc.enable()
+    assert kept[1] is None
+
+
+def test_a_call_that_begins_again_when_another_has_ended_is_told(workers: Workers) -> None:
+    with pytest.raises(HeldUpError, match="begun the step again when another had ended"):
+        (relay := Relay(range(2))).run([lambda: None, lambda: relay.begin_again(1)], workers)
+
+
+def test_a_call_that_always_begins_again_is_told(workers: Workers) -> None:
+    relay, begins = Relay(range(2)), []
+
+    def first() -> None:
+        while True:
+            relay.begin_again(0)
+
+    def second() -> None:
+        begins.append(1)
+        relay.until(1, lambda: False)
+
+    with pytest.raises(HeldUpError, match="begun the step again too often"):
+        relay.run([first, second], workers)
+    assert len(begins) == 1 + relays.MOST_BEGINS
+
+
+def test_an_error_where_all_begin_again_ends_all(workers: Workers) -> None:
+    relay = Relay(range(2))
+    relay.on_again = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        relay.run([lambda: relay.begin_again(0), lambda: relay.until(1, lambda: False)], workers)
 
 
 def test_threads_are_kept(workers: Workers) -> None:

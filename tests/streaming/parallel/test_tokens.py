@@ -161,22 +161,28 @@ def test_devices_that_run_other_blocks_are_an_error(model: Model) -> None:
         failing(change, model)
 
 
-def test_a_step_that_one_device_begins_again_is_an_error(model: Model) -> None:
+@pytest.mark.parametrize("device", [0, 1, 2])
+@pytest.mark.parametrize("where", ["joint.0", "joint.1", "single.0.inner", "single.1"])
+def test_all_devices_begin_the_step_again_where_one_does(model: Model, device: int, where: str) -> None:
     """Its rows would go to other blocks than those that they are of."""
+    expected = model(tokens(IMG), tokens(TXT), plain)
 
     def change(number: int, each: Model) -> None:
-        if number == 1:
+        if number == device:
             forward = each.forward
-            each.forward = lambda *args: (fails(forward, each, *args), forward(*args))[1]
+            each.forward = lambda *args: fails_first(forward, each, *args)
 
-    def fails(forward: Callable[..., Any], each: Model, *args: Any) -> None:
-        hook = each.joint[1].register_forward_hook(lambda *_: 1 / 0)
+    def fails_first(forward: Callable[..., Any], each: Model, *args: Any) -> torch.Tensor:
+        del each.forward
+        hook = each.get_submodule(where).register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             forward(*args)
         hook.remove()
+        return each(*args)
 
-    with pytest.raises(HeldUpError):
-        failing(change, model)
+    found, parts = run_divided(model, tokens(IMG), tokens(TXT), (1, 2, 1), change)
+    assert all(torch.equal(each, expected) for each in found)
+    assert [part.divided for part in parts] == [6] * 3
 
 
 def test_rows_are_let_go_at_the_end(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
