@@ -192,11 +192,12 @@ class Exchange:
         self._check(posts[me], posts, dim, lengths)
         whole = [_of_length(tensor, dim, sum(map(sum, lengths))) for tensor in tensors]
         free = backend.mark()  # Race: the new memory may still be in use as something else's.
+        places = [_places(target, dim, lengths) for target in whole]
         for other, post in enumerate(posts):
             pairs = [
                 pair
-                for target, source in zip(whole, post.tensors, strict=True)
-                for pair in _places(target, source, dim, lengths, other)
+                for place, rows in zip(places, post.tensors, strict=True)
+                for pair in zip(place[other], _parts(rows, dim, lengths, other), strict=True)
             ]
             if other == me:
                 for target, source in pairs:
@@ -243,16 +244,13 @@ def _of_length(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
         return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _places(
-    target: torch.Tensor, source: torch.Tensor, dim: int, lengths: Sequence[Sequence[int]], device: int
-) -> list[tuple[Any, Any]]:
-    """The parts of ``target`` that the rows of one device go to, each with these rows."""
-    pairs = []
-    begin = first = 0
-    for part in lengths:
-        count = part[device]
-        place = begin + sum(part[:device])
-        pairs.append((target.narrow(dim, place, count), source.narrow(dim, first, count)))
-        begin += sum(part)
-        first += count
-    return pairs
+def _places(whole: torch.Tensor, dim: int, lengths: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, ...]]:
+    """For each device the places of its rows, one in each part of the sequence."""
+    places = whole.split([count for part in lengths for count in part], dim)
+    devices = len(lengths[0])
+    return [places[device::devices] for device in range(devices)]
+
+
+def _parts(rows: torch.Tensor, dim: int, lengths: Sequence[Sequence[int]], device: int) -> Sequence[torch.Tensor]:
+    """The rows of one device, those of each part of the sequence by themselves."""
+    return (rows,) if len(lengths) == 1 else rows.split([part[device] for part in lengths], dim)
