@@ -27,7 +27,9 @@ from ..model.patcher import PARALLEL, PARTS, StreamedModelPatcher
 from ..model.streamed_model import sharing_copies
 from ..twins.takeover import CHANGED, anew, carry_over, check_what_hangs_on, is_current
 from ..twins.twins import lasting_difference
-from .verified import WRAPPER, prepare, run_close, run_exact
+from .preparing import prepare
+from .step import WRAPPER
+from .verified import run_close, run_exact
 
 # The last ones of an incoming model, kept for as long as that lives: one that did not change is not loaded anew.
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, StreamedModelPatcher]] = weakref.WeakKeyDictionary()

@@ -58,6 +58,7 @@ export const CHINESE_TEXTS = [
   ["ComfyUI … cannot do that (…)", "ComfyUI … 无法做到（…）"],
   ["… works on … alone, not in parallel: …", "… 只在 … 上运行，未并行：…"],
   ["there is no room for it on all of …", "… 上没有足够的空间"],
+  ["several GPUs are no faster (… s a step, … s on one of them)", "多个 GPU 并不更快（每步 … 秒，单个 GPU … 秒）"],
   ["a step gave other bits than on one GPU (by … at most)", "有一步的结果与单个 GPU 在位上不同（最多相差 …）"],
   ["some node keeps state from step to step (…), which GPUs would share", "有节点在各步之间保存状态（…），多个 GPU 会共用它"],
   ["nothing is known of what … does with tokens", "不了解 … 如何处理 token"],

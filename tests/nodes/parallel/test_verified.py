@@ -22,9 +22,10 @@ from parallel import LONG, apart, close_all, copies_of, parallel, runs_of
 from placing import Machine, place
 from prompts import conditioning, guided, latent, output
 from sampling import MB
+from steps_run import counted
 from weightstream.nodes.model.streamed_model import PARALLEL_NOTICE
 from weightstream.nodes.page.status import full_status
-from weightstream.nodes.parallel import host_threads, step_kinds, verified
+from weightstream.nodes.parallel import host_threads, step, step_kinds
 from weightstream.nodes.parallel import verdicts as verdicts_file
 from weightstream.nodes.parallel.verified import verdicts
 from weightstream.nodes.tell.notices import describe_notices
@@ -40,20 +41,6 @@ def nothing_known() -> Iterator[None]:
     verdicts.clear()
     yield
     close_all()
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The steps that ran, on one GPU or on all, in order."""
-    runs: list[str] = []
-    for name in ("alone", "together"):
-        method = getattr(verified._Step, name)
-
-        def run(step: Any, *way: Any, method: Any = method, name: str = name) -> Any:
-            runs.append(name)
-            return method(step, *way)
-
-        monkeypatch.setattr(verified._Step, name, run)
-    return runs
 
 
 def test_other_bits_are_found_in_the_first_step(
@@ -326,7 +313,7 @@ def test_what_is_attached_is_part_of_a_kind_by_what_it_calls() -> None:
 def test_files_of_one_name_are_two_kinds(loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, model, expected = counted(monkeypatch), parallel(loaded), apart(native)
     assert torch.equal(apart(model), expected)
-    monkeypatch.setattr(verified, "make_of", lambda model: 0)
+    monkeypatch.setattr(step, "make_of", lambda model: 0)
     runs.clear()
     assert torch.equal(apart(model), expected)
     assert runs[:2] == ["alone", "together"]
