@@ -84,7 +84,8 @@ class Boundary:
         self._is_compiled = self._in_step = False
         self._sent: weakref.WeakValueDictionary[int, Away] = weakref.WeakValueDictionary()
         self._visits: list[_Call] = []
-        self._entries = Entries()
+        # Outermost: whoever times a block times it with its inputs there (recorder.py).
+        self._entries = Entries(outermost=True)
         self._parts: dict[nn.Module, Entries] = {}
         self._alone: nn.Module | None = None
         self._entered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -92,8 +93,8 @@ class Boundary:
     def attach(self, root: nn.Module, blocks: Sequence[tuple[nn.Module, torch.device]], compiled: bool = False) -> None:
         """Watch ``blocks`` that run on these devices, and ``root``, whose forward is one step.
 
-        The hooks refer to the boundary weakly. They are called before all that are there when a module begins, and
-        after these when it ends. ``compiled``: steps run compiled.
+        The hooks refer to the boundary weakly. They are called before all others when a module begins, and after these
+        when it ends. ``compiled``: steps run compiled.
         """
         self.detach()
         self._is_compiled = compiled

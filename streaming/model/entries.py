@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType, MethodType
@@ -40,8 +41,9 @@ Begins = Callable[[nn.Module, tuple, dict[str, Any]], "tuple[tuple, dict[str, An
 # Classes of tensors whose storage tells where their values are.
 PLAIN = (torch.Tensor, nn.Parameter)
 
-# The hooks of all Entries.
+# The hooks of all Entries, and those of them that are outermost.
 _ours: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+_outermost: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
 # A method that returns at once and computes later is no entry.
 LATER = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -89,9 +91,14 @@ def _hidden_class() -> type:
 
 
 class Entries:
-    """Reports the entries into several modules to one listener."""
+    """Reports the entries into several modules to one listener.
 
-    def __init__(self) -> None:
+    Args:
+        outermost: a call is reported to it before all others, and after them, whoever watches the module later.
+    """
+
+    def __init__(self, outermost: bool = False) -> None:
+        self._is_outermost = outermost
         self._handles: list[Any] = []
         self._doors: list[_Door] = []
 
@@ -118,6 +125,10 @@ class Entries:
         hidden_begins, hidden_ends = hidden(begins), hidden(ends)
         self._handles.append(module.register_forward_pre_hook(hidden_begins, prepend=True, with_kwargs=True))
         self._handles.append(module.register_forward_hook(hidden_ends, always_call=always_ends))
+        if self._is_outermost:
+            _outermost.update((hidden_begins, hidden_ends))
+        _put_outside(module._forward_pre_hooks, last=False)
+        _put_outside(module._forward_hooks, last=True)
         self._handles += [Method.put(module, name, door, hidden_begins, hidden_ends) for name in names]
 
     def settle(self) -> None:
@@ -131,6 +142,12 @@ class Entries:
             handle.remove()
         self._handles.clear()
         self._doors.clear()
+
+
+def _put_outside(hooks: OrderedDict[int, Callable[..., Any]], last: bool) -> None:
+    """Have the outermost hook called first, or last. torch puts hooks in order in the same way."""
+    for number in [number for number, hook in hooks.items() if hook in _outermost]:
+        hooks.move_to_end(number, last=last)
 
 
 class _Door:

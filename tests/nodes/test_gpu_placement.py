@@ -15,6 +15,8 @@ from prompts import check_streams, guided
 from sampling import MB
 from weightstream.nodes.gpu_placement import GpuPlacement
 from weightstream.streaming import ConfigError
+from weightstream.streaming.handoff.boundary import Boundary
+from weightstream.streaming.run.recorder import Recorder
 
 # As it is saved on a machine with four GPUs.
 OF_FOUR = {
@@ -73,6 +75,27 @@ def test_a_model_that_can_be_split_is_what_the_split_gives(
     assert [streamer.backend.name for streamer in model.streamers] == ["gpu:0", "gpu:1", "gpu:2"]
     assert said == ["MODEL on gpu:0, gpu:1, gpu:2"]
     assert torch.equal(guided(model), guided(native))
+
+
+def test_the_time_of_a_block_begins_when_its_inputs_have_come(
+    loaded: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it has the time of the block before, on the other GPU. Hooks come and go where a step is measured."""
+    machine(2)
+    model, order = place(loaded)[0], []
+    for owner, name in ((Boundary, "_enter_block"), (Recorder, "begin_block"), (Recorder, "end_block")):
+        method = getattr(owner, name)
+
+        def noted(*args: Any, method: Any = method, name: str = name) -> Any:
+            order.append(name)
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+    guided(model, steps=5)
+    begins = [place for place, name in enumerate(order) if name == "begin_block"]
+    assert len(begins) >= 2 * 6, "two steps at least are measured, of six blocks"
+    for begin in begins:
+        assert order[begin - 1 : begin + 2] == ["_enter_block", "begin_block", "end_block"]
 
 
 def test_a_gpu_without_room_gets_nothing(loaded: Any, said: list[str], native: ModelPatcher, machine: Machine) -> None:

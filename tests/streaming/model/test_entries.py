@@ -284,6 +284,29 @@ def test_two_that_are_told_come_and_go_in_any_order(block: Block, first: int) ->
     assert [one.take() for one in told] == [[], []]
 
 
+@pytest.mark.parametrize("others", [1, 2])
+def test_the_outermost_is_told_first_and_last_of_a_call_whoever_comes_later(block: Block, others: int) -> None:
+    order: list[str] = []
+
+    def watch(name: str, entries: Entries) -> None:
+        told = Told(lambda *_: order.append(f"{name} in"), lambda _: order.append(f"{name} out"))
+        entries.watch(block, told.begins, told.ends)
+
+    outer, inner = Entries(outermost=True), [Entries() for _ in range(others)]
+    watch("outer", outer)
+    for _ in range(3):
+        for number, each in enumerate(inner):
+            each.remove()
+            watch(str(number), each)
+        order.clear()
+        block(X)
+        assert (order[0], order[-1], len(order)) == ("outer in", "outer out", 2 + 2 * others)
+    outer.remove()
+    order.clear()
+    block(X)
+    assert len(order) == 2 * others
+
+
 def test_it_looks_like_a_method(block: Block, entries: Entries) -> None:
     ours, plain = block.by_method, Block().by_method
     assert ours.__self__ is block
