@@ -235,7 +235,7 @@ class TokenPart:
 
     def _table(self, tensor: torch.Tensor, axis: int, opened: _Open) -> torch.Tensor:
         """The rows of a table that is the same for many blocks."""
-        key = id(tensor), id(opened.kind), *(parts[-1].stop for parts in opened.parts.values())
+        key = id(tensor), axis, *(parts[-1].stop for parts in opened.parts.values())
         known = self._tables.get(key)
         if known is None or known[0] is not tensor:
             known = self._tables[key] = tensor, opened.along(tensor, axis, self._me)

@@ -127,6 +127,19 @@ def test_the_time_between_runs_is_nobodys(loaded: Any, monkeypatch: pytest.Monke
     assert told == [TOGETHER_SECONDS] * 6
 
 
+def test_a_step_of_another_kind_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace, told = Clock(monkeypatch, alone=0.3), Pace(), []
+    monkeypatch.setattr(Pace, "add", lambda pace, together, seconds: told.append(seconds))
+    steps = StepClock(clock)
+    for number, seconds in enumerate((1.0, 5.0, 2.0, 7.0)):
+        steps.begin_step()
+        if number % 2 == 0:
+            steps.times(pace, together=True)
+        clock.now += seconds
+    steps.begin_step()
+    assert told == [1.0, 2.0]
+
+
 def test_virtual_devices_are_not_timed(loaded: Any) -> None:
     model = parallel(loaded)
     run(model)

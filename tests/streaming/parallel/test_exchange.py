@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import pytest
@@ -283,6 +283,49 @@ def test_the_wait_for_what_was_there_before_is_needed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(exchanges._Stage, "like", like_unread)
     with pytest.raises(RaceError):
         run_watched(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("device", "turn", "waits"), [*product([0, 1], [0, 1, 2], [True]), (0, 1, False), (0, 2, False), (1, 1, False)]
+)
+def test_all_copies_are_over_when_the_devices_begin_again(
+    monkeypatch: pytest.MonkeyPatch, device: int, turn: int, waits: bool
+) -> None:
+    """Rows that were posted are dropped, and their memory goes to something else."""
+    accesses, known, begun = Accesses(), [], []
+    backends = [RaceBackend(accesses, f"compute {number}") for number in range(2)]
+    forget = Exchange._forget
+
+    def noted(self: Exchange) -> None:
+        forget(self)
+        known.append(accesses.seen_by(threading.current_thread()))
+
+    monkeypatch.setattr(Exchange, "_forget", noted)
+    if not waits:
+        monkeypatch.setattr(RaceBackend, "synchronize", lambda _: None)
+    rows = [[torch.zeros(1, 32) for _ in range(3)] for _ in range(2)]
+
+    def call(me: int, exchange: Exchange) -> int:
+        number = 0
+        while number < 3:
+            if known:  # Whoever has the baton knows what the one before has waited for.
+                accesses.see(threading.current_thread(), known[-1])
+            if (me, number) == (device, turn) and not begun:
+                begun.append(True)
+                exchange.begin_again(me)
+                number = 0
+                continue
+            mine = rows[me][number]
+            backends[me].write(mine)
+            (whole,) = exchange.gather(me, number, [mine], 1, [[32, 32]])
+            backends[me].read(whole)
+            number += 1
+        exchange.finish(me)
+        return number
+
+    with nullcontext() if waits else pytest.raises(RaceError):
+        assert run(backends, call) == [3, 3]
+    assert begun == [True]
 
 
 @pytest.mark.parametrize("wait", ["made", "free", "done", "taken"])

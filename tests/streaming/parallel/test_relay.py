@@ -256,7 +256,7 @@ def test_a_call_that_always_begins_again_is_told(workers: Workers) -> None:
     relay, begins = Relay(range(2)), []
 
     def first() -> None:
-        while True:
+        for _ in range(2 * relays.MOST_BEGINS):
             relay.begin_again(0)
 
     def second() -> None:
@@ -266,6 +266,18 @@ def test_a_call_that_always_begins_again_is_told(workers: Workers) -> None:
     with pytest.raises(HeldUpError, match="begun the step again too often"):
         relay.run([first, second], workers)
     assert len(begins) == 1 + relays.MOST_BEGINS
+
+
+def test_two_calls_may_be_in_the_middle_of_what_begins_again(workers: Workers) -> None:
+    """Each goes on where it was: what it has found out about the memory that it lacks is not lost."""
+    relay, begins = Relay(range(2)), [0, 0]
+
+    def call(me: int) -> None:
+        begins[me] += 1
+        relay.begin_again(me)
+
+    relay.run([lambda me=me: call(me) for me in range(2)], workers)
+    assert begins == [1, 1]
 
 
 def test_an_error_where_all_begin_again_ends_all(workers: Workers) -> None:
