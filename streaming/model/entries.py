@@ -57,12 +57,17 @@ class Ends(Protocol):
 
 def is_ours(hook: Callable[..., Any]) -> bool:
     """Whether a hook on a module is one of :class:`Entries`."""
-    return hook in _ours
+    return _is_in(_ours, hook)
+
+
+def _is_in(hooks: weakref.WeakSet[Callable[..., Any]], hook: Callable[..., Any]) -> bool:
+    """Whether it is one of these, which are ours. Hooks of other code may have no hash."""
+    return isinstance(hook, _hidden_class()) and hook in hooks
 
 
 def hidden(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Return what calls ``hook`` and is hidden from torch.compile; itself if that is what it is."""
-    if hook in _ours:
+    if is_ours(hook):
         return hook
     hiding = _hidden_class()(hook)
     _ours.add(hiding)
@@ -146,7 +151,7 @@ class Entries:
 
 def _put_outside(hooks: OrderedDict[int, Callable[..., Any]], last: bool) -> None:
     """Have the outermost hook called first, or last. torch puts hooks in order in the same way."""
-    for number in [number for number, hook in hooks.items() if hook in _outermost]:
+    for number in [number for number, hook in hooks.items() if _is_in(_outermost, hook)]:
         hooks.move_to_end(number, last=last)
 
 
@@ -201,10 +206,16 @@ class Method:
     def put(
         cls, module: nn.Module, name: str, door: _Door, enter: Callable[..., Any], leave: Callable[..., Any]
     ) -> Method:
-        """Put one on ``module``, until :meth:`remove`."""
-        method = cls(module, name, _in_use(vars(module).get(name)))
+        """Put one on ``module``, until :meth:`remove`; beneath one that reports to whoever is outermost."""
+        above, top = None, _in_use(vars(module).get(name))
+        while isinstance(top, Method) and _is_in(_outermost, top._enter) and not _is_in(_outermost, enter):
+            above, top = top, _in_use(top._beneath)
+        method = cls(module, name, top)
         method._door, method._enter, method._leave = door, enter, leave
-        vars(module)[name] = method
+        if above is None:
+            vars(module)[name] = method
+        else:
+            above._beneath = method
         return method
 
     def remove(self) -> None:

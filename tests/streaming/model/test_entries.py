@@ -7,13 +7,14 @@ import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from torch import nn
-from weightstream.streaming.model.entries import Entries, Method, entry_methods
+from weightstream.streaming.model.entries import Entries, Method, entry_methods, is_ours
 
 
 class Stop(BaseException):
@@ -284,13 +285,22 @@ def test_two_that_are_told_come_and_go_in_any_order(block: Block, first: int) ->
     assert [one.take() for one in told] == [[], []]
 
 
+@pytest.mark.parametrize("by_method", [False, True])
 @pytest.mark.parametrize("others", [1, 2])
-def test_the_outermost_is_told_first_and_last_of_a_call_whoever_comes_later(block: Block, others: int) -> None:
+def test_the_outermost_is_told_first_and_last_of_an_entry_whoever_comes_later(
+    block: Block, others: int, by_method: bool
+) -> None:
     order: list[str] = []
+    expected = block.by_method(X) if by_method else block(X)
 
     def watch(name: str, entries: Entries) -> None:
         told = Told(lambda *_: order.append(f"{name} in"), lambda _: order.append(f"{name} out"))
         entries.watch(block, told.begins, told.ends)
+
+    def run() -> list[str]:
+        order.clear()
+        assert torch.equal(block.by_method(X) if by_method else block(X), expected)
+        return order
 
     outer, inner = Entries(outermost=True), [Entries() for _ in range(others)]
     watch("outer", outer)
@@ -298,13 +308,36 @@ def test_the_outermost_is_told_first_and_last_of_a_call_whoever_comes_later(bloc
         for number, each in enumerate(inner):
             each.remove()
             watch(str(number), each)
-        order.clear()
-        block(X)
+        run()
         assert (order[0], order[-1], len(order)) == ("outer in", "outer out", 2 + 2 * others)
     outer.remove()
-    order.clear()
+    assert len(run()) == 2 * others
+    for each in inner:
+        each.remove()
+    assert run() == []
+    assert "by_method" not in vars(block)
+
+
+@dataclass
+class Unhashable:
+    """A hook as other packs may have it: as it can be compared, it has no hash."""
+
+    calls: int = 0
+
+    def __call__(self, *_: object) -> None:
+        self.calls += 1
+
+
+def test_hooks_of_other_code_need_no_hash(block: Block, told: Told, entries: Entries) -> None:
+    hooks = Unhashable(), Unhashable()
+    block.register_forward_pre_hook(hooks[0])
+    block.register_forward_hook(hooks[1])
+    more = Entries()
+    more.watch(block, told.begins, told.ends)
     block(X)
-    assert len(order) == 2 * others
+    assert told.take() == ["in", "in", "out", "out"]
+    assert [hook.calls for hook in hooks] == [1, 1]
+    assert not is_ours(hooks[0])
 
 
 def test_it_looks_like_a_method(block: Block, entries: Entries) -> None:
