@@ -2,11 +2,13 @@
 
 [Note: what a step takes]
 From the begin of a step to the begin of the next one, by the clock of the first GPU: so all that the host does counts,
-and nobody waits for a GPU. Steps count from a run's second on, since in the first one weights may still arrive. When
-two on all GPUs are known, one step runs on the first GPU alone. If that is faster a second one does, and if both are,
+and nobody waits for a GPU. Steps count from a run's second on, since in the first one weights may still arrive, and
+not where the pack itself takes time: a GPU is measured, gets another plan, or has to run the step again. When two on
+all GPUs are known, one step runs on the first GPU alone. If that is faster a second one does, and if both are,
 later steps of this kind run on one GPU: where a host launches kernels more slowly than several GPUs compute, or
 activations take longer from one to another than is gained, one GPU is the faster way. Otherwise that one step is the
-price, once for each kind of steps and each amount of weights that stream.
+price, once for each kind of steps and each amount of weights that stream; and where one GPU computes in another shape
+than several, so that it is measured first, a few more.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from ...streaming.devices.copies import Moment
 # Steps on all GPUs that are known before one runs on one GPU, and those on one GPU that must be faster.
 TOGETHER_STEPS = 2
 ALONE_STEPS = 2
+# Steps on one GPU that told nothing, after which it stays unknown which is faster.
+MOST_DISTURBED = 6
 # More kinds than a process has.
 MOST_KINDS = 512
 
@@ -33,13 +37,20 @@ class Pace:
     def __init__(self) -> None:
         self._together: list[float] = []
         self._alone: list[float] = []
+        self._disturbed = 0
 
     def add(self, together: bool, seconds: float) -> None:
         (self._together if together else self._alone).append(seconds)
 
+    def disturbed(self) -> None:
+        """A step on one GPU took longer than such steps take, so it told nothing."""
+        self._disturbed += 1
+
     @property
     def is_known(self) -> bool:
         """Whether no step needs to be timed any more."""
+        if self._disturbed >= MOST_DISTURBED:
+            return True
         return bool(self._alone) and (not self._alone_is_faster or len(self._alone) >= ALONE_STEPS)
 
     @property
@@ -50,7 +61,7 @@ class Pace:
     @property
     def why_alone(self) -> str:
         """Why steps are to run on one GPU; empty where they are not, or where that is not known."""
-        if not (self.is_known and self._alone_is_faster):
+        if not (self.is_known and len(self._alone) >= ALONE_STEPS and self._alone_is_faster):
             return ""
         return (
             f"several GPUs are no faster ({min(self._together):.3g} s a step, {min(self._alone):.3g} s on one of them)"
@@ -103,6 +114,12 @@ class StepClock:
         """The step that has begun is one of these. A step of which this is not said is not timed."""
         if self._now is not None and not pace.is_known:
             self._timed = pace, together, self._now
+
+    def disturbed(self) -> None:
+        """The step that was said to be timed took longer than such steps take."""
+        if self._timed is not None and not self._timed[1]:
+            self._timed[0].disturbed()
+        self.stop()
 
     def stop(self) -> None:
         """The step that was said to be timed is none of these after all, or no step comes next."""

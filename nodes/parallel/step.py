@@ -163,6 +163,11 @@ class Step:
         streamed = tuple(plan and round(plan.streamed_bytes / GB) for plan in plans)
         return pace_of((way, self._shares if way is not Way.PROMPTS else (), streamed, self._kind_in_any_way))
 
+    def course(self) -> list[tuple[object, object, int]]:
+        """Of each GPU: its plan, what measures its step, and how often it has run one again."""
+        streamers = [gpu.streamer for gpu in self._gpus]
+        return [(one.plan, one.measuring.recorder, one.counters.reruns) for one in streamers]
+
     def alone(self) -> Outputs:
         """On the first GPU."""
         outputs = self._executor(*self._arguments, self._options_of_one)

@@ -88,9 +88,14 @@ class _Step(Step):
         """On all of them, but on the first one where that tells which is faster (pace.py, Note: what a step takes)."""
         pace, is_first = self.pace(way), not self._patcher.streamed.together
         alone = not is_first and self.clock.wants_alone(pace)
-        if not is_first:
-            self.clock.times(pace, together=not alone)
-        return self.alone() if alone else self.together_or_alone(way, is_verified)
+        if is_first:
+            return self.together_or_alone(way, is_verified)
+        before = self.course()
+        self.clock.times(pace, together=not alone)
+        outputs = self.alone() if alone else self.together_or_alone(way, is_verified)
+        if _differs(before, self.course()):
+            self.clock.disturbed()
+        return outputs
 
     def together_or_alone(self, way: Way, is_verified: bool = True) -> Outputs:
         """On all of them; if that fails, for lack of memory say, on the first until the MODEL is loaded for the next
@@ -179,6 +184,14 @@ class _Step(Step):
             return expected, ""
         most = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
         return expected, f"{OTHER_BITS} (by {most:.1e} at most)"
+
+
+def _differs(before: list[tuple[object, object, int]], after: list[tuple[object, object, int]]) -> bool:
+    """Whether the pack has taken time in a step: a GPU was measured, has another plan, or has run the step again."""
+    measured = any(recorder is not None for _, recorder, _ in (*before, *after))
+    return measured or any(
+        one[0] is not other[0] or one[2] != other[2] for one, other in zip(before, after, strict=True)
+    )
 
 
 def _shared(what: str) -> str:

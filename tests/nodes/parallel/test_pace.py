@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from parallel import apart, close_all, parallel
+from failing import failing
+from parallel import apart, close_all, copies_of, parallel
+from prompts import conditioning, guided, latent
 from steps_run import counted
 from weightstream.nodes.parallel import preparing, step, verified
-from weightstream.nodes.parallel.pace import Pace, StepClock, pace_of
+from weightstream.nodes.parallel.pace import MOST_DISTURBED, Pace, StepClock, pace_of
 from weightstream.nodes.parallel.verified import verdicts
 from weightstream.nodes.tell.notices import describe_notices
+from weightstream.streaming import runner
 
-# Of a run: the first step is compared with one GPU's.
-COMPARED = ["alone", "together"]
+# Of a model's first run, with an A for a step on one GPU alone and a T for one together: the first step is compared
+# with one GPU's; in two more GPUs are measured and get plans; two are timed.
+BEGIN = "AT TT TT"
+# On one GPU prompts are computed in another shape, so that it learns in two steps more.
+LEARNING_ALONE = "AA"
 TOGETHER_SECONDS = 0.2
 
 
@@ -58,6 +64,14 @@ class Clock:
         return end - begin if self.now - self.behind >= end else None
 
 
+def letters(runs: list[str]) -> str:
+    return "".join(each[0].upper() for each in runs)
+
+
+def in_order(*parts: str) -> str:
+    return "".join(parts).replace(" ", "")
+
+
 def run(model: Any, steps: int = 9) -> torch.Tensor:
     return apart(model, steps=steps)
 
@@ -69,7 +83,7 @@ def test_several_gpus_work_where_they_are_faster(
     Clock(monkeypatch, alone=0.3)
     model = parallel(loaded)
     assert torch.equal(run(model), expected)
-    assert runs == [*COMPARED, "together", "together", "alone", *["together"] * 5], "one step on one GPU tells enough"
+    assert letters(runs) == in_order(BEGIN, LEARNING_ALONE, "A", "T"), "one step on one GPU tells enough"
     assert torch.equal(run(model), expected)
     assert runs[10:] == ["together"] * 9, "it is known"
     assert model.streamed.alone == ""
@@ -79,15 +93,15 @@ def test_several_gpus_work_where_they_are_faster(
 def test_one_gpu_works_where_it_is_faster(
     loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch, bits: str
 ) -> None:
-    expected, runs = run(native), counted(monkeypatch)
+    expected, expected_first, runs = run(native), run(native, steps=14), counted(monkeypatch)
     Clock(monkeypatch, alone=0.1)
     model = parallel(loaded, parallel_bits=bits)
-    first = run(model)
-    assert bits == "close" or torch.equal(first, expected)
+    first = run(model, steps=14)
+    assert bits == "close" or torch.equal(first, expected_first)
     # By prompts, and in later steps the same by tokens.
-    begin = COMPARED if bits == "exact" else ["together"]
-    assert runs[: len(begin) + 4] == [*begin, "together", "together", "alone", "alone"]
-    for _ in range(2):
+    begin = BEGIN if bits == "exact" else BEGIN[1:]
+    assert letters(runs).startswith(in_order(begin, LEARNING_ALONE, "AA"))
+    for _ in range(3):
         last = run(model)
     assert torch.equal(last, expected)
     assert runs[-9:] == ["alone"] * 9
@@ -102,8 +116,8 @@ def test_a_gpu_that_is_behind_the_host_is_not_waited_for(
     """And no more steps run on one GPU for that."""
     runs = counted(monkeypatch)
     Clock(monkeypatch, alone=0.3).behind = 0.5
-    run(parallel(loaded), steps=12)
-    assert runs.count("alone") == 2, "to compare, and to time"
+    run(parallel(loaded), steps=14)
+    assert runs.count("alone") == 4, "to compare, to learn, and to time"
 
 
 def test_short_runs_tell_too(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +125,9 @@ def test_short_runs_tell_too(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> No
     runs = counted(monkeypatch)
     Clock(monkeypatch, alone=0.3)
     model = parallel(loaded)
-    for _ in range(3):
+    for _ in range(4):
         run(model, steps=4)
-    assert runs == [*COMPARED, "together", "together", "alone", "together", "alone", *["together"] * 6]
+    assert letters(runs) == in_order("ATTTT", "TTTA", "TAAT", "TTTT")
 
 
 def test_the_time_between_runs_is_nobodys(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +138,69 @@ def test_the_time_between_runs_is_nobodys(loaded: Any, monkeypatch: pytest.Monke
     for _ in range(3):
         run(model, steps=4)
         clock.now += 100.0
-    assert told == [TOGETHER_SECONDS] * 6
+    assert told == [TOGETHER_SECONDS] * 4, "two of each run, but in the first"
+
+
+def one_prompt(model: Any, steps: int) -> torch.Tensor:
+    return guided(model, positive=conditioning(1, 16), image=latent(16), cfg=1.0, steps=steps)
+
+
+@pytest.mark.parametrize("alone", [0.1, 0.3])
+@pytest.mark.parametrize("sample", [apart, one_prompt])
+def test_steps_in_which_a_gpu_is_measured_or_gets_a_plan_are_not_timed(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch, alone: float, sample: Callable[..., torch.Tensor]
+) -> None:
+    """Of the first run on all GPUs these are the first ones, which would then seem slower than one GPU."""
+    clock = Clock(monkeypatch, alone=alone)
+    adapt = runner._adapt
+
+    def slow(model: Any, *arguments: Any) -> None:
+        plan = model.plan
+        adapt(model, *arguments)
+        clock.now += model.measuring.recorder is not None or model.plan is not plan
+
+    monkeypatch.setattr(runner, "_adapt", slow)
+    told: list[tuple[bool, float]] = []
+    add = Pace.add
+    monkeypatch.setattr(Pace, "add", lambda pace, *what: (told.append(what), add(pace, *what)))
+    model = parallel(loaded)
+    for _ in range(2):
+        sample(model, steps=14)
+    assert {together for together, _ in told} == {False, True}
+    for together, seconds in told:
+        assert seconds == pytest.approx(TOGETHER_SECONDS if together else alone)
+    assert (model.streamed.alone == "") is (alone > TOGETHER_SECONDS)
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_a_step_that_a_gpu_has_run_again_is_not_timed(loaded: Any, monkeypatch: pytest.MonkeyPatch, on: int) -> None:
+    Clock(monkeypatch, alone=0.3)
+    told: list[float] = []
+    monkeypatch.setattr(Pace, "add", lambda pace, together, seconds: told.append(seconds))
+    model = parallel(loaded)
+    one_prompt(model, 8)
+    before = len(told)
+    block = (model, *copies_of(model))[on].model.diffusion_model.single_blocks[1]
+    with failing(block, 3):
+        one_prompt(model, 8)
+    assert len(told) - before == 8 - 2 - 1, "but the first and the last, and the one that failed"
+
+
+def test_a_gpu_that_never_settles_is_asked_no_more() -> None:
+    pace = Pace()
+    for seconds in (0.2, 0.2):
+        pace.add(True, seconds)
+    for _ in range(MOST_DISTURBED):
+        assert pace.wants_alone
+        pace.disturbed()
+    assert not pace.wants_alone
+    assert pace.why_alone == ""
+    pace = Pace()
+    for together, seconds in [(True, 0.2), (True, 0.2), (False, 0.1)]:
+        pace.add(together, seconds)
+    for _ in range(MOST_DISTURBED):
+        pace.disturbed()
+    assert pace.why_alone == "", "one step is not enough to say so"
 
 
 def test_a_step_of_another_kind_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
