@@ -34,8 +34,8 @@ import torch
 
 from ..errors import StreamingError
 
-# One device that is out of memory takes up to four to find out what it can do without (runner.py).
-MOST_BEGINS = 9
+# For each device: one that is out of memory takes up to four to find out what it can do without (runner.py).
+MOST_BEGINS = 5
 
 
 class HeldUpError(StreamingError):
@@ -159,7 +159,7 @@ class Relay:
             BegunAgainError: another has begun again meanwhile.
         """
         if self._begun[me] == self._begin:
-            if self._begin == MOST_BEGINS:
+            if self._begin == MOST_BEGINS * len(self._running):
                 raise HeldUpError("devices have begun the step again too often")
             self._begin += 1
         self._reach(me)

@@ -265,7 +265,49 @@ def test_a_call_that_always_begins_again_is_told(workers: Workers) -> None:
 
     with pytest.raises(HeldUpError, match="begun the step again too often"):
         relay.run([first, second], workers)
-    assert len(begins) == 1 + relays.MOST_BEGINS
+    assert len(begins) == 1 + 2 * relays.MOST_BEGINS
+
+
+def test_a_call_begins_again_while_others_still_wait_for_the_begin_before(workers: Workers) -> None:
+    relay, brought, calls = Relay(range(3)), [False] * 3, [0] * 3
+    relay.on_again = lambda: brought.__setitem__(slice(None), [False] * 3)
+
+    def call(me: int) -> int:
+        calls[me] += 1
+        if (me, calls[me]) in {(0, 1), (2, 2)}:
+            relay.begin_again(me)
+        brought[me] = True
+        relay.until(me, lambda: all(brought))
+        return me
+
+    assert relay.run([lambda me=me: call(me) for me in range(3)], workers) == [0, 1, 2]
+    assert calls == [2, 2, 2], "the second call waits for both begins, and the first is ended where it waits"
+
+
+def test_calls_that_begin_again_at_the_same_time_do_so_together(workers: Workers) -> None:
+    relay, forgotten = Relay(range(3)), []
+    relay.on_again = lambda: forgotten.append(1)
+    calls = [lambda: relay.begin_again(0), lambda: relay.begin_again(1), lambda: relay.until(2, lambda: True)]
+    relay.run(calls, workers)
+    assert forgotten == [1]
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_each_device_may_find_out_what_it_can_do_without(workers: Workers, count: int) -> None:
+    """As where the steps of a run need more than those before, on GPUs that are alike."""
+    relay, left, brought = Relay(range(count)), [4] * count, [False] * count
+    relay.on_again = lambda: brought.__setitem__(slice(None), [False] * count)
+
+    def call(me: int) -> int:
+        while left[me]:
+            left[me] -= 1
+            relay.begin_again(me)
+        brought[me] = True
+        relay.until(me, lambda: all(brought))
+        return me
+
+    assert relay.run([lambda me=me: call(me) for me in range(count)], workers) == list(range(count))
+    assert left == [0] * count
 
 
 def test_two_calls_may_be_in_the_middle_of_what_begins_again(workers: Workers) -> None:
