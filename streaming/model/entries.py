@@ -208,7 +208,7 @@ class Method:
     ) -> Method:
         """Put one on ``module``, until :meth:`remove`; beneath one that reports to whoever is outermost."""
         above, top = None, _in_use(vars(module).get(name))
-        while isinstance(top, Method) and _is_in(_outermost, top._enter) and not _is_in(_outermost, enter):
+        while isinstance(top, Method) and _is_in(_outermost, top._enter):
             above, top = top, _in_use(top._beneath)
         method = cls(module, name, top)
         method._door, method._enter, method._leave = door, enter, leave

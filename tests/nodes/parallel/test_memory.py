@@ -97,3 +97,22 @@ def test_the_host_can_free_what_a_run_has_loaded_on_each_gpu(loaded: Any, given_
         mm.free_memory(1e30, one.load_device)
         assert one.streamer.device_bytes == 0
     assert mm.current_loaded_models == []
+
+
+def test_parents_are_of_the_same_model_and_few(loaded: Any) -> None:
+    """The host frees by a patcher's parent what a run has loaded. A chain that grew would keep the copies of all runs."""
+
+    def parents(patcher: Any) -> list[Any]:
+        found = []
+        while (patcher := patcher.parent) is not None:
+            found.append(patcher)
+        return found
+
+    model = parallel(loaded)
+    lengths = []
+    for _ in range(4):
+        lengths.append([len(parents(copy)) for copy in copies_of(model)])
+        for one in (*copies_of(model), *copies_of(model.clone())):
+            assert all(parent.model is one.model for parent in parents(one))
+        one_prompt(model)
+    assert lengths[1] == lengths[-1]

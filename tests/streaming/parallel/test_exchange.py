@@ -143,6 +143,29 @@ def test_rows_are_let_go_when_all_others_have_queued_their_copies() -> None:
     assert left == {0: [[False, True, True], [False] * 3], 1: [[False, False, True], [False] * 3]}
 
 
+def test_rows_are_let_go_of_in_a_step_that_has_begun_again_too() -> None:
+    begun: list[bool] = []
+    left: dict[int, list[bool]] = {}
+
+    def call(me: int, exchange: Exchange) -> None:
+        kept = []
+        for turn in range(4):
+            if me == 0 and turn == 3 and not begun:
+                begun.append(True)
+                exchange.begin_again(me)
+                return call(me, exchange)
+            rows = torch.zeros(1, 4)
+            kept.append(weakref.ref(rows))
+            exchange.gather(me, turn, [rows], 1, [[4, 4]])
+            del rows
+        left[me] = [each() is not None for each in kept[:2]]
+        exchange.finish(me)
+
+    run([RaceBackend(compute=f"compute {number}") for number in range(2)], call)
+    assert begun == [True]
+    assert left == {0: [False, False], 1: [False, False]}
+
+
 def test_copies_out_of_a_device_pass_by_its_compute() -> None:
     passing: list[str] = []
     copied: list[tuple[str, list[str]]] = []
