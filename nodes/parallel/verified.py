@@ -86,11 +86,10 @@ class _Step(Step):
 
     def paced(self, way: Way, is_verified: bool = True) -> Outputs:
         """On all of them, but on the first one where that tells which is faster (pace.py, Note: what a step takes)."""
-        pace, is_first = self.pace(way), not self._patcher.streamed.together
-        alone = not is_first and self.clock.wants_alone(pace)
-        if is_first:
+        if not self._patcher.streamed.together:  # The first one of a run.
             return self.together_or_alone(way, is_verified)
-        before = self.course()
+        pace, before = self.pace(way), self.course()
+        alone = self.clock.wants_alone(pace)
         self.clock.times(pace, together=not alone)
         outputs = self.alone() if alone else self.together_or_alone(way, is_verified)
         if _differs(before, self.course()):

@@ -100,7 +100,7 @@ def test_the_host_can_free_what_a_run_has_loaded_on_each_gpu(loaded: Any, given_
 
 
 def test_parents_are_of_the_same_model_and_few(loaded: Any) -> None:
-    """The host frees by a patcher's parent what a run has loaded. A chain that grew would keep the copies of all runs."""
+    """The host frees by a parent what a run has loaded. A chain that grew would keep the copies of all runs."""
 
     def parents(patcher: Any) -> list[Any]:
         found = []

@@ -17,6 +17,7 @@ from weightstream.nodes.parallel.pace import MOST_DISTURBED, Pace, StepClock, pa
 from weightstream.nodes.parallel.verified import verdicts
 from weightstream.nodes.tell.notices import describe_notices
 from weightstream.streaming import runner
+from weightstream.streaming.parallel.tokens import UndividedError
 
 # Of a model's first run, with an A for a step on one GPU alone and a T for one together: the first step is compared
 # with one GPU's; in two more GPUs are measured and get plans; two are timed.
@@ -184,6 +185,34 @@ def test_a_step_that_a_gpu_has_run_again_is_not_timed(loaded: Any, monkeypatch: 
     with failing(block, 3):
         one_prompt(model, 8)
     assert len(told) - before == 8 - 2 - 1, "but the first and the last, and the one that failed"
+
+
+@pytest.mark.parametrize("why", ["its tokens", "some node keeps state"])
+def test_a_step_that_one_gpu_has_run_in_the_end_is_not_timed(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    Clock(monkeypatch, alone=0.3)
+    told: list[float] = []
+    monkeypatch.setattr(Pace, "add", lambda pace, together, seconds: told.append(seconds))
+    model, seen, keeps = parallel(loaded).clone(), [0], [False]
+
+    def wrapper(apply: Callable[..., Any], args: dict[str, Any]) -> torch.Tensor:
+        seen[0] += keeps[0] and float(args["timestep"].max()) < 0.5
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    for _ in range(2):
+        apart(model, steps=8)
+    assert len(told) == 6, "all of the second run but the first and the last"
+    keeps[0] = why == "some node keeps state"
+    block = model.model.diffusion_model.double_blocks[0]
+    with failing(block, *[] if keeps[0] else [4], error=UndividedError("something else")):
+        apart(model, steps=8)
+    assert model.streamed.alone.startswith(why)
+    together = model.streamed.together
+    assert 2 < together < 8
+    # The last of them is the one before the step that was taken back, which was begun together, or has failed.
+    assert len(told) - 6 == together - (2 if keeps[0] else 1)
 
 
 def test_a_gpu_that_never_settles_is_asked_no_more() -> None:
