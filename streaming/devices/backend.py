@@ -320,8 +320,8 @@ class Backend(ABC):
 
     @abstractmethod
     def trim(self) -> int:
-        """As :meth:`give_back`, and have torch free its cache, which it does on all devices at once, waiting for them.
-        Returns the bytes that it still keeps on this device."""
+        """As :meth:`give_back`, and have torch free its cache, waiting for the device; with an allocator of torch's own
+        it does that on all devices at once (cuda_pool.py). Returns the bytes that it still keeps on this device."""
 
     @abstractmethod
     def watch_peak(self) -> None:

@@ -15,6 +15,7 @@ from .allocation_record import NO_RECORD, AllocationRecord
 from .backend import Backend, is_out_of_memory
 from .copies import CopyTime, Event, Moment, Pair, Stall, count_bytes
 from .cuda_pages import lasting_memory, opened_memory
+from .cuda_pool import pool_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +108,13 @@ class CudaBackend(Backend):
 
     def trim(self) -> int:
         self.give_back()
+        pool = pool_of(self.device.index)
         with torch.cuda.device(self.device):
-            torch.cuda.empty_cache()
+            if pool is None:
+                torch.cuda.empty_cache()
+            else:
+                torch.cuda.synchronize(self.device)
+                pool.trim()
         return self._kept_bytes()
 
     def watch_peak(self) -> None:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from accesses import RaceError
 from fake_cuda import PORTABLE, FakeCuda, cuda
 from weightstream.streaming import CudaBackend
+from weightstream.streaming.devices import cuda_backend
 from weightstream.streaming.devices.allocation_record import AllocationRecord
 
 __all__ = ["cuda"]
@@ -305,6 +307,21 @@ def test_memory_is_what_is_free_and_what_torch_keeps(machine: Machine) -> None:
     assert machine.backend.memory() == (2 * gib, 40)
     machine.backend.trim()
     assert machine.cuda.emptied == [1]
+
+
+def test_a_pool_is_trimmed_for_one_device_when_its_kernels_are_over(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other devices keep what they have for their steps."""
+    order: list[tuple[str, int]] = []
+    pool = SimpleNamespace(trim=lambda: order.append(("trim", machine.cuda.current_device())))
+    monkeypatch.setattr(cuda_backend, "pool_of", lambda index: pool if index == 1 else None)
+    monkeypatch.setattr(machine.cuda, "synchronize", lambda device: order.append(("synchronize", device.index)))
+    machine.cuda.stats = {"reserved_bytes.all.current": 5000, "active_bytes.all.current": 2000}
+    with machine.cuda.device(0):
+        assert machine.backend.trim() == 3000
+    assert order == [("synchronize", 1), ("trim", 1)]
+    assert machine.cuda.emptied == []
 
 
 def test_a_peak_is_what_was_allocated_beyond_what_is(machine: Machine) -> None:
