@@ -43,8 +43,10 @@ logger = logging.getLogger(__name__)
 # When there is no room for a plan, the next one is smaller by this share.
 NO_ROOM_SHARE = 0.1
 
-# A host that takes longer to launch a step has a device that takes as long: it is not late there.
-MOST_HEAD_START = 0.5
+# A host that is late takes about as long to launch a step as the step, and longer for one that is measured. One that
+# takes more than this has a device that takes as long: it is not late there.
+HEAD_START = 1.5
+MOST_HEAD_START = 0.75
 
 
 class Loading:
@@ -185,7 +187,7 @@ class Loading:
     def head_start(self) -> float:
         """Seconds by which the host is to be ahead of the device in the next step, if that is measured once more."""
         last = self.site.meters.step.times().last
-        return min(last or 0.0, MOST_HEAD_START) if self.planner.vram.current.doubts else 0.0
+        return min(HEAD_START * (last or 0.0), MOST_HEAD_START) if self.planner.vram.current.doubts else 0.0
 
     def measure_again(self) -> None:
         """The next step teaches its times once more."""

@@ -23,6 +23,7 @@ from ...streaming import Backend
 from ...streaming.parallel.exchange import Exchange, Wires
 from ...streaming.parallel.relay import Relay, Workers
 from ...streaming.parallel.tokens import TokenPart
+from ...streaming.parallel.turns import Turns
 from ...streaming.split.links import Links
 from ..host.hosts import COMPILE_KEY, WrappersMP
 from ..model.parts import links
@@ -78,13 +79,30 @@ def why_whole(patchers: Sequence[StreamedModelPatcher], options: Mapping[str, An
 def divided(teams: Sequence[Team], options: Mapping[str, Any]) -> dict[str, Any]:
     """``options``, the host's ``model_options``, with which the tokens of a step are divided among the GPUs of each
     team."""
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    return _around_calls(options, "weightstream_tokens", partial(_run, teams, wrappers))
+
+
+def in_turns(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options``, the host's ``model_options``, with which the GPUs that it gives prompts run by turns (turns.py)."""
+    return _around_calls(options, "weightstream_turns", partial(_run_in_turns, Turns()))
+
+
+def _around_calls(options: Mapping[str, Any], name: str, wrapper: Callable[..., Any]) -> dict[str, Any]:
+    """``options`` with which the host calls ``wrapper`` around each call of the model, and of its copies."""
     inner = dict(options.get("transformer_options", {}))
     wrappers = {place: dict(found) for place, found in inner.get("wrappers", {}).items()}
-    step = partial(_run, teams, inner.get("wrappers", {}))
     # In front of the wrapper that streams the first GPU's part.
-    wrappers[WrappersMP.APPLY_MODEL] = {"weightstream_tokens": [step], **wrappers.get(WrappersMP.APPLY_MODEL, {})}
+    wrappers[WrappersMP.APPLY_MODEL] = {name: [wrapper], **wrappers.get(WrappersMP.APPLY_MODEL, {})}
     inner["wrappers"] = wrappers
     return {**options, "transformer_options": inner}
+
+
+def _run_in_turns(turns: Turns, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    patcher = getattr(executor.class_obj, "current_patcher", None)
+    if not isinstance(patcher, StreamedModelPatcher) or patcher.streamer.planner.compiled:
+        return executor(*args, **kwargs)
+    return turns.run(partial(executor, *args, **kwargs), [block.module for block in patcher.streamer.blocks.blocks])
 
 
 def _run(

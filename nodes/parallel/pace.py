@@ -32,9 +32,14 @@ MOST_KINDS = 512
 
 
 class Pace:
-    """What steps of one kind take."""
+    """What steps of one kind take.
+
+    Attributes:
+        is_told: whether it was said that one GPU is faster.
+    """
 
     def __init__(self) -> None:
+        self.is_told = False
         self._together: list[float] = []
         self._alone: list[float] = []
         self._disturbed = 0

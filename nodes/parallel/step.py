@@ -14,7 +14,7 @@ from ..host.hosts import WrappersMP
 from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import ATTRIBUTE
 from ..state.step_state import StepState
-from .dividing import Team, divided, why_whole
+from .dividing import Team, divided, in_turns, why_whole
 from .host_threads import POOL, settled
 from .pace import Pace, StepClock, clock_of, pace_of
 from .step_kinds import describe, is_data, is_in_effect, make_of, names
@@ -195,7 +195,8 @@ class Step:
             outputs = self._executor(*self._arguments, divided(self._teams(way), self._options_of_one))
         else:
             with settled(self._options) as options:
-                outputs = self._executor(*self._arguments, options if way is Way.PROMPTS else self._in_teams(options))
+                given = in_turns(options) if way is Way.PROMPTS else self._in_teams(options)
+                outputs = self._executor(*self._arguments, given)
         self._patcher.streamed.together += 1
         return outputs
 

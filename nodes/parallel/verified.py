@@ -54,7 +54,7 @@ def run_exact(shares: Shares, executor: Callable[..., Outputs], *arguments: Any)
         verdict = verdicts.of(step.kind(way))
         if verdict is None:
             return step.first(way, reason, is_last=way is ways[-1])
-        if not (verdict := verdict or step.pace(way).why_alone):
+        if not (verdict := verdict or step.why_slower(way)):
             return step.paced(way)
         reason = reason or verdict
     return step.alone_because(reason)
@@ -69,7 +69,7 @@ def run_close(shares: Shares, executor: Callable[..., Outputs], *arguments: Any)
     step.clock.begin_step()
     ways, reason = step.ways()
     for way in ways:
-        if not (slower := step.pace(way).why_alone):
+        if not (slower := step.why_slower(way)):
             return step.paced(way, is_verified=False)
         reason = reason or slower
     return step.alone_because(reason)
@@ -83,6 +83,14 @@ class _Step(Step):
         if not self._patcher.streamed.together:
             self.tell(reason)
         return self.alone()
+
+    def why_slower(self, way: Way) -> str:
+        """Why one GPU is to run steps of this kind, since it is faster; said at once when that has become known."""
+        pace = self.pace(way)
+        if (reason := pace.why_alone) and not pace.is_told:
+            pace.is_told = True
+            self.tell(reason)
+        return reason
 
     def paced(self, way: Way, is_verified: bool = True) -> Outputs:
         """On all of them, but on the first one where that tells which is faster (pace.py, Note: what a step takes)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from comfy_extras.nodes_hooks import (
 )
 from failing import failing
 from moving import between_steps
-from parallel import LONG, apart, close_all, copies_of, parallel, runs_of
+from parallel import LONG, STEPS, apart, close_all, copies_of, parallel, runs_of
 from placing import FIRST, SECOND, Machine, place
 from prompts import conditioning, guided
 from sampling import LORA, MB, MODEL, sample_with_hook, with_lora
@@ -364,6 +365,30 @@ def test_a_gpu_without_room_leaves_the_run_to_the_first(loaded: Any, native: Mod
     assert describe_notices() == []
 
 
+def test_gpus_run_by_turns_block_by_block(loaded: Any, native: ModelPatcher) -> None:
+    """Of two prompts, so that two threads do not wait for the interpreter's lock in each operation."""
+    model, expected = parallel(loaded), apart(native)
+    check_parallel(model, expected)
+    order: list[tuple[int, int]] = []
+    handles = []
+    for number, one in enumerate((model, *copies_of(model))):
+        net = one.model.diffusion_model
+        for depth, block in enumerate((*net.double_blocks, *net.single_blocks)):
+            handles.append(block.register_forward_pre_hook(lambda *_, at=(number, depth): order.append(at)))
+    assert torch.equal(apart(model), expected)
+    for handle in handles:
+        handle.remove()
+    blocks = len(order) // (2 * STEPS)
+    for step in range(STEPS):
+        of_step = order[step * 2 * blocks : (step + 1) * 2 * blocks]
+        assert sorted(of_step) == [(number, depth) for number in range(2) for depth in range(blocks)]
+        # One may be some blocks ahead of the other, which begins later, or not far from the end.
+        begun = next(place for place, (number, _) in enumerate(of_step) if number != of_step[0][0])
+        ended = next(place for place, (_, depth) in enumerate(of_step) if depth == blocks - 1)
+        both_run = [number for number, _ in of_step[begun:ended]]
+        assert all(one != other for one, other in pairwise(both_run)), of_step
+
+
 @pytest.mark.parametrize("on", [0, 1])
 def test_an_interrupt_leaves_nothing_at_work(loaded: Any, native: ModelPatcher, on: int) -> None:
     model, expected = parallel(loaded), apart(native)
@@ -372,7 +397,7 @@ def test_an_interrupt_leaves_nothing_at_work(loaded: Any, native: ModelPatcher, 
     begun = threading.Event()
 
     def interrupt(*_: object) -> None:
-        assert begun.wait(60)
+        assert begun.is_set(), "they take turns, block by block"
         raise mm.InterruptProcessingException
 
     def go_on(*_: object) -> None:
@@ -381,7 +406,7 @@ def test_an_interrupt_leaves_nothing_at_work(loaded: Any, native: ModelPatcher, 
 
     there, here = (one.model.diffusion_model for one in (both[on], both[1 - on]))
     handles = [
-        there.double_blocks[0].register_forward_pre_hook(interrupt),
+        there.single_blocks[0].register_forward_pre_hook(interrupt),
         here.double_blocks[0].register_forward_pre_hook(go_on),
     ]
     with pytest.raises(mm.InterruptProcessingException):

@@ -1,0 +1,74 @@
+"""Threads of which one at a time runs, and lets the next one go on at each block of its model.
+
+[Note: why they take turns]
+Threads that launch kernels for a device each would wait for the interpreter's lock most of the time: torch gives it
+away around each operation, and whoever wants it back has to be woken. One thread that launches for two devices by turns
+is faster than two that wait for each other. A turn is a block, so that no device waits long for the first kernels of
+its own: what was launched for it runs on while the others have their turn.
+
+Whoever waits is in a queue, and is woken by the one before it: no thread has two turns while another waits. A thread
+that has the turn waits for no other that takes part (memory that several models share is built by whoever asks first,
+sharing/share.py, Note: nobody waits), so each turn ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+class Turns:
+    """A turn that one of several threads has."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_taken = False
+        self._waiting: deque[threading.Semaphore] = deque()
+
+    def take(self) -> None:
+        """Wait for the turn."""
+        with self._lock:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            mine = self._queue_up()
+        mine.acquire()
+
+    def give(self) -> None:
+        """End the turn."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()  # The turn is that one's now.
+            else:
+                self._is_taken = False
+
+    def pass_on(self) -> None:
+        """Let those who wait have theirs, and wait for the next one; go on at once if nobody waits."""
+        with self._lock:
+            if not self._waiting:
+                return
+            mine = self._queue_up()
+            self._waiting.popleft().release()
+        mine.acquire()
+
+    def _queue_up(self) -> threading.Semaphore:
+        mine = threading.Semaphore(0)
+        self._waiting.append(mine)
+        return mine
+
+    def run(self, call: Callable[[], T], blocks: Iterable[nn.Module]) -> T:
+        """Run ``call`` in turns, one for each of ``blocks`` that it runs."""
+        self.take()
+        handles = [block.register_forward_pre_hook(lambda *_: self.pass_on()) for block in blocks]
+        try:
+            return call()
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.give()
