@@ -10,6 +10,8 @@ file. So:
  3. A step remembers the hooks that were in effect when it began, and puts them into the weights whenever its forward
     begins (steps.py): everything that it needs is loaded then.
  4. While hooks are in the weights no master copy is taken away.
+ 5. Nothing is written while a copy may be under way. The host is ahead of its GPU, so the copies of a step that it has
+    left behind are still to come, and those of its last blocks would have what belongs to the next step.
 If a copy is freed with hooks in it all the same, the values that were kept for it are dropped and not written back.
 """
 
@@ -69,6 +71,8 @@ class HookedPatcher(StreamedPatcher):
     def unpatch_hooks(self, *args: Any, **options: Any) -> None:
         self._forget_what_is_gone()
         written = bool(self.hook_backup)
+        for streamer in self.streamers if written else ():
+            streamer.invalidate()  # It waits for copies; make_masters does so where hooks come.
         self.streamed.hooks = None
         try:
             super().unpatch_hooks(*args, **options)
