@@ -1,7 +1,7 @@
 """Threads of which one at a time runs, and lets the next one go on at each block of its model.
 
 [Note: why they take turns]
-ComfyUI sets, for the time of each attention, which of its kernels torch prefers, and sets that back (comfy/ops.py). The
+ComfyUI sets, for the time of each attention, which of its kernels torch prefers, and sets that back (comfy.ops). The
 setting is the process's: of two threads at once one would take the other's away, or leave its own, and torch would
 compute with another kernel, which gives other bits. And what other nodes have put into a model was written for one
 thread. Nothing is lost by it: threads that launch kernels wait for the interpreter's lock all the same (two H200, FLUX
