@@ -7,12 +7,13 @@ not where the pack itself takes time: a GPU is measured, gets another plan, or h
 all GPUs are known, one step runs on the first GPU alone. If that is faster a second one does, and if both are,
 later steps of this kind run on one GPU: where a host launches kernels more slowly than several GPUs compute, or
 activations take longer from one to another than is gained, one GPU is the faster way. Otherwise that one step is the
-price, once for each kind of steps and each amount of weights that stream; and where one GPU computes in another shape
-than several, so that it is measured first, a few more.
+price, every ten minutes for each kind of steps and each amount of weights that stream; and where one GPU computes in
+another shape than several, so that it is measured first, a few more.
 """
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Hashable
 from functools import lru_cache
@@ -27,6 +28,8 @@ TOGETHER_STEPS = 2
 ALONE_STEPS = 2
 # Steps on one GPU that told nothing, after which it stays unknown which is faster.
 MOST_DISTURBED = 6
+# After which steps are timed again.
+KEPT_SECONDS = 600.0
 # More kinds than a process has.
 MOST_KINDS = 512
 
@@ -39,13 +42,24 @@ class Pace:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is known."""
         self.is_told = False
         self._together: list[float] = []
         self._alone: list[float] = []
         self._disturbed = 0
+        self._last = time.monotonic()
+
+    def forget_old(self) -> None:
+        """Forget what was found out long ago: a GPU may have been busy with something else then."""
+        if self.is_known and time.monotonic() - self._last > KEPT_SECONDS:
+            self.forget()
 
     def add(self, together: bool, seconds: float) -> None:
         (self._together if together else self._alone).append(seconds)
+        self._last = time.monotonic()
 
     def disturbed(self) -> None:
         """A step on one GPU took longer than such steps take, so it told nothing."""

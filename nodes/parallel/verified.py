@@ -87,6 +87,7 @@ class _Step(Step):
     def why_slower(self, way: Way) -> str:
         """Why one GPU is to run steps of this kind, since it is faster; said at once when that has become known."""
         pace = self.pace(way)
+        pace.forget_old()
         if (reason := pace.why_alone) and not pace.is_told:
             pace.is_told = True
             self.tell(reason)

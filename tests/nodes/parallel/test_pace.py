@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from failing import failing
 from parallel import apart, close_all, copies_of, parallel
 from prompts import conditioning, guided, latent
 from steps_run import counted
+from weightstream.nodes.parallel import pace as paces
 from weightstream.nodes.parallel import preparing, step, verified
 from weightstream.nodes.parallel.pace import MOST_DISTURBED, Pace, StepClock, pace_of
 from weightstream.nodes.parallel.verified import verdicts
@@ -254,6 +256,30 @@ def test_virtual_devices_are_not_timed(loaded: Any) -> None:
         clock.begin_step()
         clock.times(pace, together=True)
     assert not pace.wants_alone
+
+
+@pytest.mark.parametrize("alone", [0.1, 0.3])
+def test_what_was_found_out_long_ago_is_found_out_again(
+    loaded: Any, native: ModelPatcher, monkeypatch: pytest.MonkeyPatch, alone: float
+) -> None:
+    expected, runs = run(native), counted(monkeypatch)
+    clock = Clock(monkeypatch, alone=alone)
+    passed = [0.0]
+    monkeypatch.setattr(paces, "time", SimpleNamespace(monotonic=lambda: passed[0]))
+    model = parallel(loaded)
+    for _ in range(2):
+        run(model)
+    runs.clear()
+    passed[0] += 500.0
+    assert torch.equal(run(model), expected)
+    assert set(runs) == {"alone" if alone < TOGETHER_SECONDS else "together"}
+    runs.clear()
+    passed[0] += 200.0
+    clock.takes["alone"] = 0.4 - alone
+    for _ in range(2):
+        assert torch.equal(run(model), expected)
+    assert set(runs) == {"alone", "together"}
+    assert runs[-9:] == ["together" if alone < TOGETHER_SECONDS else "alone"] * 9
 
 
 @pytest.mark.parametrize(
