@@ -84,7 +84,8 @@ def divided(teams: Sequence[Team], options: Mapping[str, Any]) -> dict[str, Any]
 
 
 def in_turns(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options``, the host's ``model_options``, with which the GPUs that it gives prompts run by turns (turns.py)."""
+    """``options``, the host's ``model_options``, with which the GPUs that it gives prompts, or the teams, run by
+    turns (turns.py)."""
     return _around_calls(options, "weightstream_turns", partial(_run_in_turns, Turns()))
 
 
@@ -100,9 +101,10 @@ def _around_calls(options: Mapping[str, Any], name: str, wrapper: Callable[..., 
 
 def _run_in_turns(turns: Turns, executor: Any, *args: Any, **kwargs: Any) -> Any:
     patcher = getattr(executor.class_obj, "current_patcher", None)
-    if not isinstance(patcher, StreamedModelPatcher) or patcher.streamer.planner.compiled:
-        return executor(*args, **kwargs)
-    return turns.run(partial(executor, *args, **kwargs), [block.module for block in patcher.streamer.blocks.blocks])
+    # A compiled model would be compiled anew for hooks on its blocks: it has one turn for all of them.
+    streamer = patcher.streamer if isinstance(patcher, StreamedModelPatcher) else None
+    blocks = [] if streamer is None or streamer.planner.compiled else streamer.blocks.blocks
+    return turns.run(partial(executor, *args, **kwargs), [block.module for block in blocks])
 
 
 def _run(

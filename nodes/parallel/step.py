@@ -195,8 +195,8 @@ class Step:
             outputs = self._executor(*self._arguments, divided(self._teams(way), self._options_of_one))
         else:
             with settled(self._options) as options:
-                given = in_turns(options) if way is Way.PROMPTS else self._in_teams(options)
-                outputs = self._executor(*self._arguments, given)
+                given = options if way is Way.PROMPTS else self._in_teams(options)
+                outputs = self._executor(*self._arguments, in_turns(given))
         self._patcher.streamed.together += 1
         return outputs
 

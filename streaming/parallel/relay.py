@@ -6,7 +6,7 @@ thread that has the baton runs; all others wait for theirs. So
  1. Python code, whoever wrote it, never runs on two of these threads at once: what was written for one thread works;
  2. a thread never waits for the interpreter's lock, which another might keep for milliseconds;
  3. the order in which calls run is the same in every run, and a test that has seen one order has seen them all.
-ComfyUI runs two such relays at once where teams of devices have a prompt each, as it does for single devices.
+Two such relays, of teams of devices with a prompt each, take turns (turns.py), as single devices do.
 Devices are not held up by that: what a call queues on its device runs on while another call queues its own. One thread
 at a time is enough while queueing takes less time than the devices need (docs/parallel.md).
 

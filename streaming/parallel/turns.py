@@ -8,6 +8,8 @@ thread. Nothing is lost by it: threads that launch kernels wait for the interpre
 at 1024^2 with two prompts, which the host limits: 0.36 s a step with turns and without). A turn is a block, so that no
 device waits long for kernels of its own: what was launched for it runs on while the others have their turn.
 
+A turn is nobody's by name: a team of devices, of which one thread at a time runs (relay.py), has one together.
+
 Whoever waits is in a queue, and is woken by the one before it: no thread has two turns while another waits. A thread
 that has the turn waits for no other that takes part (memory that several models share is built by whoever asks first,
 sharing/share.py, Note: nobody waits), so each turn ends.

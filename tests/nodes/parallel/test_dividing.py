@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from placing import Machine
 from prompts import Conditioning, conditioning, guided, latent
 from sampling import LORA, MB, sample_with_hook, with_lora
 from weightstream.nodes.host.hosts import WrappersMP
+from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.parallel import verified
 from weightstream.nodes.parallel.verified import verdicts
 from weightstream.nodes.tell.notices import describe_notices
@@ -109,6 +112,47 @@ def test_four_gpus_in_teams_of_two(loaded: Any, machine: Machine, native: ModelP
     # Of one prompt all four have a part.
     check_divided(model, one_prompt(native))
     assert {seen[-1] for seen in tokens} == {(TOKENS + images) // 4}
+
+
+@pytest.mark.parametrize(("devices", "compiled"), [(2, False), (2, True), (4, False)], ids=["two", "compiled", "teams"])
+def test_no_two_threads_compute_at_once(
+    loaded: Any,
+    machine: Machine,
+    native: ModelPatcher,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: int,
+    compiled: bool,
+) -> None:
+    """The host's attention has settings that are the process's: two at once may get each other's kernel."""
+    if compiled:
+        monkeypatch.setattr(StreamedModelPatcher, "_is_compiled", lambda _: True)
+
+    def run(model: Any) -> torch.Tensor:
+        return one_prompt(model, negative=conditioning(2, 5 * TOKENS), cfg=2.0)
+
+    expected = run(native)
+    machine(devices)
+    model = parallel(loaded)
+    running, both = threading.Lock(), []
+
+    def begin(*_: Any) -> None:
+        both.append(not running.acquire(blocking=False))
+        time.sleep(0.001)  # Another thread could run now.
+
+    def end(*_: Any) -> None:
+        if not both[-1]:
+            running.release()
+
+    handles = []
+    for one in (model, *copies_of(model)):
+        net = one.model.diffusion_model
+        for layer in (net.img_in, *(block.img_attn.qkv for block in net.double_blocks), net.single_blocks[1].linear1):
+            handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+    check_divided(model, expected, run)
+    for handle in handles:
+        handle.remove()
+    assert len(both) > 20
+    assert not any(both)
 
 
 def test_parts_as_the_user_says(loaded: Any, machine: Machine, native: ModelPatcher) -> None:
