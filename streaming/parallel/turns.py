@@ -68,8 +68,8 @@ class Turns:
 
     def run(self, call: Callable[[], T], blocks: Iterable[nn.Module]) -> T:
         """Run ``call`` in turns, one for each of ``blocks`` that it runs."""
-        self.take()
         handles = [block.register_forward_pre_hook(lambda *_: self.pass_on()) for block in blocks]
+        self.take()
         try:
             return call()
         finally:

@@ -80,6 +80,13 @@ def test_one_that_fails_gives_its_turn_away(failing: int, place: int, kind: type
     assert run_all(turns, [call(turns, "again", models[failing - 1])]) == [None], "the turn is free"
 
 
+def test_a_block_that_cannot_be_watched_takes_no_turn() -> None:
+    turns = Turns()
+    with pytest.raises(AttributeError):
+        turns.run(lambda: None, [object()])
+    assert not turns._is_taken
+
+
 def test_one_that_is_alone_goes_on() -> None:
     turns = Turns()
     turns.take()
