@@ -186,8 +186,9 @@ def test_the_status_has_them(streamed: Load) -> None:
     settle(model)
     causes = full_status()["causes"]
     assert json.loads(json.dumps(causes)) == causes
-    assert {(each["model"], each["device"]) for each in causes} == {(str(model.streamed.number), "gpu:0")}
-    assert causes[-1]["kind"] in ("room", "compute")
+    ours = [each for each in causes if each["model"] == str(model.streamed.number)]  # Others may not be collected yet.
+    assert {each["device"] for each in ours} == {"gpu:0"}
+    assert ours[-1]["kind"] in ("room", "compute")
 
 
 def test_facts_are_of_the_run_that_is_on_once_it_has_settled(streamed: Load) -> None:
