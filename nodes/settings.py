@@ -17,7 +17,7 @@ from comfy_api.latest import io
 
 from ..streaming import BudgetError, ConfigError, PackingMode, UnsupportedModelError
 from .changed_files import count_outdated
-from .model.offload import GIB, ROUND_GIB, STEP_GIB, Mode, OffloadSettings
+from .model.offload import GIB, PINNING, ROUND_GIB, STEP_GIB, Mode, OffloadSettings
 from .model.patcher import StreamedModelPatcher
 from .model.streamed_model import check_limit
 from .model.text_encoder import with_patcher
@@ -29,7 +29,6 @@ from .twins.takeover import give_back, take_over
 
 NAME = "Async Offload Settings"
 MOST_GIB = 1024.0
-PINNING = {"auto": None, "on": True, "off": False}
 ALIASES = ["vram", "low vram", "offload", "async offload", "block swap", "distorch", "unet", "text encoder"]
 
 # What the inputs are where nobody has chosen anything.

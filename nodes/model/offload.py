@@ -29,6 +29,10 @@ class Mode(str, Enum):
     """ComfyUI's own way."""
 
 
+# What may be chosen about page-locking.
+PINNING = {"auto": None, "on": True, "off": False}
+
+
 @dataclass(frozen=True)
 class OffloadSettings:
     """What a user may choose. None, or 0 as a number of streams or segments, means automatic.
@@ -68,7 +72,7 @@ def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
     return StreamingConfig(
         copy_streams=_copy_streams(settings),
         slots=settings.prefetch_depth + 1 if settings.prefetch_depth else 0,
-        pin_memory=not args.disable_pinned_memory if settings.pin_memory is None else settings.pin_memory,
+        pin_memory=is_pinning(settings.pin_memory),
         pinned_limit=settings.pinned_limit,
         vram_limit=settings.vram_limit,
         stream_all=settings.mode is Mode.STREAM,
@@ -77,6 +81,11 @@ def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
         packing=settings.packing,
         verify=verifying(),
     )
+
+
+def is_pinning(wanted: bool | None) -> bool:
+    """Whether memory is page-locked: as the user says, else as ComfyUI's command line does."""
+    return not args.disable_pinned_memory if wanted is None else wanted
 
 
 def _headroom(settings: OffloadSettings, virtual: bool) -> int:

@@ -17,7 +17,7 @@ import folder_paths
 import torch
 from aiohttp import web
 
-from ...streaming import Link, StreamingError, VramReader, group_memory, open_vram_reader
+from ...streaming import Link, PackingMode, StreamingError, VramReader, group_memory, open_vram_reader
 from ...streaming.estimating.cutting import cut
 from ...streaming.estimating.estimate import (
     ASSUMED_LINK,
@@ -34,7 +34,7 @@ from ...streaming.machine.gpus import NO_LINK, best_links
 from ..host.devices import pins, same_device, spare_ram
 from ..host.gpus import visible_gpus, why_no_gpus
 from ..model.measured import measured_bandwidth, measured_compute
-from ..model.offload import Mode
+from ..model.offload import PINNING, Mode, is_pinning
 from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import streamed_models
 from ..tell.names import without_folders
@@ -70,8 +70,9 @@ class Wanted:
         in_fp8: whether the loader makes its weights fp8.
         limit: bytes of VRAM for weights; None where no node sets it.
         reserve: bytes of VRAM that stay free beside what a step needs.
-        pinned_limit: bytes of the model that may be page-locked; None where no node sets it.
-        keeps_nothing: whether all blocks stream.
+        pinned_limit: bytes of the model that may be page-locked; None where nobody has set it.
+        mode: how weights reach the GPU.
+        packs: whether weights may stream packed.
     """
 
     name: str
@@ -80,7 +81,8 @@ class Wanted:
     limit: float | None = None
     reserve: float = 0.0
     pinned_limit: float | None = None
-    keeps_nothing: bool = False
+    mode: str = Mode.AUTO.value
+    packs: bool = True
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Wanted:
@@ -98,8 +100,9 @@ class Wanted:
             in_fp8=query.get("weight_dtype", "").startswith("fp8"),
             limit=_bytes_of(query, "vram_limit_gb") or None,
             reserve=_bytes_of(query, "reserve_vram_gb"),
-            pinned_limit=_bytes_of(query, "pinned_limit_gb") or None,
-            keeps_nothing=query.get("mode") == Mode.STREAM.value,
+            pinned_limit=_pinned_limit(query),
+            mode=query.get("mode", Mode.AUTO.value),
+            packs=query.get("packing") != PackingMode.OFF.value,
         )
 
     def path(self) -> str:
@@ -128,6 +131,13 @@ def _bytes_of(query: Mapping[str, str], name: str) -> float:
     if not 0 <= gib < MOST_GIB:
         raise RefusedError(400, f"{name} must be a number, 0 or more")
     return gib * GIB
+
+
+def _pinned_limit(query: Mapping[str, str]) -> float | None:
+    """As ``pin_memory`` and ``pinned_limit_gb`` of Async Offload Settings say, or ComfyUI's command line."""
+    if not is_pinning(PINNING.get(query.get("pin_memory", ""))):
+        return 0.0
+    return _bytes_of(query, "pinned_limit_gb") or None
 
 
 def describe_estimate(wanted: Wanted) -> dict[str, Any]:
@@ -180,6 +190,7 @@ def as_values(found: Estimate) -> dict[str, Any]:
         "device_bytes": 0 if plan is None else plan.device_bytes,
         "streamed_bytes": found.streamed_bytes,
         "streamed_blocks": found.streamed_blocks,
+        "pinned_limit": None if machine.pinned_limit is None else round(machine.pinned_limit * GIB),
         "pinnable": None if found.pinnable is None else round(found.pinnable),
         "from_file": round(found.from_file),
         "from_disk": found.from_disk,
@@ -231,7 +242,9 @@ def _machine(usage: DeviceUsage, rate: float, compute: float | None, wanted: Wan
         system=os.name,
         limit=None if wanted.limit is None else wanted.limit / GIB,
         pinned_limit=None if wanted.pinned_limit is None else wanted.pinned_limit / GIB,
-        keeps_nothing=wanted.keeps_nothing,
+        keeps_nothing=wanted.mode == Mode.STREAM.value,
+        packs=wanted.packs,
+        overlaps=wanted.mode != Mode.SYNC.value,
     )
 
 

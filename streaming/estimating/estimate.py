@@ -52,8 +52,10 @@ class Machine:
         compute_source: where that is from, in words; empty where it was measured or given.
         system: as ``os.name`` says.
         limit: GiB of VRAM for weights and staging, as a node sets it; None where none does.
-        pinned_limit: GiB of this model that may be page-locked; None where no node sets it.
+        pinned_limit: GiB of this model that may be page-locked; None where nobody has set it.
         keeps_nothing: whether a node has all blocks stream.
+        packs: whether weights may stream packed.
+        overlaps: whether they are copied while others compute.
     """
 
     vram: float
@@ -66,6 +68,8 @@ class Machine:
     limit: float | None = None
     pinned_limit: float | None = None
     keeps_nothing: bool = False
+    packs: bool = True
+    overlaps: bool = True
 
     @property
     def room(self) -> float:
@@ -171,14 +175,18 @@ class Estimate:
 
     @property
     def packed_bus_seconds(self) -> float | None:
-        """The same with packed weights; None where they would hardly shrink."""
-        return self.bus_seconds * self.cut.packed_share if self.cut.packed_share < WORTH_PACKING else None
+        """The same with packed weights; None where there are none, or they would hardly shrink."""
+        if not (self.machine.packs and self.machine.overlaps) or self.cut.packed_share >= WORTH_PACKING:
+            return None
+        return self.bus_seconds * self.cut.packed_share
 
     @cached_property
     def step_seconds(self) -> float | None:
         """Seconds of a step; None where compute was not measured."""
         forecast = self.plan.forecast if self.plan is not None else None
-        return None if forecast is None else forecast.seconds
+        if forecast is None or self.machine.compute_seconds is None:
+            return None
+        return forecast.seconds if self.machine.overlaps else self.machine.compute_seconds + self.bus_seconds
 
     @property
     def packed_step_seconds(self) -> float | None:

@@ -10,7 +10,7 @@ import { GIB, STATES, estimate, feedState, known, model, status } from "./states
 const EN = stringsFor("en");
 const FLUX = known().model;
 const QWEN = { ...FLUX, name: "qwen image.safetensors", folder: "diffusion_models", weightDtype: "fp8_e4m3fn", limit: 4 };
-const SET = { ...FLUX, limit: 0.5, reserve: 2, pinnedLimit: 8, mode: "stream" };
+const SET = { ...FLUX, limit: 0.5, reserve: 2, pinnedLimit: 8, mode: "stream", pinMemory: "off", packing: "on" };
 
 const settled = () => new Promise((resolve) => setTimeout(resolve, 0));
 
@@ -47,7 +47,7 @@ test("each model is asked for once, and again only when there is another moment"
   await settled();
   assert.equal(changes(), 2);
   of([FLUX, SET], "waiting");
-  assert.match(server.asked[2], /&vram_limit_gb=0\.5&reserve_vram_gb=2&pinned_limit_gb=8&mode=stream$/);
+  assert.match(server.asked[2], /&vram_limit_gb=0\.5&reserve_vram_gb=2&pinned_limit_gb=8&mode=stream&pin_memory=off&packing=on$/);
   of([FLUX], "waiting");
   server.answer = () => Response.json(estimate({ loaded: true }));
   assert.equal(of([FLUX], "running")[0].estimate?.loaded, false, "what was known until there is an answer");
@@ -138,6 +138,17 @@ test("a card says whose limit it is, and that settings have switched streaming o
   const [off, theirs] = estimateViews([known({}, { mode: "off", streams: false, placed: true }), known({}, { streams: false })], EN, () => null, true);
   assert.match(off.note, /^The mode of Async Offload Settings is off/);
   assert.match(theirs.note, /Stream this workflow's models/);
+});
+
+test("a card says what to do where somebody has set how much may be page-locked", () => {
+  const todo = (/** @type {number | null} */ limit, /** @type {any} */ changes = {}) =>
+    estimateViews([known({ from_file: 4 * GIB, pinnable: limit ?? 14 * GIB, pinned_limit: limit }, changes)], EN, () => null)[0].todo;
+  assert.match(todo(0, { pinMemory: "off" }), /^Set pin_memory of Async Offload Settings to auto: 4\.0 GiB /);
+  assert.match(todo(0), /^Start ComfyUI without --disable-pinned-memory, /);
+  assert.match(todo(14 * GIB, { pinnedLimit: 14 }), /^Raise pinned_limit_gb /);
+  assert.match(todo(null), /^It runs, but /);
+  const roomy = known({ from_file: 4 * GIB, pinnable: 14 * GIB, pinned_limit: 20 * GIB }, { pinnedLimit: 20 });
+  assert.match(estimateViews([roomy], EN, () => null)[0].todo, /^It runs, but /, "the RAM is the limit, and not the setting");
 });
 
 test("where there is too little VRAM a card says what is amiss first, and that ComfyUI loads the model", () => {

@@ -29,7 +29,7 @@ test("the models of a workflow are those that its loaders name, each once", () =
     node(7, "UNETLoader", { unet_name: "linked" }, { inputs: [{ name: "unet_name", widget: { name: "unet_name" }, link: 9 }] }),
     node(8, "UNETLoader", { unet_name: null }),
   ];
-  const nothing = { reserve: 0, pinnedLimit: 0, mode: "auto", limitBySettings: false, placed: false };
+  const nothing = { reserve: 0, pinnedLimit: 0, mode: "auto", pinMemory: "auto", packing: "auto", limitBySettings: false, placed: false };
   assert.deepEqual(graphModels({ graph: { nodes } }), [
     { node: "1", title: "", name: "a", folder: "", weightDtype: "default", ...nothing, limit: 6.5, streams: true },
     { node: "3", title: "", name: "b", folder: "diffusion_models", weightDtype: "fp8_e5m2", ...nothing, limit: 0, streams: false },
@@ -125,6 +125,16 @@ test("the limits are those of the last settings behind a loader; its own holds w
   assert.deepEqual(limits({ vram_limit_gb: 3, reserve_vram_gb: 2 }, { mode: "sync" }), [3, true, 0, 0, "sync", true]);
   assert.deepEqual(limits({ vram_limit_gb: 3 }, { vram_limit_gb: 4 }), [4, true, 0, 0, "auto", true]);
   assert.deepEqual(limits({ mode: "off" }), [6, false, 0, 0, "off", false]);
+});
+
+test("what the last settings choose about page-locking and packing counts, and a preset's choice before it", () => {
+  const chosen = (/** @type {any} */ values, /** @type {any} */ more = {}) => {
+    const nodes = [node(1, OURS, { unet_name: "a" }), settings(2, values, more)];
+    const [{ mode, pinMemory, packing }] = graphModels({ rootGraph: graph(nodes, [[1, 2]]) });
+    return [mode, pinMemory, packing];
+  };
+  assert.deepEqual(chosen({}), ["auto", "auto", "auto"]);
+  assert.deepEqual(chosen({ mode: "sync", pin_memory: "off", packing: "on" }), ["sync", "off", "on"]);
 });
 
 test("a limit that is no number is none", () => {

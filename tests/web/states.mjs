@@ -68,7 +68,7 @@ export function estimate(changes = {}) {
     rate: 12.6 * GB, rate_source: "link", file_bytes: 22.2 * GIB, missing_bytes: 0, ram_available: 24 * GIB, blocks: 57,
     model_bytes: 22.2 * GIB, vram: 8 * GIB, reserve: 2.5 * GIB, ram: 32 * GIB, fits: true, least_vram: 3.3 * GIB,
     least_limit: null, stays: 4.2 * GIB,
-    streamed_bytes: 18 * GIB, streamed_blocks: 57, pinnable: 25 * GIB, from_file: 0, from_disk: false, bus_seconds: 1.53,
+    streamed_bytes: 18 * GIB, streamed_blocks: 57, pinned_limit: null, pinnable: 25 * GIB, from_file: 0, from_disk: false, bus_seconds: 1.53,
     packed_bus_seconds: 1.09, compute_seconds: null, step_seconds: null, packed_step_seconds: null, ...changes,
   };
 }
@@ -80,7 +80,7 @@ export function estimate(changes = {}) {
  * @returns {Known}
  */
 export function known(found = {}, changes = {}) {
-  const settings = { limit: 0, reserve: 0, pinnedLimit: 0, mode: "auto", limitBySettings: false };
+  const settings = { limit: 0, reserve: 0, pinnedLimit: 0, mode: "auto", pinMemory: "auto", packing: "auto", limitBySettings: false };
   const loader = { node: "4", title: "Load Diffusion Model", name: "flux1-dev.safetensors", folder: "", weightDtype: "default" };
   const model = { ...loader, ...settings, streams: true, placed: false, ...changes };
   if (typeof found === "string") return { model, estimate: null, error: found };

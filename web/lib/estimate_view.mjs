@@ -108,8 +108,20 @@ function adviceOf(estimate, model, strings) {
   if (missing > 0) return ["error", strings.estimateDoMissing(format.bytes(missing))];
   if (!fits) return ["error", least === null ? strings.estimateDoVram : strings.estimateDoLimit(model.limitBySettings)];
   if (disk) return ["warning", strings.estimateDoDisk];
+  if (file > 0 && estimate.pinnable === estimate.pinned_limit) return ["warning", pinningAdvice(estimate, model, strings)];
   if (file > 0) return ["warning", strings.estimateDoFile(format.bytes(file))];
   return streamed > ram ? ["warning", strings.estimateDoRam(format.bytes(ram))] : ["", ""];
+}
+
+/**
+ * What to do where somebody has set how much may be page-locked.
+ * @param {Estimate} estimate
+ * @param {GraphModel} model
+ * @param {Strings} strings
+ */
+function pinningAdvice({ from_file: file, pinned_limit: limit }, { pinMemory }, strings) {
+  if (pinMemory === OFF) return strings.estimateDoPin(format.bytes(file));
+  return limit === 0 ? strings.estimateDoPinHost(format.bytes(file)) : strings.estimateDoPinMore(format.bytes(file));
 }
 
 /**

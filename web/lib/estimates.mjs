@@ -2,20 +2,19 @@
  * What models of the open workflow will do before they run: asked of the server when they are new there.
  */
 
+import { AUTO } from "./graph_models.mjs";
 import { isThere } from "./model_view.mjs";
 
 /** @import { FeedState, Server } from "./feed.mjs" */
 /** @import { GraphModel } from "./graph_models.mjs" */
 
 export const ESTIMATE_ROUTE = "/weightstream/v1/estimate";
-// Of the modes of Async Offload Settings the one that changes what stays.
-const STREAM = "stream";
 
 /**
  * @typedef {{name: string, loaded: boolean, device: string, device_name: string, limit: number | null, link: string, rate: number,
  *   rate_source: "measured" | "link" | "assumed", file_bytes: number, missing_bytes: number, ram_available: number, blocks: number,
  *   model_bytes: number, vram: number, reserve: number, ram: number, fits: boolean, least_vram: number,
- *   least_limit: number | null, stays: number, streamed_bytes: number, streamed_blocks: number, pinnable: number | null,
+ *   least_limit: number | null, stays: number, streamed_bytes: number, streamed_blocks: number, pinned_limit: number | null, pinnable: number | null,
  *   from_file: number, from_disk: boolean, bus_seconds: number, packed_bus_seconds: number | null, compute_seconds: number | null, step_seconds: number | null,
  *   packed_step_seconds: number | null}} Estimate  of nodes/page/estimating.py
  * @typedef {{model: GraphModel, estimate: Estimate | null, error: string}} Known  error: why there is no estimate
@@ -61,13 +60,15 @@ export function watchEstimates(server, changed) {
 }
 
 /** @param {GraphModel} model */
-function queryOf({ name, folder, weightDtype, limit, reserve, pinnedLimit, mode }) {
+function queryOf({ name, folder, weightDtype, limit, reserve, pinnedLimit, mode, pinMemory, packing }) {
   const query = new URLSearchParams({ name, weight_dtype: weightDtype });
   if (folder) query.set("folder", folder);
   for (const [input, gib] of Object.entries({ vram_limit_gb: limit, reserve_vram_gb: reserve, pinned_limit_gb: pinnedLimit })) {
     if (gib > 0) query.set(input, String(gib));
   }
-  if (mode === STREAM) query.set("mode", mode);
+  for (const [input, choice] of Object.entries({ mode, pin_memory: pinMemory, packing })) {
+    if (choice !== AUTO) query.set(input, choice);
+  }
   return query.toString();
 }
 

@@ -8,8 +8,9 @@ import { presetsOf } from "./settings_widgets.mjs";
 /** @import { Place } from "./model_links.mjs" */
 
 /**
- * @typedef {{limit: number, reserve: number, pinnedLimit: number, mode: string}} Wanted  limit: GiB of VRAM for weights,
- *   reserve: GiB of it that stay free, pinnedLimit: GiB that may be page-locked; 0 where no node sets it
+ * @typedef {{limit: number, reserve: number, pinnedLimit: number, mode: string, pinMemory: string, packing: string}} Wanted
+ *   limit: GiB of VRAM for weights, reserve: GiB of it that stay free, pinnedLimit: GiB that may be page-locked; 0 where no node
+ *   sets it. mode, pinMemory, packing: as chosen, "auto" where no node does
  * @typedef {{node: string, title: string, name: string, folder: string, weightDtype: string, limitBySettings: boolean,
  *   streams: boolean, placed: boolean} & Wanted} GraphModel
  *   node, title: its loader, with the subgraphs around it; folder: "" where its loader looks in several; limitBySettings: whether
@@ -25,7 +26,7 @@ const LOADERS = {
 // Behind another loader they have its model stream.
 const SETTINGS = "WeightStreamOffloadSettings";
 const PLACEMENT = "WeightStreamGPUPlacement";
-const AUTO = "auto";
+export const AUTO = "auto";
 export const OFF = "off";
 // The link of an input inside of a subgraph that comes from around it. Pages have it as a number or as text.
 const FROM_OUTSIDE = -10;
@@ -81,7 +82,7 @@ function decided(root, loader, ours) {
 }
 
 /** @type {Wanted} */
-const NOTHING = { limit: 0, reserve: 0, pinnedLimit: 0, mode: AUTO };
+const NOTHING = { limit: 0, reserve: 0, pinnedLimit: 0, mode: AUTO, pinMemory: AUTO, packing: AUTO };
 
 /**
  * What Async Offload Settings decide: a preset all of it, whatever the inputs say (nodes/settings.py, Note: presets).
@@ -96,6 +97,8 @@ function wantedOf(place) {
     reserve: gib(value("reserve_vram_gb")),
     pinnedLimit: gib(value("pinned_limit_gb")),
     mode: String(value("mode") ?? AUTO),
+    pinMemory: String(value("pin_memory") ?? AUTO),
+    packing: String(value("packing") ?? AUTO),
   };
 }
 

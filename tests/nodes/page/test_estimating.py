@@ -16,7 +16,7 @@ import pytest
 import torch
 from sampling import MB, MODEL, sample, settle
 from servers import TINY, free
-from weightstream.nodes.model import measured
+from weightstream.nodes.model import measured, offload
 from weightstream.nodes.model.patcher import StreamedModelPatcher
 from weightstream.nodes.page import estimating
 from weightstream.nodes.page.estimating import RefusedError, Wanted, describe_estimate, rate_of
@@ -154,13 +154,39 @@ def test_what_async_offload_settings_decide_counts(flux: Path, card: Card) -> No
     assert plain["stays"] - left["stays"] == pytest.approx(3 * GIB, rel=0.05)
     locked = estimate(FLUX, pinned_limit_gb="4")
     assert (locked["pinnable"], locked["from_file"]) == (4 * GIB, locked["streamed_bytes"] - 4 * GIB)
-    assert estimate(FLUX, pinned_limit_gb="999") == plain
+    assert estimate(FLUX, pinned_limit_gb="999") == {**plain, "pinned_limit": 999 * GIB}
     nothing = estimate(FLUX, mode="stream")
     assert nothing["streamed_blocks"] == nothing["blocks"]
     assert nothing["device_bytes"] < plain["device_bytes"] / 4
     assert estimate(FLUX, mode="auto") == plain
     with pytest.raises(RefusedError, match="reserve_vram_gb must be a number"):
         estimate(FLUX, reserve_vram_gb="-1")
+
+
+def test_page_locking_counts_as_settings_and_the_command_line_have_it(
+    flux: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(12, ram=64)
+    plain = estimate(FLUX)
+    off = estimate(FLUX, pin_memory="off", pinned_limit_gb="4")
+    assert (off["pinned_limit"], off["pinnable"], off["from_file"]) == (0, 0, off["streamed_bytes"])
+    assert (plain["pinned_limit"], plain["from_file"]) == (None, 0)
+    assert estimate(FLUX, pin_memory="auto") == plain
+    monkeypatch.setattr(offload.args, "disable_pinned_memory", True)
+    assert estimate(FLUX) == {**off, "limit": None}
+    assert estimate(FLUX, pin_memory="on") == plain
+
+
+def test_nothing_is_packed_where_settings_say_so_and_synchronous_copies_hide_nothing(flux: Path, card: Card) -> None:
+    card(8)
+    measured._compute[FLUX, "gpu:0"] = 0.2
+    plain, raw, waiting = (estimate(FLUX, **query) for query in ({}, {"packing": "off"}, {"mode": "sync"}))
+    assert plain["packed_bus_seconds"] < plain["bus_seconds"]
+    assert plain["packed_step_seconds"] < plain["step_seconds"]
+    nothing = {"packed_bus_seconds": None, "packed_step_seconds": None}
+    assert raw == {**plain, **nothing}
+    assert waiting == {**raw, "step_seconds": 0.2 + plain["bus_seconds"]}
+    assert estimate(FLUX, packing="on") == plain
 
 
 def test_the_least_limit_is_said_and_is_enough(flux: Path, card: Card) -> None:
