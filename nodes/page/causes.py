@@ -12,9 +12,21 @@ from typing import Any, Literal
 from ...streaming import Link
 from ...streaming.estimating.estimate import known_number
 from ...streaming.machine.gpus import NO_LINK
+from .together import WORTH, Together
 
 Kind = Literal[
-    "loading", "link", "slow_bus", "unpinned", "disk", "synchronous", "others", "limit", "unpacked", "room", "compute"
+    "loading",
+    "link",
+    "slow_bus",
+    "unpinned",
+    "disk",
+    "synchronous",
+    "others",
+    "limit",
+    "unpacked",
+    "turns",
+    "room",
+    "compute",
 ]
 
 # A step that waits for less than this part of its time is limited by compute.
@@ -48,6 +60,7 @@ class Facts:
         total, free, others: of the device: its memory, what is free, and what other programs have.
         limit: of VRAM for weights, from the settings; kept: what the model has of it, staging included.
         headroom: what the settings leave free.
+        together: how the GPUs of a split model might work at the same time; None on all but its first.
     """
 
     loading: bool = False
@@ -69,6 +82,7 @@ class Facts:
     limit: int | None = None
     kept: int | None = None
     headroom: int = 0
+    together: Together | None = None
 
     @property
     def rate(self) -> float | None:
@@ -96,17 +110,21 @@ class Cause:
 
 
 def find_causes(facts: Facts) -> list[Cause]:
-    """Return why a step takes as long as it does. Nothing is said of a model that does not stream, or did not run."""
-    if not facts.streamed:
+    """Return why a step takes as long as it does. Nothing is said of a model that did not run, or does not stream, but
+    that its GPUs might work at the same time."""
+    if not (facts.streamed or facts.together):
         return []
     if facts.loading:
         return [Cause("loading", None, {"staged": facts.staged})]
     if facts.step is None or facts.waited is None or not (0 < facts.step < math.inf and 0 <= facts.waited < math.inf):
         return []
     part = facts.waited / facts.step
+    turns = _turns(facts)
+    if not facts.streamed:
+        return [turns] if turns else []
     if part < LEAST_WAITING and not facts.synchronous:
-        return [Cause("compute", None, {"waiting": part})]
-    checks = (_link, _slow_bus, _disk, _unpinned, _synchronous, _others, _limit, _unpacked)
+        return [turns or Cause("compute", None, {"waiting": part})]
+    checks = (_link, _slow_bus, _disk, _unpinned, _synchronous, _others, _limit, _unpacked, _turns)
     found = [cause for check in checks if (cause := check(facts)) is not None]
     found.sort(key=lambda cause: -(cause.seconds or 0.0))
     # The last word: however fast the rest is, this much has to come over the bus.
@@ -194,6 +212,15 @@ def _unpacked(facts: Facts) -> Cause | None:
         return None
     # bfloat16 weights shrink by about a third.
     return Cause("unpacked", _seconds(facts.streamed / 3, facts), {"why": facts.why_unpacked})
+
+
+def _turns(facts: Facts) -> Cause | None:
+    """GPUs compute one after the other, and would be faster at the same time."""
+    found = facts.together
+    if found is None or facts.step is None or found.seconds > WORTH * facts.step:
+        return None
+    numbers = {"together": found.seconds, "guidance": found.needs_guidance}
+    return Cause("turns", facts.step - found.seconds, numbers)
 
 
 def _room(facts: Facts) -> Cause:

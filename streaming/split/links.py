@@ -46,6 +46,13 @@ class Links:
             target = torch.empty_strided(once.size(), once.stride(), dtype=once.dtype, device=device)
         return target.copy_(source, non_blocking=True).expand(tensor.size())
 
+    def is_direct(self, source: torch.device, target: torch.device) -> bool:
+        """Whether copies go directly, as far as that was tried: nothing is tried here."""
+        if not source.type == target.type == "cuda":
+            return True
+        with self._lock:
+            return self._sound.get((source, target), False)
+
     def is_sound(self, source: torch.device, target: torch.device) -> bool:
         """Whether what is copied directly from one GPU to another arrives; waits for both the first time.
 

@@ -42,6 +42,16 @@ test("a slow generation is another matter than few lanes", () => {
   assert.match(view.todo, /BIOS/);
 });
 
+test("GPUs that compute one after the other, and what to do, with cfg 1 or only above it", () => {
+  const turns = (/** @type {boolean} */ guidance) => causeViews([cause({ kind: "turns", seconds: 0.46, together: 0.57, guidance })], "1", EN)[0];
+  assert.equal(turns(false).text, "The GPUs compute one after the other.");
+  assert.equal(turns(false).todo, "Set split of GPU Placement to parallel: a step would take about 0.57 s.");
+  assert.match(turns(true).todo, /^Where cfg is above 1, set split /);
+  assert.equal(turns(false).costs, "up to 0.46 s of each step");
+  const both = [cause({ kind: "turns", together: 0.57, seconds: 0.1 }), cause({ kind: "compute", device: "gpu:1", waiting: 0.01 })];
+  assert.deepEqual(causeViews(both, "1", EN).map(({ kind, device }) => [kind, device]), [["turns", ""]]);
+});
+
 test("on several devices the dearest comes first, with its device, and room last", () => {
   const causes = [
     cause({ kind: "others", seconds: 0.1, others: GB, gain: GB }), cause({ seconds: 9 }),

@@ -43,6 +43,9 @@ export const ENGLISH_PICTURES = {
   dounpacked: "Fix this to copy fewer bytes.",
   causeroom: (/** @type {string} */ streamed, /** @type {string} */ total) => `${streamed} of weights have no room in ${total} of VRAM and are copied in each step.`,
   doroom: "Use a smaller file (fp8 or GGUF), a smaller picture or batch, or a second GPU with GPU Placement.",
+  causeturns: "The GPUs compute one after the other.",
+  doturns: (/** @type {string} */ step) => `Set split of GPU Placement to parallel: a step would take about ${step}.`,
+  doturnsGuided: (/** @type {string} */ step) => `Where cfg is above 1, set split of GPU Placement to parallel: a step would take about ${step}.`,
   causecompute: "Less than 3 % of a step waits for the bus.",
   docompute: "More VRAM or a faster bus would gain nothing. Fewer steps or a smaller picture would.",
 
@@ -130,6 +133,9 @@ export const CHINESE_PICTURES = {
   dounpacked: "解决后需要拷贝的字节会减少。",
   causeroom: (streamed, total) => `${streamed} 权重放不进 ${total} 显存，每步都要拷贝。`,
   doroom: "请使用更小的文件（fp8 或 GGUF）、更小的图像或批次，或用“GPU 分配”加入第二个 GPU。",
+  causeturns: "各 GPU 依次计算。",
+  doturns: (step) => `请将“GPU 分配”的 split 设为 parallel：每步约 ${step}。`,
+  doturnsGuided: (step) => `若 cfg 大于 1，请将“GPU 分配”的 split 设为 parallel：每步约 ${step}。`,
   causecompute: "每步中等待总线的时间不到 3 %。",
   docompute: "更多显存或更快的总线不会更快；更少的步数或更小的图像会。",
 

@@ -9,7 +9,7 @@ import * as format from "./format.mjs";
 /**
  * @typedef {{model: string, device: string, kind: string, seconds: number | null, staged?: number, link?: string, card?: string,
  *   narrow?: boolean, rate?: number, usual?: number, why?: string, others?: number, gain?: number, limit?: number,
- *   streamed?: number, total?: number | null, waiting?: number}} Cause
+ *   streamed?: number, total?: number | null, waiting?: number, together?: number, guidance?: boolean}} Cause
  * @typedef {{key: string, kind: string, device: string, text: string, todo: string, costs: string}} CauseView
  *   costs: at most; of "room" it is all of the waiting
  */
@@ -27,6 +27,9 @@ const SENTENCES = {
   others: (cause, strings) => [strings.causeothers(format.bytes(cause.others)), strings.doothers(format.bytes(cause.gain))],
   limit: (cause, strings) => [strings.causelimit(format.bytes(cause.limit)), strings.dolimit(format.bytes(cause.gain))],
   unpacked: (cause, strings) => [strings.causeunpacked(sentence(strings.fromServer(cause.why ?? ""))), strings.dounpacked],
+  turns: ({ together, guidance }, strings) => [
+    strings.causeturns, guidance ? strings.doturnsGuided(format.roughly(together)) : strings.doturns(format.roughly(together)),
+  ],
   room: (cause, strings) => [strings.causeroom(format.bytes(cause.streamed), format.bytes(cause.total)), strings.doroom],
   compute: (cause, strings) => [strings.causecompute, strings.docompute],
 };

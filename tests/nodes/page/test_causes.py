@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
+from placing import FIRST, SECOND
 from sampling import MB, sample, settle
+from weightstream.nodes.model import measured
 from weightstream.nodes.model.patcher import StreamedModelPatcher
+from weightstream.nodes.model.streamed_model import StreamedModel, streamed_models
 from weightstream.nodes.page.causes import Cause, Facts, find_causes
-from weightstream.nodes.page.description import describe_causes, facts_of
+from weightstream.nodes.page.description import _together, describe_causes, facts_of
 from weightstream.nodes.page.status import full_status
-from weightstream.nodes.page.usage import DeviceUsage
-from weightstream.streaming import Link
+from weightstream.nodes.page.together import Gpu, Together, seconds_together
+from weightstream.nodes.page.usage import DeviceUsage, sampler
+from weightstream.nodes.twins.split import split_over
+from weightstream.streaming import Link, VramReader
+from weightstream.streaming.machine.gpus import Nvml
 
 Load = Callable[..., StreamedModelPatcher]
 GB = 10**9
+READER = VramReader(Nvml(None))
 # A card of 12 GB behind PCIe 4.0 x16 with all that it can have: it waits only since the model is too large.
 FINE = Facts(
     streamed=14 * GB,
@@ -171,6 +179,57 @@ def test_the_dearest_comes_first_and_room_last() -> None:
     assert [each.kind for each in found] == ["link", "others", "room"]
     assert found[0].seconds > found[1].seconds
     assert kinds(**{**changes, "others": 11 * GB})[:2] == ["others", "link"]
+
+
+def test_gpus_that_compute_one_after_the_other() -> None:
+    at_once = Together(0.4, needs_guidance=False)
+    assert cause("turns", together=at_once).seconds == pytest.approx(0.26)
+    assert cause("turns", together=at_once).numbers == {"together": 0.4, "guidance": False}
+    assert cause("turns", together=replace(at_once, needs_guidance=True)).numbers["guidance"]
+    assert kinds(together=at_once) == ["turns", "room"]
+    assert kinds(together=at_once, waited=0.01) == ["turns"], "that it computes is no answer then"
+    assert kinds(together=at_once, waited=0.0, streamed=0) == ["turns"], "all of it may stay"
+    slow = replace(at_once, seconds=0.57)
+    assert kinds(together=slow) == ["room"], "what is predicted has to be clearly less"
+    assert kinds(together=slow, waited=0.01) == ["compute"]
+    assert kinds(together=slow, streamed=0) == []
+
+
+def test_at_the_same_time_each_gpu_brings_what_it_lacks_of_the_whole() -> None:
+    fits, small = Gpu(24 * GB, None), Gpu(8 * GB, 25e9)
+    together = partial(seconds_together, 20 * GB, 1.0)
+    assert together(1.0, [fits, fits]) == pytest.approx(0.553)
+    assert together(1.0, [fits, fits, fits, fits]) == pytest.approx(0.303)
+    assert together(0.5, [fits, small]) == pytest.approx(12 / 25)
+    assert seconds_together(20 * GB, 0.7, 0.5, [small, small]) == pytest.approx(0.7 * 12 / 25)
+    assert together(0.5, [replace(small, rate=5e9), replace(small, rate=None)]) == pytest.approx(12 / 5)
+    assert together(0.5, [replace(small, rate=None), fits]) is None, "nothing has streamed"
+    assert together(None, [fits, fits]) is None
+    assert together(1.0, [fits]) is None
+
+
+def test_a_split_model_says_what_its_gpus_would_do_at_the_same_time(
+    loaded: StreamedModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "_bandwidth", {})
+    ours = split_over(loaded, [FIRST, SECOND], "equal", None, None).patcher
+    sample(ours)
+    home, part = (model for model in streamed_models() if model.number == ours.streamed.number)
+    usage = {device.device: device for device in sampler.sample(READER).devices}
+
+    def told(of: StreamedModel, compute: float | None = 2.0, **changes: Any) -> Together | None:
+        now = replace(home.streamer.snapshot(), compute_seconds=compute, **changes)
+        return _together(of, [(home, now), (part, part.streamer.snapshot())], usage)
+
+    assert told(home) is None, "how fast its links are is not known"
+    measured._bandwidth["gpu:1"] = 1.0
+    weights = home.streamer.model_bytes + part.streamer.model_bytes
+    assert told(home) == Together(pytest.approx(weights - 24 * MB, rel=0.05), needs_guidance=False)
+    measured._bandwidth["gpu:1"] = 1e12
+    assert told(home) == Together(2 * 0.553, needs_guidance=False)
+    assert told(home, None) is told(part) is told(home, mode="off") is None
+    monkeypatch.setattr(home.streamer.planner, "compiled", True)
+    assert told(home) == Together(2 * 0.553, needs_guidance=True)
 
 
 def test_no_cause_costs_more_than_the_wait() -> None:
