@@ -5,7 +5,8 @@ Pure: everything comes in as values.
 [Note: what is compared]
 Split, GPUs compute one after the other, and each brings over its link what it lacks of its own blocks. In parallel each
 computes a part of a step, and brings what it lacks of the whole model. So that is faster where compute is the limit,
-and slower where links are. What a step took is measured; what it would take is not, and so has to be clearly less.
+and slower where links are. What a step took is measured; what it would take is not, and so has to be clearly less. Not
+counted is that ComfyUI launches the kernels of all GPUs, which may take longer than they compute (docs/parallel.md).
 """
 
 from __future__ import annotations
