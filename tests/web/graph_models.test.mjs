@@ -87,6 +87,23 @@ test("Async Offload Settings count for the loader whose MODEL comes to them", ()
   assert.deepEqual(streams(graph([one, two, lora, sampler, settings(4)], [[1, 3], [3, 4]])), { a: false, b: false }, "what is muted does not");
 });
 
+test("a MODEL is followed by the names of Set and Get nodes", () => {
+  const named = (/** @type {number} */ id, /** @type {string} */ type, /** @type {any} */ name) => node(id, type, { Constant: name });
+  for (const [set, get] of [["SetNode", "GetNode"], ["easy setNode", "easy getNode"]]) {
+    const found = (/** @type {any} */ given, /** @type {any} */ taken) =>
+      streams(graph([node(1, THEIRS, { unet_name: "a" }), named(2, set, given), named(3, get, taken), settings(4)], [[1, 2], [3, 4]]));
+    assert.deepEqual(found("model", "model"), { a: true });
+    assert.deepEqual(found("model", "another"), { a: false });
+    assert.deepEqual(found(undefined, undefined), { a: false }, "nothing was chosen");
+  }
+  const inner = graph([named(2, "SetNode", "m")], [[IN, 2]]);
+  const outer = { ...node(12, "some-uuid"), subgraph: inner };
+  assert.deepEqual(
+    streams(graph([node(1, THEIRS, { unet_name: "a" }), outer, named(3, "GetNode", "m"), settings(4)], [[1, 12], [3, 4]])), { a: false },
+    "names are those of one graph",
+  );
+});
+
 test("GPU Placement counts for the loader whose MODEL comes to it", () => {
   const root = graph([node(1, THEIRS, { unet_name: "a" }), node(2, THEIRS, { unet_name: "b" }), node(3, PLACEMENT)], [[1, 3]]);
   assert.deepEqual(graphModels({ rootGraph: root }).map(({ name, streams, placed }) => [name, streams, placed]), [["a", true, true], ["b", false, false]]);

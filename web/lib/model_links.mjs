@@ -16,6 +16,10 @@ const MUTED = 2;
 // The ends of links in a subgraph that lead out of it. Pages have them as numbers or as text.
 const OUT = -20;
 
+// Nodes of other packs that give on by a name, in the graph that they are in (streaming/workflows/kinds.py).
+const SETTERS = new Set(["SetNode", "easy setNode"]);
+const GETTERS = new Set(["GetNode", "easy getNode"]);
+
 /** @param {any} node */
 export function isActive(node) {
   return (node.mode ?? ALWAYS) === ALWAYS;
@@ -56,6 +60,23 @@ function* nextOf(root, { node, outer }) {
   for (const { type, links } of node.outputs ?? []) {
     if (type === MODEL || type === ANY) for (const id of links ?? []) yield* endsOf(root, outer, id);
   }
+  if (SETTERS.has(node.type)) yield* gettersOf(outer.at(-1)?.subgraph ?? root, node).map((getter) => ({ node: getter, outer }));
+}
+
+/**
+ * The nodes that give what a setter takes.
+ * @param {any} graph
+ * @param {any} setter
+ * @returns {any[]}
+ */
+function gettersOf(graph, setter) {
+  const name = nameOf(setter);
+  return graph.nodes.filter((/** @type {any} */ node) => GETTERS.has(node.type) && name && nameOf(node) === name);
+}
+
+/** @param {any} node */
+function nameOf(node) {
+  return node.widgets?.[0]?.value;
 }
 
 /**
