@@ -51,6 +51,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"refuse prompts beyond (default: {MOST_WAITING})",
     )
     program.add_argument(
+        "--silent-minutes",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="end a worker that says nothing of its prompt for so long, and run that on another (default: 0, never)",
+    )
+    program.add_argument(
         "--no-share", dest="share", action="store_false", help="each worker page-locks weights for itself"
     )
     program.add_argument("--comfyui", metavar="DIR", help="ComfyUI's folder (default: the one that this pack is in)")
@@ -79,6 +86,7 @@ def make_config(arguments: argparse.Namespace, host_arguments: Sequence[str]) ->
         workers=arguments.workers,
         address=arguments.address,
         most_waiting=arguments.most_waiting,
+        silent_minutes=arguments.silent_minutes,
         token=token,
         pack=os.fspath(PACK),
         # Of one fleet: an abstract socket, which needs no folder and is gone with its owner.

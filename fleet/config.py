@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,7 @@ class FleetConfig:
         workers: how many; 0 for one for each GPU.
         address: of a Ray cluster to join; "" for one of its own on this machine.
         most_waiting: prompts that may wait. More are refused, with HTTP status 429.
+        silent_minutes: after which a worker that says nothing of its prompt is started again; 0 for never.
         token: what a client has to know; "" for nothing.
         folder: where the front was started, for relative paths.
         pack: this pack's folder, on each host.
@@ -45,6 +47,7 @@ class FleetConfig:
     workers: int = 0
     address: str = ""
     most_waiting: int = MOST_WAITING
+    silent_minutes: float = 0.0
     token: str = ""
     folder: str = ""
     pack: str = ""
@@ -55,6 +58,8 @@ class FleetConfig:
             raise FleetConfigError(f"{self.workers} workers: expected 1 or more, or 0 for one for each GPU")
         if self.most_waiting < 1:
             raise FleetConfigError(f"a queue for {self.most_waiting} prompts: expected 1 or more")
+        if not 0 <= self.silent_minutes < math.inf:
+            raise FleetConfigError(f"{self.silent_minutes:g} minutes of silence: expected 0 or more")
 
     @property
     def main(self) -> Path:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -135,10 +135,17 @@ class Seat:
 
 
 class Dispatcher:
-    """The loop of each worker: start it, give it prompts, start it again when it died."""
+    """The loop of each worker: start it, give it prompts, start it again when it died.
 
-    def __init__(self, front: Front, workers: Sequence[FleetWorker], folders: Folders) -> None:
+    Args:
+        most_silent: seconds after which a worker that says nothing of its prompt counts as dead; 0 for never.
+    """
+
+    def __init__(
+        self, front: Front, workers: Sequence[FleetWorker], folders: Folders, most_silent: float = 0.0
+    ) -> None:
         self._front = front
+        self._most_silent = most_silent or None
         self._folders = folders
         self.seats = [Seat(worker) for worker in workers]
         self._changed = asyncio.Event()
@@ -295,7 +302,7 @@ class Dispatcher:
         if job.cancelled:
             return interrupted(job.id)
         names = prefixes(seat.worker.name)
-        async for kind, *values in seat.worker.run(job.id, job.body):
+        async for kind, *values in self._messages(seat, job):
             if kind == EVENT:
                 event, data = values
                 rename(data, names)
@@ -321,6 +328,18 @@ class Dispatcher:
             elif kind == DIED:
                 raise WorkerDied(values[0])
         raise WorkerDied("its events ended before the prompt did")
+
+    async def _messages(self, seat: Seat, job: Job) -> AsyncIterator[tuple[Any, ...]]:
+        """What a worker says of a prompt. One that hangs is ended when it is started again."""
+        messages = seat.worker.run(job.id, job.body)
+        while True:
+            try:
+                message = await asyncio.wait_for(messages.__anext__(), self._most_silent)
+            except StopAsyncIteration:
+                return
+            except asyncio.TimeoutError:
+                raise WorkerDied(f"it has said nothing of its prompt for {self._most_silent:g} s") from None
+            yield message
 
     async def _bring_files(self, seat: Seat, job: Job) -> None:
         """Bring what the prompt reads to the worker's folders."""

@@ -42,6 +42,8 @@ def test_it_says_what_it_takes(module: bool) -> None:
         (["--comfyui", "/nowhere"], "/nowhere is no folder of ComfyUI"),
         (["--workers", "-1", "--comfyui", COMFYUI], "-1 workers: expected 1 or more"),
         (["--most-waiting", "0", "--comfyui", COMFYUI], "a queue for 0 prompts"),
+        (["--silent-minutes", "-1", "--comfyui", COMFYUI], "-1 minutes of silence"),
+        (["--silent-minutes", "nan", "--comfyui", COMFYUI], "nan minutes of silence"),
         (["--comfyui", COMFYUI, "--", "--port", "1"], "--port behind --: the fleet sets that itself"),
         (["--comfyui", COMFYUI, "--", "--listen=0.0.0.0"], "--listen behind --"),
         (["--comfyui", COMFYUI, "--", "--disable-all-custom-nodes"], "--disable-all-custom-nodes behind --"),
@@ -132,7 +134,7 @@ def test_arguments_reach_whom_they_are_about(config: Config, installed: list[str
 
 
 def test_settings_come_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = FleetConfig("/comfy", "python", ("--cpu",), ("--x",), {"A": "b"}, 3, "host:1", 7, "t")
+    given = FleetConfig("/comfy", "python", ("--cpu",), ("--x",), {"A": "b"}, 3, "host:1", 7, 0.5, "t")
     monkeypatch.setenv(FRONT_VARIABLE, given.to_json())
     assert FleetConfig.from_environment() == given
     monkeypatch.delenv(FRONT_VARIABLE)

@@ -61,6 +61,8 @@ class FakeWorker:
                 raise WorkerDied("killed")
             if fault == "falls silent":
                 return
+            if fault == "hangs":
+                await asyncio.Event().wait()
             if prompt_id in self.interrupted:
                 yield "done", result("error", [["execution_interrupted", {"node_id": "3"}]])
                 return
@@ -166,11 +168,12 @@ def serve(
     front: FakeFront,
     workers: list[FakeWorker],
     meanwhile: Callable[[Dispatcher], Awaitable[None]] | None = None,
+    most_silent: float = 0.0,
 ) -> Dispatcher:
     """Run until all prompts have a result."""
 
     async def run() -> Dispatcher:
-        served = Dispatcher(front, workers, Folders(tmp_path, tmp_path, tmp_path))
+        served = Dispatcher(front, workers, Folders(tmp_path, tmp_path, tmp_path), most_silent)
         done = asyncio.Event()
         front.at_result = lambda: done.set() if len(front.results) == len(front.all) else None
         task = asyncio.create_task(served.run())
@@ -220,6 +223,31 @@ def test_a_worker_that_is_lost_at_any_moment_loses_nothing(tmp_path: Path, worke
         reruns = [job.id for job in front.all if job.lost and front.kind(job.id) == "success"]
         for name in reruns:
             assert "weightstream_rerun" in [kind for kind, _ in front.results[name]["status"]["messages"]]
+
+
+@pytest.mark.parametrize("place", range(len(MESSAGES)))
+def test_a_worker_that_hangs_is_started_again_and_its_prompt_runs_elsewhere(tmp_path: Path, place: int) -> None:
+    front, some = FakeFront(2), [FakeWorker("gpu-0", {(0, place): "hangs"}), FakeWorker("gpu-1")]
+    served = serve(tmp_path, front, some, most_silent=0.3)
+    assert [front.kind(job.id) for job in front.all] == ["success"] * 2
+    assert (some[0].starts, served.reruns) == (2, 1)
+    (job,) = (job for job in front.all if job.lost)
+    assert job.lost == {"gpu-0": "it has said nothing of its prompt for 0.3 s"}
+    assert job.id in some[1].ran
+
+
+def test_nobody_is_ended_for_silence_unless_that_is_asked_for(tmp_path: Path) -> None:
+    front, worker = FakeFront(1), FakeWorker("gpu-0", {(0, 1): "hangs"})
+
+    async def look(served: Dispatcher) -> None:
+        while not worker.ran:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.4)
+        assert (served.seats[0].state, worker.starts) == ("running", 1)
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        serve(tmp_path, front, [worker], look)
 
 
 def test_a_prompt_that_kills_goes_elsewhere_and_then_has_an_error(tmp_path: Path) -> None:
