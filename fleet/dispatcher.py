@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from .errors import FleetError, WorkerDied
 from .files import Folders, Place, pieces_of, read_by, rename, write_piece
@@ -30,6 +30,7 @@ from .worker import BINARY, CANCELLED, DIED, DONE, EVENT, FILE, REFUSED, prefixe
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "free", "running", "restarting", "failed"]
+T = TypeVar("T")
 
 # A prompt may be begun so often.
 MOST_ATTEMPTS = 2
@@ -138,7 +139,8 @@ class Dispatcher:
     """The loop of each worker: start it, give it prompts, start it again when it died.
 
     Args:
-        most_silent: seconds after which a worker that says nothing of its prompt counts as dead; 0 for never.
+        most_silent: seconds after which a worker that says nothing of its prompt counts as dead, and so is started
+            again; 0 for never.
     """
 
     def __init__(
@@ -332,23 +334,38 @@ class Dispatcher:
     async def _messages(self, seat: Seat, job: Job) -> AsyncIterator[tuple[Any, ...]]:
         """What a worker says of a prompt. One that hangs is ended when it is started again."""
         messages = seat.worker.run(job.id, job.body)
+        heard = time.monotonic()
         while True:
             try:
-                message = await asyncio.wait_for(messages.__anext__(), self._most_silent)
+                message = await self._in_time(messages.__anext__(), heard)
             except StopAsyncIteration:
                 return
-            except asyncio.TimeoutError:
-                raise WorkerDied(f"it has said nothing of its prompt for {self._most_silent:g} s") from None
             yield message
+            if _is_of(message, job.id):
+                heard = time.monotonic()
+
+    async def _in_time(self, asked: Awaitable[T], heard: float | None = None) -> T:
+        """What a worker answers, of which something was ``heard`` last at that time, or just now.
+
+        Raises:
+            WorkerDied: it has been silent for too long.
+        """
+        if self._most_silent is None:
+            return await asked
+        silent = 0.0 if heard is None else time.monotonic() - heard
+        try:
+            return await asyncio.wait_for(asked, max(0.0, self._most_silent - silent))
+        except asyncio.TimeoutError:
+            raise WorkerDied(f"it has said nothing of its prompt for {self._most_silent:g} s") from None
 
     async def _bring_files(self, seat: Seat, job: Job) -> None:
         """Bring what the prompt reads to the worker's folders."""
         places = read_by(job.body["prompt"], self._folders)
         found = {tuple(place): self._folders.path(place).stat() for place in places}
         known = [(values, stat.st_size, stat.st_mtime_ns) for values, stat in found.items()]
-        for values in await seat.worker.lacks(known) if known else ():
+        for values in await self._in_time(seat.worker.lacks(known)) if known else ():
             for offset, piece in pieces_of(self._folders.path(Place(*values))):
-                await seat.worker.write(values, offset, piece, found[tuple(values)].st_mtime_ns)
+                await self._in_time(seat.worker.write(values, offset, piece, found[tuple(values)].st_mtime_ns))
 
     def _lose(self, seat: Seat, job: Job, reason: str) -> None:
         """A worker died with a prompt (Note: nothing lost, nothing twice)."""
@@ -377,6 +394,12 @@ class Dispatcher:
         seat.changes += 1
         if (loading := seconds - seat.prompt_seconds) > 0:
             seat.load_rate += NEWEST_SHARE * (changed / loading - seat.load_rate)
+
+
+def _is_of(message: Sequence[Any], prompt_id: str) -> bool:
+    """Whether a worker's message shows that a prompt goes on: packs also tell of other things now and then."""
+    kind, *values = message
+    return kind != EVENT or (isinstance(values[1], Mapping) and values[1].get("prompt_id") == prompt_id)
 
 
 def _in_front(place: Place, names: Mapping[str, str]) -> Place:

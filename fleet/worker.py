@@ -200,11 +200,12 @@ class Worker:
         Args:
             body: as for ComfyUI's own route ``/prompt``.
         """
-        while not self._messages.empty():  # Of the prompt before.
-            self._messages.get_nowait()
+        messages = self._messages
+        while not messages.empty():  # Of the prompt before.
+            messages.get_nowait()
         self._running = prompt_id
         try:
-            async for message in self._run(prompt_id, body):
+            async for message in self._run(prompt_id, body, messages):
                 yield message
         except (aiohttp.ClientError, OSError) as error:
             # The process is looked at a moment later than its connections break.
@@ -212,13 +213,17 @@ class Worker:
             ended = self._process.why_ended() if self._process else None
             yield DIED, ended or f"its ComfyUI does not answer: {error!r}"
         finally:
-            # The next one may have begun: its messages need not wait for the end of this.
-            if self._running == prompt_id:
+            # The next one may have begun: its messages need not wait for the end of this. It may be of the same prompt,
+            # if this one hung and ComfyUI was started again.
+            is_last = self._messages is messages
+            if self._running == prompt_id and is_last:
                 self._running = None
-            if self._cancelled == prompt_id:
+            if self._cancelled == prompt_id and is_last:
                 self._cancelled = None
 
-    async def _run(self, prompt_id: str, body: dict[str, Any]) -> AsyncIterator[tuple[Any, ...]]:
+    async def _run(
+        self, prompt_id: str, body: dict[str, Any], messages: asyncio.Queue[Any]
+    ) -> AsyncIterator[tuple[Any, ...]]:
         if self._cancelled == prompt_id:
             yield (CANCELLED,)
             return
@@ -229,9 +234,11 @@ class Worker:
             answer.raise_for_status()
         while True:
             try:
-                message = await asyncio.wait_for(self._messages.get(), SILENCE_SECONDS)
+                message = await asyncio.wait_for(messages.get(), SILENCE_SECONDS)
             except asyncio.TimeoutError:
                 message = None
+            if self._messages is not messages:
+                raise aiohttp.ClientConnectionError("its ComfyUI was started again")
             if message is None:
                 # The socket is gone, or nothing is to be told: the process may have ended, or the prompt.
                 self._check_process(aiohttp.ClientConnectionError)

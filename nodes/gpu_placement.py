@@ -14,6 +14,7 @@ from ..streaming import ConfigError, UnsupportedModelError, gpu_name, listed, pa
 from ..streaming.machine.device_names import CPU, DEFAULT
 from .changed_files import count_outdated
 from .host.gpus import BITS, EXACT, PARALLEL, SPLITS, Choice, choose, not_there, visible_gpus, wanted_gpus, why_no_gpus
+from .model.objections import keep_objection
 from .model.parts import OneDeviceError
 from .model.patcher import StreamedModelPatcher
 from .model.streamed_model import PARALLEL_NOTICE
@@ -234,7 +235,10 @@ class Placing:
                 placed = in_parallel(model, devices, self.node_id, exact, choice.shares)
             except UnsupportedModelError as error:
                 self.fall_back(f"MODEL does not work in parallel, {error}")
-                return self.place_model(model, replace(choice, shares=None), SPLITS[0])
+                placed = self.place_model(model, replace(choice, shares=None), SPLITS[0])
+                if isinstance(placed, StreamedModelPatcher):
+                    keep_objection(placed.streamed.title, choice.names, str(error))
+                return placed
             self.say(f"MODEL on {listed(choice.names)} at the same time ({PARALLEL}){'' if exact else ', close'}")
             return placed
         if len(choice.names) > 1:

@@ -70,7 +70,7 @@ def host_config(settings: OffloadSettings, backend: Backend) -> StreamingConfig:
     """
     virtual = backend.is_virtual
     return StreamingConfig(
-        copy_streams=_copy_streams(settings),
+        copy_streams=copy_streams(settings.mode, settings.copy_streams),
         slots=settings.prefetch_depth + 1 if settings.prefetch_depth else 0,
         pin_memory=is_pinning(settings.pin_memory),
         pinned_limit=settings.pinned_limit,
@@ -98,11 +98,12 @@ def _headroom(settings: OffloadSettings, virtual: bool) -> int:
     return StreamingConfig.headroom_bytes
 
 
-def _copy_streams(settings: OffloadSettings) -> int:
-    if settings.mode is Mode.SYNC:
+def copy_streams(mode: Mode, wanted: int = 0) -> int:
+    """Streams that copy in turn: ``wanted`` if that is not 0, else as ComfyUI's command line says. 0 is synchronous."""
+    if mode is Mode.SYNC:
         return 0
-    if settings.copy_streams:
-        return settings.copy_streams
+    if wanted:
+        return wanted
     if mm.NUM_STREAMS > 0:
         return mm.NUM_STREAMS
     # On a CPU host NUM_STREAMS is 0 although no option asks for that.

@@ -41,6 +41,7 @@ from ..tell.names import without_folders
 from ..tell.notices import keep_notice, withdraw_notice
 from ..tell.progress import LoadingBar
 from .measured import keep_measured
+from .objections import keep_objection
 from .offload import GIB, ROUND_GIB, OffloadSettings, host_config
 from .shares import Shares
 
@@ -234,6 +235,7 @@ class StreamedModel:
         for model in streamed_models():
             if model.number == self.number:
                 model.alone = alone
+        keep_objection(self.title, self.beside, alone)
         if not alone:
             messages.announce(self.title, f"works on {listed(self.beside)} at the same time", self.node_id)
             return withdraw_notice(PARALLEL_NOTICE, self.node_id)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ...streaming import Link
 from ...streaming.estimating.estimate import known_number
 from ...streaming.machine.gpus import NO_LINK
-from .together import WORTH, Together
+from .together import Together
 
 Kind = Literal[
     "loading",
@@ -41,6 +41,8 @@ DISK_BYTES_PER_SECOND = 3.5e9
 USUAL_OTHERS = 1_000_000_000
 # A limit has an effect if a model takes this part of it, or all but LITTLE of it.
 MOST_OF_LIMIT = 0.9
+# Of what a step takes now, what it would take at most with all GPUs at the same time, to be worth a word.
+WORTH = 0.85
 # Room that is not worth a word.
 LITTLE = 300_000_000
 
@@ -115,7 +117,7 @@ def find_causes(facts: Facts) -> list[Cause]:
     if not (facts.streamed or facts.together):
         return []
     if facts.loading:
-        return [Cause("loading", None, {"staged": facts.staged})]
+        return [Cause("loading", None, {"staged": facts.staged})] if facts.streamed else []
     if facts.step is None or facts.waited is None or not (0 < facts.step < math.inf and 0 <= facts.waited < math.inf):
         return []
     part = facts.waited / facts.step

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...streaming import Run, Snapshot, format_bytes
 from ...streaming.run.averages import UNSETTLED_STEPS
-from ..model.measured import measured_bandwidth
-from ..model.parts import links
 from ..model.streamed_model import StreamedModel
-from ..parallel.families import lists_of_blocks
 from ..tell.names import without_folders
 from .causes import Facts, find_causes
 from .environment import describe_settings
-from .estimating import rate_of
-from .together import Gpu, Together, seconds_together
+from .together import Together, together_of
 from .usage import DeviceUsage
 
 # A model counts as running for so many seconds after it began a step: samplers do other work between two steps.
@@ -66,45 +62,8 @@ def describe_causes(models: Iterable[StreamedModel], devices: Sequence[DeviceUsa
     return [
         {"model": str(model.number), "device": model.gpu, **cause.as_dict()}
         for model, now in known
-        for cause in find_causes(facts_of(model, now, usage[model.gpu], _together(model, known, usage)))
+        for cause in find_causes(facts_of(model, now, usage[model.gpu], together_of(model, known, usage)))
     ]
-
-
-def _together(
-    model: StreamedModel, known: Sequence[tuple[StreamedModel, Snapshot]], usage: Mapping[str, DeviceUsage]
-) -> Together | None:
-    """How the GPUs of a model might work at the same time, whose blocks are given out to them; None for other parts of
-    it than the first, where it is not loaded, and where too little is known."""
-    parts = [(part, now) for part, now in known if part.number == model.number]
-    if model.boundary is None or any(now.mode == "off" for _, now in parts):
-        return None
-    gpus = [_room_of(part, now, usage[part.gpu]) for part, now in parts]
-    kept = sum(now.resident_bytes + now.rest_bytes for _, now in parts)
-    streamed = sum(now.streamed_weight_bytes for _, now in parts)
-    copied = sum(now.streamed_block_bytes for _, now in parts)
-    compute = next(now.compute_seconds for part, now in parts if part is model)
-    seconds = seconds_together(kept + streamed, copied / streamed if streamed else 1.0, compute, gpus)
-    return (
-        None if seconds is None else Together(seconds, not _tokens_can_be_divided(model, [part for part, _ in parts]))
-    )
-
-
-def _room_of(part: StreamedModel, now: Snapshot, device: DeviceUsage) -> Gpu:
-    config = part.streamer.config
-    room = now.device_bytes + max(0, (device.free or 0) - config.headroom_bytes)
-    measured = now.bandwidth_bytes_per_second or measured_bandwidth(part.gpu)
-    rate, source = rate_of(measured, device.link)
-    return Gpu(
-        room if config.vram_limit is None else min(room, config.vram_limit), None if source == "assumed" else rate
-    )
-
-
-def _tokens_can_be_divided(model: StreamedModel, parts: Sequence[StreamedModel]) -> bool:
-    """Whether the tokens of one prompt may be: blocks of a known kind, not compiled, on GPUs that reach each other."""
-    streamer = model.streamer
-    devices = [part.streamer.backend.device for part in parts]
-    reached = all(links.is_direct(one, other) for one in devices for other in devices if one != other)
-    return reached and not streamer.planner.compiled and any(True for _ in lists_of_blocks(streamer.root))
 
 
 def facts_of(model: StreamedModel, now: Snapshot, device: DeviceUsage, together: Together | None = None) -> Facts:

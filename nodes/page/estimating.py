@@ -34,7 +34,7 @@ from ...streaming.machine.gpus import NO_LINK, best_links
 from ..host.devices import pins, same_device, spare_ram
 from ..host.gpus import visible_gpus, why_no_gpus
 from ..model.measured import measured_bandwidth, measured_compute
-from ..model.offload import PINNING, Mode, is_pinning
+from ..model.offload import PINNING, Mode, copy_streams, is_pinning
 from ..model.patcher import StreamedModelPatcher
 from ..model.streamed_model import streamed_models
 from ..tell.names import without_folders
@@ -50,6 +50,8 @@ FOLDERS = ("diffusion_models", "checkpoints")
 TIMES_FP8 = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 FP8 = "F8_E4M3"
 MOST_GIB = 1e6
+# How a rate is known that nothing is known of.
+ASSUMED = "assumed"
 
 
 class RefusedError(Exception):
@@ -81,7 +83,7 @@ class Wanted:
     limit: float | None = None
     reserve: float = 0.0
     pinned_limit: float | None = None
-    mode: str = Mode.AUTO.value
+    mode: Mode = Mode.AUTO
     packs: bool = True
 
     @classmethod
@@ -101,7 +103,7 @@ class Wanted:
             limit=_bytes_of(query, "vram_limit_gb") or None,
             reserve=_bytes_of(query, "reserve_vram_gb"),
             pinned_limit=_pinned_limit(query),
-            mode=query.get("mode", Mode.AUTO.value),
+            mode=_mode(query),
             packs=query.get("packing") != PackingMode.OFF.value,
         )
 
@@ -131,6 +133,18 @@ def _bytes_of(query: Mapping[str, str], name: str) -> float:
     if not 0 <= gib < MOST_GIB:
         raise RefusedError(400, f"{name} must be a number, 0 or more")
     return gib * GIB
+
+
+def _mode(query: Mapping[str, str]) -> Mode:
+    """The mode of Async Offload Settings.
+
+    Raises:
+        RefusedError: there is no such mode.
+    """
+    try:
+        return Mode(query.get("mode", Mode.AUTO.value))
+    except ValueError as error:
+        raise RefusedError(400, f"mode must be one of {', '.join(mode.value for mode in Mode)}") from error
 
 
 def _pinned_limit(query: Mapping[str, str]) -> float | None:
@@ -208,7 +222,7 @@ def rate_of(measured: float | None, link: Link) -> tuple[float, str]:
         return rate, "measured"
     if (most := known_number(link.bytes_per_second)) is not None:
         return LINK_SHARE * most, "link"
-    return ASSUMED_LINK * 1e9, "assumed"
+    return ASSUMED_LINK * 1e9, ASSUMED
 
 
 def _gpu(reader: VramReader) -> tuple[DeviceUsage, Link]:
@@ -242,9 +256,9 @@ def _machine(usage: DeviceUsage, rate: float, compute: float | None, wanted: Wan
         system=os.name,
         limit=None if wanted.limit is None else wanted.limit / GIB,
         pinned_limit=None if wanted.pinned_limit is None else wanted.pinned_limit / GIB,
-        keeps_nothing=wanted.mode == Mode.STREAM.value,
+        keeps_nothing=wanted.mode is Mode.STREAM,
         packs=wanted.packs,
-        overlaps=wanted.mode != Mode.SYNC.value,
+        overlaps=copy_streams(wanted.mode) > 0,
     )
 
 

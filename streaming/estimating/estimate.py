@@ -96,7 +96,9 @@ def plan_for(cut: Cut, machine: Machine) -> Plan:
     profile = replace(assumed_profile(cut.outline), bandwidth=machine.link * 1e9)
     if machine.compute_seconds is not None:
         profile = _measured(profile, machine.compute_seconds)
-    return make_plan(cut.outline, profile, machine.budget, StreamingConfig(stream_all=machine.keeps_nothing))
+    streams = StreamingConfig.copy_streams if machine.overlaps else 0
+    config = StreamingConfig(copy_streams=streams, stream_all=machine.keeps_nothing)
+    return make_plan(cut.outline, profile, machine.budget, config)
 
 
 def _measured(profile: Profile, seconds: float) -> Profile:

@@ -46,12 +46,10 @@ class Links:
             target = torch.empty_strided(once.size(), once.stride(), dtype=once.dtype, device=device)
         return target.copy_(source, non_blocking=True).expand(tensor.size())
 
-    def is_direct(self, source: torch.device, target: torch.device) -> bool:
-        """Whether copies go directly, as far as that was tried: nothing is tried here."""
-        if not source.type == target.type == "cuda":
-            return True
+    def is_unsound(self, source: torch.device, target: torch.device) -> bool:
+        """Whether it was tried, and does not arrive or is forbidden. Nothing is tried here."""
         with self._lock:
-            return self._sound.get((source, target), False)
+            return self._sound.get((source, target)) is False
 
     def is_sound(self, source: torch.device, target: torch.device) -> bool:
         """Whether what is copied directly from one GPU to another arrives; waits for both the first time.

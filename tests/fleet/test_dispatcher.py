@@ -61,8 +61,9 @@ class FakeWorker:
                 raise WorkerDied("killed")
             if fault == "falls silent":
                 return
-            if fault == "hangs":
-                await asyncio.Event().wait()
+            while fault == "hangs":
+                await asyncio.sleep(0.05)
+                yield "event", "another_pack", {"load": 0.5}
             if prompt_id in self.interrupted:
                 yield "done", result("error", [["execution_interrupted", {"node_id": "3"}]])
                 return
@@ -228,12 +229,26 @@ def test_a_worker_that_is_lost_at_any_moment_loses_nothing(tmp_path: Path, worke
 @pytest.mark.parametrize("place", range(len(MESSAGES)))
 def test_a_worker_that_hangs_is_started_again_and_its_prompt_runs_elsewhere(tmp_path: Path, place: int) -> None:
     front, some = FakeFront(2), [FakeWorker("gpu-0", {(0, place): "hangs"}), FakeWorker("gpu-1")]
-    served = serve(tmp_path, front, some, most_silent=0.3)
+    served = serve(tmp_path, front, some, most_silent=1.0)
     assert [front.kind(job.id) for job in front.all] == ["success"] * 2
     assert (some[0].starts, served.reruns) == (2, 1)
     (job,) = (job for job in front.all if job.lost)
-    assert job.lost == {"gpu-0": "it has said nothing of its prompt for 0.3 s"}
+    assert job.lost == {"gpu-0": "it has said nothing of its prompt for 1 s"}
     assert job.id in some[1].ran
+
+
+def test_a_worker_that_does_not_take_the_files_of_a_prompt_hangs_too(tmp_path: Path) -> None:
+    (tmp_path / "in.png").write_bytes(b"a picture")
+    front, some = FakeFront(1), [FakeWorker("gpu-0"), FakeWorker("gpu-1")]
+    front.all[0].body["prompt"] = {"1": {"class_type": "LoadImage", "inputs": {"image": "in.png"}}}
+
+    async def never(places: Sequence[Any]) -> list[Any]:
+        return await asyncio.Event().wait()
+
+    some[0].lacks = never
+    served = serve(tmp_path, front, some, most_silent=0.5)
+    assert front.kind("p0") == "success"
+    assert (some[0].starts, served.reruns, some[1].ran) == (2, 1, ["p0"])
 
 
 def test_nobody_is_ended_for_silence_unless_that_is_asked_for(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ test("a card says whose limit it is, and that settings have switched streaming o
 test("a card says what to do where somebody has set how much may be page-locked", () => {
   const todo = (/** @type {number | null} */ limit, /** @type {any} */ changes = {}) =>
     estimateViews([known({ from_file: 4 * GIB, pinnable: limit ?? 14 * GIB, pinned_limit: limit }, changes)], EN, () => null)[0].todo;
-  assert.match(todo(0, { pinMemory: "off" }), /^Set pin_memory of Async Offload Settings to auto: 4\.0 GiB /);
+  assert.match(todo(0, { pinMemory: "off" }), /^Set pin_memory of Async Offload Settings to on: 4\.0 GiB /);
   assert.match(todo(0), /^Start ComfyUI without --disable-pinned-memory, /);
   assert.match(todo(14 * GIB, { pinnedLimit: 14 }), /^Raise pinned_limit_gb /);
   assert.match(todo(null), /^It runs, but /);

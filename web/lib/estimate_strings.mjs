@@ -40,7 +40,7 @@ export const ENGLISH_ESTIMATES = {
     `Raise vram_limit_gb of ${bySettings ? "Async Offload Settings" : "the loader"}, or set it to 0 for automatic.`,
   estimateDoDisk: "Use a smaller file (fp8 or GGUF), or add RAM: it does not hold this file, and each step waits for the disk.",
   estimateDoFile: (/** @type {string} */ file) => `It runs, but ${file} of each step come more slowly. Use a smaller file (fp8 or GGUF), or add RAM.`,
-  estimateDoPin: (/** @type {string} */ file) => `Set pin_memory of Async Offload Settings to auto: ${file} of each step come more slowly.`,
+  estimateDoPin: (/** @type {string} */ file) => `Set pin_memory of Async Offload Settings to on: ${file} of each step come more slowly.`,
   estimateDoPinMore: (/** @type {string} */ file) =>
     `Raise pinned_limit_gb of Async Offload Settings, or set it to 0: ${file} of each step come more slowly.`,
   estimateDoPinHost: (/** @type {string} */ file) =>
@@ -81,7 +81,7 @@ export const CHINESE_ESTIMATES = {
   estimateDoLimit: (bySettings) => `请提高${bySettings ? "“异步卸载设置”" : "加载器"}的 vram_limit_gb，或设为 0（自动）。`,
   estimateDoDisk: "请使用更小的文件（fp8 或 GGUF），或增加内存：内存放不下此文件，每步都要等待磁盘。",
   estimateDoFile: (file) => `可以运行，但每步有 ${file} 传输较慢。请使用更小的文件（fp8 或 GGUF），或增加内存。`,
-  estimateDoPin: (file) => `请将“异步卸载设置”的 pin_memory 设为 auto：每步有 ${file} 传输较慢。`,
+  estimateDoPin: (file) => `请将“异步卸载设置”的 pin_memory 设为 on：每步有 ${file} 传输较慢。`,
   estimateDoPinMore: (file) => `请提高“异步卸载设置”的 pinned_limit_gb，或设为 0：每步有 ${file} 传输较慢。`,
   estimateDoPinHost: (file) => `启动 ComfyUI 时请勿使用 --disable-pinned-memory，或将“异步卸载设置”的 pin_memory 设为 on：每步有 ${file} 传输较慢。`,
   estimateDoRam: (available) => `请关闭占用内存的程序：目前仅有 ${available} 空闲。`,

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
-from placing import FIRST, SECOND
+from placing import FIRST, SECOND, place
 from sampling import MB, sample, settle
-from weightstream.nodes.model import measured
+from weightstream.nodes.model import measured, objections
+from weightstream.nodes.model.parts import links
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.model.streamed_model import StreamedModel, streamed_models
+from weightstream.nodes.model.streamed_model import streamed_models
+from weightstream.nodes.page import together
 from weightstream.nodes.page.causes import Cause, Facts, find_causes
-from weightstream.nodes.page.description import _together, describe_causes, facts_of
+from weightstream.nodes.page.description import describe_causes, facts_of
 from weightstream.nodes.page.status import full_status
-from weightstream.nodes.page.together import Gpu, Together, seconds_together
+from weightstream.nodes.page.together import Gpu, Together, seconds_together, together_of
 from weightstream.nodes.page.usage import DeviceUsage, sampler
+from weightstream.nodes.parallel import copies
 from weightstream.nodes.twins.split import split_over
 from weightstream.streaming import Link, VramReader
 from weightstream.streaming.machine.gpus import Nvml
@@ -195,41 +197,109 @@ def test_gpus_that_compute_one_after_the_other() -> None:
     assert kinds(together=slow, streamed=0) == []
 
 
+def test_nothing_is_said_of_gpus_while_all_that_stays_is_loading() -> None:
+    assert kinds(together=Together(0.1, False), streamed=0, loading=True) == []
+
+
 def test_at_the_same_time_each_gpu_brings_what_it_lacks_of_the_whole() -> None:
     fits, small = Gpu(24 * GB, None), Gpu(8 * GB, 25e9)
-    together = partial(seconds_together, 20 * GB, 1.0)
-    assert together(1.0, [fits, fits]) == pytest.approx(0.553)
-    assert together(1.0, [fits, fits, fits, fits]) == pytest.approx(0.303)
-    assert together(0.5, [fits, small]) == pytest.approx(12 / 25)
-    assert seconds_together(20 * GB, 0.7, 0.5, [small, small]) == pytest.approx(0.7 * 12 / 25)
-    assert together(0.5, [replace(small, rate=5e9), replace(small, rate=None)]) == pytest.approx(12 / 5)
-    assert together(0.5, [replace(small, rate=None), fits]) is None, "nothing has streamed"
-    assert together(None, [fits, fits]) is None
-    assert together(1.0, [fits]) is None
+
+    def seconds(compute: float | None, gpus: list[Gpu], at_once: int = 2, shrunk: float = 1.0) -> float | None:
+        return seconds_together(20 * GB, shrunk, 60, compute, gpus, at_once)
+
+    assert seconds(1.0, [fits, fits]) == pytest.approx(0.553)
+    assert seconds(2.0, [fits, fits, fits, fits], at_once=4) == pytest.approx(0.606)
+    assert seconds(2.0, [fits, fits, fits, fits]) == pytest.approx(1.106), "two prompts are for two"
+    assert seconds(0.175, [fits, fits]) == pytest.approx(0.216), "one program launches for both"
+    assert seconds(0.5, [fits, small]) == pytest.approx(12 / 25)
+    assert seconds(0.5, [small, small], shrunk=0.7) == pytest.approx(0.7 * 12 / 25)
+    assert seconds(0.5, [replace(small, rate=5e9), replace(small, rate=None)]) == pytest.approx(12 / 5)
+    assert seconds(0.5, [replace(small, rate=None), fits]) is None, "nothing has streamed"
+    assert seconds(None, [fits, fits]) is None
+    assert seconds(1.0, [fits]) is None
 
 
-def test_a_split_model_says_what_its_gpus_would_do_at_the_same_time(
-    loaded: StreamedModelPatcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measured, "_bandwidth", {})
+Told = Callable[..., "Together | None"]
+
+
+@pytest.fixture
+def told(loaded: StreamedModelPatcher, monkeypatch: pytest.MonkeyPatch) -> Told:
+    """Splits the tiny FLUX over two GPUs, on which all of it stays, and tells of them what is asked."""
+    monkeypatch.setattr(measured, "_bandwidth", {"gpu:1": 1e12})
+    monkeypatch.setattr(objections, "_known", {})
     ours = split_over(loaded, [FIRST, SECOND], "equal", None, None).patcher
     sample(ours)
-    home, part = (model for model in streamed_models() if model.number == ours.streamed.number)
-    usage = {device.device: device for device in sampler.sample(READER).devices}
+    parts = [model for model in streamed_models() if model.number == ours.streamed.number]
+    devices_now = sampler.sample(READER).devices
 
-    def told(of: StreamedModel, compute: float | None = 2.0, **changes: Any) -> Together | None:
-        now = replace(home.streamer.snapshot(), compute_seconds=compute, **changes)
-        return _together(of, [(home, now), (part, part.streamer.snapshot())], usage)
+    def tell(place: int = 0, compute: float | None = 2.0, names: tuple[str, str] = ("", ""), **now: Any) -> Any:
+        usage = {each.device: replace(each, name=name) for each, name in zip(devices_now, names, strict=True)}
+        home = replace(parts[0].streamer.snapshot(), compute_seconds=compute, **now)
+        return together_of(parts[place], [(parts[0], home), (parts[1], parts[1].streamer.snapshot())], usage)
 
-    assert told(home) is None, "how fast its links are is not known"
+    tell.patcher, tell.parts = ours, parts
+    return tell
+
+
+def test_a_split_model_says_what_its_gpus_would_do_at_the_same_time(told: Told) -> None:
+    assert told() == Together(pytest.approx(2 * 0.553), needs_guidance=False)
+    assert told(place=1) is told(mode="off") is None
+    run = replace(told.parts[0].streamer.snapshot().run, step_seconds=4.0, waiting=0.25)
+    assert told(compute=None, run=run) == Together(pytest.approx(3 * 0.553), needs_guidance=False)
+    assert told(compute=None, run=replace(run, step_seconds=None)) is None
+
+
+def test_what_it_lacks_comes_over_its_link(told: Told) -> None:
     measured._bandwidth["gpu:1"] = 1.0
-    weights = home.streamer.model_bytes + part.streamer.model_bytes
-    assert told(home) == Together(pytest.approx(weights - 24 * MB, rel=0.05), needs_guidance=False)
-    measured._bandwidth["gpu:1"] = 1e12
-    assert told(home) == Together(2 * 0.553, needs_guidance=False)
-    assert told(home, None) is told(part) is told(home, mode="off") is None
-    monkeypatch.setattr(home.streamer.planner, "compiled", True)
-    assert told(home) == Together(2 * 0.553, needs_guidance=True)
+    weights = sum(part.streamer.model_bytes for part in told.parts)
+    assert told().seconds == pytest.approx(weights - 24 * MB, rel=0.05)
+    measured._bandwidth.clear()
+    assert told() is None, "how fast the links are is not known"
+
+
+def test_nothing_is_advised_that_is_known_not_to_work(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(names=("RTX 4090", "RTX 3060")) is None, "each would get as much to compute"
+    assert told(names=("RTX 4090", "RTX 4090")) is not None
+    title = told.parts[0].title
+    objections.keep_objection(title, ["gpu:1", "gpu:0"], "several GPUs are no faster")
+    assert told() is None
+    objections.keep_objection(title, ["gpu:0", "gpu:1"], "")
+    assert told() is not None
+    monkeypatch.setattr(together, "why_not_parallel", lambda: "this ComfyUI cannot")
+    assert told() is None
+
+
+def test_what_keeps_tokens_whole_takes_two_prompts(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = told.patcher.model_options["transformer_options"]
+    monkeypatch.setitem(options, "patches", {"attn1_patch": [print]})
+    told.parts[0].loaded = lambda: told.patcher
+    assert told().needs_guidance
+    monkeypatch.delitem(options, "patches")
+    assert not told().needs_guidance
+    monkeypatch.setattr(links, "_sound", {(FIRST, SECOND): False})
+    assert told().needs_guidance
+
+
+def test_placement_that_could_not_keeps_its_reason(
+    loaded: StreamedModelPatcher, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objections, "_known", {})
+    monkeypatch.setattr(copies, "why_not_parallel", lambda: "this ComfyUI cannot")
+    placed, *_ = place(loaded, devices="gpu:0,gpu:1", split="parallel")
+    assert len(placed.streamers) == 2
+    assert objections.objection(placed.streamed.title, ["gpu:1", "gpu:0"]) == "this ComfyUI cannot"
+
+
+def test_a_split_model_of_which_all_stays_has_the_cause(
+    loaded: StreamedModelPatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objections, "_known", {})
+    monkeypatch.setattr(measured, "_bandwidth", {"gpu:0": 1e12})
+    monkeypatch.setattr(together, "LAUNCH_SECONDS", 0.0)
+    ours = split_over(loaded, [FIRST, SECOND], "equal", None, None).patcher
+    settle(ours)
+    found = [each for each in full_status()["causes"] if each["model"] == str(ours.streamed.number)]
+    assert [(each["kind"], each["device"], each["guidance"]) for each in found] == [("turns", "gpu:0", False)]
 
 
 def test_no_cause_costs_more_than_the_wait() -> None:

@@ -177,7 +177,9 @@ def test_page_locking_counts_as_settings_and_the_command_line_have_it(
     assert estimate(FLUX, pin_memory="on") == plain
 
 
-def test_nothing_is_packed_where_settings_say_so_and_synchronous_copies_hide_nothing(flux: Path, card: Card) -> None:
+def test_nothing_is_packed_where_settings_say_so_and_synchronous_copies_hide_nothing(
+    flux: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
     card(8)
     measured._compute[FLUX, "gpu:0"] = 0.2
     plain, raw, waiting = (estimate(FLUX, **query) for query in ({}, {"packing": "off"}, {"mode": "sync"}))
@@ -185,8 +187,13 @@ def test_nothing_is_packed_where_settings_say_so_and_synchronous_copies_hide_not
     assert plain["packed_step_seconds"] < plain["step_seconds"]
     nothing = {"packed_bus_seconds": None, "packed_step_seconds": None}
     assert raw == {**plain, **nothing}
-    assert waiting == {**raw, "step_seconds": 0.2 + plain["bus_seconds"]}
     assert estimate(FLUX, packing="on") == plain
+    assert waiting.items() >= {**nothing, "step_seconds": 0.2 + waiting["bus_seconds"]}.items()
+    assert waiting["stays"] > plain["stays"], "they take less staging"
+    monkeypatch.setattr(offload.args, "disable_async_offload", True)
+    assert estimate(FLUX) == waiting
+    with pytest.raises(RefusedError, match="mode must be one of auto, stream, sync, off"):
+        estimate(FLUX, mode="fast")
 
 
 def test_the_least_limit_is_said_and_is_enough(flux: Path, card: Card) -> None:
