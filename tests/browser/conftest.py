@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -65,22 +67,30 @@ def frontend(request: pytest.FixtureRequest) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base folder of one host after the other: its models are written once."""
-    return tmp_path_factory.mktemp("host")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str]], HeadlessHost]]:
+    """Starts a host with some arguments when it is wanted first, for all files: a file has tests of each page."""
+    environ = {"WEIGHTSTREAM_VIRTUAL": DEVICES, "CUDA_VISIBLE_DEVICES": ""}
+    with contextlib.ExitStack() as running:
+
+        @functools.cache
+        def start(*arguments: str) -> HeadlessHost:
+            folder = tmp_path_factory.mktemp("host")
+            host = HeadlessHost(
+                os.environ["COMFYUI_PATH"], folder, cpu=True, page=True, arguments=arguments, environ=environ
+            )
+            host.prepare()
+            write_settings(host, SETTINGS)
+            demo.write_models(host, demo.SIZES["tiny"])
+            return running.enter_context(host)
+
+        yield lambda arguments: start(*arguments)
 
 
 @pytest.fixture(scope="session")
-def host(frontend: list[str], base: Path) -> Iterator[HeadlessHost]:
-    """One for each page, for all files. Without a browser nothing has to be started."""
+def host(frontend: list[str], hosts: Callable[[list[str]], HeadlessHost]) -> HeadlessHost:
+    """Without a browser none has to be started."""
     program()
-    environ = {"WEIGHTSTREAM_VIRTUAL": DEVICES, "CUDA_VISIBLE_DEVICES": ""}
-    host = HeadlessHost(os.environ["COMFYUI_PATH"], base, cpu=True, page=True, arguments=frontend, environ=environ)
-    host.prepare()
-    write_settings(host, SETTINGS)
-    demo.write_models(host, demo.SIZES["tiny"])
-    with host:
-        yield host
+    return hosts(frontend)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,16 @@ def test_the_nodes_look_as_in_the_docs(comfy: ComfyPage, save_picture: Callable[
     boxes = comfy.page.evaluate(ADD_IN_A_ROW, list(NODES))
     for (_, right), (left, _) in itertools.pairwise(boxes):
         assert right < left
-    clip = comfy.bring_into_view(*NODES)
-    assert clip["x"] + clip["width"] <= WIDTH
     panel = comfy.page.locator(".ws-embedded")
     expect(panel.locator(".ws-device")).to_have_count(2)
+    give_up = time.monotonic() + 5
+    while True:  # A node grows a moment later than what is in it.
+        clip, inside = comfy.bring_into_view(*NODES), panel.bounding_box()
+        assert inside is not None
+        if inside["y"] + inside["height"] < clip["y"] + clip["height"] or time.monotonic() > give_up:
+            break
+        comfy.page.wait_for_timeout(50)
     save_picture(comfy.page, "nodes", clip=clip)
-    inside = panel.bounding_box()
-    assert inside is not None
+    assert clip["x"] + clip["width"] <= WIDTH
     assert clip["x"] < inside["x"] < inside["x"] + inside["width"] < clip["x"] + clip["width"]
     assert clip["y"] < inside["y"] < inside["y"] + inside["height"] < clip["y"] + clip["height"]
