@@ -112,6 +112,7 @@ class Worker:
         )
         await self._wait_until_up()
         self._messages = asyncio.Queue()
+        self._running = self._cancelled = None
         socket_ = await self._session.ws_connect(f"/ws?clientId={CLIENT}", max_msg_size=0)
         await socket_.send_json(FEATURES)
         self._reader = asyncio.create_task(self._read(socket_, self._messages))

@@ -237,7 +237,7 @@ class Placing:
                 self.fall_back(f"MODEL does not work in parallel, {error}")
                 placed = self.place_model(model, replace(choice, shares=None), SPLITS[0])
                 if isinstance(placed, StreamedModelPatcher):
-                    keep_objection(placed.streamed.title, choice.names, str(error))
+                    keep_objection(placed.streamed.title, str(error))
                 return placed
             self.say(f"MODEL on {listed(choice.names)} at the same time ({PARALLEL}){'' if exact else ', close'}")
             return placed

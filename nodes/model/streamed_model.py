@@ -230,12 +230,12 @@ class StreamedModel:
 
     def tell_of_parallel(self, alone: str, about: object) -> None:
         """Say on how many GPUs it works, where that has changed: ``alone`` says why on its own one; empty if on all."""
+        keep_objection(self.title, alone)
         if alone == self.alone:
             return
         for model in streamed_models():
             if model.number == self.number:
                 model.alone = alone
-        keep_objection(self.title, self.beside, alone)
         if not alone:
             messages.announce(self.title, f"works on {listed(self.beside)} at the same time", self.node_id)
             return withdraw_notice(PARALLEL_NOTICE, self.node_id)

@@ -41,7 +41,7 @@ DISK_BYTES_PER_SECOND = 3.5e9
 USUAL_OTHERS = 1_000_000_000
 # A limit has an effect if a model takes this part of it, or all but LITTLE of it.
 MOST_OF_LIMIT = 0.9
-# Of what a step takes now, what it would take at most with all GPUs at the same time, to be worth a word.
+# Work at the same time is advised where a step would take at most this part of what it takes now.
 WORTH = 0.85
 # Room that is not worth a word.
 LITTLE = 300_000_000
@@ -112,8 +112,8 @@ class Cause:
 
 
 def find_causes(facts: Facts) -> list[Cause]:
-    """Return why a step takes as long as it does. Nothing is said of a model that did not run, or does not stream, but
-    that its GPUs might work at the same time."""
+    """Return why a step takes as long as it does. Nothing is said of a model that did not run. Of one that does not
+    stream only this is said: that its GPUs might work at the same time."""
     if not (facts.streamed or facts.together):
         return []
     if facts.loading:

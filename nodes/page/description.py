@@ -6,16 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...streaming import Run, Snapshot, format_bytes
-from ...streaming.run.averages import UNSETTLED_STEPS
 from ..model.streamed_model import StreamedModel
 from ..tell.names import without_folders
 from .causes import Facts, find_causes
 from .environment import describe_settings
+from .runs import is_running, run_that_counts
 from .together import Together, together_of
 from .usage import DeviceUsage
-
-# A model counts as running for so many seconds after it began a step: samplers do other work between two steps.
-RUNNING_SECONDS = 2.0
 
 
 def describe_models(models: Iterable[StreamedModel], ended: bool = False) -> list[dict[str, Any]]:
@@ -30,7 +27,7 @@ def describe_model(model: StreamedModel, now: Snapshot, ended: bool) -> dict[str
     """How a model stands on its device: plain values; sizes in bytes, rates in bytes per second."""
     ladder, reason = ladder_step(now)
     loading = model.bar.progress()
-    running = not ended and _is_running(now)
+    running = not ended and is_running(now)
     return {
         **now.as_dict(),
         "id": str(model.number),
@@ -69,8 +66,7 @@ def describe_causes(models: Iterable[StreamedModel], devices: Sequence[DeviceUsa
 def facts_of(model: StreamedModel, now: Snapshot, device: DeviceUsage, together: Together | None = None) -> Facts:
     """What is known of a model on its device: of the run that has ended, or of one that is on, once it has settled."""
     ladder, reason = ladder_step(now)
-    unsettled = _is_running(now) and now.run.counters.steps <= UNSETTLED_STEPS
-    run = now.last_run if unsettled and now.last_run is not None else now.run
+    run = run_that_counts(now)
     config = model.streamer.config
     loads = model.bar.progress() is not None or (now.building and now.staged_bytes > 0)
     return Facts(
@@ -116,10 +112,6 @@ def ladder_step(now: Snapshot) -> tuple[str, str]:
         made = "page-locked copies are made now" if now.locking else "page-locked copies are made before the next step"
         return "staged", now.note or made
     return "staged", now.note
-
-
-def _is_running(now: Snapshot) -> bool:
-    return now.busy or (now.mode != "off" and now.idle_seconds < RUNNING_SECONDS)
 
 
 def _waited(run: Run) -> float | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,8 +103,8 @@ class Wanted:
             limit=_bytes_of(query, "vram_limit_gb") or None,
             reserve=_bytes_of(query, "reserve_vram_gb"),
             pinned_limit=_pinned_limit(query),
-            mode=_mode(query),
-            packs=query.get("packing") != PackingMode.OFF.value,
+            mode=Mode(_one_of(query, "mode", [mode.value for mode in Mode])),
+            packs=_one_of(query, "packing", [mode.value for mode in PackingMode]) != PackingMode.OFF.value,
         )
 
     def path(self) -> str:
@@ -135,21 +135,20 @@ def _bytes_of(query: Mapping[str, str], name: str) -> float:
     return gib * GIB
 
 
-def _mode(query: Mapping[str, str]) -> Mode:
-    """The mode of Async Offload Settings.
+def _one_of(query: Mapping[str, str], name: str, choices: Collection[str]) -> str:
+    """An input of Async Offload Settings with a menu; "auto" where it is not given.
 
     Raises:
-        RefusedError: there is no such mode.
+        RefusedError: it is none of these.
     """
-    try:
-        return Mode(query.get("mode", Mode.AUTO.value))
-    except ValueError as error:
-        raise RefusedError(400, f"mode must be one of {', '.join(mode.value for mode in Mode)}") from error
+    if (found := query.get(name, Mode.AUTO.value)) not in choices:
+        raise RefusedError(400, f"{name} must be one of {', '.join(choices)}")
+    return found
 
 
 def _pinned_limit(query: Mapping[str, str]) -> float | None:
     """As ``pin_memory`` and ``pinned_limit_gb`` of Async Offload Settings say, or ComfyUI's command line."""
-    if not is_pinning(PINNING.get(query.get("pin_memory", ""))):
+    if not is_pinning(PINNING[_one_of(query, "pin_memory", PINNING)]):
         return 0.0
     return _bytes_of(query, "pinned_limit_gb") or None
 
@@ -213,6 +212,7 @@ def as_values(found: Estimate) -> dict[str, Any]:
         "compute_seconds": machine.compute_seconds,
         "step_seconds": found.step_seconds,
         "packed_step_seconds": found.packed_step_seconds,
+        "overlaps": machine.overlaps,
     }
 
 
@@ -257,7 +257,8 @@ def _machine(usage: DeviceUsage, rate: float, compute: float | None, wanted: Wan
         limit=None if wanted.limit is None else wanted.limit / GIB,
         pinned_limit=None if wanted.pinned_limit is None else wanted.pinned_limit / GIB,
         keeps_nothing=wanted.mode is Mode.STREAM,
-        packs=wanted.packs,
+        # Only what is page-locked streams packed; 0 is that nothing may be.
+        packs=wanted.packs and wanted.pinned_limit != 0,
         overlaps=copy_streams(wanted.mode) > 0,
     )
 

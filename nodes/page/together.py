@@ -22,6 +22,7 @@ from ..model.parts import links
 from ..model.streamed_model import StreamedModel
 from ..parallel.dividing import why_whole
 from .estimating import ASSUMED, rate_of
+from .runs import run_that_counts
 from .usage import DeviceUsage
 
 # What a GPU computes of a step besides its part: two H200 take 0.553 of one's time (FLUX at 2048^2, docs/parallel.md).
@@ -38,7 +39,7 @@ class Gpu:
 
     Attributes:
         room: bytes of its memory for weights.
-        rate: bytes per second that come to it; None where nothing was measured.
+        rate: bytes per second that come to it; None where neither a measurement nor its link says so.
     """
 
     room: float
@@ -102,8 +103,10 @@ def together_of(
     if model.boundary is None or patcher is None or any(now.mode == "off" for _, now in parts):
         return None
     gpus = [part.gpu for part, _ in parts]
-    if objection(model.title, gpus) or why_not_parallel() or len({usage[gpu].name for gpu in gpus}) > 1:
+    if objection(model.title) or why_not_parallel() or len({usage[gpu].name for gpu in gpus}) > 1:
         return None
+    if any(part.streamer.config.synchronous for part, _ in parts):
+        return None  # Then what is copied is no part of what is computed meanwhile.
     needs_guidance = bool(why_whole([patcher], patcher.model_options)) or _are_apart([part for part, _ in parts])
     # Three GPUs compute two prompts with guidance, and a third of the tokens without: which it is, is not known here.
     at_once = PROMPTS if needs_guidance or len(parts) == 3 else len(parts)
@@ -122,17 +125,18 @@ def together_of(
 
 
 def _compute_of(model: StreamedModel, parts: Sequence[tuple[StreamedModel, Snapshot]]) -> float | None:
-    """Seconds of a step's compute. Where nothing streams to its first GPU that is all but what others wait for."""
+    """Seconds of a step's compute. Where nothing streams to its first GPU, and so nothing was measured there, that is
+    all of a step but the wait of the GPU that waits most."""
     home = next(now for part, now in parts if part is model)
-    if home.compute_seconds is not None or (seconds := home.run.step_seconds) is None:
+    if home.compute_seconds is not None or (seconds := run_that_counts(home).step_seconds) is None:
         return home.compute_seconds
-    waiting = sum(now.run.waiting or 0.0 for _, now in parts)
-    return seconds * max(0.0, 1 - waiting)
+    return seconds * (1 - max(run_that_counts(now).waiting or 0.0 for _, now in parts))
 
 
 def _gpu_of(part: StreamedModel, now: Snapshot, device: DeviceUsage) -> Gpu:
     config = part.streamer.config
-    room = now.device_bytes + max(0, (device.free or 0) - config.headroom_bytes)
+    free = 0 if config.stream_all else max(0, (device.free or 0) - config.headroom_bytes)
+    room = now.device_bytes + free
     rate, source = rate_of(now.bandwidth_bytes_per_second or measured_bandwidth(part.gpu), device.link)
     limit = room if config.vram_limit is None else config.vram_limit
     return Gpu(min(room, limit), None if source == ASSUMED else rate)

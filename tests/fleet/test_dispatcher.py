@@ -61,6 +61,9 @@ class FakeWorker:
                 raise WorkerDied("killed")
             if fault == "falls silent":
                 return
+            for _ in range(5 if fault == "takes its time" else 0):
+                await asyncio.sleep(0.3)
+                yield "event", "progress", {"prompt_id": prompt_id, "value": 1, "max": 9}
             while fault == "hangs":
                 await asyncio.sleep(0.05)
                 yield "event", "another_pack", {"load": 0.5}
@@ -235,6 +238,12 @@ def test_a_worker_that_hangs_is_started_again_and_its_prompt_runs_elsewhere(tmp_
     (job,) = (job for job in front.all if job.lost)
     assert job.lost == {"gpu-0": "it has said nothing of its prompt for 1 s"}
     assert job.id in some[1].ran
+
+
+def test_a_worker_that_speaks_of_its_prompt_is_left_alone(tmp_path: Path) -> None:
+    front, worker = FakeFront(1), FakeWorker("gpu-0", {(0, 1): "takes its time"})
+    served = serve(tmp_path, front, [worker], most_silent=1.0)
+    assert (front.kind("p0"), worker.starts, served.reruns) == ("success", 1, 0)
 
 
 def test_a_worker_that_does_not_take_the_files_of_a_prompt_hangs_too(tmp_path: Path) -> None:

@@ -151,6 +151,11 @@ test("a card says what to do where somebody has set how much may be page-locked"
   assert.match(estimateViews([roomy], EN, () => null)[0].todo, /^It runs, but /, "the RAM is the limit, and not the setting");
 });
 
+test("where copies do not overlap a card says what each step takes more", () => {
+  const [view] = estimateViews([known({ overlaps: false, packed_bus_seconds: null })], EN, () => null);
+  assert.match(view.facts.find(({ key }) => key === "step")?.text ?? "", /a step takes 1\.5 s more than it computes/);
+});
+
 test("where there is too little VRAM a card says what is amiss first, and that ComfyUI loads the model", () => {
   const [view] = estimateViews([known({ fits: false, stays: 0, streamed_bytes: 0, missing_bytes: GIB }, { streams: false })], EN, () => null);
   assert.match(view.todo, /^Download the file again/);

@@ -144,14 +144,15 @@ test("the limits are those of the last settings behind a loader; its own holds w
   assert.deepEqual(limits({ mode: "off" }), [6, false, 0, 0, "off", false]);
 });
 
-test("what the last settings choose about page-locking and packing counts, and a preset's choice before it", () => {
-  const chosen = (/** @type {any} */ values, /** @type {any} */ more = {}) => {
-    const nodes = [node(1, OURS, { unet_name: "a" }), settings(2, values, more)];
-    const [{ mode, pinMemory, packing }] = graphModels({ rootGraph: graph(nodes, [[1, 2]]) });
-    return [mode, pinMemory, packing];
+test("what the last settings choose about page-locking and packing counts", () => {
+  const chosen = (/** @type {any[]} */ ...behind) => {
+    const nodes = [node(1, OURS, { unet_name: "a" }), ...behind.map((values, place) => settings(place + 2, values))];
+    const [found] = graphModels({ rootGraph: graph(nodes, behind.map((_, place) => [place + 1, place + 2])) });
+    return [found.mode, found.pinMemory, found.packing];
   };
   assert.deepEqual(chosen({}), ["auto", "auto", "auto"]);
   assert.deepEqual(chosen({ mode: "sync", pin_memory: "off", packing: "on" }), ["sync", "off", "on"]);
+  assert.deepEqual(chosen({ pin_memory: "off" }, { packing: "off" }), ["auto", "auto", "off"]);
 });
 
 test("a limit that is no number is none", () => {
@@ -181,13 +182,14 @@ test("a subgraph that is said to be in itself comes to an end", () => {
 });
 
 test("a preset decides whatever the inputs say", () => {
-  const one = settings(2, { preset: "least VRAM", vram_limit_gb: 3 });
-  const presets = { custom: {}, "least VRAM": { mode: "stream", vram_limit_gb: 0, reserve_vram_gb: 0, pinned_limit_gb: 0 } };
+  const one = settings(2, { preset: "least VRAM", vram_limit_gb: 3, pin_memory: "off", packing: "on" });
+  const least = { mode: "stream", vram_limit_gb: 0, reserve_vram_gb: 0, pinned_limit_gb: 0, pin_memory: "auto", packing: "auto" };
+  const presets = { custom: {}, "least VRAM": least };
   one.constructor = { nodeData: { inputs: { preset: { weightstream_presets: presets } } } };
   const found = () => graphModels({ rootGraph: graph([node(1, THEIRS, { unet_name: "a" }), one], [[1, 2]]) })[0];
-  assert.deepEqual([found().mode, found().limit], ["stream", 0]);
+  assert.deepEqual([found().mode, found().limit, found().pinMemory, found().packing], ["stream", 0, "auto", "auto"]);
   one.widgets.find((/** @type {any} */ each) => each.name === "preset").value = "custom";
-  assert.deepEqual([found().mode, found().limit], ["auto", 3]);
+  assert.deepEqual([found().mode, found().limit, found().pinMemory, found().packing], ["auto", 3, "off", "on"]);
 });
 
 test("loaders of one file are one where all is the same, and several where it is not", () => {

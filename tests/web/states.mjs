@@ -69,7 +69,7 @@ export function estimate(changes = {}) {
     model_bytes: 22.2 * GIB, vram: 8 * GIB, reserve: 2.5 * GIB, ram: 32 * GIB, fits: true, least_vram: 3.3 * GIB,
     least_limit: null, stays: 4.2 * GIB,
     streamed_bytes: 18 * GIB, streamed_blocks: 57, pinned_limit: null, pinnable: 25 * GIB, from_file: 0, from_disk: false, bus_seconds: 1.53,
-    packed_bus_seconds: 1.09, compute_seconds: null, step_seconds: null, packed_step_seconds: null, ...changes,
+    packed_bus_seconds: 1.09, compute_seconds: null, step_seconds: null, packed_step_seconds: null, overlaps: true, ...changes,
   };
 }
 

@@ -31,6 +31,7 @@ export const ENGLISH_ESTIMATES = {
   estimateAssumed: "assumed",
   estimatePacked: (/** @type {string} */ text, /** @type {string} */ packed) => `${text}; about ${packed} with packed weights`,
   estimateUnknown: (/** @type {string} */ seconds) => `known after the first run; streaming costs nothing where a step computes for ${seconds} or more`,
+  estimateWaits: (/** @type {string} */ seconds) => `known after the first run; a step takes ${seconds} more than it computes, since it waits for its copies`,
   estimatePredicted: (/** @type {string} */ step, /** @type {string} */ compute) => `${step} predicted, with ${compute} of compute as in its last run`,
   estimateRam: (/** @type {{bytes: string, ram: string, most: string, file: string}} */ { bytes, ram, most, file }) =>
     `${bytes} are needed, page-locked; up to ${most} of ${ram} may be${file && `, so ${file} of each step come from the file`}`,
@@ -74,6 +75,7 @@ export const CHINESE_ESTIMATES = {
   estimateAssumed: "假定",
   estimatePacked: (text, packed) => `${text}；权重压缩后约 ${packed}`,
   estimateUnknown: (seconds) => `首次运行后可知；若每步计算 ${seconds} 或更久，流式传输不耗额外时间`,
+  estimateWaits: (seconds) => `首次运行后可知；每步要等待复制，比计算多用 ${seconds}`,
   estimatePredicted: (step, compute) => `预计 ${step}，其中计算 ${compute}（与上次运行相同）`,
   estimateRam: ({ bytes, ram, most, file }) => `需锁页 ${bytes}；${ram} 中最多可锁页 ${most}${file && `，因此每步有 ${file} 来自文件`}`,
   estimateDoMissing: (missing) => `请重新下载文件：缺少 ${missing}。`,

@@ -188,8 +188,8 @@ function streamFacts(estimate, strings) {
  * @param {Estimate} estimate
  * @param {Strings} strings
  */
-function stepText({ step_seconds: step, packed_step_seconds: packed, compute_seconds: compute, bus_seconds: bus }, strings) {
-  if (step === null) return strings.estimateUnknown(format.roughly(bus));
+function stepText({ step_seconds: step, packed_step_seconds: packed, compute_seconds: compute, bus_seconds: bus, overlaps }, strings) {
+  if (step === null) return (overlaps ? strings.estimateUnknown : strings.estimateWaits)(format.roughly(bus));
   const text = strings.estimatePredicted(format.roughly(step), format.roughly(compute));
   return packed === null ? text : strings.estimatePacked(text, format.roughly(packed));
 }

@@ -16,7 +16,7 @@ export const ESTIMATE_ROUTE = "/weightstream/v1/estimate";
  *   model_bytes: number, vram: number, reserve: number, ram: number, fits: boolean, least_vram: number,
  *   least_limit: number | null, stays: number, streamed_bytes: number, streamed_blocks: number, pinned_limit: number | null, pinnable: number | null,
  *   from_file: number, from_disk: boolean, bus_seconds: number, packed_bus_seconds: number | null, compute_seconds: number | null, step_seconds: number | null,
- *   packed_step_seconds: number | null}} Estimate  of nodes/page/estimating.py
+ *   packed_step_seconds: number | null, overlaps: boolean}} Estimate  of nodes/page/estimating.py
  * @typedef {{model: GraphModel, estimate: Estimate | null, error: string}} Known  error: why there is no estimate
  * @typedef {{of(models: readonly GraphModel[], moment: string): Known[]}} Estimates
  */

@@ -15,7 +15,7 @@ import torch
 from sampling import MB, sample
 from told import entry_of
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.page import description
+from weightstream.nodes.page import runs
 from weightstream.nodes.page.description import facts_of
 from weightstream.nodes.page.status import full_status
 from weightstream.nodes.page.timeline import describe_runs
@@ -32,7 +32,7 @@ DEVICE = DeviceUsage("gpu:0", "", True, 24 * MB, 1 * MB, 0, 0, 0, 0, 3 * MB)
 @pytest.fixture(autouse=True)
 def ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run has ended as soon as its last step has."""
-    monkeypatch.setattr(description, "RUNNING_SECONDS", 0)
+    monkeypatch.setattr(runs, "RUNNING_SECONDS", 0)
 
 
 @pytest.fixture

@@ -232,10 +232,13 @@ def told(loaded: StreamedModelPatcher, monkeypatch: pytest.MonkeyPatch) -> Told:
     parts = [model for model in streamed_models() if model.number == ours.streamed.number]
     devices_now = sampler.sample(READER).devices
 
-    def tell(place: int = 0, compute: float | None = 2.0, names: tuple[str, str] = ("", ""), **now: Any) -> Any:
+    def tell(
+        place: int = 0, compute: float | None = 2.0, names: tuple[str, str] = ("", ""), more: int = 0, **now: Any
+    ) -> Any:
         usage = {each.device: replace(each, name=name) for each, name in zip(devices_now, names, strict=True)}
         home = replace(parts[0].streamer.snapshot(), compute_seconds=compute, **now)
-        return together_of(parts[place], [(parts[0], home), (parts[1], parts[1].streamer.snapshot())], usage)
+        others = [(parts[1], parts[1].streamer.snapshot())] * (1 + more)
+        return together_of(parts[place], [(parts[0], home), *others], usage)
 
     tell.patcher, tell.parts = ours, parts
     return tell
@@ -249,6 +252,21 @@ def test_a_split_model_says_what_its_gpus_would_do_at_the_same_time(told: Told) 
     assert told(compute=None, run=replace(run, step_seconds=None)) is None
 
 
+@pytest.mark.parametrize(("more", "part"), [(0, 0.553), (1, 0.553), (2, 0.303)])
+def test_three_gpus_may_have_two_prompts_and_four_are_two_teams(told: Told, more: int, part: float) -> None:
+    assert told(compute=20.0, more=more).seconds == pytest.approx(20 * part)
+
+
+def test_what_may_not_stay_streams_in_parallel_too(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = sum(part.streamer.model_bytes for part in told.parts)
+    measured._bandwidth["gpu:1"] = 1.0
+    for part in told.parts:
+        monkeypatch.setattr(part.streamer, "config", replace(part.streamer.config, stream_all=True))
+    assert told().seconds == pytest.approx(weights - min(part.streamer.device_bytes for part in told.parts))
+    monkeypatch.setattr(told.parts[1].streamer, "config", replace(told.parts[1].streamer.config, copy_streams=0))
+    assert told() is None
+
+
 def test_what_it_lacks_comes_over_its_link(told: Told) -> None:
     measured._bandwidth["gpu:1"] = 1.0
     weights = sum(part.streamer.model_bytes for part in told.parts)
@@ -260,10 +278,11 @@ def test_what_it_lacks_comes_over_its_link(told: Told) -> None:
 def test_nothing_is_advised_that_is_known_not_to_work(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(names=("RTX 4090", "RTX 3060")) is None, "each would get as much to compute"
     assert told(names=("RTX 4090", "RTX 4090")) is not None
-    title = told.parts[0].title
-    objections.keep_objection(title, ["gpu:1", "gpu:0"], "several GPUs are no faster")
+    told.parts[0].tell_of_parallel("several GPUs are no faster", told.patcher.model)
     assert told() is None
-    objections.keep_objection(title, ["gpu:0", "gpu:1"], "")
+    for part in told.parts:
+        part.alone = ""  # As a node leaves it that has placed the model anew.
+    told.parts[0].tell_of_parallel("", told.patcher.model)
     assert told() is not None
     monkeypatch.setattr(together, "why_not_parallel", lambda: "this ComfyUI cannot")
     assert told() is None
@@ -287,7 +306,7 @@ def test_placement_that_could_not_keeps_its_reason(
     monkeypatch.setattr(copies, "why_not_parallel", lambda: "this ComfyUI cannot")
     placed, *_ = place(loaded, devices="gpu:0,gpu:1", split="parallel")
     assert len(placed.streamers) == 2
-    assert objections.objection(placed.streamed.title, ["gpu:1", "gpu:0"]) == "this ComfyUI cannot"
+    assert objections.objection(placed.streamed.title) == "this ComfyUI cannot"
 
 
 def test_a_split_model_of_which_all_stays_has_the_cause(
@@ -302,7 +321,7 @@ def test_a_split_model_of_which_all_stays_has_the_cause(
     assert [(each["kind"], each["device"], each["guidance"]) for each in found] == [("turns", "gpu:0", False)]
 
 
-def test_no_cause_costs_more_than_the_wait() -> None:
+def test_no_cause_of_the_bus_costs_more_than_the_wait() -> None:
     limited = {"limit": GB, "kept": GB, "free": 9 * GB}
     facts = replace(FINE, link=Link(1, 1), others=11 * GB, why_unpacked="x", waited=0.05, **limited)
     assert {"link", "others", "limit", "unpacked"} < {each.kind for each in find_causes(facts)}

@@ -170,7 +170,8 @@ def test_page_locking_counts_as_settings_and_the_command_line_have_it(
     plain = estimate(FLUX)
     off = estimate(FLUX, pin_memory="off", pinned_limit_gb="4")
     assert (off["pinned_limit"], off["pinnable"], off["from_file"]) == (0, 0, off["streamed_bytes"])
-    assert (plain["pinned_limit"], plain["from_file"]) == (None, 0)
+    assert (off["packed_bus_seconds"], off["packed_step_seconds"]) == (None, None), "only page-locked memory is packed"
+    assert (plain["pinned_limit"], plain["from_file"], plain["packed_bus_seconds"] is None) == (None, 0, False)
     assert estimate(FLUX, pin_memory="auto") == plain
     monkeypatch.setattr(offload.args, "disable_pinned_memory", True)
     assert estimate(FLUX) == {**off, "limit": None}
@@ -192,8 +193,14 @@ def test_nothing_is_packed_where_settings_say_so_and_synchronous_copies_hide_not
     assert waiting["stays"] > plain["stays"], "they take less staging"
     monkeypatch.setattr(offload.args, "disable_async_offload", True)
     assert estimate(FLUX) == waiting
-    with pytest.raises(RefusedError, match="mode must be one of auto, stream, sync, off"):
-        estimate(FLUX, mode="fast")
+    assert (waiting["overlaps"], plain["overlaps"]) == (False, True)
+    for name, choices in (
+        ("mode", "auto, stream, sync, off"),
+        ("packing", "auto, on, off"),
+        ("pin_memory", "auto, on"),
+    ):
+        with pytest.raises(RefusedError, match=f"{name} must be one of {choices}"):
+            estimate(FLUX, **{name: "fast"})
 
 
 def test_the_least_limit_is_said_and_is_enough(flux: Path, card: Card) -> None:

@@ -18,7 +18,7 @@ from told import entry_of, parts_of
 from weightstream.nodes.host.version import VERSION
 from weightstream.nodes.loader import load_streamed
 from weightstream.nodes.model.patcher import StreamedModelPatcher
-from weightstream.nodes.page import description
+from weightstream.nodes.page import runs
 from weightstream.nodes.page.description import ladder_step
 from weightstream.nodes.page.status import full_status, shorten
 from weightstream.nodes.tell import messages
@@ -60,7 +60,7 @@ def test_the_last_run_is_not_all_runs(streamed: Load, monkeypatch: pytest.Monkey
     first = entry_of(model)
     sample(model, steps=2)
     running = entry_of(model)
-    monkeypatch.setattr(description, "RUNNING_SECONDS", 0)
+    monkeypatch.setattr(runs, "RUNNING_SECONDS", 0)
     second = entry_of(model)
     assert (first["last_run"], running["running"], second["running"]) == (None, True, False)
     assert running["last_run"]["steps"] == 3, "of the run that has ended"
@@ -71,7 +71,7 @@ def test_the_last_run_is_not_all_runs(streamed: Load, monkeypatch: pytest.Monkey
 
 
 def test_a_run_of_one_step_has_times_of_its_own(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(description, "RUNNING_SECONDS", 0)
+    monkeypatch.setattr(runs, "RUNNING_SECONDS", 0)
     model = streamed(24 * MB)
     before = None
     for steps in (6, 1, 1):
@@ -119,7 +119,7 @@ def test_everything_can_be_sent(streamed: Load) -> None:
 
 
 def test_the_revision_changes_with_what_events_leave_out(streamed: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(description, "RUNNING_SECONDS", 0)
+    monkeypatch.setattr(runs, "RUNNING_SECONDS", 0)
     model = streamed(24 * MB)
     model.streamer.finish_building()
     one = shorten(full_status(READER))["revision"]
