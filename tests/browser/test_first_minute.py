@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -104,11 +105,19 @@ def run(comfy: ComfyPage) -> bytes:
 
 
 def forget(comfy: ComfyPage) -> None:
-    """Free what ComfyUI has loaded its own way: no card tells what it will do."""
-    comfy.host.free()
-    comfy.page.wait_for_function(
-        "async route => !(await (await fetch(route)).json()).loaded", arg=f"/weightstream/v1/estimate?name={UNET}"
-    )
+    """Free what ComfyUI has loaded its own way: no card tells what it will do.
+
+    A host that is just collecting garbage after a prompt misses what it is told, and must be told again; a model of
+    which the last clone is gone seems to be gone too for a moment.
+    """
+    give_up, gone_since = time.monotonic() + 30, time.monotonic()
+    while time.monotonic() < gone_since + 0.5:
+        assert time.monotonic() < give_up, "it does not forget"
+        if comfy.host.get(f"/weightstream/v1/estimate?name={UNET}")["loaded"]:
+            comfy.host.free()
+            time.sleep(0.3)
+            gone_since = time.monotonic()
+        time.sleep(0.05)
 
 
 def settled(comfy: ComfyPage, card: Locator, before: str = "") -> str:

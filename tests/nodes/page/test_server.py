@@ -187,7 +187,7 @@ def test_an_interrupted_prompt_and_a_good_one_after_it(host: HeadlessHost) -> No
     with pytest.raises(PromptInterrupted):
         host.wait(prompt_id, timeout_s=60)
     # The host's cache would answer a prompt that it has run.
-    host.free()
+    free(host)
     assert demo.sample(host, prompt(18)).latent == expected
 
 

@@ -121,7 +121,7 @@ def test_a_model_is_unloaded_by_route(host: HeadlessHost, what: str) -> None:
     else:
         assert freed["freed_pinned"] == model["pinned_bytes"] > 0
         assert after["pinned_bytes"] == 0
-    host.free()
+    free(host)
     assert demo.sample(host, prompt(4)).latent == expected
 
 
