@@ -62,6 +62,10 @@ class FleetConfig:
             raise FleetConfigError(f"{self.silent_minutes:g} minutes of silence: expected 0 or more")
 
     @property
+    def silent_seconds(self) -> float:
+        return 60 * self.silent_minutes
+
+    @property
     def main(self) -> Path:
         return Path(self.comfyui) / "main.py"
 

@@ -10,8 +10,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from ...fleet.dispatcher import ANSWER_SECONDS, Dispatcher, Seat
+from ...fleet.dispatcher import ANSWER_SECONDS, Dispatcher
 from ...fleet.errors import FleetError
+from ...fleet.jobs import Seat
 from ..page.status import Status, full_status
 
 logger = logging.getLogger(__name__)

@@ -89,7 +89,7 @@ class FleetFront:
         except Exception as error:
             self._give_up(str(error) or repr(error))
             return
-        self.dispatcher = Dispatcher(self.queue, workers, self._folders, 60 * self.config.silent_minutes)
+        self.dispatcher = Dispatcher(self.queue, workers, self._folders, self.config.silent_seconds)
         loop = asyncio.get_running_loop()
         self.queue.on_change = lambda: _call(loop, self.dispatcher.wake)
         self.queue.on_free = lambda flags: _call(loop, self.dispatcher.free, flags)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import execution
 
-from ...fleet.dispatcher import MOST_ATTEMPTS, Job
+from ...fleet.dispatcher import MOST_ATTEMPTS
 from ...fleet.errors import FleetError
+from ...fleet.jobs import Job
 from ...fleet.results import failed
 from ...fleet.store import Store
 from .models import models_of
@@ -127,7 +128,7 @@ class FleetQueue(execution.PromptQueue):
         """Whether a prompt with this id waits or runs."""
         return prompt_id in self._jobs
 
-    # the dispatcher's side (fleet/dispatcher.py, Front)
+    # the dispatcher's side (fleet/jobs.py, Front)
 
     def jobs(self) -> Sequence[Job]:
         with self.mutex:

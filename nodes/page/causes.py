@@ -126,8 +126,8 @@ def find_causes(facts: Facts) -> list[Cause]:
         return [turns] if turns else []
     if part < LEAST_WAITING and not facts.synchronous:
         return [turns or Cause("compute", None, {"waiting": part})]
-    checks = (_link, _slow_bus, _disk, _unpinned, _synchronous, _others, _limit, _unpacked, _turns)
-    found = [cause for check in checks if (cause := check(facts)) is not None]
+    checks = (_link, _slow_bus, _disk, _unpinned, _synchronous, _others, _limit, _unpacked)
+    found = [cause for cause in (turns, *(check(facts) for check in checks)) if cause is not None]
     found.sort(key=lambda cause: -(cause.seconds or 0.0))
     # The last word: however fast the rest is, this much has to come over the bus.
     return [*found, _room(facts)]

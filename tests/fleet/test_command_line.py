@@ -137,6 +137,7 @@ def test_settings_come_through_the_environment(monkeypatch: pytest.MonkeyPatch) 
     given = FleetConfig("/comfy", "python", ("--cpu",), ("--x",), {"A": "b"}, 3, "host:1", 7, 0.5, "t")
     monkeypatch.setenv(FRONT_VARIABLE, given.to_json())
     assert FleetConfig.from_environment() == given
+    assert given.silent_seconds == 30
     monkeypatch.delenv(FRONT_VARIABLE)
     assert FleetConfig.from_environment() is None
 

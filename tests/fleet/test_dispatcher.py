@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from weightstream.fleet import dispatcher
-from weightstream.fleet.dispatcher import Dispatcher, Job
+from weightstream.fleet.dispatcher import Dispatcher
 from weightstream.fleet.errors import FleetError, WorkerDied, WorkerStartError
 from weightstream.fleet.files import Folders
+from weightstream.fleet.jobs import Job
 from weightstream.fleet.scheduling import PROMPT_SECONDS, ModelFile
 
 MODEL = ModelFile("diffusion_models", "flux", 1)
